@@ -1,0 +1,1 @@
+"""Checkpoint folders to parameter pytrees and back. Nothing in a checkpoint is ever executed."""

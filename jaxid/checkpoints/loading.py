@@ -1,0 +1,107 @@
+"""From a name to a model: alias, Hugging Face id or local folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxid import zoo
+from jaxid.checkpoints import tensors
+from jaxid.errors import CheckpointError, InputError
+from jaxid.inputs import Processor
+from jaxid.models.base import Model
+from jaxid.models.registry import ALIASES, Family, family
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""Parameter dtypes by name."""
+
+
+def find_folder(name: str | Path) -> Path:
+    """Local folder of a model: a shipped model's, a folder itself, or the Hub's cache (downloaded if need be).
+
+    Raises:
+        CheckpointError: if there is no such folder, and no such repository can be reached.
+    """
+    if str(name) in zoo.SHIPPED:
+        return zoo.folder(str(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    repository = ALIASES.get(str(name), str(name))
+    if path.exists() or path.is_absolute() or repository.count("/") != 1 or repository.startswith("."):
+        known = ", ".join([*zoo.SHIPPED, *ALIASES])
+        raise CheckpointError(f"no model folder at {name}; give a folder, a Hugging Face id or one of: {known}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{repository} is neither in the Hugging Face cache nor reachable: {reason}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: if it is missing or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no checkpoint folder: it has no config.json.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return fields
+
+
+def abstract_parameters(kind: Family, config: Any) -> tuple[Any, tensors.Leaves]:
+    """The network's definition and the shape of every parameter, without allocating any."""
+    definition, state = nnx.split(nnx.eval_shape(lambda: kind.network(config, rngs=nnx.Rngs(0))))
+    return definition, tensors.flatten(nnx.to_pure_dict(state))
+
+
+def load(name: str | Path, *, dtype: str = "float32") -> Model:
+    """Loads a model.
+
+    Args:
+        name: an alias ("tiny-llava", "llava-7b"), a Hugging Face id, or a folder in Hugging Face layout.
+        dtype: of parameters and activations: "float32", "bfloat16" or "float16".
+
+    Returns:
+        The model, its parameters on the default device.
+
+    Raises:
+        CheckpointError: if the folder is missing, foreign, incomplete or corrupt.
+        InputError: for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    folder = find_folder(name)
+    fields = read_config(folder)
+    kind = family(fields.get("model_type"), str(folder / "config.json"))
+    try:
+        config = kind.config(fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not a config that jaxid can read: {error!r}") from error
+    definition, abstract = abstract_parameters(kind, config)
+    files = tensors.TensorFolder(folder)
+    keys = kind.keys(config)
+    parameters = tensors.load_parameters(
+        files, abstract, keys, renames=kind.renames, unused=kind.unused, dtype=DTYPES[dtype]
+    )
+    return Model(
+        parameters=parameters,
+        definition=definition,
+        config=config,
+        processor=Processor.from_folder(folder, config),
+        name=str(name),
+        fingerprint=tensors.fingerprint(folder, files.files),
+    )

@@ -1,0 +1,210 @@
+"""Reading and writing of safetensors folders, strict in both directions."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxid.errors import CheckpointError
+from jaxid.models.keys import Key
+
+Leaves = dict[str, Any]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Leaves:
+    """Nested dictionaries as one, paths joined by dots."""
+    flat: Leaves = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(leaves: Leaves) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+class TensorFolder:
+    """The tensors of a checkpoint folder, memory-mapped, read one at a time."""
+
+    def __init__(self, folder: Path):
+        """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+        Raises:
+            CheckpointError: for missing, truncated or corrupt files.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.files = self._files(folder)
+        self.handles: dict[str, Any] = {}
+        for file in self.files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} cannot be read as safetensors ({error}); it is truncated or corrupt: copy it again."
+                ) from error
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                if key in self.handles:
+                    raise CheckpointError(f"tensor {key!r} stands in more than one file of {folder}.")
+                self.handles[key] = handle
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
+            files = [folder / name for name in names]
+        else:
+            files = [single]
+        missing = [str(file) for file in files if not file.is_file()]
+        if missing:
+            hint = ""
+            if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+                hint = " The folder holds pickled weights, which jaxid never opens: convert them to safetensors."
+            raise CheckpointError(f"no weights in {folder}: missing {', '.join(missing)}.{hint}")
+        return files
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self.handles[key].get_slice(key).get_shape())
+
+    def read(self, key: str) -> Shaped[np.ndarray, "..."]:
+        """A tensor."""
+        return self.handles[key].get_tensor(key)
+
+
+def load_parameters(
+    tensors: TensorFolder,
+    abstract: Leaves,
+    keys: Sequence[Key],
+    *,
+    renames: Sequence[tuple[str, str]] = (),
+    unused: Sequence[str] = (),
+    dtype: Any = np.float32,
+    place: Callable[[str, np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
+    """Reads a checkpoint into parameters stacked over layers, tensor by tensor.
+
+    Args:
+        tensors: the open folder.
+        abstract: shape of every parameter by dotted path.
+        keys: the family's key table.
+        renames: (pattern, replacement) pairs that bring other spellings of keys to the table's.
+        unused: patterns of tensors that hold nothing learned.
+        dtype: of the parameters.
+        place: puts a finished host array on its devices, given the parameter's path; by default
+            `jax.device_put`, one call per parameter.
+
+    Returns:
+        Nested dictionaries of arrays.
+
+    Raises:
+        CheckpointError: listing every unknown key, missing tensor, double assignment and wrong shape.
+    """
+    available: dict[str, str] = {}
+    problems: list[str] = []
+    for name in tensors.handles:
+        if any(re.search(pattern, name) for pattern in unused):
+            continue
+        spelled = name
+        for pattern, replacement in renames:
+            spelled = re.sub(pattern, replacement, spelled)
+        if spelled in available:
+            problems.append(f"both {available[spelled]!r} and {name!r} name {spelled!r}")
+        available[spelled] = name
+
+    plan: dict[str, list[tuple[Key, int | None, str]]] = {path: [] for path in abstract}
+    for key in keys:
+        layers: Sequence[int | None] = [None]
+        if "{layer}" in key.source:
+            layers = range(abstract[key.target].shape[0])
+        for layer in layers:
+            source = key.source.format(layer=layer)
+            if source not in available:
+                problems.append(f"tensor {source!r} is missing (parameter {key.target})")
+                continue
+            plan[key.target].append((key, layer, available.pop(source)))
+    problems += [f"unknown tensor {name!r}" for name in available.values()]
+
+    leaves: Leaves = {}
+    put = place or (lambda _, array: jax.device_put(array))
+    for path, rows in plan.items():
+        expected = tuple(abstract[path].shape)
+        if not rows:
+            continue
+        per_layer = rows[0][1] is not None
+        if not per_layer and len(rows) > 1:
+            problems.append(f"parameter {path} is set {len(rows)} times")
+            continue
+        host = np.empty(expected, dtype)
+        for key, layer, name in rows:
+            try:
+                value = key.to_parameter(tensors.read(name))
+                fits = value.shape == (expected[1:] if per_layer else expected)
+            except Exception as error:
+                # einops and safetensors raise many kinds; whichever it is, this tensor is the culprit.
+                raise CheckpointError(f"tensor {name!r} cannot be read as {path}: {error}") from error
+            if not fits:
+                problems.append(
+                    f"tensor {name!r} has shape {tensors.shape(name)}, which does not fit {path} {expected}"
+                )
+                continue
+            if per_layer:
+                host[layer] = value
+            else:
+                host[...] = value
+        leaves[path] = None if problems else put(path, host)
+    problems += [f"parameter {path} is set by no key" for path in abstract if path not in {key.target for key in keys}]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise CheckpointError(f"{tensors.files[0].parent} does not fit its config: {shown}.")
+    return unflatten(leaves)
+
+
+def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Key]) -> None:
+    """Writes parameters as one safetensors file in the checkpoint's own names, atomically."""
+    from safetensors.numpy import save_file
+
+    leaves = flatten(parameters)
+    tensors: dict[str, np.ndarray] = {}
+    for key in keys:
+        array = np.asarray(leaves[key.target])
+        if "{layer}" in key.source:
+            for layer, one in enumerate(array):
+                tensors[key.source.format(layer=layer)] = key.to_checkpoint(one)
+        else:
+            tensors[key.source] = key.to_checkpoint(array)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def fingerprint(folder: Path, files: Sequence[Path]) -> str:
+    """Identifies a checkpoint by its config and by sizes, heads and tails of its weight files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]

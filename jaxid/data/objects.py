@@ -1,0 +1,215 @@
+"""The sixteen drawn objects as signed-distance functions, and the templates that the renderer samples.
+
+Every object is told by its silhouette alone, down to about 12 pixels. Coordinates are (x right, y down); a distance
+is negative inside.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Float
+
+Points: TypeAlias = Float[np.ndarray, "*S 2"]
+Distance: TypeAlias = Float[np.ndarray, "*S"]
+
+TEMPLATE_SIZE = 128
+"""Rows and columns of a template."""
+TEMPLATE_REACH = 1.2
+"""Templates cover -reach..reach in units of half the object's box side."""
+
+_FAR = 9.0  # distance to a detail that an object does not have
+
+
+def _circle(points: Points, center: Sequence[float], radius: float) -> Distance:
+    return np.linalg.norm(points - np.asarray(center), axis=-1) - radius
+
+
+def _box(points: Points, center: Sequence[float], half: Sequence[float]) -> Distance:
+    offset = np.abs(points - np.asarray(center)) - np.asarray(half)
+    return np.linalg.norm(np.maximum(offset, 0), axis=-1) + np.minimum(offset.max(-1), 0)
+
+
+def _polygon(points: Points, vertices: Sequence[Sequence[float]]) -> Distance:
+    """Exact distance to a simple polygon; the sign comes from counting the edges crossed by a ray."""
+    corners = np.asarray(vertices, float)
+    nearest = np.full(points.shape[:-1], np.inf)
+    inside = np.zeros(points.shape[:-1], bool)
+    for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        edge, offset = end - start, points - start
+        along = np.clip(offset @ edge / (edge @ edge), 0, 1)
+        nearest = np.minimum(nearest, ((offset - along[..., None] * edge) ** 2).sum(-1))
+        crosses = (start[1] > points[..., 1]) != (end[1] > points[..., 1])
+        if edge[1] != 0:
+            inside ^= crosses & (points[..., 0] < start[0] + (points[..., 1] - start[1]) * edge[0] / edge[1])
+    return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+
+def _union(*distances: Distance) -> Distance:
+    return np.minimum.reduce(distances)
+
+
+def _without(distance: Distance, *removed: Distance) -> Distance:
+    return np.maximum.reduce([distance, *(-other for other in removed)])
+
+
+def _draw_circle(points: Points) -> Distance:
+    return _circle(points, (0, 0), 1)
+
+
+def _draw_triangle(points: Points) -> Distance:
+    return _polygon(points, [(0, -0.9), (1, 0.85), (-1, 0.85)])
+
+
+def _draw_square(points: Points) -> Distance:
+    return _box(points, (0, 0), (1, 1))
+
+
+def _draw_star(points: Points) -> Distance:
+    turns = np.arange(10) * np.pi / 5
+    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+    return _polygon(points, np.stack([radii * np.sin(turns), -radii * np.cos(turns)], axis=-1).tolist())
+
+
+def _draw_heart(points: Points) -> Distance:
+    lobes = _union(_circle(points, (-0.48, -0.36), 0.52), _circle(points, (0.48, -0.36), 0.52))
+    return _union(lobes, _polygon(points, [(-0.9, -0.05), (0, -0.45), (0.9, -0.05), (0, 0.95)]))
+
+
+def _draw_cross(points: Points) -> Distance:
+    return _union(_box(points, (0, 0), (1, 0.3)), _box(points, (0, 0), (0.3, 1)))
+
+
+def _draw_moon(points: Points) -> Distance:
+    return _without(_circle(points, (0, 0), 1), _circle(points, (0.55, -0.1), 0.78))
+
+
+def _draw_ring(points: Points) -> Distance:
+    return _without(_circle(points, (0, 0), 1), _circle(points, (0, 0), 0.48))
+
+
+def _draw_house(points: Points) -> Distance:
+    roof = _polygon(points, [(0, -1), (1.05, -0.12), (-1.05, -0.12)])
+    return _union(roof, _box(points, (0, 0.4), (0.72, 0.55)), _box(points, (0.58, -0.6), (0.15, 0.38)))
+
+
+def _draw_door(points: Points) -> Distance:
+    return _box(points, (0, 0.62), (0.22, 0.34))
+
+
+def _draw_tree(points: Points) -> Distance:
+    top = _polygon(points, [(0, -1), (0.46, -0.32), (-0.46, -0.32)])
+    middle = _polygon(points, [(0, -0.62), (0.62, 0.14), (-0.62, 0.14)])
+    bottom = _polygon(points, [(0, -0.2), (0.78, 0.62), (-0.78, 0.62)])
+    return _union(top, middle, bottom, _box(points, (0, 0.8), (0.16, 0.25)))
+
+
+def _draw_fish(points: Points) -> Distance:
+    # Where two circles overlap: a lens with pointed ends.
+    body = np.maximum(_circle(points, (-0.25, 0.5), 0.95), _circle(points, (-0.25, -0.5), 0.95))
+    return _union(body, _polygon(points, [(0.3, 0), (1, -0.55), (0.85, 0), (1, 0.55)]))
+
+
+def _draw_eye(points: Points) -> Distance:
+    return _circle(points, (-0.62, -0.08), 0.12)
+
+
+def _draw_cup(points: Points) -> Distance:
+    bowl = _polygon(points, [(-0.95, -0.75), (0.45, -0.75), (0.25, 0.75), (-0.75, 0.75)])
+    handle = _without(_circle(points, (0.45, -0.15), 0.52), _circle(points, (0.45, -0.15), 0.28))
+    return _union(bowl, handle)
+
+
+def _draw_key(points: Points) -> Distance:
+    head = _without(_circle(points, (-0.55, 0), 0.48), _circle(points, (-0.6, 0), 0.2))
+    teeth = _union(_box(points, (0.5, 0.28), (0.11, 0.26)), _box(points, (0.88, 0.28), (0.12, 0.26)))
+    return _union(head, _box(points, (0.4, 0), (0.6, 0.14)), teeth)
+
+
+def _draw_bolt(points: Points) -> Distance:
+    corners = [(0.1, -1), (-0.6, 0.15), (-0.08, 0.15), (-0.3, 1), (0.6, -0.28), (0.1, -0.28), (0.5, -1)]
+    return _polygon(points, corners)
+
+
+def _draw_hourglass(points: Points) -> Distance:
+    top = _polygon(points, [(-0.8, -1), (0.8, -1), (0.12, 0), (-0.12, 0)])
+    return _union(top, _polygon(points, [(-0.12, 0), (0.12, 0), (0.8, 1), (-0.8, 1)]))
+
+
+def _draw_mushroom(points: Points) -> Distance:
+    cap = np.maximum(_circle(points, (0, 0), 1), points[..., 1])
+    return _union(cap, _polygon(points, [(-0.3, -0.1), (0.3, -0.1), (0.36, 0.85), (-0.36, 0.85)]))
+
+
+_SHAPES: dict[str, Callable[[Points], Distance]] = {
+    "circle": _draw_circle,
+    "triangle": _draw_triangle,
+    "square": _draw_square,
+    "star": _draw_star,
+    "heart": _draw_heart,
+    "cross": _draw_cross,
+    "moon": _draw_moon,
+    "ring": _draw_ring,
+    "house": _draw_house,
+    "tree": _draw_tree,
+    "fish": _draw_fish,
+    "cup": _draw_cup,
+    "key": _draw_key,
+    "bolt": _draw_bolt,
+    "hourglass": _draw_hourglass,
+    "mushroom": _draw_mushroom,
+}
+_DETAILS: dict[str, Callable[[Points], Distance]] = {"house": _draw_door, "fish": _draw_eye}
+
+OBJECTS: tuple[str, ...] = tuple(_SHAPES)
+"""Names of the drawn objects; `Scenes.objects` holds indices into this tuple."""
+
+
+def _lattice(reach: float, size: int) -> Points:
+    ticks = np.linspace(-reach, reach, size)
+    return np.stack(np.meshgrid(ticks, ticks), axis=-1)
+
+
+@lru_cache
+def _rasterised() -> tuple[Float[np.ndarray, "O S S 2"], Float[np.ndarray, "O 360"]]:
+    spacing = 0.01
+    coarse, fine = _lattice(1.3, 261), _lattice(TEMPLATE_REACH, TEMPLATE_SIZE)
+    angles = np.deg2rad(np.arange(360))
+    distances = np.full((len(OBJECTS), TEMPLATE_SIZE, TEMPLATE_SIZE, 2), _FAR, np.float32)
+    halves = np.empty((len(OBJECTS), 360), np.float32)
+    for index, (name, shape) in enumerate(_SHAPES.items()):
+        distance = shape(coarse)
+        inside = coarse[distance <= 0]
+        low, high = inside.min(0), inside.max(0)
+        middle, half = (low + high) / 2, (high - low).max() / 2
+        points = fine * half + middle
+        distances[index, ..., 0] = shape(points) / half
+        if name in _DETAILS:
+            distances[index, ..., 1] = _DETAILS[name](points) / half
+        rim = (coarse[(distance <= 0) & (distance > -2 * spacing)] - middle) / half
+        x, y = rim[:, 0], rim[:, 1]
+        turned = [
+            np.outer(np.cos(angles), x) - np.outer(np.sin(angles), y),
+            np.outer(np.sin(angles), x) + np.outer(np.cos(angles), y),
+        ]
+        halves[index] = np.abs(turned).max(axis=(0, 2)) + spacing / 2
+    distances.flags.writeable = halves.flags.writeable = False
+    return distances, halves
+
+
+def templates() -> Float[np.ndarray, "O S S 2"]:
+    """Signed distances of every object (channel 0) and of its dark detail (channel 1), sampled on a square lattice.
+
+    Objects are centred and scaled so that the larger side of the upright silhouette spans -1..1; distances are in
+    the same unit (half the box side). The lattice spans -`TEMPLATE_REACH`..`TEMPLATE_REACH`, ends included.
+
+    Returns:
+        float32, one [S, S, 2] template per entry of `OBJECTS`, read-only.
+    """
+    return _rasterised()[0]
+
+
+def half_sides() -> Float[np.ndarray, "O 360"]:
+    """Half the side of the centred square that holds each object turned by 0..359 degrees, in template units."""
+    return _rasterised()[1]

@@ -1,0 +1,108 @@
+"""Extraction of spatial IDs from grid scenes ([ID] arXiv 2601.12626, section on extraction)."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+
+from jaxid.engine import forward
+from jaxid.errors import InputError
+from jaxid.ids import FULL_SIZE, IDBatch, SpatialIDs, accumulate_ids
+from jaxid.inputs import Picture, Prompts
+from jaxid.models.base import Model
+from jaxid.models.sites import Capture
+
+QUESTION = "Is the {b} to the left or right of the {a}?"
+"""The published question; its word {b} is the one whose activations are read."""
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridItem:
+    """One grid picture: objects A and B with their cells (x, y) and B's size."""
+
+    picture: Picture
+    a: str
+    b: str
+    a_cell: tuple[int, int]
+    b_cell: tuple[int, int]
+    size: float = FULL_SIZE
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def activations_at(model: Model, prompts: Prompts, words: Sequence[str]) -> np.ndarray:
+    """Residual stream at each prompt's word: Float[B, L + 1, D], index 0 the embeddings."""
+    at = prompts.word(words)[:, None]
+    captured = forward(model, prompts, capture=Capture(("embed", "resid_post"), at=at)).captured
+    stacked = np.concatenate([captured["embed"][None], captured["resid_post"]])
+    return np.moveaxis(stacked[:, :, 0], 0, 1)
+
+
+def extract(
+    model: Model,
+    items: Iterable[GridItem],
+    *,
+    pairs: Sequence[tuple[str, str]],
+    sizes: Sequence[float] = (FULL_SIZE,),
+    question: str = QUESTION,
+    batch_size: int = 128,
+) -> SpatialIDs:
+    """Extracts spatial IDs, reading only the asked word's positions.
+
+    Args:
+        model: the model.
+        items: grid pictures in any order; wrap the iterable in tqdm for a progress bar.
+        pairs: all ordered pairs (A, B) that occur.
+        sizes: all object sizes that occur, pixels.
+        question: with places for {a} and {b}.
+        batch_size: pictures per forward pass.
+
+    Returns:
+        IDs of every object that stands second in a pair.
+
+    Raises:
+        InputError: if an item's pair or size is not among those announced.
+        PromptError: if the question does not hold the object's word exactly once.
+    """
+    pair_numbers = {pair: number for number, pair in enumerate(pairs)}
+    objects = tuple(dict.fromkeys(b for _, b in pairs))
+    size_numbers = {size: number for number, size in enumerate(sizes)}
+
+    def batches() -> Iterator[IDBatch]:
+        for batch in in_batches(items, batch_size):
+            unknown = [item for item in batch if (item.a, item.b) not in pair_numbers or item.size not in size_numbers]
+            if unknown:
+                raise InputError(f"grid item {unknown[0].a}/{unknown[0].b}, size {unknown[0].size}, was not announced.")
+            # A short last batch is filled up with its first item, marked as padding: one compile for all batches.
+            padding = batch_size - len(batch) if len(batch) < batch_size else 0
+            full = batch + batch[:1] * padding
+            prompts = model.prepare(
+                [item.picture for item in full], [question.format(a=item.a, b=item.b) for item in full]
+            )
+            pair = [pair_numbers[item.a, item.b] for item in batch] + [-1] * padding
+            yield IDBatch(
+                activations=activations_at(model, prompts, [item.b for item in full]),
+                object_index=np.array([objects.index(item.b) for item in full]),
+                pair_index=np.array(pair),
+                a_cell=np.array([item.a_cell[1] * 4 + item.a_cell[0] for item in full]),
+                b_cell=np.array([item.b_cell[1] * 4 + item.b_cell[0] for item in full]),
+                size_index=np.array([size_numbers[item.size] for item in full]),
+            )
+
+    return accumulate_ids(
+        batches(),
+        pairs=len(pairs),
+        objects=objects,
+        sizes=tuple(sizes),
+        model=model.name,
+        fingerprint=model.fingerprint,
+    )

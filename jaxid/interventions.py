@@ -1,0 +1,204 @@
+"""Interventions: pytrees that are called as `(site, value) -> value` at every site of a forward pass.
+
+Layers, positions, vectors and strengths are arrays inside the pytree, so one compiled program serves them all, and
+`jax.vmap` over an intervention is a sweep. Constructors take leading sweep axes directly: they are the axes of `layer`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import InputError
+from jaxid.models.sites import SITES, Intervention, Site
+
+Operation = Literal["add", "replace", "scale", "project_out"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One edit of the values at a site, in one layer, at chosen positions.
+
+    Attributes:
+        operation: what is done with `vector` and `strength`.
+        site: name of the site.
+        layer: decoder block, 0-based, Int[S...]; the sweep axes S come first in every field.
+        at: positions in the prompt, Int[S..., B or 1, P]; negative ones match nothing.
+        vector: Float[S..., B or 1, P or 1, D].
+        strength: Float[S...].
+    """
+
+    operation: Operation
+    site: str
+    layer: Int[Array, "*S"]
+    at: Int[Array, "*S Br P"]
+    vector: Float[Array, "*S Bv Pv D"]
+    strength: Float[Array, "*S"]
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading sweep axes."""
+        return tuple(self.layer.shape)
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The value with the edit applied where it acts; untouched at other sites and layers."""
+        if site.name != self.site:
+            return value
+        matches: Bool[Array, "B T P"] = site.positions[:, :, None] == self.at[:, None, :]
+        here = matches.any(axis=-1) & (site.layer == self.layer)
+        strength = self.strength.astype(value.dtype)
+        if self.operation == "scale":
+            edited = value * strength
+        else:
+            vector = self._at_rows(matches).astype(value.dtype)
+            if self.operation == "add":
+                edited = value + strength * vector
+            elif self.operation == "replace":
+                edited = value + strength * (vector - value)
+            else:
+                length = jnp.maximum((vector * vector).sum(axis=-1, keepdims=True), jnp.finfo(value.dtype).tiny)
+                along = (value * vector).sum(axis=-1, keepdims=True) / length
+                edited = value - strength * along * vector
+        return jnp.where(here[..., None], edited, value)
+
+    def _at_rows(self, matches: Bool[Array, "B T P"]) -> Float[Array, "Bv Tv D"]:
+        """The vector that belongs to every row of a value."""
+        if self.vector.shape[1] == 1:
+            return self.vector
+        # The first matching position wins, as positions may be filled up by repetition.
+        chosen = jnp.argmax(matches, axis=-1)
+        return jnp.take_along_axis(
+            jnp.broadcast_to(self.vector, (matches.shape[0], *self.vector.shape[1:])),
+            chosen[:, :, None],
+            axis=1,
+        )
+
+
+jax.tree_util.register_dataclass(
+    Edit, data_fields=["layer", "at", "vector", "strength"], meta_fields=["operation", "site"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Interventions applied one after the other at every site."""
+
+    parts: tuple[Any, ...]
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading sweep axes, which all parts share."""
+        shapes = {sweep_shape(part) for part in self.parts}
+        if len(shapes) > 1:
+            raise InputError(f"the parts of a chain have different sweep axes: {sorted(shapes)}; give all the same.")
+        return shapes.pop() if shapes else ()
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies all parts in order."""
+        for part in self.parts:
+            value = part(site, value)
+        return value
+
+
+jax.tree_util.register_dataclass(Chain, data_fields=["parts"], meta_fields=[])
+
+
+def sweep_shape(intervention: Any) -> tuple[int, ...]:
+    """Leading sweep axes of an intervention; () for a plain callable."""
+    return getattr(intervention, "sweep_shape", ())
+
+
+def chain(*interventions: Intervention) -> Chain:
+    """Applies several interventions in order, as optax.chain does; all must have the same sweep axes."""
+    combined = Chain(tuple(interventions))
+    _ = combined.sweep_shape
+    return combined
+
+
+def add(layer: Any, at: Any, vector: Any, scale: Any = 1.0, *, site: str = "resid_post") -> Edit:
+    """Adds `scale * vector` (steering).
+
+    Args:
+        layer: decoder block(s), 0-based; its axes S are the sweep.
+        at: positions, Int[B] or Int[B, P], e.g. `prompts.word("star")`.
+        vector: Float[S..., D], Float[S..., B, D] or Float[S..., B, P, D].
+        scale: Float[S...] or a number.
+        site: which site.
+
+    Raises:
+        InputError: for an unknown site or shapes that do not fit.
+    """
+    return _edit("add", layer, at, vector, scale, site)
+
+
+def replace(layer: Any, at: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+    """Puts `vector` in place of the value (activation patching); a strength below 1 goes part of the way.
+
+    Arguments and errors as in `add`.
+    """
+    return _edit("replace", layer, at, vector, strength, site)
+
+
+def scale(layer: Any, at: Any, factor: Any, *, site: str = "resid_post") -> Edit:
+    """Multiplies the value by `factor`, Float[S...]; 0 ablates it.
+
+    Other arguments and errors as in `add`.
+    """
+    return _edit("scale", layer, at, None, factor, site)
+
+
+def project_out(layer: Any, at: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+    """Removes the value's component along `vector`, which need not have unit length.
+
+    Arguments and errors as in `add`.
+    """
+    return _edit("project_out", layer, at, vector, strength, site)
+
+
+def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any, site: str) -> Edit:
+    if site not in SITES:
+        raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
+    layer, at = jnp.asarray(layer), jnp.asarray(at)
+    for name, array in (("layer", layer), ("at", at)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise InputError(f"`{name}` must hold integers, not {array.dtype}.")
+    if at.ndim not in (1, 2):
+        raise InputError(
+            f"`at` must have shape [B] or [B, P], not {list(at.shape)}; sweep over positions with jax.vmap."
+        )
+    sweep = layer.shape
+    vector = jnp.zeros((*sweep, 1)) if vector is None else jnp.asarray(vector)
+    strength = jnp.asarray(strength, vector.dtype)
+    at = at[:, None] if at.ndim == 1 else at
+    inner = vector.ndim - len(sweep)
+    if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
+        raise InputError(
+            f"`vector` of shape {list(vector.shape)} does not fit: expected [{', '.join(map(str, (*sweep, 'D')))}] "
+            "or the same with axes B or B, P before D."
+        )
+    axes = {1: (-3, -2), 2: (-2,), 3: ()}[inner]
+    vector = jnp.expand_dims(vector, axes)
+    for axis, name in ((-3, "prompts"), (-2, "positions")):
+        size, expected = vector.shape[axis], at.shape[axis + 1]
+        if size not in (1, expected):
+            raise InputError(f"`vector` is for {size} {name}, but `at` names {expected}.")
+    try:
+        strength = jnp.broadcast_to(strength, sweep)
+    except ValueError as error:
+        raise InputError(f"strength of shape {list(strength.shape)} does not fit sweep axes {list(sweep)}.") from error
+    return Edit(
+        operation=operation,
+        site=site,
+        layer=layer,
+        at=jnp.broadcast_to(at, (*sweep, *at.shape)),
+        vector=vector,
+        strength=strength,
+    )
+
+
+def stack(interventions: Sequence[Any]) -> Any:
+    """Interventions of the same structure as one, with a new leading sweep axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *interventions)

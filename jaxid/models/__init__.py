@@ -1,0 +1,1 @@
+"""The networks, in Flax NNX: what they are, and nothing of files or experiments."""

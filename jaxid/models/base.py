@@ -1,0 +1,53 @@
+"""A loaded model: static description plus a pytree of parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A network ready for use in pure functions.
+
+    Attributes:
+        parameters: nested dictionaries of arrays, block parameters stacked over layers.
+        definition: the network's structure (Flax NNX graph definition).
+        config: the family's config.
+        processor: turns pictures and questions into prompts.
+        name: how the user called it.
+        fingerprint: identifies the checkpoint's files.
+    """
+
+    parameters: Any
+    definition: Any
+    config: Any
+    processor: Any
+    name: str
+    fingerprint: str
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks, L."""
+        return self.config.text_config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        """Width of the decoder's residual stream, D."""
+        return self.config.text_config.hidden_size
+
+    def network(self) -> Any:
+        """The Flax module with these parameters."""
+        return nnx.merge(self.definition, nnx.State(self.parameters))
+
+    def prepare(self, images: Any, questions: Any, **options: Any) -> Any:
+        """Pictures and questions as `Prompts`; see `jaxid.inputs.Processor.prepare`."""
+        return self.processor.prepare(images, questions, **options)
+
+
+jax.tree_util.register_dataclass(
+    Model,
+    data_fields=["parameters"],
+    meta_fields=["definition", "config", "processor", "name", "fingerprint"],
+)

@@ -1,0 +1,128 @@
+"""Parts that every network shares: norms, activations, stacked layers, reading of configs."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.errors import CheckpointError
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+"""Activation functions by the names Hugging Face configs use."""
+
+BOOKKEEPING = frozenset(
+    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention architectures
+attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id id2label initializer_factor initializer_range is_decoder is_encoder_decoder label2id
+length_penalty max_length max_position_embeddings min_length model_type no_repeat_ngram_size num_beam_groups
+num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+pretraining_tp problem_type projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
+return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+use_bfloat16 use_cache""".split()
+)
+"""Fields of Hugging Face configs that say nothing about what the forward pass computes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all configs: frozen, keyword-only, its field names those of the Hugging Face config."""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], *, where: str, ignored: Iterable[str] = ()) -> Self:
+        """Builds the config from a Hugging Face config's fields, refusing any that it does not know.
+
+        Args:
+            fields: the parsed JSON object.
+            where: how to name the object in an error, e.g. "text_config".
+            ignored: fields that the caller has handled or that change nothing here.
+
+        Raises:
+            CheckpointError: for a field that is neither handled nor known to change nothing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known - set(ignored) - BOOKKEEPING)
+        if unknown:
+            raise CheckpointError(
+                f"{where} of the checkpoint's config.json holds fields that jaxid does not implement: "
+                f"{', '.join(f'{name}={fields[name]!r}' for name in unknown)}. Loading would silently change the model."
+            )
+        kept = {name: value for name, value in fields.items() if name in known and value is not None}
+        return cls(**kept)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """A parameter drawn from a normal distribution of the given standard deviation, float32."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def filled(value: float, shape: tuple[int, ...]) -> nnx.Param:
+    """A parameter that starts constant, float32."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 (HF LlamaRMSNorm)."""
+
+    def __init__(self, width: int, epsilon: float):
+        """Starts with unit scale."""
+        self.scale = filled(1.0, (width,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        exact = x.astype(jnp.float32)
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.epsilon)
+        return exact.astype(x.dtype) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        """Starts as the plain standardisation."""
+        self.scale = filled(1.0, (width,))
+        self.bias = filled(0.0, (width,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        exact = x.astype(jnp.float32)
+        exact = exact - jnp.mean(exact, axis=-1, keepdims=True)
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.epsilon)
+        exact = exact * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return exact.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis, the kernel stored as [inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
+        """Starts with variance 1 / inputs."""
+        self.kernel = normal(rngs, (inputs, outputs), inputs**-0.5)
+        self.bias = filled(0.0, (outputs,)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B inputs"]) -> Float[Array, "*B outputs"]:
+        """Applies the map."""
+        kernel = self.kernel[...]
+        # One flat matrix product: XLA's CPU back end is twice as slow on [B, T, D] @ [D, F], gradients most of all.
+        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+        return y if self.bias is None else y + self.bias[...]
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """One module whose parameters carry a leading layer axis of `count`, for use under `lax.scan`."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=count))

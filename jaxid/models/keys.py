@@ -1,0 +1,67 @@
+"""The key table: how a checkpoint's tensors map to a network's parameters, both ways."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One row of a family's key table.
+
+    Attributes:
+        source: the tensor's name in the checkpoint; `{layer}` where layers are numbered.
+        target: path of the parameter, joined by dots.
+        pattern: einops pattern from source axes to parameter axes (without the layer axis).
+        sizes: lengths of pattern axes that the source does not tell.
+    """
+
+    source: str
+    target: str
+    pattern: str = "... -> ..."
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def to_parameter(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """The checkpoint's tensor in the axes of the parameter; a view where possible."""
+        return rearrange(tensor, self.pattern, **self.sizes)
+
+    def to_checkpoint(self, parameter: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """The inverse of `to_parameter`."""
+        source, target = self.pattern.split("->")
+        used = {name: size for name, size in self.sizes.items() if name in target}
+        return np.ascontiguousarray(rearrange(parameter, f"{target} -> {source}", **used))
+
+
+LINEAR = "outputs inputs -> inputs outputs"
+"""PyTorch stores a linear map as [outputs, inputs]."""
+
+
+def prefixed(keys: list[Key], source: str, target: str) -> list[Key]:
+    """The same rows below other names."""
+    return [dataclasses.replace(key, source=source + key.source, target=target + key.target) for key in keys]
+
+
+def linear(source: str, target: str, *, bias: bool) -> list[Key]:
+    """Rows of a `Linear`."""
+    rows = [Key(f"{source}.weight", f"{target}.kernel", LINEAR)]
+    return [*rows, Key(f"{source}.bias", f"{target}.bias")] if bias else rows
+
+
+def layer_norm(source: str, target: str) -> list[Key]:
+    """Rows of a `LayerNorm`."""
+    return [Key(f"{source}.weight", f"{target}.scale"), Key(f"{source}.bias", f"{target}.bias")]
+
+
+def heads_in(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
+    """Rows of a projection from the width into heads."""
+    rows = [Key(f"{source}.weight", target, "(h e) d -> d h e", {"h": heads})]
+    return [*rows, Key(f"{source}.bias", f"{target}_bias", "(h e) -> h e", {"h": heads})] if bias else rows
+
+
+def heads_out(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
+    """Rows of a projection from heads back to the width."""
+    rows = [Key(f"{source}.weight", target, "d (h e) -> h e d", {"h": heads})]
+    return [*rows, Key(f"{source}.bias", f"{target}_bias")] if bias else rows

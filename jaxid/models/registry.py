@@ -1,0 +1,51 @@
+"""Which families there are, and the aliases of published checkpoints."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxid.errors import CheckpointError
+from jaxid.models import llava
+from jaxid.models.keys import Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the loader needs to know of one model family."""
+
+    config: Callable[[dict[str, Any]], Any]  # from the parsed config.json
+    network: Callable[..., nnx.Module]  # (config, rngs=...) -> module
+    keys: Callable[[Any], list[Key]]  # key table of a config
+    renames: tuple[tuple[str, str], ...]  # other spellings of keys -> the table's
+    unused: tuple[str, ...]  # patterns of tensors that hold nothing learned
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llava": Family(
+        config=llava.LlavaConfig.from_hf,
+        network=llava.Llava,
+        keys=llava.llava_keys,
+        renames=llava.RENAMES,
+        unused=(r"\.position_ids$", r"\.rotary_emb\.inv_freq$"),
+    ),
+}
+"""Families by the `model_type` of their config.json."""
+
+ALIASES: Mapping[str, str] = {
+    "llava-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+}
+"""Short names of published checkpoints."""
+
+
+def family(model_type: str | None, where: str) -> Family:
+    """The family of a checkpoint.
+
+    Raises:
+        CheckpointError: if it is none of those implemented.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[model_type]

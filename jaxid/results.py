@@ -1,0 +1,284 @@
+"""Results on disk, whole or not at all: tidy tables (Parquet), summaries (JSON); and confidence intervals."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxid.errors import DataError, InputError, OutputError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+def ensure_output_folder(path: str | Path) -> Path:
+    """Makes a folder for results and checks that files can be written there.
+
+    Args:
+        path: the folder; its parents are made too.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: if a file is in the way, or the folder cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write results to {folder}: {_reason(error)}; choose another output folder."
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name to write to, which becomes `path` only if nothing goes wrong.
+
+    Args:
+        path: the file to write or replace; its folder is made if need be.
+
+    Yields:
+        A path in the same folder.
+
+    Raises:
+        OutputError: if the file cannot be written, for instance because the disk is full.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: a folder is in the way; choose another name.")
+    temporary = ensure_output_folder(path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {_reason(error)}; free some space or choose another place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(path: str | Path, columns: Mapping[str, np.ndarray | Sequence[Any]]) -> Path:
+    """Writes one tidy table as a Parquet file.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        columns: column name -> one value per row, all of one length; bfloat16 is stored as float32.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: if the columns' lengths differ, or a column is not one-dimensional.
+        OutputError: if the file cannot be written.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    if not columns:
+        raise InputError(f"the table for {path} has no columns.")
+    arrays = {name: _column(name, values) for name, values in columns.items()}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"the columns for {path} have different lengths: {lengths}.")
+    table = pyarrow.table(arrays)
+    with whole_file(path) as temporary:
+        parquet.write_table(table, temporary)
+    return Path(path)
+
+
+def read_table(path: str | Path) -> "pyarrow.Table":
+    """Reads a table, or all parts (`*.parquet`) of a folder as one table, in the order of their names.
+
+    Args:
+        path: a Parquet file or a folder of them. A column that some parts lack is null there.
+
+    Returns:
+        The table.
+
+    Raises:
+        DataError: if nothing is there, a file is not Parquet, or two parts disagree on a column's type.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    path = Path(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path} holds no .parquet file; was the experiment run with this output folder?")
+    tables: list[pyarrow.Table] = []
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as part:
+                tables.append(part.read())
+        except FileNotFoundError as error:
+            raise DataError(f"there is no table at {file}.") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{file} is not a readable Parquet file: {_reason(error)}.") from error
+    try:
+        return pyarrow.concat_tables(tables, promote_options="default")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the parts in {path} do not fit together: {_reason(error)}.") from error
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a text file in UTF-8.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        text: what to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Writes a value as JSON, two spaces a level.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        value: mappings, sequences, dataclasses, strings, numbers, paths and arrays, nested at will. NaN and
+            infinities, which JSON does not have, become null.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: if something in the value has no JSON form.
+        OutputError: if the file cannot be written.
+    """
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(path, text + "\n")
+
+
+def tidy(values: Any, axes: Mapping[str, Sequence[Any]], name: str = "value") -> dict[str, np.ndarray]:
+    """Unrolls an array with named axes into columns of one row per entry.
+
+    A worked example: `tidy([[1, 2], [3, 4]], {"layer": [6, 7], "word": ["left", "right"]})` gives::
+
+        layer 6     6      7     7
+        word  left  right  left  right
+        value 1     2      3     4
+
+    Args:
+        values: array of any number of dimensions, NumPy or JAX.
+        axes: axis name -> labels along that axis, in the order of the dimensions.
+        name: of the column that holds the values.
+
+    Returns:
+        Column name -> one-dimensional array; the last axis runs fastest.
+
+    Raises:
+        InputError: if axes and dimensions do not match, or two columns would have one name.
+    """
+    array = np.asarray(values)
+    if name in axes:
+        raise InputError(f"{name!r} names both an axis and the values.")
+    labels = {axis: _column(axis, marks) for axis, marks in axes.items()}
+    expected = {axis: len(marks) for axis, marks in labels.items()}
+    if array.shape != tuple(expected.values()):
+        raise InputError(f"values of shape {array.shape} do not fit the axes {expected}.")
+    grids = np.indices(array.shape)
+    columns = {axis: marks[grid.ravel()] for (axis, marks), grid in zip(labels.items(), grids, strict=True)}
+    return {**columns, name: array.ravel()}
+
+
+def confidence_interval(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share.
+
+    Args:
+        successes: how many of `count`.
+        count: number of trials, at least 1.
+
+    Returns:
+        (low, high), both in [0, 1].
+
+    Raises:
+        InputError: unless 0 <= successes <= count and count >= 1.
+    """
+    from scipy import stats
+
+    if not 0 <= successes <= count or count < 1:
+        raise InputError(f"{successes} successes of {count} trials have no confidence interval.")
+    interval = stats.binomtest(int(successes), int(count)).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_interval(values: Any, seed: int, *, resamples: int = 10_000) -> tuple[float, float]:
+    """Bootstrapped 95 % interval of a mean (percentiles of resampled means).
+
+    Args:
+        values: the sample; any shape, at least two finite numbers.
+        seed: of the resampling.
+        resamples: how many means are drawn.
+
+    Returns:
+        (low, high), in the values' unit.
+
+    Raises:
+        InputError: for fewer than two values, or values that are not finite.
+    """
+    from scipy import stats
+
+    sample = np.asarray(values, np.float64).ravel()
+    if sample.size < 2 or not np.isfinite(sample).all():
+        finite = int(np.isfinite(sample).sum())
+        raise InputError(f"a bootstrap needs two or more values, all finite; {finite} of {sample.size} are.")
+    # In batches of about 16 MB: all resamples of a large sample at once would not fit in memory.
+    batch = max(1, 2_000_000 // sample.size)
+    rng = np.random.default_rng(seed)
+    drawn = stats.bootstrap(
+        (sample,), np.mean, n_resamples=resamples, batch=batch, method="percentile", rng=rng
+    ).confidence_interval
+    return float(drawn.low), float(drawn.high)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _column(name: str, values: Any) -> np.ndarray:
+    """A one-dimensional array that Parquet can hold."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise InputError(f"column {name!r} must be a flat list of plain entries, not of shape {array.shape}.")
+    # NumPy sees the extended float types of JAX (bfloat16 and smaller) as opaque bytes.
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _plain(value: Any) -> Any:
+    """The value in the types that JSON has."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "__array__"):
+        return _plain(np.asarray(value).tolist())
+    raise InputError(f"{value!r} of type {type(value).__name__} has no JSON form.")

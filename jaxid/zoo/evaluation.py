@@ -1,0 +1,117 @@
+"""What tiny-llava answers on scenes that training never showed."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jaxid.data import scenes as drawn
+from jaxid.data.scenes import OBJECTS, Scenes
+from jaxid.engine import forward
+from jaxid.experiments.relations import ANSWERS, QUERIES, RelationItem
+from jaxid.models.base import Model
+from jaxid.results import confidence_interval
+from jaxid.zoo import tiny_llava as recipe
+
+
+def held_out_scenes(rng: np.random.Generator, count: int) -> Scenes:
+    """Two-object scenes, half on the grid and half free, each with a pair of objects or places never trained on."""
+    grid = recipe.grid_scenes(rng, 8 * count)
+    grid = grid[np.flatnonzero(recipe.is_held_out(grid))[: count // 2]]
+    free = drawn.sample_free(rng, 10 * count, num_objects=(2, 2), size_range=(0.17, 0.25))
+    free = free[np.flatnonzero(recipe.is_held_out(free))[: count - count // 2]]
+    return drawn.concatenate([grid, free])
+
+
+def relation_items(
+    rng: np.random.Generator, count: int, axis: str
+) -> tuple[list[RelationItem], UInt8[np.ndarray, "N Y X 3"]]:
+    """Held-out scenes with a question about one axis, answers balanced by chance, subjects in either order."""
+    number = list(ANSWERS).index(axis)
+    scenes = held_out_scenes(rng, 2 * count)
+    gap = scenes.centers[:, 0, number] - scenes.centers[:, 1, number]
+    chosen = np.flatnonzero(np.abs(gap) >= recipe.MIN_GAP)
+    scenes = scenes[rng.permutation(chosen)[:count]]
+    pictures = drawn.render(scenes, recipe.IMAGE_SIZE)
+    items = []
+    for row, picture in enumerate(pictures):
+        first = int(rng.integers(2))
+        subject, other = scenes.objects[row, first], scenes.objects[row, 1 - first]
+        after = scenes.centers[row, first, number] > scenes.centers[row, 1 - first, number]
+        items.append(
+            RelationItem(
+                picture=picture,
+                subject=OBJECTS[subject],
+                object=OBJECTS[other],
+                relation=ANSWERS[axis][int(after)],
+            )
+        )
+    return items, pictures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """A share of right answers with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def answers(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: list[str]) -> list[str]:
+    """The model's one-word answers: the most probable token of the whole vocabulary."""
+    found: list[str] = []
+    for start in range(0, len(questions), 128):
+        prompts = model.prepare(list(pictures[start : start + 128]), questions[start : start + 128])
+        best: Int[np.ndarray, B] = np.asarray(forward(model, prompts).logits).argmax(-1)
+        found += [model.processor.decode([int(token)]) for token in best]
+    return found
+
+
+def accuracy(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: list[str], truths: list[str]) -> Accuracy:
+    """Share of questions whose answer is exactly the true word."""
+    right = sum(given == truth for given, truth in zip(answers(model, pictures, questions), truths, strict=True))
+    low, high = confidence_interval(right, len(truths))
+    return Accuracy(value=right / len(truths), low=low, high=high, count=len(truths))
+
+
+def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accuracy]:
+    """Accuracy on held-out scenes, by kind of question: left_right, above_below, where, exists, color."""
+    rng = np.random.default_rng((977, seed))
+    results: dict[str, Accuracy] = {}
+    for axis, name in (("horizontal", "left_right"), ("vertical", "above_below")):
+        items, pictures = relation_items(rng, count, axis)
+        questions = [QUERIES[axis].format(subject=item.subject, object=item.object) for item in items]
+        results[name] = accuracy(model, pictures, questions, [item.relation for item in items])
+
+    scenes = held_out_scenes(rng, count)
+    pictures = drawn.render(scenes, recipe.IMAGE_SIZE)
+    asked = rng.integers(2, size=len(pictures))
+    rows = np.arange(len(pictures))
+    objects, places = scenes.objects[rows, asked], recipe.cells(scenes)[rows, asked]
+    names = [OBJECTS[index] for index in objects]
+    places_words = [recipe.COLUMN_WORDS[place % 4] + recipe.ROW_WORDS[place // 4] for place in places]
+    # A centre within half a pixel of a cell's border has no certain cell.
+    distance = np.abs(scenes.centers[rows, asked] * 4 - np.round(scenes.centers[rows, asked] * 4)).min(axis=-1)
+    sure = np.flatnonzero(distance >= 4 * 0.5 / recipe.IMAGE_SIZE)
+    results["where"] = accuracy(
+        model,
+        pictures[sure],
+        [f"Where is the {names[row]}?" for row in sure],
+        [places_words[row] for row in sure],
+    )
+    absent = [
+        OBJECTS[rng.choice([index for index in range(len(OBJECTS)) if index not in scenes.objects[row]])]
+        for row in rows
+    ]
+    half = len(rows) // 2
+    results["exists"] = accuracy(
+        model,
+        pictures,
+        [f"Is there a {name}?" for name in [*names[:half], *absent[half:]]],
+        ["yes"] * half + ["no"] * (len(rows) - half),
+    )
+    colors = [list(drawn.COLORS)[index] for index in scenes.colors[rows, asked]]
+    results["color"] = accuracy(model, pictures, [f"What color is the {name}?" for name in names], colors)
+    return results

@@ -1,0 +1,143 @@
+"""Writing a trained network as a checkpoint folder in Hugging Face layout."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxid.checkpoints.tensors import save_parameters
+from jaxid.models.llava import LlavaConfig, llava_keys
+from jaxid.results import write_json
+
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def write_llava(
+    folder: Path,
+    config: LlavaConfig,
+    parameters: Mapping[str, Any],
+    *,
+    vocabulary: Sequence[str],
+    chat_template: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Writes a LLaVA folder with a word-level tokenizer.
+
+    Args:
+        folder: where to; made if need be.
+        config: the network's shape.
+        parameters: nested dictionaries of arrays, as `Llava` holds them.
+        vocabulary: tokens, the index is the id; must hold the special tokens and "<image>".
+        chat_template: Jinja template of the conversation.
+        mean: of the pixels, per channel.
+        std: of the pixels, per channel.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", hf_config(config, vocabulary))
+    save_parameters(folder / "model.safetensors", parameters, llava_keys(config))
+    _write_tokenizer(folder, vocabulary, chat_template)
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    image_processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    write_json(folder / "preprocessor_config.json", image_processor)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": patch,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    write_json(folder / "processor_config.json", processor)
+    eos = list(vocabulary).index("</s>")
+    write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": eos, "pad_token_id": list(vocabulary).index("<pad>")},
+    )
+
+
+def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
+    """The config.json that Hugging Face's LlavaForConditionalGeneration reads."""
+    text, vision = config.text_config, config.vision_config
+    words = list(vocabulary)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_index,
+        "image_seq_length": config.image_tokens,
+        "projector_hidden_act": config.projector_hidden_act,
+        "multimodal_projector_bias": config.multimodal_projector_bias,
+        "vision_feature_layer": config.vision_feature_layer[0]
+        if len(config.vision_feature_layer) == 1
+        else list(config.vision_feature_layer),
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "torch_dtype": "float32",
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_attention_heads": text.num_attention_heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "hidden_act": text.hidden_act,
+            "rms_norm_eps": text.rms_norm_eps,
+            "rope_theta": text.rope.rope_theta,
+            "max_position_embeddings": 1024,
+            "bos_token_id": words.index("<s>"),
+            "eos_token_id": words.index("</s>"),
+            "pad_token_id": words.index("<pad>"),
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.num_hidden_layers,
+            "num_attention_heads": vision.num_attention_heads,
+            "num_channels": vision.num_channels,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_act": vision.hidden_act,
+            "layer_norm_eps": vision.layer_norm_eps,
+        },
+    }
+
+
+def _write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    # Whole words and single punctuation marks; white space itself is no token.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.add_special_tokens([*SPECIAL.values(), "<image>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+        "padding_side": "left",
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "extra_special_tokens": {"image_token": "<image>"},
+        **SPECIAL,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    write_json(folder / "special_tokens_map.json", dict(SPECIAL))

@@ -1,0 +1,86 @@
+"""Log-probabilities of a few vocabulary entries, without building the table of all of them.
+
+The answers of every experiment are read as log-softmax over the full vocabulary at the id of an answer word
+([ID] arXiv 2601.12626, evaluation). With 150 000 entries and hundreds of interventions a row, that table
+would be the largest array of the program; only its log-sum-exp is needed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def log_probs(
+    hidden: Float[Array, "*batch D"],
+    unembedding: Float[Array, "D V"],
+    token_ids: Int[Array, "*ids"],
+    *,
+    block: int = 8192,
+    soft_cap: float | None = None,
+) -> Float[Array, "*result"]:
+    """Log-softmax over the vocabulary at chosen entries, in float32.
+
+    The normaliser is a running log-sum-exp over blocks of the vocabulary, so the largest temporary is
+    [*batch, block], in the backward pass too. Two bfloat16 arguments are multiplied as they are, with float32
+    sums.
+
+    Args:
+        hidden: Final hidden states, after the last norm.
+        unembedding: The matrix from hidden state to logits (the transposed embedding table where they are
+            tied).
+        token_ids: Entries to read: [n], the same for every row, or [*batch, n]. An id outside the vocabulary
+            gives NaN.
+        block: Vocabulary entries taken at a time; a vocabulary no larger than this is taken at once.
+        soft_cap: Where given, logits z become soft_cap * tanh(z / soft_cap) first (Gemma).
+
+    Returns:
+        Log-probabilities, float32 [*batch, n].
+    """
+    if hidden.dtype != unembedding.dtype:
+        hidden, unembedding = hidden.astype(jnp.float32), unembedding.astype(jnp.float32)
+    chosen_columns = jnp.take(unembedding, token_ids, axis=1)  # [D, n] or [D, *batch, n]
+    pattern = "...d,dn->...n" if token_ids.ndim == 1 else "...d,d...n->...n"
+    chosen = _cap(_contract(pattern, hidden, chosen_columns), soft_cap)
+    return chosen - _log_normaliser(hidden, unembedding, block, soft_cap)[..., None]
+
+
+def _log_normaliser(
+    hidden: Float[Array, "*batch D"], unembedding: Float[Array, "D V"], block: int, soft_cap: float | None
+) -> Float[Array, "*batch"]:
+    """Log of the sum of exponentials of all logits, a block of the vocabulary at a time."""
+    vocabulary = unembedding.shape[1]
+    if vocabulary <= block:
+        return jax.nn.logsumexp(_cap(_contract("...d,dv->...v", hidden, unembedding), soft_cap), axis=-1)
+
+    # Recomputed in the backward pass: otherwise the scan would store every block's logits, the table we
+    # avoid.
+    @jax.checkpoint
+    def add_block(
+        carry: tuple[Float[Array, "*batch"], Float[Array, "*batch"]], first: Int[Array, ""]
+    ) -> tuple[tuple[Float[Array, "*batch"], Float[Array, "*batch"]], None]:
+        largest, total = carry
+        # The last block is moved back to end with the vocabulary (padding would copy the matrix); what it
+        # shares with the block before is masked.
+        start = jnp.minimum(first, vocabulary - block)
+        columns = jax.lax.dynamic_slice_in_dim(unembedding, start, block, axis=1)
+        logits = _cap(_contract("...d,dv->...v", hidden, columns), soft_cap)
+        logits = jnp.where(start + jnp.arange(block) >= first, logits, -jnp.inf)
+        # The result does not depend on the shift, so neither does the gradient.
+        new_largest = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(axis=-1)))
+        total = total * jnp.exp(largest - new_largest) + jnp.exp(logits - new_largest[..., None]).sum(axis=-1)
+        return (new_largest, total), None
+
+    rows = hidden.shape[:-1]
+    start = (jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32))
+    (largest, total), _ = jax.lax.scan(add_block, start, jnp.arange(0, vocabulary, block))
+    return largest + jnp.log(total)
+
+
+def _contract(pattern: str, left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Product with float32 sums; float32 inputs keep their full precision on accelerators too."""
+    return jnp.einsum(pattern, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _cap(logits: Float[Array, "..."], soft_cap: float | None) -> Float[Array, "..."]:
+    """Soft-capped logits, or the logits themselves."""
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

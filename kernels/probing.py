@@ -1,0 +1,327 @@
+"""Finding spatial IDs in activations and measuring their geometry ([ID] arXiv 2601.12626).
+
+Two steps. First, running sums of activations over (group, cell) become centred means: the IDs. Then the IDs
+of a grid, `[..., X, Y, D]` with column X to the right and row Y down, are read: axes, plane, shares of
+variance, agreement between objects, and the ID of a place between cells. Leading axes (layers) pass through
+everything. All results are float32, whatever the activations are.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class CellSums(NamedTuple):
+    """Running sums of activations over (group, cell).
+
+    The sums of two sets of pictures add up: `jax.tree.map(jnp.add, one, other)`.
+
+    Attributes:
+        sums: Float32 sums.
+        counts: Number of rows summed.
+    """
+
+    sums: Float[Array, "G C L D"]
+    counts: Int[Array, "G C"]
+
+
+def empty_sums(groups: int, cells: int, layers: int, width: int) -> CellSums:
+    """Sums over no rows: where `accumulate` starts."""
+    return CellSums(jnp.zeros((groups, cells, layers, width), jnp.float32), jnp.zeros((groups, cells), jnp.int32))
+
+
+def accumulate(
+    state: CellSums, activations: Float[Array, "B L D"], group: Int[Array, "B"], cell: Int[Array, "B"]
+) -> CellSums:
+    """Adds a batch of activations to the running sums.
+
+    Args:
+        state: Sums so far.
+        activations: One row an image, any float type; summed in float32.
+        group: Group of each row (an object, a pair, a frame: the caller's choice).
+        cell: Cell of each row. A row whose group or cell is outside the state is left out (-1 for padding).
+
+    Returns:
+        The sums with the batch in them.
+    """
+    groups, cells = state.counts.shape
+    # A negative index would wrap around, so rows to leave out get an index past the end, which is dropped.
+    inside = (group >= 0) & (cell >= 0)
+    group = jnp.where(inside, group, groups)
+    cell = jnp.where(inside, cell, cells)
+    return CellSums(
+        state.sums.at[group, cell].add(activations.astype(jnp.float32), mode="drop"),
+        state.counts.at[group, cell].add(1, mode="drop"),
+    )
+
+
+def finish(state: CellSums) -> tuple[Float[Array, "G C L D"], Int[Array, "G C"]]:
+    """Means and counts of the running sums; the mean of no rows is zero."""
+    return _divide(state.sums, state.counts[..., None, None]), state.counts
+
+
+def average(
+    means: Float[Array, "G C *rest"], counts: Int[Array, "G C"], axis: int
+) -> tuple[Float[Array, "N *rest"], Int[Array, "N"]]:
+    """Mean over groups or over cells, each present entry weighted equally.
+
+    Args:
+        means: Entries by group and cell.
+        counts: Rows behind each entry; an entry of count 0 is missing and does not take part.
+        axis: 0 averages over groups, 1 over cells.
+
+    Returns:
+        The means over that axis (zero where nothing is present), and the number of rows behind each.
+    """
+    present = _spread(counts > 0, means)
+    total = jnp.where(present, means.astype(jnp.float32), 0.0).sum(axis=axis)
+    return _divide(total, present.sum(axis=axis)), counts.sum(axis=axis)
+
+
+def center(means: Float[Array, "G C *rest"], counts: Int[Array, "G C"], axis: int) -> Float[Array, "G C *rest"]:
+    """Subtracts from each present entry the mean of the present entries along an axis.
+
+    With one group an image folder (a pair and A's place) and cells the places and sizes of B, `axis=1` gives
+    the IDs of B at that place of A ([ID] arXiv 2601.12626, extraction of spatial IDs). `placed_ids` is the
+    same, averaged over A's places, for data too large to hold by folder.
+
+    Args:
+        means: Entries by group and cell.
+        counts: Rows behind each entry; missing entries (count 0) take no part and come out as zero.
+        axis: 0 centres over groups, 1 over cells.
+
+    Returns:
+        Centred entries, float32.
+    """
+    middle = jnp.expand_dims(average(means, counts, axis)[0], axis)
+    return jnp.where(_spread(counts > 0, means), means.astype(jnp.float32) - middle, 0.0)
+
+
+def placed_ids(
+    places: CellSums, folders: CellSums, crossings: Int[Array, "P A C"]
+) -> tuple[Float[Array, "P C L D"], Int[Array, "P C"]]:
+    """IDs of the second object by pair, from two small tables of sums.
+
+    A table of means by (pair, place of A, place of B) would not fit in memory. The ID of B at one place of A
+    is its activation less the mean of that folder; the ID of a pair is the mean of it over A's places. Both
+    means are linear, so sums over A's places and sums over folders suffice. Where every placement has equally
+    many images this is the published mean of means; otherwise images, not placements, weigh equally.
+
+    Args:
+        places: Sums with groups = P pairs and cells = C places (and sizes) of B.
+        folders: Sums with groups = P pairs and cells = A places of the first object.
+        crossings: Number of images of each pair at each place of A and each place of B.
+
+    Returns:
+        IDs by pair and place of B (zero where no image), and the number of images behind each.
+    """
+    folder_means, _ = finish(folders)
+    removed = jnp.einsum("pac,pald->pcld", crossings.astype(jnp.float32), folder_means, precision=_HIGHEST)
+    centred = jnp.where(places.counts[..., None, None] > 0, places.sums - removed, 0.0)
+    return _divide(centred, places.counts[..., None, None]), places.counts
+
+
+def axes(
+    universal: Float[Array, "*batch X Y D"], *, include_diagonal: bool = False
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
+    """Spatial axes: the mean step to the right and the mean step down.
+
+    The x axis is the mean over rows and over pairs of columns x1 < x2 of U(x2, y) - U(x1, y); the y axis
+    likewise down the rows ([ID] arXiv 2601.12626, spatial axes).
+
+    Args:
+        universal: IDs of a grid.
+        include_diagonal: Averages over pairs x1 <= x2, as the published code does: the same axes, shorter by
+            (n - 1)/(n + 1) for n columns.
+
+    Returns:
+        The x axis (rightwards) and the y axis (downwards).
+    """
+    universal = universal.astype(jnp.float32)
+
+    def mean_step(lines: Float[Array, "*batch N D"]) -> Float[Array, "*batch D"]:
+        # Summed over pairs, line i is added once for each line before it and taken away once for each after.
+        length = lines.shape[-2]
+        weights = 2.0 * jnp.arange(length, dtype=jnp.float32) - (length - 1)
+        pairs = length * (length + 1 if include_diagonal else length - 1) / 2
+        return jnp.einsum("...nd,n->...d", lines, weights / pairs, precision=_HIGHEST)
+
+    return mean_step(universal.mean(axis=-2)), mean_step(universal.mean(axis=-3))
+
+
+def plane(
+    x_axis: Float[Array, "*batch D"], y_axis: Float[Array, "*batch D"]
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
+    """Orthonormal directions (u, v) of the plane of the axes.
+
+    u is along the x axis; v is the y axis without its part along u ([ID] arXiv 2601.12626, spatial axes). A
+    zero axis gives a zero direction.
+    """
+    u = _unit(x_axis.astype(jnp.float32))
+    y_axis = y_axis.astype(jnp.float32)
+    return u, _unit(y_axis - _dot(y_axis, u)[..., None] * u)
+
+
+def plane_coordinates(
+    values: Float[Array, "*batch D"], u: Float[Array, "*directions D"], v: Float[Array, "*directions D"]
+) -> Float[Array, "*batch 2"]:
+    """Coordinates (value . u, value . v) in the plane, in activation units.
+
+    Args:
+        values: Vectors to project. Their axes before D begin with those of u and v, then any others:
+            values [L, X, Y, D] go with u and v [L, D].
+        u: First direction of `plane`.
+        v: Second direction of `plane`.
+
+    Returns:
+        Coordinates, float32.
+    """
+    directions = jnp.stack([u, v], axis=-1).astype(jnp.float32)  # [*directions, D, 2]
+    lead = directions.shape[:-2]
+    flat = values.astype(jnp.float32).reshape(*lead, -1, values.shape[-1])
+    result = jnp.matmul(flat, directions, precision=_HIGHEST)
+    return result.reshape(*values.shape[:-1], 2)
+
+
+def explained_variance(
+    universal: Float[Array, "*batch X Y D"], u: Float[Array, "*batch D"], v: Float[Array, "*batch D"]
+) -> Float[Array, "*batch"]:
+    """Share of the IDs' variance over cells that lies in the plane: (var(e.u) + var(e.v)) / total variance.
+
+    ([ID] arXiv 2601.12626, linearity of spatial IDs.) Zero where the IDs do not vary.
+    """
+    inside = plane_coordinates(universal, u, v).var(axis=(-3, -2)).sum(axis=-1)
+    return _divide(inside, universal.astype(jnp.float32).var(axis=(-3, -2)).sum(axis=-1))
+
+
+def row_column_shares(
+    universal: Float[Array, "*batch X Y D"],
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """Shares of the IDs' variance explained by the column means and by the row means.
+
+    Two-way analysis of variance without interaction: the shares add, and their sum is 1 exactly if every ID
+    is a vector of its column plus a vector of its row. Unrelated cells of n rows and n columns give about
+    2 / (n + 1).
+
+    Returns:
+        The column share (x) and the row share (y); zero where the IDs do not vary.
+    """
+    universal = universal.astype(jnp.float32)
+    centred = universal - universal.mean(axis=(-3, -2), keepdims=True)
+    total = (centred**2).mean(axis=(-3, -2)).sum(axis=-1)
+    columns = (centred.mean(axis=-2) ** 2).mean(axis=-2).sum(axis=-1)
+    rows = (centred.mean(axis=-3) ** 2).mean(axis=-2).sum(axis=-1)
+    return _divide(columns, total), _divide(rows, total)
+
+
+def axes_cosine(x_axis: Float[Array, "*batch D"], y_axis: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """Cosine between the two axes: near 0 where columns and rows are written independently."""
+    return _dot(_unit(x_axis.astype(jnp.float32)), _unit(y_axis.astype(jnp.float32)))
+
+
+def cosine_agreement(
+    per_object: Float[Array, "*batch O C D"], present: Bool[Array, "O C"] | None = None
+) -> Float[Array, "*batch"]:
+    """Mean cosine between two objects' IDs of the same cell, over all pairs of objects and all cells.
+
+    Args:
+        per_object: Centred IDs of each object at each cell.
+        present: Which entries exist; all of them by default. Pairs with a missing one take no part.
+
+    Returns:
+        The mean cosine; zero where there is no pair.
+    """
+    if present is None:
+        present = jnp.ones(per_object.shape[-3:-1], bool)
+    objects = per_object.shape[-3]
+    kept = jnp.broadcast_to(present[..., None], per_object.shape)
+    directions = _unit(jnp.where(kept, per_object.astype(jnp.float32), 0.0))
+    cosines = jnp.einsum("...ocd,...pcd->...cop", directions, directions, precision=_HIGHEST)
+    both = present.T[:, :, None] & present.T[:, None, :] & ~jnp.eye(objects, dtype=bool)[None]
+    total = jnp.einsum("...cop,cop->...", cosines, both.astype(jnp.float32), precision=_HIGHEST)
+    return _divide(total, both.sum())
+
+
+def place_correlation(universal: Float[Array, "*batch X Y D"]) -> Float[Array, "*batch 2"]:
+    """Correlation, over cells, of the plane coordinates with the true column and the true row.
+
+    Returns:
+        Pearson correlation of the first coordinate with the column, and of the second with the row; zero
+        where a coordinate does not vary.
+    """
+    columns, rows = universal.shape[-3:-1]
+    coordinates = plane_coordinates(universal, *plane(*axes(universal)))
+    places = jnp.stack(
+        jnp.meshgrid(jnp.arange(columns, dtype=jnp.float32), jnp.arange(rows, dtype=jnp.float32), indexing="ij"),
+        axis=-1,
+    )
+    coordinates = coordinates - coordinates.mean(axis=(-3, -2), keepdims=True)
+    places = places - places.mean(axis=(-3, -2), keepdims=True)
+    together = jnp.einsum("...xyc,xyc->...c", coordinates, places, precision=_HIGHEST)
+    squares = jnp.einsum("...xyc,ijc->...c", coordinates**2, places**2, precision=_HIGHEST)
+    return _divide(together, jnp.sqrt(squares))
+
+
+def bilinear(
+    universal: Float[Array, "*batch X Y D"],
+    x: Float[Array, "*points"],
+    y: Float[Array, "*points"],
+    *,
+    half_cell: bool = True,
+) -> Float[Array, "..."]:
+    """The ID of any place: a bilinear mix of the IDs of the four cells around it.
+
+    ([ID] arXiv 2601.12626, ground-truth IDs of COCO boxes.)
+
+    Args:
+        universal: IDs of a grid.
+        x: Distance from the left edge in cells, 0 to X: four times the share of the width on a 4 x 4 grid.
+        y: Distance from the upper edge in cells, 0 to Y.
+        half_cell: A cell's ID belongs to its centre, so (x + 0.5, y + 0.5) gives exactly U(x, y). False puts
+            it at the cell's upper left corner, half a cell off, as the published code does.
+
+    Returns:
+        IDs, float32 [*batch, *points, D]; beyond the outermost IDs the nearest is taken.
+    """
+    offset = 0.5 if half_cell else 0.0
+
+    def weights(places: Float[Array, "..."], length: int) -> Float[Array, "P N"]:
+        places = jnp.clip(places.astype(jnp.float32).reshape(-1, 1) - offset, 0.0, length - 1.0)
+        return jnp.maximum(0.0, 1.0 - jnp.abs(places - jnp.arange(length, dtype=jnp.float32)[None]))
+
+    columns, rows = universal.shape[-3:-1]
+    mixed = jnp.einsum(
+        "...xyd,px,py->...pd",
+        universal.astype(jnp.float32),
+        weights(x, columns),
+        weights(y, rows),
+        precision=_HIGHEST,
+    )
+    return mixed.reshape(*universal.shape[:-3], *x.shape, universal.shape[-1])
+
+
+def _divide(total: Float[Array, "..."], number: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."]:
+    """Quotient in float32, zero where the divisor is zero; NaN arises neither forwards nor backwards."""
+    number = number.astype(jnp.float32)
+    return jnp.where(number > 0, total / jnp.where(number > 0, number, 1.0), 0.0)
+
+
+def _spread(present: Bool[Array, "G C"], means: Float[Array, "G C *rest"]) -> Bool[Array, "G C *ones"]:
+    """Presence with axes of length one behind, to go with the entries."""
+    return present.reshape(*present.shape, *(1,) * (means.ndim - 2))
+
+
+def _dot(left: Float[Array, "*batch D"], right: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """Inner product over the last axis, in full float32."""
+    return jnp.einsum("...d,...d->...", left, right, precision=_HIGHEST)
+
+
+def _unit(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Vectors of length one; a zero vector stays zero."""
+    squared = _dot(vectors, vectors)[..., None]
+    positive = squared > 0
+    return jnp.where(positive, vectors / jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)

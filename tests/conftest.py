@@ -1,0 +1,21 @@
+"""Settings for every test, as environment variables, so that processes which tests start have them too."""
+
+import os
+
+# JAX reads its variables when it is imported. Eight devices on one machine show whether sharding is right,
+# strict promotion that no dtype changes by accident; no compiled program may outlive the code it came from.
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # PyTorch's threads
+
+from jaxtyping import install_import_hook
+
+# Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
+install_import_hook("jaxid", "beartype.beartype")
