@@ -95,8 +95,8 @@ def demo(
     summary = main_job.run(out, main_job.DemoConfig(model=model, seed=seed))
     layer, factor = summary["best_layer"], summary["best_factor"]
     typer.echo(
-        f"{summary['model']}: left/right {summary['accuracy']['left_right']:.1%} right; block {layer}, factor {factor}: "
-        f"beliefs swapped {summary['belief_swap'][layer]:.1%} by IDs, {summary['noise_swap'][layer]:.1%} by noise.\n"
+        f"{summary['model']}: left/right {summary['accuracy']['left_right']:.1%} right; "
+        f"block {layer}, factor {factor}: beliefs swapped {summary['belief_swap'][layer]:.1%} by IDs, {summary['noise_swap'][layer]:.1%} by noise.\n"
         f"Report: {out / 'report.md'} ({summary['seconds']} s)"
     )
 

@@ -14,13 +14,12 @@ from jaxtyping import Float
 
 from jaxid.checkpoints.loading import load
 from jaxid.data import scenes as drawn
-from jaxid.data.grid import placements
+from jaxid.data.grid import GridItem, placements
 from jaxid.data.scenes import OBJECTS
 from jaxid.engine import forward
 from jaxid.experiments import activation_swap, belief_swap, grid, relations, steering
-from jaxid.experiments.grid import GridItem
 from jaxid.experiments.relations import ANSWERS, RelationBatch
-from jaxid.ids import SpatialIDs
+from jaxid.ids import FULL_SIZE, SpatialIDs
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 from jaxid.results import confidence_interval, ensure_output_folder, tidy, write_json, write_table
@@ -64,10 +63,11 @@ def grid_items(partners: int, seed: int) -> tuple[list[tuple[str, str]], int, It
             for picture, (a_cell, b_cell) in zip(drawn.render(scenes, recipe.IMAGE_SIZE), places, strict=True):
                 yield GridItem(
                     picture=picture,
-                    a=OBJECTS[a],
-                    b=OBJECTS[b],
-                    a_cell=(int(a_cell[0]), int(a_cell[1])),
-                    b_cell=(int(b_cell[0]), int(b_cell[1])),
+                    object_a=OBJECTS[a],
+                    object_b=OBJECTS[b],
+                    cell_a=(int(a_cell[0]), int(a_cell[1])),
+                    cell_b=(int(b_cell[0]), int(b_cell[1])),
+                    size=FULL_SIZE,
                 )
 
     return [(OBJECTS[a], OBJECTS[b]) for a, b in numbers], len(numbers) * len(places), items()

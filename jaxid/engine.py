@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.inputs import Prompts
-from jaxid.interventions import sweep_shape
+from jaxid.interventions import as_pytree, sweep_shape
 from jaxid.kernels.logprobs import log_probs
 from jaxid.models.base import Model
 from jaxid.models.inputs import Inputs
@@ -127,19 +127,15 @@ def forward(
     if unknown:
         raise InputError(f"capture names unknown sites {sorted(unknown)}; known: {', '.join(SITES)}.")
     _check(model, prompts, intervention)
-    intervention = jax.tree_util.Partial(intervention) if not _is_pytree(intervention) else intervention
+    intervention = as_pytree(intervention)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
     depth = len(sweep_shape(intervention))
     hidden, captured = _run(model.definition, model.parameters, inputs, intervention, capture, depth=depth, chunk=chunk)
     return Output(hidden=hidden, captured=captured, model=model)
 
 
-def _is_pytree(value: Any) -> bool:
-    return not jax.tree_util.all_leaves([value])
-
-
 def _check(model: Model, prompts: Prompts, intervention: Any) -> None:
-    """Layers in range, prompts as many as edited, widths equal: where the edit is one of ours and concrete."""
+    """Layers and positions in range, prompts as many as edited, widths equal: where the edit is ours and concrete."""
     for part in getattr(intervention, "parts", (intervention,)):
         if hasattr(part, "parts"):
             _check(model, prompts, part)
@@ -147,15 +143,17 @@ def _check(model: Model, prompts: Prompts, intervention: Any) -> None:
         layer = getattr(part, "layer", None)
         if layer is None or isinstance(layer, jax.core.Tracer):
             continue
-        lowest = 0 if part.site != "embed" else -1
         layers = np.asarray(layer)
-        if layers.size and (layers.min() < lowest or layers.max() >= model.num_layers):
-            raise InputError(
-                f"layer {int(layers.max() if layers.max() >= model.num_layers else layers.min())} is out of range: "
-                f"{model.name} has blocks 0..{model.num_layers - 1}."
-            )
+        lowest, highest = (-1, -1) if part.site == "embed" else (0, model.num_layers - 1)
+        wrong = layers[(layers < lowest) | (layers > highest)]
+        if wrong.size:
+            known = "the embedding is layer -1" if part.site == "embed" else f"{model.name} has blocks 0..{highest}"
+            raise InputError(f"layer {wrong.flat[0]} is out of range for site {part.site!r}: {known}.")
+        tokens = prompts.offsets.shape[1]
+        if not isinstance(part.at, jax.core.Tracer) and np.asarray(part.at).max(initial=-1) >= tokens:
+            raise InputError(f"position {np.asarray(part.at).max()} lies outside the prompts of {tokens} tokens.")
         rows, width = part.at.shape[-2], part.vector.shape[-1]
         if rows not in (1, len(prompts)):
             raise InputError(f"the edit is for {rows} prompts, the batch holds {len(prompts)}.")
-        if width not in (1, model.width):
+        if width != model.width and part.operation != "scale":
             raise InputError(f"the edit's vector has width {width}, the model's residual stream {model.width}.")

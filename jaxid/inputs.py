@@ -12,6 +12,8 @@ from jaxtyping import Float, Int, UInt8
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.models.inputs import Inputs
 
+_STAND_IN = "\ue000"  # a private character
+
 Picture = Any
 """A path, a PIL image, or an array UInt8[Y, X, 3]."""
 
@@ -142,6 +144,11 @@ class Processor:
             image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise CheckpointError(f"the image processor in {folder} cannot be read: {_first_line(error)}") from error
+        if tokenizer.convert_ids_to_tokens([config.image_token_index]) in ([None], [tokenizer.unk_token]):
+            raise CheckpointError(
+                f"the tokenizer in {folder} has no token of id {config.image_token_index}, "
+                "which config.json names as image_token_index."
+            )
         if tokenizer.chat_template is None:
             template = folder / "chat_template.json"
             if not template.exists():
@@ -176,19 +183,22 @@ class Processor:
             raise PromptError("the question is empty.")
         if self.image_token in question:
             raise PromptError(f"the question {question!r} holds the image token {self.image_token!r}: leave it out.")
-        content: list[dict[str, str]] = [{"type": "text", "text": question}]
-        if image:
-            content.insert(0, {"type": "image"})
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=chat
-        )
-        start = rendered.rfind(question)
-        if start < 0:
+        rendered = self._rendered(question, image=image, chat=chat)
+        # A stand-in that no template holds: the question itself may also stand in the template ("USER").
+        start = self._rendered(_STAND_IN, image=image, chat=chat).find(_STAND_IN)
+        if start < 0 or rendered[start : start + len(question)] != question:
             raise PromptError(f"the chat template changes the question {question!r}; its words cannot be located.")
         if not chat:
             rendered = rendered[: start + len(question)]
         before = rendered[:start].replace(self.image_token, self.image_token * self.image_tokens)
         return before + rendered[start:], len(before)
+
+    def _rendered(self, text: str, *, image: bool, chat: bool) -> str:
+        content: list[dict[str, str]] = [{"type": "text", "text": text}]
+        if image:
+            content.insert(0, {"type": "image"})
+        messages = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=chat)
 
     def prepare(
         self,
@@ -303,12 +313,12 @@ def open_picture(image: Picture) -> Any:
                 return file.convert("RGB")
         except FileNotFoundError as error:
             raise InputError(f"there is no picture at {image}.") from error
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:  # PIL's, for broken PNGs
             raise InputError(f"{image} is not a readable picture ({_first_line(error)}).") from error
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     array: UInt8[np.ndarray, "Y X 3"] = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise InputError(f"a picture must be uint8 of shape [Y, X, 3], not {array.dtype} of shape {array.shape}.")
     return Image.fromarray(array)
 

@@ -91,7 +91,7 @@ class Chain:
     @property
     def sweep_shape(self) -> tuple[int, ...]:
         """Lengths of the leading sweep axes, which all parts share."""
-        shapes = {sweep_shape(part) for part in self.parts}
+        shapes = {sweep_shape(part) for part in self.parts if jax.tree.leaves(part)}
         if len(shapes) > 1:
             raise InputError(f"the parts of a chain have different sweep axes: {sorted(shapes)}; give all the same.")
         return shapes.pop() if shapes else ()
@@ -111,9 +111,15 @@ def sweep_shape(intervention: Any) -> tuple[int, ...]:
     return getattr(intervention, "sweep_shape", ())
 
 
+def as_pytree(intervention: Intervention) -> Any:
+    """The intervention itself, or a plain Python function in a pytree without leaves."""
+    plain = jax.tree_util.all_leaves([intervention])
+    return jax.tree_util.Partial(intervention) if plain else intervention
+
+
 def chain(*interventions: Intervention) -> Chain:
     """Applies several interventions in order, as optax.chain does; all must have the same sweep axes."""
-    combined = Chain(tuple(interventions))
+    combined = Chain(tuple(as_pytree(part) for part in interventions))
     _ = combined.sweep_shape
     return combined
 
@@ -170,7 +176,11 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
             f"`at` must have shape [B] or [B, P], not {list(at.shape)}; sweep over positions with jax.vmap."
         )
     sweep = layer.shape
+    if layer.size == 0:
+        raise InputError("the sweep is empty: `layer` names no layers.")
     vector = jnp.zeros((*sweep, 1)) if vector is None else jnp.asarray(vector)
+    if not jnp.issubdtype(vector.dtype, jnp.floating):
+        vector = vector.astype(jnp.float32)
     strength = jnp.asarray(strength, vector.dtype)
     at = at[:, None] if at.ndim == 1 else at
     inner = vector.ndim - len(sweep)

@@ -18,4 +18,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # PyTorch's threads
 from jaxtyping import install_import_hook
 
 # Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
-install_import_hook("jaxid", "beartype.beartype")
+install_import_hook("jaxid", "runtime_types.checked")

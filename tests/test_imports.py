@@ -179,13 +179,14 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(jaxid._HOME))
-def test_public_name_resolves_is_listed_and_documented(name: str) -> None:
+def test_public_name_resolves_and_is_listed(name: str) -> None:
     assert getattr(jaxid, name) is not None
     assert name in dir(jaxid)
-    assert getattr(jaxid, name).__doc__
-    assert f"`{name}`" in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        f"README.md does not name `{name}`"
-    )
+
+
+def test_readme_names_everything_public() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(jaxid._HOME) if f"`{name}`" not in readme] == []
 
 
 def test_static_checkers_see_the_same_public_names() -> None:

@@ -25,8 +25,7 @@ def shipped_files() -> set[str]:
     files = {path for folder in ("jaxid", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file()}
     places = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
     return {
-        place.replace("kernels/", "jaxid/kernels/", 1) if place.startswith("kernels/") else place
-        for place in places
+        place.replace("kernels/", "jaxid/kernels/", 1) if place.startswith("kernels/") else place for place in places
     }
 
 
@@ -37,9 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("jaxid", "kernels"):
-        copied = shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "kernels")
-        )
+        copied = shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
         assert not (copied / "kernels").exists()  # the link for type checkers must not be needed
     built = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=source)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -58,9 +55,7 @@ def test_kernels_import_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = "import jaxid.kernels, jaxid.errors; print(jaxid.kernels.__file__)"
     done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
-    assert done.stdout.strip() == str(tmp_path / "installed" / "jaxid" / "kernels" / "__init__.py"), (
-        done.stderr
-    )
+    assert done.stdout.strip() == str(tmp_path / "installed" / "jaxid" / "kernels" / "__init__.py"), done.stderr
 
 
 def test_kernels_import_from_another_folder(tmp_path: Path) -> None:
@@ -107,9 +102,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def test_jaxid_error_is_one_line_and_code_2(
-    tmp_path: Path, no_cache: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_jaxid_error_is_one_line_and_code_2(tmp_path: Path, no_cache: None, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit, match=r"^2$"):
         cli.main(["data", "preview", "--out", str(tmp_path / "file" / "scenes.png"), "--count", "1"])
@@ -135,9 +128,7 @@ def test_preview_writes_a_picture(tmp_path: Path, no_cache: None) -> None:
     assert (tmp_path / "scenes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_commands_keep_compiled_programs_in_the_users_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_commands_keep_compiled_programs_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "chosen")
     cli.use_compilation_cache()

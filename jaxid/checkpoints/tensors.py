@@ -69,7 +69,7 @@ class TensorFolder:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
             files = [folder / name for name in names]
         else:
@@ -87,8 +87,15 @@ class TensorFolder:
         return tuple(self.handles[key].get_slice(key).get_shape())
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
-        """A tensor."""
-        return self.handles[key].get_tensor(key)
+        """A tensor.
+
+        Raises:
+            CheckpointError: if it cannot be read, for example in a number format that NumPy does not know.
+        """
+        try:
+            return self.handles[key].get_tensor(key)
+        except Exception as error:  # safetensors raises many kinds
+            raise CheckpointError(f"tensor {key!r} cannot be read: {error}") from error
 
 
 def load_parameters(
@@ -117,7 +124,8 @@ def load_parameters(
         Nested dictionaries of arrays.
 
     Raises:
-        CheckpointError: listing every unknown key, missing tensor, double assignment and wrong shape.
+        CheckpointError: listing every unknown key, missing tensor, double assignment, wrong shape and tied
+            tensor of other values.
     """
     available: dict[str, str] = {}
     problems: list[str] = []
@@ -132,7 +140,12 @@ def load_parameters(
         available[spelled] = name
 
     plan: dict[str, list[tuple[Key, int | None, str]]] = {path: [] for path in abstract}
+    copies: list[tuple[Key, str]] = []
     for key in keys:
+        if key.copy:
+            if key.source in available:
+                copies.append((key, available.pop(key.source)))
+            continue
         layers: Sequence[int | None] = [None]
         if "{layer}" in key.source:
             layers = range(abstract[key.target].shape[0])
@@ -144,38 +157,38 @@ def load_parameters(
             plan[key.target].append((key, layer, available.pop(source)))
     problems += [f"unknown tensor {name!r}" for name in available.values()]
 
-    leaves: Leaves = {}
-    put = place or (lambda _, array: jax.device_put(array))
+    # All shapes are compared before any tensor is read: large checkpoints take minutes.
     for path, rows in plan.items():
         expected = tuple(abstract[path].shape)
-        if not rows:
-            continue
-        per_layer = rows[0][1] is not None
-        if not per_layer and len(rows) > 1:
-            problems.append(f"parameter {path} is set {len(rows)} times")
-            continue
-        host = np.empty(expected, dtype)
+        layers = [layer for _, layer, _ in rows]
+        if len(set(layers)) < len(layers):
+            problems.append(f"parameter {path} is set more than once")
         for key, layer, name in rows:
-            try:
-                value = key.to_parameter(tensors.read(name))
-                fits = value.shape == (expected[1:] if per_layer else expected)
-            except Exception as error:
-                # einops and safetensors raise many kinds; whichever it is, this tensor is the culprit.
-                raise CheckpointError(f"tensor {name!r} cannot be read as {path}: {error}") from error
-            if not fits:
-                problems.append(
-                    f"tensor {name!r} has shape {tensors.shape(name)}, which does not fit {path} {expected}"
-                )
-                continue
-            if per_layer:
-                host[layer] = value
-            else:
-                host[...] = value
-        leaves[path] = None if problems else put(path, host)
-    problems += [f"parameter {path} is set by no key" for path in abstract if path not in {key.target for key in keys}]
+            shape = tensors.shape(name)
+            if key.parameter_shape(shape) != (expected if layer is None else expected[1:]):
+                problems.append(f"tensor {name!r} has shape {shape}, which does not fit {path} {expected}")
+    filled = {key.target for key in keys if not key.copy}
+    problems += [f"parameter {path} is set by no key" for path in abstract if path not in filled]
+    problems += [
+        f"tensor {name!r} differs from {plan[key.target][0][2]!r}, to which the config ties it"
+        for key, name in copies
+        if plan[key.target] and not np.array_equal(tensors.read(name), tensors.read(plan[key.target][0][2]))
+    ]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise CheckpointError(f"{tensors.files[0].parent} does not fit its config: {shown}.")
+
+    leaves: Leaves = {}
+    put = place or (lambda _, array: jax.device_put(array))
+    for path, rows in plan.items():
+        host = np.empty(abstract[path].shape, dtype)
+        for key, layer, name in rows:
+            value = key.to_parameter(tensors.read(name))
+            if layer is None:
+                host[...] = value
+            else:
+                host[layer] = value
+        leaves[path] = put(path, host)
     return unflatten(leaves)
 
 
@@ -186,6 +199,8 @@ def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Ke
     leaves = flatten(parameters)
     tensors: dict[str, np.ndarray] = {}
     for key in keys:
+        if key.copy:
+            continue
         array = np.asarray(leaves[key.target])
         if "{layer}" in key.source:
             for layer, one in enumerate(array):

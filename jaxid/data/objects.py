@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Points: TypeAlias = Float[np.ndarray, "*S 2"]
 Distance: TypeAlias = Float[np.ndarray, "*S"]
@@ -107,12 +107,12 @@ def _draw_tree(points: Points) -> Distance:
 
 def _draw_fish(points: Points) -> Distance:
     # Where two circles overlap: a lens with pointed ends.
-    body = np.maximum(_circle(points, (-0.25, 0.5), 0.95), _circle(points, (-0.25, -0.5), 0.95))
-    return _union(body, _polygon(points, [(0.3, 0), (1, -0.55), (0.85, 0), (1, 0.55)]))
+    body = np.maximum(_circle(points, (-0.2, 0.32), 0.9), _circle(points, (-0.2, -0.32), 0.9))
+    return _union(body, _polygon(points, [(0.35, 0), (1.05, -0.62), (0.88, 0), (1.05, 0.62)]))
 
 
 def _draw_eye(points: Points) -> Distance:
-    return _circle(points, (-0.62, -0.08), 0.12)
+    return _circle(points, (-0.6, -0.1), 0.13)
 
 
 def _draw_cup(points: Points) -> Distance:
@@ -122,19 +122,19 @@ def _draw_cup(points: Points) -> Distance:
 
 
 def _draw_key(points: Points) -> Distance:
-    head = _without(_circle(points, (-0.55, 0), 0.48), _circle(points, (-0.6, 0), 0.2))
-    teeth = _union(_box(points, (0.5, 0.28), (0.11, 0.26)), _box(points, (0.88, 0.28), (0.12, 0.26)))
-    return _union(head, _box(points, (0.4, 0), (0.6, 0.14)), teeth)
+    head = _without(_circle(points, (-0.48, 0), 0.58), _circle(points, (-0.52, 0), 0.24))
+    teeth = _union(_box(points, (0.4, 0.35), (0.14, 0.3)), _box(points, (0.86, 0.35), (0.16, 0.3)))
+    return _union(head, _box(points, (0.45, 0), (0.57, 0.19)), teeth)
 
 
 def _draw_bolt(points: Points) -> Distance:
-    corners = [(0.1, -1), (-0.6, 0.15), (-0.08, 0.15), (-0.3, 1), (0.6, -0.28), (0.1, -0.28), (0.5, -1)]
+    corners = [(-0.05, -1), (-0.75, 0.2), (-0.15, 0.2), (-0.4, 1), (0.75, -0.33), (0.15, -0.33), (0.65, -1)]
     return _polygon(points, corners)
 
 
 def _draw_hourglass(points: Points) -> Distance:
-    top = _polygon(points, [(-0.8, -1), (0.8, -1), (0.12, 0), (-0.12, 0)])
-    return _union(top, _polygon(points, [(-0.12, 0), (0.12, 0), (0.8, 1), (-0.8, 1)]))
+    corners = [(-0.8, -1), (0.8, -1), (0.17, 0), (0.8, 1), (-0.8, 1), (-0.17, 0)]
+    return _polygon(points, corners)
 
 
 def _draw_mushroom(points: Points) -> Distance:
@@ -213,3 +213,23 @@ def templates() -> Float[np.ndarray, "O S S 2"]:
 def half_sides() -> Float[np.ndarray, "O 360"]:
     """Half the side of the centred square that holds each object turned by 0..359 degrees, in template units."""
     return _rasterised()[1]
+
+
+def sample_templates(
+    objects: Int[np.ndarray, "N"], x: Float[np.ndarray, "N S S"], y: Float[np.ndarray, "N S S"]
+) -> Float[np.ndarray, "N S S 2"]:
+    """Bilinear lookup of the templates at (x, y) in template units; places beyond the lattice use its border."""
+    step = np.float32((TEMPLATE_SIZE - 1) / (2 * TEMPLATE_REACH))
+    last = np.float32(TEMPLATE_SIZE - 1.001)
+    x = np.clip((x + np.float32(TEMPLATE_REACH)) * step, 0, last)
+    y = np.clip((y + np.float32(TEMPLATE_REACH)) * step, 0, last)
+    column, row = x.astype(np.int32), y.astype(np.int32)
+    right, down = (x - column)[..., None].astype(np.float32), (y - row)[..., None].astype(np.float32)
+    first = (objects[:, None, None] * TEMPLATE_SIZE + row) * TEMPLATE_SIZE + column
+    table = templates().reshape(-1, 2)
+    upper = table[first]
+    upper += right * (table[first + 1] - upper)
+    lower = table[first + TEMPLATE_SIZE]
+    lower += right * (table[first + TEMPLATE_SIZE + 1] - lower)
+    upper += down * (lower - upper)
+    return upper

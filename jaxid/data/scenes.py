@@ -5,17 +5,16 @@ colours, sizes and places are drawn independently of the object.
 """
 
 import dataclasses
-import io
-import os
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxid.data.objects import OBJECTS, TEMPLATE_REACH, TEMPLATE_SIZE, half_sides, templates
-from jaxid.errors import InputError, OutputError
+from jaxid.data.backgrounds import BACKGROUNDS, draw_backgrounds
+from jaxid.data.files import save_picture
+from jaxid.data.objects import OBJECTS, half_sides, sample_templates
+from jaxid.errors import InputError
 
 __all__ = [
     "BACKGROUNDS",
@@ -28,31 +27,25 @@ __all__ = [
     "render",
     "sample_free",
     "sample_grid",
-    "save_bytes",
-    "save_picture",
 ]
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.87, 0.10, 0.12),
     "orange": (1.00, 0.53, 0.05),
     "yellow": (0.99, 0.87, 0.10),
-    "green": (0.15, 0.62, 0.20),
+    "green": (0.16, 0.68, 0.22),
     "cyan": (0.15, 0.85, 0.90),
-    "blue": (0.14, 0.30, 0.90),
-    "purple": (0.52, 0.18, 0.72),
+    "blue": (0.15, 0.34, 0.95),
+    "purple": (0.60, 0.24, 0.85),
     "pink": (1.00, 0.52, 0.75),
 }
 """Names of the object colours -> red, green, blue in 0..1; `Scenes.colors` holds indices in this order."""
-
-BACKGROUNDS: tuple[str, ...] = ("white", "plain", "gradient", "noise", "texture")
-"""Kinds of background; `Scenes.background_kinds` holds indices into this tuple."""
 
 VARIED = BACKGROUNDS[1:]
 """The backgrounds of free scenes."""
 
 _OUTLINE = 0.09  # width of the dark outline, in units of half the object's side
 _INK = 0.22  # what remains of a colour under the outline and the dark details
-_TILE = 256  # side of the periodic noise tiles behind the "noise" and "texture" backgrounds
 _CHUNK = 32  # pictures drawn together: few enough to stay in a core's cache
 
 
@@ -114,7 +107,7 @@ def concatenate(parts: Sequence[Scenes]) -> Scenes:
 
 
 def mirror(scenes: Scenes) -> Scenes:
-    """The scenes reversed left to right: `render(mirror(s), n)` is `render(s, n)[:, :, ::-1]`."""
+    """The scenes reversed left to right: their pictures are `render(scenes, n)[:, :, ::-1]`, but for rounding."""
     return dataclasses.replace(scenes, centers=_reversed(scenes.centers), mirrored=~scenes.mirrored)
 
 
@@ -142,7 +135,7 @@ def render(scenes: Scenes, size: int) -> UInt8[np.ndarray, "N size size 3"]:
         part = scenes[start : start + _CHUNK]
         flip = part.mirrored
         centers = np.where(flip[:, None, None], _reversed(part.centers), part.centers)
-        canvas = _draw_backgrounds(part, size)
+        canvas = draw_backgrounds(part.background_kinds, part.background_colors, part.background_seeds, size)
         for slot in range(part.objects.shape[1]):
             _draw_objects(canvas, part, centers, slot)
         canvas[flip] = canvas[flip, :, ::-1]
@@ -173,12 +166,16 @@ def _draw_objects(
     ticks = np.arange(window, dtype=np.float32) + np.float32(0.5)
     x = (ticks + (corner - places)[:, :1].astype(np.float32))[:, None, :]
     y = (ticks + (corner - places)[:, 1:].astype(np.float32))[:, :, None]
-    distances = _sample_templates(objects, cosine * x + sine * y, cosine * y - sine * x)
+    distances = sample_templates(objects, cosine * x + sine * y, cosine * y - sine * x)
 
     distances /= scale[:, None, None, None]
     outer, detail = distances[..., 0], distances[..., 1]
     outline = (_OUTLINE / scale)[:, None, None]
-    cover = np.clip(np.float32(0.5) - outer, 0, 1)
+    # Outside its square nothing is drawn: there the lookup only repeats the templates' border.
+    near = (np.abs(x) < sides[:, None, None] / 2 + np.float32(0.5)) & (
+        np.abs(y) < sides[:, None, None] / 2 + np.float32(0.5)
+    )
+    cover = np.where(near, np.clip(np.float32(0.5) - outer, 0, 1), np.float32(0))
     ink = np.clip(np.float32(0.5) + np.maximum(outer + outline, -detail), 0, 1)
     shade = 1 - np.float32(1 - _INK) * ink
 
@@ -186,67 +183,6 @@ def _draw_objects(
     for row, (left, top) in enumerate(corner):
         under = canvas[rows[row], top : top + window, left : left + window]
         under += cover[row, ..., None] * (shade[row, ..., None] * fills[row] - under)
-
-
-def _sample_templates(
-    objects: Int[np.ndarray, "N"], x: Float[np.ndarray, "N S S"], y: Float[np.ndarray, "N S S"]
-) -> Float[np.ndarray, "N S S 2"]:
-    """Bilinear lookup of the templates at (x, y) in template units; places beyond the lattice use its border."""
-    step = np.float32((TEMPLATE_SIZE - 1) / (2 * TEMPLATE_REACH))
-    last = np.float32(TEMPLATE_SIZE - 1.001)
-    x = np.clip((x + np.float32(TEMPLATE_REACH)) * step, 0, last)
-    y = np.clip((y + np.float32(TEMPLATE_REACH)) * step, 0, last)
-    column, row = x.astype(np.int32), y.astype(np.int32)
-    right, down = (x - column)[..., None].astype(np.float32), (y - row)[..., None].astype(np.float32)
-    first = (objects[:, None, None] * TEMPLATE_SIZE + row) * TEMPLATE_SIZE + column
-    table = templates().reshape(-1, 2)
-    upper = table[first]
-    upper += right * (table[first + 1] - upper)
-    lower = table[first + TEMPLATE_SIZE]
-    lower += right * (table[first + TEMPLATE_SIZE + 1] - lower)
-    upper += down * (lower - upper)
-    return upper
-
-
-def _draw_backgrounds(scenes: Scenes, size: int) -> Float[np.ndarray, "N size size 3"]:
-    """The empty pictures: every kind of background is a mix of its two colours with a weight per pixel."""
-    kinds = scenes.background_kinds
-    noise, texture = _tiles()
-    weights = np.zeros((len(scenes), size, size), np.float32)
-    ticks = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
-    for index in np.flatnonzero(kinds > BACKGROUNDS.index("plain")):
-        seed, kind = int(scenes.background_seeds[index]), BACKGROUNDS[kinds[index]]
-        across, down = seed % _TILE, seed // _TILE % _TILE
-        if kind == "gradient":
-            turn = 2 * np.pi * across / _TILE
-            # The direction's largest projection over the unit square, so that weights span 0..1.
-            reach = abs(np.cos(turn)) + abs(np.sin(turn))
-            weights[index] = np.cos(turn) / reach * (ticks - 0.5) + np.sin(turn) / reach * (ticks - 0.5)[:, None]
-            weights[index] += 0.5
-        else:
-            # Noise keeps its grain in pixels; a texture keeps its place in the picture at every size.
-            steps = np.arange(size) if kind == "noise" else np.arange(size) * 128 // size
-            tile = noise if kind == "noise" else texture
-            weights[index] = tile[np.ix_((steps + down) % _TILE, (steps + across) % _TILE)]
-    first, second = np.moveaxis(scenes.background_colors.astype(np.float32), 1, 0)
-    canvas = np.empty((len(scenes), size, size, 3), np.float32)
-    canvas[:] = first[:, None, None]
-    mixed = np.flatnonzero(kinds > BACKGROUNDS.index("plain"))
-    canvas[mixed] += weights[mixed, ..., None] * (second - first)[mixed, None, None]
-    return canvas
-
-
-@lru_cache
-def _tiles() -> tuple[Float[np.ndarray, "T T"], Float[np.ndarray, "T T"]]:
-    """A fixed tile of white noise and one of smooth, cloudy noise, both periodic and in 0..1."""
-    rng = np.random.default_rng(20_260_126)
-    noise = rng.random((_TILE, _TILE), dtype=np.float32)
-    frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None]) * _TILE
-    # Waves of 1 / 16 of the tile and longer, each octave with the same strength: cloudy, without fine grain.
-    spectrum = np.where((frequency > 1.5) & (frequency < 16), 1 / np.maximum(frequency, 1), 0)
-    cloud = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((_TILE, _TILE))) * spectrum, s=(_TILE, _TILE))
-    cloud = np.clip(0.5 + 0.25 * cloud / cloud.std(), 0, 1).astype(np.float32)
-    return noise, cloud
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------
@@ -348,13 +284,18 @@ def sample_grid(
     sides = np.broadcast_to(np.asarray(scale, float).reshape(-1, 1) / grid, (count, 2))
     size_steps = rng.uniform(-jitter_size, jitter_size, size=(count, 2))
     steps = rng.uniform(-jitter_center, jitter_center, size=(count, 2, 2)) / grid
-    strength = np.ones((count, 1))
-    for kept in np.linspace(1, 0, 9):
+
+    def placed(strength: Float[np.ndarray, "N 1"]) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "N 2 2"]]:
         sizes = sides * (1 + strength * size_steps)
         half = np.minimum(sizes / 2, 0.5)[..., None]
-        centers = np.clip((cells + 0.5) / grid + strength[..., None] * steps, half, 1 - half)
+        return sizes, np.clip((cells + 0.5) / grid + strength[..., None] * steps, half, 1 - half)
+
+    strength = np.ones((count, 1))
+    for weaker in np.arange(7, -1, -1) / 8:
+        sizes, centers = placed(strength)
         apart = np.abs(centers[:, 0] - centers[:, 1]).max(-1) - sizes.mean(-1)
-        strength = np.where((apart < 0)[:, None], kept, strength)
+        strength = np.where((apart < 0)[:, None], weaker, strength)
+    sizes, centers = placed(strength)
     angles = rng.uniform(-jitter_angle, jitter_angle, size=(count, 2))
     return _dress(rng, objects, centers, sizes, angles, backgrounds, mirror_share)
 
@@ -400,8 +341,8 @@ def _draw_places(
     reach = (sizes[:, first] + sizes[:, second]) / 2 + min_gap
     reach = np.where(present[:, first] & present[:, second], reach, -1).astype(np.float32)
     half = (sizes / 2).astype(np.float32)
-    pending = np.arange(count)
-    for _ in range(2000):
+    pending, idle_rounds = np.arange(count), 0
+    while idle_rounds < 50:
         if len(pending) == 0:
             return result
         # Few scenes left: several proposals for each, so that a round always does about the same work.
@@ -414,6 +355,7 @@ def _draw_places(
         chosen = drawn[np.arange(len(pending)), valid.argmax(1)]
         result[pending[done]] = np.where(present[pending[done], :, None], chosen[done], 0)
         pending = pending[~done]
+        idle_rounds = 0 if done.any() else idle_rounds + 1
     raise InputError(
         f"{slots} objects with sides up to {float(sizes.max()):.2f} and gaps of {min_gap} do not fit in a picture; "
         "ask for fewer or smaller objects."
@@ -442,8 +384,8 @@ def _dress(
     fills = np.where(present[..., None], np.clip(fills, 0, 1), 0)
     kinds = np.asarray([BACKGROUNDS.index(kind) for kind in backgrounds])[rng.integers(len(backgrounds), size=count)]
     # Pale or dark, never vivid: the saturated objects and their dark outlines stand out on both.
-    dark = rng.random((count, 1, 1)) < 0.35
-    gray = np.where(dark, rng.uniform(0.1, 0.32, size=(count, 2, 1)), rng.uniform(0.72, 0.98, size=(count, 2, 1)))
+    dark = rng.random((count, 1, 1)) < 0.3
+    gray = np.where(dark, rng.uniform(0.12, 0.3, size=(count, 2, 1)), rng.uniform(0.72, 0.98, size=(count, 2, 1)))
     pair = np.clip(gray + rng.uniform(-0.08, 0.08, size=(count, 2, 3)), 0, 1)
     pair = np.where((kinds == BACKGROUNDS.index("white"))[:, None, None], 1.0, pair)
     return Scenes(
@@ -460,38 +402,54 @@ def _dress(
     )
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+def preview(path: str | Path, *, seed: int = 0, count: int = 24, size: int = 128) -> None:
+    """Writes a captioned contact sheet: every object, then free scenes, then grid scenes.
 
-
-def save_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a whole file or nothing: a temporary name in the same folder, then a rename; makes missing folders.
-
-    Raises:
-        OutputError: The file cannot be written. A file that was there is then unharmed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}. Choose a folder you may write to.") from error
-
-
-def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
-    """Writes a PNG or (quality 95) JPEG file, by the name's ending, atomically.
+    Args:
+        path: PNG or JPEG file to write.
+        seed: Chooses the scenes.
+        count: Number of scenes, half free and half on the grid.
+        size: Side of a picture in pixels.
 
     Raises:
-        OutputError: The name ends in neither `.png` nor `.jpg`, or the file cannot be written.
+        OutputError: The file cannot be written.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
-    kinds = {".png": ("PNG", {}), ".jpg": ("JPEG", {"quality": 95}), ".jpeg": ("JPEG", {"quality": 95})}
-    if Path(path).suffix.lower() not in kinds:
-        raise OutputError(f"{path} cannot be written: a picture's name must end in .png or .jpg.")
-    kind, options = kinds[Path(path).suffix.lower()]
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **options)
-    save_bytes(path, buffer.getvalue())
+    rng = np.random.default_rng(seed)
+    everything = np.arange(len(OBJECTS))[:, None]
+    alone = _dress(
+        rng,
+        everything,
+        np.full((len(OBJECTS), 1, 2), 0.5),
+        np.full((len(OBJECTS), 1), 0.8),
+        np.zeros((len(OBJECTS), 1)),
+        ["white"],
+        0.0,
+    )
+    free = sample_free(rng, (count + 1) // 2, num_objects=(2, 4))
+    pairs = rng.random((count // 2, len(OBJECTS))).argsort(axis=1)[:, :2]
+    cells = rng.random((count // 2, 16)).argsort(axis=1)[:, :2]
+    cells = np.stack([cells % 4, cells // 4], axis=-1)
+    grid = sample_grid(rng, pairs[:, 0], cells[:, 0], pairs[:, 1], cells[:, 1], scale=0.9, backgrounds=BACKGROUNDS)
+
+    columns, margin, caption = 8, 8, 36
+    groups = [alone, concatenate([free, grid])]
+    rows = sum(-(-len(group) // columns) for group in groups)
+    sheet = Image.new("RGB", (columns * (size + margin) + margin, rows * (size + caption) + margin), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    top = margin
+    for group in groups:
+        for index, picture in enumerate(render(group, size)):
+            if index and index % columns == 0:
+                top += size + caption
+            left = margin + index % columns * (size + margin)
+            sheet.paste(Image.fromarray(picture), (left, top))
+            draw.rectangle((left - 1, top - 1, left + size, top + size), outline=(200, 200, 200))
+            names = [OBJECTS[name] for name in group.objects[index] if name >= 0]
+            text = "\n".join(", ".join(names[start : start + 2]) for start in range(0, len(names), 2))
+            draw.text(
+                (left + size / 2, top + size + 2), text, fill=(60, 60, 60), font=font, anchor="ma", align="center"
+            )
+        top += size + caption
+    save_picture(path, np.asarray(sheet))

@@ -103,7 +103,7 @@ def run(
     chosen, strengths = np.asarray(layers), np.asarray(factors, np.float32)
     clean_answers, activations = control(model, batch)
     here = jnp.asarray(activations)[chosen]
-    axis = batch.items[0].axis
+    axis = batch.axis
     pushes = directions(ids, axis, batch.truth, chosen)
     noise = jax.random.normal(jax.random.key(seed), pushes.shape, jnp.float32)
     vectors = jnp.stack([rescaled(pushes, here, strengths), rescaled(noise, here, strengths)])

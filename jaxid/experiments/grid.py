@@ -1,16 +1,16 @@
 """Extraction of spatial IDs from grid scenes ([ID] arXiv 2601.12626, section on extraction)."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 
+from jaxid.data.grid import GridItem
 from jaxid.engine import forward
 from jaxid.errors import InputError
 from jaxid.ids import FULL_SIZE, IDBatch, SpatialIDs, accumulate_ids
-from jaxid.inputs import Picture, Prompts
+from jaxid.inputs import Prompts
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 
@@ -18,18 +18,6 @@ QUESTION = "Is the {b} to the left or right of the {a}?"
 """The published question; its word {b} is the one whose activations are read."""
 
 Item = TypeVar("Item")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GridItem:
-    """One grid picture: objects A and B with their cells (x, y) and B's size."""
-
-    picture: Picture
-    a: str
-    b: str
-    a_cell: tuple[int, int]
-    b_cell: tuple[int, int]
-    size: float = FULL_SIZE
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -79,22 +67,26 @@ def extract(
 
     def batches() -> Iterator[IDBatch]:
         for batch in in_batches(items, batch_size):
-            unknown = [item for item in batch if (item.a, item.b) not in pair_numbers or item.size not in size_numbers]
+            unknown = [
+                item
+                for item in batch
+                if (item.object_a, item.object_b) not in pair_numbers or item.size not in size_numbers
+            ]
             if unknown:
                 raise InputError(f"grid item {unknown[0].a}/{unknown[0].b}, size {unknown[0].size}, was not announced.")
             # A short last batch is filled up with its first item, marked as padding: one compile for all batches.
             padding = batch_size - len(batch) if len(batch) < batch_size else 0
             full = batch + batch[:1] * padding
             prompts = model.prepare(
-                [item.picture for item in full], [question.format(a=item.a, b=item.b) for item in full]
+                [item.picture for item in full], [question.format(a=item.object_a, b=item.object_b) for item in full]
             )
-            pair = [pair_numbers[item.a, item.b] for item in batch] + [-1] * padding
+            pair = [pair_numbers[item.object_a, item.b] for item in batch] + [-1] * padding
             yield IDBatch(
-                activations=activations_at(model, prompts, [item.b for item in full]),
-                object_index=np.array([objects.index(item.b) for item in full]),
+                activations=activations_at(model, prompts, [item.object_b for item in full]),
+                object_index=np.array([objects.index(item.object_b) for item in full]),
                 pair_index=np.array(pair),
-                a_cell=np.array([item.a_cell[1] * 4 + item.a_cell[0] for item in full]),
-                b_cell=np.array([item.b_cell[1] * 4 + item.b_cell[0] for item in full]),
+                a_cell=np.array([item.cell_a[1] * 4 + item.cell_a[0] for item in full]),
+                b_cell=np.array([item.cell_b[1] * 4 + item.cell_b[0] for item in full]),
                 size_index=np.array([size_numbers[item.size] for item in full]),
             )
 

@@ -6,43 +6,27 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxid.data.coco_spatial import SpatialItem
 from jaxid.engine import forward
 from jaxid.errors import InputError
-from jaxid.inputs import Picture, Prompts
+from jaxid.inputs import Prompts
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 
 ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 """Answer words of each kind of relation; the first one is at the smaller coordinate."""
 
-QUERIES = {
-    "horizontal": "Is the {subject} to the left or right of the {object}?",
-    "vertical": "Is the {subject} above or below the {object}?",
-}
-"""The published questions."""
 
+def axis_of(item: SpatialItem) -> str:
+    """Which kind of relation an item asks about: "horizontal" or "vertical".
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RelationItem:
-    """One picture and one question about two of its objects."""
-
-    picture: Picture
-    subject: str
-    object: str
-    relation: str  # the true answer: left, right, above or below
-
-    @property
-    def axis(self) -> str:
-        """ "horizontal" or "vertical"."""
-        for axis, words in ANSWERS.items():
-            if self.relation in words:
-                return axis
-        raise InputError(f"relation {self.relation!r} is none of left, right, above, below.")
-
-    @property
-    def query(self) -> str:
-        """The published question."""
-        return QUERIES[self.axis].format(subject=self.subject, object=self.object)
+    Raises:
+        InputError: if its relation is none of the four words.
+    """
+    for axis, words in ANSWERS.items():
+        if item.relation in words:
+            return axis
+    raise InputError(f"relation {item.relation!r} is none of left, right, above, below.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +40,7 @@ class RelationBatch:
         truth: index of the true answer among the axis' two words, Int[B].
     """
 
-    items: tuple[RelationItem, ...]
+    items: tuple[SpatialItem, ...]
     prompts: Prompts
     words: Int[np.ndarray, "B 2"]
     truth: Int[np.ndarray, "B"]
@@ -64,10 +48,15 @@ class RelationBatch:
     @property
     def answers(self) -> list[str]:
         """The two answer words."""
-        return list(ANSWERS[self.items[0].axis])
+        return list(ANSWERS[self.axis])
+
+    @property
+    def axis(self) -> str:
+        """The kind of relation asked, "horizontal" or "vertical"."""
+        return axis_of(self.items[0])
 
 
-def prepare(model: Model, items: Sequence[RelationItem], *, suffix: str = "") -> RelationBatch:
+def prepare(model: Model, items: Sequence[SpatialItem], *, suffix: str = "") -> RelationBatch:
     """Prepares items of one axis.
 
     Args:
@@ -79,7 +68,7 @@ def prepare(model: Model, items: Sequence[RelationItem], *, suffix: str = "") ->
         InputError: if there are none, or of both axes.
         PromptError: if a question does not hold a word exactly once.
     """
-    axes = {item.axis for item in items}
+    axes = {axis_of(item) for item in items}
     if len(axes) != 1:
         raise InputError(f"a batch needs items of exactly one axis, got {sorted(axes) or 'none'}.")
     prompts = model.prepare([item.picture for item in items], [item.query + suffix for item in items])
@@ -93,7 +82,7 @@ def prepare(model: Model, items: Sequence[RelationItem], *, suffix: str = "") ->
     if (words[:, 0] == words[:, 1]).any():
         row = int(np.argmax(words[:, 0] == words[:, 1]))
         raise InputError(f"item {row} asks for two objects of the same name, {items[row].subject!r}.")
-    answers = ANSWERS[items[0].axis]
+    answers = ANSWERS[axes.pop()]
     truth = np.array([answers.index(item.relation) for item in items])
     return RelationBatch(items=tuple(items), prompts=prompts, words=words, truth=truth)
 

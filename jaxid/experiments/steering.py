@@ -41,7 +41,7 @@ def run(
     Returns:
         log p(steered) - log p(control), Float[L, 4, 4, B, 2].
     """
-    vectors = multiplier * cell_vectors(ids, batch.items[0].axis, layers)
+    vectors = multiplier * cell_vectors(ids, batch.axis, layers)
     sweep_layers = jnp.broadcast_to(jnp.asarray(list(layers))[:, None, None], vectors.shape[:3])
     edit = add(layer=sweep_layers, at=batch.words[:, 0], vector=vectors)
     control = forward(model, batch.prompts).logprobs(batch.answers)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,18 @@ use_bfloat16 use_cache""".split()
 """Fields of Hugging Face configs that say nothing about what the forward pass computes."""
 
 
+# Not typing.Self: beartype, which checks the annotations under pytest, refuses it on methods it wraps one by one.
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of all configs: frozen, keyword-only, its field names those of the Hugging Face config."""
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any], *, where: str, ignored: Iterable[str] = ()) -> Self:
+    def from_fields(
+        cls: type[ConfigT], fields: Mapping[str, Any], *, where: str, ignored: Iterable[str] = ()
+    ) -> ConfigT:
         """Builds the config from a Hugging Face config's fields, refusing any that it does not know.
 
         Args:
@@ -61,6 +67,9 @@ class Config:
                 f"{', '.join(f'{name}={fields[name]!r}' for name in unknown)}. Loading would silently change the model."
             )
         kept = {name: value for name, value in fields.items() if name in known and value is not None}
+        for name, value in kept.items():
+            if name.endswith("_act") and value not in ACTIVATIONS:
+                raise CheckpointError(f"{where}: {name}={value!r} is not one of {', '.join(ACTIVATIONS)}.")
         return cls(**kept)
 
 
@@ -125,4 +134,4 @@ class Linear(nnx.Module):
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
     """One module whose parameters carry a leading layer axis of `count`, for use under `lax.scan`."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=count))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))

@@ -27,26 +27,25 @@ class RopeConfig(Config):
     high_freq_factor: float = 4.0  # "llama3": turns above which none applies
     original_max_position_embeddings: int = 8192  # "llama3": context length before stretching
 
-    def frequencies(self, head_width: int) -> Float[np.ndarray, "F"]:
-        """The angular steps per position.
+    def __post_init__(self) -> None:
+        """Refuses a kind of scaling that is not implemented, when the checkpoint is loaded."""
+        if self.rope_type not in ("default", "linear", "llama3"):
+            raise CheckpointError(f"rope_type {self.rope_type!r} is not implemented; known: default, linear, llama3.")
 
-        Raises:
-            CheckpointError: for a kind of scaling that is not implemented.
-        """
+    def frequencies(self, head_width: int) -> Float[np.ndarray, "F"]:
+        """The angular steps per position."""
         plain = rope.inverse_frequencies(head_width, self.rope_theta)
         if self.rope_type == "default":
             return plain
         if self.rope_type == "linear":
             return (plain / np.float32(self.factor)).astype(np.float32)
-        if self.rope_type == "llama3":
-            return rope.llama3_frequencies(
-                plain,
-                factor=self.factor,
-                low_freq_factor=self.low_freq_factor,
-                high_freq_factor=self.high_freq_factor,
-                original_max_position_embeddings=self.original_max_position_embeddings,
-            )
-        raise CheckpointError(f"rope_type {self.rope_type!r} is not implemented; known: default, linear, llama3.")
+        return rope.llama3_frequencies(
+            plain,
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,14 @@ class DecoderConfig(Config):
         scaling.setdefault("rope_type", scaling.pop("type", "default"))
         if "rope_theta" in fields:
             scaling["rope_theta"] = fields.pop("rope_theta")
-        rope_config = RopeConfig.from_fields(scaling | parameters, where="rope_parameters")
+        scaling |= parameters
+        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+        missing = [name for name in needed.get(scaling["rope_type"], ()) if name not in scaling]
+        if missing:
+            raise CheckpointError(f"rope_parameters of kind {scaling['rope_type']!r} lack {', '.join(missing)}.")
+        if scaling["rope_type"] == "llama3":
+            scaling.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings") or 2048)
+        rope_config = RopeConfig.from_fields(scaling, where="rope_parameters")
         heads = fields.get("num_attention_heads") or cls.num_attention_heads
         width = fields.get("hidden_size") or cls.hidden_size
         fields["head_dim"] = fields.get("head_dim") or width // heads

@@ -3,7 +3,11 @@
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+AnyArray = Array | np.ndarray
+"""On a device or still on the host."""
 
 
 @jax.tree_util.register_dataclass
@@ -20,9 +24,9 @@ class Inputs:
         image_slots: which row of the pictures' flattened tokens stands at each position, or -1, Int[B, T].
     """
 
-    token_ids: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
-    last: Int[Array, "B"]
-    pixels: Float[Array, "N C Y X"] | None
-    image_slots: Int[Array, "B T"]
+    token_ids: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+    valid: Bool[AnyArray, "B T"]
+    last: Int[AnyArray, "B"]
+    pixels: Float[AnyArray, "N C Y X"] | None
+    image_slots: Int[AnyArray, "B T"]

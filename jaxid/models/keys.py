@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from einops import rearrange
+from einops import EinopsError, rearrange
 from jaxtyping import Shaped
 
 
@@ -17,16 +17,25 @@ class Key:
         target: path of the parameter, joined by dots.
         pattern: einops pattern from source axes to parameter axes (without the layer axis).
         sizes: lengths of pattern axes that the source does not tell.
+        copy: a second copy of a parameter, which checkpoints may hold and which must then have the same values.
     """
 
     source: str
     target: str
     pattern: str = "... -> ..."
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    copy: bool = False
 
     def to_parameter(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """The checkpoint's tensor in the axes of the parameter; a view where possible."""
         return rearrange(tensor, self.pattern, **self.sizes)
+
+    def parameter_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Shape of the parameter that a tensor of a given shape makes; None if it makes none."""
+        try:
+            return self.to_parameter(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+        except EinopsError:
+            return None
 
     def to_checkpoint(self, parameter: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """The inverse of `to_parameter`."""

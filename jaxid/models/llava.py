@@ -16,6 +16,16 @@ from jaxid.models.keys import LINEAR, Key, linear, prefixed
 from jaxid.models.sites import Capture, Intervention
 from jaxid.models.vision import ClipVision, VisionConfig, clip_vision_keys
 
+LARGE_TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+"""The tower of a checkpoint that says nothing of it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig(Config):
@@ -37,7 +47,9 @@ class LlavaConfig(Config):
             CheckpointError: for a part that is not a CLIP tower or a Llama decoder, or an unknown field.
         """
         fields = dict(fields)
-        text, vision = dict(fields.pop("text_config", {})), dict(fields.pop("vision_config", {}))
+        text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
+        # What a described tower leaves out are CLIPVisionConfig's defaults, as in LlavaConfig of transformers.
+        vision = dict(LARGE_TOWER if vision is None else vision)
         for name, part, kind in (
             ("text_config", text, "llama"),
             ("vision_config", vision, "clip_vision_model"),
@@ -52,20 +64,24 @@ class LlavaConfig(Config):
         fields["vision_feature_layer"] = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
         if "image_token_id" in fields:
             fields["image_token_index"] = fields.pop("image_token_id")
-        # The tower's sizes that LlavaConfig assumes where a checkpoint leaves them out (ViT-L/14-336).
-        large = {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-        }
-        vision = large | {"patch_size": 14, "image_size": 336} | vision if vision else vision
         parts = {
             "text_config": DecoderConfig.from_hf(text),
             "vision_config": VisionConfig.from_fields(vision, where="vision_config", ignored={"vocab_size"}),
         }
         # `image_seq_length` only repeats what tower and strategy say.
-        return cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length", "vocab_size"})
+        config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length", "vocab_size"})
+        states = config.vision_config.num_hidden_layers + 1
+        if not all(-states <= layer < states for layer in config.vision_feature_layer):
+            raise CheckpointError(
+                f"vision_feature_layer {config.vision_feature_layer} names hidden states that a tower of "
+                f"{states - 1} blocks does not have."
+            )
+        if config.vision_feature_select_strategy not in ("default", "full"):
+            raise CheckpointError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is neither "
+                "'default' nor 'full'."
+            )
+        return config
 
     @property
     def image_tokens(self) -> int:
@@ -75,18 +91,17 @@ class LlavaConfig(Config):
 
 def llava_keys(config: LlavaConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
-    unembedding = (
-        []
-        if config.text_config.tie_word_embeddings
-        else [Key("language_model.lm_head.weight", "decoder.unembedding", LINEAR)]
-    )
+    if config.text_config.tie_word_embeddings:
+        unembedding = Key("language_model.lm_head.weight", "decoder.embedding", copy=True)
+    else:
+        unembedding = Key("language_model.lm_head.weight", "decoder.unembedding", LINEAR)
     bias = config.multimodal_projector_bias
     return [
         *prefixed(clip_vision_keys(config.vision_config), "vision_tower.vision_model.", "tower."),
         *linear("multi_modal_projector.linear_1", "projector_in", bias=bias),
         *linear("multi_modal_projector.linear_2", "projector_out", bias=bias),
         *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
-        *unembedding,
+        unembedding,
     ]
 
 

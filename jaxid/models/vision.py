@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxid.errors import InputError
 from jaxid.kernels import attention
 from jaxid.models.common import ACTIVATIONS, Config, LayerNorm, Linear, filled, normal, stacked
 from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
@@ -117,7 +118,13 @@ class ClipVision(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "L1 N I D"]:
         """All hidden states: index 0 is the blocks' input, index k + 1 the output of block k."""
-        patch = self.config.patch_size
+        patch, side = self.config.patch_size, self.config.image_size
+        if pixels.shape[-2:] != (side, side):
+            given = " x ".join(map(str, pixels.shape[-2:]))
+            raise InputError(f"the pictures have {given} pixels, the tower takes {side} x {side}.")
+        # As a convolution does, pixels beyond the last whole patch are left out.
+        whole = side // patch * patch
+        pixels = pixels[:, :, :whole, :whole]
         patches = rearrange(pixels, "n c (y p) (x q) -> n (y x) (p q c)", p=patch, q=patch)
         tokens = patches @ self.patch_kernel[...].reshape(-1, self.config.hidden_size)
         first = jnp.broadcast_to(self.class_token[...], (tokens.shape[0], 1, tokens.shape[2]))

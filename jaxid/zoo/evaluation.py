@@ -6,9 +6,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxid.data import scenes as drawn
+from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.scenes import OBJECTS, Scenes
 from jaxid.engine import forward
-from jaxid.experiments.relations import ANSWERS, QUERIES, RelationItem
+from jaxid.experiments.relations import ANSWERS
 from jaxid.models.base import Model
 from jaxid.results import confidence_interval
 from jaxid.zoo import tiny_llava as recipe
@@ -25,7 +26,7 @@ def held_out_scenes(rng: np.random.Generator, count: int) -> Scenes:
 
 def relation_items(
     rng: np.random.Generator, count: int, axis: str
-) -> tuple[list[RelationItem], UInt8[np.ndarray, "N Y X 3"]]:
+) -> tuple[list[SpatialItem], UInt8[np.ndarray, "N Y X 3"]]:
     """Held-out scenes with a question about one axis, answers balanced by chance, subjects in either order."""
     number = list(ANSWERS).index(axis)
     scenes = held_out_scenes(rng, 2 * count)
@@ -39,7 +40,8 @@ def relation_items(
         subject, other = scenes.objects[row, first], scenes.objects[row, 1 - first]
         after = scenes.centers[row, first, number] > scenes.centers[row, 1 - first, number]
         items.append(
-            RelationItem(
+            SpatialItem(
+                image_id=row,
                 picture=picture,
                 subject=OBJECTS[subject],
                 object=OBJECTS[other],
@@ -82,7 +84,7 @@ def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accu
     results: dict[str, Accuracy] = {}
     for axis, name in (("horizontal", "left_right"), ("vertical", "above_below")):
         items, pictures = relation_items(rng, count, axis)
-        questions = [QUERIES[axis].format(subject=item.subject, object=item.object) for item in items]
+        questions = [item.query for item in items]
         results[name] = accuracy(model, pictures, questions, [item.relation for item in items])
 
     scenes = held_out_scenes(rng, count)

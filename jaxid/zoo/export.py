@@ -1,10 +1,12 @@
 """Writing a trained network as a checkpoint folder in Hugging Face layout."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxid.checkpoints.tensors import save_parameters
+from jaxid.models.decoder import RopeConfig
 from jaxid.models.llava import LlavaConfig, llava_keys
 from jaxid.results import write_json
 
@@ -35,8 +37,16 @@ def write_llava(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", hf_config(config, vocabulary))
     save_parameters(folder / "model.safetensors", parameters, llava_keys(config))
-    _write_tokenizer(folder, vocabulary, chat_template)
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    write_tokenizer(folder, vocabulary, chat_template)
+    write_processor(folder, config, mean=mean, std=std)
+    words = list(vocabulary)
+    generation = {"eos_token_id": words.index("</s>"), "pad_token_id": words.index("<pad>")}
+    write_json(folder / "generation_config.json", generation)
+
+
+def write_processor(folder: Path, config: LlavaConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Writes the files that describe CLIP's image processor and LLaVA's prompts."""
+    side = config.vision_config.image_size
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -55,16 +65,11 @@ def write_llava(
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
-        "patch_size": patch,
+        "patch_size": config.vision_config.patch_size,
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     write_json(folder / "processor_config.json", processor)
-    eos = list(vocabulary).index("</s>")
-    write_json(
-        folder / "generation_config.json",
-        {"eos_token_id": eos, "pad_token_id": list(vocabulary).index("<pad>")},
-    )
 
 
 def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +100,10 @@ def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
             "head_dim": text.head_dim,
             "hidden_act": text.hidden_act,
             "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": text.rope.rope_theta,
+            "attention_bias": text.attention_bias,
+            "mlp_bias": text.mlp_bias,
+            "tie_word_embeddings": text.tie_word_embeddings,
+            "rope_parameters": _rope_parameters(text.rope),
             "max_position_embeddings": 1024,
             "bos_token_id": words.index("<s>"),
             "eos_token_id": words.index("</s>"),
@@ -116,7 +124,15 @@ def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str) -> None:
+def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
+    """Only the fields that the kind of scaling reads: Hugging Face warns of others."""
+    fields = dataclasses.asdict(rope)
+    kept = {"default": 2, "linear": 3}.get(rope.rope_type, len(fields))
+    return dict(list(fields.items())[:kept])
+
+
+def write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str) -> None:
+    """Writes a word-level tokenizer: the index in `vocabulary` is the id."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(vocabulary)}

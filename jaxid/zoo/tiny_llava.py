@@ -261,7 +261,7 @@ class Batch:
     pictures: UInt8[np.ndarray, "N Y X 3"]
     token_ids: Int[np.ndarray, "N T"]
     labels: Int[np.ndarray, "N T"]  # the next token where it is asked for, else -1
-    patches: Int[np.ndarray, "N I"]  # object seen at each patch's centre, 0 for none, for the auxiliary loss
+    patches: Int[np.ndarray, "N I 3"]  # object at each patch's centre (from 1; 0 for none), its column and its row
 
 
 def training_batch(seed: int, step: int, size: int) -> Batch:
@@ -300,18 +300,36 @@ def training_batch(seed: int, step: int, size: int) -> Batch:
         pictures=drawn.render(scenes, IMAGE_SIZE),
         token_ids=token_ids,
         labels=labels,
-        patches=_patch_objects(scenes),
+        patches=patch_labels(scenes),
     )
 
 
-def _patch_objects(scenes: Scenes) -> Int[np.ndarray, "N I"]:
-    """The object whose box holds each patch's centre, counted from 1; 0 where there is none."""
+def sight_batch(seed: int, step: int, size: int) -> Batch:
+    """A batch without texts, for the steps in which the tower first learns to see; a pure function likewise."""
+    rng = np.random.default_rng((seed, step, 1))
+    scenes = training_scenes(rng, size)
+    nothing = np.zeros((size, 0), np.int32)
+    return Batch(
+        pictures=drawn.render(scenes, IMAGE_SIZE), token_ids=nothing, labels=nothing, patches=patch_labels(scenes)
+    )
+
+
+def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 3"]:
+    """What the auxiliary head is asked of every patch: the object whose box holds its centre, and that one's cell.
+
+    Objects are counted from 1, 0 is none; column and row are -1 where there is none.
+    """
     side = IMAGE_SIZE // PATCH_SIZE
     ticks = (np.arange(side) + 0.5) / side
     points = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
     distance = np.abs(points[None, :, None] - scenes.centers[:, None]).max(axis=-1)
     inside = (distance < scenes.sizes[:, None] / 2) & (scenes.objects[:, None] >= 0)
-    return np.where(inside.any(-1), np.take_along_axis(scenes.objects + 1, inside.argmax(-1), axis=1), 0)
+    chosen, here = inside.argmax(-1), inside.any(-1)
+    objects = np.where(here, np.take_along_axis(scenes.objects + 1, chosen, axis=1), 0)
+    places = np.where(here, np.take_along_axis(cells(scenes), chosen, axis=1), -1)
+    return np.stack([objects, np.where(here, places % 4, -1), np.where(here, places // 4, -1)], axis=-1).astype(
+        np.int32
+    )
 
 
 def normalize(pictures: UInt8[np.ndarray, "N Y X 3"]) -> Float[np.ndarray, "N 3 Y X"]:

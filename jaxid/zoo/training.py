@@ -3,12 +3,11 @@
 import csv
 import dataclasses
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import OBJECTS
@@ -34,13 +33,16 @@ from jaxid.zoo.export import write_llava
 class TrainingConfig:
     """All that decides the outcome of a training run."""
 
-    steps: int = 2400  # optimiser steps
+    sight_steps: int = 2500  # steps in which the tower alone learns to see
+    sight_batch_size: int = 128  # pictures per step of these
+    sight_learning_rate: float = 2e-3  # peak, in these
+    steps: int = 1300  # steps on questions and captions, after those
     batch_size: int = 64  # pictures per step
     learning_rate: float = 1.5e-3  # peak
-    warmup_steps: int = 100  # linear, then cosine to zero
-    weight_decay: float = 0.02  # on matrices only
+    warmup_steps: int = 100  # linear, then cosine to zero, in both stages
+    weight_decay: float = 0.02  # on block matrices only
     clip_norm: float = 1.0  # of the whole gradient
-    patch_weight: float = 0.5  # of the auxiliary loss on the tower's patches
+    patch_weight: float = 0.3  # of the auxiliary loss on the tower's patches
     seed: int = 0  # of parameters and data
 
 
@@ -51,10 +53,14 @@ class Learner(nnx.Module):
         """Draws all parameters."""
         config = recipe.config()
         self.network = Llava(config, rngs=rngs)
-        self.patch_head = Linear(config.text_config.hidden_size, len(OBJECTS) + 1, bias=True, rngs=rngs)
+        # Which object, which column, which row, asked of every patch.
+        self.patch_head = Linear(config.text_config.hidden_size, len(OBJECTS) + 1 + 4 + 4, bias=True, rngs=rngs)
 
 
-def _cross_entropy(logits: Float[Array, "... V"], labels: Array) -> tuple[Array, Array]:
+Metrics = dict[str, Array]
+
+
+def _cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> tuple[Array, Array]:
     """Mean loss and accuracy over the labels that are not negative."""
     counted = labels >= 0
     weight = counted.astype(jnp.float32)
@@ -64,10 +70,30 @@ def _cross_entropy(logits: Float[Array, "... V"], labels: Array) -> tuple[Array,
     return (losses * weight).sum() / total, hits.sum().astype(jnp.float32) / total
 
 
-def _loss(
-    parameters: Any, definition: Any, batch: dict[str, Array], patch_weight: float
-) -> tuple[Array, dict[str, Array]]:
-    learner: Learner = nnx.merge(definition, parameters)
+def _patch_loss(
+    learner: Learner, features: Float[Array, "N I D"], patches: Int[Array, "N I 3"]
+) -> tuple[Array, Metrics]:
+    """Loss of the auxiliary head: objects and background count alike, though one patch in eight holds an object."""
+    logits = learner.patch_head(features)
+    kinds = len(OBJECTS) + 1
+    objects = patches[..., 0]
+    object_loss, object_accuracy = _cross_entropy(logits[..., :kinds], jnp.where(objects > 0, objects, -1))
+    ground_loss, _ = _cross_entropy(logits[..., :kinds], jnp.where(objects > 0, -1, objects))
+    column_loss, column_accuracy = _cross_entropy(logits[..., kinds : kinds + 4], patches[..., 1])
+    row_loss, row_accuracy = _cross_entropy(logits[..., kinds + 4 :], patches[..., 2])
+    loss = (object_loss + ground_loss + column_loss + row_loss) / 2
+    return loss, {"patch_object": object_accuracy, "patch_column": column_accuracy, "patch_row": row_accuracy}
+
+
+def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
+    """The first stage's loss: the auxiliary head alone, on tower and projector."""
+    del config
+    loss, metrics = _patch_loss(learner, learner.network.image_features(batch["pixels"]), batch["patches"])
+    return loss, {"loss": loss, **metrics}
+
+
+def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
+    """The second stage's loss: next tokens at the ends of captions and questions, and a little of the first."""
     network, plan = learner.network, recipe.layout()
     size = batch["token_ids"].shape[0]
     features = network.image_features(batch["pixels"])
@@ -76,42 +102,69 @@ def _loss(
     embeddings = jnp.concatenate([text[:, :start], features, text[:, plan.text_start :]], axis=1)
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     hidden = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, Capture()).hidden
-    # Labels stand at the same places in every row: gather those columns before the unembedding.
-    text_hidden = hidden[:, plan.text_start :]
-    logits = text_hidden @ network.decoder.unembed_matrix()
+    logits = hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     text_loss, accuracy = _cross_entropy(logits, batch["labels"][:, plan.text_start :])
-    # Patches of objects and of background count alike, though one in eight holds an object.
-    patch_logits, patches = learner.patch_head(features), batch["patches"]
-    object_loss, patch_accuracy = _cross_entropy(patch_logits, jnp.where(patches > 0, patches, -1))
-    ground_loss, _ = _cross_entropy(patch_logits, jnp.where(patches > 0, -1, patches))
-    patch_loss = (object_loss + ground_loss) / 2
-    metrics = {"loss": text_loss, "accuracy": accuracy, "patch_accuracy": patch_accuracy}
-    return text_loss + patch_weight * patch_loss, metrics
+    patch_loss, metrics = _patch_loss(learner, features, batch["patches"])
+    return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
-def _optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, max(config.steps, config.warmup_steps + 1)
+class Stage(NamedTuple):
+    """One stretch of training with its own loss, data and schedule."""
+
+    name: str
+    first: int  # number of its first step, counted over the whole run
+    steps: int
+    loss: Callable[[Learner, dict[str, Array], TrainingConfig], tuple[Array, Metrics]]
+    batch: Callable[[int], recipe.Batch]  # of a step
+    optimizer: optax.GradientTransformation
+
+
+def stages(config: TrainingConfig) -> tuple[Stage, Stage]:
+    """The two stages of a run: seeing, then language."""
+    sight = Stage(
+        name="seeing",
+        first=0,
+        steps=config.sight_steps,
+        loss=sight_loss,
+        batch=lambda step: recipe.sight_batch(config.seed, step, config.sight_batch_size),
+        optimizer=_optimizer(config, config.sight_learning_rate, config.sight_steps, weight_decay=0.0),
     )
+    language = Stage(
+        name="language",
+        first=config.sight_steps,
+        steps=config.steps,
+        loss=language_loss,
+        batch=lambda step: recipe.training_batch(config.seed, step, config.batch_size),
+        optimizer=_optimizer(config, config.learning_rate, config.steps, weight_decay=config.weight_decay),
+    )
+    return sight, language
+
+
+def _optimizer(
+    config: TrainingConfig, learning_rate: float, steps: int, *, weight_decay: float
+) -> optax.GradientTransformation:
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             schedule,
             b2=0.98,
-            weight_decay=config.weight_decay,
+            weight_decay=weight_decay,
+            # Stacked block matrices have three axes and more; embeddings, norms and biases have fewer.
             mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
         ),
     )
 
 
-def _batches(config: TrainingConfig, first: int) -> Iterator[recipe.Batch]:
-    """Batches from a step on, the next one drawn while the current one trains."""
+def _batches(stage: Stage, first: int) -> Iterator[tuple[int, recipe.Batch]]:
+    """Steps and batches of a stage from a step on, the next one drawn while the current one trains."""
     with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(recipe.training_batch, config.seed, first, config.batch_size)
-        for step in range(first, config.steps):
+        upcoming = pool.submit(stage.batch, first)
+        for step in range(first, stage.first + stage.steps):
             batch = upcoming.result()
-            upcoming = pool.submit(recipe.training_batch, config.seed, step + 1, config.batch_size)
-            yield batch
+            upcoming = pool.submit(stage.batch, step + 1)
+            yield step, batch
 
 
 def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progress: bool = True) -> dict[str, Any]:
@@ -139,51 +192,58 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
         raise CheckpointError(f"{folder} holds a training run with other settings; choose another folder.")
     write_json(record, settings)
 
-    learner = Learner(rngs=nnx.Rngs(config.seed))
-    definition, parameters = nnx.split(learner)
-    parameters = nnx.to_pure_dict(parameters)
-    optimizer = _optimizer(config)
+    definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
+    parameters = nnx.to_pure_dict(initial)
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    state = jax.device_put({"parameters": parameters, "optimizer": optimizer.init(parameters)}, same)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager((folder / "state").absolute(), options=options) as manager:
+        done = manager.latest_step() or 0
+        for stage in stages(config):
+            end = stage.first + stage.steps
+            if done > end or not stage.steps:
+                continue
+            state = jax.device_put({"parameters": parameters, "optimizer": stage.optimizer.init(parameters)}, same)
+            if done > stage.first:
+                state = manager.restore(done, args=ocp.args.StandardRestore(state))
+            step_function = _step_function(definition, stage, config)
+            bar = tqdm(total=end, initial=max(done, stage.first), unit="step", disable=not progress, desc=stage.name)
+            for step, batch in _batches(stage, max(done, stage.first)):
+                state, metrics = step_function(state, jax.device_put(_device_arrays(batch), split))
+                if (step + 1) % 20 == 0:
+                    numbers = {name: round(float(value), 4) for name, value in metrics.items()}
+                    _append_metrics(folder / "metrics.csv", {"step": step + 1, "stage": stage.name, **numbers})
+                    bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
+                    bar.update(step + 1 - bar.n)
+                if (step + 1) % save_every == 0 or step + 1 == end:
+                    manager.save(step + 1, args=ocp.args.StandardSave(state))
+            bar.close()
+            parameters = state["parameters"]
+        manager.wait_until_finished()
+    return jax.device_get(parameters["network"])
 
+
+def _device_arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
+    return {
+        "pixels": recipe.normalize(batch.pictures),
+        "token_ids": batch.token_ids,
+        "labels": batch.labels,
+        "patches": batch.patches,
+    }
+
+
+def _step_function(definition: Any, stage: Stage, config: TrainingConfig) -> Callable[..., Any]:
     @partial(jax.jit, donate_argnums=0)
-    def step_function(state: dict[str, Any], batch: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
-        def loss(parameters: Any) -> tuple[Array, dict[str, Array]]:
-            return _loss(nnx.State(parameters), definition, batch, config.patch_weight)
+    def step_function(state: dict[str, Any], batch: dict[str, Array]) -> tuple[dict[str, Any], Metrics]:
+        def loss(parameters: Any) -> tuple[Array, Metrics]:
+            return stage.loss(nnx.merge(definition, nnx.State(parameters)), batch, config)
 
         gradients, metrics = jax.grad(loss, has_aux=True)(state["parameters"])
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+        updates, optimizer_state = stage.optimizer.update(gradients, state["optimizer"], state["parameters"])
         parameters = optax.apply_updates(state["parameters"], updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
-    with ocp.CheckpointManager(
-        (folder / "state").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    ) as manager:
-        first = manager.latest_step() or 0
-        if first:
-            state = manager.restore(first, args=ocp.args.StandardRestore(state))
-        bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress, desc="training")
-        started = time.perf_counter()
-        for step, batch in enumerate(_batches(config, first), start=first):
-            arrays = {
-                "pixels": recipe.normalize(batch.pictures),
-                "token_ids": batch.token_ids,
-                "labels": batch.labels,
-                "patches": batch.patches.astype(np.int32),
-            }
-            state, metrics = step_function(state, jax.device_put(arrays, split))
-            if (step + 1) % 20 == 0:
-                numbers = {name: round(float(value), 5) for name, value in metrics.items()}
-                _append_metrics(folder / "metrics.csv", {"step": step + 1, **numbers})
-                rate = (step + 1 - first) * config.batch_size / (time.perf_counter() - started)
-                bar.set_postfix(**numbers, pictures_per_second=round(rate))
-                bar.update(step + 1 - bar.n)
-            if (step + 1) % save_every == 0 or step + 1 == config.steps:
-                manager.save(step + 1, args=ocp.args.StandardSave(state))
-        bar.close()
-        manager.wait_until_finished()
-    return jax.device_get(state["parameters"]["network"])
+    return step_function
 
 
 def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 100) -> Path:
@@ -213,13 +273,16 @@ def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 
     return model_folder
 
 
-def _append_metrics(path: Path, row: dict[str, float]) -> None:
+COLUMNS = ("step", "stage", "loss", "accuracy", "patch_object", "patch_column", "patch_row")
+
+
+def _append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Adds a row; rows of steps that a kill undid are dropped first."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     if path.exists():
         with path.open() as file:
             rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
         writer.writeheader()
         writer.writerows([*rows, row])

@@ -1,0 +1,208 @@
+"""The published procedure in PyTorch: forward hooks on Hugging Face's class, full passes ([ID] arXiv 2601.12626).
+
+Two ways of running it. `one_by_one` is the published one: a single prompt at a time, and for every edit a full
+control pass and a full patched pass. `batched` is what a careful user of the same hooks would write: one control
+pass for a batch of prompts, then one patched pass of the batch for every edit.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class HookError(RuntimeError):
+    """A decoder block's output is not what the hooks are written for; they would edit nothing, or the wrong thing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts as Hugging Face's class reads them.
+
+    Attributes:
+        token_ids: Int[B, T], padding on the right.
+        valid: 1 at tokens, 0 at padding, Int[B, T].
+        pixels: Float[B, C, Y, X].
+        last: position of each prompt's last token, Int[B].
+        answers: token ids whose log-probabilities are read, Int[n].
+    """
+
+    token_ids: Int[Tensor, "B T"]
+    valid: Int[Tensor, "B T"]
+    pixels: Float[Tensor, "B C Y X"]
+    last: Int[Tensor, "B"]
+    answers: Int[Tensor, "n"]
+
+    def prompt(self, row: int) -> "Batch":
+        """One prompt, without padding."""
+        length = int(self.last[row]) + 1
+        return dataclasses.replace(
+            self,
+            token_ids=self.token_ids[row : row + 1, :length],
+            valid=self.valid[row : row + 1, :length],
+            pixels=self.pixels[row : row + 1],
+            last=self.last[row : row + 1],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Vectors added to the output of one decoder block, one set of vectors per prompt.
+
+    Attributes:
+        layer: the block, 0-based.
+        at: positions, Int[B, P].
+        vectors: Float[B, P, D].
+        factor: where given, each vector is rescaled to factor * |control activation at its position|.
+    """
+
+    layer: int
+    at: Int[Tensor, "B P"]
+    vectors: Float[Tensor, "B P D"]
+    factor: float | None = None
+
+    def prompt(self, row: int) -> "Edit":
+        """The edit of one prompt."""
+        return dataclasses.replace(self, at=self.at[row : row + 1], vectors=self.vectors[row : row + 1])
+
+
+def load(folder: Path) -> Any:
+    """Hugging Face's class in float32, its progress bar and remarks left out."""
+    from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def flops(network: Any, batch: Batch) -> int:
+    """Floating-point operations of one pass over one prompt: matrix products and convolutions, two per product."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # The counter does not know the CPU's fused attention kernel; the plain one is made of products that it knows.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        log_probs(network, batch.prompt(0))
+    return counter.get_total_flops()
+
+
+def log_probs(network: Any, batch: Batch) -> Float[Tensor, "B n"]:
+    """Log-probabilities of the answers as the next token; logits are computed for the last position alone."""
+    output = network.model(
+        input_ids=batch.token_ids, pixel_values=batch.pixels, attention_mask=batch.valid, use_cache=False
+    )
+    last = output.last_hidden_state[torch.arange(len(batch.last)), batch.last]
+    return torch.log_softmax(network.lm_head(last).float(), dim=-1)[:, batch.answers]
+
+
+def control_one_by_one(network: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
+    """A pass for every prompt."""
+    with torch.inference_mode():
+        return np.concatenate([log_probs(network, batch.prompt(row)).numpy() for row in range(len(batch.last))])
+
+
+def control_batched(network: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
+    """One pass for all prompts."""
+    with torch.inference_mode():
+        return log_probs(network, batch).numpy()
+
+
+def one_by_one(
+    network: Any, batch: Batch, edits: Sequence[Edit]
+) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
+    """The published way: for every prompt and every edit a control pass and a patched pass.
+
+    Returns:
+        Log-probabilities of the answers in the control passes, and after every edit.
+    """
+    clean: list[np.ndarray] = []
+    edited: list[list[np.ndarray]] = []
+    with torch.inference_mode():
+        for row in range(len(batch.last)):
+            prompt = batch.prompt(row)
+            pairs = [_control_and_patched(network, prompt, [edit.prompt(row)]) for edit in edits]
+            clean.append(pairs[-1][0].numpy()[0])
+            edited.append([patched[0].numpy()[0] for _, patched in pairs])
+    return np.stack(clean), np.stack(edited, axis=1)
+
+
+def batched(
+    network: Any, batch: Batch, edits: Sequence[Edit]
+) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
+    """The careful way: one control pass of the batch, and one patched pass of the batch for every edit.
+
+    Returns:
+        Log-probabilities of the answers in the control pass, and after every edit.
+    """
+    with torch.inference_mode():
+        clean, edited = _control_and_patched(network, batch, edits)
+        return clean.numpy(), torch.stack(edited).numpy()
+
+
+def _control_and_patched(network: Any, batch: Batch, edits: Sequence[Edit]) -> tuple[Tensor, list[Tensor]]:
+    norms: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for edit in edits:
+            if edit.factor is not None and edit.layer not in norms:
+                norms[edit.layer] = torch.empty(edit.at.shape)
+                hooks.enter_context(_hooked(network, edit.layer, _record_norms(norms[edit.layer], edit.at)))
+        clean = log_probs(network, batch)
+    patched = []
+    for edit in edits:
+        vectors = edit.vectors
+        if edit.factor is not None:
+            unit = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            vectors = edit.factor * norms[edit.layer][..., None] * unit
+        with _hooked(network, edit.layer, _add(vectors, edit.at)):
+            patched.append(log_probs(network, batch))
+    return clean, patched
+
+
+Hook = Callable[[Any, Any, Any], Tensor | None]
+
+
+@contextlib.contextmanager
+def _hooked(network: Any, layer: int, hook: Hook) -> Iterator[None]:
+    handle = network.model.language_model.layers[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _record_norms(norms: Float[Tensor, "B P"], at: Int[Tensor, "B P"]) -> Hook:
+    def hook(block: Any, arguments: Any, output: Any) -> None:
+        norms.copy_(bare_tensor(output)[torch.arange(len(at))[:, None], at].norm(dim=-1))
+
+    return hook
+
+
+def _add(vectors: Float[Tensor, "B P D"], at: Int[Tensor, "B P"]) -> Hook:
+    def hook(block: Any, arguments: Any, output: Any) -> Tensor:
+        edited = bare_tensor(output)
+        edited[torch.arange(len(at))[:, None], at] += vectors
+        return edited
+
+    return hook
+
+
+def bare_tensor(output: Any) -> Float[Tensor, "B T D"]:
+    """A decoder block's output, which is a bare tensor in transformers >= 5 and was a tuple before.
+
+    Raises:
+        HookError: if it is anything else: indexing it like a tuple would pick a prompt and edit that.
+    """
+    if not isinstance(output, Tensor) or output.ndim != 3:
+        shape = f" of shape {list(output.shape)}" if isinstance(output, Tensor) else ""
+        raise HookError(
+            f"a decoder block returned a {type(output).__name__}{shape}, not a tensor [B, T, D]; these hooks are "
+            "written for transformers 5."
+        )
+    return output

@@ -1,0 +1,144 @@
+"""Fair timing: the same CPUs for every system, calls side by side, medians, first calls apart."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+Result = TypeVar("Result")
+
+THREADS = 2
+"""CPUs, and so threads, that every system has."""
+
+MIN_ROUNDS = 3
+"""Fewest timed calls that a median is taken of."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed(Generic[Result]):
+    """Times of one system's calls, in seconds, and what its last call returned."""
+
+    first: float
+    rounds: tuple[float, ...]
+    result: Result
+
+    @property
+    def median(self) -> float:
+        """Time of a call once everything is warm."""
+        return statistics.median(self.rounds)
+
+    @property
+    def warm_up(self) -> float:
+        """What the first call took beyond a warm one: compilation, for a system that compiles."""
+        return self.first - self.median
+
+
+def use_cpus(count: int = THREADS) -> list[int]:
+    """Confines this process to its first few CPUs, and PyTorch's and JAX's thread pools with it.
+
+    Has to come before JAX and PyTorch are imported: JAX has no setting for its threads, it takes one per CPU that
+    it finds, and it would take an accelerator, or compiled programs of an earlier run, where there are any.
+
+    Args:
+        count: how many CPUs.
+
+    Returns:
+        Their numbers, fewer than `count` on a smaller machine; empty where a process cannot be confined.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    chosen = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, chosen)
+    return chosen
+
+
+def side_by_side(
+    systems: Mapping[str, Callable[[], Result]],
+    rounds: int = MIN_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timed[Result]]:
+    """Times systems in turn, so that a disturbance of the machine falls on all of them.
+
+    Every system is called once before the first round; that call counts as `first` only.
+
+    Args:
+        systems: name -> call, which has to return only when its result is there.
+        rounds: timed calls of each system.
+        clock: gives the time in seconds.
+
+    Returns:
+        Times by system.
+
+    Raises:
+        ValueError: for fewer than three rounds.
+    """
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"a median needs {MIN_ROUNDS} or more rounds, not {rounds}.")
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    results: dict[str, Result] = {}
+    for _ in range(rounds + 1):
+        for name, call in systems.items():
+            started = clock()
+            results[name] = call()
+            times[name].append(clock() - started)
+    return {name: Timed(first=taken[0], rounds=tuple(taken[1:]), result=results[name]) for name, taken in times.items()}
+
+
+@dataclasses.dataclass
+class Disturbance:
+    """How much of some CPUs other processes took, from entering this context to leaving it.
+
+    Several threads that wait for one another, as PyTorch's do, lose far more to a neighbour than the neighbour's
+    share of the machine: on a busy machine the systems' ratio is as wrong as their times.
+    """
+
+    cpus: list[int]
+    share: float | None = None  # of the CPUs' time; None where the system does not tell
+
+    def __enter__(self) -> "Disturbance":
+        self._start = (time.perf_counter(), self._others())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before, now = self._start[1], self._others()
+        if before is not None and now is not None:
+            self.share = max(0.0, now - before) / ((time.perf_counter() - self._start[0]) * len(self.cpus))
+
+    def _others(self) -> float | None:
+        """CPU seconds that this process, confined to these CPUs, has not used itself."""
+        statistics_file = Path("/proc/stat")
+        if not self.cpus or not statistics_file.exists():
+            return None
+        names = {f"cpu{number}" for number in self.cpus}
+        lines = [line.split() for line in statistics_file.read_text().splitlines()]
+        # Per CPU: user, nice, system, idle, iowait, irq, softirq, steal, ...; guests are part of user and nice.
+        ticks = sum(sum(map(int, line[1:4] + line[6:9])) for line in lines if line and line[0] in names)
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def describe_machine(cpus: list[int]) -> list[str]:
+    """Lines that say what the times were measured on."""
+    packages = ("jaxid-vlm", "jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    confined = f"confined to CPUs {', '.join(map(str, cpus))}" if cpus else "not confined to certain CPUs"
+    load = f", load average {os.getloadavg()[0]:.2f} at the start" if hasattr(os, "getloadavg") else ""
+    return [
+        f"machine   {_cpu_name()}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}{load}",
+        f"threads   {THREADS} each, {confined}",
+        f"versions  Python {platform.python_version()}, {versions}",
+    ]
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown CPU"

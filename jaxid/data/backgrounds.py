@@ -1,0 +1,63 @@
+"""Backgrounds of the drawn scenes."""
+
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Int
+
+BACKGROUNDS: tuple[str, ...] = ("white", "plain", "gradient", "noise", "texture")
+"""Kinds of background; `Scenes.background_kinds` holds indices into this tuple."""
+
+_TILE = 256  # side of the periodic noise tiles behind the "noise" and "texture" backgrounds
+
+
+def draw_backgrounds(
+    kinds: Int[np.ndarray, "N"],
+    colors: Float[np.ndarray, "N 2 3"],
+    seeds: Int[np.ndarray, "N"],
+    size: int,
+) -> Float[np.ndarray, "N size size 3"]:
+    """Pictures without objects, in 0..1.
+
+    Args:
+        kinds: Index in `BACKGROUNDS`.
+        colors: The two colours that a background mixes with a weight per pixel; plain ones show the first.
+        seeds: Chooses the direction of a gradient, the part of a noise or texture.
+        size: Rows and columns.
+    """
+    noise, texture = _tiles()
+    weights = np.zeros((len(kinds), size, size), np.float32)
+    ticks = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
+    for index in np.flatnonzero(kinds > BACKGROUNDS.index("plain")):
+        seed, kind = int(seeds[index]), BACKGROUNDS[kinds[index]]
+        across, down = seed % _TILE, seed // _TILE % _TILE
+        if kind == "gradient":
+            turn = 2 * np.pi * across / _TILE
+            # The direction's largest projection over the unit square, so that weights span 0..1.
+            reach = abs(np.cos(turn)) + abs(np.sin(turn))
+            weights[index] = np.cos(turn) / reach * (ticks - 0.5) + np.sin(turn) / reach * (ticks - 0.5)[:, None]
+            weights[index] += 0.5
+        else:
+            # Noise keeps its grain in pixels; a texture keeps its place in the picture at every size.
+            steps = np.arange(size) if kind == "noise" else np.arange(size) * 128 // size
+            tile = noise if kind == "noise" else texture
+            weights[index] = tile[np.ix_((steps + down) % _TILE, (steps + across) % _TILE)]
+    first, second = np.moveaxis(colors.astype(np.float32), 1, 0)
+    canvas = np.empty((len(kinds), size, size, 3), np.float32)
+    canvas[:] = first[:, None, None]
+    mixed = np.flatnonzero(kinds > BACKGROUNDS.index("plain"))
+    canvas[mixed] += weights[mixed, ..., None] * (second - first)[mixed, None, None]
+    return canvas
+
+
+@lru_cache
+def _tiles() -> tuple[Float[np.ndarray, "T T"], Float[np.ndarray, "T T"]]:
+    """A fixed tile of white noise and one of smooth, cloudy noise, both periodic and in 0..1."""
+    rng = np.random.default_rng(20_260_126)
+    noise = rng.random((_TILE, _TILE), dtype=np.float32)
+    frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None]) * _TILE
+    # Waves of 1 / 16 of the tile and longer, each octave with the same strength: cloudy, without fine grain.
+    spectrum = np.where((frequency > 1.5) & (frequency < 16), 1 / np.maximum(frequency, 1), 0)
+    cloud = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((_TILE, _TILE))) * spectrum, s=(_TILE, _TILE))
+    cloud = np.clip(0.5 + 0.25 * cloud / cloud.std(), 0, 1).astype(np.float32)
+    return noise, cloud

@@ -1,0 +1,277 @@
+"""COCO-Spatial: two-object pictures with a right and a wrong caption, read and written in the published layout.
+
+`coco_qa_two_obj.json` lists [image_id, right caption, wrong caption]; pictures are named by the twelve-digit id;
+boxes are COCO's `instances_val2017.json`. Source: [ID] section 4 (belief steering), arXiv 2601.12626.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jaxid.data.files import save_bytes, save_picture
+from jaxid.data.scenes import OBJECTS, Scenes, render
+from jaxid.errors import DataError, InputError
+
+CAPTIONS_FILE = "coco_qa_two_obj.json"
+INSTANCES_FILE = "instances_val2017.json"
+PICTURES_FOLDER = "val2017"
+
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+"""Every relation and the one that the wrong caption states."""
+
+Picture = Path | UInt8[np.ndarray, "Y X 3"]
+"""A picture's file, or its pixels."""
+
+_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+_RELATIONS = {phrase: relation for relation, phrase in _PHRASES.items()}
+_NAME = r"([^\s.]+(?: [^\s.]+){0,2})"
+_CAPTION = re.compile(
+    rf"A photo of an? {_NAME} (to the left of|to the right of|above|below) an? {_NAME}\.?", re.IGNORECASE
+)
+_EXPECTED = (
+    '[image_id, right caption, wrong caption] with captions as "A photo of a cat to the left of a dog" '
+    "(to the left of / to the right of / above / below; a or an; names of one to three words)"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpatialItem:
+    """One question about a picture: a file, or UInt8[Y, X, 3]."""
+
+    image_id: int
+    picture: Picture
+    subject: str
+    object: str
+    relation: str  # of the subject to the object: left, right, above or below
+
+    @property
+    def query(self) -> str:
+        """The question whose answer is the relation or its opposite."""
+        return query(self.subject, self.object, self.relation)
+
+
+def query(subject: str, object: str, relation: str) -> str:
+    """The question whose answer is `relation` or its opposite.
+
+    Raises:
+        InputError: The relation is not left, right, above or below.
+    """
+    if relation not in OPPOSITE:
+        raise InputError(f"A relation is one of {', '.join(OPPOSITE)}; got {relation!r}.")
+    if relation in ("left", "right"):
+        return f"Is the {subject} to the left or right of the {object}?"
+    return f"Is the {subject} above or below the {object}?"
+
+
+def caption(subject: str, object: str, relation: str) -> str:
+    """The caption "A photo of a(n) subject <relation> a(n) object".
+
+    Raises:
+        InputError: The relation is not left, right, above or below.
+    """
+    if relation not in _PHRASES:
+        raise InputError(f"A relation is one of {', '.join(_PHRASES)}; got {relation!r}.")
+    return f"A photo of {_with_article(subject)} {_PHRASES[relation]} {_with_article(object)}"
+
+
+def picture_name(image_id: int) -> str:
+    """COCO's file name of a picture."""
+    return f"{image_id:012d}.jpg"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def read_coco_spatial(json_path: str | Path, image_dir: str | Path) -> list[SpatialItem]:
+    """Reads the two-object file and checks that every picture is there.
+
+    Args:
+        json_path: `coco_qa_two_obj.json`.
+        image_dir: Folder of the pictures `{image_id:012d}.jpg`.
+
+    Returns:
+        One item per row, in the file's order.
+
+    Raises:
+        DataError: The file is missing or no JSON list, a row is malformed (named by index and content), or a picture
+            is missing (named by path).
+    """
+    rows = _read_json(Path(json_path))
+    if not isinstance(rows, list):
+        raise DataError(f"{json_path} holds a {type(rows).__name__}; expected a list of {_EXPECTED}.")
+    items = []
+    for index, row in enumerate(rows):
+        subject, relation, object = _parse_row(row, f"{json_path}, row {index}: {row!r}")
+        path = Path(image_dir) / picture_name(row[0])
+        if not path.is_file():
+            raise DataError(
+                f"Picture {path} of {json_path}, row {index}, does not exist. "
+                "Give the folder of COCO's val2017 pictures."
+            )
+        items.append(
+            SpatialItem(
+                image_id=row[0],
+                picture=path,
+                subject=subject,
+                object=object,
+                relation=relation,
+            )
+        )
+    return items
+
+
+def _parse_row(row: object, where: str) -> tuple[str, str, str]:
+    """Subject, relation and object of one row; `where` begins the error messages."""
+    fits = isinstance(row, list) and len(row) == 3 and type(row[0]) is int and row[0] >= 0
+    if not isinstance(row, list) or not fits or not all(isinstance(text, str) for text in row[1:]):
+        raise DataError(f"{where} is malformed; expected {_EXPECTED}.")
+    right, wrong = (_CAPTION.fullmatch(text.strip()) for text in row[1:])
+    if right is None or wrong is None:
+        which = "right" if right is None else "wrong"
+        raise DataError(f"{where}: the {which} caption has another form; expected {_EXPECTED}.")
+    relation, negation = (_RELATIONS[match[2].lower()] for match in (right, wrong))
+    same = (right[1], right[3]) == (wrong[1], wrong[3]) and negation == OPPOSITE[relation]
+    swapped = (right[1], right[3]) == (wrong[3], wrong[1]) and negation == relation
+    if not (same or swapped):
+        raise DataError(f"{where}: the wrong caption does not contradict the right one; expected {_EXPECTED}.")
+    return right[1], relation, right[3]
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}. Give the path of the published file.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON file: {error}. Download or write it again.") from error
+
+
+def read_boxes(instances_path: str | Path) -> dict[int, dict[str, Float[np.ndarray, "M 4"]]]:
+    """Reads the boxes of a COCO instances file.
+
+    Args:
+        instances_path: `instances_val2017.json`.
+
+    Returns:
+        image_id -> category name -> boxes (x, y, width, height) in pixels, one row per instance in the file's order.
+
+    Raises:
+        DataError: The file is missing or not in COCO's instances format.
+    """
+    content = _read_json(Path(instances_path))
+    try:
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__} instead of an object")
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        collected: dict[int, dict[str, list[list[float]]]] = {image["id"]: {} for image in content["images"]}
+        for annotation in content["annotations"]:
+            of_image = collected[annotation["image_id"]]
+            of_image.setdefault(names[annotation["category_id"]], []).append(annotation["bbox"])
+        return {
+            image: {name: np.asarray(boxes, np.float32).reshape(-1, 4) for name, boxes in of_image.items()}
+            for image, of_image in collected.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{instances_path} is not in COCO's instances format ({type(error).__name__}: {error}); expected images, "
+            "annotations with image_id, category_id and bbox, and categories."
+        ) from error
+
+
+def write_coco_spatial(
+    folder: str | Path, scenes: Scenes, size: int, *, min_distance: float = 0.12
+) -> list[SpatialItem]:
+    """Draws two-object scenes as a dataset in the published layout, balanced over the four relations.
+
+    Which of a picture's true relations is asked is chosen so that all four come out as often as the scenes allow.
+    Image ids count from 1.
+
+    Args:
+        folder: Gets `coco_qa_two_obj.json`, `instances_val2017.json` (for pycocotools) and `val2017/` with the
+            pictures as JPEG.
+        scenes: Scenes of exactly two different objects.
+        size: Side of the pictures in pixels.
+        min_distance: Least distance of the two centres along the asked axis, in picture fractions.
+
+    Returns:
+        The items, as `read_coco_spatial` reads them back.
+
+    Raises:
+        InputError: A scene does not hold two different objects, or its objects are too near on both axes.
+        OutputError: A file cannot be written.
+    """
+    folder = Path(folder)
+    items, rows, annotations = [], [], []
+    counts = dict.fromkeys(OPPOSITE, 0)
+    for index in range(len(scenes)):
+        slots = np.flatnonzero(scenes.objects[index] >= 0)
+        if len(slots) != 2 or len(set(scenes.objects[index, slots].tolist())) != 2:
+            names = [OBJECTS[name] for name in scenes.objects[index, slots]]
+            raise InputError(f"Scene {index} must hold two different objects, has {names}.")
+        options = _true_relations(scenes.centers[index, slots], min_distance)
+        if not options:
+            raise InputError(
+                f"The two objects of scene {index} are nearer than {min_distance} of the picture along both axes: no "
+                "relation between them is clear. Draw scenes without overlap (sample_free) or lower min_distance."
+            )
+        relation, first = min(options, key=lambda option: counts[option[0]])
+        counts[relation] += 1
+        subject, object = (OBJECTS[scenes.objects[index, slot]] for slot in (slots[first], slots[1 - first]))
+        image_id = index + 1
+        path = folder / PICTURES_FOLDER / picture_name(image_id)
+        save_picture(path, render(scenes[index : index + 1], size)[0])
+        rows.append([image_id, caption(subject, object, relation), caption(subject, object, OPPOSITE[relation])])
+        items.append(
+            SpatialItem(
+                image_id=image_id,
+                picture=path,
+                subject=subject,
+                object=object,
+                relation=relation,
+            )
+        )
+        for slot in slots:
+            x, y, width, height = (float(value) * size for value in scenes.boxes[index, slot])
+            right, bottom = x + width, y + height
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": int(scenes.objects[index, slot]) + 1,
+                    "bbox": [x, y, width, height],
+                    "area": width * height,
+                    "segmentation": [[x, y, right, y, right, bottom, x, bottom]],
+                    "iscrowd": 0,
+                }
+            )
+    instances = {
+        "info": {"description": "Drawn two-object scenes in the layout of COCO", "version": "1.0"},
+        "licenses": [],
+        "images": [
+            {"id": item.image_id, "file_name": picture_name(item.image_id), "width": size, "height": size}
+            for item in items
+        ],
+        "annotations": annotations,
+        "categories": [
+            {"id": index + 1, "name": name, "supercategory": "drawing"} for index, name in enumerate(OBJECTS)
+        ],
+    }
+    save_bytes(folder / INSTANCES_FILE, json.dumps(instances).encode())
+    save_bytes(folder / CAPTIONS_FILE, json.dumps(rows, indent=1).encode())
+    return items
+
+
+def _true_relations(centers: Float[np.ndarray, "2 2"], min_distance: float) -> list[tuple[str, int]]:
+    """The clear relations of two places, each with the index of its subject."""
+    options = []
+    for axis, (before, after) in enumerate((("left", "right"), ("above", "below"))):
+        distance = float(centers[1, axis] - centers[0, axis])
+        if abs(distance) > min_distance:
+            first = 0 if distance > 0 else 1
+            options += [(before, first), (after, 1 - first)]
+    return options

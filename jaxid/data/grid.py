@@ -1,0 +1,228 @@
+"""Grid scenes: the placements, the folder of pictures, and the file names of the fine-tuning set.
+
+Source: [ID] section 3 and its appendix on fine-tuning, arXiv 2601.12626. A cell is (column, row) of a 4 x 4 grid, the
+row counted downwards.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxid.data.files import save_picture
+from jaxid.data.scenes import OBJECTS, render, sample_grid
+from jaxid.errors import DataError, InputError
+
+Cell = tuple[int, int]
+"""(column, row), each 0..3."""
+
+GRID = 4
+"""Cells a side."""
+CELL_SIZE = 224
+"""Side of a cell in the published pictures, in pixels."""
+OBJECT_SIZES = (224, 174, 124, 74)
+"""Sides of the pasted objects in the published pictures, in pixels."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridItem:
+    """One grid picture: a file, or UInt8[Y, X, 3]."""
+
+    picture: Path | UInt8[np.ndarray, "Y X 3"]
+    object_a: str
+    object_b: str
+    cell_a: Cell
+    cell_b: Cell
+    size: int  # side of both objects, in pixels of the published 224-pixel cell
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneItem:
+    """What the name of a fine-tuning picture says."""
+
+    object_a: str
+    object_b: str
+    cell_a: Cell
+    cell_b: Cell
+
+
+def placements(
+    forbid_same_row: bool = False, forbid_same_column: bool = False, *, grid: int = GRID
+) -> list[tuple[Cell, Cell]]:
+    """All ordered placements of two objects in different cells: 240 on the 4 x 4 grid.
+
+    Args:
+        forbid_same_row: Leave out placements whose objects share a row.
+        forbid_same_column: Leave out placements whose objects share a column.
+        grid: Cells a side.
+
+    Returns:
+        ((column, row) of the first object, (column, row) of the second), the first object's cell varying slowest.
+    """
+    cells = [(x, y) for y in range(grid) for x in range(grid)]
+    return [
+        (a, b)
+        for a, b in itertools.permutations(cells, 2)
+        if not (forbid_same_row and a[1] == b[1]) and not (forbid_same_column and a[0] == b[0])
+    ]
+
+
+def write_grid_folder(
+    folder: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    seed: int = 0,
+    picture_size: int = GRID * CELL_SIZE,
+    object_sizes: Sequence[int] = OBJECT_SIZES,
+    backgrounds: Sequence[str] = ("white",),
+    jitter_size: float = 0.0,
+    jitter_angle: float = 0.0,
+    forbid_same_row: bool = False,
+    forbid_same_column: bool = False,
+) -> list[GridItem]:
+    """Draws every placement of every pair at every size as `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
+
+    Args:
+        folder: Where the pair folders go.
+        pairs: Ordered pairs of different names from `OBJECTS`.
+        seed: Chooses colours, backgrounds and jitter; the same seed writes the same pictures.
+        picture_size: Side of the square pictures, in pixels.
+        object_sizes: Sides of the objects, in pixels of the published 224-pixel cell.
+        backgrounds: Kinds of background (`scenes.BACKGROUNDS`); white is the paper's transparent setting.
+        jitter_size: Sides change by up to this share either way.
+        jitter_angle: Objects are turned by up to this many degrees either way.
+        forbid_same_row: Leave out placements whose objects share a row.
+        forbid_same_column: Leave out placements whose objects share a column.
+
+    Returns:
+        The items written.
+
+    Raises:
+        InputError: A pair is not two different drawn objects.
+        OutputError: A picture cannot be written.
+    """
+    for pair in pairs:
+        if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
+            raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
+    placed = placements(forbid_same_row, forbid_same_column)
+    items = []
+    for number, (name_a, name_b) in enumerate(pairs):
+        rng = np.random.default_rng((seed, number))
+        for side in object_sizes:
+            cells = np.asarray(placed).reshape(-1, 2, 2)
+            scenes = sample_grid(
+                rng,
+                np.full(len(placed), OBJECTS.index(name_a)),
+                cells[:, 0],
+                np.full(len(placed), OBJECTS.index(name_b)),
+                cells[:, 1],
+                scale=side / CELL_SIZE,
+                jitter_size=jitter_size,
+                jitter_angle=jitter_angle,
+                backgrounds=backgrounds,
+            )
+            for index, (cell_a, cell_b) in enumerate(placed):
+                name = f"{cell_b[0]}_{cell_b[1]}_{side}.png"
+                path = Path(folder) / f"{name_a}_{name_b}" / f"{cell_a[0]}_{cell_a[1]}" / name
+                # One picture at a time: all 240 of the published size together would take gigabytes.
+                save_picture(path, render(scenes[index : index + 1], picture_size)[0])
+                items.append(
+                    GridItem(picture=path, object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b, size=side)
+                )
+    return items
+
+
+_PAIR = re.compile(r"([^_]+)_([^_]+)")
+_CELL = re.compile(r"([0-3])_([0-3])")
+_PLACED = re.compile(r"([0-3])_([0-3])_([1-9][0-9]*)\.png")
+
+
+def read_grid_folder(folder: str | Path) -> list[GridItem]:
+    """Lists the pictures of a grid folder, sorted by pair, cells and size (greatest first).
+
+    Hidden files and folders are passed over. Object names may hold spaces but no underscores.
+
+    Raises:
+        DataError: The folder is missing or empty, or something in it does not fit
+            `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`; the message names it.
+    """
+    folder = Path(folder)
+    expected = "{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png with cells 0..3"
+    if not folder.is_dir():
+        raise DataError(f"Grid folder {folder} does not exist. Give the folder that holds the {{A}}_{{B}} folders.")
+    items = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_dir() or any(part.startswith(".") for part in parts):
+            continue
+        matches = None
+        if len(parts) == 3:
+            matches = _PAIR.fullmatch(parts[0]), _CELL.fullmatch(parts[1]), _PLACED.fullmatch(parts[2])
+        if matches is None or not all(matches):
+            raise DataError(f"{path} does not fit a grid folder: expected {folder}/{expected}. Remove or rename it.")
+        pair, cell_a, placed = (match.groups() for match in matches if match)
+        items.append(
+            GridItem(
+                picture=path,
+                object_a=pair[0],
+                object_b=pair[1],
+                cell_a=(int(cell_a[0]), int(cell_a[1])),
+                cell_b=(int(placed[0]), int(placed[1])),
+                size=int(placed[2]),
+            )
+        )
+        if items[-1].cell_a == items[-1].cell_b:
+            raise DataError(f"{path} puts both objects in cell {items[-1].cell_a}: the two cells must differ.")
+    if not items:
+        raise DataError(f"Grid folder {folder} holds no pictures: expected {expected}.")
+    return sorted(items, key=lambda item: (item.object_a, item.object_b, item.cell_a, item.cell_b, -item.size))
+
+
+_FINETUNE = re.compile(r"([^_]+)_([0-3])-([0-3])_([^_]+)_([0-3])-([0-3])\.png")
+
+
+def finetune_name(item: FinetuneItem) -> str:
+    """The file name `{A}_{ax}-{ay}_{B}_{bx}-{by}.png` of a fine-tuning picture.
+
+    Raises:
+        InputError: The item cannot be told by such a name: an underscore in an object's name, a cell outside 0..3,
+            both objects in one cell.
+    """
+    (ax, ay), (bx, by) = item.cell_a, item.cell_b
+    name = f"{item.object_a}_{ax}-{ay}_{item.object_b}_{bx}-{by}.png"
+    try:
+        if parse_finetune_name(name) == item:
+            return name
+    except DataError as error:
+        raise InputError(f"{item} has no file name: {error}") from error
+    raise InputError(f"{item} has no file name: {name!r} would be read as another item.")
+
+
+def parse_finetune_name(name: str) -> FinetuneItem:
+    """Reads `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`; object names may hold spaces but no underscores.
+
+    Args:
+        name: The file's name, without its folder.
+
+    Raises:
+        DataError: The name has another form, or both objects share a cell.
+    """
+    match = _FINETUNE.fullmatch(name)
+    if match is None or match[1] != match[1].strip() or match[4] != match[4].strip():
+        raise DataError(
+            f"{name!r} is no fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png with cells 0..3 "
+            "and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
+        )
+    item = FinetuneItem(
+        object_a=match[1],
+        object_b=match[4],
+        cell_a=(int(match[2]), int(match[3])),
+        cell_b=(int(match[5]), int(match[6])),
+    )
+    if item.cell_a == item.cell_b:
+        raise DataError(f"{name!r} puts both objects in cell {item.cell_a}: the two cells must differ.")
+    return item

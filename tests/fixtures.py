@@ -1,0 +1,160 @@
+"""What tests share: the tiny models on disk, loaded by jaxid and by PyTorch, and what PyTorch computes at every site.
+
+Everything is made once per test run, on first use.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from families import Case
+
+from jaxid.checkpoints.loading import load
+from jaxid.inputs import Prompts
+from jaxid.models.base import Model
+
+SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
+"""Gone when the test run ends."""
+
+QUESTIONS = ("Is the star to the left or right of the fish?", "Where is the fish?")
+
+TorchEdit = tuple[str, int, Callable[[torch.Tensor], torch.Tensor]]
+"""Site, layer, and what is done with the value there."""
+
+
+def pictures() -> list[np.ndarray]:
+    """Two pictures of different sizes and aspect ratios, no two rows, columns or channels alike."""
+    rng = np.random.default_rng(7)
+    made = []
+    for height, width in ((48, 40), (30, 70)):
+        slope = np.linspace(0, 160, height)[:, None, None] + np.linspace(0, 60, width)[None, :, None]
+        made.append((slope * [1.0, 0.6, 0.3] + rng.integers(0, 35, (height, width, 3))).astype(np.uint8))
+    return made
+
+
+@functools.cache
+def folder(case: Case) -> Path:
+    """The checkpoint folder of a tiny model, as `save_pretrained` writes it."""
+    path = Path(SCRATCH.name) / case.name
+    case.build().save_pretrained(path)
+    case.describe(path)
+    return path
+
+
+@functools.cache
+def model(case: Case, dtype: str = "float32") -> Model:
+    """The tiny model through jaxid's loader."""
+    return load(folder(case), dtype=dtype)
+
+
+@functools.cache
+def prompts(case: Case) -> Prompts:
+    """Two prompts of unequal length with a picture each."""
+    return model(case).prepare(pictures(), QUESTIONS)
+
+
+@functools.cache
+def reference(case: Case) -> Any:
+    """The tiny model through Hugging Face's loader."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder(case), attn_implementation="eager").eval()
+
+
+@functools.cache
+def clean_record(case: Case) -> dict[str, np.ndarray]:
+    """What PyTorch computes on `prompts`."""
+    return record(case, prompts(case))
+
+
+def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[str, np.ndarray]:
+    """Runs the PyTorch model and records every site.
+
+    Args:
+        case: which model.
+        batch: the prompts.
+        edits: what to change on the way, at any site but "resid_mid", which no hook can change.
+
+    Returns:
+        By name: "tower" Float[L1, N, I, D], "projector", "embed" Float[B, T, D], the block sites
+        Float[L, B, T, D], "norm" Float[B, T, D] and "logits" Float[B, T, V].
+    """
+    network = reference(case)
+    found: dict[tuple[str, int], torch.Tensor] = {}
+    handles = []
+
+    def visit(site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        for edited_site, edited_layer, change in edits:
+            if (site, layer) == (edited_site, edited_layer):
+                value = change(value)
+        found[site, layer] = value
+        return value
+
+    def before(module: Any, site: str, layer: int) -> None:
+        def hook(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (visit(site, layer, args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": visit(site, layer, kwargs["hidden_states"])}
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(module: Any, site: str, layer: int) -> None:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return visit(site, layer, output[0]), *output[1:]
+            return visit(site, layer, output)
+
+        handles.append(module.register_forward_hook(hook))
+
+    part = {name: network.get_submodule(path) for name, path in case.parts.items()}
+    before(part["tower_blocks"][0], "tower", 0)
+    for number, block in enumerate(part["tower_blocks"]):
+        after(block, "tower", number + 1)
+    after(part["projector"], "projector", 0)
+    before(part["blocks"][0], "embed", -1)
+    for number, block in enumerate(part["blocks"]):
+        before(block, "resid_pre", number)
+        after(block.self_attn, "attn_out", number)
+        before(block.post_attention_layernorm, "resid_mid", number)
+        after(block.mlp, "mlp_out", number)
+        after(block, "resid_post", number)
+    after(part["norm"], "norm", 0)
+    inputs = batch.inputs
+    try:
+        with torch.no_grad():
+            output = network(
+                input_ids=torch.tensor(np.asarray(inputs.token_ids)).long(),
+                attention_mask=torch.tensor(np.asarray(inputs.valid)).long(),
+                pixel_values=torch.tensor(np.asarray(inputs.pixels)),
+                use_cache=False,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    stacked = {
+        name: torch.stack([value for (site, _), value in sorted(found.items(), key=lambda item: item[0]) if site == name])
+        for name in {site for site, _ in found}
+    }
+    single = {name: stacked[name][0] for name in ("projector", "embed", "norm")}
+    return {name: value.numpy() for name, value in {**stacked, **single, "logits": output.logits}.items()}
+
+
+def device_inputs(batch: Prompts) -> Any:
+    """The arrays of prompts, on the device."""
+    return jax.tree.map(jnp.asarray, batch.inputs)
+
+
+def distance(ours: Any, theirs: Any, rows: np.ndarray | None = None) -> float:
+    """Largest difference, relative to the largest reference value; of the rows [B, T] that hold tokens, if given."""
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    if rows is not None:
+        ours, theirs = ours[..., rows, :], theirs[..., rows, :]
+    assert np.isfinite(theirs).all() and np.abs(theirs).max() > 1e-2
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,237 @@
+"""Configs: every field is read, none is silently ignored, and the published sizes are those of Hugging Face."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import LLAMA3, VOCABULARY, llava_config
+from flax import nnx
+
+import jaxid.inputs
+import jaxid.models
+from jaxid.checkpoints.loading import abstract_parameters
+from jaxid.errors import CheckpointError
+from jaxid.models.common import BOOKKEEPING, Config
+from jaxid.models.decoder import DecoderConfig, RopeConfig
+from jaxid.models.inputs import Inputs
+from jaxid.models.llava import LlavaConfig
+from jaxid.models.registry import FAMILIES
+from jaxid.models.sites import SITES, Capture, clean
+from jaxid.models.vision import VisionConfig
+from jaxid.zoo.export import hf_config
+
+SOURCES = [*sorted(Path(str(jaxid.models.__file__)).parent.glob("*.py")), Path(jaxid.inputs.__file__)]
+CONFIGS = sorted(Config.__subclasses__(), key=lambda config: config.__name__)
+
+LLAVA_7B = {
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "text_config": {"model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064},
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+"""The config.json of LLaVA-1.5-7B as published, but for names and versions."""
+
+
+def attributes_read(source: str) -> set[str]:
+    """Names read as attributes; what a class declares or an assignment sets does not count."""
+    nodes = ast.walk(ast.parse(source))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def test_every_field_of_every_config_is_read() -> None:
+    assert {DecoderConfig, LlavaConfig, RopeConfig, VisionConfig} <= set(CONFIGS)
+    read = set().union(*(attributes_read(path.read_text()) for path in SOURCES))
+    unread = {
+        f"{config.__name__}.{field.name}"
+        for config in CONFIGS
+        for field in dataclasses.fields(config)
+        if field.name not in read
+    }
+    assert unread == set()
+
+
+def test_the_search_for_unread_fields_finds_one() -> None:
+    declared = "class C:\n    width: int = 3\n\n    def f(self):\n        self.depth = 4\n        return self.height"
+    assert attributes_read(declared) == {"height"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_field_has_its_comment_and_configs_are_frozen(config: type[Config]) -> None:
+    module = __import__(config.__module__, fromlist=["_"])
+    lines = Path(str(module.__file__)).read_text().splitlines()
+    for field in dataclasses.fields(config):
+        line = next(line for line in lines if line.startswith(f"    {field.name}: "))
+        assert "  # " in line, line
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(object.__new__(config), dataclasses.fields(config)[0].name, None)
+
+
+def test_nothing_that_a_config_reads_is_bookkeeping() -> None:
+    fields = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    assert fields & BOOKKEEPING == set()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def changed(part: str | None, **fields: Any) -> dict[str, Any]:
+    whole = {**LLAVA_7B, "text_config": dict(LLAVA_7B["text_config"]), "vision_config": dict(LLAVA_7B["vision_config"])}
+    (whole[part] if part else whole).update(fields)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "named"),
+    [
+        (None, {"mm_patch_merge": "flat"}, "mm_patch_merge='flat'"),
+        ("text_config", {"sliding_window": 4096}, "text_config.*sliding_window=4096"),
+        ("vision_config", {"use_head": True}, "vision_config.*use_head=True"),
+        ("text_config", {"model_type": "mistral"}, "text_config.*'mistral'"),
+        ("vision_config", {"model_type": "siglip_vision_model"}, "vision_config.*'siglip_vision_model'"),
+        ("text_config", {"hidden_act": "swish9"}, "text_config.*hidden_act='swish9'"),
+        (None, {"projector_hidden_act": "swish9"}, "projector_hidden_act='swish9'"),
+        ("text_config", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("text_config", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("text_config", {"rope_scaling": {"type": "linear"}}, "'linear' lack factor"),
+        ("text_config", {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 8]}}, "mrope_section"),
+        (None, {"vision_feature_layer": -26}, "vision_feature_layer"),
+        (None, {"vision_feature_layer": [3, 25]}, "vision_feature_layer"),
+        (None, {"vision_feature_select_strategy": "cls"}, "'cls'"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(part: str | None, fields: dict[str, Any], named: str) -> None:
+    LlavaConfig.from_hf(changed(None))
+    with pytest.raises(CheckpointError, match=named):
+        LlavaConfig.from_hf(changed(part, **fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LLAVA_7B,
+        {"model_type": "llava"},
+        changed(None, vision_config=None, text_config=None),
+        changed(None, vision_config={"image_size": 64}),
+        changed("text_config", rope_theta=5e5, num_key_value_heads=8),
+        changed("text_config", rope_scaling={"type": "linear", "factor": 2.0}),
+        changed("text_config", rope_parameters=LLAMA3),
+        changed("text_config", rope_scaling={k: v for k, v in LLAMA3.items() if not k.startswith("orig")}),
+        changed("text_config", tie_word_embeddings=True),
+        changed(None, tie_word_embeddings=True, vision_feature_layer=[-2, 3]),
+        changed("text_config", hidden_size=1024, num_attention_heads=8),
+    ],
+    ids=lambda fields: str(len(str(fields))),
+)
+def test_defaults_are_hugging_faces(fields: dict[str, Any]) -> None:
+    ours = LlavaConfig.from_hf(fields)
+    theirs = transformers.LlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+    text, vision = theirs.text_config, theirs.vision_config
+    for field in dataclasses.fields(DecoderConfig):
+        if field.name not in ("rope", "tie_word_embeddings"):
+            assert getattr(ours.text_config, field.name) == getattr(text, field.name), field.name
+    for field in dataclasses.fields(VisionConfig):
+        assert getattr(ours.vision_config, field.name) == getattr(vision, field.name), field.name
+    assert ours.text_config.tie_word_embeddings == theirs.tie_word_embeddings
+    for name, value in text.rope_parameters.items() - {("type", "linear")}:  # the old spelling is kept beside the new
+        assert getattr(ours.text_config.rope, name) == value, name
+    layers = theirs.vision_feature_layer
+    assert ours.vision_feature_layer == (tuple(layers) if isinstance(layers, list) else (layers,))
+    for name in ("image_token_index", "projector_hidden_act", "multimodal_projector_bias"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    frequencies = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(text).inv_freq.numpy()
+    np.testing.assert_allclose(ours.text_config.rope.frequencies(ours.text_config.head_dim), frequencies, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        {"rope_parameters": LLAMA3, "head_dim": 20, "num_key_value_heads": 2},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}},
+    ],
+    ids=["plain", "flags", "llama3", "linear"],
+)
+def test_an_exported_config_comes_back_the_same(fields: dict[str, Any]) -> None:
+    hf = llava_config(text=fields, vision={"layer_norm_eps": 1e-3}, vision_feature_layer=[-1, 0])
+    config = LlavaConfig.from_hf(hf.to_dict())
+    assert LlavaConfig.from_hf(hf_config(config, VOCABULARY)) == config
+
+
+# --- full size ------------------------------------------------------------------------------------------------------
+
+
+def full_size() -> tuple[LlavaConfig, Any]:
+    config = LlavaConfig.from_hf(LLAVA_7B)
+    with torch.device("meta"):
+        theirs = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(**{name: value for name, value in LLAVA_7B.items() if name != "model_type"})
+        )
+    return config, theirs
+
+
+def test_full_size_parameters_and_keys_are_hugging_faces() -> None:
+    config, theirs = full_size()
+    family = FAMILIES["llava"]
+    _, abstract = abstract_parameters(family, config)
+    assert sum(leaf.size for leaf in abstract.values()) == sum(p.numel() for p in theirs.parameters()) == 7_063_427_072
+
+    table: dict[str, tuple[int, ...]] = {}
+    for key in family.keys(config):
+        stacked = "{layer}" in key.source
+        shape = abstract[key.target].shape
+        for layer in range(shape[0]) if stacked else [None]:
+            table[key.source.format(layer=layer)] = shape[1:] if stacked else shape
+    spelled = {}
+    for name, parameter in theirs.state_dict().items():
+        for pattern, replacement in family.renames:
+            name = re.sub(pattern, replacement, name)
+        spelled[name] = tuple(parameter.shape)
+    assert set(table) == set(spelled)
+    keys = {key.source: key for key in family.keys(config)}
+    for name, shape in spelled.items():
+        key = keys.get(name) or keys[re.sub(r"layers\.\d+\.", "layers.{layer}.", name)]
+        assert key.parameter_shape(shape) == table[name], name
+
+
+def test_full_size_forward_traces() -> None:
+    config, _ = full_size()
+    family = FAMILIES["llava"]
+    assert config.image_tokens == 576
+    batch, tokens = 2, 640
+    inputs = Inputs(
+        token_ids=jnp.zeros((batch, tokens), jnp.int32),
+        positions=jnp.zeros((batch, tokens), jnp.int32),
+        valid=jnp.ones((batch, tokens), bool),
+        last=jnp.zeros((batch,), jnp.int32),
+        pixels=jnp.zeros((batch, 3, 336, 336)),
+        image_slots=jnp.zeros((batch, tokens), jnp.int32),
+    )
+    definition, state = nnx.split(nnx.eval_shape(lambda: family.network(config, rngs=nnx.Rngs(0))))
+    output = jax.eval_shape(
+        lambda state, inputs: nnx.merge(definition, state)(inputs, clean, Capture(SITES)), state, inputs
+    )
+    assert output.hidden.shape == (batch, tokens, 4096)
+    assert output.captured["embed"].shape == (batch, tokens, 4096)
+    assert {output.captured[site].shape for site in SITES[1:]} == {(32, batch, tokens, 4096)}

@@ -1,0 +1,223 @@
+"""The benchmarks: fair timing, a comparison that fails when systems differ, and the whole script from outside."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxid.models.llava import Llava
+from jaxid.zoo import tiny_llava
+from jaxid.zoo.export import write_llava
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FIGURES = ("published_s", "batched_s", "jaxid_s", "ratio_published", "ratio_batched", "compile_s")
+WORKS = ("control", "steering", "belief_swap")
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmarks' files, imported as the script imports them: from their own folder."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA checkpoint of three blocks with random weights."""
+    full = tiny_llava.config()
+    text = dataclasses.replace(full.text_config, num_hidden_layers=3, hidden_size=48, intermediate_size=64)
+    config = dataclasses.replace(full, text_config=text)
+    shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))[1])
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        around = 1.0 if path[-1].key == "scale" else 0.0
+        return (around + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    parameters = jax.tree_util.tree_map_with_path(draw, shapes)
+    path = tmp_path_factory.mktemp("models") / "random-llava"
+    write_llava(
+        path,
+        config,
+        parameters,
+        vocabulary=tiny_llava.VOCABULARY,
+        chat_template=tiny_llava.CHAT_TEMPLATE,
+        mean=tiny_llava.PIXEL_MEAN,
+        std=tiny_llava.PIXEL_STD,
+    )
+    return path
+
+
+def three_systems(perturbation: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    values = np.log(np.linspace(0.1, 0.9, 12, dtype=np.float32)).reshape(3, 2, 2)
+    return {
+        "published": {"control": values[0], "steered": values + perturbation},
+        "batched": {"control": values[0], "steered": values},
+        "jaxid": {"control": values[0], "steered": values},
+    }
+
+
+def perturbed(value: float) -> np.ndarray:
+    change = np.zeros((3, 2, 2), np.float32)
+    change[2, 0, 1] = value
+    return change
+
+
+def test_agreement_gives_the_largest_difference(modules: Any) -> None:
+    interventions = modules("interventions")
+    assert interventions.check_agreement("steering", three_systems(perturbed(0.0))) == 0.0
+    found = interventions.check_agreement("steering", three_systems(perturbed(5e-5)))
+    assert found == pytest.approx(5e-5, rel=0.01)
+
+
+@pytest.mark.parametrize("change", [2e-4, -2e-4, np.nan, np.inf, -np.inf])
+def test_one_perturbed_value_is_a_disagreement(modules: Any, change: float) -> None:
+    interventions = modules("interventions")
+    with pytest.raises(interventions.Disagreement, match=r"steering: steered of published .* at \(2, 0, 1\)"):
+        interventions.check_agreement("steering", three_systems(perturbed(change)))
+
+
+def test_other_shapes_and_quantities_are_disagreements(modules: Any) -> None:
+    interventions = modules("interventions")
+    results = three_systems(perturbed(0.0))
+    broadcastable = results | {"batched": results["batched"] | {"control": results["batched"]["control"][:1]}}
+    with pytest.raises(interventions.Disagreement, match=r"control of batched has shape \(1, 2\)"):
+        interventions.check_agreement("steering", broadcastable)
+    with pytest.raises(interventions.Disagreement, match="batched gives"):
+        interventions.check_agreement("steering", results | {"batched": {"steered": np.zeros(1)}})
+
+
+def test_systems_take_turns_and_the_first_call_stands_apart(modules: Any) -> None:
+    timing = modules("timing")
+    now, calls = [0.0], []
+    durations = {"a": iter([9.0, 1.0, 5.0, 2.0]), "b": iter([4.0, 3.0, 3.0, 3.0])}
+
+    def system(name: str) -> Any:
+        def call() -> int:
+            now[0] += next(durations[name])
+            calls.append(name)
+            return len(calls)
+
+        return call
+
+    timed = timing.side_by_side({"a": system("a"), "b": system("b")}, 3, clock=lambda: now[0])
+    assert calls == ["a", "b"] * 4
+    assert timed["a"].rounds == (1.0, 5.0, 2.0)
+    assert (timed["a"].first, timed["a"].median, timed["a"].warm_up) == (9.0, 2.0, 7.0)
+    assert (timed["b"].median, timed["b"].warm_up, timed["b"].result) == (3.0, 1.0, 8)
+
+
+def test_a_median_needs_three_rounds(modules: Any) -> None:
+    with pytest.raises(ValueError, match="3 or more rounds, not 2"):
+        modules("timing").side_by_side({"a": lambda: None}, 2)
+
+
+def test_hooks_refuse_what_is_not_a_bare_tensor(modules: Any) -> None:
+    import torch
+
+    published = modules("published")
+    good = torch.zeros(2, 5, 4)
+    assert published.bare_tensor(good) is good
+    for output in ((good,), good[0]):
+        with pytest.raises(published.HookError, match="transformers 5"):
+            published.bare_tensor(output)
+
+
+@pytest.mark.slow
+def test_one_by_one_equals_batched_on_padded_prompts(modules: Any, folder: Path) -> None:
+    import torch
+
+    published = modules("published")
+    network = published.load(folder)
+    picture = tiny_llava.encode("<s> USER :" + 36 * " <image>")
+    texts = ["Is the star above or below the fish ? ASSISTANT :", "Where is the moon ? ASSISTANT :"]
+    rows = [picture + tiny_llava.encode(text) for text in texts]
+    longest = max(map(len, rows))
+    rng = np.random.default_rng(0)
+    batch = published.Batch(
+        token_ids=torch.tensor([row + [3] * (longest - len(row)) for row in rows]),
+        valid=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        pixels=torch.from_numpy(rng.standard_normal((2, 3, 72, 72)).astype(np.float32)),
+        last=torch.tensor([len(row) - 1 for row in rows]),
+        answers=torch.tensor([10, 20]),
+    )
+    assert len(rows[0]) != len(rows[1])
+    at = torch.tensor([[40, 42], [41, 43]])
+    vectors = torch.from_numpy(rng.standard_normal((2, 2, 48)).astype(np.float32))
+    edits = [
+        published.Edit(layer=layer, at=at, vectors=scale * vectors, factor=factor)
+        for layer, scale, factor in itertools.product(range(3), (1.0, 7.0), (None, 2.0))
+    ]
+    clean, edited = published.batched(network, batch, edits)
+    for mine, other in zip(published.one_by_one(network, batch, edits), (clean, edited), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+    # By layer, scale and factor: a word's edit acts, but not after the last block, which nobody reads there; and
+    # the vectors' own length matters unless they are rescaled.
+    edited = edited.reshape(3, 2, 2, 2, 2)
+    assert (np.abs(edited[:2] - clean).max(axis=-1) > 1e-3).all()
+    np.testing.assert_allclose(edited[2], np.broadcast_to(clean, edited[2].shape), atol=1e-6)
+    np.testing.assert_allclose(edited[:, 0, 1], edited[:, 1, 1], atol=1e-4)
+    assert (np.abs(edited[:2, 0, 0] - edited[:2, 1, 0]).max(axis=-1) > 1e-3).all()
+
+
+def start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    # Eight simulated devices would share the threads that the benchmark gives to one.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Threads that wait asleep: here the times do not matter, but other tests may be running on the same cores.
+    environment["OMP_WAIT_POLICY"] = "passive"
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+@pytest.mark.slow
+def test_quick_run_writes_every_figure(folder: Path, tmp_path: Path) -> None:
+    script = str(BENCHMARKS / "interventions.py")
+    process = start([script, "--quick", "--model", str(folder), "--out", str(tmp_path)])
+    assert process.returncode == 0, process.stderr
+    figures = json.loads((tmp_path / "interventions.json").read_text())
+    assert set(figures) == {f"{work}/random-llava/{figure}" for work in WORKS for figure in FIGURES}
+    for work in WORKS:
+        times = {
+            name: figures[f"{work}/random-llava/{name}_s"] for name in ("published", "batched", "jaxid", "compile")
+        }
+        assert min(times.values()) > 0
+        for system in ("published", "batched"):
+            ratio = figures[f"{work}/random-llava/ratio_{system}"]
+            assert ratio == pytest.approx(times[system] / times["jaxid"])
+        assert f"\n{work} " in process.stdout
+    for part in ("machine ", "threads   2 each", "transformers 5.", "floating-point operations a prompt"):
+        assert part in process.stdout
+
+
+@pytest.mark.slow
+def test_systems_that_disagree_end_the_run_without_a_result(folder: Path, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import interventions, published\n"
+        "right = published.log_probs\n"
+        "published.log_probs = lambda *arguments: right(*arguments) + 1e-3\n"
+        f"sys.exit(interventions.main(['--quick', '--model', {str(folder)!r}, '--out', {str(tmp_path)!r}]))"
+    )
+    process = start(["-c", program])
+    assert process.returncode == 1
+    assert "error: the systems do not agree" in process.stderr
+    assert "control of published" in process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_missing_model_is_a_clear_error(tmp_path: Path) -> None:
+    process = start([str(BENCHMARKS / "interventions.py"), "--model", "/nowhere", "--out", str(tmp_path)])
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: no model folder at /nowhere")
