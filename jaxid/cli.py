@@ -94,9 +94,10 @@ def demo(
 
     summary = main_job.run(out, main_job.DemoConfig(model=model, seed=seed))
     layer, factor = summary["best_layer"], summary["best_factor"]
+    right, swapped, by_noise = summary["accuracy"]["left_right"], summary["belief_swap"], summary["noise_swap"]
     typer.echo(
-        f"{summary['model']}: left/right {summary['accuracy']['left_right']:.1%} right; "
-        f"block {layer}, factor {factor}: beliefs swapped {summary['belief_swap'][layer]:.1%} by IDs, {summary['noise_swap'][layer]:.1%} by noise.\n"
+        f"{summary['model']}: left/right {right:.1%} right; block {layer}, factor {factor}: beliefs swapped "
+        f"{swapped[layer]:.1%} by IDs, {by_noise[layer]:.1%} by noise.\n"
         f"Report: {out / 'report.md'} ({summary['seconds']} s)"
     )
 

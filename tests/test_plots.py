@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from PIL import Image
 
 from jaxid import plots
@@ -72,7 +74,13 @@ FIGURES: list[tuple[Callable[..., Figure], dict[str, Any], int, list[str]]] = [
 
 
 def texts(figure: Figure) -> list[str]:
-    return [artist.get_text() for artist in figure.findobj(matplotlib.text.Text)]  # pyright: ignore
+    return [artist.get_text() for artist in figure.findobj(Text) if isinstance(artist, Text)]
+
+
+def named_lines(figure: Figure) -> Iterator[tuple[Text, Line2D]]:
+    """The legend's names and the lines beside them."""
+    (legend,) = figure.legends
+    return zip(legend.get_texts(), legend.get_lines(), strict=True)
 
 
 def lines(axes: Axes) -> list[np.ndarray]:
@@ -96,7 +104,7 @@ def test_figure_has_its_axes_and_labels_and_is_saved(
     image = Image.open(tmp_path / "new" / "figure.png").convert("RGB")
     picture = np.asarray(image)
     assert picture.shape[:2] == tuple((200 * figure.get_size_inches()[::-1]).astype(int))
-    assert len(image.getcolors(image.width * image.height)) > 20
+    assert len(image.getcolors(image.width * image.height) or []) > 20
     # Nothing but white at the edges: no label is cut off.
     edges = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
     assert (edges == 255).all()
@@ -135,7 +143,11 @@ def test_id_plane_needs_no_words() -> None:
 
 
 def test_belief_panels_hold_their_rates() -> None:
-    first, second, mean, factor = plots.belief_swap_by_layer(**BELIEF, factor_layer=3).axes
+    figure = plots.belief_swap_by_layer(**BELIEF, factor_layer=3)
+    first, second, mean, factor = figure.axes
+    legend = {text.get_text(): to_hex(line.get_color()) for text, line in named_lines(figure)}
+    assert legend == {"IDs": plots.BLUE, "noise of the same norm": plots.GREY}
+    assert [to_hex(line.get_color()) for line in first.get_lines()] == [plots.GREY, plots.BLUE]
     np.testing.assert_array_equal(lines(first), [RATES[0] / 5, RATES[0]])
     np.testing.assert_array_equal(lines(second), [RATES[1] / 5, RATES[1]])
     np.testing.assert_allclose(lines(mean), [RATES.mean(0) / 5, RATES.mean(0)])
@@ -184,12 +196,14 @@ def test_swap_scores_are_means_over_items() -> None:
         assert np.asarray(band)[:, 1].max() == pytest.approx(spread.max())
 
 
-def test_names_at_line_ends_keep_apart() -> None:
-    scores = {name: np.full((6, 2, 2), 1.2) for name in ("image", "text", "words")}
-    axes = plots.swap_scores(scores, WORDS).axes[1]
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_names_at_line_ends_keep_apart_and_beside_their_panel(share: float) -> None:
+    axes = plots.variance_by_layer(*np.full((4, 6), share)).axes[0]
     boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
     assert len(boxes) == 3
     assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
+    panel = axes.get_window_extent()
+    assert all(panel.y0 - 1 <= (box.y0 + box.y1) / 2 <= panel.y1 + 1 for box in boxes)
 
 
 @pytest.mark.parametrize(

@@ -67,20 +67,18 @@ def extract(
 
     def batches() -> Iterator[IDBatch]:
         for batch in in_batches(items, batch_size):
-            unknown = [
-                item
-                for item in batch
-                if (item.object_a, item.object_b) not in pair_numbers or item.size not in size_numbers
-            ]
-            if unknown:
-                raise InputError(f"grid item {unknown[0].a}/{unknown[0].b}, size {unknown[0].size}, was not announced.")
+            for item in batch:
+                if (item.object_a, item.object_b) not in pair_numbers or item.size not in size_numbers:
+                    raise InputError(
+                        f"grid item {item.object_a}/{item.object_b} of size {item.size} was not announced in pairs, sizes."
+                    )
             # A short last batch is filled up with its first item, marked as padding: one compile for all batches.
             padding = batch_size - len(batch) if len(batch) < batch_size else 0
             full = batch + batch[:1] * padding
             prompts = model.prepare(
                 [item.picture for item in full], [question.format(a=item.object_a, b=item.object_b) for item in full]
             )
-            pair = [pair_numbers[item.object_a, item.b] for item in batch] + [-1] * padding
+            pair = [pair_numbers[item.object_a, item.object_b] for item in batch] + [-1] * padding
             yield IDBatch(
                 activations=activations_at(model, prompts, [item.object_b for item in full]),
                 object_index=np.array([objects.index(item.object_b) for item in full]),

@@ -34,8 +34,8 @@ CHAT_TEMPLATE = (
 """LLaVA-1.5's conversation form."""
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-_WORDS = """USER ASSISTANT QUESTION ANSWER : ? . , " ' - Is Are the The a an there of to in or and on at is Where What color
-column row picture image object Answer only yes no Yes No left right above below Left Right Above Below near far
+_WORDS = """USER ASSISTANT QUESTION ANSWER : ? . , " ' - Is Are the The a an there of to in or and on at is Where What
+color column row picture image object Answer only yes no Yes No left right above below Left Right Above Below near far
 Near Far front behind Front Behind between before after Before After not without with one two three four It""".split()
 VOCABULARY = tuple(
     dict.fromkeys(
