@@ -20,6 +20,7 @@ from jaxid.engine import forward
 from jaxid.experiments import activation_swap, belief_swap, grid, relations, steering
 from jaxid.experiments.relations import ANSWERS, RelationBatch
 from jaxid.ids import FULL_SIZE, SpatialIDs
+from jaxid.kernels import probing
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 from jaxid.results import confidence_interval, ensure_output_folder, tidy, write_json, write_table
@@ -258,16 +259,14 @@ def run(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -
 
 def probe_ids(ids: SpatialIDs) -> dict[str, list[float]]:
     """The geometry of the IDs, layer by layer."""
-    from jaxid.kernels.probing import axes_cosine
-
-    row, column = (np.asarray(share) for share in reversed(ids.row_column_shares()))
-    correlation = np.asarray(ids.place_correlation())
+    column, row = probing.row_column_shares(ids.universal)
+    correlation = np.asarray(probing.place_correlation(ids.universal))
     numbers = {
         "explained_variance": ids.explained_variance(),
         "id_agreement": ids.agreement(),
         "column_correlation": correlation[:, 0],
         "row_correlation": correlation[:, 1],
-        "axes_cosine": axes_cosine(*ids.axes()),
+        "axes_cosine": probing.axes_cosine(*ids.axes()),
         "row_share": row,
         "column_share": column,
     }
@@ -386,6 +385,7 @@ def _belief_figure(
         belief_intervals=intervals[0],
         noise_intervals=intervals[1],
         factor=summary["best_factor"],
+        factor_layer=summary["best_layer"],
         factors=np.array(config.factors),
         belief_by_factor=mean[0],
         noise_by_factor=mean[1],

@@ -310,17 +310,27 @@ def open_picture(image: Picture) -> Any:
     if isinstance(image, (str, Path)):
         try:
             with Image.open(image) as file:
-                return file.convert("RGB")
+                return _rgb(file)
         except FileNotFoundError as error:
             raise InputError(f"there is no picture at {image}.") from error
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:  # PIL's, for broken PNGs
             raise InputError(f"{image} is not a readable picture ({_first_line(error)}).") from error
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _rgb(image)
     array: UInt8[np.ndarray, "Y X 3"] = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise InputError(f"a picture must be uint8 of shape [Y, X, 3], not {array.dtype} of shape {array.shape}.")
     return Image.fromarray(array)
+
+
+def _rgb(image: Any) -> Any:
+    """In colour, transparent parts on white, as transformers shows them to the models."""
+    from PIL import Image
+
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _is_batch(images: Any) -> bool:

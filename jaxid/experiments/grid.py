@@ -70,7 +70,7 @@ def extract(
             for item in batch:
                 if (item.object_a, item.object_b) not in pair_numbers or item.size not in size_numbers:
                     raise InputError(
-                        f"grid item {item.object_a}/{item.object_b} of size {item.size} was not announced in pairs, sizes."
+                        f"grid item {item.object_a}/{item.object_b} of size {item.size} was not announced."
                     )
             # A short last batch is filled up with its first item, marked as padding: one compile for all batches.
             padding = batch_size - len(batch) if len(batch) < batch_size else 0
