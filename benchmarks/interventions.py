@@ -187,14 +187,16 @@ def make_works(model: Any, folder: Path, count: int) -> tuple[list[Work], list[s
 
 
 def _relation_batch(model: Any, count: int) -> Any:
+    from jaxid.data.coco_spatial import SpatialItem
     from jaxid.data.objects import OBJECTS
-    from jaxid.experiments.relations import RelationItem, prepare
+    from jaxid.experiments.relations import prepare
 
     rng = np.random.default_rng(SEED)
     side = model.config.vision_config.image_size
     pairs = [rng.permutation(len(OBJECTS))[:2] for _ in range(count)]
     items = [
-        RelationItem(
+        SpatialItem(
+            image_id=number,
             picture=rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
             subject=OBJECTS[subject],
             object=OBJECTS[other],

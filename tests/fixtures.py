@@ -138,7 +138,9 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
         for handle in handles:
             handle.remove()
     stacked = {
-        name: torch.stack([value for (site, _), value in sorted(found.items(), key=lambda item: item[0]) if site == name])
+        name: torch.stack(
+            [value for (site, _), value in sorted(found.items(), key=lambda item: item[0]) if site == name]
+        )
         for name in {site for site, _ in found}
     }
     single = {name: stacked[name][0] for name in ("projector", "embed", "norm")}

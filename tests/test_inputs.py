@@ -80,14 +80,15 @@ def test_paths_images_and_arrays_are_the_same_picture(processor: Processor, tmp_
 
 
 def test_works_without_pytorch() -> None:
-    """Loading, preparing and a forward pass, where importing torch or torchvision is an error."""
+    """Loading, preparing and a forward pass, where neither torch nor torchvision is installed."""
     code = f"""
+import importlib.machinery
 import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "torchvision"):
-            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
-sys.meta_path.insert(0, Blocker())
+class WithoutTorch(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *place):
+        return None if name.split(".")[0] in ("torch", "torchvision") else super().find_spec(name, *place)
+sys.meta_path[:] = [WithoutTorch if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 import numpy as np
 from jaxid.checkpoints.loading import load
 from jaxid.engine import forward
@@ -138,7 +139,9 @@ def test_repeated_words(processor: Processor) -> None:
             prompts.word("the", occurrence=which)
 
 
-@pytest.mark.parametrize("word", ["cat", "Star", "sta", "tar", "", "USER", "ASSISTANT", "<image>", "fish? ASSISTANT", "f.sh"])
+@pytest.mark.parametrize(
+    "word", ["cat", "Star", "sta", "tar", "", "USER", "ASSISTANT", "<image>", "fish? ASSISTANT", "f.sh"]
+)
 def test_words_that_are_not_in_the_question(processor: Processor, word: str) -> None:
     with pytest.raises(PromptError, match=f"prompt 0 .*{re.escape(ASKED)}.*{re.escape(repr(word))}"):
         processor.prepare(fixtures.pictures()[0], ASKED).word(word)

@@ -108,7 +108,8 @@ def test_jaxid_error_is_one_line_and_code_2(tmp_path: Path, no_cache: None, caps
         cli.main(["data", "preview", "--out", str(tmp_path / "file" / "scenes.png"), "--count", "1"])
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith("error: cannot write") and output.err.count("\n") == 1
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert "scenes.png" in output.err and "cannot be written" in output.err
 
 
 def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, no_cache: None, tmp_path: Path) -> None:

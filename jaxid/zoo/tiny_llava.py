@@ -66,7 +66,7 @@ def config() -> LlavaConfig:
         vision_config=VisionConfig(
             hidden_size=64,
             intermediate_size=192,
-            num_hidden_layers=3,
+            num_hidden_layers=1,
             num_attention_heads=2,
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
@@ -232,7 +232,7 @@ def _question(
 ) -> tuple[str, str]:
     """One question about a scene and its one-word answer."""
     kind = 0.0 if long else rng.random()
-    relation = _relation(rng, centers, len(objects)) if kind < 0.6 else None
+    relation = _relation(rng, centers, len(objects)) if kind < 0.45 else None
     if relation is not None:
         axis, first, second = relation
         words = _RELATION_WORDS[axis]
@@ -243,10 +243,10 @@ def _question(
         return text, answer
     chosen = rng.integers(len(objects))
     name = OBJECTS[objects[chosen]]
-    if kind < 0.75:
+    if kind < 0.62:
         column, row = np.clip((centers[chosen] * 4).astype(int), 0, 3)
         return f"Where is the {name} ?", COLUMN_WORDS[column] + ROW_WORDS[row]
-    if kind < 0.9:
+    if kind < 0.85:
         if rng.random() < 0.5:
             absent = [index for index in range(len(OBJECTS)) if index not in objects]
             return f"Is there a {OBJECTS[absent[rng.integers(len(absent))]]} ?", "no"
@@ -261,7 +261,7 @@ class Batch:
     pictures: UInt8[np.ndarray, "N Y X 3"]
     token_ids: Int[np.ndarray, "N T"]
     labels: Int[np.ndarray, "N T"]  # the next token where it is asked for, else -1
-    patches: Int[np.ndarray, "N I 3"]  # object at each patch's centre (from 1; 0 for none), its column and its row
+    patches: Int[np.ndarray, "N I 4"]  # see `patch_labels`
 
 
 def training_batch(seed: int, step: int, size: int) -> Batch:
@@ -314,10 +314,10 @@ def sight_batch(seed: int, step: int, size: int) -> Batch:
     )
 
 
-def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 3"]:
-    """What the auxiliary head is asked of every patch: the object whose box holds its centre, and that one's cell.
+def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 4"]:
+    """What the auxiliary head is asked of every patch: the object whose box holds its centre, where and how it is.
 
-    Objects are counted from 1, 0 is none; column and row are -1 where there is none.
+    In order: the object (from 1; 0 is none), its column, its row and its colour, each -1 where there is none.
     """
     side = IMAGE_SIZE // PATCH_SIZE
     ticks = (np.arange(side) + 0.5) / side
@@ -327,9 +327,9 @@ def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 3"]:
     chosen, here = inside.argmax(-1), inside.any(-1)
     objects = np.where(here, np.take_along_axis(scenes.objects + 1, chosen, axis=1), 0)
     places = np.where(here, np.take_along_axis(cells(scenes), chosen, axis=1), -1)
-    return np.stack([objects, np.where(here, places % 4, -1), np.where(here, places // 4, -1)], axis=-1).astype(
-        np.int32
-    )
+    colors = np.take_along_axis(scenes.colors, chosen, axis=1)
+    known = [np.where(here, values, -1) for values in (places % 4, places // 4, colors)]
+    return np.stack([objects, *known], axis=-1).astype(np.int32)
 
 
 def normalize(pictures: UInt8[np.ndarray, "N Y X 3"]) -> Float[np.ndarray, "N 3 Y X"]:

@@ -18,9 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxid.checkpoints.loading import load
-from jaxid.data.scenes import OBJECTS
+from jaxid.data.scenes import COLORS, OBJECTS
 from jaxid.errors import CheckpointError
 from jaxid.models.common import Linear
+from jaxid.models.decoder import Decoder
 from jaxid.models.llava import Llava
 from jaxid.models.sites import Capture, clean
 from jaxid.results import whole_file, write_json
@@ -33,10 +34,10 @@ from jaxid.zoo.export import write_llava
 class TrainingConfig:
     """All that decides the outcome of a training run."""
 
-    sight_steps: int = 2500  # steps in which the tower alone learns to see
+    sight_steps: int = 2200  # steps in which the model first learns to see
     sight_batch_size: int = 128  # pictures per step of these
     sight_learning_rate: float = 2e-3  # peak, in these
-    steps: int = 1300  # steps on questions and captions, after those
+    steps: int = 800  # steps on questions and captions, after those
     batch_size: int = 64  # pictures per step
     learning_rate: float = 1.5e-3  # peak
     warmup_steps: int = 100  # linear, then cosine to zero, in both stages
@@ -46,6 +47,17 @@ class TrainingConfig:
     seed: int = 0  # of parameters and data
 
 
+PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS))
+"""Classes that the auxiliary head tells apart at every patch: object, column, row, colour."""
+
+SEEING_BLOCKS = 3
+"""The auxiliary head reads the picture's tokens after this many decoder blocks.
+
+The tower is shallow on purpose: pictures are understood in the decoder's first blocks, as in large models, so that the
+words can take up their objects' places only in the middle ones.
+"""
+
+
 class Learner(nnx.Module):
     """The network with the auxiliary head that training adds to the tower."""
 
@@ -53,8 +65,7 @@ class Learner(nnx.Module):
         """Draws all parameters."""
         config = recipe.config()
         self.network = Llava(config, rngs=rngs)
-        # Which object, which column, which row, asked of every patch.
-        self.patch_head = Linear(config.text_config.hidden_size, len(OBJECTS) + 1 + 4 + 4, bias=True, rngs=rngs)
+        self.patch_head = Linear(config.text_config.hidden_size, sum(PATCH_CLASSES), bias=True, rngs=rngs)
 
 
 Metrics = dict[str, Array]
@@ -70,26 +81,43 @@ def _cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> tu
     return (losses * weight).sum() / total, hits.sum().astype(jnp.float32) / total
 
 
-def _patch_loss(
-    learner: Learner, features: Float[Array, "N I D"], patches: Int[Array, "N I 3"]
-) -> tuple[Array, Metrics]:
+def _patch_loss(learner: Learner, tokens: Float[Array, "N I D"], patches: Int[Array, "N I 4"]) -> tuple[Array, Metrics]:
     """Loss of the auxiliary head: objects and background count alike, though one patch in eight holds an object."""
-    logits = learner.patch_head(features)
-    kinds = len(OBJECTS) + 1
+    splits = np.cumsum(PATCH_CLASSES)[:-1].tolist()
+    kinds, *others = jnp.split(learner.patch_head(learner.network.decoder.norm(tokens)), splits, axis=-1)
     objects = patches[..., 0]
-    object_loss, object_accuracy = _cross_entropy(logits[..., :kinds], jnp.where(objects > 0, objects, -1))
-    ground_loss, _ = _cross_entropy(logits[..., :kinds], jnp.where(objects > 0, -1, objects))
-    column_loss, column_accuracy = _cross_entropy(logits[..., kinds : kinds + 4], patches[..., 1])
-    row_loss, row_accuracy = _cross_entropy(logits[..., kinds + 4 :], patches[..., 2])
-    loss = (object_loss + ground_loss + column_loss + row_loss) / 2
-    return loss, {"patch_object": object_accuracy, "patch_column": column_accuracy, "patch_row": row_accuracy}
+    loss, object_accuracy = _cross_entropy(kinds, jnp.where(objects > 0, objects, -1))
+    ground_loss, _ = _cross_entropy(kinds, jnp.where(objects > 0, -1, objects))
+    loss, metrics = loss + ground_loss, {"patch_object": object_accuracy}
+    for number, name in enumerate(("column", "row", "color"), start=1):
+        other_loss, metrics[f"patch_{name}"] = _cross_entropy(others[number - 1], patches[..., number])
+        loss = loss + other_loss
+    return loss / 2, metrics
 
 
 def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
-    """The first stage's loss: the auxiliary head alone, on tower and projector."""
+    """The first stage's loss: the auxiliary head alone, on tower, projector and the decoder's first blocks."""
     del config
-    loss, metrics = _patch_loss(learner, learner.network.image_features(batch["pixels"]), batch["patches"])
+    network, plan = learner.network, recipe.layout()
+    features = network.image_features(batch["pixels"])
+    size, count, _ = features.shape
+    prefix = jnp.broadcast_to(jnp.asarray(plan.token_ids[: plan.text_start - count]), (size, plan.text_start - count))
+    embeddings = jnp.concatenate([network.decoder.embed(prefix), features], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(plan.text_start), (size, plan.text_start))
+    mask = jnp.asarray(plan.mask[: plan.text_start, : plan.text_start])[None]
+    capture = Capture(("resid_post",))
+    states = _shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
+    loss, metrics = _patch_loss(learner, states[-1][:, -count:], batch["patches"])
     return loss, {"loss": loss, **metrics}
+
+
+def _shallow(decoder: Decoder) -> Decoder:
+    """The decoder cut after its seeing blocks, with the same parameters."""
+    config = dataclasses.replace(decoder.config, num_hidden_layers=SEEING_BLOCKS)
+    definition = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    parameters = nnx.to_pure_dict(nnx.state(decoder))
+    parameters["layers"] = jax.tree.map(lambda leaf: leaf[:SEEING_BLOCKS], parameters["layers"])
+    return nnx.merge(definition, nnx.State(parameters))
 
 
 def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
@@ -101,10 +129,13 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     start = plan.text_start - features.shape[1]
     embeddings = jnp.concatenate([text[:, :start], features, text[:, plan.text_start :]], axis=1)
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
-    hidden = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, Capture()).hidden
-    logits = hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
+    pictures = jnp.broadcast_to(jnp.arange(start, plan.text_start), (size, features.shape[1]))
+    capture = Capture(("resid_post",), at=pictures)
+    output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
+    logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     text_loss, accuracy = _cross_entropy(logits, batch["labels"][:, plan.text_start :])
-    patch_loss, metrics = _patch_loss(learner, features, batch["patches"])
+    seen = output.captured["resid_post"][SEEING_BLOCKS - 1]
+    patch_loss, metrics = _patch_loss(learner, seen, batch["patches"])
     return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
@@ -273,7 +304,7 @@ def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 
     return model_folder
 
 
-COLUMNS = ("step", "stage", "loss", "accuracy", "patch_object", "patch_column", "patch_row")
+COLUMNS = ("step", "stage", "loss", "accuracy", "patch_object", "patch_column", "patch_row", "patch_color")
 
 
 def _append_metrics(path: Path, row: dict[str, Any]) -> None:

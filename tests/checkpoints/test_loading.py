@@ -81,7 +81,9 @@ def shard(folder: Path, parts: int = 3) -> list[Path]:
 
 def same(first: Any, second: Any) -> bool:
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    return all(bool(jnp.array_equal(a, b)) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    return all(
+        bool(jnp.array_equal(a, b)) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
 
 
 # --- what loads -----------------------------------------------------------------------------------------------------
@@ -147,7 +149,9 @@ def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
 
 def test_each_parameter_is_placed_once_and_whole() -> None:
     model, family, placed = fixtures.model(PLAIN), FAMILIES["llava"], []
-    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tensors.flatten(model.parameters).items()}
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tensors.flatten(model.parameters).items()
+    }
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         placed.append(path)
@@ -155,7 +159,11 @@ def test_each_parameter_is_placed_once_and_whole() -> None:
         return jax.device_put(array, jax.devices()[1])
 
     parameters = tensors.load_parameters(
-        tensors.TensorFolder(fixtures.folder(PLAIN)), abstract, family.keys(model.config), renames=family.renames, place=place
+        tensors.TensorFolder(fixtures.folder(PLAIN)),
+        abstract,
+        family.keys(model.config),
+        renames=family.renames,
+        place=place,
     )
     assert sorted(placed) == sorted(abstract)
     assert {leaf.devices().pop() for leaf in jax.tree.leaves(parameters)} == {jax.devices()[1]}
@@ -175,7 +183,9 @@ def test_the_fingerprint_tells_checkpoints_apart(copy: Callable[..., Path]) -> N
 
 # --- what does not --------------------------------------------------------------------------------------------------
 
-GATE, DOWN = (f"language_model.model.layers.{layer}.mlp.{name}_proj.weight" for layer, name in ((0, "gate"), (2, "down")))
+GATE, DOWN = (
+    f"language_model.model.layers.{layer}.mlp.{name}_proj.weight" for layer, name in ((0, "gate"), (2, "down"))
+)
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 
 
@@ -305,7 +315,9 @@ def test_configs_that_do_not_fit(copy: Callable[..., Path], fields: dict[str, An
         load(copy(**fields))
 
 
-@pytest.mark.parametrize(("text", "named"), [("{", "readable JSON"), ("[1]", "not a JSON object"), (None, "no config.json")])
+@pytest.mark.parametrize(
+    ("text", "named"), [("{", "readable JSON"), ("[1]", "not a JSON object"), (None, "no config.json")]
+)
 def test_broken_config_file(copy: Callable[..., Path], text: str | None, named: str) -> None:
     path = copy() / "config.json"
     path.unlink() if text is None else path.write_text(text)
