@@ -1,0 +1,135 @@
+"""Extraction of IDs from grid pictures, against the published means taken picture by picture from PyTorch."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import fixtures
+import numpy as np
+import oracle
+import pytest
+from families import VOCABULARY
+
+from jaxid.data.grid import GridItem, placements
+from jaxid.engine import forward
+from jaxid.errors import InputError, PromptError
+from jaxid.experiments import grid
+
+PAIRS = (("star", "fish"), ("cat", "fish"), ("fish", "star"))
+SIZES = (224, 74)
+A_CELLS = ((0, 0), (2, 1), (3, 3))
+
+
+@functools.cache
+def items() -> tuple[GridItem, ...]:
+    """Noise pictures of three pairs: three cells of A, all others for B, two sizes; in no order."""
+    rng = np.random.default_rng(3)
+    made = [
+        GridItem(
+            picture=(rng.integers(0, 256, (32, 32, 3)) * rng.uniform(0.2, 1, 3)).astype(np.uint8),
+            object_a=a,
+            object_b=b,
+            cell_a=cell_a,
+            cell_b=cell_b,
+            size=size,
+        )
+        for a, b in PAIRS
+        for size in SIZES
+        for cell_a, cell_b in placements()
+        if cell_a in A_CELLS
+    ]
+    return tuple(made[number] for number in rng.permutation(len(made)))
+
+
+def torch_activations(items: Sequence[GridItem]) -> np.ndarray:
+    """PyTorch's residual stream at the asked word of every picture, embeddings first: [N, L + 1, D]."""
+    questions = [f"Is the {item.object_b} to the left or right of the {item.object_a}?" for item in items]
+    prompts = fixtures.model(oracle.CASE).prepare([item.picture for item in items], questions)
+    record = fixtures.record(oracle.CASE, prompts)
+    stacked = np.concatenate([record["embed"][None], record["resid_post"]])
+    token_ids = np.asarray(prompts.inputs.token_ids)
+    at = [list(row).index(VOCABULARY.index(item.object_b)) for row, item in zip(token_ids, items, strict=True)]
+    return stacked[:, np.arange(len(items)), at].swapaxes(0, 1)
+
+
+def published_ids(name: str) -> np.ndarray:
+    """IDs of one object [L + 1, S, X, Y, D]: less the mean of A's folder, over A's places, then over pairs."""
+    by_pair = []
+    for pair in PAIRS:
+        if pair[1] != name:
+            continue
+        chosen = [item for item in items() if (item.object_a, item.object_b) == pair]
+        activations = torch_activations(chosen).astype(float)
+        sums = np.zeros((len(SIZES), 4, 4, *activations.shape[1:]))
+        counts = np.zeros((len(SIZES), 4, 4, 1, 1))
+        for cell_a in A_CELLS:
+            folder = [row for row, item in enumerate(chosen) if item.cell_a == cell_a]
+            middle = activations[folder].mean(axis=0)
+            for row in folder:
+                place = (SIZES.index(chosen[row].size), *chosen[row].cell_b)
+                sums[place] += activations[row] - middle
+                counts[place] += 1
+        by_pair.append(sums / counts)
+    return np.mean(by_pair, axis=0).transpose(3, 0, 1, 2, 4)
+
+
+def test_extract_equals_the_published_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+
+    def spy(model: Any, prompts: Any, **options: Any) -> Any:
+        lengths.append(len(prompts))
+        return forward(model, prompts, **options)
+
+    monkeypatch.setattr(grid, "forward", spy)
+    model = fixtures.model(oracle.CASE)
+    # 270 pictures in batches of 64: the last one holds 14 and is filled up.
+    ids = grid.extract(model, iter(items()), pairs=PAIRS, sizes=SIZES, batch_size=64)
+    assert lengths == [64] * 5
+    assert (ids.objects, ids.sizes) == (("fish", "star"), SIZES)
+    assert (ids.model, ids.fingerprint) == (model.name, model.fingerprint)
+    for row, name in enumerate(ids.objects):
+        expected = published_ids(name)
+        assert ids.embeddings is not None
+        np.testing.assert_allclose(ids.embeddings[row], 0, atol=1e-5)  # a word is embedded alike wherever its object is
+        np.testing.assert_allclose(expected[0], 0, atol=1e-5)
+        assert fixtures.distance(ids.values[:, row], expected[1:]) < 1e-4
+        pairs = sum(b == name for _, b in PAIRS)
+        for x, y in np.ndindex(4, 4):
+            assert (ids.counts[row, :, x, y] == pairs * (2 if (x, y) in A_CELLS else 3)).all()
+
+
+def test_other_questions_are_asked_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(model: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(prompts.questions)
+        return forward(model, prompts, **options)
+
+    monkeypatch.setattr(grid, "forward", spy)
+    few = items()[:3]
+    grid.extract(
+        fixtures.model(oracle.CASE), few, pairs=PAIRS, sizes=SIZES, question="Is {a} above {b}?", batch_size=4
+    )
+    expected = [f"Is {item.object_a} above {item.object_b}?" for item in few]
+    assert asked == [(*expected, expected[0])]
+
+
+def test_in_batches() -> None:
+    assert list(grid.in_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(grid.in_batches([], 2)) == []
+
+
+def test_what_was_not_announced_is_refused() -> None:
+    model = fixtures.model(oracle.CASE)
+    with pytest.raises(InputError, match="was not announced"):
+        grid.extract(model, items(), pairs=PAIRS[:2], sizes=SIZES, batch_size=64)
+    with pytest.raises(InputError, match="size 74 was not announced"):
+        grid.extract(model, [item for item in items() if item.size == 74], pairs=PAIRS, batch_size=64)
+
+
+def test_question_must_hold_the_word_once() -> None:
+    for question in ("Is there a {a}?", "Is the {b} to the left of {a} or {b}?"):
+        with pytest.raises(PromptError, match="word"):
+            grid.extract(
+                fixtures.model(oracle.CASE), items()[:2], pairs=PAIRS, sizes=SIZES, question=question, batch_size=2
+            )

@@ -1,0 +1,40 @@
+"""Steering to every cell: the vectors by hand, the answers by PyTorch."""
+
+import fixtures
+import numpy as np
+import oracle
+import pytest
+
+from jaxid.experiments import steering
+
+
+@pytest.mark.parametrize("axis", ["horizontal", "vertical"])
+def test_vectors_are_differences_of_mirrored_cells(axis: str) -> None:
+    layers, cells = [2, 0], oracle.universal()
+    found = np.asarray(steering.cell_vectors(oracle.ids(), axis, layers))
+    assert found.shape == (2, 4, 4, oracle.WIDTH)
+    for row, layer in enumerate(layers):
+        for x, y in np.ndindex(4, 4):
+            across = (3 - x, y) if axis == "horizontal" else (x, 3 - y)
+            np.testing.assert_allclose(found[row, x, y], cells[layer, x, y] - cells[layer][across], atol=1e-5)
+            np.testing.assert_array_equal(found[row, x, y], -found[row][across])
+
+
+@pytest.mark.parametrize("axis", ["horizontal", "vertical"])
+def test_run_equals_pytorch_cell_by_cell(axis: str) -> None:
+    batch, multiplier = oracle.batch(axis), 0.7
+    found = steering.run(
+        fixtures.model(oracle.CASE), batch, oracle.ids(), layers=[2, 1], multiplier=multiplier, chunk=5
+    )
+    assert found.shape == (2, 4, 4, 4, 2)
+    control = oracle.torch_logprobs(batch)
+    subject = oracle.positions(batch, [subject for subject, _ in oracle.PAIRS])[:, None]
+    for row, layer in enumerate([2, 1]):
+        vectors = multiplier * np.asarray(steering.cell_vectors(oracle.ids(), axis, [layer]))[0]
+        for x, y in [(0, 0), (1, 3), (3, 2)]:
+            everywhere = np.broadcast_to(vectors[x, y], (4, 1, oracle.WIDTH))
+            steered = oracle.torch_logprobs(batch, [oracle.adding(layer, subject, everywhere)])
+            np.testing.assert_allclose(found[row, x, y], steered - control, atol=2e-4)
+            assert layer == 2 or np.abs(steered - control).max() > 0.01
+    # After the last block no token but the last one counts.
+    np.testing.assert_allclose(found[0], 0, atol=1e-5)
