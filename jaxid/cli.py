@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxid import __version__
-from jaxid.errors import JaxidError, OutputError
+from jaxid.errors import InputError, JaxidError, OutputError
 from jaxid.results import ensure_output_folder
 
 app = typer.Typer(
@@ -83,6 +83,103 @@ def data_preview(
     scenes.preview(out, seed=seed, count=count, size=size)
 
 
+@data_app.command("grid")
+def data_grid(
+    out: Annotated[Path, typer.Option(help="Folder for {A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png.")],
+    pair: Annotated[list[str], typer.Option(help="An ordered pair of objects, A,B; may be given several times.")],
+    size: Annotated[list[int] | None, typer.Option(help="Object sizes of 224; 224 by default.")] = None,
+    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 896,
+    seed: Annotated[int, typer.Option(help="Seed of colours.")] = 0,
+) -> None:
+    """Draw all placements of pairs of objects on the 4x4 grid, in the published layout."""
+    from jaxid.data.grid import CELL_SIZE, write_grid_folder
+
+    pairs = [_pair(text) for text in pair]
+    items = write_grid_folder(
+        ensure_output_folder(out), pairs, seed=seed, picture_size=picture_size, object_sizes=size or [CELL_SIZE]
+    )
+    typer.echo(f"{len(items)} pictures in {out}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    first, separator, second = text.partition(",")
+    if not separator or not first or not second:
+        raise InputError(f"a pair is two names joined by a comma, such as star,fish; got {text!r}.")
+    return first, second
+
+
+@data_app.command("coco-spatial")
+def data_coco_spatial(
+    out: Annotated[Path, typer.Option(help="Folder for coco_qa_two_obj.json, instances_val2017.json and val2017/.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 100,
+    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 224,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+) -> None:
+    """Draw two-object scenes with questions, in the layout of COCO-Spatial."""
+    import numpy as np
+
+    from jaxid.data.coco_spatial import write_coco_spatial
+    from jaxid.data.scenes import sample_free
+
+    scenes = sample_free(np.random.default_rng(seed), count, num_objects=(2, 2))
+    items = write_coco_spatial(ensure_output_folder(out), scenes, picture_size)
+    typer.echo(f"{len(items)} pictures in {out}")
+
+
+@app.command("ask")
+def ask(
+    picture: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+    model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny-llava",
+    top: Annotated[int, typer.Option(min=1, help="How many answers to print.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Ask a model about a picture; prints the most probable next tokens with their probabilities."""
+    import jax
+    import numpy as np
+
+    from jaxid.checkpoints.loading import load
+    from jaxid.engine import forward
+
+    loaded = load(model, dtype=dtype)
+    logits = forward(loaded, loaded.prepare([picture], question)).logits[0]
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    for token in np.argsort(-probabilities)[:top]:
+        word = loaded.processor.tokenizer.convert_ids_to_tokens(int(token))
+        typer.echo(f"{probabilities[token]:8.3%}  {word}")
+
+
+ids_app = typer.Typer(help="Spatial IDs.", no_args_is_help=True)
+app.add_typer(ids_app, name="ids")
+
+
+@ids_app.command("extract")
+def ids_extract(
+    data: Annotated[Path, typer.Option(help="Folder of grid pictures in the published layout.")],
+    out: Annotated[Path, typer.Option(help="The file to write, for example ids.safetensors.")],
+    model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny-llava",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Extract spatial IDs from a folder of grid pictures."""
+    from tqdm import tqdm
+
+    from jaxid.checkpoints.loading import load
+    from jaxid.data.grid import read_grid_folder
+    from jaxid.experiments.grid import extract
+
+    ensure_output_folder(out.parent)
+    items = read_grid_folder(data)
+    pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
+    sizes = sorted({item.size for item in items}, reverse=True)
+    found = extract(
+        load(model, dtype=dtype), tqdm(items, unit="picture"), pairs=pairs, sizes=sizes, batch_size=batch_size
+    )
+    found.save(out)
+    variance = ", ".join(f"{float(share):.2f}" for share in found.explained_variance())
+    typer.echo(f"{out}: {len(items)} pictures, {len(pairs)} pairs; two axes explain, by block: {variance}")
+
+
 @app.command("demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report, summary, tables and figures.")] = Path("demo"),
@@ -116,7 +213,6 @@ def zoo_train(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
 ) -> None:
     """Train a shipped model from scratch, or go on from the last save after a kill."""
-    from jaxid.errors import InputError
     from jaxid.zoo import SHIPPED, training
 
     if name not in SHIPPED:

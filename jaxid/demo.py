@@ -75,7 +75,7 @@ def grid_items(partners: int, seed: int) -> tuple[list[tuple[str, str]], int, It
 
 
 def word_coordinates(model: Model, ids: SpatialIDs, words: list[str]) -> Float[np.ndarray, "L W 2"]:
-    """Words without a picture, read at their own token and projected in the ID plane (Figure 5)."""
+    """Words without a picture, read at their own token, less their mean, and projected in the ID plane (Figure 5)."""
     prompts = model.prepare(None, words)
     at = prompts.word(words)[:, None]
     captured = forward(model, prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"]
@@ -352,7 +352,7 @@ def _id_plane(plots: Any, model: Model, ids: SpatialIDs, summary: dict[str, Any]
     layer = summary["best_layer"]
     name = "star" if "star" in ids.objects else ids.objects[0]
     coordinates = np.asarray(ids.plane_coordinates(ids.for_object(name)))[layer]
-    words = ["left", "right"]
+    words = ["left", "right", "above", "below"]
     projected = word_coordinates(model, ids, words)[layer]
     return plots.id_plane(coordinates, dict(zip(words, projected, strict=True)), f"{name}, block {layer}")
 
