@@ -112,7 +112,7 @@ def run(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -
     Args:
         out: folder for the results; made if need be.
         config: how much to do.
-        progress: show progress bars.
+        progress: show progress bars, where there is a terminal.
 
     Returns:
         The summary that is also written as `summary.json`.
@@ -123,14 +123,22 @@ def run(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -
     """
     from tqdm import tqdm
 
-    from jaxid import plots, report
-
-    config = config or DemoConfig()
-    started = time.perf_counter()
     ensure_output_folder(out)
     for name in ("results", "figures"):
         ensure_output_folder(out / name)
-    stages = tqdm(total=6, disable=not progress, unit="stage", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]")
+    # None: bars are drawn on a terminal only.
+    hidden = None if progress else True
+    # Closed before an error is shown, which therefore starts a line of its own.
+    with tqdm(total=6, disable=hidden, bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}]") as stages:
+        return _run(out, config or DemoConfig(), stages, hidden)
+
+
+def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from jaxid import plots, report
+
+    started = time.perf_counter()
 
     def stage(name: str) -> None:
         stages.set_description(name)
@@ -162,7 +170,7 @@ def run(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -
 
     stage("spatial IDs")
     pairs, total, pictures_to_read = grid_items(config.partners, config.seed)
-    bar = tqdm(pictures_to_read, total=total, unit="picture", leave=False, disable=not progress)
+    bar = tqdm(pictures_to_read, total=total, unit="picture", leave=False, disable=hidden)
     ids = grid.extract(model, bar, pairs=pairs)
     ids.save(out / "results" / "spatial_ids.safetensors")
     probes = probe_ids(ids)
@@ -190,7 +198,11 @@ def run(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -
             },
             name="logprob",
         )
-        | {"relation": np.full(swap.steered.size, axis)}
+        | {
+            "relation": np.full(swap.steered.size, axis),
+            "control": np.broadcast_to(swap.control, swap.steered.shape).ravel(),
+            "truth": np.broadcast_to(np.array(ANSWERS[axis])[swap.truth, None], swap.steered.shape).ravel(),
+        }
         for axis, swap in swaps.items()
     ]
     write_table(
@@ -240,7 +252,6 @@ def run(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -
         ),
     )
     stages.update()
-    stages.close()
 
     summary = summarise(
         model, config, accuracy, probes, swaps, rates, steered, scores, best_layer, best_factor, selection
@@ -281,7 +292,7 @@ def summarise(
     swaps: dict[str, belief_swap.BeliefSwap],
     rates: Float[np.ndarray, "R C L F"],
     steered: dict[str, Float[np.ndarray, "L X Y B 2"]],
-    scores: dict[str, Float[np.ndarray, "L B 2"]],
+    scores: dict[str, Float[np.ndarray, "L N 2"]],
     best_layer: int,
     best_factor: int,
     selection: int,

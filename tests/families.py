@@ -63,7 +63,7 @@ def llava_config(*, text: Mapping[str, Any], vision: Mapping[str, Any], **top: A
     )
 
 
-def llava(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] = {}, **top: Any) -> Case:  # noqa: B006
+def llava(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] = {}, **top: Any) -> Case:
     """A LLaVA case."""
     config = llava_config(text=text, vision=vision, **top)
 

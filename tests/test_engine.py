@@ -1,5 +1,6 @@
 """Forward passes under interventions, against PyTorch hooks and against what must hold by construction."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -23,13 +24,14 @@ from jaxid.models.sites import DECODER_SITES, SITES, Capture, Site, clean
 EXACT = 1e-5
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 GQA = CASES[1]
+EVERYTHING = Capture(SITES)
 
 
 @functools.cache
 def run(case: Case) -> Callable[..., Output]:
     """`forward` on the case's prompts; captures every site unless told otherwise."""
 
-    def call(intervention: Any = clean, capture: Capture | None = Capture(SITES), **options: Any) -> Output:
+    def call(intervention: Any = clean, capture: Capture | None = EVERYTHING, **options: Any) -> Output:
         return forward(fixtures.model(case), fixtures.prompts(case), intervention, capture, **options)
 
     return call
@@ -87,78 +89,65 @@ def compare(case: Case, output: Output, record: dict[str, np.ndarray]) -> None:
     assert distance(unchanged(case).logits, last) > 100 * EXACT
 
 
-@over_cases
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_equals_a_pytorch_hook(case: Case, operation: str) -> None:
-    prompts = fixtures.prompts(case)
-    at = np.stack([prompts.word("fish"), prompts.last()], axis=1)
-    at[1, 1] = -1  # padding: the second prompt is changed at one place only
-    vector = 2 * vectors(case, 2)
-    edit = OPERATIONS[operation][0](1, at, vector, 0.7)
-    record = fixtures.record(case, prompts, [("resid_post", 1, in_torch(operation, at, vector, 0.7))])
-    compare(case, run(case)(edit), record)
+REACHED = [(case, "resid_post") for case in CASES] + [
+    (GQA, site) for site in ("embed", "resid_pre", "attn_out", "mlp_out")
+]
 
 
-@pytest.mark.parametrize("site", [site for site in SITES if site not in ("resid_mid", "resid_post")])
-def test_every_site_equals_a_pytorch_hook(site: str) -> None:
-    """All four operations in one run, in layers and at places of their own."""
-    case = GQA
+@pytest.mark.parametrize(("case", "site"), REACHED, ids=[f"{case.name}-{site}" for case, site in REACHED])
+def test_every_operation_and_site_equals_a_pytorch_hook(case: Case, site: str) -> None:
+    """All four operations in one run, in layers and at places of their own; the second prompt's are padded with -1."""
     prompts = fixtures.prompts(case)
-    places = prompts.text_tokens()[:, :4]
+    places = prompts.text_tokens()[:, :8].reshape(2, 4, 2)
+    places[1, :, 1] = -1
     layers = [-1] * 4 if site == "embed" else [0, 1, 1, 2]
     edits, hooks = [], []
     for number, (name, (make, _)) in enumerate(OPERATIONS.items()):
-        at, vector, strength = places[:, number : number + 1], 3 * vectors(case, 2, seed=number), 0.5 + number
-        edits.append(make(layers[number], at, vector, strength, site=site))
+        at, vector, strength = places[:, number], 3 * vectors(case, 2, seed=number), 0.5 + number
+        edits.append(make(layers[number], at, vector[:, None], strength, site=site))
         hooks.append((site, layers[number], in_torch(name, at, vector, strength)))
     compare(case, run(case)(chain(*edits)), fixtures.record(case, prompts, hooks))
 
 
-@over_cases
-def test_resid_mid_is_between_attention_and_mlp(case: Case) -> None:
+def test_resid_mid_is_between_attention_and_mlp() -> None:
     """No hook reaches it, but adding there is adding to the attention's output."""
-    at, vector = fixtures.prompts(case).word("fish"), vectors(case)
-    middle = run(case)(add(1, at, vector, site="resid_mid"))
-    attention = run(case)(add(1, at, vector, site="attn_out"))
+    at, vector = fixtures.prompts(GQA).word("fish"), vectors(GQA)
+    middle = run(GQA)(add(1, at, vector, site="resid_mid"))
+    attention = run(GQA)(add(1, at, vector, site="attn_out"))
     assert distance(middle.logits, attention.logits) < EXACT
     assert distance(middle.captured["resid_mid"], attention.captured["resid_mid"]) < EXACT
     assert distance(middle.captured["attn_out"], attention.captured["attn_out"]) > 0.01
-    assert distance(middle.logits, unchanged(case).logits) > 0.01
+    assert distance(middle.logits, unchanged(GQA).logits) > 0.01
 
 
 # --- by construction ------------------------------------------------------------------------------------------------
 
 
 @over_cases
-@pytest.mark.parametrize(
-    "same",
-    [
-        lambda at, vector: add(1, at, vector, 0.0),
-        lambda at, vector: scale(1, at, 1.0),
-        lambda at, vector: add(1, np.full_like(at, -1), vector),
-        lambda at, vector: chain(),
-    ],
-    ids=["add 0", "scale 1", "nowhere", "empty chain"],
-)
-def test_identity_is_the_clean_run(case: Case, same: Callable[..., Any]) -> None:
-    output = run(case)(same(fixtures.prompts(case).word("fish"), vectors(case)), None)
+def test_identity_is_the_clean_run_and_capturing_changes_nothing(case: Case) -> None:
+    at = fixtures.prompts(case).word("fish")
+    nothing = chain(
+        chain(),
+        add(1, at, vectors(case), 0.0),
+        add(1, np.full_like(at, -1), vectors(case)),
+        scale(2, at, 1.0, site="attn_out"),
+        replace(0, at, vectors(case), 0.0, site="mlp_out"),
+        project_out(1, at, 0 * vectors(case)),
+    )
+    output = run(case)(nothing, None)
     assert output.captured == {}
     assert distance(output.hidden, unchanged(case).hidden) < 1e-6
-    assert distance(output.logits, unchanged(case).logits) < 1e-6
-
-
-@over_cases
-def test_putting_back_what_was_captured_changes_nothing(case: Case) -> None:
-    at = fixtures.prompts(case).text_tokens()
-    for site in ("resid_pre", "resid_post"):
-        found = forward(fixtures.model(case), fixtures.prompts(case), clean, Capture((site,), jnp.asarray(at))).captured
-        output = run(case)(replace(2, at, found[site][2], site=site), None)
-        assert distance(output.logits, unchanged(case).logits) < 1e-6
-
-
-@over_cases
-def test_capturing_changes_nothing(case: Case) -> None:
     assert distance(run(case)(clean, None).logits, unchanged(case).logits) < 1e-6
+
+
+def test_putting_back_what_was_captured_changes_nothing() -> None:
+    at = fixtures.prompts(GQA).text_tokens()
+    rows = np.arange(2)[:, None]
+    found = {site: np.asarray(unchanged(GQA).captured[site])[2][rows, at] for site in ("resid_pre", "resid_post")}
+    back = chain(*(replace(2, at, value, site=site) for site, value in found.items()))
+    assert distance(run(GQA)(back, None).hidden, unchanged(GQA).hidden) < 1e-6
+    swapped = chain(*(replace(2, at, value[::-1], site=site) for site, value in found.items()))
+    assert distance(run(GQA)(swapped, None).hidden[:1], unchanged(GQA).hidden[:1]) > 0.01
 
 
 def test_captures_are_the_wanted_sites_and_positions() -> None:
@@ -199,23 +188,29 @@ def test_an_edit_changes_only_what_lies_above_and_behind(case: Case) -> None:
 
 
 @over_cases
-def test_sweep_equals_loop_equals_vmap(case: Case) -> None:
-    """Layers x strengths in one call, in chunks that do not divide the sweep; as a loop; as jax.vmap."""
+def test_a_sweep_equals_a_loop(case: Case) -> None:
+    """Layers x strengths in one call, in chunks that do not divide the sweep."""
     model, prompts = fixtures.model(case), fixtures.prompts(case)
     layers, strengths = np.array([[0, 1, 2], [2, 1, 0]]), np.array([[0.5, 1, 2], [-1, 0, 3]], np.float32)
     pushes, at = vectors(case, 2, 3), prompts.word("fish")
-    capture = Capture(("resid_post",), jnp.asarray(at[:, None]))
-    sweep = add(layers, at, pushes, strengths)
-    output = forward(model, prompts, sweep, capture, chunk=4)
+    output = run(case)(add(layers, at, pushes, strengths), chunk=4)
     assert output.hidden.shape == (2, 3, 2, model.width)
-    assert output.captured["resid_post"].shape == (2, 3, model.num_layers, 2, 1, model.width)
-    assert output.logits.shape == (2, 3, 2, 40) and output.logprobs(["left", "right"]).shape == (2, 3, 2, 2)
+    assert output.captured["resid_post"].shape == (2, 3, model.num_layers, *valid(case).shape, model.width)
     for index in np.ndindex(2, 3):
-        alone = forward(model, prompts, add(layers[index], at, pushes[index], strengths[index]), capture)
+        alone = run(case)(add(layers[index], at, pushes[index], strengths[index]))
         assert distance(output.hidden[index], alone.hidden) < EXACT
         assert distance(output.captured["resid_post"][index], alone.captured["resid_post"]) < EXACT
-        assert distance(output.logprobs(["left"])[index], alone.logprobs(["left"])) < EXACT
     assert distance(output.hidden[0, 0], output.hidden[0, 1]) > 0.01
+
+
+def test_a_sweep_has_logits_and_equals_vmap() -> None:
+    model, prompts = fixtures.model(GQA), fixtures.prompts(GQA)
+    sweep = add(np.array([[0, 1, 2]] * 2), prompts.word("fish"), vectors(GQA, 2, 3))
+    output = run(GQA)(sweep, None, chunk=100)
+    words = ["left", "right"]
+    assert output.logits.shape == (2, 3, 2, 40) and output.logprobs(words).shape == (2, 3, 2, 2)
+    ids = model.processor.answer_ids(words)
+    np.testing.assert_allclose(output.logprobs(words), jax.nn.log_softmax(output.logits)[..., ids], atol=1e-5)
     mapped = jax.vmap(jax.vmap(lambda edit: forward(model, prompts, edit).hidden))(sweep)
     assert distance(mapped, output.hidden) < EXACT
 
@@ -309,8 +304,6 @@ def test_unknown_sites_cannot_be_captured() -> None:
 
 
 def test_pictures_of_the_wrong_size_are_refused() -> None:
-    import dataclasses
-
     prompts = fixtures.prompts(GQA)
     pixels = np.zeros((2, 3, 40, 30), np.float32)
     wrong = dataclasses.replace(prompts, inputs=dataclasses.replace(prompts.inputs, pixels=pixels))

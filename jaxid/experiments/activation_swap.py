@@ -25,7 +25,7 @@ def token_sets(batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
 
 
 def swap_score(
-    control: Float[Array, "*S B n"], patched: Float[Array, "*S B n"], intervened: Float[Array, "*S B n"]
+    control: Float[Array, "B n"], patched: Float[Array, "*S B n"], intervened: Float[Array, "B n"]
 ) -> Float[Array, "*S B n"]:
     """How far a patch carries the answers to those of the intervened picture: 0 not at all, 1 wholly.
 

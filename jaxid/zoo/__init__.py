@@ -9,4 +9,4 @@ SHIPPED = ("tiny-llava",)
 
 def folder(name: str) -> Path:
     """Path of a shipped model's checkpoint folder (Hugging Face layout)."""
-    return Path(str(resources.files(__name__))) / name.replace("-", "_")
+    return Path(str(resources.files(__name__))) / name

@@ -174,7 +174,7 @@ def training_scenes(rng: np.random.Generator, count: int) -> Scenes:
     def free(objects: int) -> Callable[[int], Scenes]:
         return lambda size: drawn.sample_free(rng, size, num_objects=(objects, objects), size_range=(0.17, 0.26))
 
-    parts = [not_held_out(free(objects + 1), size) for objects, size in enumerate(numbers) if size]
+    parts = [not_held_out(free(objects + 1), size) for objects, size in enumerate(numbers.tolist()) if size]
     return drawn.concatenate([*parts, not_held_out(lambda size: grid_scenes(rng, size), on_grid)])
 
 

@@ -37,7 +37,7 @@ class TrainingConfig:
     sight_steps: int = 2200  # steps in which the model first learns to see
     sight_batch_size: int = 128  # pictures per step of these
     sight_learning_rate: float = 2e-3  # peak, in these
-    steps: int = 800  # steps on questions and captions, after those
+    steps: int = 1050  # steps on questions and captions, after those
     batch_size: int = 64  # pictures per step
     learning_rate: float = 1.5e-3  # peak
     warmup_steps: int = 100  # linear, then cosine to zero, in both stages

@@ -129,7 +129,9 @@ def test_rescaled_leaves_a_zero_vector_zero() -> None:
     vectors = np.array([[[[0.0, 0.0], [3.0, 4.0]]]])
     activations = np.array([[[[1.0, 0.0], [0.0, 2.0]]]])
     scaled = belief_swap.rescaled(
-        np.float32(vectors), np.float32(activations), np.array([5.0], np.float32)  # type: ignore[arg-type]
+        np.float32(vectors),
+        np.float32(activations),
+        np.array([5.0], np.float32),  # type: ignore[arg-type]
     )
     np.testing.assert_allclose(np.asarray(scaled)[0, 0, 0], [[0, 0], [6, 8]], rtol=1e-6)
 

@@ -107,9 +107,7 @@ def test_other_questions_are_asked_as_given(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(grid, "forward", spy)
     few = items()[:3]
-    grid.extract(
-        fixtures.model(oracle.CASE), few, pairs=PAIRS, sizes=SIZES, question="Is {a} above {b}?", batch_size=4
-    )
+    grid.extract(fixtures.model(oracle.CASE), few, pairs=PAIRS, sizes=SIZES, question="Is {a} above {b}?", batch_size=4)
     expected = [f"Is {item.object_a} above {item.object_b}?" for item in few]
     assert asked == [(*expected, expected[0])]
 

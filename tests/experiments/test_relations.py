@@ -14,7 +14,8 @@ from jaxid.experiments import relations
 
 
 @pytest.mark.parametrize(
-    ("relation", "axis"), [("left", "horizontal"), ("right", "horizontal"), ("above", "vertical"), ("below", "vertical")]
+    ("relation", "axis"),
+    [("left", "horizontal"), ("right", "horizontal"), ("above", "vertical"), ("below", "vertical")],
 )
 def test_axis_of_each_relation(relation: str, axis: str) -> None:
     item = dataclasses.replace(oracle.items("horizontal")[0], relation=relation)
@@ -56,7 +57,7 @@ def test_control_pass_equals_pytorch() -> None:
 
 def test_items_must_share_one_axis() -> None:
     model = fixtures.model(oracle.CASE)
-    with pytest.raises(InputError, match="horizontal.*vertical"):
+    with pytest.raises(InputError, match=r"horizontal.*vertical"):
         relations.prepare(model, [*oracle.items("vertical"), *oracle.items("horizontal")])
     with pytest.raises(InputError, match="none"):
         relations.prepare(model, [])

@@ -9,11 +9,15 @@ import pytest
 
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes, concatenate, mirror, render
 from jaxid.inputs import Processor
+from jaxid.models.base import Model
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_processor, write_tokenizer
 
 WORDS = recipe.VOCABULARY
+
+NOBODY = Model(parameters={}, definition=None, config=None, processor=None, name="nobody", fingerprint="")
+"""Asked where a test answers itself."""
 
 
 def column_and_row(center: Any) -> tuple[int, int]:
@@ -96,9 +100,10 @@ def test_real_prompts_have_the_ids_and_places_of_the_training_prompts(
     length = int(prompts.last()[0]) + 1
     expected = [*plan.token_ids[: plan.text_start], *recipe.encode(f"{spaced} ASSISTANT :")]
     assert np.asarray(prompts.inputs.token_ids)[0, :length].tolist() == expected
-    assert np.asarray(prompts.inputs.image_slots)[0, : plan.text_start].tolist() == plan.image_slots[
-        : plan.text_start
-    ].tolist()
+    assert (
+        np.asarray(prompts.inputs.image_slots)[0, : plan.text_start].tolist()
+        == plan.image_slots[: plan.text_start].tolist()
+    )
     # The first question slot has the same positions as the question of a prompt of its own.
     first = plan.text_start + recipe.CAPTIONS * recipe.CAPTION_LENGTH
     own = np.asarray(prompts.inputs.positions)[0, plan.text_start : plan.text_start + recipe.QUESTION_LENGTH]
@@ -182,9 +187,9 @@ def test_training_batches_never_show_a_held_out_pair(rendered: list[Scenes]) -> 
     assert (numbers[1:5] > 0).all() and numbers[0] == 0
     # All that is allowed is shown, so that a held-out pair is new only as a pair.
     assert set(scenes.objects.ravel()) == {-1, *range(16)}
-    assert {column_and_row(center) for center, there in zip(scenes.centers[:, 0], scenes.objects[:, 0], strict=True)} == {
-        (x, y) for x in range(4) for y in range(4)
-    }
+    assert {
+        column_and_row(center) for center, there in zip(scenes.centers[:, 0], scenes.objects[:, 0], strict=True)
+    } == {(x, y) for x in range(4) for y in range(4)}
 
 
 def test_held_out_scenes_all_hold_one() -> None:
@@ -221,11 +226,15 @@ def true_answer(text: str, scene: dict[str, tuple[Any, str]]) -> str:
     if found := re.fullmatch(r"(column|row) of the (\w+)", text):
         x, y = column_and_row(scene[found[2]][0])
         return "ABCD"[x] if found[1] == "column" else "1234"[y]
-    if found := re.fullmatch(r"Is the (\w+) to the left or right of the (\w+) \?( Answer \" left \" or \" right \" only \.)?", text):
+    if found := re.fullmatch(
+        r"Is the (\w+) to the left or right of the (\w+) \?( Answer \" left \" or \" right \" only \.)?", text
+    ):
         gap = float(scene[found[1]][0][0] - scene[found[2]][0][0])
         assert abs(gap) >= recipe.MIN_GAP - 1e-6
         return "left" if gap < 0 else "right"
-    if found := re.fullmatch(r"Is the (\w+) above or below the (\w+) \?( Answer \" above \" or \" below \" only \.)?", text):
+    if found := re.fullmatch(
+        r"Is the (\w+) above or below the (\w+) \?( Answer \" above \" or \" below \" only \.)?", text
+    ):
         gap = float(scene[found[1]][0][1] - scene[found[2]][0][1])
         assert abs(gap) >= recipe.MIN_GAP - 1e-6
         return "above" if gap < 0 else "below"
@@ -278,7 +287,9 @@ def test_every_label_is_true_of_its_scene(rendered: list[Scenes]) -> None:
 def _slots(rows: int) -> list[tuple[int, int, int]]:
     """Row, first token and length of every slot of a batch."""
     starts = recipe.layout().text_start + np.cumsum([0, *recipe.SLOTS[:-1]])
-    return [(row, int(start), length) for row in range(rows) for start, length in zip(starts, recipe.SLOTS, strict=True)]
+    return [
+        (row, int(start), length) for row in range(rows) for start, length in zip(starts, recipe.SLOTS, strict=True)
+    ]
 
 
 def test_patch_labels_name_the_object_under_each_patch() -> None:
@@ -329,7 +340,7 @@ def test_evaluation_asks_what_is_true(rendered: list[Scenes], monkeypatch: pytes
         return evaluation.Accuracy(value=1.0, low=0.0, high=1.0, count=len(truths))
 
     monkeypatch.setattr(evaluation, "accuracy", note)
-    results = evaluation.evaluate(None, count=48, seed=2)  # type: ignore[arg-type]
+    results = evaluation.evaluate(NOBODY, count=48, seed=2)
     assert list(results) == ["left_right", "above_below", "where", "exists", "color"]
     scene_of = {
         render(scenes[[row]], recipe.IMAGE_SIZE).tobytes(): objects_of(scenes, row)
@@ -347,6 +358,6 @@ def test_evaluation_asks_what_is_true(rendered: list[Scenes], monkeypatch: pytes
 def test_accuracy_counts_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "answers", lambda model, pictures, questions: ["left", "right", "lef", "A1"])
     pictures = np.zeros((4, 2, 2, 3), np.uint8)
-    found = evaluation.accuracy(None, pictures, ["?"] * 4, ["left", "left", "left", "A1"])  # type: ignore[arg-type]
+    found = evaluation.accuracy(NOBODY, pictures, ["?"] * 4, ["left", "left", "left", "A1"])
     assert (found.value, found.count) == (0.5, 4)
     assert 0.1 < found.low < 0.5 < found.high < 0.9

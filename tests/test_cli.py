@@ -1,0 +1,227 @@
+"""The command line: what it prints, what it writes, and one line of error for everything that can be wrong."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import numpy as np
+import pytest
+from families import CASES
+from PIL import Image
+
+import jaxid
+from jaxid import cli
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands started here leave the environment and the user's caches alone."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def run(*arguments: str | Path) -> int:
+    """Runs a command in this process; its exit status."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a command that must fail prints."""
+    assert run(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), printed.err
+    return lines[0]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"jaxid {jaxid.__version__}\n"
+
+
+def test_version_of_the_installed_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from jaxid.cli import main; main()", "--version"], capture_output=True
+    )
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"jaxid {jaxid.__version__}\n", b"")
+
+
+def test_error_of_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from jaxid.cli import main; main()", "zoo", "evaluate", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: no model folder at {tmp_path / 'none'}") and done.stderr.count("\n") == 1
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("data", "demo", "zoo", "--version"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["zoo", "train"], ["data", "preview", "--out", "a.png", "--count", "0"]]
+)
+def test_wrong_usage_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    shown = capsys.readouterr().err
+    assert "Usage:" in shown and "Traceback" not in shown
+
+
+def test_preview_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "made" / "scenes.png"
+    assert run("data", "preview", "--out", path, "--count", "4", "--size", "24") == 0
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        # Eight across: two rows of objects, one of scenes.
+        assert picture.size == (8 * (24 + 8) + 8, 3 * (24 + 36) + 8)
+        assert np.asarray(picture).std() > 10
+    assert [entry.name for entry in path.parent.iterdir()] == ["scenes.png"]
+    first = path.read_bytes()
+    for seed, same in (("0", True), ("1", False)):
+        assert run("data", "preview", "--out", path, "--count", "4", "--size", "24", "--seed", seed) == 0
+        assert (path.read_bytes() == first) == same
+
+
+# --- models that are none ------------------------------------------------------------------------------------------
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def foreign(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 8}))
+
+
+def truncated(folder: Path) -> None:
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def no_weights(folder: Path) -> None:
+    (weights,) = folder.glob("*.safetensors")
+    weights.unlink()
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def other_shape(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    fields["text_config"]["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (no_config, "config.json"),
+        (broken_config, "config.json"),
+        (foreign, "bert"),
+        (truncated, "model.safetensors"),
+        (no_weights, "safetensors"),
+        (no_tokenizer, "tokenizer"),
+        (other_shape, "mlp"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "demo"])
+def test_damaged_model_folders(
+    command: str, damage: Callable[[Path], None], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(fixtures.folder(CASES[0]), folder)
+    damage(folder)
+    capsys.readouterr()  # making the folder may have printed something
+    arguments = ["zoo", "evaluate", folder]
+    if command == "demo":
+        arguments = ["demo", "--model", folder, "--out", tmp_path / "out"]
+    line = refused(capsys, *arguments)
+    assert named in line
+
+
+@pytest.mark.parametrize("model", ["missing", "./missing", "/missing/model", "a/b/c", ""])
+def test_missing_models(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    if model == "":  # the folder one stands in
+        assert "config.json" in refused(capsys, "zoo", "evaluate", model)
+    else:
+        assert model.removeprefix("./") in refused(capsys, "zoo", "evaluate", model)
+
+
+def test_unknown_model_of_the_zoo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "zoo", "train", "huge-llava", "--out", tmp_path / "run")
+    assert "'huge-llava'" in line and "tiny-llava" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_folder_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert "other settings" in refused(capsys, "zoo", "train", "tiny-llava", "--out", tmp_path)
+
+
+# --- places that cannot be written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["data", "preview", "--count", "1", "--size", "8"], ["demo"], ["zoo", "train", "tiny-llava"]],
+    ids=lambda arguments: arguments[-1],
+)
+def test_a_file_in_the_way(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file/out.png", "file") if arguments[0] != "data" else ("file/out.png",):
+        assert str(tmp_path / "file") in refused(capsys, *arguments, "--out", tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_picture_of_unknown_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "data", "preview", "--count", "1", "--size", "8", "--out", tmp_path / "scenes.gif")
+    assert "scenes.gif" in line and ".png" in line
+
+
+@pytest.mark.parametrize("what", ["picture", "record", "folder"])
+def test_a_full_disk(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if what == "picture":
+        monkeypatch.setattr(Path, "write_bytes", full)
+        line = refused(capsys, "data", "preview", "--count", "1", "--size", "8", "--out", tmp_path / "scenes.png")
+    elif what == "record":
+        monkeypatch.setattr(Path, "write_text", full)
+        line = refused(capsys, "zoo", "train", "tiny-llava", "--out", tmp_path)
+    else:
+        monkeypatch.setattr(Path, "mkdir", full)
+        line = refused(capsys, "demo", "--out", tmp_path / "demo")
+    assert "No space left on device" in line and str(tmp_path) in line
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_control_c_exits_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jaxid.data import scenes
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scenes, "preview", interrupted)
+    assert run("data", "preview", "--out", tmp_path / "scenes.png") == 130

@@ -1,0 +1,173 @@
+"""Training goes on after a kill as if nothing had happened, and learns on the prompts that the model will meet."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxid.checkpoints.loading import load
+from jaxid.engine import forward
+from jaxid.errors import CheckpointError
+from jaxid.zoo import tiny_llava as recipe
+from jaxid.zoo import training
+from jaxid.zoo.export import write_llava
+from jaxid.zoo.training import TrainingConfig
+
+TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, batch_size=4, warmup_steps=4)
+
+SCRIPT = f"""
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jaxid.zoo import training
+config = training.{TINY!r}
+parameters = training.train(Path(sys.argv[1]), config, save_every=6, progress=False)
+np.savez(Path(sys.argv[1]) / "parameters.npz", *jax.tree.leaves(parameters))
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """A training run of its own, over two devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], env=environment)
+
+
+def saved_steps(folder: Path) -> set[int]:
+    """Steps whose state is wholly on disk."""
+    state = folder / "state"
+    return {int(path.name) for path in state.iterdir() if path.name.isdigit()} if state.is_dir() else set()
+
+
+def kill_after(folder: Path, step: int) -> None:
+    """Runs until the state of a step is saved, then kills without a warning."""
+    process = start(folder)
+    while not any(saved >= step for saved in saved_steps(folder)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "parameters.npz").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(undisturbed).wait() == 0
+    kill_after(killed, 6)
+    assert max(saved_steps(killed)) < TINY.sight_steps
+    kill_after(killed, 24)
+    assert TINY.sight_steps < max(saved_steps(killed)) < TINY.sight_steps + TINY.steps
+    assert start(killed).wait() == 0
+    with np.load(undisturbed / "parameters.npz") as whole, np.load(killed / "parameters.npz") as resumed:
+        assert whole.files == resumed.files and len(whole.files) > 20
+        for name in whole.files:
+            np.testing.assert_allclose(resumed[name], whole[name], rtol=0, atol=1e-6)
+    whole_rows, resumed_rows = (read_metrics(folder / "metrics.csv") for folder in (undisturbed, killed))
+    assert [(row["step"], row["stage"]) for row in whole_rows] == [("20", "seeing"), ("40", "language")]
+    assert resumed_rows == whole_rows
+    # A finished run is not trained again, and its state is that of the last step.
+    assert max(saved_steps(killed)) == 40
+    again = training.train(killed, TINY, progress=False)
+    with np.load(killed / "parameters.npz") as resumed:
+        for leaf, name in zip(jax.tree.leaves(again), resumed.files, strict=True):
+            np.testing.assert_array_equal(leaf, resumed[name])
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 21}, {"learning_rate": 1e-3}, {"patch_weight": 0.0}])
+def test_a_folder_of_another_run_is_refused(tmp_path: Path, change: dict[str, float]) -> None:
+    settings = dataclasses.asdict(dataclasses.replace(TINY, **change)) | {"vocabulary": len(recipe.VOCABULARY)}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="other settings; choose another folder"):
+        training.train(tmp_path, TINY, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text()) == settings
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_metrics_of_undone_steps_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for step, loss in [(20, 3.0), (40, 2.0), (60, 1.0), (40, 2.5)]:
+        training._append_metrics(path, {"step": step, "stage": "seeing", "loss": loss})
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [("20", "3.0"), ("40", "2.5")]
+    assert tuple(read_metrics(path)[0]) == training.COLUMNS
+
+
+def test_stages_follow_each_other_on_their_own_data() -> None:
+    sight, language = training.stages(TINY)
+    assert (sight.first, sight.steps, language.first, language.steps) == (0, 20, 20, 20)
+    np.testing.assert_array_equal(sight.batch(3).pictures, recipe.sight_batch(0, 3, 4).pictures)
+    np.testing.assert_array_equal(language.batch(23).token_ids, recipe.training_batch(0, 23, 4).token_ids)
+    steps = [step for step, batch in training._batches(language, 37) if batch.token_ids.shape == (4, 120)]
+    assert steps == [37, 38, 39]
+
+
+def test_weight_decay_acts_on_block_matrices_alone() -> None:
+    """With no gradient, only what decays moves."""
+    optimizer = training._optimizer(dataclasses.replace(TINY, warmup_steps=0), 0.1, 10, weight_decay=0.5)
+    parameters = {"block": jnp.ones((3, 2, 2)), "embedding": jnp.ones((3, 2)), "norm": jnp.ones((3,))}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, parameters), optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["block"], -0.05, rtol=1e-5)
+    np.testing.assert_array_equal(updates["embedding"], 0)
+    np.testing.assert_array_equal(updates["norm"], 0)
+
+
+def test_cross_entropy_by_hand() -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]]))
+    loss, accuracy = training._cross_entropy(logits, jnp.array([0, 1, -1]))
+    np.testing.assert_allclose(loss, -(np.log(0.5) + np.log(0.1)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(accuracy, 0.5)
+    nothing = training._cross_entropy(logits, jnp.array([-1, -1, -1]))
+    np.testing.assert_array_equal(nothing, (0, 0))
+
+
+def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
+    """The loss of a packed row is that of its captions and questions asked one by one of the exported network."""
+    learner = training.Learner(rngs=nnx.Rngs(3))
+    parameters = jax.device_get(nnx.to_pure_dict(nnx.state(learner.network)))
+    write_llava(
+        tmp_path,
+        recipe.config(),
+        parameters,
+        vocabulary=recipe.VOCABULARY,
+        chat_template=recipe.CHAT_TEMPLATE,
+        mean=recipe.PIXEL_MEAN,
+        std=recipe.PIXEL_STD,
+    )
+    batch = recipe.training_batch(5, 0, 1)
+    # After the answer stands its end, which no prompt of ours asks for.
+    labels = np.where(batch.labels == recipe.VOCABULARY.index("</s>"), -1, batch.labels)
+    arrays = jax.tree.map(jnp.asarray, training._device_arrays(dataclasses.replace(batch, labels=labels)))
+    _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY))(arrays)
+
+    model, losses = load(tmp_path), []
+    starts = recipe.layout().text_start + np.cumsum([0, *recipe.SLOTS])
+    for chat in (False, True):
+        texts, answers = [], []
+        for first, end in itertools.pairwise(starts):
+            (asked,) = np.flatnonzero(labels[0, first:end] >= 0)
+            text = " ".join(recipe.VOCABULARY[index] for index in batch.token_ids[0, first : first + asked + 1])
+            if text.endswith("ASSISTANT :") == chat:
+                texts.append(text.removesuffix(" ASSISTANT :"))
+                answers.append(labels[0, first + asked])
+        prompts = model.prepare(batch.pictures[0], texts, chat=chat)
+        logprobs = forward(model, prompts).logprobs(np.unique(answers))
+        column = np.searchsorted(np.unique(answers), answers)
+        losses += (-np.asarray(logprobs)[np.arange(len(texts)), column]).tolist()
+    assert len(losses) == len(recipe.SLOTS)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
