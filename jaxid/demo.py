@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -35,15 +36,10 @@ class DemoConfig:
     model: str = "tiny-llava"
     accuracy_questions: int = 256  # per kind of question
     partners: int = 2  # objects A that each object B is paired with for the IDs
-    swap_items: int = 96  # per relation
+    swap_items: int = 160  # per relation
     steer_items: int = 32  # per relation
-    factors: tuple[float, ...] = (
-        0.25,
-        0.5,
-        1.0,
-        2.0,
-        5.0,
-    )  # norm of a swap vector over the word's; 5 as published
+    # Norm of a swap vector over that of the word's activation; 5 as published.
+    factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 2.0, 5.0)
     multiplier: float = 1.0  # of the steering vectors
     seed: int = 0
 
@@ -77,7 +73,7 @@ def grid_items(partners: int, seed: int) -> tuple[list[tuple[str, str]], int, It
 def word_coordinates(model: Model, ids: SpatialIDs, words: list[str]) -> Float[np.ndarray, "L W 2"]:
     """Words without a picture, read at their own token, less their mean, and projected in the ID plane (Figure 5)."""
     prompts = model.prepare(None, words)
-    at = prompts.word(words)[:, None]
+    at = jnp.asarray(prompts.word(words))[:, None]
     captured = forward(model, prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"]
     activations = np.asarray(captured)[:, :, 0]
     centred = activations - activations.mean(axis=1, keepdims=True)
@@ -258,7 +254,7 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
     )
     figure("id_plane", lambda: _id_plane(plots, model, ids, summary))
     figure("variance", lambda: _variance(plots, probes))
-    figure("belief_swap", lambda: _belief_figure(plots, summary, rates, best_factor, config, selection))
+    figure("belief_swap", lambda: _belief_figure(plots, summary, rates, best_factor, config))
     figure("steering", lambda: _steering_figure(plots, steered["horizontal"], layers))
     figure("steering_map", lambda: _steering_map(plots, steered["horizontal"], best_layer))
     figure("mirror_swap", lambda: plots.swap_scores(scores, ANSWERS["horizontal"]))
@@ -322,7 +318,7 @@ def summarise(
         along = preference.mean(axis=2 if axis == "horizontal" else 1)
         steering_correlation["_".join(ANSWERS[axis])] = {
             "preference_by_cell": rounded(along),
-            "correlation": rounded([np.corrcoef(np.arange(4), layer)[0, 1] for layer in along]),
+            "correlation": rounded([_correlation(layer) for layer in along]),
             "monotone": [bool((np.diff(layer) < 0).all()) for layer in along],
         }
     return {
@@ -352,6 +348,11 @@ def summarise(
     }
 
 
+def _correlation(values: Float[np.ndarray, "4"]) -> float:
+    """Correlation with the column's or row's number; 0 where nothing varies, as after the last block."""
+    return float(np.corrcoef(np.arange(4), values)[0, 1]) if np.ptp(values) > 1e-6 else 0.0
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     names = ("jaxid-vlm", "jax", "jaxlib", "flax", "transformers", "numpy")
@@ -373,15 +374,7 @@ def _variance(plots: Any, probes: dict[str, list[float]]) -> Any:
     return plots.variance_by_layer(*(np.array(probes[name]) for name in names))
 
 
-def _belief_figure(
-    plots: Any,
-    summary: dict[str, Any],
-    rates: np.ndarray,
-    best_factor: int,
-    config: DemoConfig,
-    selection: int,
-) -> Any:
-    del selection
+def _belief_figure(plots: Any, summary: dict[str, Any], rates: np.ndarray, best_factor: int, config: DemoConfig) -> Any:
     by_relation = summary["swap_by_relation"]
     intervals = [
         np.array([entry[condition]["interval"] for entry in by_relation.values()])

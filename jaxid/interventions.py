@@ -171,6 +171,8 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     for name, array in (("layer", layer), ("at", at)):
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise InputError(f"`{name}` must hold integers, not {array.dtype}.")
+    # One dtype, and not the weak one of Python numbers: either would compile the forward pass once more.
+    layer, at = layer.astype(jnp.int32), at.astype(jnp.int32)
     if at.ndim not in (1, 2):
         raise InputError(
             f"`at` must have shape [B] or [B, P], not {list(at.shape)}; sweep over positions with jax.vmap."

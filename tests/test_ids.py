@@ -9,11 +9,11 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from jaxid.kernels import probing
 from safetensors.numpy import load_file, save_file
 
 from jaxid.errors import CheckpointError, InputError, OutputError
 from jaxid.ids import IDBatch, SpatialIDs, accumulate_ids
+from jaxid.kernels import probing
 
 LAYERS, WIDTH = 3, 20
 OBJECTS = ("star", "fish", "cup")
@@ -222,9 +222,7 @@ def test_universal_may_first_be_asked_for_inside_a_traced_function():
     np.testing.assert_allclose(inside, ids[2, 0, 0] - ids[2, 3, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "key", [(3, 0, 0), (-1, 0, 0), ([0, 3], 0, 0), (0, 4, 0), (0, 0, -1), (0.5, 0, 0), (0, 0), 1]
-)
+@pytest.mark.parametrize("key", [(3, 0, 0), (-1, 0, 0), ([0, 3], 0, 0), (0, 4, 0), (0, 0, -1), (0.5, 0, 0), (0, 0), 1])
 def test_indices_out_of_range_are_refused(ids, key):
     with pytest.raises(InputError):
         ids[key]
@@ -244,9 +242,7 @@ def test_at_box(ids):
     np.testing.assert_allclose(between, (ids[1, 2, 1] + ids[1, 3, 1]) / 2, atol=1e-5)
     published = ids.at_box(1, (180, 40, 40, 20), (400, 200), half_cell=False)
     np.testing.assert_allclose(published, ids[1, 2, 1], atol=1e-6)
-    many = ids.at_box(
-        np.array([0, 2]), np.array([[230, 65, 40, 20.0], [0, 0, 10, 10], [390, 190, 10, 10]]), (400, 200)
-    )
+    many = ids.at_box(np.array([0, 2]), np.array([[230, 65, 40, 20.0], [0, 0, 10, 10], [390, 190, 10, 10]]), (400, 200))
     assert many.shape == (2, 3, WIDTH)
     np.testing.assert_allclose(many[1], jnp.stack([ids[2, 2, 1], ids[2, 0, 0], ids[2, 3, 3]]), atol=1e-6)
     for layer, box, size in ((3, (0, 0, 1, 1), (4, 4)), (0, (0, 0, 1), (4, 4)), (0, (0, 0, 1, 1), (0, 4))):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxid.data.grid import GridItem
@@ -29,7 +30,7 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def activations_at(model: Model, prompts: Prompts, words: Sequence[str]) -> np.ndarray:
     """Residual stream at each prompt's word: Float[B, L + 1, D], index 0 the embeddings."""
-    at = prompts.word(words)[:, None]
+    at = jnp.asarray(prompts.word(words))[:, None]
     captured = forward(model, prompts, capture=Capture(("embed", "resid_post"), at=at)).captured
     stacked = np.concatenate([captured["embed"][None], captured["resid_post"]])
     return np.moveaxis(stacked[:, :, 0], 0, 1)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -89,5 +90,5 @@ def prepare(model: Model, items: Sequence[SpatialItem], *, suffix: str = "") -> 
 
 def control(model: Model, batch: RelationBatch) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "L B 2 D"]]:
     """The clean pass: log-probabilities of the two answers, and the residual stream at the two words."""
-    output = forward(model, batch.prompts, capture=Capture(("resid_post",), at=batch.words))
+    output = forward(model, batch.prompts, capture=Capture(("resid_post",), at=jnp.asarray(batch.words)))
     return np.asarray(output.logprobs(batch.answers)), np.asarray(output.captured["resid_post"])

@@ -66,7 +66,7 @@ def answers(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: lis
     found: list[str] = []
     for start in range(0, len(questions), 128):
         prompts = model.prepare(list(pictures[start : start + 128]), questions[start : start + 128])
-        best: Int[np.ndarray, "B"] = np.asarray(forward(model, prompts).logits).argmax(-1)
+        best: Int[np.ndarray, B] = np.asarray(forward(model, prompts).logits).argmax(-1)
         found += [model.processor.decode([int(token)]) for token in best]
     return found
 

@@ -222,17 +222,27 @@ _RELATION_TEXT = ("Is the {} to the left or right of the {} ?", "Is the {} above
 _RELATION_WORDS = (("left", "right"), ("above", "below"))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How often each kind of question is asked in the short slots; what remains asks for colours."""
+
+    relation: float = 0.45
+    where: float = 0.17
+    exists: float = 0.23
+
+
 def _question(
     rng: np.random.Generator,
     objects: list[int],
     colors: list[int],
     centers: Float[np.ndarray, "K 2"],
+    mix: Mix,
     *,
     long: bool,
 ) -> tuple[str, str]:
     """One question about a scene and its one-word answer."""
     kind = 0.0 if long else rng.random()
-    relation = _relation(rng, centers, len(objects)) if kind < 0.45 else None
+    relation = _relation(rng, centers, len(objects)) if kind < mix.relation else None
     if relation is not None:
         axis, first, second = relation
         words = _RELATION_WORDS[axis]
@@ -243,10 +253,10 @@ def _question(
         return text, answer
     chosen = rng.integers(len(objects))
     name = OBJECTS[objects[chosen]]
-    if kind < 0.62:
+    if kind < mix.relation + mix.where:
         column, row = np.clip((centers[chosen] * 4).astype(int), 0, 3)
         return f"Where is the {name} ?", COLUMN_WORDS[column] + ROW_WORDS[row]
-    if kind < 0.85:
+    if kind < mix.relation + mix.where + mix.exists:
         if rng.random() < 0.5:
             absent = [index for index in range(len(OBJECTS)) if index not in objects]
             return f"Is there a {OBJECTS[absent[rng.integers(len(absent))]]} ?", "no"
@@ -264,8 +274,9 @@ class Batch:
     patches: Int[np.ndarray, "N I 4"]  # see `patch_labels`
 
 
-def training_batch(seed: int, step: int, size: int) -> Batch:
-    """The batch of a step: a pure function of seed and step, so that a resumed run sees the same data."""
+def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> Batch:
+    """The batch of a step: a pure function of seed, step and mix, so that a resumed run sees the same data."""
+    mix = mix or Mix()
     rng = np.random.default_rng((seed, step))
     scenes = training_scenes(rng, size)
     plan = layout()
@@ -286,7 +297,7 @@ def training_batch(seed: int, step: int, size: int) -> Batch:
                 answer, closing = (COLUMN_WORDS, ROW_WORDS)[axis][cell], ""
             else:
                 long = number >= CAPTIONS + QUESTIONS
-                text, answer = _question(rng, present, colors, centers, long=long)
+                text, answer = _question(rng, present, colors, centers, mix, long=long)
                 closing = " ASSISTANT :"
             ids = encode(text + closing)
             token_ids[row, place : place + len(ids)] = ids

@@ -40,7 +40,9 @@ class TrainingConfig:
     steps: int = 1050  # steps on questions and captions, after those
     batch_size: int = 64  # pictures per step
     learning_rate: float = 1.5e-3  # peak
-    warmup_steps: int = 100  # linear, then cosine to zero, in both stages
+    polish_steps: int = 240  # steps in which existence, the hardest question, is asked more often
+    polish_learning_rate: float = 5e-4  # peak, in these
+    warmup_steps: int = 100  # linear, then cosine to zero, in every stage
     weight_decay: float = 0.02  # on block matrices only
     clip_norm: float = 1.0  # of the whole gradient
     patch_weight: float = 0.3  # of the auxiliary loss on the tower's patches
@@ -150,8 +152,8 @@ class Stage(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-def stages(config: TrainingConfig) -> tuple[Stage, Stage]:
-    """The two stages of a run: seeing, then language."""
+def stages(config: TrainingConfig) -> tuple[Stage, ...]:
+    """The stages of a run: seeing, language, and polishing of what is hardest."""
     sight = Stage(
         name="seeing",
         first=0,
@@ -168,7 +170,18 @@ def stages(config: TrainingConfig) -> tuple[Stage, Stage]:
         batch=lambda step: recipe.training_batch(config.seed, step, config.batch_size),
         optimizer=_optimizer(config, config.learning_rate, config.steps, weight_decay=config.weight_decay),
     )
-    return sight, language
+    existence = recipe.Mix(relation=0.25, where=0.1, exists=0.6)
+    polish = Stage(
+        name="polishing",
+        first=config.sight_steps + config.steps,
+        steps=config.polish_steps,
+        loss=language_loss,
+        batch=lambda step: recipe.training_batch(config.seed, step, config.batch_size, existence),
+        optimizer=_optimizer(
+            config, config.polish_learning_rate, config.polish_steps, weight_decay=config.weight_decay
+        ),
+    )
+    return sight, language, polish
 
 
 def _optimizer(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import fixtures
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -37,7 +38,7 @@ def test_directions_are_the_published_ones(axis: str) -> None:
 
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 def test_sweep_equals_pytorch_edit_by_edit(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, layers, factors = oracle.batch(axis), [2, 0], (0.5, 3.0)
+    batch, layers, factors = oracle.batch(axis), [1, 0], (0.5, 3.0)
     edits = []
 
     def spy(model: Any, prompts: Any, *edit: Any, **options: Any) -> Any:
@@ -126,13 +127,9 @@ def test_swapped_is_a_change_of_sign_and_correct_reads_the_control() -> None:
 
 
 def test_rescaled_leaves_a_zero_vector_zero() -> None:
-    vectors = np.array([[[[0.0, 0.0], [3.0, 4.0]]]])
-    activations = np.array([[[[1.0, 0.0], [0.0, 2.0]]]])
-    scaled = belief_swap.rescaled(
-        np.float32(vectors),
-        np.float32(activations),
-        np.array([5.0], np.float32),  # type: ignore[arg-type]
-    )
+    vectors = jnp.array([[[[0.0, 0.0], [3.0, 4.0]]]])
+    activations = jnp.array([[[[1.0, 0.0], [0.0, 2.0]]]])
+    scaled = belief_swap.rescaled(vectors, activations, np.array([5.0], np.float32))
     np.testing.assert_allclose(np.asarray(scaled)[0, 0, 0], [[0, 0], [6, 8]], rtol=1e-6)
 
 

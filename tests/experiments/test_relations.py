@@ -68,7 +68,7 @@ def test_items_must_share_one_axis() -> None:
     [
         ({"object": "star"}, InputError, "item 0 .* same name, 'star'"),
         ({"subject": "st"}, None, ""),
-        ({"subject": " "}, PromptError, "does not hold"),
+        ({"subject": ""}, PromptError, "does not hold"),
     ],
 )
 def test_words_that_cannot_be_told(change: dict[str, Any], error: type[Exception] | None, message: str) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxid.kernels import probing
 
 WIDTH = 24
@@ -40,9 +41,7 @@ def test_accumulate_equals_means_by_hand(dtype):
     group[(group == 1) & (cell == 2)] = 0  # one entry without rows
     state = probing.empty_sums(groups, cells, 2, WIDTH)
     for part in np.array_split(np.arange(rows), 4):  # several rows of one entry in a batch, and over batches
-        state = jax.jit(probing.accumulate)(
-            state, activations[part], jnp.asarray(group[part]), jnp.asarray(cell[part])
-        )
+        state = jax.jit(probing.accumulate)(state, activations[part], jnp.asarray(group[part]), jnp.asarray(cell[part]))
     means, counts = probing.finish(state)
     assert means.dtype == jnp.float32
     exact = np.asarray(activations.astype(jnp.float32), np.float64)
@@ -69,9 +68,7 @@ def test_sums_of_two_sets_add_up():
     group, cell = jnp.array([0, 1, 0, 1, 0, 1]), jnp.array([0, 1, 1, 0, 0, 1])
     empty = probing.empty_sums(2, 2, 1, 3)
     whole = probing.accumulate(empty, rows, group, cell)
-    halves = [
-        probing.accumulate(empty, rows[part], group[part], cell[part]) for part in (slice(2), slice(2, 6))
-    ]
+    halves = [probing.accumulate(empty, rows[part], group[part], cell[part]) for part in (slice(2), slice(2, 6))]
     for one, other in zip(whole, jax.tree.map(jnp.add, *halves), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -276,9 +273,7 @@ def test_bilinear_reproduces_the_published_floor_mapping():
             + (1 - right) * down * grid[x0, y1]
             + right * down * grid[x1, y1]
         )
-    result = probing.bilinear(
-        jnp.asarray(grid), jnp.asarray(places[:, 0]), jnp.asarray(places[:, 1]), half_cell=False
-    )
+    result = probing.bilinear(jnp.asarray(grid), jnp.asarray(places[:, 0]), jnp.asarray(places[:, 1]), half_cell=False)
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 

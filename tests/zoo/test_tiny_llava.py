@@ -295,20 +295,20 @@ def _slots(rows: int) -> list[tuple[int, int, int]]:
 def test_patch_labels_name_the_object_under_each_patch() -> None:
     scenes = recipe.training_scenes(np.random.default_rng(2), 60)
     found = recipe.patch_labels(scenes)
-    assert found.shape == (60, 36, 3)
+    assert found.shape == (60, 36, 4)
     for row, patch in np.ndindex(60, 36):
         x, y = (patch % 6 + 0.5) / 6, (patch // 6 + 0.5) / 6
         under = [
-            (name, center)
-            for slot, (name, (center, _)) in enumerate(objects_of(scenes, row).items())
+            (name, center, list(COLORS).index(color))
+            for slot, (name, (center, color)) in enumerate(objects_of(scenes, row).items())
             if max(abs(x - center[0]), abs(y - center[1])) < scenes.sizes[row, slot] / 2
         ]
         assert len(under) <= 1
         if under:
-            ((name, center),) = under
-            assert found[row, patch].tolist() == [OBJECTS.index(name) + 1, *column_and_row(center)]
+            ((name, center, color),) = under
+            assert found[row, patch].tolist() == [OBJECTS.index(name) + 1, *column_and_row(center), color]
         else:
-            assert found[row, patch].tolist() == [0, -1, -1]
+            assert found[row, patch].tolist() == [0, -1, -1, -1]
     assert 0.05 < (found[..., 0] > 0).mean() < 0.5
 
 
