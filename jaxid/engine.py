@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
@@ -141,7 +142,7 @@ def _check(model: Model, prompts: Prompts, intervention: Any) -> None:
             _check(model, prompts, part)
             continue
         layer = getattr(part, "layer", None)
-        if layer is None or isinstance(layer, jax.core.Tracer):
+        if layer is None or isinstance(layer, Tracer):
             continue
         layers = np.asarray(layer)
         lowest, highest = (-1, -1) if part.site == "embed" else (0, model.num_layers - 1)
@@ -150,7 +151,7 @@ def _check(model: Model, prompts: Prompts, intervention: Any) -> None:
             known = "the embedding is layer -1" if part.site == "embed" else f"{model.name} has blocks 0..{highest}"
             raise InputError(f"layer {wrong.flat[0]} is out of range for site {part.site!r}: {known}.")
         tokens = prompts.offsets.shape[1]
-        if not isinstance(part.at, jax.core.Tracer) and np.asarray(part.at).max(initial=-1) >= tokens:
+        if not isinstance(part.at, Tracer) and np.asarray(part.at).max(initial=-1) >= tokens:
             raise InputError(f"position {np.asarray(part.at).max()} lies outside the prompts of {tokens} tokens.")
         rows, width = part.at.shape[-2], part.vector.shape[-1]
         if rows not in (1, len(prompts)):

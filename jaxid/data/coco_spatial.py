@@ -8,9 +8,10 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.scenes import OBJECTS, Scenes, render
@@ -22,9 +23,6 @@ PICTURES_FOLDER = "val2017"
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 """Every relation and the one that the wrong caption states."""
-
-Picture = Path | UInt8[np.ndarray, "Y X 3"]
-"""A picture's file, or its pixels."""
 
 _PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _RELATIONS = {phrase: relation for relation, phrase in _PHRASES.items()}
@@ -43,7 +41,7 @@ class SpatialItem:
     """One question about a picture: a file, or UInt8[Y, X, 3]."""
 
     image_id: int
-    picture: Picture
+    picture: Any  # a Path, or UInt8[Y, X, 3]
     subject: str
     object: str
     relation: str  # of the subject to the object: left, right, above or below

@@ -9,9 +9,9 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from jaxid.data.files import save_picture
 from jaxid.data.scenes import OBJECTS, render, sample_grid
@@ -32,7 +32,7 @@ OBJECT_SIZES = (224, 174, 124, 74)
 class GridItem:
     """One grid picture: a file, or UInt8[Y, X, 3]."""
 
-    picture: Path | UInt8[np.ndarray, "Y X 3"]
+    picture: Any  # a Path, or UInt8[Y, X, 3]
     object_a: str
     object_b: str
     cell_a: Cell

@@ -1,13 +1,13 @@
 """The arrays that a forward pass reads."""
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-AnyArray = Array | np.ndarray
-"""On a device or still on the host."""
+AnyArray = Any
+"""On a device (`jax.Array`) or still on the host (`np.ndarray`)."""
 
 
 @jax.tree_util.register_dataclass

@@ -46,6 +46,6 @@ def family(model_type: str | None, where: str) -> Family:
     Raises:
         CheckpointError: if it is none of those implemented.
     """
-    if model_type not in FAMILIES:
+    if model_type is None or model_type not in FAMILIES:
         raise CheckpointError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}.")
     return FAMILIES[model_type]

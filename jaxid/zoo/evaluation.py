@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 
 from jaxid.data import scenes as drawn
 from jaxid.data.coco_spatial import SpatialItem
@@ -66,7 +66,7 @@ def answers(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: lis
     found: list[str] = []
     for start in range(0, len(questions), 128):
         prompts = model.prepare(list(pictures[start : start + 128]), questions[start : start + 128])
-        best: Int[np.ndarray, B] = np.asarray(forward(model, prompts).logits).argmax(-1)
+        best = np.asarray(forward(model, prompts).logits).argmax(-1)
         found += [model.processor.decode([int(token)]) for token in best]
     return found
 

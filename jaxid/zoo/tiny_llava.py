@@ -161,7 +161,7 @@ def is_held_out(scenes: Scenes) -> Bool[np.ndarray, "N"]:
     objects, places = np.maximum(scenes.objects, 0), cells(scenes)
     forbidden = held_out_pairs()[objects[:, :, None], objects[:, None, :]]
     forbidden |= held_out_places()[places[:, :, None], places[:, None, :]]
-    return (forbidden & both).any(axis=(1, 2))
+    return np.any(forbidden & both, axis=(1, 2))
 
 
 def training_scenes(rng: np.random.Generator, count: int) -> Scenes:

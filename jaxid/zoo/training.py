@@ -317,12 +317,21 @@ def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 
     return model_folder
 
 
-COLUMNS = ("step", "stage", "loss", "accuracy", "patch_object", "patch_column", "patch_row", "patch_color")
+COLUMNS: tuple[str, ...] = (
+    "step",
+    "stage",
+    "loss",
+    "accuracy",
+    "patch_object",
+    "patch_column",
+    "patch_row",
+    "patch_color",
+)
 
 
 def _append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Adds a row; rows of steps that a kill undid are dropped first."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     if path.exists():
         with path.open() as file:
             rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]

@@ -31,8 +31,9 @@ def arrays(heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return query, key, value
 
 
-def single(*inputs: np.ndarray) -> list[jax.Array]:
-    return [jnp.asarray(array, jnp.float32) for array in inputs]
+def single(*inputs: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = (jnp.asarray(array, jnp.float32) for array in inputs)
+    return query, key, value
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,8 @@ def test_bfloat16_in_and_out_with_float32_scores() -> None:
     mask = np.ones((2, 5, 7), bool)
     rounded = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, value)]
     found = attend(*rounded)
-    expected = naive(*(np.asarray(array, np.float64) for array in rounded), mask)
+    exact = [np.asarray(array, np.float64) for array in rounded]
+    expected = naive(exact[0], exact[1], exact[2], mask)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.03)
 

@@ -146,7 +146,8 @@ def test_what_is_not_implemented_is_refused_by_name(part: str | None, fields: di
 def test_defaults_are_hugging_faces(fields: dict[str, Any]) -> None:
     ours = LlavaConfig.from_hf(fields)
     theirs = transformers.LlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
-    text, vision = theirs.text_config, theirs.vision_config
+    text: Any = theirs.text_config
+    vision = theirs.vision_config
     for field in dataclasses.fields(DecoderConfig):
         if field.name not in ("rope", "tie_word_embeddings"):
             assert getattr(ours.text_config, field.name) == getattr(text, field.name), field.name
