@@ -26,7 +26,7 @@ from jaxid.zoo import training
 from jaxid.zoo.export import write_llava
 from jaxid.zoo.training import TrainingConfig
 
-TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, batch_size=4, warmup_steps=4)
+TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, polish_steps=20, batch_size=4, warmup_steps=4)
 
 SCRIPT = f"""
 import sys
@@ -81,10 +81,14 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
         for name in whole.files:
             np.testing.assert_allclose(resumed[name], whole[name], rtol=0, atol=1e-6)
     whole_rows, resumed_rows = (read_metrics(folder / "metrics.csv") for folder in (undisturbed, killed))
-    assert [(row["step"], row["stage"]) for row in whole_rows] == [("20", "seeing"), ("40", "language")]
+    assert [(row["step"], row["stage"]) for row in whole_rows] == [
+        ("20", "seeing"),
+        ("40", "language"),
+        ("60", "polishing"),
+    ]
     assert resumed_rows == whole_rows
     # A finished run is not trained again, and its state is that of the last step.
-    assert max(saved_steps(killed)) == 40
+    assert max(saved_steps(killed)) == 60
     with jax.numpy_dtype_promotion("standard"):
         again = training.train(killed, TINY, progress=False)
     with np.load(killed / "parameters.npz") as resumed:
@@ -116,7 +120,8 @@ def test_metrics_of_undone_steps_are_dropped(tmp_path: Path) -> None:
 
 
 def test_stages_follow_each_other_on_their_own_data() -> None:
-    sight, language = training.stages(TINY)
+    sight, language, polish = training.stages(TINY)
+    assert (polish.first, polish.steps) == (40, 20)
     assert (sight.first, sight.steps, language.first, language.steps) == (0, 20, 20, 20)
     np.testing.assert_array_equal(sight.batch(3).pictures, recipe.sight_batch(0, 3, 4).pictures)
     np.testing.assert_array_equal(language.batch(23).token_ids, recipe.training_batch(0, 23, 4).token_ids)
