@@ -36,7 +36,7 @@ class DemoConfig:
     model: str = "tiny-llava"
     accuracy_questions: int = 256  # per kind of question
     partners: int = 2  # objects A that each object B is paired with for the IDs
-    swap_items: int = 128  # per relation
+    swap_items: int = 160  # per relation
     steer_items: int = 32  # per relation
     # Norm of a swap vector over that of the word's activation; 5 as published.
     factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 2.0, 5.0)
