@@ -207,7 +207,7 @@ app.add_typer(zoo_app, name="zoo")
 def zoo_train(
     name: Annotated[str, typer.Argument(help="Which model: tiny-llava.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint is written to its `model` folder.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; the recipe's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the language stage; the recipe's by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=8, help="Pictures per step; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of parameters and data.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
