@@ -94,8 +94,8 @@ def render(summary: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return f"""# Spatial IDs of {summary["model"]}
 
-Blocks are counted from 0; everything is measured on scenes with pairs of objects, or of places, that training never
-showed. Took {summary["seconds"]} s.
+Blocks are counted from 0. Answers, swaps and steering are measured on scenes with pairs of objects, or of places, that
+training never showed; the IDs are read from freshly drawn grid pictures of all places. Took {summary["seconds"]} s.
 
 ## What the model answers
 
