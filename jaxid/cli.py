@@ -173,7 +173,7 @@ def ids_extract(
     pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
     sizes = sorted({item.size for item in items}, reverse=True)
     found = extract(
-        load(model, dtype=dtype), tqdm(items, unit="picture"), pairs=pairs, sizes=sizes, batch_size=batch_size
+        load(model, dtype=dtype), iter(tqdm(items, unit="picture")), pairs=pairs, sizes=sizes, batch_size=batch_size
     )
     found.save(out)
     variance = ", ".join(f"{float(share):.2f}" for share in found.explained_variance())
@@ -207,7 +207,7 @@ app.add_typer(zoo_app, name="zoo")
 def zoo_train(
     name: Annotated[str, typer.Argument(help="Which model: tiny-llava.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint is written to its `model` folder.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the language stage; the recipe's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the language stage, if not the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=8, help="Pictures per step; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of parameters and data.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,

@@ -167,7 +167,8 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
     stage("spatial IDs")
     pairs, total, pictures_to_read = grid_items(config.partners, config.seed)
     bar = tqdm(pictures_to_read, total=total, unit="picture", leave=False, disable=hidden)
-    ids = grid.extract(model, bar, pairs=pairs)
+    # An iterator, not the bar itself: run-time type checkers peek into what they take for a collection.
+    ids = grid.extract(model, iter(bar), pairs=pairs)
     ids.save(out / "results" / "spatial_ids.safetensors")
     probes = probe_ids(ids)
     layers = list(range(model.num_layers))

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "errors": set(),
     "zoo": set(),
     "kernels": set(),
-    "data": {"errors"},
+    "data": {"errors", "results"},
     "results": {"errors"},
     "sharding": {"errors"},
     "models": MODELS,

@@ -1,14 +1,13 @@
 """Atomic writing of files and pictures."""
 
-import contextlib
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.errors import OutputError
+from jaxid.results import whole_file
 
 
 def save_bytes(path: str | Path, data: bytes) -> None:
@@ -17,16 +16,8 @@ def save_bytes(path: str | Path, data: bytes) -> None:
     Raises:
         OutputError: The file cannot be written. A file that was there is then unharmed.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OutputError(f"{path} cannot be written: {error}. Choose a folder you may write to.") from error
 
 
 def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:

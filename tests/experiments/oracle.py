@@ -41,7 +41,9 @@ def items(axis: str) -> list[SpatialItem]:
 @functools.cache
 def batch(axis: str) -> RelationBatch:
     """The items of one axis, prepared."""
-    return relations.prepare(fixtures.model(CASE), items(axis))
+    # As many tokens on both axes, and so one program.
+    suffix = " Above or below?" if axis == "vertical" else ""
+    return relations.prepare(fixtures.model(CASE), items(axis), suffix=suffix)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Every activation equals Hugging Face's PyTorch model, through the real loader, in float32."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_the_cases_can_tell_right_from_wrong(case: Case) -> None:
     fish = prompts.word("fish")
     assert distance(found["embed"][0, fish[0]], found["embed"][1, fish[1]]) == 0
     assert distance(found["resid_post"][-1, 0, fish[0]], found["resid_post"][-1, 1, fish[1]]) > 0.01
+
+
+def test_a_token_that_is_not_valid_is_never_read() -> None:
+    """Behind the causal mask, padding on the right would go unread anyway; a gap in the middle would not."""
+    case = CASES[1]
+    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    valid = np.array(prompts.inputs.valid)
+    valid[np.arange(2), prompts.word("fish")] = False
+    gap = dataclasses.replace(prompts, inputs=dataclasses.replace(prompts.inputs, valid=valid))
+    theirs = fixtures.record(case, gap)["logits"][np.arange(2), prompts.last()]
+    assert distance(forward(model, gap).logits, theirs) < EXACT
+    assert distance(forward(model, prompts).logits, theirs) > 0.01
 
 
 def test_text_alone() -> None:

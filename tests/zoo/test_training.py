@@ -129,6 +129,14 @@ def test_stages_follow_each_other_on_their_own_data() -> None:
     assert steps == [37, 38, 39]
 
 
+def test_polishing_asks_for_existence_most() -> None:
+    _, language, polish = training.stages(dataclasses.replace(TINY, batch_size=64))
+    there = recipe.VOCABULARY.index("there")
+    often, seldom = (int((stage.batch(50).token_ids == there).sum()) for stage in (polish, language))
+    questions = 64 * recipe.QUESTIONS
+    assert often > 0.5 * questions and 0 < seldom < 0.4 * questions
+
+
 def test_weight_decay_acts_on_block_matrices_alone() -> None:
     """With no gradient, only what decays moves."""
     optimizer = training._optimizer(dataclasses.replace(TINY, warmup_steps=0), 0.1, 10, weight_decay=0.5)
@@ -179,7 +187,9 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
             if text.endswith("ASSISTANT :") == chat:
                 texts.append(text.removesuffix(" ASSISTANT :"))
                 answers.append(labels[0, first + asked])
-        prompts = model.prepare(batch.pictures[0], texts, chat=chat)
+        # Of one shape, and so of one program: padded to one length, questions repeated until as many as captions.
+        repeated = texts * (recipe.CAPTIONS // len(texts))
+        prompts = model.prepare(batch.pictures[0], repeated, chat=chat, pad_to_multiple=64)
         logprobs = forward(model, prompts).logprobs(np.unique(answers))
         column = np.searchsorted(np.unique(answers), answers)
         losses += (-np.asarray(logprobs)[np.arange(len(texts)), column]).tolist()
