@@ -77,7 +77,7 @@ def word_coordinates(model: Model, ids: SpatialIDs, words: list[str]) -> Float[n
     captured = forward(model, prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"]
     activations = np.asarray(captured)[:, :, 0]
     centred = activations - activations.mean(axis=1, keepdims=True)
-    return np.asarray(ids.plane_coordinates(centred))
+    return np.asarray(ids.plane_coordinates(jnp.asarray(centred)))
 
 
 def swap_rates(
