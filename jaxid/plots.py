@@ -438,7 +438,7 @@ def _word_scale(coordinates: np.ndarray, words: Mapping[str, np.ndarray]) -> flo
     return float(f"{lattice / longest:.1g}")
 
 
-def _label_ends(axes: Axes, x: np.ndarray, ends: Mapping[str, tuple[float, str]]) -> None:
+def _label_ends(axes: Axes, x: np.ndarray, ends: Mapping[str, tuple[Any, str]]) -> None:
     """Names lines to the right of their last point, moved apart where they would overlap; set the limits first."""
     bottom, top = axes.get_ylim()
     gap = 0.08 * (top - bottom)
