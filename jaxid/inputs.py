@@ -74,7 +74,7 @@ class Prompts:
         for row, word in enumerate(words):
             question = self.questions[row]
             places = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", question)]
-            if not word or not places:
+            if not word.strip() or not places:
                 raise PromptError(f"prompt {row} ({question!r}) does not hold the word {word!r}.")
             if occurrence is None and len(places) > 1:
                 raise PromptError(

@@ -401,3 +401,9 @@ def test_a_tokenizer_without_the_image_token() -> None:
     config = dataclasses.replace(fixtures.model(PLAIN).config, image_token_index=777)
     with pytest.raises(CheckpointError, match="777"):
         Processor.from_folder(fixtures.folder(PLAIN), config)
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_word_is_refused(blank: str) -> None:
+    with pytest.raises(PromptError, match="does not hold the word"):
+        fixtures.prompts(CASES[0]).word(blank)
