@@ -57,7 +57,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise OutputError(f"cannot write {path}: a folder is in the way; choose another name.")
-    temporary = ensure_output_folder(path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        folder = ensure_output_folder(path.parent)
+    except OutputError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
         temporary.replace(path)

@@ -109,7 +109,7 @@ def test_jaxid_error_is_one_line_and_code_2(tmp_path: Path, no_cache: None, caps
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
-    assert "scenes.png" in output.err and "cannot be written" in output.err
+    assert "scenes.png" in output.err and "cannot write" in output.err
 
 
 def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, no_cache: None, tmp_path: Path) -> None:

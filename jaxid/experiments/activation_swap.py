@@ -11,12 +11,8 @@ from jaxid.interventions import replace
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 
-TOKEN_SETS = ("image", "text", "words")
-"""What is swapped: all image tokens, all text tokens, or the two objects' words."""
-
-
 def token_sets(batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
-    """Positions of each token set."""
+    """What is swapped: positions of all image tokens, of all text tokens, and of the two objects' words."""
     return {
         "image": batch.prompts.image_tokens(),
         "text": batch.prompts.text_tokens(),

@@ -22,7 +22,7 @@ def test_vectors_are_differences_of_mirrored_cells(axis: str) -> None:
 
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 def test_run_equals_pytorch_cell_by_cell(axis: str) -> None:
-    batch, multiplier = oracle.batch(axis), 0.7
+    batch, multiplier = oracle.batch(axis), 3.0
     found = steering.run(
         fixtures.model(oracle.CASE), batch, oracle.ids(), layers=[2, 1], multiplier=multiplier, chunk=5
     )
@@ -35,6 +35,6 @@ def test_run_equals_pytorch_cell_by_cell(axis: str) -> None:
             everywhere = np.broadcast_to(vectors[x, y], (4, 1, oracle.WIDTH))
             steered = oracle.torch_logprobs(batch, [oracle.adding(layer, subject, everywhere)])
             np.testing.assert_allclose(found[row, x, y], steered - control, atol=1e-4)
-            assert layer == 2 or np.abs(steered - control).max() > 0.002
+            assert layer == 2 or np.abs(steered - control).max() > 0.01
     # After the last block no token but the last one counts.
     np.testing.assert_allclose(found[0], 0, atol=1e-5)
