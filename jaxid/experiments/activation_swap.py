@@ -11,6 +11,7 @@ from jaxid.interventions import replace
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 
+
 def token_sets(batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
     """What is swapped: positions of all image tokens, of all text tokens, and of the two objects' words."""
     return {
