@@ -1,8 +1,23 @@
-"""Attention on plain arrays: grouped queries, explicit masks, float32 softmax."""
+"""Attention on plain arrays: grouped queries, explicit masks, float32 softmax.
+
+Two implementations of the same sums stand side by side. Accelerators take all heads in one batched product. On CPU
+that would write scores of all heads to memory and read them back three times; there, long sequences go head by head
+and a block of queries at a time, so that scores stay in cache.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+_HEADWISE_FROM = 64 * 64
+"""Scores of one head from which going head by head pays on CPU."""
+
+_QUERY_BLOCK = 192
+"""Queries that go together head by head; the keys after them are left out where attention is causal."""
 
 
 def causal_mask(
@@ -30,11 +45,36 @@ def causal_mask(
     return earlier & key_valid[:, None, :]
 
 
+class Part(NamedTuple):
+    """Softmax attention over some of the keys, not yet normalised, so that parts can be merged.
+
+    Attributes:
+        mixed: values weighted by exp(score - largest).
+        largest: the largest score, or a shift like it.
+        total: sum of exp(score - largest).
+    """
+
+    mixed: Float[Array, "*batch E"]
+    largest: Float[Array, "*batch"]
+    total: Float[Array, "*batch"]
+
+
+def merge(*parts: Part) -> Float[Array, "*batch E"]:
+    """Attention over all keys from attention over disjoint sets of them, by their log-sum-exps."""
+    largest = jax.lax.stop_gradient(jnp.stack([part.largest for part in parts]).max(axis=0))
+    weights = [jnp.exp(part.largest - largest) for part in parts]
+    mixed = sum(part.mixed * weight[..., None] for part, weight in zip(parts, weights, strict=True))
+    total = sum(part.total * weight for part, weight in zip(parts, weights, strict=True))
+    return mixed / total[..., None]
+
+
 def attend(
     query: Float[Array, "B S H E"],
     key: Float[Array, "B T K E"],
     value: Float[Array, "B T K E"],
     mask: Bool[Array, "#B S T"] | None = None,
+    *,
+    causal: bool = False,
 ) -> Float[Array, "B S H E"]:
     """Softmax attention in which H / K query heads share each key-value head.
 
@@ -43,17 +83,164 @@ def attend(
         key: Float[B, T, K, E].
         value: Float[B, T, K, E].
         mask: Bool[B, S, T], true where attention is allowed; None allows everything.
+        causal: promises that the mask lets no query read a key that stands after it, counted from the end: query
+            S - 1 and key T - 1 are the same token. Those keys are then not looked at.
 
     Returns:
         Float[B, S, H, E], in the dtype of `value`; scores and softmax are computed in float32.
     """
-    batch, length, heads, head_width = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_width)
-    scores = jnp.einsum("bskge,btke->bkgst", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores * head_width**-0.5
+    batch, length, heads, width = query.shape
+    keys, kv_heads = key.shape[1:3]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
+
+    def together(query: Array, key: Array, value: Array) -> Array:
+        scores = jnp.einsum("bskge,btke->bkgst", query, key, preferred_element_type=jnp.float32) * width**-0.5
+        if mask is not None:
+            scores = jnp.where(mask[:, None, None], scores, _LOWEST)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgst,btke->bskge", weights, value)
+
+    def head_by_head(query: Array, key: Array, value: Array) -> Array:
+        def one(arguments: tuple[Array, Array, Array, Array]) -> Array:
+            query, key, value, row = arguments
+            allowed = None if mask is None else mask[row if mask.shape[0] > 1 else 0]
+            done = []
+            for start in range(0, length, _QUERY_BLOCK):
+                block = slice(start, min(length, start + _QUERY_BLOCK))
+                seen = slice(0, max(1, keys - length + block.stop) if causal else keys)
+                part = _part(query[block], key[seen], value[seen], None if allowed is None else allowed[block, seen])
+                done.append(part.mixed / part.total[..., None])
+            return jnp.concatenate(done).astype(value.dtype)
+
+        mixed = jax.lax.map(
+            one,
+            (
+                jnp.moveaxis(query, 2, 1).reshape(batch * kv_heads, length, -1, width),
+                jnp.moveaxis(key, 2, 1).reshape(batch * kv_heads, keys, width),
+                jnp.moveaxis(value, 2, 1).reshape(batch * kv_heads, keys, width),
+                jnp.arange(batch * kv_heads) // kv_heads,
+            ),
+        )
+        return jnp.moveaxis(mixed.reshape(batch, kv_heads, length, -1, width), 1, 2)
+
+    if length * keys < _HEADWISE_FROM:
+        mixed = together(grouped, key, value)
+    else:
+        mixed = jax.lax.platform_dependent(grouped, key, value, cpu=head_by_head, default=together)
+    return mixed.reshape(batch, length, heads, width)
+
+
+def _part(
+    query: Float[Array, "S G E"],
+    key: Float[Array, "T E"],
+    value: Float[Array, "T E"],
+    mask: Bool[Array, "#S T"] | None = None,
+) -> Part:
+    """Attention of one key-value head and its queries, in float32; a query may read nothing."""
+    scores = jnp.einsum("sge,te->sgt", query, key, preferred_element_type=jnp.float32) * key.shape[-1] ** -0.5
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgst,btke->bskge", weights, value)
-    return mixed.reshape(batch, length, heads, head_width)
+        scores = jnp.where(mask[:, None], scores, _LOWEST)
+    # The result does not depend on the shift, so neither does the gradient.
+    largest = jax.lax.stop_gradient(scores.max(axis=-1))
+    weights = jnp.exp(scores - largest[..., None])
+    mixed = jnp.einsum("sgt,te->sge", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return Part(mixed, largest, weights.sum(axis=-1))
+
+
+def prefix_part(
+    query: Float[Array, "R B S H E"],
+    key: Float[Array, "B K P E"],
+    value: Float[Array, "B K P E"],
+    mask: Bool[Array, "B P"],
+) -> Part:
+    """Attention of R rows of queries to the keys and values of one prefix, which is read once for all rows.
+
+    Args:
+        query: Float[R, B, S, H, E], not yet scaled.
+        key: of the prefix, heads first, Float[B, K, P, E].
+        value: Float[B, K, P, E].
+        mask: false where the prefix of a prompt has ended, Bool[B, P].
+
+    Returns:
+        The part, its axes [R, B, S, H].
+    """
+    rows, batch, length, heads, width = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
+    # All rows' queries of a prompt and key-value head stand together: one matrix product with the prefix.
+    grouped = jnp.transpose(grouped, (1, 3, 0, 2, 4, 5)).reshape(batch, kv_heads, rows * length, -1, width)
+
+    def together(query: Array, key: Array, value: Array, mask: Array) -> Part:
+        return jax.vmap(jax.vmap(_part, in_axes=(0, 0, 0, None)))(query, key, value, mask[:, None])
+
+    def head_by_head(query: Array, key: Array, value: Array, mask: Array) -> Part:
+        def one(arguments: tuple[Array, Array, Array, Array]) -> Part:
+            query, key, value, row = arguments
+            return _part(query, key, value, mask[row][None])
+
+        flat = [array.reshape(batch * kv_heads, *array.shape[2:]) for array in (query, key, value)]
+        parts = jax.lax.map(one, (*flat, jnp.arange(batch * kv_heads) // kv_heads))
+        return jax.tree.map(lambda leaf: leaf.reshape(batch, kv_heads, *leaf.shape[1:]), parts)
+
+    if rows * length * key.shape[2] < _HEADWISE_FROM:
+        part = together(grouped, key, value, mask)
+    else:
+        part = jax.lax.platform_dependent(grouped, key, value, mask, cpu=head_by_head, default=together)
+
+    def back(leaf: Array) -> Array:
+        leaf = leaf.reshape(batch, kv_heads, rows, length, *leaf.shape[3:])
+        leaf = jnp.moveaxis(leaf, (2, 0, 3, 1), (0, 1, 2, 3))
+        return leaf.reshape(rows, batch, length, heads, *leaf.shape[5:])
+
+    return jax.tree.map(back, part)
+
+
+def suffix_part(
+    query: Float[Array, "R B S H E"],
+    key: Float[Array, "R B T K E"],
+    value: Float[Array, "R B T K E"],
+    mask: Bool[Array, "#R #B S T"],
+) -> Part:
+    """Attention of every row's queries to the row's own keys and values; axes [R, B, S, H]."""
+    rows, batch, length, heads, width = query.shape
+    kv_heads = key.shape[3]
+    grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("rbskge,rbtke->rbskgt", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.where(mask[:, :, :, None, None], scores, _LOWEST)
+    largest = jax.lax.stop_gradient(scores.max(axis=-1))
+    weights = jnp.exp(scores - largest[..., None])
+    mixed = jnp.einsum("rbskgt,rbtke->rbskge", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    part = Part(mixed, largest, weights.sum(axis=-1))
+    return jax.tree.map(lambda leaf: leaf.reshape(rows, batch, length, heads, *leaf.shape[5:]), part)
+
+
+def shared_prefix_attention(
+    query: Float[Array, "R B S H E"],
+    prefix_key: Float[Array, "B K P E"],
+    prefix_value: Float[Array, "B K P E"],
+    prefix_mask: Bool[Array, "B P"],
+    key: Float[Array, "R B T K E"],
+    value: Float[Array, "R B T K E"],
+    mask: Bool[Array, "#R #B S T"],
+) -> Float[Array, "R B S H E"]:
+    """Attention of R rows that share a prompt's prefix and go on each with tokens of its own.
+
+    The prefix is never copied per row: its scores are one product for all rows, and the two softmax parts are merged
+    by their log-sum-exps.
+
+    Args:
+        query: Float[R, B, S, H, E], not yet scaled.
+        prefix_key: keys of the prefix, heads first, Float[B, K, P, E].
+        prefix_value: Float[B, K, P, E].
+        prefix_mask: false where the prefix of a prompt has ended, Bool[B, P].
+        key: every row's own keys, Float[R, B, T, K, E].
+        value: Float[R, B, T, K, E].
+        mask: which of its own keys a query may read, Bool[R or 1, B or 1, S, T].
+
+    Returns:
+        Float[R, B, S, H, E], in the dtype of `value`; scores and softmax are computed in float32.
+    """
+    own = suffix_part(query, key, value, mask)
+    if prefix_key.shape[2] == 0:
+        return merge(own).astype(value.dtype)
+    return merge(prefix_part(query, prefix_key, prefix_value, prefix_mask), own).astype(value.dtype)

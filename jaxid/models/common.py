@@ -126,10 +126,28 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B inputs"]) -> Float[Array, "*B outputs"]:
         """Applies the map."""
-        kernel = self.kernel[...]
-        # One flat matrix product: XLA's CPU back end is twice as slow on [B, T, D] @ [D, F], gradients most of all.
-        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+        y = flat_product(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
+
+
+def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs *outputs"]) -> Float[Array, "..."]:
+    """A linear map of the last axis as one product of two matrices, whatever axes there are besides.
+
+    XLA's CPU back end is twice as slow on [B, T, D] @ [D, F], gradients most of all.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
+    """Two neighbouring axes, heads and their width, as one."""
+    axis %= x.ndim
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def layer_of(parameters: Any, layer: Any) -> Any:
+    """One layer's parameters out of stacked ones; the number may be traced."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), parameters)
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:

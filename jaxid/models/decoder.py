@@ -1,6 +1,7 @@
 """One decoder block and its scanned stack: the text side of every model family."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import attention, rope
-from jaxid.models.common import ACTIVATIONS, Config, Linear, RMSNorm, filled, normal, stacked
+from jaxid.models.common import ACTIVATIONS, Config, Linear, RMSNorm, filled, flat_product, join_heads, normal, stacked
 from jaxid.models.keys import Key, heads_in, heads_out, linear, prefixed
 from jaxid.models.sites import DECODER_SITES, Capture, Intervention, Site
 
@@ -111,6 +112,21 @@ def decoder_keys(config: DecoderConfig) -> list[Key]:
     ]
 
 
+Rotation = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+"""Cosine and sine of every token's rotary angles."""
+
+Read = Callable[[Float[Array, "B S H E"], Float[Array, "B T K E"], Float[Array, "B T K E"]], Float[Array, "B S H E"]]
+"""Attention: from queries, keys and values to what the queries read."""
+
+Keep = Callable[[Float[Array, "B T ..."]], Float[Array, "B S ..."]]
+"""Picks, of every prompt's tokens, those whose results are wanted."""
+
+
+def _all(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    """Keeps every token."""
+    return x
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions; heads are real axes of the weights."""
 
@@ -130,20 +146,16 @@ class Attention(nnx.Module):
             self.out_bias = filled(0.0, (width,))
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: tuple[Float[Array, "B T F"], Float[Array, "B T F"]],
-        mask: Bool[Array, "B T T"],
-    ) -> Float[Array, "B T D"]:
-        """Mixes tokens along the allowed edges of `mask`."""
-        query = jnp.einsum("btd,dhe->bthe", x, self.query[...])
-        key = jnp.einsum("btd,dke->btke", x, self.key[...])
-        value = jnp.einsum("btd,dke->btke", x, self.value[...])
+        self, x: Float[Array, "B T D"], rotation: Rotation, read: Read, keep: Keep = _all
+    ) -> Float[Array, "B S D"]:
+        """Mixes tokens: `read(query, key, value)` says who reads whom, `keep` whose results are wanted."""
+        query = flat_product(keep(x), self.query[...])
+        key, value = flat_product(x, self.key[...]), flat_product(x, self.value[...])
         if self.bias:
             query, key = query + self.query_bias[...], key + self.key_bias[...]
             value = value + self.value_bias[...]
-        mixed = attention.attend(rope.rotate(query, *rotation), rope.rotate(key, *rotation), value, mask)
-        out = jnp.einsum("bthe,hed->btd", mixed, self.out[...])
+        mixed = read(rope.rotate(query, *map(keep, rotation)), rope.rotate(key, *rotation), value)
+        out = flat_product(join_heads(mixed), join_heads(self.out[...], 0))
         return out + self.out_bias[...] if self.bias else out
 
 
@@ -163,6 +175,10 @@ class GatedMLP(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
+Tap = Callable[[str, Float[Array, "B T D"]], Float[Array, "B T D"]]
+"""What stands at every site of a block: `(name, value) -> value`."""
+
+
 class DecoderBlock(nnx.Module):
     """Pre-norm attention and MLP around the residual stream (HF LlamaDecoderLayer)."""
 
@@ -174,16 +190,23 @@ class DecoderBlock(nnx.Module):
         self.mlp = GatedMLP(config, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: tuple[Float[Array, "B T F"], Float[Array, "B T F"]],
-        mask: Bool[Array, "B T T"],
-        tap: Any,
-    ) -> Float[Array, "B T D"]:
-        """One step of the residual stream; `tap(name, value)` stands at every site."""
+        self, x: Float[Array, "B T D"], rotation: Rotation, read: Read, tap: Tap, keep: Keep = _all
+    ) -> Float[Array, "B S D"]:
+        """One step of the residual stream.
+
+        Args:
+            x: Float[B, T, D].
+            rotation: of every token.
+            read: attention over the keys and values that this block makes.
+            tap: called as `tap(name, value)` at every site; all but "resid_pre" hold the kept tokens only.
+            keep: tokens that leave the block; the others serve as keys and values.
+
+        Returns:
+            Float[B, S, D], the kept tokens.
+        """
         x = tap("resid_pre", x)
         with jax.named_scope("attention"):
-            x = x + tap("attn_out", self.attention(self.attention_norm(x), rotation, mask))
+            x = keep(x) + tap("attn_out", self.attention(self.attention_norm(x), rotation, read, keep))
         x = tap("resid_mid", x)
         with jax.named_scope("mlp"):
             x = x + tap("mlp_out", self.mlp(self.mlp_norm(x)))
@@ -230,7 +253,7 @@ class Decoder(nnx.Module):
         Args:
             embeddings: Float[B, T, D], pictures already merged in.
             positions: place of every token in its prompt, Int[B, T].
-            mask: which tokens each token reads, Bool[B, T, T].
+            mask: which tokens each token reads, Bool[B, T, T]; none reads a later one.
             intervention: called as `intervention(site, value)` at every site.
             capture: what to return; block sites come stacked over layers.
 
@@ -244,6 +267,9 @@ class Decoder(nnx.Module):
         wanted = [name for name in DECODER_SITES if name in capture.sites]
         block_definition, block_parameters = nnx.split(self.layers)
 
+        def read(query: Array, key: Array, value: Array) -> Array:
+            return attention.attend(query, key, value, mask, causal=True)
+
         def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
             parameters, number = layer
             found: dict[str, Array] = {}
@@ -254,7 +280,7 @@ class Decoder(nnx.Module):
                     found[name] = capture.take(value)
                 return value
 
-            return nnx.merge(block_definition, parameters)(x, rotation, mask, tap), found
+            return nnx.merge(block_definition, parameters)(x, rotation, read, tap), found
 
         numbers = jnp.arange(self.config.num_hidden_layers)
         x, stacked_values = jax.lax.scan(step, x, (block_parameters, numbers))

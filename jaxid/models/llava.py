@@ -136,9 +136,11 @@ class Llava(nnx.Module):
 
     def image_features(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I D"]:
         """Pictures as decoder tokens."""
-        states = self.tower(pixels)
+        blocks, layers = self.config.vision_config.num_hidden_layers, self.config.vision_feature_layer
+        indices = [layer if layer >= 0 else blocks + 1 + layer for layer in layers]
+        states = self.tower(pixels, depth=max(indices))
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        chosen = jnp.concatenate([states[layer][:, first:] for layer in self.config.vision_feature_layer], axis=-1)
+        chosen = jnp.concatenate([states[layer][:, first:] for layer in indices], axis=-1)
         return self.projector_out(ACTIVATIONS[self.config.projector_hidden_act](self.projector_in(chosen)))
 
     def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:

@@ -11,7 +11,18 @@ from jaxtyping import Array, Float
 
 from jaxid.errors import InputError
 from jaxid.kernels import attention
-from jaxid.models.common import ACTIVATIONS, Config, LayerNorm, Linear, filled, normal, stacked
+from jaxid.models.common import (
+    ACTIVATIONS,
+    Config,
+    LayerNorm,
+    Linear,
+    filled,
+    flat_product,
+    join_heads,
+    layer_of,
+    normal,
+    stacked,
+)
 from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
 
 
@@ -76,11 +87,11 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
         """Mixes all tokens of a picture."""
-        query = jnp.einsum("nid,dhe->nihe", x, self.query[...]) + self.query_bias[...]
-        key = jnp.einsum("nid,dhe->nihe", x, self.key[...]) + self.key_bias[...]
-        value = jnp.einsum("nid,dhe->nihe", x, self.value[...]) + self.value_bias[...]
+        query = flat_product(x, self.query[...]) + self.query_bias[...]
+        key = flat_product(x, self.key[...]) + self.key_bias[...]
+        value = flat_product(x, self.value[...]) + self.value_bias[...]
         mixed = attention.attend(query, key, value)
-        return jnp.einsum("nihe,hed->nid", mixed, self.out[...]) + self.out_bias[...]
+        return flat_product(join_heads(mixed), join_heads(self.out[...], 0)) + self.out_bias[...]
 
 
 class VisionBlock(nnx.Module):
@@ -116,8 +127,13 @@ class ClipVision(nnx.Module):
         self.layers = stacked(lambda rngs: VisionBlock(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.post_norm = LayerNorm(width, config.layer_norm_eps)
 
-    def __call__(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "L1 N I D"]:
-        """All hidden states: index 0 is the blocks' input, index k + 1 the output of block k."""
+    def __call__(self, pixels: Float[Array, "N C Y X"], depth: int | None = None) -> Float[Array, "L1 N I D"]:
+        """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k.
+
+        Args:
+            pixels: Float[N, C, Y, X].
+            depth: how many blocks to run; all by default.
+        """
         patch, side = self.config.patch_size, self.config.image_size
         if pixels.shape[-2:] != (side, side):
             given = " x ".join(map(str, pixels.shape[-2:]))
@@ -135,5 +151,8 @@ class ClipVision(nnx.Module):
             x = nnx.merge(block_definition, parameters)(x)
             return x, x
 
-        _, outputs = jax.lax.scan(step, x, block_parameters)
+        if depth is None or depth == self.config.num_hidden_layers:
+            _, outputs = jax.lax.scan(step, x, block_parameters)
+        else:  # scanning over a slice of the parameters would copy it first
+            _, outputs = jax.lax.scan(lambda x, k: step(x, layer_of(block_parameters, k)), x, jnp.arange(depth))
         return jnp.concatenate([x[None], outputs])
