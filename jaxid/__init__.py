@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from jaxid.models.sites import Capture as Capture
     from jaxid.models.sites import Intervention as Intervention
     from jaxid.models.sites import Site as Site
+    from jaxid.tracing import Trace as Trace
+    from jaxid.tracing import rerun as rerun
+    from jaxid.tracing import swap as swap
+    from jaxid.tracing import trace as trace
 
 __version__ = "0.1.0"
 
@@ -52,6 +56,7 @@ _HOME = {
     "Prompts": "jaxid.inputs",
     "Site": "jaxid.models.sites",
     "SpatialIDs": "jaxid.ids",
+    "Trace": "jaxid.tracing",
     "accumulate_ids": "jaxid.ids",
     "add": "jaxid.interventions",
     "chain": "jaxid.interventions",
@@ -59,8 +64,11 @@ _HOME = {
     "load": "jaxid.checkpoints.loading",
     "project_out": "jaxid.interventions",
     "replace": "jaxid.interventions",
+    "rerun": "jaxid.tracing",
     "scale": "jaxid.interventions",
     "stack": "jaxid.interventions",
+    "swap": "jaxid.tracing",
+    "trace": "jaxid.tracing",
 }
 
 if not TYPE_CHECKING:  # or static checkers would take every misspelt name for a public one

@@ -127,7 +127,7 @@ def forward(
     unknown = set(capture.sites) - set(SITES)
     if unknown:
         raise InputError(f"capture names unknown sites {sorted(unknown)}; known: {', '.join(SITES)}.")
-    _check(model, prompts, intervention)
+    check(model, prompts, intervention)
     intervention = as_pytree(intervention)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
     depth = len(sweep_shape(intervention))
@@ -135,11 +135,15 @@ def forward(
     return Output(hidden=hidden, captured=captured, model=model)
 
 
-def _check(model: Model, prompts: Prompts, intervention: Any) -> None:
-    """Layers and positions in range, prompts as many as edited, widths equal: where the edit is ours and concrete."""
+def check(model: Model, prompts: Prompts, intervention: Any) -> None:
+    """Checks layers, positions, number of prompts and width of an edit, where it is ours and concrete.
+
+    Raises:
+        InputError: naming what does not fit the model and the batch.
+    """
     for part in getattr(intervention, "parts", (intervention,)):
         if hasattr(part, "parts"):
-            _check(model, prompts, part)
+            check(model, prompts, part)
             continue
         layer = getattr(part, "layer", None)
         if layer is None or isinstance(layer, Tracer):

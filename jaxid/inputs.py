@@ -99,9 +99,15 @@ class Prompts:
 
     def text_tokens(self) -> Int[np.ndarray, "B P"]:
         """Positions of all tokens after the picture, shorter rows filled up with their last position."""
-        slots, valid = np.asarray(self.inputs.image_slots), np.asarray(self.inputs.valid)
-        after = np.cumsum((slots >= 0)[:, ::-1], axis=1)[:, ::-1] == 0
+        valid = np.asarray(self.inputs.valid)
+        after = np.arange(valid.shape[1]) >= self.text_start()[:, None]
         return self._where(after & valid, "text tokens", equal=False)
+
+    def text_start(self) -> Int[np.ndarray, "B"]:
+        """Position of the first token after the picture; 0 without one."""
+        pictured = np.asarray(self.inputs.image_slots) >= 0
+        after = pictured.shape[1] - np.argmax(pictured[:, ::-1], axis=1)
+        return np.where(pictured.any(axis=1), after, 0).astype(np.int32)
 
     def _where(self, chosen: np.ndarray, what: str, *, equal: bool) -> Int[np.ndarray, "B P"]:
         rows = [np.flatnonzero(row) for row in chosen]

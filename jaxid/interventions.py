@@ -5,17 +5,41 @@ Layers, positions, vectors and strengths are arrays inside the pytree, so one co
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.models.sites import SITES, Intervention, Site
 
+AnyArray = Any
+"""On a device (`jax.Array`) or still on the host (`np.ndarray`)."""
+
 Operation = Literal["add", "replace", "scale", "project_out"]
+
+
+NOWHERE = int(np.iinfo(np.int32).max)
+"""The position of an edit that acts nowhere."""
+
+
+class Reach(NamedTuple):
+    """Where an intervention begins to act; all before it is as in the clean run.
+
+    An intervention of your own that has an attribute `reach` is run again from there only, see `jaxid.rerun`.
+
+    Attributes:
+        block: the first block that has to run again, Int[S...]: k + 1 for a change of what leaves block k.
+        position: the first changed place of every prompt, Int[B or 1].
+    """
+
+    block: Int[AnyArray, "*S"]
+    position: Int[np.ndarray, "Br"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,15 +57,27 @@ class Edit:
 
     operation: Operation
     site: str
-    layer: Int[Array, "*S"]
-    at: Int[Array, "*S Br P"]
-    vector: Float[Array, "*S Bv Pv D"]
-    strength: Float[Array, "*S"]
+    layer: Int[AnyArray, "*S"]
+    at: Int[AnyArray, "*S Br P"]
+    vector: Float[AnyArray, "*S Bv Pv D"]
+    strength: Float[AnyArray, "*S"]
 
     @property
     def sweep_shape(self) -> tuple[int, ...]:
         """Lengths of the leading sweep axes."""
         return tuple(self.layer.shape)
+
+    @property
+    def reach(self) -> "Reach | None":
+        """What the edit leaves untouched; None where its positions are traced."""
+        if isinstance(self.at, Tracer):
+            return None
+        positions = np.asarray(self.at)
+        positions = np.where(positions < 0, NOWHERE, positions)
+        first = positions.min(axis=(*range(positions.ndim - 2), positions.ndim - 1), initial=NOWHERE)
+        if self.site == "embed":
+            return Reach(self.layer * 0, first)
+        return Reach(self.layer + (self.site == "resid_post"), first)
 
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The value with the edit applied where it acts; untouched at other sites and layers."""
@@ -96,6 +132,18 @@ class Chain:
             raise InputError(f"the parts of a chain have different sweep axes: {sorted(shapes)}; give all the same.")
         return shapes.pop() if shapes else ()
 
+    @property
+    def reach(self) -> Reach | None:
+        """What all parts leave untouched; None where one of them does not say."""
+        found = [getattr(part, "reach", None) for part in self.parts]
+        known = [reach for reach in found if reach is not None]
+        if not known or len(known) < len(found):
+            return None
+        return Reach(
+            functools.reduce(jnp.minimum if _traced(known) else np.minimum, (reach.block for reach in known)),
+            functools.reduce(np.minimum, (reach.position for reach in known)),
+        )
+
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies all parts in order."""
         for part in self.parts:
@@ -104,6 +152,10 @@ class Chain:
 
 
 jax.tree_util.register_dataclass(Chain, data_fields=["parts"], meta_fields=[])
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def sweep_shape(intervention: Any) -> tuple[int, ...]:
@@ -167,7 +219,8 @@ def project_out(layer: Any, at: Any, vector: Any, strength: Any = 1.0, *, site: 
 def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any, site: str) -> Edit:
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
-    layer, at = jnp.asarray(layer), jnp.asarray(at)
+    # Left on the host where they are known: what a rerun can leave out is decided there, also while tracing.
+    layer, at = (value if isinstance(value, Tracer) else np.asarray(value) for value in (layer, at))
     for name, array in (("layer", layer), ("at", at)):
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise InputError(f"`{name}` must hold integers, not {array.dtype}.")
@@ -205,7 +258,7 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
         operation=operation,
         site=site,
         layer=layer,
-        at=jnp.broadcast_to(at, (*sweep, *at.shape)),
+        at=(jnp if isinstance(at, Tracer) else np).broadcast_to(at, (*sweep, *at.shape)),
         vector=vector,
         strength=strength,
     )

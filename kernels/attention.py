@@ -215,10 +215,10 @@ def suffix_part(
 
 
 def shared_prefix_attention(
-    query: Float[Array, "R B S H E"],
     prefix_key: Float[Array, "B K P E"],
     prefix_value: Float[Array, "B K P E"],
     prefix_mask: Bool[Array, "B P"],
+    query: Float[Array, "R B S H E"],
     key: Float[Array, "R B T K E"],
     value: Float[Array, "R B T K E"],
     mask: Bool[Array, "#R #B S T"],
@@ -229,10 +229,10 @@ def shared_prefix_attention(
     by their log-sum-exps.
 
     Args:
-        query: Float[R, B, S, H, E], not yet scaled.
         prefix_key: keys of the prefix, heads first, Float[B, K, P, E].
         prefix_value: Float[B, K, P, E].
         prefix_mask: false where the prefix of a prompt has ended, Bool[B, P].
+        query: Float[R, B, S, H, E], not yet scaled.
         key: every row's own keys, Float[R, B, T, K, E].
         value: Float[R, B, T, K, E].
         mask: which of its own keys a query may read, Bool[R or 1, B or 1, S, T].

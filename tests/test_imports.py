@@ -22,7 +22,7 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 MODELS = {"errors", "kernels", "sharding"}
 LOADERS = {*MODELS, "models", "zoo", "inputs"}
 ENGINE = {*LOADERS, "checkpoints", "interventions"}
-METHODS = {*ENGINE, "engine"}
+METHODS = {*ENGINE, "engine", "tracing", "generation"}
 EXPERIMENTS = {*METHODS, "data", "ids", "dcsm", "results"}
 TOP = {*EXPERIMENTS, "experiments", "zoo recipes"}
 MAY_IMPORT = {
@@ -37,12 +37,15 @@ MAY_IMPORT = {
     "checkpoints": LOADERS,
     "interventions": ENGINE,
     "engine": ENGINE,
+    "tracing": {*ENGINE, "engine"},
+    "generation": {*ENGINE, "engine", "tracing"},
     "ids": METHODS,
     "dcsm": {*METHODS, "data", "results"},
     "experiments": EXPERIMENTS,
     "zoo recipes": TOP,
     "plots": TOP,
     "report": {"errors", "results"},
+    "jobs": {"errors", "results"},
     "demo": {*TOP, "plots", "report"},
     "cli": {*TOP, "plots", "report", "demo"},
 }

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import attention
@@ -153,7 +153,11 @@ class Llava(nnx.Module):
         pictures = jnp.take(flat, jnp.maximum(inputs.image_slots, 0), axis=0)
         return jnp.where((inputs.image_slots >= 0)[..., None], pictures, text)
 
+    def mask(self, inputs: Inputs) -> Bool[Array, "B T T"]:
+        """Which tokens each token reads: those before it that are no padding."""
+        return attention.causal_mask(inputs.positions, inputs.positions, inputs.valid)
+
     def __call__(self, inputs: Inputs, intervention: Intervention, capture: Capture) -> LlavaOutput:
         """Runs the whole network on a batch of prompts."""
-        mask = attention.causal_mask(inputs.positions, inputs.positions, inputs.valid)
-        return LlavaOutput(*self.decoder(self.embed(inputs), inputs.positions, mask, intervention, capture))
+        output = self.decoder(self.embed(inputs), inputs.positions, self.mask(inputs), intervention, capture)
+        return LlavaOutput(*output)

@@ -1,0 +1,364 @@
+"""Interventions at full speed: one recorded clean pass, then only what each edit can change.
+
+`trace` records a pass once. `rerun` gives what `forward` would give under an intervention, exactly, but computes only
+the tokens from the first edited one on, in the blocks from the first edited one on, for all interventions of a sweep
+at once, against the recorded keys and values of the tokens before.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jaxid.engine import Output, check, forward
+from jaxid.errors import InputError
+from jaxid.inputs import Prompts
+from jaxid.interventions import AnyArray, Chain, Reach, as_pytree, chain, replace, sweep_shape
+from jaxid.models import reuse
+from jaxid.models.base import Model
+from jaxid.models.inputs import Inputs
+from jaxid.models.sites import Intervention, Site, clean
+
+_TOKENS_TOGETHER = 2048
+"""Tokens that go through a block together, over all rows of a chunk."""
+
+_CHUNK_OVERHEAD = 32
+"""What another chunk costs in a block, in tokens."""
+
+_WASTE = 0.15
+"""Share of block evaluations that may be spent on rows that do not need them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One recorded pass: all that any rerun can need, and no more.
+
+    Attributes:
+        hidden: normed final hidden state at the last position, Float[B, D].
+        keys: of every block and token, Float[L, B, K, T, E].
+        values: likewise.
+        residuals: residual stream of the tokens after the picture (all tokens, without one): the embeddings, then what
+            leaves every block, Float[L + 1, B, S, D].
+        model: the model that made it.
+        prompts: what it read.
+    """
+
+    hidden: Float[AnyArray, "B D"]
+    keys: Float[AnyArray, "L B K T E"]
+    values: Float[AnyArray, "L B K T E"]
+    residuals: Float[AnyArray, "L1 B S D"]
+    model: Model = dataclasses.field(repr=False)
+    prompts: Prompts = dataclasses.field(repr=False, metadata={"static": True})
+
+    @property
+    def output(self) -> Output:
+        """The clean pass's answers, as `forward` gives them."""
+        return Output(hidden=self.hidden, captured={}, model=self.model)
+
+    @property
+    def logits(self) -> Float[Array, "B V"]:
+        """Next-token logits of the clean pass, float32."""
+        return self.output.logits
+
+    def logprobs(self, answers: list[str] | Int[np.ndarray, "n"]) -> Float[Array, "B n"]:
+        """Log-probabilities of the clean pass; see `Output.logprobs`."""
+        return self.output.logprobs(answers)
+
+    def at(self, positions: Int[np.ndarray, "B P"] | Int[np.ndarray, "B"]) -> Float[Array, "L1 B P D"]:
+        """Residual stream at chosen places: index 0 the embeddings, k + 1 what leaves block k.
+
+        Raises:
+            InputError: for a place that was not recorded, such as a picture's token.
+        """
+        positions = np.asarray(positions)
+        positions = positions[:, None] if positions.ndim == 1 else positions
+        places = positions - self.prompts.text_start()[:, None]
+        if (places < 0).any() or (places >= self.residuals.shape[2]).any():
+            raise InputError(
+                f"position {positions[(places < 0) | (places >= self.residuals.shape[2])].flat[0]} is not among the "
+                "text tokens after the picture that a trace records; use jaxid.forward with capture=."
+            )
+        return reuse.take_tokens(self.residuals, jnp.asarray(places))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSwap:
+    """All image tokens of another trace put in place of a trace's own after a block; made by `swap`.
+
+    Later image tokens depend on image tokens (and what stands before them) alone, so the blocks after the swap read
+    the other trace's keys and values, and no image token is computed again.
+
+    Attributes:
+        layer: the block, Int[S...].
+        source: the other trace.
+    """
+
+    layer: Int[AnyArray, "*S"]
+    source: Trace
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading sweep axes."""
+        return tuple(self.layer.shape)
+
+    @property
+    def reach(self) -> Reach:
+        """Everything after the block, from the picture's end on."""
+        return Reach(self.layer + 1, self.source.prompts.text_start())
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Refuses: a trace does not hold the residual stream of a picture.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "an image swap works by a trace's keys and values: use jaxid.rerun; or capture the image tokens with "
+            "jaxid.forward and put them in with jaxid.replace."
+        )
+
+
+def swap(source: Trace, layer: Any, at: Any) -> Any:
+    """Another trace's activations in place of a trace's own, after a block (activation swap).
+
+    Args:
+        source: trace of the prompts whose activations are put in, e.g. about mirrored pictures.
+        layer: decoder block(s), 0-based; its axes are the sweep.
+        at: "image" (all image tokens), "text" (all tokens after the picture), or positions, Int[B] or Int[B, P].
+
+    Returns:
+        An intervention for `rerun`; for text a `replace`, which `forward` takes too.
+
+    Raises:
+        InputError: for a layer that the model does not have, or a place that was not recorded.
+    """
+    layer = np.asarray(layer)
+    blocks = source.model.num_layers
+    if layer.dtype.kind not in "iu" or ((layer < 0) | (layer >= blocks)).any():
+        raise InputError(f"layer {layer.tolist()} is out of range: {source.model.name} has blocks 0..{blocks - 1}.")
+    if isinstance(at, str):
+        if at not in ("image", "text"):
+            raise InputError(f'`at` is "image", "text" or positions, not {at!r}.')
+        if at == "image":
+            source.prompts.image_tokens()  # refuses prompts without a picture
+            return ImageSwap(layer=layer.astype(np.int32), source=source)
+        at = source.prompts.text_tokens()
+    at = np.asarray(at)
+    return replace(layer, at[:, None] if at.ndim == 1 else at, source.at(at)[1:][layer])
+
+
+@partial(jax.jit, static_argnums=0)
+def _record(
+    definition: Any, parameters: Any, inputs: Inputs, suffix: Array, intervention: Intervention
+) -> reuse.Record:
+    network = nnx.merge(definition, nnx.State(parameters))
+    mask = network.mask(inputs)
+    return reuse.record(
+        network.decoder, network.embed(inputs), inputs.positions, mask, suffix, inputs.last, intervention
+    )
+
+
+def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
+    """Records one pass: its answers, all keys and values, and the residual stream of the text after the picture.
+
+    Memory: 2 L T K E + (L + 1) S D numbers a prompt, in the model's dtype.
+
+    Args:
+        model: the model.
+        prompts: B prompts.
+        intervention: the pass may itself be edited; later edits are then on top of it.
+
+    Raises:
+        InputError: for an edit that does not fit the model and the batch, or has sweep axes.
+    """
+    check(model, prompts, intervention)
+    if sweep_shape(intervention):
+        raise InputError(f"a trace is of one pass; the intervention has sweep axes {sweep_shape(intervention)}.")
+    start = prompts.text_start()
+    tokens = prompts.inputs.token_ids.shape[1]
+    suffix = np.minimum(start[:, None] + np.arange(tokens - start.min()), tokens - 1)
+    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
+    record = _record(model.definition, model.parameters, inputs, jnp.asarray(suffix), as_pytree(intervention))
+    return Trace(
+        hidden=record.hidden,
+        keys=record.keys,
+        values=record.values,
+        residuals=record.residuals,
+        model=model,
+        prompts=prompts,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a trace a rerun runs again.
+
+    Attributes:
+        first: first place that is run again, of every prompt, Int[B].
+        prefix: number of tokens before it that are read, of the longest prompt.
+        length: number of tokens that are run again, of the prompt with most of them.
+    """
+
+    first: Int[np.ndarray, "B"]
+    prefix: int
+    length: int
+
+
+def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
+    """Where the suffix begins for edits from given places on; None if they reach what a trace does not record."""
+    start, last = trace.prompts.text_start(), trace.prompts.last()
+    position = np.broadcast_to(position, start.shape)
+    if (position < start).any():
+        return None
+    first = np.minimum(position, last)
+    # Even lengths, so that fewer programs are compiled; the prefix is masked.
+    tokens = trace.keys.shape[3]
+    length = int((last - first).max()) + 1
+    return Plan(first=first, prefix=min(-(-int(first.max()) // 8) * 8, tokens), length=min(length + length % 2, tokens))
+
+
+@partial(jax.jit, static_argnames=("length", "prefix"))
+def suffix_of(
+    trace: Trace, other: Trace | None, first: Int[Array, "B"], swapped: Int[Array, "R"] | None, *, length: int,
+    prefix: int
+) -> reuse.Suffix:  # fmt: skip
+    """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
+    places = first[:, None] + jnp.arange(length)
+    start = jnp.asarray(trace.prompts.text_start())
+    recorded = jnp.minimum(places - start[:, None], trace.residuals.shape[2] - 1)
+    own, others = (
+        (None, None) if each is None else (each.keys[:, :, :, :prefix], each.values[:, :, :, :prefix])
+        for each in (trace, other)
+    )
+    return reuse.Suffix(
+        residuals=reuse.take_tokens(trace.residuals, recorded),
+        positions=jnp.minimum(places, trace.keys.shape[3] - 1),
+        last=jnp.asarray(trace.prompts.last()) - first,
+        prefix_keys=own[0],
+        prefix_values=own[1],
+        prefix_mask=jnp.arange(prefix) < first[:, None],
+        other_keys=others[0],
+        other_values=others[1],
+        swapped=swapped,
+    )
+
+
+@partial(jax.jit, static_argnames=("definition", "chunk"))
+def _resume(definition: Any, parameters: Any, suffix: reuse.Suffix, edits: Any, start: Array, *, chunk: int) -> Array:
+    decoder = nnx.merge(definition, nnx.State(parameters)).decoder
+    return reuse.resume(decoder, suffix, edits, start, chunk=chunk)
+
+
+def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chunk: int | None = None) -> Output:
+    """What `forward` gives under an intervention, from a recorded pass and only what the intervention can change.
+
+    All interventions of a sweep run in one call, whatever their layers, as rows that share each prompt's prefix.
+    Exact: equal to the full pass up to rounding.
+
+    An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
+    that acts on a picture's tokens or before them, falls back to a full pass; `swap` of all image tokens does not.
+    A callable of your own says it by an attribute `reach`, see `jaxid.interventions.Reach`.
+
+    Args:
+        model: the model that made the trace.
+        trace: the recorded pass.
+        intervention: as in `forward`, or made by `swap`; its sweep axes S lead in the output.
+        chunk: rows that go through a block together; chosen from their layers and lengths by default.
+
+    Returns:
+        The output; it captures nothing (use `forward`).
+
+    Raises:
+        InputError: for an edit that does not fit the model and the batch, or a trace of another model.
+    """
+    if trace.model.definition != model.definition or trace.model.fingerprint != model.fingerprint:
+        raise InputError(f"the trace was made by {trace.model.name}, not by {model.name} ({model.fingerprint}).")
+    if intervention is clean:
+        return trace.output
+    swaps, edits = _split(intervention)
+    check(model, trace.prompts, edits)
+    reach: Reach | None = getattr(intervention, "reach", None)
+    plan_ = None if reach is None else plan(trace, reach.position)
+    if reach is None or plan_ is None:
+        if swaps:
+            raise InputError("beside an image swap, only edits of text tokens at known positions can be rerun.")
+        return forward(model, trace.prompts, intervention)
+    leading = sweep_shape(intervention)
+    start = reach.block if isinstance(reach.block, Tracer) else np.asarray(reach.block)
+    start = start.astype(np.int32).reshape(-1)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(start.size, *leaf.shape[len(leading) :]), as_pytree(edits))
+    own, other, swapped = trace, None, None
+    if swaps:
+        other = swaps[0].source
+        _check_source(trace, other)
+        if edits is clean:  # then no row reads the trace's own prefix any more
+            own, other = dataclasses.replace(trace, keys=other.keys, values=other.values), None
+        else:
+            swapped = jnp.asarray(swaps[0].layer.reshape(-1))
+    suffix = suffix_of(own, other, jnp.asarray(plan_.first), swapped, length=plan_.length, prefix=plan_.prefix)
+    if chunk is None:
+        chunk = rows_together(start, len(trace.prompts) * plan_.length, model.num_layers)
+    parameters = model.parameters
+    hidden = _resume(model.definition, parameters, suffix, flat, jnp.asarray(start), chunk=min(chunk, start.size))
+    return Output(hidden=hidden.reshape(*leading, *hidden.shape[1:]), captured={}, model=model)
+
+
+def _split(intervention: Any) -> tuple[list[ImageSwap], Any]:
+    """Image swaps, and everything else as one intervention."""
+    if isinstance(intervention, ImageSwap):
+        return [intervention], clean
+    if not isinstance(intervention, Chain):
+        return [], intervention
+    found = [_split(part) for part in intervention.parts]
+    swaps = [swap for some, _ in found for swap in some]
+    if not swaps:
+        return [], intervention
+    if len(swaps) > 1:
+        raise InputError("a chain may hold one image swap only: the second would undo the first.")
+    rest = [edits for _, edits in found if edits is not clean]
+    return swaps, chain(*rest) if rest else clean
+
+
+def _check_source(trace: Trace, source: Trace) -> None:
+    """An image swap takes over keys and values as they are, so what stands before and in the picture has to agree."""
+    start = trace.prompts.text_start()
+    ours, theirs = trace.prompts.inputs, source.prompts.inputs
+    same = np.array_equal(start, source.prompts.text_start())
+    for row, end in enumerate(start if same else ()):
+        for name in ("token_ids", "positions"):
+            same = same and np.array_equal(getattr(ours, name)[row, :end], getattr(theirs, name)[row, :end])
+    if not same or trace.model.fingerprint != source.model.fingerprint:
+        raise InputError("an image swap needs two traces of one model whose prompts are alike up to the picture's end.")
+
+
+def rows_together(start: Any, tokens: int, layers: int) -> int:
+    """How many rows go through a block together.
+
+    The cheapest number that wastes less than 15 % of the useful block evaluations (rows that go along though they
+    join later, and filling up).
+
+    Args:
+        start: first block of every row; rows of unknown (traced) first blocks take the largest number that fits.
+        tokens: of one row, over all prompts.
+        layers: number of blocks.
+    """
+    rows = start.size
+    largest = max(1, min(rows, _TOKENS_TOGETHER // tokens))
+    if isinstance(start, Tracer):
+        return largest
+    active = np.array([(start <= layer).sum() for layer in range(layers)])
+    useful = max(1, int(active.sum()))
+    costs = {}
+    for chunk in range(1, largest + 1):
+        chunks = -(-active // chunk)
+        if chunk == 1 or chunk * chunks.sum() <= (1 + _WASTE) * useful:
+            costs[chunk] = int((chunks * (chunk * tokens + _CHUNK_OVERHEAD)).sum())
+    return min(costs, key=lambda chunk: (costs[chunk], -chunk))
