@@ -42,11 +42,12 @@ def ensure_output_folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary name to write to, which becomes `path` only if nothing goes wrong.
 
     Args:
         path: the file to write or replace; its folder is made if need be.
+        durable: wait until the file is on the disk, so that it survives a power cut; slow for thousands of files.
 
     Yields:
         A path in the same folder.
@@ -64,39 +65,72 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            _flush_folder(folder)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}; free some space or choose another place.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_table(path: str | Path, columns: Mapping[str, np.ndarray | Sequence[Any]]) -> Path:
+def as_table(columns: Mapping[str, np.ndarray | Sequence[Any]], name: str | Path) -> "pyarrow.Table":
+    """Makes a table of columns.
+
+    Args:
+        columns: column name -> one value per row, all of one length; bfloat16 becomes float32.
+        name: of the table, for the errors.
+
+    Returns:
+        The table.
+
+    Raises:
+        InputError: if the columns' lengths differ, or a column is not one-dimensional.
+    """
+    import pyarrow
+
+    arrays = {column: _column(column, values) for column, values in columns.items()}
+    lengths = {column: len(array) for column, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"the columns for {name} have different lengths: {lengths}.")
+    return pyarrow.table(arrays)
+
+
+def write_table(
+    path: str | Path,
+    columns: "Mapping[str, np.ndarray | Sequence[Any]] | pyarrow.Table",
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Writes one tidy table as a Parquet file.
 
     Args:
         path: the file; one that is there already is replaced.
-        columns: column name -> one value per row, all of one length; bfloat16 is stored as float32.
+        columns: a table, or its columns as `as_table` takes them, at least one.
+        metadata: name -> text, kept in the file's schema.
 
     Returns:
         The path.
 
     Raises:
-        InputError: if the columns' lengths differ, or a column is not one-dimensional.
+        InputError: if there are no columns, their lengths differ, or one is not one-dimensional.
         OutputError: if the file cannot be written.
     """
-    import pyarrow
     from pyarrow import parquet
 
-    if not columns:
-        raise InputError(f"the table for {path} has no columns.")
-    arrays = {name: _column(name, values) for name, values in columns.items()}
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError(f"the columns for {path} have different lengths: {lengths}.")
-    table = pyarrow.table(arrays)
-    with whole_file(path) as temporary:
-        parquet.write_table(table, temporary)
+    if isinstance(columns, Mapping):
+        if not columns:
+            raise InputError(f"the table for {path} has no columns.")
+        table = as_table(columns, path)
+    else:
+        table = columns
+    if metadata is not None:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
+    with whole_file(path, durable=True) as temporary:
+        parquet.write_table(table, temporary, write_page_checksum=True)
     return Path(path)
 
 
@@ -122,7 +156,7 @@ def read_table(path: str | Path) -> "pyarrow.Table":
     tables: list[pyarrow.Table] = []
     for file in files:
         try:
-            with parquet.ParquetFile(file) as part:
+            with parquet.ParquetFile(file, page_checksum_verification=True) as part:
                 tables.append(part.read())
         except FileNotFoundError as error:
             raise DataError(f"there is no table at {file}.") from error
@@ -147,7 +181,7 @@ def write_text(path: str | Path, text: str) -> Path:
     Raises:
         OutputError: if the file cannot be written.
     """
-    with whole_file(path) as temporary:
+    with whole_file(path, durable=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
@@ -167,8 +201,22 @@ def write_json(path: str | Path, value: Any) -> Path:
         InputError: if something in the value has no JSON form.
         OutputError: if the file cannot be written.
     """
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_text(path, text + "\n")
+    return write_text(path, to_json(value) + "\n")
+
+
+def to_json(value: Any) -> str:
+    """The text that `write_json` writes, but for the end of its last line.
+
+    Args:
+        value: what `write_json` takes.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: if something in the value has no JSON form.
+    """
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def tidy(values: Any, axes: Mapping[str, Sequence[Any]], name: str = "value") -> dict[str, np.ndarray]:
@@ -251,6 +299,16 @@ def bootstrap_interval(values: Any, seed: int, *, resamples: int = 10_000) -> tu
         (sample,), np.mean, n_resamples=resamples, batch=batch, method="percentile", rng=rng
     ).confidence_interval
     return float(drawn.low), float(drawn.high)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

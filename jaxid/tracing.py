@@ -225,30 +225,24 @@ def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
     return Plan(first=first, prefix=min(-(-int(first.max()) // 8) * 8, tokens), length=min(length + length % 2, tokens))
 
 
-@partial(jax.jit, static_argnames=("length", "prefix"))
-def suffix_of(
-    trace: Trace, other: Trace | None, first: Int[Array, "B"], swapped: Int[Array, "R"] | None, *, length: int,
-    prefix: int
-) -> reuse.Suffix:  # fmt: skip
+def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any = None) -> reuse.Suffix:
     """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
-    places = first[:, None] + jnp.arange(length)
-    start = jnp.asarray(trace.prompts.text_start())
-    recorded = jnp.minimum(places - start[:, None], trace.residuals.shape[2] - 1)
-    own, others = (
-        (None, None) if each is None else (each.keys[:, :, :, :prefix], each.values[:, :, :, :prefix])
-        for each in (trace, other)
-    )
+    places = plan.first[:, None] + np.arange(plan.length)
+    recorded = np.minimum(places - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
     return reuse.Suffix(
-        residuals=reuse.take_tokens(trace.residuals, recorded),
-        positions=jnp.minimum(places, trace.keys.shape[3] - 1),
-        last=jnp.asarray(trace.prompts.last()) - first,
-        prefix_keys=own[0],
-        prefix_values=own[1],
-        prefix_mask=jnp.arange(prefix) < first[:, None],
-        other_keys=others[0],
-        other_values=others[1],
+        residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
+        positions=jnp.asarray(np.minimum(places, trace.keys.shape[3] - 1)),
+        last=jnp.asarray(trace.prompts.last() - plan.first),
+        prefix_keys=trace.keys,
+        prefix_values=trace.values,
+        prefix_mask=jnp.asarray(np.arange(plan.prefix) < plan.first[:, None]),
+        other_keys=None if other is None else other.keys,
+        other_values=None if other is None else other.values,
         swapped=swapped,
     )
+
+
+_tokens = jax.jit(reuse.take_tokens)
 
 
 @partial(jax.jit, static_argnames=("definition", "chunk"))
@@ -303,7 +297,7 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
             own, other = dataclasses.replace(trace, keys=other.keys, values=other.values), None
         else:
             swapped = jnp.asarray(swaps[0].layer.reshape(-1))
-    suffix = suffix_of(own, other, jnp.asarray(plan_.first), swapped, length=plan_.length, prefix=plan_.prefix)
+    suffix = suffix_of(own, plan_, other, swapped)
     if chunk is None:
         chunk = rows_together(start, len(trace.prompts) * plan_.length, model.num_layers)
     parameters = model.parameters

@@ -41,7 +41,7 @@ class Suffix(NamedTuple):
         residuals: recorded residual stream of these tokens, entering every block (and leaving the last).
         positions: their places in the prompt.
         last: which of them is the prompt's last token.
-        prefix_keys: recorded keys of the tokens before them, heads first.
+        prefix_keys: recorded keys, heads first, of the tokens before them (and of later ones, which are not read).
         prefix_values: likewise.
         prefix_mask: false where the prefix of a prompt has ended.
         other_keys: of another recorded pass, which rows read instead in the blocks after `swapped`.
@@ -52,11 +52,11 @@ class Suffix(NamedTuple):
     residuals: Float[Array, "L1 B S D"]
     positions: Int[Array, "B S"]
     last: Int[Array, "B"]
-    prefix_keys: Float[Array, "L B K P E"]
-    prefix_values: Float[Array, "L B K P E"]
+    prefix_keys: Float[Array, "L B K T E"]
+    prefix_values: Float[Array, "L B K T E"]
     prefix_mask: Bool[Array, "B P"]
-    other_keys: Float[Array, "L B K P E"] | None = None
-    other_values: Float[Array, "L B K P E"] | None = None
+    other_keys: Float[Array, "L B K T E"] | None = None
+    other_values: Float[Array, "L B K T E"] | None = None
     swapped: Int[Array, "R"] | None = None
 
 
@@ -247,8 +247,11 @@ class _Runner:
         """One block; of the last tokens only, [R, B, 1, D], if that is all that is asked for."""
         rows, batch, length, _ = x.shape
         suffix = self.suffix
-        own = layer_of((suffix.prefix_keys, suffix.prefix_values), layer)
-        other = layer_of((suffix.other_keys, suffix.other_values), layer)
+        prefix = suffix.prefix_mask.shape[1]
+        own, other = (
+            jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, prefix, axis=2), pair)
+            for pair in ((suffix.prefix_keys, suffix.prefix_values), (suffix.other_keys, suffix.other_values))
+        )
 
         def split(values: Array) -> Array:
             return values.reshape(rows, batch, *values.shape[1:])
