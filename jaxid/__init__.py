@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jaxid.errors import JaxidError as JaxidError
     from jaxid.errors import OutputError as OutputError
     from jaxid.errors import PromptError as PromptError
+    from jaxid.generation import Generation as Generation
+    from jaxid.generation import generate as generate
     from jaxid.ids import IDBatch as IDBatch
     from jaxid.ids import SpatialIDs as SpatialIDs
     from jaxid.ids import accumulate_ids as accumulate_ids
@@ -44,6 +46,7 @@ _HOME = {
     "Capture": "jaxid.models.sites",
     "CheckpointError": "jaxid.errors",
     "DataError": "jaxid.errors",
+    "Generation": "jaxid.generation",
     "IDBatch": "jaxid.ids",
     "InputError": "jaxid.errors",
     "Intervention": "jaxid.models.sites",
@@ -61,6 +64,7 @@ _HOME = {
     "add": "jaxid.interventions",
     "chain": "jaxid.interventions",
     "forward": "jaxid.engine",
+    "generate": "jaxid.generation",
     "load": "jaxid.checkpoints.loading",
     "project_out": "jaxid.interventions",
     "replace": "jaxid.interventions",

@@ -135,15 +135,21 @@ def forward(
     return Output(hidden=hidden, captured=captured, model=model)
 
 
-def check(model: Model, prompts: Prompts, intervention: Any) -> None:
+def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0) -> None:
     """Checks layers, positions, number of prompts and width of an edit, where it is ours and concrete.
+
+    Args:
+        model: the model.
+        prompts: the batch.
+        intervention: the edit, or a chain of them.
+        new_tokens: how many tokens may follow the prompts.
 
     Raises:
         InputError: naming what does not fit the model and the batch.
     """
     for part in getattr(intervention, "parts", (intervention,)):
         if hasattr(part, "parts"):
-            check(model, prompts, part)
+            check(model, prompts, part, new_tokens)
             continue
         layer = getattr(part, "layer", None)
         if layer is None or isinstance(layer, Tracer):
@@ -154,7 +160,7 @@ def check(model: Model, prompts: Prompts, intervention: Any) -> None:
         if wrong.size:
             known = "the embedding is layer -1" if part.site == "embed" else f"{model.name} has blocks 0..{highest}"
             raise InputError(f"layer {wrong.flat[0]} is out of range for site {part.site!r}: {known}.")
-        tokens = prompts.offsets.shape[1]
+        tokens = prompts.offsets.shape[1] + new_tokens
         if not isinstance(part.at, Tracer) and np.asarray(part.at).max(initial=-1) >= tokens:
             raise InputError(f"position {np.asarray(part.at).max()} lies outside the prompts of {tokens} tokens.")
         rows, width = part.at.shape[-2], part.vector.shape[-1]

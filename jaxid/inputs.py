@@ -1,6 +1,7 @@
 """Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word sits."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,8 +126,17 @@ class Prompts:
 class Processor:
     """A checkpoint's tokenizer, chat template and image processor, without PyTorch."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, *, image_token_id: int, image_tokens: int):
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        image_token_id: int,
+        image_tokens: int,
+        stop_ids: tuple[int, ...] = (),
+    ):
         """Wraps loaded parts; see `from_folder`."""
+        self.stop_ids = stop_ids
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_token_id = image_token_id
@@ -159,14 +169,13 @@ class Processor:
             template = folder / "chat_template.json"
             if not template.exists():
                 raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
-            import json
-
             tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         return cls(
             tokenizer,
             image_processor,
             image_token_id=config.image_token_index,
             image_tokens=config.image_tokens,
+            stop_ids=_stop_ids(folder, tokenizer),
         )
 
     def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
@@ -303,6 +312,21 @@ class Processor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, from where Hugging Face's `generate` takes them; else the tokenizer's own."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        try:
+            fields = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+        for part in (fields, fields.get("text_config") or {}):
+            ids = part.get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
 def open_picture(image: Picture) -> Any:

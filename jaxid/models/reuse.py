@@ -160,7 +160,7 @@ def resume(
     filled = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * chunk - rows,))])
     edits = jax.tree.map(lambda leaf: leaf[filled], edits)
     first = jnp.where(jnp.arange(chunks * chunk) < rows, start[filled], layers)
-    runner = _Runner(decoder, suffix)
+    runner = Runner(decoder, suffix)
 
     def grouped(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(chunks, chunk, *leaf.shape[1:]), tree)
@@ -211,7 +211,7 @@ def resume(
     return hidden.reshape(chunks * chunk, *hidden.shape[2:])[jnp.argsort(order)]
 
 
-class _Runner:
+class Runner:
     """Runs blocks on [R, B, S, D], the suffixes of R rows that share their prompts' prefixes."""
 
     def __init__(self, decoder: Decoder, suffix: Suffix):
@@ -224,6 +224,7 @@ class _Runner:
         self.last_positions = jnp.take_along_axis(suffix.positions, suffix.last[:, None], axis=1)
 
     def block(self, layer: Any) -> Any:
+        """The block of that number, which may be traced."""
         return nnx.merge(self.definition, layer_of(self.parameters, layer))
 
     def at_site(
@@ -243,8 +244,12 @@ class _Runner:
         x: Float[Array, "R B S D"],
         *,
         last_only: bool = False,
+        found: list[Array] | None = None,
     ) -> Float[Array, "R B S D"]:
-        """One block; of the last tokens only, [R, B, 1, D], if that is all that is asked for."""
+        """One block; of the last tokens only, [R, B, 1, D], if that is all that is asked for.
+
+        The suffixes' own keys and values, Float[R, B, S, K, E], are appended to `found`.
+        """
         rows, batch, length, _ = x.shape
         suffix = self.suffix
         prefix = suffix.prefix_mask.shape[1]
@@ -264,6 +269,8 @@ class _Runner:
             if last_only:
                 mask = (jnp.arange(length) <= suffix.last[:, None])[None, :, None]
             arguments = (split(query), split(key), split(value), mask)
+            if found is not None:
+                found.extend(arguments[1:3])
             if swapped is None:
                 return join(attention.shared_prefix_attention(*own, suffix.prefix_mask, *arguments))
             mixed = [attention.shared_prefix_attention(*read, suffix.prefix_mask, *arguments) for read in (own, other)]

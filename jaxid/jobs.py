@@ -1,0 +1,347 @@
+"""Long jobs that may be killed at any moment: finished chunks stay on disk, and the job goes on from them."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxid import results
+from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Item = TypeVar("Item")
+
+_ITEM_ERRORS = (InputError, PromptError, DataError)
+_METADATA = "jaxid"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An item that was left out.
+
+    Attributes:
+        key: the item's.
+        reason: what was wrong with it, one line.
+    """
+
+    key: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """All that a job computed, in this process and before.
+
+    Attributes:
+        table: the rows of all items, in the order of the items.
+        skipped: items that were left out, in their order.
+        resumed: how many items were done when the job began, those left out included.
+        settings: as they are stored, in the types that JSON has.
+    """
+
+    table: "pyarrow.Table"
+    skipped: tuple[Skipped, ...]
+    resumed: int
+    settings: dict[str, Any]
+
+
+def run(
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    items: Sequence[Item],
+    key: Callable[[Item], str],
+    compute: Callable[[list[Item]], Mapping[str, Any]],
+    chunk_size: int,
+    resume: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+    unit: str = "item",
+) -> Finished:
+    """Computes the rows of all items, chunk by chunk, or goes on where an earlier process was stopped.
+
+    The folder holds `settings.json`, and in `parts/` one Parquet file for each finished chunk.
+
+    Args:
+        out: the job's folder.
+        settings: all that the rows depend on besides the items (model and its fingerprint, layers, seed ...), as
+            JSON can hold it. A job goes on only with the same settings and items.
+        items: what to compute.
+        key: an item's name, unlike all others.
+        compute: gives the columns of some items, any number of rows for each. It should not depend on which items
+            come together.
+        chunk_size: items computed together. A job that goes on keeps the size it began with.
+        resume: go on with the job in the folder, if there is one.
+        skip_bad: leave out items for which `compute` raises InputError, PromptError or DataError.
+        progress: show a progress bar, on terminals only.
+        unit: what the progress bar calls an item.
+
+    Returns:
+        The rows and the items left out.
+
+    Raises:
+        InputError: if there are no items, two have one key, the chunk size is not positive, or columns do not fit.
+        OutputError: if the folder holds another job, a damaged one, is in use by another process, or cannot be
+            written to.
+        JaxidError: what `compute` raised, naming the item if it fails alone as well.
+    """
+    from tqdm import tqdm
+
+    if chunk_size < 1:
+        raise InputError(f"a chunk needs at least one item, not {chunk_size}.")
+    keys = _checked_keys(items, key)
+    results.ensure_output_folder(out / "parts")
+    with _locked(out):
+        stored = _begin(out, settings, keys, chunk_size, resume)
+        parts = _parts(out / "parts", keys, stored["chunk_size"])
+        finished = [part for part in parts if part.path.exists()]
+        pending = [part for part in parts if not part.path.exists()]
+        schema = None
+        for part in finished:
+            schema = _joint_schema(schema, part.read()[0], part)
+        resumed = sum(len(part.keys) for part in finished)
+        with tqdm(total=len(keys), initial=resumed, unit=unit, disable=None if progress else True) as bar:
+            for part in pending:
+                chunk = list(items[part.start : part.start + len(part.keys)])
+                columns, skipped = _computed(chunk, part.keys, compute, skip_bad)
+                table = _part_table(columns, part)
+                schema = _joint_schema(schema, table, part)
+                part.write(table, skipped)
+                bar.update(len(part.keys))
+        table, skipped = _merged(parts)
+    return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"])
+
+
+def write_merged(out: Path, finished: Finished) -> Path:
+    """Writes the rows of a finished job as one file, `table.parquet`; the items left out are in its metadata.
+
+    Args:
+        out: the job's folder.
+        finished: what `run` returned.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: if the file cannot be written, or another process is at work in the folder.
+    """
+    results.ensure_output_folder(out)
+    with _locked(out):
+        _remove_temporary(out, "table.parquet")
+        note = {"skipped": [dataclasses.asdict(skipped) for skipped in finished.skipped]}
+        return results.write_table(out / "table.parquet", finished.table, metadata={_METADATA: json.dumps(note)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One chunk's place: its items, and the file that holds their rows once they are computed."""
+
+    start: int
+    keys: tuple[str, ...]
+    path: Path
+
+    def write(self, table: "pyarrow.Table", skipped: tuple[Skipped, ...]) -> None:
+        """Stores rows and skipped items in one file, so that one rename makes both durable."""
+        note = {"items": self.keys, "skipped": [dataclasses.asdict(one) for one in skipped]}
+        results.write_table(self.path, table, metadata={_METADATA: json.dumps(note)})
+
+    def read(self) -> tuple["pyarrow.Table", tuple[Skipped, ...]]:
+        """The rows and the skipped items."""
+        try:
+            table = results.read_table(self.path)
+            note = json.loads((table.schema.metadata or {})[_METADATA.encode()])
+            if note["items"] != list(self.keys):
+                raise ValueError("other items")
+            skipped = tuple(Skipped(key=one["key"], reason=one["reason"]) for one in note["skipped"])
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise OutputError(
+                f"{self.path} is damaged, or not a part of this run; delete it and give --resume, "
+                f"and its items are computed again."
+            ) from error
+        return table.replace_schema_metadata(None), skipped
+
+    def __str__(self) -> str:
+        return f"items {self.keys[0]!r} to {self.keys[-1]!r}"
+
+
+def _checked_keys(items: Sequence[Item], key: Callable[[Item], str]) -> list[str]:
+    keys = [key(item) for item in items]
+    if not keys:
+        raise InputError("there are no items to work on.")
+    seen = set()
+    for name in keys:
+        if name in seen:
+            raise InputError(f"two items have the key {name!r}; every item needs its own.")
+        seen.add(name)
+    return keys
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps other processes out of a job's folder; the system frees the lock of a process that dies."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    try:
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write {out / '.lock'}: {error.strerror}; choose another output folder.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise OutputError(
+                f"another process is working in {out}; wait until it is done, or give another --out."
+            ) from error
+        except OSError:  # a network file system without locks
+            pass
+        yield
+
+
+def _begin(out: Path, settings: Mapping[str, Any], keys: list[str], chunk_size: int, resume: bool) -> dict[str, Any]:
+    """Writes `settings.json`, or reads and compares the one that is there."""
+    path = out / "settings.json"
+    _remove_temporary(out, path.name)
+    # Escaped by JSON, as file names may hold bytes that UTF-8 cannot.
+    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+    now = {"settings": settings, "chunk_size": chunk_size, "items": {"count": len(keys), "digest": digest}}
+    now = json.loads(results.to_json(now))
+    if not path.exists():
+        if any((out / "parts").glob("*.parquet")):
+            raise OutputError(f"{out} holds parts of a run whose {path.name} is gone; give another --out.")
+        results.write_json(path, now)
+        return now
+    if not resume:
+        raise OutputError(f"{out} holds a run already; give --resume to go on with it, or another --out.")
+    then = _read_settings(path)
+    differences = _differences(then, now)
+    if differences:
+        raise OutputError(
+            f"{out} holds a run with other settings: {'; '.join(differences)}. "
+            f"Go on with the settings it was begun with, or give another --out."
+        )
+    return then
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        count, digest = stored["items"]["count"], stored["items"]["digest"]
+        size, settings = stored["chunk_size"], stored["settings"]
+        kinds = ((count, int), (digest, str), (size, int), (settings, dict))
+        whole = all(isinstance(value, kind) for value, kind in kinds) and size >= 1
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} cannot be read or is damaged; give another --out.") from error
+    if not whole:
+        raise OutputError(f"{path} is damaged; give another --out.")
+    return stored
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each setting that differs, with both values."""
+
+    def shown(settings: dict[str, Any], name: str) -> str:
+        return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"
+
+    old, new = then["settings"], now["settings"]
+    found = [
+        f"{name.replace('_', ' ')} was {shown(old, name)}, is now {shown(new, name)}"
+        for name in {**old, **new}
+        if (name in old) != (name in new) or old.get(name) != new.get(name)
+    ]
+    if then["items"]["count"] != now["items"]["count"]:
+        found.append(f"items were {then['items']['count']}, are now {now['items']['count']}")
+    elif then["items"]["digest"] != now["items"]["digest"]:
+        found.append(f"items are {now['items']['count']} as before, but other ones or in another order")
+    return found
+
+
+def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
+    """All chunks' parts, in order; what a killed process left half written is removed."""
+    _remove_temporary(folder, "*.parquet")
+    return [
+        _Part(start=start, keys=tuple(keys[start : start + chunk_size]), path=folder / f"{number:05d}.parquet")
+        for number, start in enumerate(range(0, len(keys), chunk_size))
+    ]
+
+
+def _remove_temporary(folder: Path, name: str) -> None:
+    """Removes what `results.whole_file` left behind when its process was killed."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _computed(
+    chunk: list[Item],
+    keys: tuple[str, ...],
+    compute: Callable[[list[Item]], Mapping[str, Any]],
+    skip_bad: bool,
+) -> tuple[Mapping[str, Any], tuple[Skipped, ...]]:
+    """The chunk's columns, and the items that had to be left out."""
+    try:
+        return compute(list(chunk)), ()
+    except _ITEM_ERRORS as error:
+        bad = {0: error} if len(chunk) == 1 else _bad_items(chunk, compute, first_only=not skip_bad)
+        if not bad:
+            raise
+    if not skip_bad:
+        number, error = next(iter(bad.items()))
+        raise type(error)(f"item {keys[number]!r}: {_one_line(error)}; --skip-bad leaves such items out.") from error
+    good = [item for number, item in enumerate(chunk) if number not in bad]
+    skipped = tuple(Skipped(key=keys[number], reason=_one_line(error)) for number, error in bad.items())
+    return (compute(good) if good else {}), skipped
+
+
+def _bad_items(
+    chunk: list[Item], compute: Callable[[list[Item]], Mapping[str, Any]], *, first_only: bool
+) -> dict[int, JaxidError]:
+    """The items that fail by themselves: their numbers and errors."""
+    bad = {}
+    for number, item in enumerate(chunk):
+        try:
+            compute([item])
+        except _ITEM_ERRORS as error:
+            bad[number] = error
+            if first_only:
+                break
+    return bad
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _part_table(columns: Mapping[str, Any], part: _Part) -> "pyarrow.Table":
+    """The columns as a table; empty ones fit every type, as there is no telling what they would hold."""
+    import pyarrow
+
+    table = results.as_table(columns, part.path)
+    return table if table.num_rows else pyarrow.table({name: pyarrow.nulls(0) for name in table.column_names})
+
+
+def _joint_schema(schema: "pyarrow.Schema | None", table: "pyarrow.Table", part: _Part) -> "pyarrow.Schema":
+    """The columns so far and a part's together, so that parts which do not fit are found before the end."""
+    import pyarrow
+
+    if schema is None:
+        return table.schema
+    try:
+        return pyarrow.unify_schemas([schema, table.schema], promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise InputError(f"the columns of {part} do not fit those of other items: {_one_line(error)}.") from error
+
+
+def _merged(parts: list[_Part]) -> tuple["pyarrow.Table", tuple[Skipped, ...]]:
+    """All parts' rows as one table, and all items left out."""
+    import pyarrow
+
+    contents = [part.read() for part in parts]
+    table = pyarrow.concat_tables([rows for rows, _ in contents], promote_options="permissive")
+    return table, tuple(one for _, skipped in contents for one in skipped)
