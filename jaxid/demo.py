@@ -215,7 +215,7 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
         axis: relations.prepare(model, axis_items[: config.steer_items]) for axis, (axis_items, _) in items.items()
     }
     steered = {
-        axis: steering.run(model, batch, ids, layers=layers, multiplier=config.multiplier)
+        axis: steering.run(model, batch, ids, layers=layers, multiplier=config.multiplier).change
         for axis, batch in steer_batches.items()
     }
     for axis, change in steered.items():
@@ -234,7 +234,7 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
         [np.ascontiguousarray(picture[:, ::-1]) for picture in items["horizontal"][1]],
         list(batches["horizontal"].prompts.questions),
     )
-    scores = activation_swap.run(model, batches["horizontal"], mirrored)
+    scores = activation_swap.run(model, batches["horizontal"], mirrored).scores
     write_table(
         out / "results" / "mirror_swap.parquet",
         tidy(

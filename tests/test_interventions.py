@@ -164,8 +164,8 @@ def test_bfloat16_values_stay_bfloat16() -> None:
     ("make", "named"),
     [
         (lambda: add(3, [1], VECTOR, site="resid"), "'resid' is not one of embed, resid_pre, attn_out"),
-        (lambda: add(1.0, [1], VECTOR), "`layer` must hold integers, not float32"),
-        (lambda: add(3, [1.5], VECTOR), "`at` must hold integers, not float32"),
+        (lambda: add(1.0, [1], VECTOR), "`layer` must hold integers, not float64"),
+        (lambda: add(3, [1.5], VECTOR), "`at` must hold integers, not float64"),
         (lambda: add(3, [True], VECTOR), "`at` must hold integers, not bool"),
         (lambda: add(3, 1, VECTOR), "`at` must have shape [B] or [B, P], not []"),
         (lambda: add(3, [[[1]]], VECTOR), "not [1, 1, 1]"),

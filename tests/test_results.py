@@ -76,6 +76,14 @@ def test_table_comes_back_as_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["part.parquet"]
 
 
+def test_table_with_metadata_comes_back_as_written(tmp_path: Path) -> None:
+    table = results.as_table({"layer": [0, 1]}, "layers").replace_schema_metadata({"unit": "blocks"})
+    results.write_table(tmp_path / "a.parquet", table, metadata={"word": "größer"})
+    stored = results.read_table(tmp_path / "a.parquet")
+    assert stored.equals(table)
+    assert stored.schema.metadata == {b"unit": b"blocks", b"word": "größer".encode()}
+
+
 def test_folder_of_parts_is_one_table(tmp_path: Path) -> None:
     results.write_table(tmp_path / "b.parquet", {"layer": [2], "value": [0.5]})
     results.write_table(tmp_path / "a.parquet", {"layer": [0, 1]})

@@ -1,23 +1,50 @@
-"""Mirror swap: activations of the mirrored picture put into the control run ([ID] arXiv 2601.12626, Figure 4)."""
+"""Mirror and attribute swap: another picture's activations in the control run ([ID] arXiv 2601.12626, Figure 4)."""
+
+import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxid.engine import forward
 from jaxid.experiments.relations import RelationBatch
 from jaxid.inputs import Prompts
-from jaxid.interventions import replace
 from jaxid.models.base import Model
-from jaxid.models.sites import Capture
+from jaxid.tracing import rerun, swap, trace
+
+TOKEN_SETS = ("image", "text", "words")
+"""What is swapped: all image tokens, all text tokens after the picture, the two objects' words."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationSwap:
+    """Log-probabilities of the two answers.
+
+    Attributes:
+        control: about the picture itself, Float[B, 2].
+        intervened: about the changed picture, Float[B, 2].
+        patched: by token set and layer, Float[3, L, B, 2].
+        layers: Int[L].
+    """
+
+    control: Float[np.ndarray, "B 2"]
+    intervened: Float[np.ndarray, "B 2"]
+    patched: Float[np.ndarray, "P L B 2"]
+    layers: Int[np.ndarray, "L"]
+
+    @property
+    def scores(self) -> dict[str, Float[np.ndarray, "L B 2"]]:
+        """By token set: how far the swap carries each answer."""
+        scores = np.asarray(swap_score(*map(jnp.asarray, (self.control, self.patched, self.intervened))))
+        return dict(zip(TOKEN_SETS, scores, strict=True))
 
 
 def token_sets(batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
-    """What is swapped: positions of all image tokens, of all text tokens, and of the two objects' words."""
+    """Positions of what is swapped."""
     return {
         "image": batch.prompts.image_tokens(),
         "text": batch.prompts.text_tokens(),
-        "words": batch.words,
+        "words": batch.words[:, :2],
     }
 
 
@@ -33,26 +60,32 @@ def swap_score(
 
 
 def run(
-    model: Model, batch: RelationBatch, intervened: Prompts, *, chunk: int = 8
-) -> dict[str, Float[np.ndarray, "L B 2"]]:
+    model: Model,
+    batch: RelationBatch,
+    intervened: Prompts,
+    *,
+    layers: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> ActivationSwap:
     """Swaps each token set at every layer.
 
     Args:
         model: the model.
         batch: prepared items of one axis (the control pictures).
         intervened: the same questions about the changed pictures, e.g. mirrored left-right.
+        layers: decoder blocks after which values are swapped; all by default.
         chunk: edits that run side by side.
 
-    Returns:
-        By token set: the score of each answer word, Float[L, B, 2].
+    Raises:
+        InputError: if the two differ in their questions, or a layer is out of range.
     """
-    control = forward(model, batch.prompts).logprobs(batch.answers)
-    target = forward(model, intervened).logprobs(batch.answers)
-    layers = jnp.arange(model.num_layers)
-    scores = {}
-    for name, at in token_sets(batch).items():
-        values = forward(model, intervened, capture=Capture(("resid_post",), at=jnp.asarray(at))).captured
-        edit = replace(layer=layers, at=at, vector=values["resid_post"])
-        patched = forward(model, batch.prompts, edit, chunk=chunk).logprobs(batch.answers)
-        scores[name] = np.asarray(swap_score(control, patched, target))
-    return scores
+    chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
+    recorded, changed = trace(model, batch.prompts), trace(model, intervened)
+    places = ("image", "text", batch.words[:, :2])
+    patched = [batch.read(rerun(model, recorded, swap(changed, chosen, at), chunk=chunk)) for at in places]
+    return ActivationSwap(
+        control=np.asarray(batch.read(recorded)),
+        intervened=np.asarray(batch.read(changed)),
+        patched=np.stack([np.asarray(part) for part in patched]),
+        layers=chosen,
+    )

@@ -1,21 +1,29 @@
-"""What the two-object experiments share: items, their prompts, and the words of each relation."""
+"""What the two-object experiments share: items, their prompts, the words of each relation, and how answers are read."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.engine import forward
-from jaxid.errors import InputError
+from jaxid.engine import Output
+from jaxid.errors import InputError, PromptError
 from jaxid.inputs import Prompts
 from jaxid.models.base import Model
-from jaxid.models.sites import Capture
+from jaxid.tracing import Trace
 
 ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 """Answer words of each kind of relation; the first one is at the smaller coordinate."""
+
+Case = Literal["lower", "capital", "both"]
+"""Which form of an answer word is read: "left", "Left", or the probability of both together."""
+
+Compat = Literal["none", "reference"]
+"""Whether the slips of the published code are reproduced, so that numbers can be compared one by one."""
 
 
 def axis_of(item: SpatialItem) -> str:
@@ -32,63 +40,133 @@ def axis_of(item: SpatialItem) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RelationBatch:
-    """Items of one axis, prepared, with what the control pass says.
+    """Questions of one kind about two (or more) objects, prepared.
 
     Attributes:
-        items: the items.
         prompts: their prompts.
-        words: position of the subject's and the object's word, Int[B, 2].
-        truth: index of the true answer among the axis' two words, Int[B].
+        words: position of the subject's, the object's and any further word, Int[B, W].
+        truth: index of the true answer among the two answer words, -1 where it is not known, Int[B].
+        axis: along which of the picture's axes it is asked or steered, "horizontal" or "vertical".
+        answers: the two answer words.
+        case: which form of them is read.
     """
 
-    items: tuple[SpatialItem, ...]
     prompts: Prompts
-    words: Int[np.ndarray, "B 2"]
+    words: Int[np.ndarray, "B W"]
     truth: Int[np.ndarray, "B"]
+    axis: str
+    answers: list[str]
+    case: Case = "lower"
 
-    @property
-    def answers(self) -> list[str]:
-        """The two answer words."""
-        return list(ANSWERS[self.axis])
+    def read(self, output: Output | Trace) -> Float[Array, "*S B 2"]:
+        """Log-probabilities of the two answers as the next token.
 
-    @property
-    def axis(self) -> str:
-        """The kind of relation asked, "horizontal" or "vertical"."""
-        return axis_of(self.items[0])
+        Raises:
+            PromptError: if a word has no token of its own in the wanted form.
+        """
+        forms = {"lower": (str.lower,), "capital": (str.capitalize,), "both": (str.lower, str.capitalize)}
+        found, errors = [], []
+        for form in forms[self.case]:
+            try:
+                found.append(output.logprobs([form(word) for word in self.answers]))
+            except PromptError as error:
+                errors.append(error)
+        if not found:
+            raise errors[0]
+        return found[0] if len(found) == 1 else jnp.logaddexp(*found)
 
 
-def prepare(model: Model, items: Sequence[SpatialItem], *, suffix: str = "") -> RelationBatch:
-    """Prepares items of one axis.
+def answer_of(text: str, words: Sequence[str]) -> int:
+    """Index of the answer word that a generated text holds, -1 unless it is exactly one of them."""
+    found = [number for number, word in enumerate(words) if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)]
+    return found[0] if len(found) == 1 else -1
+
+
+def prepare(
+    model: Model, items: Sequence[SpatialItem], *, suffix: str = "", case: Case = "lower", template: str = "{query}"
+) -> RelationBatch:
+    """Prepares COCO-Spatial items of one axis.
 
     Args:
         model: the model.
         items: at least one, all of the same axis.
-        suffix: added to every question, e.g. ' Answer "left" or "right" only.'.
+        suffix: added to every question, e.g. ' Answer "left" or "right" only.'; {first} and {second} stand for the
+            answer words, {First} and {Second} for their capitalised forms.
+        case: which form of the answer words is read.
+        template: the user's text, with a place for the {query} and those of the suffix.
 
     Raises:
         InputError: if there are none, or of both axes.
-        PromptError: if a question does not hold a word exactly once.
+        PromptError: if a question does not hold a word.
     """
     axes = {axis_of(item) for item in items}
     if len(axes) != 1:
         raise InputError(f"a batch needs items of exactly one axis, got {sorted(axes) or 'none'}.")
-    prompts = model.prepare([item.picture for item in items], [item.query + suffix for item in items])
-    words = np.stack(
-        [
-            prompts.word([item.subject for item in items], occurrence=0),
-            prompts.word([item.object for item in items], occurrence=0),
-        ],
-        axis=1,
+    axis = axes.pop()
+    answers = ANSWERS[axis]
+    return prepare_questions(
+        model,
+        [item.picture for item in items],
+        [fill(template, item.query, answers) + fill(suffix, item.query, answers) for item in items],
+        [(item.subject, item.object) for item in items],
+        axis=axis,
+        answers=answers,
+        truth=[answers.index(item.relation) for item in items],
+        case=case,
     )
-    if (words[:, 0] == words[:, 1]).any():
-        row = int(np.argmax(words[:, 0] == words[:, 1]))
-        raise InputError(f"item {row} asks for two objects of the same name, {items[row].subject!r}.")
-    answers = ANSWERS[axes.pop()]
-    truth = np.array([answers.index(item.relation) for item in items])
-    return RelationBatch(items=tuple(items), prompts=prompts, words=words, truth=truth)
 
 
-def control(model: Model, batch: RelationBatch) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "L B 2 D"]]:
-    """The clean pass: log-probabilities of the two answers, and the residual stream at the two words."""
-    output = forward(model, batch.prompts, capture=Capture(("resid_post",), at=jnp.asarray(batch.words)))
-    return np.asarray(output.logprobs(batch.answers)), np.asarray(output.captured["resid_post"])
+def fill(template: str, query: str, answers: Sequence[str]) -> str:
+    """A template with its query and answer words, see `prepare`."""
+    first, second = answers
+    for mark, text in (
+        ("{query}", query),
+        ("{first}", first),
+        ("{second}", second),
+        ("{First}", first.capitalize()),
+        ("{Second}", second.capitalize()),
+    ):
+        template = template.replace(mark, text)
+    return template
+
+
+def prepare_questions(
+    model: Model,
+    pictures: Sequence[Any],
+    questions: Sequence[str],
+    names: Sequence[tuple[str, ...]],
+    *,
+    axis: str,
+    answers: Sequence[str],
+    truth: Sequence[int],
+    case: Case = "lower",
+) -> RelationBatch:
+    """Prepares questions about named objects; each name's first occurrence in its question is located.
+
+    Args:
+        model: the model.
+        pictures: one a question.
+        questions: the user's texts.
+        names: of every question's objects, the steered one first.
+        axis: "horizontal" or "vertical".
+        answers: the two answer words.
+        truth: index of the true one, -1 where it is not known.
+        case: which form of the answer words is read.
+
+    Raises:
+        PromptError: if a question does not hold a name.
+        InputError: if two objects of a question have the same name.
+    """
+    for row, own in enumerate(names):
+        if len(set(own)) < len(own):
+            raise InputError(f"item {row} asks for two objects of the same name, {own[0]!r}.")
+    prompts = model.prepare(list(pictures), list(questions))
+    words = [prompts.word(list(column), occurrence=0) for column in zip(*names, strict=True)]
+    return RelationBatch(
+        prompts=prompts,
+        words=np.stack(words, axis=1),
+        truth=np.asarray(truth, np.int64),
+        axis=axis,
+        answers=list(answers),
+        case=case,
+    )

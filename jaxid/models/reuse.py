@@ -245,7 +245,7 @@ class Runner:
         *,
         last_only: bool = False,
         found: list[Array] | None = None,
-    ) -> Float[Array, "R B S D"]:
+    ) -> Float[Array, "R B _ D"]:
         """One block; of the last tokens only, [R, B, 1, D], if that is all that is asked for.
 
         The suffixes' own keys and values, Float[R, B, S, K, E], are appended to `found`.

@@ -1,5 +1,6 @@
 """The mirror swap against PyTorch, and at its ends: everything swapped, nothing that counts swapped."""
 
+import dataclasses
 import functools
 
 import fixtures
@@ -21,13 +22,17 @@ from jaxid.models.sites import Capture
 def mirrored() -> Prompts:
     """The control items' questions about pictures reversed left to right."""
     batch = oracle.batch("horizontal")
-    pictures = [np.ascontiguousarray(np.asarray(item.picture)[:, ::-1]) for item in batch.items]
+    pictures = [np.ascontiguousarray(np.asarray(item.picture)[:, ::-1]) for item in oracle.items("horizontal")]
     return fixtures.model(oracle.CASE).prepare(pictures, list(batch.prompts.questions))
 
 
 @functools.cache
-def scores() -> dict[str, np.ndarray]:
+def found() -> activation_swap.ActivationSwap:
     return activation_swap.run(fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), chunk=2)
+
+
+def scores() -> dict[str, np.ndarray]:
+    return found().scores
 
 
 def test_score_by_hand() -> None:
@@ -63,10 +68,9 @@ def test_scores_equal_pytorch_edit_by_edit() -> None:
     batch = oracle.batch("horizontal")
     record = fixtures.record(oracle.CASE, mirrored())
     control = oracle.torch_logprobs(batch)
-    from_mirror = oracle.batch("horizontal").__class__(
-        items=batch.items, prompts=mirrored(), words=batch.words, truth=batch.truth
-    )
-    target = oracle.torch_logprobs(from_mirror)
+    target = oracle.torch_logprobs(dataclasses.replace(batch, prompts=mirrored()))
+    np.testing.assert_allclose(found().control, control, atol=1e-4)
+    np.testing.assert_allclose(found().intervened, target, atol=1e-4)
     carried = np.abs(control - target)
     assert carried.max() > 0.05
     for name, at in activation_swap.token_sets(batch).items():
@@ -75,8 +79,14 @@ def test_scores_equal_pytorch_edit_by_edit() -> None:
             edit = oracle.replacing(layer, at, record["resid_post"][layer])
             patched = oracle.torch_logprobs(batch, [edit])
             # Multiplied out: where little is carried over, the quotient magnifies rounding.
-            found = scores()[name][layer] * (control - target)
-            np.testing.assert_allclose(found, control - patched, atol=2e-4)
+            product = scores()[name][layer] * (control - target)
+            np.testing.assert_allclose(product, control - patched, atol=2e-4)
+
+
+def test_chosen_layers_are_those_of_the_whole_sweep() -> None:
+    some = activation_swap.run(fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), layers=[2, 0])
+    np.testing.assert_array_equal(some.layers, [2, 0])
+    np.testing.assert_allclose(some.patched, found().patched[:, [2, 0]], atol=1e-5)
 
 
 def test_only_the_text_counts_after_the_last_block() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxid.engine import forward
 from jaxid.errors import InputError
 from jaxid.experiments import belief_swap
 from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.tracing import rerun
 
 
 def published_direction(axis: str, truth: int, layer: int) -> np.ndarray:
@@ -43,9 +43,9 @@ def test_sweep_equals_pytorch_edit_by_edit(axis: str, monkeypatch: pytest.Monkey
 
     def spy(model: Any, prompts: Any, *edit: Any, **options: Any) -> Any:
         edits.extend(edit)
-        return forward(model, prompts, *edit, **options)
+        return rerun(model, prompts, *edit, **options)
 
-    monkeypatch.setattr(belief_swap, "forward", spy)
+    monkeypatch.setattr(belief_swap, "rerun", spy)
     # Three at a time do not divide the eight edits.
     swap = belief_swap.run(
         fixtures.model(oracle.CASE), batch, oracle.ids(), layers=layers, factors=factors, seed=4, chunk=3
@@ -61,7 +61,8 @@ def test_sweep_equals_pytorch_edit_by_edit(axis: str, monkeypatch: pytest.Monkey
     rows = np.arange(4)[:, None]
     for row, layer in enumerate(layers):
         lengths = np.linalg.norm(residuals[layer][rows, words], axis=-1)
-        directions = np.stack([published_direction(axis, truth, layer) for truth in oracle.TRUTHS])
+        believed = oracle.torch_logprobs(batch).argmax(axis=-1)
+        directions = np.stack([published_direction(axis, int(answer), layer) for answer in believed])
         directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
         for column, factor in enumerate(factors):
             belief, noise = vectors[:, row, column]
@@ -84,9 +85,9 @@ def test_noise_is_drawn_for_every_layer_item_and_word(monkeypatch: pytest.Monkey
 
     def spy(model: Any, prompts: Any, *edit: Any, **options: Any) -> Any:
         edits.extend(edit)
-        return forward(model, prompts, *edit, **options)
+        return rerun(model, prompts, *edit, **options)
 
-    monkeypatch.setattr(belief_swap, "forward", spy)
+    monkeypatch.setattr(belief_swap, "rerun", spy)
     found = [
         belief_swap.run(
             fixtures.model(oracle.CASE),
@@ -121,6 +122,8 @@ def test_swapped_is_a_change_of_sign_and_correct_reads_the_control() -> None:
         layers=np.array([0]),
         factors=np.array([5.0]),
         truth=np.array([0, 0, 1]),
+        control_texts=np.full(3, "", object),
+        steered_texts=np.full((2, 1, 1, 3), "", object),
     )
     assert swap.correct.tolist() == [True, False, True]
     assert swap.swapped[:, 0, 0].tolist() == [[True, False, True], [False, False, False]]
@@ -128,8 +131,7 @@ def test_swapped_is_a_change_of_sign_and_correct_reads_the_control() -> None:
 
 def test_rescaled_leaves_a_zero_vector_zero() -> None:
     vectors = jnp.array([[[[0.0, 0.0], [3.0, 4.0]]]])
-    activations = jnp.array([[[[1.0, 0.0], [0.0, 2.0]]]])
-    scaled = belief_swap.rescaled(vectors, activations, np.array([5.0], np.float32))
+    scaled = belief_swap.rescaled(vectors, jnp.array([[[1.0, 2.0]]]), np.array([5.0], np.float32))
     np.testing.assert_allclose(np.asarray(scaled)[0, 0, 0], [[0, 0], [6, 8]], rtol=1e-6)
 
 

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from families import VOCABULARY
 
+from jaxid.engine import forward
 from jaxid.errors import InputError, PromptError
 from jaxid.experiments import relations
 
@@ -36,7 +37,6 @@ def test_prepared_items(axis: str, answers: list[str]) -> None:
     token_ids = np.asarray(batch.prompts.inputs.token_ids)
     found = [[VOCABULARY[token_ids[row, place]] for place in words] for row, words in enumerate(batch.words)]
     assert found == [list(pair) for pair in oracle.PAIRS]
-    assert [item.image_id for item in batch.items] == [0, 1, 2, 3]
 
 
 def test_suffix_is_added_to_every_question() -> None:
@@ -46,13 +46,37 @@ def test_suffix_is_added_to_every_question() -> None:
     np.testing.assert_array_equal(batch.words, oracle.batch("vertical").words)
 
 
-def test_control_pass_equals_pytorch() -> None:
-    batch = oracle.batch("vertical")
-    logprobs, residuals = relations.control(fixtures.model(oracle.CASE), batch)
-    np.testing.assert_allclose(logprobs, oracle.torch_logprobs(batch), atol=1e-4)
-    expected = oracle.torch_residuals(batch)[:, np.arange(4)[:, None], batch.words]
-    assert residuals.shape == expected.shape == (oracle.LAYERS, 4, 2, oracle.WIDTH)
-    assert fixtures.distance(residuals, expected) < 1e-5
+def test_template_holds_query_and_answer_words() -> None:
+    text = relations.fill("{query} Answer {First} or {Second}, {first} or {second}.", "A?", ("left", "right"))
+    assert text == "A? Answer Left or Right, left or right."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("left", 0),
+        ("It is to the Right.", 1),
+        ("left or right", -1),
+        ("upright", -1),
+        ("", -1),
+        ("LEFT left", 0),
+    ],
+)
+def test_answer_of_a_text_is_the_only_word_it_holds(text: str, answer: int) -> None:
+    assert relations.answer_of(text, ["left", "right"]) == answer
+
+
+def test_reading_an_answer_in_either_case_adds_the_probabilities() -> None:
+    model, batch = fixtures.model(oracle.CASE), oracle.batch("vertical")
+    output = forward(model, batch.prompts)
+    cased = dataclasses.replace(batch, answers=["is"], case="both")  # the one word with both forms
+    lower, upper = (np.exp(output.logprobs([word])) for word in ("is", "Is"))
+    np.testing.assert_allclose(np.exp(cased.read(output)), lower + upper, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(dataclasses.replace(cased, case="capital").read(output)), upper, rtol=1e-5)
+    # A form that has no token is left out; if neither has one, that is an error.
+    np.testing.assert_array_equal(dataclasses.replace(batch, case="both").read(output), output.logprobs(batch.answers))
+    with pytest.raises(PromptError, match="Above"):
+        dataclasses.replace(batch, case="capital").read(output)
 
 
 def test_items_must_share_one_axis() -> None:

@@ -1,5 +1,7 @@
 """Steering to every cell: the vectors by hand, the answers by PyTorch."""
 
+import functools
+
 import fixtures
 import numpy as np
 import oracle
@@ -25,7 +27,7 @@ def test_run_equals_pytorch_cell_by_cell(axis: str) -> None:
     batch, multiplier = oracle.batch(axis), 3.0
     found = steering.run(
         fixtures.model(oracle.CASE), batch, oracle.ids(), layers=[2, 1], multiplier=multiplier, chunk=5
-    )
+    ).change
     assert found.shape == (2, 4, 4, 4, 2)
     control = oracle.torch_logprobs(batch)
     subject = oracle.positions(batch, [subject for subject, _ in oracle.PAIRS])[:, None]
@@ -38,3 +40,41 @@ def test_run_equals_pytorch_cell_by_cell(axis: str) -> None:
             assert layer == 2 or np.abs(steered - control).max() > 0.01
     # After the last block no token but the last one counts.
     np.testing.assert_allclose(found[0], 0, atol=1e-5)
+
+
+def test_single_pushes_both_words_apart_with_one_layers_ids() -> None:
+    batch = oracle.batch("horizontal")
+    found = steering.single(
+        fixtures.model(oracle.CASE),
+        batch,
+        oracle.ids(),
+        layers=[0, 1],
+        cells=((1, 2), (3, 0)),
+        id_layer=2,
+        multiplier=4.0,
+    )
+    words = np.stack([oracle.positions(batch, words) for words in zip(*oracle.PAIRS, strict=True)], axis=1)
+    push = 4.0 * (oracle.universal()[2, 1, 2] - oracle.universal()[2, 3, 0])
+    vectors = np.broadcast_to(np.stack([push, -push]), (4, 2, oracle.WIDTH))
+    assert found.change.shape == (2, 4, 2)
+    for layer in (0, 1):
+        expected = oracle.torch_logprobs(batch, [oracle.adding(layer, words, vectors)])
+        np.testing.assert_allclose(found.steered[layer], expected, atol=1e-4)
+        assert np.abs(found.change[layer]).max() > 0.01
+
+
+def test_reference_reproduces_the_published_slips() -> None:
+    """Vectors read one block earlier, added one token late, and the change's sign turned."""
+    batch = oracle.batch("vertical")
+    run = functools.partial(steering.run, fixtures.model(oracle.CASE), batch, oracle.ids(), layers=[0, 1])
+    found = run(multiplier=2.0, compat="reference")
+    late = oracle.positions(batch, [subject for subject, _ in oracle.PAIRS])[:, None] + 1
+    earlier = oracle.universal()[0]
+    for x, y in [(0, 0), (2, 3)]:
+        vectors = np.broadcast_to(2.0 * (earlier[x, y] - earlier[x, 3 - y]), (4, 1, oracle.WIDTH))
+        steered = oracle.torch_logprobs(batch, [oracle.adding(1, late, vectors)])
+        np.testing.assert_allclose(found.change[1, x, y], oracle.torch_logprobs(batch) - steered, atol=1e-4)
+        assert np.abs(found.change[1, x, y]).max() > 0.005
+    # What leaves block 0 gets the embeddings' IDs, which hold no place.
+    np.testing.assert_allclose(found.change[0], 0, atol=1e-5)
+    assert np.abs(run(multiplier=2.0).change[0]).max() > 0.01
