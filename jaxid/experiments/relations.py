@@ -58,7 +58,7 @@ class RelationBatch:
     answers: list[str]
     case: Case = "lower"
 
-    def read(self, output: Output | Trace) -> Float[Array, "*S B 2"]:
+    def read(self, output: Output | Trace) -> Float[Array, "*S B n"]:
         """Log-probabilities of the two answers as the next token.
 
         Raises:
