@@ -45,6 +45,12 @@ class SpatialItem:
     subject: str
     object: str
     relation: str  # of the subject to the object: left, right, above or below
+    row: int = 0  # in the file
+
+    @property
+    def key(self) -> str:
+        """A name of its own: row, picture and what is asked."""
+        return f"{self.row:05d}-{self.image_id:012d}-{self.subject}-{self.relation}-{self.object}"
 
     @property
     def query(self) -> str:
@@ -85,46 +91,64 @@ def _with_article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def read_coco_spatial(json_path: str | Path, image_dir: str | Path) -> list[SpatialItem]:
+def find_coco_spatial(folder: str | Path) -> tuple[Path, Path]:
+    """The two-object file of a folder and the folder of its pictures: `val2017` below it, or the folder itself.
+
+    Raises:
+        DataError: There is no such file.
+    """
+    folder = Path(folder)
+    path = folder / CAPTIONS_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {CAPTIONS_FILE}; give the folder of the published file and its pictures.")
+    pictures = folder / PICTURES_FOLDER
+    return path, pictures if pictures.is_dir() else folder
+
+
+def read_coco_spatial(
+    json_path: str | Path, image_dir: str | Path, *, bad: list[tuple[str, DataError]] | None = None
+) -> list[SpatialItem]:
     """Reads the two-object file and checks that every picture is there.
 
     Args:
         json_path: `coco_qa_two_obj.json`.
         image_dir: Folder of the pictures `{image_id:012d}.jpg`.
+        bad: Where given, rows that are malformed or lack their picture are left out and noted here: the row's name
+            and its error.
 
     Returns:
         One item per row, in the file's order.
 
     Raises:
-        DataError: The file is missing or no JSON list, a row is malformed (named by index and content), or a picture
-            is missing (named by path).
+        DataError: The file is missing or no JSON list; and without `bad`, a row is malformed (named by index and
+            content), or a picture is missing (named by path).
     """
-    rows = _read_json(Path(json_path))
+    rows = read_json(Path(json_path))
     if not isinstance(rows, list):
         raise DataError(f"{json_path} holds a {type(rows).__name__}; expected a list of {_EXPECTED}.")
     items = []
     for index, row in enumerate(rows):
-        subject, relation, object = _parse_row(row, f"{json_path}, row {index}: {row!r}")
-        path = Path(image_dir) / picture_name(row[0])
-        if not path.is_file():
-            raise DataError(
-                f"Picture {path} of {json_path}, row {index}, does not exist. "
-                "Give the folder of COCO's val2017 pictures."
-            )
-        items.append(
-            SpatialItem(
-                image_id=row[0],
-                picture=path,
-                subject=subject,
-                object=object,
-                relation=relation,
-            )
-        )
+        try:
+            items.append(_item(index, row, Path(json_path), Path(image_dir)))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append((f"row {index}", error))
     return items
 
 
-def _parse_row(row: object, where: str) -> tuple[str, str, str]:
-    """Subject, relation and object of one row; `where` begins the error messages."""
+def _item(index: int, row: object, json_path: Path, image_dir: Path) -> SpatialItem:
+    subject, relation, object, image_id = _parse_row(row, f"{json_path}, row {index}: {row!r}")
+    path = image_dir / picture_name(image_id)
+    if not path.is_file():
+        raise DataError(
+            f"Picture {path} of {json_path}, row {index}, does not exist. Give the folder of COCO's val2017 pictures."
+        )
+    return SpatialItem(image_id=image_id, picture=path, subject=subject, object=object, relation=relation, row=index)
+
+
+def _parse_row(row: object, where: str) -> tuple[str, str, str, int]:
+    """Subject, relation, object and picture of one row; `where` begins the error messages."""
     fits = isinstance(row, list) and len(row) == 3 and type(row[0]) is int and row[0] >= 0
     if not isinstance(row, list) or not fits or not all(isinstance(text, str) for text in row[1:]):
         raise DataError(f"{where} is malformed; expected {_EXPECTED}.")
@@ -137,10 +161,15 @@ def _parse_row(row: object, where: str) -> tuple[str, str, str]:
     swapped = (right[1], right[3]) == (wrong[3], wrong[1]) and negation == relation
     if not (same or swapped):
         raise DataError(f"{where}: the wrong caption does not contradict the right one; expected {_EXPECTED}.")
-    return right[1], relation, right[3]
+    return right[1], relation, right[3], row[0]
 
 
-def _read_json(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: The file cannot be read or is no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -161,7 +190,7 @@ def read_boxes(instances_path: str | Path) -> dict[int, dict[str, Float[np.ndarr
     Raises:
         DataError: The file is missing or not in COCO's instances format.
     """
-    content = _read_json(Path(instances_path))
+    content = read_json(Path(instances_path))
     try:
         if not isinstance(content, dict):
             raise TypeError(f"a {type(content).__name__} instead of an object")
@@ -231,6 +260,7 @@ def write_coco_spatial(
                 subject=subject,
                 object=object,
                 relation=relation,
+                row=index,
             )
         )
         for slot in slots:

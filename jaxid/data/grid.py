@@ -28,6 +28,10 @@ OBJECT_SIZES = (224, 174, 124, 74)
 """Sides of the pasted objects in the published pictures, in pixels."""
 
 
+NEAR_FAR: tuple[tuple[Cell, Cell], ...] = (((0, 0), (3, 0)), ((3, 0), (0, 0)))
+"""Placements of the near/far question: the two ends of the top row."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridItem:
     """One grid picture: a file, or UInt8[Y, X, 3]."""
@@ -83,6 +87,7 @@ def write_grid_folder(
     jitter_angle: float = 0.0,
     forbid_same_row: bool = False,
     forbid_same_column: bool = False,
+    cells: Sequence[tuple[Cell, Cell]] | None = None,
 ) -> list[GridItem]:
     """Draws every placement of every pair at every size as `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
 
@@ -97,6 +102,7 @@ def write_grid_folder(
         jitter_angle: Objects are turned by up to this many degrees either way.
         forbid_same_row: Leave out placements whose objects share a row.
         forbid_same_column: Leave out placements whose objects share a column.
+        cells: Draws only these placements (cell of A, cell of B), such as `NEAR_FAR`.
 
     Returns:
         The items written.
@@ -109,6 +115,11 @@ def write_grid_folder(
         if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
             raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
     placed = placements(forbid_same_row, forbid_same_column)
+    if cells is not None:
+        strange = [pair for pair in cells if pair not in placed]
+        if strange or not cells:
+            raise InputError(f"{strange or 'An empty list'} names no placements of two objects on the grid.")
+        placed = list(cells)
     items = []
     for number, (name_a, name_b) in enumerate(pairs):
         rng = np.random.default_rng((seed, number))
@@ -180,6 +191,19 @@ def read_grid_folder(folder: str | Path) -> list[GridItem]:
     if not items:
         raise DataError(f"Grid folder {folder} holds no pictures: expected {expected}.")
     return sorted(items, key=lambda item: (item.object_a, item.object_b, item.cell_a, item.cell_b, -item.size))
+
+
+def near_far_items(folder: str | Path) -> list[GridItem]:
+    """The pictures of a grid folder whose objects stand at the two ends of the top row, the greatest size only.
+
+    Raises:
+        DataError: The folder holds none of them, or is no grid folder.
+    """
+    items = [item for item in read_grid_folder(folder) if (item.cell_a, item.cell_b) in NEAR_FAR]
+    if not items:
+        raise DataError(f"{folder} holds no picture with objects at 0_0 and 3_0, which near/far questions are about.")
+    largest = max(item.size for item in items)
+    return [item for item in items if item.size == largest]
 
 
 _FINETUNE = re.compile(r"([^_]+)_([0-3])-([0-3])_([^_]+)_([0-3])-([0-3])\.png")

@@ -1,0 +1,49 @@
+"""Changed pictures for activation swaps: mirrored, and recoloured by a rainbow ([ID] arXiv 2601.12626, Figure 4)."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+CYCLES = (0.8, 2.5)
+"""Fewest and most turns of the colour circle over the picture."""
+
+MIX = 0.75
+"""Share of the rainbow's hue in the new one."""
+
+SATURATION = 1.1
+"""Factor of the saturation."""
+
+
+def mirrored(picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
+    """The picture turned left-right."""
+    return np.ascontiguousarray(picture[:, ::-1])
+
+
+def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "Y X 3"]:
+    """The picture in the hues of a random rainbow: direction, number of cycles and phase are drawn.
+
+    Hues are mixed along the shorter way round the colour circle; values (lightness) stay, and what is grey stays grey.
+    """
+    height, width = picture.shape[:2]
+    angle, cycles, phase = rng.uniform(0, 2 * np.pi), rng.uniform(*CYCLES), rng.uniform()
+    y, x = np.mgrid[:height, :width]
+    along = np.cos(angle) * (x + 0.5) / width + np.sin(angle) * (y + 0.5) / height
+    rainbow = (cycles * along + phase) % 1.0
+    hue, saturation, value = _to_hsv(picture)
+    way = (rainbow - hue + 0.5) % 1.0 - 0.5
+    return _from_hsv((hue + MIX * way) % 1.0, np.minimum(SATURATION * saturation, 1.0), value)
+
+
+def _to_hsv(picture: UInt8[np.ndarray, "Y X 3"]) -> tuple[Float[np.ndarray, "Y X"], ...]:
+    """Hue, saturation and value, 0 to 1 each."""
+    from matplotlib.colors import rgb_to_hsv
+
+    hsv = rgb_to_hsv(picture / 255.0)
+    return hsv[..., 0], hsv[..., 1], hsv[..., 2]
+
+
+def _from_hsv(
+    hue: Float[np.ndarray, "Y X"], saturation: Float[np.ndarray, "Y X"], value: Float[np.ndarray, "Y X"]
+) -> UInt8[np.ndarray, "Y X 3"]:
+    from matplotlib.colors import hsv_to_rgb
+
+    return np.rint(255 * hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))).astype(np.uint8)

@@ -1,0 +1,141 @@
+"""Pictures of three objects for "Is the C in between the A and the B?" ([ID] arXiv 2601.12626, Figure 6 c).
+
+The layout is our own, in the manner of COCO-Spatial: `three_objects.json` lists [image_id, A, B, C, "yes" or "no"], and
+the pictures are named by the twelve-digit id.
+"""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxid.data.coco_spatial import PICTURES_FOLDER, picture_name, read_json
+from jaxid.data.files import save_bytes, save_picture
+from jaxid.data.scenes import OBJECTS, Scenes, render
+from jaxid.errors import DataError, InputError
+
+FILE = "three_objects.json"
+_EXPECTED = '[image_id, A, B, C, "yes" or "no"], three different names'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreeObjectItem:
+    """One question: is C in between A and B?"""
+
+    image_id: int
+    picture: Any  # a Path, or UInt8[Y, X, 3]
+    a: str
+    b: str
+    c: str
+    between: bool
+    row: int = 0  # in the file
+
+    @property
+    def key(self) -> str:
+        """A name of its own: row, picture and objects."""
+        return f"{self.row:05d}-{self.image_id:012d}-{self.c}-{self.a}-{self.b}"
+
+
+def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[ThreeObjectItem]:
+    """Reads a folder's three-object file and checks that every picture is there.
+
+    Args:
+        folder: Holds `three_objects.json` and the pictures, in `val2017` or beside it.
+        bad: Where given, rows that cannot be used are left out and noted here: the row's name and its error.
+
+    Raises:
+        DataError: The file is missing or no JSON list; and without `bad`, a row is malformed or lacks its picture.
+    """
+    folder = Path(folder)
+    rows = read_json(folder / FILE)
+    if not isinstance(rows, list):
+        raise DataError(f"{folder / FILE} holds a {type(rows).__name__}; expected a list of {_EXPECTED}.")
+    pictures = folder / PICTURES_FOLDER
+    items = []
+    for index, row in enumerate(rows):
+        try:
+            items.append(_item(index, row, folder / FILE, pictures if pictures.is_dir() else folder))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append((f"row {index}", error))
+    return items
+
+
+def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectItem:
+    fits = (
+        isinstance(row, list)
+        and len(row) == 5
+        and type(row[0]) is int
+        and row[0] >= 0
+        and all(isinstance(text, str) and text.strip() for text in row[1:])
+        and row[4] in ("yes", "no")
+        and len(set(row[1:4])) == 3
+    )
+    if not isinstance(row, list) or not fits:
+        raise DataError(f"{path}, row {index}: {row!r} is malformed; expected {_EXPECTED}.")
+    image_id, a, b, c, answer = row
+    picture = pictures / picture_name(image_id)
+    if not picture.is_file():
+        raise DataError(f"Picture {picture} of {path}, row {index}, does not exist.")
+    return ThreeObjectItem(image_id=image_id, picture=picture, a=a, b=b, c=c, between=answer == "yes", row=index)
+
+
+def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[ThreeObjectItem]:
+    """Draws three-object scenes as a data set, balanced over yes and no as far as the scenes allow.
+
+    Which object is C is chosen so that the answer is clear; scenes without a clear question are left out.
+
+    Args:
+        folder: Gets `three_objects.json` and `val2017/` with the pictures as JPEG.
+        scenes: Scenes of exactly three different objects.
+        size: Side of the pictures in pixels.
+
+    Returns:
+        The items, as `read_three_objects` reads them back.
+
+    Raises:
+        InputError: A scene does not hold three different objects, or no scene has a clear question.
+        OutputError: A file cannot be written.
+    """
+    folder, items, counts = Path(folder), [], {True: 0, False: 0}
+    for index in range(len(scenes)):
+        slots = np.flatnonzero(scenes.objects[index] >= 0)
+        if len(slots) != 3 or len(set(scenes.objects[index, slots].tolist())) != 3:
+            raise InputError(f"Scene {index} must hold three different objects, has {len(slots)}.")
+        options = [
+            (answer, (a, b, c))
+            for a, b, c in itertools.permutations(slots.tolist(), 3)
+            if (answer := is_between(scenes.centers[index, [a, b, c]])) is not None
+        ]
+        if not options:
+            continue
+        answer, chosen = min(options, key=lambda option: counts[option[0]])
+        counts[answer] += 1
+        a, b, c = (OBJECTS[scenes.objects[index, slot]] for slot in chosen)
+        path = folder / PICTURES_FOLDER / picture_name(index + 1)
+        save_picture(path, render(scenes[index : index + 1], size)[0])
+        items.append(ThreeObjectItem(image_id=index + 1, picture=path, a=a, b=b, c=c, between=answer, row=len(items)))
+    if not items:
+        raise InputError("No scene has an object that is clearly in between two others, or clearly not.")
+    rows = [[item.image_id, item.a, item.b, item.c, "yes" if item.between else "no"] for item in items]
+    save_bytes(folder / FILE, json.dumps(rows, indent=1).encode())
+    return items
+
+
+def is_between(centers: Float[np.ndarray, "3 2"]) -> bool | None:
+    """Whether the third place is in between the first two: True, False, or None where that is a matter of opinion."""
+    a, b, c = centers.astype(float)
+    line = b - a
+    length = float(np.linalg.norm(line))
+    if length < 0.3:
+        return None
+    share = float((c - a) @ line) / length**2
+    aside = abs(float(line[0] * (c - a)[1] - line[1] * (c - a)[0])) / length
+    if 0.25 < share < 0.75 and aside < 0.12:
+        return True
+    return False if share < -0.1 or share > 1.1 or aside > 0.3 else None
