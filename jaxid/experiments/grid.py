@@ -4,16 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxid.data.grid import GridItem
-from jaxid.engine import forward
 from jaxid.errors import InputError
 from jaxid.ids import FULL_SIZE, IDBatch, SpatialIDs, accumulate_ids
 from jaxid.inputs import Prompts
 from jaxid.models.base import Model
-from jaxid.models.sites import Capture
+from jaxid.tracing import residuals_at
 
 QUESTION = "Is the {b} to the left or right of the {a}?"
 """The published question; its word {b} is the one whose activations are read."""
@@ -30,10 +28,7 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def activations_at(model: Model, prompts: Prompts, words: Sequence[str]) -> np.ndarray:
     """Residual stream at each prompt's word: Float[B, L + 1, D], index 0 the embeddings."""
-    at = jnp.asarray(prompts.word(words))[:, None]
-    captured = forward(model, prompts, capture=Capture(("embed", "resid_post"), at=at)).captured
-    stacked = np.concatenate([captured["embed"][None], captured["resid_post"]])
-    return np.moveaxis(stacked[:, :, 0], 0, 1)
+    return np.asarray(residuals_at(model, prompts, prompts.word(words)))[:, :, 0].swapaxes(0, 1)
 
 
 def extract(
