@@ -11,9 +11,9 @@ import pytest
 from families import VOCABULARY
 
 from jaxid.data.grid import GridItem, placements
-from jaxid.engine import forward
 from jaxid.errors import InputError, PromptError
 from jaxid.experiments import grid
+from jaxid.tracing import residuals_at
 
 PAIRS = (("star", "fish"), ("cat", "fish"), ("fish", "star"))
 SIZES = (224, 74)
@@ -76,11 +76,11 @@ def published_ids(name: str) -> np.ndarray:
 def test_extract_equals_the_published_means(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
 
-    def spy(model: Any, prompts: Any, **options: Any) -> Any:
+    def spy(model: Any, prompts: Any, at: Any) -> Any:
         lengths.append(len(prompts))
-        return forward(model, prompts, **options)
+        return residuals_at(model, prompts, at)
 
-    monkeypatch.setattr(grid, "forward", spy)
+    monkeypatch.setattr(grid, "residuals_at", spy)
     model = fixtures.model(oracle.CASE)
     # 270 pictures in batches of 64: the last one holds 14 and is filled up.
     ids = grid.extract(model, iter(items()), pairs=PAIRS, sizes=SIZES, batch_size=64)
@@ -101,11 +101,11 @@ def test_extract_equals_the_published_means(monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_questions_are_asked_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def spy(model: Any, prompts: Any, **options: Any) -> Any:
+    def spy(model: Any, prompts: Any, at: Any) -> Any:
         asked.append(prompts.questions)
-        return forward(model, prompts, **options)
+        return residuals_at(model, prompts, at)
 
-    monkeypatch.setattr(grid, "forward", spy)
+    monkeypatch.setattr(grid, "residuals_at", spy)
     few = items()[:3]
     grid.extract(fixtures.model(oracle.CASE), few, pairs=PAIRS, sizes=SIZES, question="Is {a} above {b}?", batch_size=4)
     expected = [f"Is {item.object_a} above {item.object_b}?" for item in few]
