@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxid import plots
 from jaxid.errors import InputError, OutputError
+from jaxid.plots import style
 
 LAYERS = np.arange(6)
 RNG = np.random.default_rng(0)
@@ -114,7 +115,7 @@ def test_scenes_are_coloured_by_correctness_and_blank_answers_are_named() -> Non
     verdicts = [axes.xaxis.label for axes in plots.scenes_with_answers(**SCENES).axes]
     assert [label.get_text()[0] for label in verdicts] == list("✓✗✓✗✗")
     assert [to_hex(str(label.get_color())) for label in verdicts] == [
-        plots.GREEN if label.get_text().startswith("✓") else plots.VERMILLION for label in verdicts
+        style.GREEN if label.get_text().startswith("✓") else style.VERMILLION for label in verdicts
     ]
     assert verdicts[-1].get_text() == "✗ nothing (truth: below)"
 
@@ -146,8 +147,8 @@ def test_belief_panels_hold_their_rates() -> None:
     figure = plots.belief_swap_by_layer(**BELIEF, factor_layer=3)
     first, second, mean, factor = figure.axes
     legend = {text.get_text(): to_hex(line.get_color()) for text, line in named_lines(figure)}
-    assert legend == {"IDs": plots.BLUE, "noise of the same norm": plots.GREY}
-    assert [to_hex(line.get_color()) for line in first.get_lines()] == [plots.GREY, plots.BLUE]
+    assert legend == {"IDs": style.BLUE, "noise of the same norm": style.GREY}
+    assert [to_hex(line.get_color()) for line in first.get_lines()] == [style.GREY, style.BLUE]
     np.testing.assert_array_equal(lines(first), [RATES[0] / 5, RATES[0]])
     np.testing.assert_array_equal(lines(second), [RATES[1] / 5, RATES[1]])
     np.testing.assert_allclose(lines(mean), [RATES.mean(0) / 5, RATES.mean(0)])

@@ -1,0 +1,27 @@
+"""The figures: plain arrays in, a Matplotlib `Figure` out, in one house style; `save` writes it as PNG.
+
+No function touches pyplot or leaves a setting changed. Arrays that do not fit each other raise `InputError`.
+Layers are decoder blocks counted from 0; log-probabilities are in nats.
+"""
+
+from jaxid.plots.ids import id_plane, variance_by_layer
+from jaxid.plots.scenes import scenes_with_answers
+from jaxid.plots.steering import depth_by_row, steering_by_column, steering_by_layer, steering_map, steering_maps
+from jaxid.plots.style import save
+from jaxid.plots.swaps import accuracy_against_steerability, belief_swap_bars, belief_swap_by_layer, swap_scores
+
+__all__ = [
+    "accuracy_against_steerability",
+    "belief_swap_bars",
+    "belief_swap_by_layer",
+    "depth_by_row",
+    "id_plane",
+    "save",
+    "scenes_with_answers",
+    "steering_by_column",
+    "steering_by_layer",
+    "steering_map",
+    "steering_maps",
+    "swap_scores",
+    "variance_by_layer",
+]
