@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxid import __version__
+from jaxid.cli_run import run_app
 from jaxid.errors import InputError, JaxidError, OutputError
 from jaxid.results import ensure_output_folder
 
@@ -22,6 +23,9 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Pictures and datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+app.add_typer(run_app, name="run")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,13 +94,19 @@ def data_grid(
     size: Annotated[list[int] | None, typer.Option(help="Object sizes of 224; 224 by default.")] = None,
     picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 896,
     seed: Annotated[int, typer.Option(help="Seed of colours.")] = 0,
+    near_far: Annotated[bool, typer.Option("--near-far", help="Only both ends of the top row.")] = False,
 ) -> None:
     """Draw all placements of pairs of objects on the 4x4 grid, in the published layout."""
-    from jaxid.data.grid import CELL_SIZE, write_grid_folder
+    from jaxid.data.grid import CELL_SIZE, NEAR_FAR, write_grid_folder
 
     pairs = [_pair(text) for text in pair]
     items = write_grid_folder(
-        ensure_output_folder(out), pairs, seed=seed, picture_size=picture_size, object_sizes=size or [CELL_SIZE]
+        ensure_output_folder(out),
+        pairs,
+        seed=seed,
+        picture_size=picture_size,
+        object_sizes=size or [CELL_SIZE],
+        cells=NEAR_FAR if near_far else None,
     )
     typer.echo(f"{len(items)} pictures in {out}")
 
@@ -123,6 +133,26 @@ def data_coco_spatial(
 
     scenes = sample_free(np.random.default_rng(seed), count, num_objects=(2, 2))
     items = write_coco_spatial(ensure_output_folder(out), scenes, picture_size)
+    typer.echo(f"{len(items)} pictures in {out}")
+
+
+@data_app.command("three-objects")
+def data_three_objects(
+    out: Annotated[Path, typer.Option(help="Folder for three_objects.json and val2017/.")],
+    count: Annotated[
+        int, typer.Option(min=1, help="Number of scenes; those without a clear question are left out.")
+    ] = 100,
+    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 224,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+) -> None:
+    """Draw three-object scenes for questions about what is in between."""
+    import numpy as np
+
+    from jaxid.data.scenes import sample_free
+    from jaxid.data.three_objects import write_three_objects
+
+    scenes = sample_free(np.random.default_rng(seed), count, num_objects=(3, 3))
+    items = write_three_objects(ensure_output_folder(out), scenes, picture_size)
     typer.echo(f"{len(items)} pictures in {out}")
 
 

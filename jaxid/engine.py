@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.inputs import Prompts
-from jaxid.interventions import as_pytree, sweep_shape
+from jaxid.interventions import Edit, as_pytree, sweep_shape
 from jaxid.kernels.logprobs import log_probs
 from jaxid.models.base import Model
 from jaxid.models.inputs import Inputs
@@ -151,10 +151,11 @@ def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0
         if hasattr(part, "parts"):
             check(model, prompts, part, new_tokens)
             continue
-        layer = getattr(part, "layer", None)
-        if layer is None or isinstance(layer, Tracer):
+        if hasattr(part, "refusal"):
+            raise InputError(part.refusal)
+        if not isinstance(part, Edit) or isinstance(part.layer, Tracer):
             continue
-        layers = np.asarray(layer)
+        layers = np.asarray(part.layer)
         lowest, highest = (-1, -1) if part.site == "embed" else (0, model.num_layers - 1)
         wrong = layers[(layers < lowest) | (layers > highest)]
         if wrong.size:

@@ -17,7 +17,7 @@ from jaxid.interventions import Reach, as_pytree, sweep_shape
 from jaxid.models import decode, reuse
 from jaxid.models.base import Model
 from jaxid.models.sites import Intervention, clean
-from jaxid.tracing import Trace, plan, suffix_of, trace
+from jaxid.tracing import Trace, check_trace, plan, suffix_of, trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,12 +98,16 @@ def generate(
         Tokens, texts, and what the first token is read from.
 
     Raises:
-        InputError: for an edit that does not fit, or no new token.
+        InputError: for an edit that does not fit, no new token, or a trace of another model or of an edited pass.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    if chunk < 1:
+        raise InputError(f"chunk must be 1 or more, not {chunk}.")
     recorded = prompts if isinstance(prompts, Trace) else None
     batch = prompts.prompts if isinstance(prompts, Trace) else prompts
+    if recorded is not None:
+        check_trace(model, recorded, intervention)
     check(model, batch, intervention, max_new_tokens if every_step else 0)
     leading = sweep_shape(intervention)
     edits = as_pytree(intervention)

@@ -7,7 +7,7 @@ at once, against the recorded keys and values of the tokens before.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Trace:
             leaves every block, Float[L + 1, B, S, D].
         model: the model that made it.
         prompts: what it read.
+        edited: whether an intervention acted on it.
     """
 
     hidden: Float[AnyArray, "B D"]
@@ -56,6 +57,7 @@ class Trace:
     residuals: Float[AnyArray, "L1 B S D"]
     model: Model = dataclasses.field(repr=False)
     prompts: Prompts = dataclasses.field(repr=False, metadata={"static": True})
+    edited: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def output(self) -> Output:
@@ -104,6 +106,12 @@ class ImageSwap:
     layer: Int[AnyArray, "*S"]
     source: Trace
 
+    # What `forward` and whatever else calls interventions says: a trace does not hold a picture's residual stream.
+    refusal: ClassVar[str] = (
+        "an image swap works by a trace's keys and values: use jaxid.rerun; or capture the image tokens with "
+        "jaxid.forward and put them in with jaxid.replace."
+    )
+
     @property
     def sweep_shape(self) -> tuple[int, ...]:
         """Lengths of the leading sweep axes."""
@@ -115,15 +123,12 @@ class ImageSwap:
         return Reach(self.layer + 1, self.source.prompts.text_start())
 
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Refuses: a trace does not hold the residual stream of a picture.
+        """Refuses.
 
         Raises:
             InputError: always.
         """
-        raise InputError(
-            "an image swap works by a trace's keys and values: use jaxid.rerun; or capture the image tokens with "
-            "jaxid.forward and put them in with jaxid.replace."
-        )
+        raise InputError(self.refusal)
 
 
 def swap(source: Trace, layer: Any, at: Any) -> Any:
@@ -192,7 +197,7 @@ def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) ->
     Args:
         model: the model.
         prompts: B prompts.
-        intervention: the pass may itself be edited; later edits are then on top of it.
+        intervention: the pass may itself be edited: to be read, written on from, or swapped into another.
 
     Raises:
         InputError: for an edit that does not fit the model and the batch, or has sweep axes.
@@ -212,6 +217,7 @@ def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) ->
         residuals=record.residuals,
         model=model,
         prompts=prompts,
+        edited=intervention is not clean,
     )
 
 
@@ -289,14 +295,18 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
         The output; it captures nothing (use `forward`).
 
     Raises:
-        InputError: for an edit that does not fit the model and the batch, or a trace of another model.
+        InputError: for an edit that does not fit the model and the batch, or a trace of another model or of an
+            edited pass.
     """
-    if trace.model.definition != model.definition or trace.model.fingerprint != model.fingerprint:
-        raise InputError(f"the trace was made by {trace.model.name}, not by {model.name} ({model.fingerprint}).")
+    check_trace(model, trace, intervention)
     if intervention is clean:
         return trace.output
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk must be 1 or more, not {chunk}.")
     swaps, edits = _split(intervention)
     check(model, trace.prompts, edits)
+    for part in swaps:
+        _check_source(trace, part.source)
     reach: Reach | None = getattr(intervention, "reach", None)
     plan_ = None if reach is None else plan(trace, reach.position)
     if reach is None or plan_ is None:
@@ -310,7 +320,6 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
     own, other, swapped = trace, None, None
     if swaps:
         other = swaps[0].source
-        _check_source(trace, other)
         if edits is clean:  # then no row reads the trace's own prefix any more
             own, other = dataclasses.replace(trace, keys=other.keys, values=other.values), None
         else:
@@ -321,6 +330,19 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
     parameters = model.parameters
     hidden = _resume(model.definition, parameters, suffix, flat, jnp.asarray(start), chunk=min(chunk, start.size))
     return Output(hidden=hidden.reshape(*leading, *hidden.shape[1:]), captured={}, model=model)
+
+
+def check_trace(model: Model, trace: Trace, intervention: Intervention) -> None:
+    """Refuses a trace of another model, and edits of a pass that is itself edited.
+
+    What is run again would be run without the trace's own edit.
+    """
+    if trace.model.definition != model.definition or trace.model.fingerprint != model.fingerprint:
+        raise InputError(f"the trace was made by {trace.model.name}, not by {model.name} ({model.fingerprint}).")
+    if trace.edited and intervention is not clean:
+        raise InputError(
+            "the trace is of an edited pass; chain its edit and this one, and use a trace of the clean pass."
+        )
 
 
 def _split(intervention: Any) -> tuple[list[ImageSwap], Any]:

@@ -47,7 +47,9 @@ MAY_IMPORT = {
     "report": {"errors", "results"},
     "jobs": {"errors", "results"},
     "demo": {*TOP, "plots", "report"},
-    "cli": {*TOP, "plots", "report", "demo"},
+    "runs": {*TOP, "plots", "jobs"},
+    "cli_run": {"errors", "runs"},
+    "cli": {*TOP, "plots", "report", "demo", "cli_run"},
 }
 
 HEAVY = ("transformers", "flax", "matplotlib", "pyarrow", "torch")

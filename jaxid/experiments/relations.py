@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +19,11 @@ from jaxid.tracing import Trace
 ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 """Answer words of each kind of relation; the first one is at the smaller coordinate."""
 
-Case = Literal["lower", "capital", "both"]
-"""Which form of an answer word is read: "left", "Left", or the probability of both together."""
+Case = str
+"""Which form of an answer word is read: "lower" (left), "capital" (Left), or "both", their probabilities together."""
 
-Compat = Literal["none", "reference"]
-"""Whether the slips of the published code are reproduced, so that numbers can be compared one by one."""
+Compat = str
+"""Whether the slips of the published code are reproduced, so that numbers can be compared: "none" or "reference"."""
 
 
 def axis_of(item: SpatialItem) -> str:

@@ -139,7 +139,7 @@ def decode(
         number, token, tokens, lengths, done, keys, values = state
         token = jnp.where(done, filler, token)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, :, None], (0, 0, number))
-        lengths = lengths + ~done
+        lengths = lengths + (~done).astype(jnp.int32)
         done = done | (token[..., None] == stop_ids).any(axis=-1)
 
         def go() -> tuple[Array, Array, Array]:

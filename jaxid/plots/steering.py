@@ -204,7 +204,7 @@ def depth_by_row(
     check_shapes(layers=(layers, "L"), height=(height, "L 4 2"), depth=(depth, "L 4 2"))
     check_shapes(height_words=(height_words, "2"), depth_words=(depth_words, "2"))
     figure = new_figure(6.8, 3.0)
-    pair = figure.subplots(1, 2)
+    pair = figure.subplots(1, 2, sharey=True)
     colors = gradient(len(layers))
     panels = {"height": (height, height_words), "depth": (depth, depth_words)}
     for axes, (name, (change, words)) in zip(pair, panels.items(), strict=True):

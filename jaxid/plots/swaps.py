@@ -120,6 +120,7 @@ def swap_scores(
     words: Sequence[str],
     *,
     layers: Int[np.ndarray, "L"] | None = None,
+    robust: bool = False,
 ) -> Figure:
     """How far swapped activations carry the answers, by block ([ID] arXiv 2601.12626, Figure 4).
 
@@ -131,6 +132,8 @@ def swap_scores(
             answer stays that of the control run, 1 where it becomes that of the other picture.
         words: the two words.
         layers: the blocks that were swapped; 0 to L - 1 by default.
+        robust: medians and quartiles instead: for changes that hardly touch the answers, whose scores are quotients
+            of two small numbers throughout.
 
     Raises:
         InputError: The scores are empty, of different shapes, not of two words, or of more than four token sets.
@@ -144,7 +147,7 @@ def swap_scores(
         **{f"scores[{name!r}]": (values, "L B 2") for name, values in scores.items()},
         layers=(layers, "L"),
     )
-    means = {name: values.mean(axis=1) for name, values in scores.items()}
+    means = {name: np.median(values, axis=1) if robust else values.mean(axis=1) for name, values in scores.items()}
     layers = np.arange(len(next(iter(means.values())))) if layers is None else layers
     low = min(-0.2, *(float(mean.min()) - 0.1 for mean in means.values()))
     high = max(1.2, *(float(mean.max()) + 0.1 for mean in means.values()))
@@ -153,13 +156,14 @@ def swap_scores(
     for number, (axes, word) in enumerate(zip(pair, words, strict=True)):
         for (name, values), color in zip(scores.items(), colors, strict=False):
             mean, spread = means[name][:, number], values[..., number].std(axis=1)
-            axes.fill_between(layers, mean - spread, mean + spread, color=color, alpha=0.14, linewidth=0)
+            band = np.quantile(values[..., number], [0.25, 0.75], axis=1) if robust else [mean - spread, mean + spread]
+            axes.fill_between(layers, *band, color=color, alpha=0.14, linewidth=0)
             axes.plot(layers, mean, color=color, marker="o")
         axes.set(title=f"“{word}”", ylim=(low, high))
         block_axis(axes)
     drawn = zip(means.items(), colors, strict=False)
     label_ends(pair[1], layers, {names.get(name, name): (mean[-1, 1], color) for (name, mean), color in drawn})
-    pair[0].set_ylabel("swap score")
+    pair[0].set_ylabel("swap score (median)" if robust else "swap score")
     return finished(figure)
 
 

@@ -1,0 +1,1 @@
+"""The published experiments as resumable jobs on data sets: tables, summaries and figures in a folder."""
