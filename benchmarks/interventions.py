@@ -1,71 +1,81 @@
-"""jaxid beside the published PyTorch procedure on the same weights, prompts, vectors and CPUs.
+"""jaxid beside PyTorch: the published experiments on the same weights, prompts, vectors and CPUs.
 
     pip install -e ".[bench]"
-    python benchmarks/interventions.py --out results/ [--model tiny-llava] [--quick]
+    python benchmarks/interventions.py --out results/ [--models zoo,geometry] [--quick]
 
 The second prints one table and writes `interventions.json`, a flat map "{work}/{model}/{figure}" -> number. Times are
-seconds per prompt; `ratio_published` and `ratio_batched` say how many times longer PyTorch took, `compile_s` what
-jaxid's first call took beyond a later one. All systems have to find the same log-probabilities, or there is no result:
-the exit code is then 1.
+seconds per prompt (per picture, for the extraction), medians of rounds in which the systems take turns; `compile_s` is
+what jaxid's first call took beyond a later one. All systems have to find the same numbers, or there is no result: the
+exit code is then 1.
 
-Three systems: `published` (one prompt at a time, a control pass and a patched pass for every edit), `batched` (the
-same hooks, one control pass a batch, one patched pass of the batch for every edit) and `jaxid` (its experiments).
+Models: `zoo` is the shipped tiny-llava; `geometry` has random weights and the prompt of LLaVA-1.5, 576 picture tokens.
+
+Systems:
+    published   hooks on Hugging Face's class, one prompt at a time, a full control pass and a full patched pass for
+                every edit (and an intervened one for every swap). Timed on a few edits, which all cost the same.
+    nnsight     traces with the edits batched as invokes; timed on a few edits and its control pass.
+    strongest   Hugging Face's modules: one control pass, its KV cache shared by all edits, which run only the tokens
+                and blocks that they can change.
+    rewritten   the same procedure on a network written anew for oneDNN: weights reordered once, prompts in parallel.
+    jaxid       its experiments, as a user calls them.
 """
 
 import argparse
-import dataclasses
+import gc
+import importlib.util
+import json
+import resource
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import flops
 import numpy as np
 import timing
-from jaxtyping import Float
+import works
+from works import Found, Setting, System, Work
 
 from jaxid.errors import JaxidError
 from jaxid.results import ensure_output_folder, write_json
 
-ITEMS, QUICK_ITEMS = 16, 2
-"""Prompts of a run."""
-
 TOLERANCE = 1e-4
-"""Largest difference of two systems' log-probabilities, in nats, that counts as agreement."""
+"""Largest difference that counts as agreement: nats of log-probabilities, or a share of the largest hidden state."""
 
 MAX_DISTURBANCE = 0.05
 """Share of the CPUs that other processes may take before the times are called unreliable."""
 
 REFERENCE = "jaxid"
-SYSTEMS = ("published", "batched", REFERENCE)
-SEED = 0
+WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
+PROMPTS = {"zoo": (16, 64), "geometry": (1, 4)}
+"""By model: prompts of a work, and pictures of the extraction."""
 
-LogProbs = Mapping[str, Float[np.ndarray, "..."]]
-"""What a system finds: name of the quantity -> log-probabilities."""
+AIMS = {"steering": 55, "swaps": 45, "belief_swap": 20, "extraction": 1.5}
 
 
 class Disagreement(RuntimeError):
     """Systems that are meant to compute the same thing do not."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """A task that every system does on the same prompts."""
-
-    name: str
-    edits: int  # per prompt
-    systems: Mapping[str, Callable[[], LogProbs]]
-
-
 def check_agreement(
-    work: str, results: Mapping[str, LogProbs], *, reference: str = REFERENCE, tolerance: float = TOLERANCE
+    work: str,
+    results: Mapping[str, Found],
+    *,
+    reference: str = REFERENCE,
+    tolerance: float = TOLERANCE,
+    edits: Mapping[str, Sequence[int] | None] | None = None,
 ) -> float:
-    """Compares every system's log-probabilities with the reference's.
+    """Compares every system's numbers with the reference's.
 
     Args:
         work: what was computed, for the message.
         results: by system.
         reference: the system that the others are compared with.
-        tolerance: largest difference allowed, in nats.
+        tolerance: largest difference allowed; of "states", as a share of the largest value.
+        edits: by system, which of the reference's edits it did; all by default.
 
     Returns:
         The largest difference found.
@@ -76,7 +86,10 @@ def check_agreement(
     """
     largest = 0.0
     for system, found in results.items():
-        expected = results[reference]
+        expected = dict(results[reference])
+        chosen = (edits or {}).get(system)
+        if chosen is not None and "edited" in expected:
+            expected["edited"] = expected["edited"][list(chosen)]
         if set(found) != set(expected):
             raise Disagreement(f"{work}: {system} gives {sorted(found)}, {reference} {sorted(expected)}.")
         for name, values in found.items():
@@ -85,6 +98,8 @@ def check_agreement(
                     f"{work}: {name} of {system} has shape {values.shape}, of {reference} {expected[name].shape}."
                 )
             difference = np.abs(values.astype(np.float64) - expected[name].astype(np.float64))
+            if name == "states":
+                difference = difference / max(1.0, float(np.abs(expected[name]).max()))
             place = np.unravel_index(int(np.argmax(difference)), difference.shape)  # a NaN counts as the largest
             if not difference[place] <= tolerance:
                 raise Disagreement(
@@ -95,176 +110,105 @@ def check_agreement(
     return largest
 
 
-def make_works(model: Any, folder: Path, count: int) -> tuple[list[Work], list[str]]:
-    """The tasks on random pictures and random IDs, whose content costs no time, and lines that describe the model."""
-    import published
-    import torch
+def make_works(model: Any, folder: Path, counts: tuple[int, int], *, alone: bool = False) -> list[Work]:
+    """The tasks on a model.
 
-    from jaxid.engine import forward
-    from jaxid.experiments import belief_swap, steering
+    Args:
+        model: jaxid's.
+        folder: its checkpoint.
+        counts: prompts, and pictures of the extraction.
+        alone: of jaxid only, without PyTorch's models.
+    """
+    prompts, pictures = works.setting(model, folder, counts[0]), works.setting(model, folder, counts[1])
+    settings = {name: pictures if name == "extraction" else prompts for name in WORKS}
+    calls = {name: works.jaxid_calls(settings[name])[name] for name in WORKS}
+    systems: dict[str, dict[str, System]] = {name: {REFERENCE: System(call=calls[name])} for name in WORKS}
+    edits: dict[str, list[Any]] = {}
+    one_pass = 0.0
+    if not alone:
+        edits = works.torch_edits(prompts)
+        one_pass = _add_torch(systems, settings, edits, folder)
+    return [
+        Work(
+            name=name,
+            edits=len(edits.get(name, ())),
+            prompts=settings[name].count,
+            systems=systems[name],
+            flops=_flops(name, settings[name], edits, one_pass),
+        )
+        for name in WORKS
+    ]
+
+
+def _add_torch(
+    systems: dict[str, dict[str, System]],
+    settings: Mapping[str, Setting],
+    edits: Mapping[str, list[Any]],
+    folder: Path,
+) -> float:
+    """Adds PyTorch's systems; returns the operations of one full pass."""
+    import published
+    import rewritten
+    import strongest
+    import torch
 
     torch.set_num_threads(timing.THREADS)
     network = published.load(folder)
-    batch = _relation_batch(model, count)
-    prompts = _torch_batch(model, batch)
-    ids = _random_ids(model, batch)
-    layers, swap_layers = _steering_layers(model), list(range(model.num_layers))
-
-    pushes = np.asarray(steering.cell_vectors(ids, "horizontal", layers))
-    at = torch.from_numpy(batch.words.astype(np.int64))
-    steering_edits = [
-        published.Edit(
-            layer=layer,
-            at=at[:, :1],
-            vectors=torch.from_numpy(np.tile(pushes[number, x, y], (count, 1, 1))),
-        )
-        for number, layer in enumerate(layers)
-        for x in range(4)
-        for y in range(4)
-    ]
-    swap_edits = [
-        published.Edit(layer=layer, at=at, vectors=torch.from_numpy(vectors[layer].copy()), factor=1.0)
-        for vectors in _swap_vectors(ids, batch)
-        for layer in swap_layers
-    ]
-
-    def jaxid_control() -> LogProbs:
-        return {"control": np.asarray(forward(model, batch.prompts).logprobs(batch.answers))}
-
-    def jaxid_steering() -> LogProbs:
-        change = steering.run(model, batch, ids, layers=layers, multiplier=1.0)
-        return {"change": change.reshape(-1, count, 2)}
-
-    def jaxid_belief_swap() -> LogProbs:
-        found = belief_swap.run(model, batch, ids, layers=swap_layers, factors=(1.0,), seed=SEED)
-        return {"control": found.control, "steered": found.steered.reshape(-1, count, 2)}
-
-    def hooks_steering(run: Callable[..., tuple[np.ndarray, np.ndarray]]) -> LogProbs:
-        control, steered = run(network, prompts, steering_edits)
-        return {"change": steered - control}
-
-    def hooks_belief_swap(run: Callable[..., tuple[np.ndarray, np.ndarray]]) -> LogProbs:
-        control, steered = run(network, prompts, swap_edits)
-        return {"control": control, "steered": steered}
-
-    works = [
-        Work(
-            name="control",
-            edits=0,
-            systems={
-                "published": lambda: {"control": published.control_one_by_one(network, prompts)},
-                "batched": lambda: {"control": published.control_batched(network, prompts)},
-                "jaxid": jaxid_control,
-            },
-        ),
-        Work(
-            name="steering",
-            edits=len(steering_edits),
-            systems={
-                "published": lambda: hooks_steering(published.one_by_one),
-                "batched": lambda: hooks_steering(published.batched),
-                "jaxid": jaxid_steering,
-            },
-        ),
-        Work(
-            name="belief_swap",
-            edits=len(swap_edits),
-            systems={
-                "published": lambda: hooks_belief_swap(published.one_by_one),
-                "batched": lambda: hooks_belief_swap(published.batched),
-                "jaxid": jaxid_belief_swap,
-            },
-        ),
-    ]
-    size = sum(parameter.numel() for parameter in network.parameters())
-    lengths = prompts.last + 1
-    return works, [
-        f"model     {model.name}: {size:,} parameters, {model.num_layers} blocks, float32",
-        f"prompts   {count} of {int(lengths.min())} to {int(lengths.max())} tokens, which jaxid pads to "
-        f"{batch.prompts.inputs.token_ids.shape[1]}",
-        f"one pass  {published.flops(network, prompts):,} floating-point operations a prompt (without padding)",
-    ]
-
-
-def _relation_batch(model: Any, count: int) -> Any:
-    from jaxid.data.coco_spatial import SpatialItem
-    from jaxid.data.objects import OBJECTS
-    from jaxid.experiments.relations import prepare
-
-    rng = np.random.default_rng(SEED)
-    side = model.config.vision_config.image_size
-    pairs = [rng.permutation(len(OBJECTS))[:2] for _ in range(count)]
-    items = [
-        SpatialItem(
-            image_id=number,
-            picture=rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
-            subject=OBJECTS[subject],
-            object=OBJECTS[other],
-            relation=("left", "right")[number % 2],
-        )
-        for number, (subject, other) in enumerate(pairs)
-    ]
-    return prepare(model, items)
-
-
-def _torch_batch(model: Any, batch: Any) -> Any:
-    """The same arrays for PyTorch, cut to the longest prompt: padding to a multiple is jaxid's choice."""
-    import published
-    import torch
-
-    inputs = batch.prompts.inputs
-    length = int(inputs.last.max()) + 1
-    return published.Batch(
-        token_ids=torch.from_numpy(inputs.token_ids[:, :length].astype(np.int64)),
-        valid=torch.from_numpy(inputs.valid[:, :length].astype(np.int64)),
-        pixels=torch.from_numpy(inputs.pixels),
-        last=torch.from_numpy(inputs.last.astype(np.int64)),
-        answers=torch.from_numpy(model.processor.answer_ids(batch.answers).astype(np.int64)),
+    one_by_one = SimpleNamespace(
+        control=published.control_one_by_one,
+        steer=published.one_by_one,
+        swap=published.swap_one_by_one,
+        extract=published.extract_one_by_one,
     )
+    modules: dict[str, tuple[Any, Any, bool]] = {
+        "published": (one_by_one, network, True),
+        "strongest": (strongest, network, False),
+        "rewritten": (rewritten, rewritten.load(folder), False),
+    }
+    if importlib.util.find_spec("nnsight") is not None:
+        import nnsight_way
+
+        modules["nnsight"] = (nnsight_way, nnsight_way.load(folder), True)
+    for system, (module, loaded, subset) in modules.items():
+        for name in systems:
+            call, chosen = works.torch_calls(module, loaded, settings[name], edits, subset)[name]
+            systems[name][system] = System(call=call, edits=chosen)
+    return published.flops(network, settings["control"].torch_batch)
 
 
-def _random_ids(model: Any, batch: Any) -> Any:
-    """IDs in random directions, as long as the words' activations at each layer."""
-    from jaxid.experiments.relations import control
-    from jaxid.ids import FULL_SIZE, GRID, SpatialIDs
+def _flops(name: str, work: Setting, edits: Mapping[str, list[Any]], one_pass: float) -> tuple[float, float]:
+    """Operations a prompt: of jaxid, and of the published procedure."""
+    config, prompts = work.model.config, work.batch.prompts
+    tokens, start = int(prompts.last()[0]) + 1, int(prompts.text_start()[0])
+    first = {"words": int(work.batch.words[0, :2].min()), "subject": int(work.batch.words[0, 0]), "text": start}
+    clean = flops.control(config, tokens, tokens - start)
+    layers = [edit.layer for edit in edits.get(name, ())]
 
-    lengths = np.linalg.norm(control(model, batch)[1], axis=-1).mean(axis=(1, 2))
-    shape = (model.num_layers, 1, 1, GRID, GRID, model.width)
-    values = np.random.default_rng(SEED).standard_normal(shape).astype(np.float32)
-    values *= lengths.reshape(-1, 1, 1, 1, 1, 1) / np.linalg.norm(values, axis=-1, keepdims=True)
-    return SpatialIDs(
-        values=values,
-        counts=np.ones(shape[1:-1], np.int32),
-        objects=("random",),
-        sizes=(FULL_SIZE,),
-        layer_names=tuple(f"resid_post[{layer}]" for layer in range(model.num_layers)),
-        model=model.name,
-    )
+    def suffix(kind: str, some: Sequence[int]) -> float:
+        return flops.edits(config, some, first[kind], tokens - first[kind])
 
-
-def _steering_layers(model: Any) -> list[int]:
-    """Three layers as deep as the published ones, 12 to 14 of 32."""
-    first = max(0, min(12 * model.num_layers // 32, model.num_layers - 3))
-    return list(range(model.num_layers))[first : first + 3]
+    if name == "control":
+        return clean, one_pass
+    if name == "extraction":
+        return flops.control(config, tokens, 1), one_pass
+    if name == "swaps":
+        third = layers[: len(layers) // 3]
+        return 2 * clean + 2 * suffix("text", third) + suffix("words", third), 3 * len(layers) * one_pass
+    kind = "subject" if name == "steering" else "words"
+    return clean + suffix(kind, layers), 2 * len(layers) * one_pass
 
 
-def _swap_vectors(ids: Any, batch: Any) -> list[Float[np.ndarray, "L B 2 D"]]:
-    """Directions of the belief swap at every layer, written out here once more, and the experiment's own noise."""
-    import jax
-
-    universal = np.asarray(ids.universal)
-    toward_left = universal[:, 0, 0] - universal[:, 3, 0]
-    sign = np.where(batch.truth == 1, 1, -1).astype(np.float32)
-    subject = toward_left[:, None] * sign[None, :, None]
-    pushes = np.stack([subject, -subject], axis=2)
-    return [pushes, np.asarray(jax.random.normal(jax.random.key(SEED), pushes.shape, np.float32))]
-
-
-def measure(work: Work, prompts: int, rounds: int = timing.MIN_ROUNDS) -> tuple[dict[str, float], float]:
+def measure(work: Work, peak: float, shared: Mapping[str, float], rounds: int) -> tuple[dict[str, float], float]:
     """Times one task on all systems, side by side.
 
+    Args:
+        work: the task.
+        peak: of matrix products, operations a second.
+        shared: seconds of each system's control pass of as many prompts, which its edits do not multiply.
+        rounds: timed calls.
+
     Returns:
-        Figures by name, and the largest difference of the systems' log-probabilities.
+        Figures by name, and the largest difference of the systems' numbers.
 
     Raises:
         Disagreement: if the systems do not agree.
@@ -272,56 +216,144 @@ def measure(work: Work, prompts: int, rounds: int = timing.MIN_ROUNDS) -> tuple[
     import jax
 
     jax.clear_caches()  # so that jaxid's first call compiles all that the task needs, whatever ran before
-    timed = timing.side_by_side(work.systems, rounds)
-    largest = check_agreement(work.name, {system: times.result for system, times in timed.items()})
-    figures = {f"{system}_s": timed[system].median / prompts for system in SYSTEMS}
+    gc.collect()
+    timed = timing.side_by_side({name: system.call for name, system in work.systems.items()}, rounds)
+    largest = check_agreement(
+        work.name,
+        {name: times.result for name, times in timed.items()},
+        edits={name: system.edits for name, system in work.systems.items()},
+    )
+    seconds = {}
+    for name, system in work.systems.items():
+        taken = timed[name].median
+        if system.edits is not None:
+            fixed = shared.get(name, 0.0)
+            taken = fixed + (taken - fixed) * work.edits / len(system.edits)
+        seconds[name] = taken / work.prompts
+    figures = {f"{name}_s": value for name, value in seconds.items()}
+    ours = seconds[REFERENCE]
+    figures |= {f"ratio_{name}": value / ours for name, value in seconds.items() if name != REFERENCE}
     figures |= {
-        f"ratio_{system}": timed[system].median / timed[REFERENCE].median for system in SYSTEMS if system != REFERENCE
+        "compile_s": timed[REFERENCE].warm_up,
+        "peak_fraction": work.flops[0] / ours / peak,
+        "flop_bound": work.flops[1] / work.flops[0],
     }
-    return figures | {"compile_s": timed[REFERENCE].warm_up}, largest
+    return figures, largest
 
 
-HEADER = ("work", "edits", "published ms", "batched ms", "jaxid ms", "pub/jaxid", "bat/jaxid", "compile s", "max diff")
+def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] = (1, 8, 64, 512)) -> dict[str, float]:
+    """What an edit of the steering costs, beyond the shared trace, over its own operations at the peak."""
+    from jaxid.interventions import add
+    from jaxid.tracing import rerun, trace
+
+    work = works.setting(model, folder, 1)
+    recorded, word = trace(model, work.batch.prompts), work.batch.words[:, 0]
+    last, start = int(work.batch.prompts.last()[0]), int(word[0])
+    layers = works.steering_layers(model)
+    vectors = np.random.default_rng(1).standard_normal((max(counts), model.width), np.float32)
+    found = {}
+    for count in counts:
+        chosen = np.array([layers[number % len(layers)] for number in range(count)])
+        push = add(layer=chosen, at=word, vector=vectors[:count])
+
+        def call(push: Any = push) -> np.ndarray:
+            return np.asarray(rerun(model, recorded, push).logprobs(work.batch.answers))
+
+        taken = timing.side_by_side({"jaxid": call})["jaxid"].median
+        needed = flops.edits(model.config, chosen.tolist(), start, last + 1 - start)
+        found[f"cost_per_edit_{count}"] = taken / (needed / peak)
+    return found
 
 
-def table_row(work: Work, figures: Mapping[str, float], largest: float) -> list[str]:
-    """One task's line of the table; times in milliseconds per prompt."""
-    times = [f"{1e3 * figures[f'{system}_s']:.2f}" for system in SYSTEMS]
-    ratios = [f"{figures[f'ratio_{system}']:.2f}" for system in SYSTEMS if system != REFERENCE]
-    return [work.name, str(work.edits), *times, *ratios, f"{figures['compile_s']:.2f}", f"{largest:.1e}"]
+def peak_memory(model: str, folder: Path, counts: tuple[int, int]) -> dict[str, float]:
+    """Largest resident memory of jaxid alone, in a process of its own for every task, MB."""
+    found = {}
+    for name in WORKS:
+        command = [sys.executable, __file__, "--out", ".", "--memory-of", name, str(folder), *map(str, counts)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[f"{name}/{model}/peak_mb"] = float(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
 
-def _print_row(cells: Sequence[str]) -> None:
-    print(f"{cells[0]:<12}" + "".join(f"{cell:>13}" for cell in cells[1:]), flush=True)
+def _report_memory(name: str, folder: Path, counts: tuple[int, int]) -> None:
+    timing.use_cpus()
+    from jaxid.checkpoints.loading import load
+
+    chosen = {work.name: work for work in make_works(load(folder), folder, counts, alone=True)}[name]
+    chosen.systems[REFERENCE].call()
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def run(model_name: str, out: Path, *, quick: bool) -> dict[str, float]:
-    """Measures every task, prints the table and writes `interventions.json`.
+def _print_table(model: str, results: Mapping[str, float], made: Sequence[Work], largest: Mapping[str, float]) -> None:
+    names = [
+        name for name in ("published", "nnsight", "strongest", "rewritten") if f"control/{model}/{name}_s" in results
+    ]
+    header = ["work", "edits", *(f"{name} ms" for name in names), "jaxid ms", *(f"/{name}" for name in names)]
+    header += ["FLOP bound", "of peak", "compile s", "MB", "max diff"]
+    rows = [header]
+    for work in made:
+        value = {
+            key.split("/")[2]: number for key, number in results.items() if key.startswith(f"{work.name}/{model}/")
+        }
+        rows.append(
+            [
+                work.name,
+                str(work.edits),
+                *(f"{1e3 * value[f'{name}_s']:.1f}" for name in (*names, REFERENCE)),
+                *(f"{value[f'ratio_{name}']:.1f}x" for name in names),
+                f"{value['flop_bound']:.1f}x",
+                f"{value['peak_fraction']:.0%}",
+                f"{value['compile_s']:.1f}",
+                f"{value.get('peak_mb', float('nan')):.0f}",
+                f"{largest[work.name]:.0e}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    print(f"\n{model}")
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
+    aims = ", ".join(f"{name} {aim:g}x" for name, aim in AIMS.items())
+    if model == "geometry":
+        print(f"aims over published: {aims}; steering over nnsight 10x, over strongest 1.5x; control 75% of peak")
+
+
+def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, float]:
+    """Measures every task on every model, prints the tables and writes `interventions.json`.
 
     Raises:
-        JaxidError: if the model cannot be loaded or the results not be written.
+        JaxidError: if a model cannot be loaded or the results not be written.
         Disagreement: if the systems do not agree; nothing is written then.
     """
     cpus = timing.use_cpus()
-    from jaxid.checkpoints.loading import find_folder, load
+    from jaxid.checkpoints.loading import load
 
     ensure_output_folder(out)
-    folder = find_folder(model_name)
     for line in timing.describe_machine(cpus):
         print(line)
-    count = QUICK_ITEMS if quick else ITEMS
-    works, lines = make_works(load(model_name), folder, count)
-    for line in lines:
-        print(line)
-    print(f"times     milliseconds a prompt, medians of {timing.MIN_ROUNDS} rounds, systems in turn\n")
-    _print_row(HEADER)
-    name = Path(model_name).name
+    peak = flops.matrix_peak()
+    print(f"peak      {peak / 1e9:.0f} GFLOP/s of a float32 matrix product, the better of JAX and PyTorch")
+    print("times     milliseconds a prompt (extraction: a picture), medians of rounds in turn", flush=True)
     results: dict[str, float] = {}
     with timing.Disturbance(cpus) as disturbance:
-        for work in works:
-            figures, largest = measure(work, count)
-            _print_row(table_row(work, figures, largest))
-            results |= {f"{work.name}/{name}/{figure}": value for figure, value in figures.items()}
+        for name, folder in models.items():
+            counts = (1, 2) if quick else PROMPTS.get(name, PROMPTS["zoo"])
+            model = load(folder)
+            made = make_works(model, folder, counts)
+            shared: dict[str, float] = {}
+            largest: dict[str, float] = {}
+            for work in made:
+                figures, largest[work.name] = measure(work, peak, shared, timing.MIN_ROUNDS)
+                if work.name == "control" and "nnsight_s" in figures:
+                    shared["nnsight"] = figures["nnsight_s"] * work.prompts
+                results |= {f"{work.name}/{name}/{figure}": value for figure, value in figures.items()}
+            results |= {f"steering/{name}/{figure}": value for figure, value in cost_per_edit(
+                model, folder, peak, (1, 8) if quick else (1, 8, 64, 512)).items()}  # fmt: skip
+            if not quick:
+                results |= peak_memory(name, folder, counts)
+            _print_table(name, results, made, largest)
+            costs = {key: value for key, value in results.items() if f"/{name}/cost_per_edit" in key}
+            print("an edit's cost over its own operations at the peak: " + ", ".join(
+                f"{key.rsplit('_', 1)[1]} edits {value:.2f}" for key, value in costs.items()))  # fmt: skip
     print()
     if disturbance.share is not None:
         verdict = "" if disturbance.share < MAX_DISTURBANCE else ": too busy a machine, do not quote these numbers"
@@ -333,13 +365,21 @@ def run(model_name: str, out: Path, *, quick: bool) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line: 0 for a result, 1 where systems disagree, 2 for a wrong argument or model."""
-    parser = argparse.ArgumentParser(description="jaxid beside the published PyTorch procedure, on CPU.")
+    parser = argparse.ArgumentParser(description="jaxid beside PyTorch, on CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for interventions.json")
-    parser.add_argument("--model", default="tiny-llava", help="a shipped model, or a folder in Hugging Face layout")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} prompts instead of {ITEMS}")
+    parser.add_argument(
+        "--models", default="zoo,geometry", help="zoo, geometry, or folders in Hugging Face layout, joined by commas"
+    )
+    parser.add_argument("--quick", action="store_true", help="one prompt, two pictures, few edits; no memory")
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
-        run(options.model, options.out, quick=options.quick)
+        if options.memory_of:
+            name, folder, *counts = options.memory_of
+            _report_memory(name, Path(folder), (int(counts[0]), int(counts[1])))
+            return 0
+        with tempfile.TemporaryDirectory() as temporary:
+            run(_folders(options.models, Path(temporary)), options.out, quick=options.quick)
     except Disagreement as error:
         print(f"error: the systems do not agree, so their times mean nothing. {error}", file=sys.stderr)
         return 1
@@ -347,6 +387,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _folders(names: str, temporary: Path) -> dict[str, Path]:
+    """The models' folders; the one of the geometry is written first."""
+    timing.use_cpus()
+    import geometry
+
+    from jaxid.checkpoints.loading import find_folder
+
+    folders = {}
+    for name in names.split(","):
+        if name == "zoo":
+            folders[name] = find_folder("tiny-llava")
+        elif name == "geometry":
+            folders[name] = geometry.write(temporary / "geometry")
+        else:
+            folders[Path(name).name] = find_folder(name)
+    return folders
 
 
 if __name__ == "__main__":

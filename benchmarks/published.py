@@ -2,7 +2,8 @@
 
 Two ways of running it. `one_by_one` is the published one: a single prompt at a time, and for every edit a full
 control pass and a full patched pass. `batched` is what a careful user of the same hooks would write: one control
-pass for a batch of prompts, then one patched pass of the batch for every edit.
+pass for a batch of prompts, then one patched pass of the batch for every edit. Swaps and the extraction of hidden
+states are there in the published way alone.
 """
 
 import contextlib
@@ -70,6 +71,38 @@ class Edit:
     def prompt(self, row: int) -> "Edit":
         """The edit of one prompt."""
         return dataclasses.replace(self, at=self.at[row : row + 1], vectors=self.vectors[row : row + 1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Swap:
+    """Outputs of one decoder block replaced by those of a run on other pictures.
+
+    Attributes:
+        layer: the block, 0-based.
+        at: positions, Int[B, P]; shorter rows are filled up with a position that they hold already.
+    """
+
+    layer: int
+    at: Int[Tensor, "B P"]
+
+    def prompt(self, row: int) -> "Swap":
+        """The swap of one prompt."""
+        return dataclasses.replace(self, at=self.at[row : row + 1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Swapped:
+    """What the swaps find: log-probabilities of the answers.
+
+    Attributes:
+        control: of the runs on the prompts' own pictures, Float[B, n].
+        intervened: of the runs on the other pictures, Float[B, n].
+        patched: of the control runs after every swap, Float[E, B, n].
+    """
+
+    control: Float[np.ndarray, "B n"]
+    intervened: Float[np.ndarray, "B n"]
+    patched: Float[np.ndarray, "E B n"]
 
 
 def load(folder: Path) -> Any:
@@ -146,6 +179,60 @@ def batched(
         return clean.numpy(), torch.stack(edited).numpy()
 
 
+def swap_one_by_one(network: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap]) -> Swapped:
+    """The published way: for every prompt and every swap a control, an intervened and a patched pass.
+
+    Args:
+        network: Hugging Face's class.
+        batch: the prompts with the control pictures.
+        other: the pictures of the intervened runs.
+        swaps: what is replaced.
+    """
+    rows: list[Swapped] = []
+    with torch.inference_mode():
+        for row in range(len(batch.last)):
+            prompt = batch.prompt(row)
+            intervened = dataclasses.replace(prompt, pixels=other[row : row + 1])
+            triples = [_swap(network, prompt, intervened, swap.prompt(row)) for swap in swaps]
+            control, changed, patched = (torch.cat(parts).numpy() for parts in zip(*triples, strict=True))
+            rows.append(Swapped(control=control[-1], intervened=changed[-1], patched=patched))
+    return Swapped(
+        control=np.stack([row.control for row in rows]),
+        intervened=np.stack([row.intervened for row in rows]),
+        patched=np.stack([row.patched for row in rows], axis=1),
+    )
+
+
+def _swap(network: Any, prompt: Batch, intervened: Batch, swap: Swap) -> tuple[Tensor, Tensor, Tensor]:
+    control = log_probs(network, prompt)
+    values: list[Tensor] = []
+    with _hooked(network, swap.layer, _record(values)):
+        changed = log_probs(network, intervened)
+    with _hooked(network, swap.layer, _replace(values[0], swap.at)):
+        return control, changed, log_probs(network, prompt)
+
+
+def extract_one_by_one(network: Any, batch: Batch, at: Int[Tensor, "B"]) -> Float[np.ndarray, "B L1 D"]:
+    """The published way: a full pass for every picture, with all hidden states kept until it ends.
+
+    Returns:
+        Hidden states at each prompt's position: the embeddings, then every block's output (the last one's before the
+        final norm, which is why Hugging Face's `output_hidden_states` does not serve).
+    """
+    found = []
+    layers = network.model.language_model.layers
+    with torch.inference_mode():
+        for row, position in enumerate(at.tolist()):
+            states: list[Tensor] = []
+            with contextlib.ExitStack() as hooks:
+                hooks.enter_context(_before(layers[0], states))
+                for number in range(len(layers)):
+                    hooks.enter_context(_hooked(network, number, _record(states)))
+                log_probs(network, batch.prompt(row))
+            found.append(torch.cat([state[:, position] for state in states]).numpy())
+    return np.stack(found)
+
+
 def _control_and_patched(network: Any, batch: Batch, edits: Sequence[Edit]) -> tuple[Tensor, list[Tensor]]:
     norms: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
@@ -175,6 +262,32 @@ def _hooked(network: Any, layer: int, hook: Hook) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def _before(block: Any, values: list[Tensor]) -> Iterator[None]:
+    """Records a block's input."""
+    handle = block.register_forward_pre_hook(lambda _, arguments: values.append(arguments[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _record(values: list[Tensor]) -> Hook:
+    def hook(block: Any, arguments: Any, output: Any) -> None:
+        values.append(bare_tensor(output))
+
+    return hook
+
+
+def _replace(values: Float[Tensor, "B T D"], at: Int[Tensor, "B P"]) -> Hook:
+    def hook(block: Any, arguments: Any, output: Any) -> Tensor:
+        edited, rows = bare_tensor(output), torch.arange(len(at))[:, None]
+        edited[rows, at] = values[rows, at]
+        return edited
+
+    return hook
 
 
 def _record_norms(norms: Float[Tensor, "B P"], at: Int[Tensor, "B P"]) -> Hook:

@@ -77,7 +77,7 @@ class Edit:
         first = positions.min(axis=(*range(positions.ndim - 2), positions.ndim - 1), initial=NOWHERE)
         if self.site == "embed":
             return Reach(self.layer * 0, first)
-        return Reach(self.layer + (self.site == "resid_post"), first)
+        return Reach(self.layer + int(self.site == "resid_post"), first)
 
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The value with the edit applied where it acts; untouched at other sites and layers."""

@@ -255,7 +255,7 @@ def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any
     recorded = np.minimum(places - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
     return reuse.Suffix(
         residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
-        positions=jnp.asarray(np.minimum(places, trace.keys.shape[3] - 1)),
+        positions=jnp.asarray(np.minimum(places, trace.prompts.offsets.shape[1] - 1)),
         last=jnp.asarray(trace.prompts.last() - plan.first),
         prefix_keys=trace.keys,
         prefix_values=trace.values,
@@ -320,6 +320,7 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
     own, other, swapped = trace, None, None
     if swaps:
         other = swaps[0].source
+        plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, other.keys.shape[3]))
         if edits is clean:  # then no row reads the trace's own prefix any more
             own, other = dataclasses.replace(trace, keys=other.keys, values=other.values), None
         else:

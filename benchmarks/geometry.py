@@ -1,0 +1,137 @@
+"""A model of LLaVA-1.5's geometry with random weights: as many picture tokens, a decoder that one machine can run.
+
+336-pixel pictures make 576 tokens, as in the published 7B and 13B models; blocks are fewer and narrower. The weights
+mean nothing, but they are scaled so that activations stay healthy over depth, attention looks at few tokens, and both
+the picture and a single edited word move the answers' log-probabilities by far more than rounding does.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxid.errors import InputError
+from jaxid.models.decoder import DecoderConfig, RopeConfig
+from jaxid.models.llava import Llava, LlavaConfig
+from jaxid.models.vision import VisionConfig
+from jaxid.results import ensure_output_folder
+from jaxid.zoo import tiny_llava
+from jaxid.zoo.export import hf_config, write_llava
+
+CONFIG = LlavaConfig(
+    text_config=DecoderConfig(
+        vocab_size=32064,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+        rope=RopeConfig(rope_theta=10000.0),
+    ),
+    vision_config=VisionConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        image_size=336,
+        patch_size=14,
+    ),
+    image_token_index=tiny_llava.VOCABULARY.index("<image>"),
+    vision_feature_layer=(-2,),
+)
+"""About 260 million parameters."""
+
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's."""
+
+GAINS = {"query": 1.5, "key": 1.5, "out": 2.0, "down": 0.7}
+"""Root mean square of what a kernel makes of values of root mean square 1, where it is not 1, by the kernel's name.
+
+Scores of two tokens then spread by 2.25, so that a token attends to a handful of others, not to all 600 alike.
+"""
+
+BIAS = 0.1
+
+
+def write(folder: Path, config: LlavaConfig = CONFIG, *, seed: int = 0) -> Path:
+    """Writes the checkpoint in Hugging Face layout, unless it is there already.
+
+    Args:
+        folder: where to; it appears whole or not at all.
+        config: the model's shape; its vocabulary has to hold the words of tiny-llava.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if the folder holds something else.
+        OutputError: if it cannot be written.
+    """
+    vocabulary = _vocabulary(config.text_config.vocab_size)
+    if folder.exists():
+        _check_same(folder, hf_config(config, vocabulary))
+        return folder
+    ensure_output_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        made = Path(temporary) / "model"
+        write_llava(
+            made,
+            config,
+            _parameters(config, seed),
+            vocabulary=vocabulary,
+            chat_template=tiny_llava.CHAT_TEMPLATE,
+            mean=PIXEL_MEAN,
+            std=PIXEL_STD,
+        )
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster
+            _check_same(folder, hf_config(config, vocabulary))
+    return folder
+
+
+def _check_same(folder: Path, expected: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    if not file.is_file() or json.loads(file.read_text()) != json.loads(json.dumps(expected)):
+        raise InputError(
+            f"{folder} holds something other than the benchmark's model: remove it or name another folder."
+        )
+
+
+def _vocabulary(size: int) -> list[str]:
+    """The words of tiny-llava, filled up: every id has to stand for a token."""
+    words = list(tiny_llava.VOCABULARY)
+    return words + [f"word{number}" for number in range(len(words), size)]
+
+
+def _parameters(config: LlavaConfig, seed: int) -> dict[str, Any]:
+    shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))[1])
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        names = [part.key for part in path]
+        values = rng.standard_normal(leaf.shape, np.float32)
+        if names[-1] == "scale":
+            return 1 + np.float32(BIAS) * values
+        if "bias" in names[-1]:
+            return np.float32(BIAS) * values
+        gain = next((gain for name, gain in GAINS.items() if name in names), 1.0)
+        return values * np.float32(gain * _inputs(names, leaf.shape) ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def _inputs(names: list[str], shape: tuple[int, ...]) -> int:
+    """How many values a weight sums over for each value that it makes; a table's row is looked up, not summed."""
+    if names[-1] in ("embedding", "position", "class_token"):
+        return 1
+    if names[-1] == "patch_kernel":
+        return int(np.prod(shape[:-1]))
+    per_layer = shape[1:] if "layers" in names else shape
+    return int(np.prod(per_layer[:-1] if names[-1] == "out" else per_layer[:1]))

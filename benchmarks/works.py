@@ -1,0 +1,248 @@
+"""The tasks of the benchmark: each is done by every system on the same prompts, vectors and weights."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+SEED = 0
+SUBSET = 6
+"""Edits that the systems of full passes are timed on: each edit costs them the same."""
+
+Found = Mapping[str, Float[np.ndarray, "..."]]
+"""What a system finds: name of the quantity -> values. "edited" has a leading axis of edits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """A way of doing a task.
+
+    Attributes:
+        call: does it; returns when the result is there.
+        edits: which edits it does; None for all of them.
+        shared: seconds of a call that do not grow with the edits, of this system.
+    """
+
+    call: Callable[[], Found]
+    edits: Sequence[int] | None = None
+    shared: Callable[[], float] = lambda: 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """A task that every system does on the same prompts.
+
+    Attributes:
+        name: of the task.
+        edits: per prompt.
+        prompts: how many.
+        systems: by name.
+        flops: floating-point operations a prompt of jaxid and of the published procedure.
+    """
+
+    name: str
+    edits: int
+    prompts: int
+    systems: Mapping[str, System]
+    flops: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A model with its prompts, for all systems."""
+
+    model: Any
+    folder: Path
+    batch: Any  # prepared questions
+    mirrored: Any  # the same about mirrored pictures
+    ids: Any
+    torch_batch: Any
+    torch_other: Any
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return len(self.batch.prompts)
+
+
+def setting(model: Any, folder: Path, count: int) -> Setting:
+    """Random pictures and random IDs, whose content costs no time."""
+    import published
+    import torch
+
+    from jaxid.data.objects import OBJECTS
+    from jaxid.experiments.relations import ANSWERS, prepare_questions
+
+    rng = np.random.default_rng(SEED)
+    side = model.config.vision_config.image_size
+    pairs = [tuple(OBJECTS[number] for number in rng.permutation(len(OBJECTS))[:2]) for _ in range(count)]
+    pictures = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    questions = [f"Is the {subject} to the left or right of the {other}?" for subject, other in pairs]
+    batches = [
+        prepare_questions(
+            model,
+            list(shown),
+            questions,
+            pairs,
+            axis="horizontal",
+            answers=ANSWERS["horizontal"],
+            truth=[number % 2 for number in range(count)],
+        )
+        for shown in (pictures, pictures[:, :, ::-1])
+    ]
+    inputs = batches[0].prompts.inputs
+    length = int(inputs.last.max()) + 1
+    torch_batch = published.Batch(
+        token_ids=torch.from_numpy(inputs.token_ids[:, :length].astype(np.int64)),
+        valid=torch.from_numpy(inputs.valid[:, :length].astype(np.int64)),
+        pixels=torch.from_numpy(inputs.pixels),
+        last=torch.from_numpy(inputs.last.astype(np.int64)),
+        answers=torch.from_numpy(model.processor.answer_ids(batches[0].answers).astype(np.int64)),
+    )
+    return Setting(
+        model=model,
+        folder=folder,
+        batch=batches[0],
+        mirrored=batches[1],
+        ids=_random_ids(model, batches[0]),
+        torch_batch=torch_batch,
+        torch_other=torch.from_numpy(batches[1].prompts.inputs.pixels),
+    )
+
+
+def _random_ids(model: Any, batch: Any) -> Any:
+    """IDs in random directions, as long as the words' activations at each layer."""
+    from jaxid.ids import FULL_SIZE, GRID, SpatialIDs
+    from jaxid.tracing import trace
+
+    lengths = np.linalg.norm(trace(model, batch.prompts).at(batch.words)[1:], axis=-1).mean(axis=(1, 2))
+    shape = (model.num_layers, 1, 1, GRID, GRID, model.width)
+    values = np.random.default_rng(SEED).standard_normal(shape).astype(np.float32)
+    values *= lengths.reshape(-1, 1, 1, 1, 1, 1) / np.linalg.norm(values, axis=-1, keepdims=True)
+    return SpatialIDs(
+        values=values,
+        counts=np.ones(shape[1:-1], np.int32),
+        objects=("random",),
+        sizes=(FULL_SIZE,),
+        layer_names=tuple(f"blocks.{layer}.resid_post" for layer in range(model.num_layers)),
+        model=model.name,
+    )
+
+
+def steering_layers(model: Any) -> list[int]:
+    """Three layers as deep as the published ones, 12 to 14 of 32."""
+    first = max(0, min(12 * model.num_layers // 32, model.num_layers - 3))
+    return list(range(model.num_layers))[first : first + 3]
+
+
+def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
+    """The tasks, as jaxid's experiments do them."""
+    from jaxid.experiments import activation_swap, belief_swap, grid, steering
+    from jaxid.tracing import trace
+
+    model, batch, count = work.model, work.batch, work.count
+    words = [batch.prompts.questions[row].split()[2] for row in range(count)]
+
+    def control() -> Found:
+        return {"control": np.asarray(trace(model, batch.prompts).logprobs(batch.answers))}
+
+    def steer() -> Found:
+        found = steering.run(model, batch, work.ids, layers=steering_layers(model), multiplier=1.0)
+        return {"control": found.control, "edited": found.steered.reshape(-1, count, 2)}
+
+    def swap_beliefs() -> Found:
+        layers = range(model.num_layers)
+        found = belief_swap.run(model, batch, work.ids, layers=layers, factors=(1.0,), seed=SEED)
+        return {"control": found.control, "edited": found.steered.reshape(-1, count, 2)}
+
+    def swap_activations() -> Found:
+        found = activation_swap.run(model, batch, work.mirrored.prompts)
+        return {
+            "control": found.control,
+            "intervened": found.intervened,
+            "edited": found.patched.reshape(-1, count, 2),
+        }
+
+    def extract() -> Found:
+        return {"states": grid.activations_at(model, batch.prompts, words)}
+
+    return {
+        "control": control,
+        "steering": steer,
+        "belief_swap": swap_beliefs,
+        "swaps": swap_activations,
+        "extraction": extract,
+    }
+
+
+def torch_edits(work: Setting) -> dict[str, list[Any]]:
+    """The tasks' edits for PyTorch, in jaxid's order."""
+    import published
+    import torch
+
+    from jaxid.experiments import activation_swap, belief_swap, steering
+
+    model, batch, count = work.model, work.batch, work.count
+    at = torch.from_numpy(batch.words.astype(np.int64))
+    layers = steering_layers(model)
+    pushes = np.asarray(steering.cell_vectors(work.ids, "horizontal", layers))
+    steering_edits = [
+        published.Edit(layer=layer, at=at[:, :1], vectors=torch.from_numpy(np.tile(pushes[row, x, y], (count, 1, 1))))
+        for row, layer in enumerate(layers)
+        for x in range(4)
+        for y in range(4)
+    ]
+    # What the control run believes, from PyTorch itself, and the published directions written out once more.
+    believed = published.control_batched(published.load(work.folder), work.torch_batch).argmax(axis=-1)
+    universal = np.asarray(work.ids.universal)
+    toward_left = universal[:, 0, 0] - universal[:, 3, 0]
+    subject = toward_left[:, None] * np.where(believed == 1, 1, -1).astype(np.float32)[None, :, None]
+    ids = np.stack([subject, -subject], axis=2)
+    noise = np.asarray(belief_swap.noise(SEED, np.arange(count), model.num_layers, model.width))
+    belief_edits = [
+        published.Edit(layer=layer, at=at, vectors=torch.from_numpy(vectors[layer].copy()), factor=1.0)
+        for vectors in (ids, noise)
+        for layer in range(model.num_layers)
+    ]
+    swaps = [
+        published.Swap(layer=layer, at=torch.from_numpy(places.astype(np.int64)))
+        for places in activation_swap.token_sets(batch).values()
+        for layer in range(model.num_layers)
+    ]
+    return {"steering": steering_edits, "belief_swap": belief_edits, "swaps": swaps}
+
+
+def spread(edits: int) -> list[int]:
+    """The edits of the subset: first to last, evenly."""
+    return sorted({round(place) for place in np.linspace(0, edits - 1, min(SUBSET, edits))})
+
+
+def torch_calls(
+    module: Any, network: Any, work: Setting, edits: Mapping[str, list[Any]], subset: bool
+) -> dict[str, tuple[Callable[[], Found], Sequence[int] | None]]:
+    """The tasks, as a module of PyTorch procedures does them, and which edits it does."""
+    import torch
+
+    batch, other = work.torch_batch, work.torch_other
+    asked = torch.from_numpy(work.batch.words[:, 0].astype(np.int64))
+    calls: dict[str, tuple[Callable[[], Found], Sequence[int] | None]] = {
+        "control": (lambda: {"control": module.control(network, batch)}, None),
+        "extraction": (lambda: {"states": module.extract(network, batch, asked)}, None),
+    }
+    for name in ("steering", "belief_swap", "swaps"):
+        chosen = spread(len(edits[name])) if subset else list(range(len(edits[name])))
+        some = [edits[name][number] for number in chosen]
+
+        def edited(some: list[Any] = some) -> Found:
+            control, found = module.steer(network, batch, some)
+            return {"control": control, "edited": found}
+
+        def swapped(some: list[Any] = some) -> Found:
+            found = module.swap(network, batch, other, some)
+            return {"control": found.control, "intervened": found.intervened, "edited": found.patched}
+
+        calls[name] = (swapped if name == "swaps" else edited, chosen if subset else None)
+    return calls
