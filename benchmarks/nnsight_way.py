@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nnsight
+import nnsight  # pyright: ignore[reportMissingImports] - comes with the extra `bench`
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -120,11 +120,11 @@ def _control(model: Any, prompt: Batch, read: Sequence[int]) -> _Run:
     decoder = model.model.language_model
     inputs = {"input_ids": prompt.token_ids, "attention_mask": prompt.valid, "pixel_values": prompt.pixels}
     with model.trace(**inputs, use_cache=False, logits_to_keep=1):
-        embeddings = decoder.layers[0].input.save()
+        embeddings = nnsight.save(decoder.layers[0].input)
         states = nnsight.save({})
         for layer in read:
             states[layer] = decoder.layers[layer].output
-        found = torch.log_softmax(model.lm_head.output[:, -1], dim=-1)[:, prompt.answers].save()
+        found = nnsight.save(torch.log_softmax(model.lm_head.output[:, -1], dim=-1)[:, prompt.answers])
     return _Run(found=found.numpy(), embeddings=embeddings, states=states)
 
 

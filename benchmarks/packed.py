@@ -329,25 +329,18 @@ class Packed:
         turns = torch.cat([self._turns(group, part).flatten(0, 1) for group, part in zip(groups, rows, strict=True)])
         normed = block.normed(states)
         keys, values = block.keys_and_values(normed, turns)
+        computed = asked = [len(part) * part.shape[1] for part in rows]
         if tail:
+            asked = [len(part) for part in rows]
             ends = torch.cat([torch.full((len(part),), part.shape[1]) for part in rows]).cumsum(0) - 1
             states, normed, turns = states[ends], normed[ends], turns[ends]
         queries = block.turned(block.query(normed), turns)
-        lengths = [len(part) if tail else len(part) * part.shape[1] for part in rows]
-        mixed = torch.cat(
-            [
-                _shared_prefix_attention(*parts, group.source.cache[number], group.start, len(part))
-                for group, part, *parts in zip(
-                    groups,
-                    rows,
-                    queries.split(lengths),
-                    keys.split([len(part) * part.shape[1] for part in rows]),
-                    values.split([len(part) * part.shape[1] for part in rows]),
-                    strict=True,
-                )
-            ]
-        )
-        done = block.finish(states, mixed).split(lengths)
+        own = zip(queries.split(asked), keys.split(computed), values.split(computed), strict=True)
+        mixed = [
+            _shared_prefix_attention(mine, len(part), group.source.cache[number], group.start)
+            for mine, part, group in zip(own, rows, groups, strict=True)
+        ]
+        done = block.finish(states, torch.cat(mixed)).split(asked)
         return [part.view(len(before), -1, part.shape[-1]) for part, before in zip(done, rows, strict=True)]
 
     def _turns(self, group: Group, rows: Float[Tensor, "R S D"]) -> Complex[Tensor, "R S 1 C2"]:
@@ -361,17 +354,22 @@ class Packed:
 
 
 def _shared_prefix_attention(
-    queries: Float[Tensor, "Q H C"],
-    keys: Float[Tensor, "N H C"],
-    values: Float[Tensor, "N H C"],
+    own: tuple[Float[Tensor, "Q H C"], Float[Tensor, "N H C"], Float[Tensor, "N H C"]],
+    rows: int,
     prefix: tuple[Float[Tensor, "T H C"], Float[Tensor, "T H C"]],
     length: int,
-    rows: int,
 ) -> Float[Tensor, "Q H C"]:
-    """Attention of all rows to the prefix they share, merged with each row's causal attention to its own tokens."""
-    shared = [part[:length].transpose(0, 1)[None] for part in prefix]
-    before, sums = attend(queries.transpose(0, 1)[None], shared[0], shared[1])
-    own = [part.unflatten(0, (rows, -1)).transpose(1, 2) for part in (queries, keys, values)]
-    after, own_sums = attend(own[0], own[1], own[2], causal=len(queries) == len(keys))
+    """Attention of all rows to the prefix they share, merged with each row's causal attention to its own tokens.
+
+    Args:
+        own: queries of every row's last tokens or of all, keys and values of all, rows one after the other.
+        rows: how many.
+        prefix: keys and values of the pass that the rows continue.
+        length: how many of its tokens the rows share.
+    """
+    shared_keys, shared_values = (part[:length].transpose(0, 1)[None] for part in prefix)
+    before, sums = attend(own[0].transpose(0, 1)[None], shared_keys, shared_values)
+    queries, keys, values = (part.unflatten(0, (rows, -1)).transpose(1, 2) for part in own)
+    after, own_sums = attend(queries, keys, values, causal=queries.shape == keys.shape)
     share = torch.sigmoid(own_sums.transpose(1, 2).flatten(0, 1) - sums[0].transpose(0, 1))
     return torch.lerp(before[0].transpose(0, 1), after.transpose(1, 2).flatten(0, 1), share[..., None])

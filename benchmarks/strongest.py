@@ -115,7 +115,8 @@ def _resume_some(
     decoder = network.model.language_model
     blocks, (length, width) = len(decoder.layers), joins[0][1].shape
     cache = DynamicCache()
-    for number, layer in enumerate(source.cache.layers):
+    layers: list[Any] = source.cache.layers
+    for number, layer in enumerate(layers):
         cache.update(layer.keys[:, :, :first], layer.values[:, :, :first], number)
     places = torch.arange(first, first + length)
     own = torch.ones(length, length, dtype=torch.bool).tril()

@@ -156,7 +156,7 @@ def steer(
     """Steer subjects to every cell of the grid, or one picture at every block (Figure 6)."""
     from jaxid.runs import steer as job
 
-    options = _options(locals()) | {"cells": _cells(cells)}
+    options: dict[str, Any] = _options(locals()) | {"cells": _cells(cells)}
     summary = job.run(job.SteerConfig(**options))
     first, second = summary["words"]
     if picture is not None:

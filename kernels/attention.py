@@ -5,6 +5,7 @@ that would write scores of all heads to memory and read them back three times; t
 and a block of queries at a time, so that scores stay in cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -63,9 +64,9 @@ def merge(*parts: Part) -> Float[Array, "*batch E"]:
     """Attention over all keys from attention over disjoint sets of them, by their log-sum-exps."""
     largest = jax.lax.stop_gradient(jnp.stack([part.largest for part in parts]).max(axis=0))
     weights = [jnp.exp(part.largest - largest) for part in parts]
-    mixed = sum(part.mixed * weight[..., None] for part, weight in zip(parts, weights, strict=True))
-    total = sum(part.total * weight for part, weight in zip(parts, weights, strict=True))
-    return mixed / total[..., None]
+    mixed = [part.mixed * weight[..., None] for part, weight in zip(parts, weights, strict=True)]
+    total = [part.total * weight for part, weight in zip(parts, weights, strict=True)]
+    return functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, total)[..., None]
 
 
 def attend(

@@ -15,7 +15,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # PyTorch's threads
 
+from collections.abc import Iterator
+
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
 install_import_hook("jaxid", "runtime_types.checked")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For modules that compile many small programs and run each a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

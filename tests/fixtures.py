@@ -18,6 +18,7 @@ from families import Case
 from jaxid.checkpoints.loading import load
 from jaxid.inputs import Prompts
 from jaxid.models.base import Model
+from jaxid.tracing import Trace, trace
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
 """Gone when the test run ends."""
@@ -57,6 +58,12 @@ def model(case: Case, dtype: str = "float32") -> Model:
 def prompts(case: Case) -> Prompts:
     """Two prompts of unequal length with a picture each."""
     return model(case).prepare(pictures(), QUESTIONS)
+
+
+@functools.cache
+def recorded(case: Case) -> Trace:
+    """The clean pass over `prompts`."""
+    return trace(model(case), prompts(case))
 
 
 @functools.cache

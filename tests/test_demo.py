@@ -41,6 +41,8 @@ def swap(turned: np.ndarray) -> BeliefSwap:
         layers=np.arange(turned.shape[1]),
         factors=np.arange(1.0, 1 + turned.shape[2]),
         truth=np.zeros(turned.shape[-1], int),
+        control_texts=np.full(turned.shape[-1], "", object),
+        steered_texts=np.full(turned.shape, "", object),
     )
 
 

@@ -124,13 +124,13 @@ def write_grid_folder(
     for number, (name_a, name_b) in enumerate(pairs):
         rng = np.random.default_rng((seed, number))
         for side in object_sizes:
-            cells = np.asarray(placed).reshape(-1, 2, 2)
+            both = np.asarray(placed).reshape(-1, 2, 2)
             scenes = sample_grid(
                 rng,
                 np.full(len(placed), OBJECTS.index(name_a)),
-                cells[:, 0],
+                both[:, 0],
                 np.full(len(placed), OBJECTS.index(name_b)),
-                cells[:, 1],
+                both[:, 1],
                 scale=side / CELL_SIZE,
                 jitter_size=jitter_size,
                 jitter_angle=jitter_angle,

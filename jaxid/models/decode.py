@@ -115,10 +115,11 @@ def decode(
                     place = (layer, 0, 0, own + number, 0, 0)
                     new = new.reshape(1, rows, batch, *new.shape[1:])
                     caches[number_of_cache] = jax.lax.dynamic_update_slice(caches[number_of_cache], new, place)
-                ours = layer_of(tuple(caches), layer)
+                own_keys, own_values = layer_of(tuple(caches), layer)
+                allowed = valid[None, :, None]
                 query = query.reshape(rows, batch, *query.shape[1:])
                 mixed = attention.shared_prefix_attention(
-                    prefix_keys, prefix_values, prefix.valid, query, *ours, valid[None, :, None]
+                    prefix_keys, prefix_values, prefix.valid, query, own_keys, own_values, allowed
                 )
                 return mixed.reshape(rows * batch, *mixed.shape[2:])
 

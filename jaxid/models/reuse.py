@@ -268,12 +268,18 @@ class Runner:
             mask = self.causal
             if last_only:
                 mask = (jnp.arange(length) <= suffix.last[:, None])[None, :, None]
-            arguments = (split(query), split(key), split(value), mask)
+            queries, keys, values = split(query), split(key), split(value)
             if found is not None:
-                found.extend(arguments[1:3])
+                found.extend((keys, values))
+
+            def against(prefix: Any) -> Array:
+                return attention.shared_prefix_attention(
+                    prefix[0], prefix[1], suffix.prefix_mask, queries, keys, values, mask
+                )
+
             if swapped is None:
-                return join(attention.shared_prefix_attention(*own, suffix.prefix_mask, *arguments))
-            mixed = [attention.shared_prefix_attention(*read, suffix.prefix_mask, *arguments) for read in (own, other)]
+                return join(against(own))
+            mixed = [against(own), against(other)]
             return join(jnp.where((swapped < layer)[:, None, None, None, None], mixed[1], mixed[0]))
 
         def tap(name: str, value: Array) -> Array:

@@ -1,11 +1,26 @@
-"""Attention against a naive loop."""
+"""Attention against a naive loop, and against one softmax over all keys."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxid.kernels.attention import attend, causal_mask
+from jaxid.kernels import attention
+from jaxid.kernels.attention import (
+    Part,
+    attend,
+    causal_mask,
+    merge,
+    prefix_part,
+    shared_prefix_attention,
+    suffix_part,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def naive(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -105,3 +120,266 @@ def test_causal_mask_of_later_queries() -> None:
     valid = jnp.array([[True] * 5, [True, True, False, True, True]])
     expected = [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]]
     np.testing.assert_array_equal(causal_mask(queries, keys, valid), np.array(expected, bool))
+
+
+# --- both implementations: all heads at once, and head by head ------------------------------------------------------
+
+
+@pytest.fixture(params=["together", "head by head"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Chooses the implementation; on CPU their sizes would. Blocks of queries are short, so that there are several."""
+    monkeypatch.setattr(attention, "_HEADWISE_FROM", 0 if request.param == "head by head" else 10**9)
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 4)
+    yield request.param
+
+
+def compiled(function: Any) -> Any:
+    """Traced anew, so that no program of the other path is found."""
+    return jax.jit(lambda *arguments: function(*arguments))
+
+
+causal_attend = partial(attend, causal=True)
+
+
+def plain(query: Any, key: Any, value: Any, mask: Any, xp: Any = np) -> Any:
+    """One softmax; keys and values repeated for the query heads that share them. In float64, or in JAX."""
+    query, key, value = (np.asarray(array, np.float64) if xp is np else array for array in (query, key, value))
+    shared = query.shape[2] // key.shape[2]
+    key, value = (xp.repeat(array, shared, axis=2) for array in (key, value))
+    scores = xp.einsum("bshe,bthe->bhst", query, key) / np.asarray(query.shape[-1] ** 0.5, query.dtype)
+    scores = xp.where(xp.asarray(mask)[:, None], scores, -np.inf)
+    weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return xp.einsum("bhst,bthe->bshe", weights / weights.sum(axis=-1, keepdims=True), value)
+
+
+def drawn(rng: np.random.Generator, *shape: int, spread: float = 1.0) -> jax.Array:
+    return jnp.asarray(spread * rng.standard_normal(shape), jnp.float32)
+
+
+def padded_causal(length: int, keys: int, ends: tuple[int, ...]) -> np.ndarray:
+    """Queries are the last tokens; prompts end at `ends`, and padding reads what stands before it."""
+    query, key = np.arange(length)[:, None] + keys - length, np.arange(keys)
+    return (key <= query) & (key < np.array(ends)[:, None, None])
+
+
+SIZES = [(11, 11, 6, 2), (5, 13, 4, 4), (1, 9, 4, 1)]
+"""Queries, keys, heads, key-value heads."""
+
+
+@pytest.mark.parametrize(("length", "keys", "heads", "kv_heads"), SIZES)
+def test_causal_padded_and_grouped(path: str, length: int, keys: int, heads: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(length + heads)
+    query, key, value = drawn(rng, 2, length, heads, 8), *(drawn(rng, 2, keys, kv_heads, 8) for _ in range(2))
+    mask = padded_causal(length, keys, (keys, keys - 4))
+    found = compiled(causal_attend)(query, key, value, jnp.asarray(mask))
+    np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-6)
+
+
+def test_any_mask_one_for_all_and_none(path: str) -> None:
+    rng = np.random.default_rng(1)
+    query, key, value = drawn(rng, 3, 9, 4, 8), drawn(rng, 3, 7, 2, 8), drawn(rng, 3, 7, 2, 8)
+    mask = rng.random((3, 9, 7)) < 0.4
+    mask[:, :, 2] = True
+    run = compiled(attend)
+    for some in (mask, mask[:1]):
+        np.testing.assert_allclose(run(query, key, value, jnp.asarray(some)), plain(query, key, value, some), atol=2e-6)
+    np.testing.assert_allclose(run(query, key, value), plain(query, key, value, np.ones_like(mask)), atol=2e-6)
+
+
+def slopes(function: Any, *arguments: jax.Array) -> tuple[jax.Array, ...]:
+    """Gradients of a sum with unequal weights."""
+
+    def total(*arguments: jax.Array) -> jax.Array:
+        value = function(*arguments)
+        return (value * jnp.sin(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape)).sum()
+
+    return jax.jit(jax.grad(total, argnums=tuple(range(len(arguments)))))(*arguments)
+
+
+def test_gradients(path: str) -> None:
+    rng = np.random.default_rng(2)
+    query, key, value = drawn(rng, 2, 10, 4, 8), drawn(rng, 2, 10, 2, 8), drawn(rng, 2, 10, 2, 8)
+    mask = padded_causal(10, 10, (10, 7))
+    found = slopes(lambda q, k, v: attend(q, k, v, jnp.asarray(mask), causal=True), query, key, value)
+    wanted = slopes(lambda q, k, v: plain(q, k, v, mask, jnp), query, key, value)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_vmap_is_a_loop(path: str) -> None:
+    """Also over the mask alone, and over queries that share their keys."""
+    rng = np.random.default_rng(3)
+    query, key, value = drawn(rng, 3, 2, 6, 4, 8), drawn(rng, 2, 6, 2, 8), drawn(rng, 2, 6, 2, 8)
+    masks = jnp.asarray(np.tril(rng.random((3, 2, 6, 6)) < 0.6) | np.eye(6, dtype=bool))
+
+    def one(query: jax.Array, mask: jax.Array) -> jax.Array:
+        return attend(query, key, value, mask, causal=True)
+
+    once = jax.jit(one)
+    looped = jnp.stack([once(query[row], masks[row]) for row in range(3)])
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(query, masks), looped, atol=1e-6)
+    alike = jnp.stack([once(query[0], masks[row]) for row in range(3)])
+    np.testing.assert_allclose(jax.jit(jax.vmap(one, in_axes=(None, 0)))(query[0], masks), alike, atol=1e-6)
+
+
+def test_large_scores_and_bfloat16(path: str) -> None:
+    rng = np.random.default_rng(4)
+    query, key, value = drawn(rng, 2, 7, 4, 8, spread=30), drawn(rng, 2, 7, 2, 8, spread=30), drawn(rng, 2, 7, 2, 8)
+    mask = padded_causal(7, 7, (7, 5))
+    found = compiled(causal_attend)(query, key, value, jnp.asarray(mask))
+    np.testing.assert_allclose(found, plain(query, key, value, mask), atol=2e-3)
+    query, key, value = (jnp.asarray(array / 30, jnp.bfloat16) for array in (query, key, value))
+    found = compiled(causal_attend)(query, key, value, jnp.asarray(mask))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), plain(query, key, value, mask), atol=0.002)
+
+
+@pytest.mark.parametrize("length", [384, 401])
+def test_long_sequences_in_blocks_of_their_real_size(length: int) -> None:
+    rng = np.random.default_rng(length)
+    query, key, value = drawn(rng, 2, length, 2, 4), drawn(rng, 2, length, 1, 4), drawn(rng, 2, length, 1, 4)
+    assert length > attention._QUERY_BLOCK and length**2 > attention._HEADWISE_FROM
+    mask = padded_causal(length, length, (length, 100))
+    found = compiled(causal_attend)(query, key, value, jnp.asarray(mask))
+    np.testing.assert_allclose(found, plain(query, key, value, mask), atol=5e-6)
+
+
+# --- rows that share a prefix ---------------------------------------------------------------------------------------
+
+
+def shared(
+    rows: int, batch: int, length: int, own: int, prefix: int, heads: int, kv_heads: int, spread: float = 1.0
+) -> Any:
+    """Prefix keys and values, queries, own keys and values."""
+    rng = np.random.default_rng(prefix + 7 * rows + heads)
+    before = [drawn(rng, batch, kv_heads, prefix, 8, spread=size) for size in (spread, 1)]
+    after = [drawn(rng, rows, batch, own, kv_heads, 8, spread=size) for size in (spread, 1)]
+    return *before, drawn(rng, rows, batch, length, heads, 8), *after
+
+
+def tiled(
+    prefix_key: Any, prefix_value: Any, query: Any, key: Any, value: Any, *, prefix_mask: Any, mask: Any, xp: Any = np
+) -> Any:
+    """Every row with a prefix of its own, in one softmax."""
+    rows, batch, length = query.shape[:3]
+    copies = [
+        xp.broadcast_to(xp.moveaxis(array, 1, 2), (rows, batch, array.shape[2], array.shape[1], array.shape[3]))
+        for array in (xp.asarray(prefix_key), xp.asarray(prefix_value))
+    ]
+    whole = [xp.concatenate(pair, axis=2) for pair in zip(copies, (key, value), strict=True)]
+    before = np.broadcast_to(prefix_mask[:, None], (rows, batch, length, prefix_mask.shape[1]))
+    allowed = np.concatenate([before, np.broadcast_to(mask, (rows, batch, *mask.shape[2:]))], axis=-1)
+    arrays = [array.reshape(rows * batch, *array.shape[2:]) for array in (query, *whole, allowed)]
+    return plain(*arrays, xp=xp).reshape(query.shape)
+
+
+def masks(batch: int, length: int, own: int, prefix: int) -> dict[str, np.ndarray]:
+    """Prefixes of different lengths, none at all for the last prompt; queries are the last of the own tokens."""
+    ends = np.linspace(prefix, 0, batch).astype(int)
+    causal = np.arange(own) <= np.arange(length)[:, None] + own - length
+    return {"prefix_mask": np.arange(prefix) < ends[:, None], "mask": causal[None, None]}
+
+
+ROWS = [(3, 2, 4, 4, 9, 4, 2), (5, 3, 1, 6, 7, 6, 1), (2, 2, 3, 3, 0, 4, 4)]
+"""Rows, prompts, queries, own keys, keys of the prefix, heads, key-value heads."""
+
+
+@pytest.mark.parametrize("sizes", ROWS)
+def test_a_shared_prefix_is_a_prefix_of_ones_own(path: str, sizes: tuple[int, ...]) -> None:
+    arrays, allowed = shared(*sizes), masks(*sizes[1:5])
+    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
+    found = compiled(shared_prefix_attention)(*arrays[:2], prefix_mask, *arrays[2:], mask)
+    np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
+
+
+@pytest.mark.parametrize("sharing", ["rows", "prompts"])
+def test_masks_of_rows_and_of_prompts(path: str, sharing: str) -> None:
+    rows, batch = 3, 2
+    arrays, allowed = shared(rows, batch, 4, 5, 6, 4, 2), masks(batch, 4, 5, 6)
+    axes = {"rows": (1, batch), "prompts": (rows, 1)}[sharing]
+    mask = np.random.default_rng(0).random((*axes, 4, 5)) < 0.5
+    mask[..., 1] = True
+    allowed["mask"] = mask
+    found = compiled(shared_prefix_attention)(
+        *arrays[:2], jnp.asarray(allowed["prefix_mask"]), *arrays[2:], jnp.asarray(mask)
+    )
+    np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
+
+
+@pytest.mark.parametrize("spread", [100.0, 1000.0])
+def test_parts_of_very_different_weight(path: str, spread: float) -> None:
+    """Scores up to thousands: exp overflows unless both parts are shifted to the larger of their maxima."""
+    arrays, allowed = shared(4, 3, 2, 3, 8, 4, 2, spread), masks(3, 2, 3, 8)
+    arguments = (jnp.asarray(allowed["prefix_mask"]), *arrays[2:], jnp.asarray(allowed["mask"]))
+    found, wanted = compiled(shared_prefix_attention)(*arrays[:2], *arguments), tiled(*arrays, **allowed)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, wanted, atol=3e-6 * spread)
+    # Both parts win somewhere, or nothing would be shown.
+    alone = merge(suffix_part(arrays[2], arrays[3], arrays[4], arguments[-1]))
+    same = np.abs(np.asarray(alone - wanted)).max(axis=-1) < 1e-3
+    assert 0.2 < same[:, :2].mean() < 0.8 and same[:, 2].all()
+
+
+def test_parts_are_softmaxes_not_yet_normalised(path: str) -> None:
+    arrays, allowed = shared(3, 2, 4, 4, 9, 4, 2, 3.0), masks(2, 4, 4, 9)
+    allowed["prefix_mask"][1, :3] = True
+    prefix_key, prefix_value, query, key, value = arrays
+    nothing = np.zeros((1, 1, 4, 4), bool)
+    prefix = compiled(prefix_part)(query, prefix_key, prefix_value, jnp.asarray(allowed["prefix_mask"]))
+    own = compiled(suffix_part)(query, key, value, jnp.asarray(allowed["mask"]))
+    none_before = np.zeros_like(allowed["prefix_mask"])
+    for part, wanted in (
+        (prefix, tiled(*arrays, prefix_mask=allowed["prefix_mask"], mask=nothing)),
+        (own, tiled(*arrays, prefix_mask=none_before, mask=allowed["mask"])),
+    ):
+        assert part.mixed.shape == query.shape and part.largest.shape == part.total.shape == query.shape[:-1]
+        np.testing.assert_allclose(part.mixed / part.total[..., None], wanted, atol=3e-6)
+        np.testing.assert_allclose(merge(part), wanted, atol=3e-6)
+    scores = jnp.einsum("rbske,bkpe->rbskp", query[:, :, :, ::2], prefix_key, precision="highest") * 8**-0.5
+    scores = jnp.where(jnp.asarray(allowed["prefix_mask"])[:, None, None], scores, -jnp.inf)
+    ours = (prefix.largest + jnp.log(prefix.total))[..., ::2]
+    np.testing.assert_allclose(ours, jax.nn.logsumexp(scores, axis=-1), atol=1e-5)
+
+
+def test_merging_any_division_of_the_keys() -> None:
+    rng = np.random.default_rng(6)
+    query, key, value = drawn(rng, 2, 3, 4, 4, 8), *(drawn(rng, 2, 3, 12, 2, 8, spread=20) for _ in range(2))
+    run = compiled(suffix_part)
+    whole = run(query, key, value, jnp.ones((2, 3, 4, 12), bool))
+    owner = rng.integers(0, 3, (2, 3, 4, 12))
+    parts = [run(query, key, value, jnp.asarray(owner == number)) for number in range(3)]
+    np.testing.assert_allclose(merge(*parts), merge(whole), atol=2e-4)
+    np.testing.assert_allclose(merge(*parts[::-1]), merge(*parts), atol=2e-5)
+    shifted = Part(whole.mixed * jnp.exp(5.0), whole.largest - 5, whole.total * jnp.exp(5.0))
+    np.testing.assert_allclose(merge(shifted), merge(whole), atol=2e-5)
+
+
+def test_gradients_through_a_shared_prefix(path: str) -> None:
+    arrays, allowed = shared(3, 2, 4, 4, 9, 4, 2, 2.0), masks(2, 4, 4, 9)
+    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
+    found = slopes(lambda pk, pv, q, k, v: shared_prefix_attention(pk, pv, prefix_mask, q, k, v, mask), *arrays)
+    wanted = slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_rows_of_real_size_go_head_by_head() -> None:
+    sizes = (6, 2, 12, 12, 90, 4, 2)
+    arrays, allowed = shared(*sizes), masks(2, 12, 12, 90)
+    assert attention._HEADWISE_FROM < 6 * 12 * 90
+    found = compiled(shared_prefix_attention)(
+        *arrays[:2], jnp.asarray(allowed["prefix_mask"]), *arrays[2:], jnp.asarray(allowed["mask"])
+    )
+    np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=3e-6)
+
+
+def test_a_shared_prefix_in_bfloat16(path: str) -> None:
+    arrays, allowed = shared(3, 2, 4, 4, 9, 4, 2), masks(2, 4, 4, 9)
+    rounded = [array.astype(jnp.bfloat16) for array in arrays]
+    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
+    found = compiled(shared_prefix_attention)(*rounded[:2], prefix_mask, *rounded[2:], mask)
+    assert found.dtype == jnp.bfloat16
+    exact = [array.astype(jnp.float32) for array in rounded]
+    np.testing.assert_allclose(found.astype(jnp.float32), tiled(*exact, **allowed), atol=0.02)
