@@ -24,7 +24,6 @@ import argparse
 import gc
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -281,7 +280,7 @@ def _report_memory(name: str, folder: Path, counts: tuple[int, int]) -> None:
 
     chosen = {work.name: work for work in make_works(load(folder), folder, counts, alone=True)}[name]
     chosen.systems[REFERENCE].call()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    print(json.dumps(timing.peak_memory_mb()))
 
 
 def _print_table(model: str, results: Mapping[str, float], made: Sequence[Work], largest: Mapping[str, float]) -> None:

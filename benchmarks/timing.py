@@ -124,6 +124,17 @@ class Disturbance:
         return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
+def peak_memory_mb() -> float:
+    """Most memory that this process has held at once, MB; NaN where the system does not tell.
+
+    Not `getrusage`: it counts what the process that started this one held.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")]
+    return found[0] if found else float("nan")
+
+
 def describe_machine(cpus: list[int]) -> list[str]:
     """Lines that say what the times were measured on."""
     packages = ("jaxid-vlm", "jax", "jaxlib", "flax", "torch", "transformers", "numpy")

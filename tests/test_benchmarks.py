@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,8 +23,8 @@ from jaxid.zoo import tiny_llava
 from jaxid.zoo.export import write_llava
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-FIGURES = ("published_s", "batched_s", "jaxid_s", "ratio_published", "ratio_batched", "compile_s")
-WORKS = ("control", "steering", "belief_swap")
+SYSTEMS = ("published", "strongest", "rewritten", "nnsight")
+WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
 
 
 @pytest.fixture
@@ -96,6 +98,35 @@ def test_other_shapes_and_quantities_are_disagreements(modules: Any) -> None:
         interventions.check_agreement("steering", broadcastable)
     with pytest.raises(interventions.Disagreement, match="batched gives"):
         interventions.check_agreement("steering", results | {"batched": {"steered": np.zeros(1)}})
+
+
+def test_states_are_compared_by_their_scale_and_edits_by_number(modules: Any) -> None:
+    interventions = modules("interventions")
+    states = np.full((2, 3, 4), 50.0, np.float32)
+    found = interventions.check_agreement("extraction", {"a": {"states": states + 4e-3}, "jaxid": {"states": states}})
+    assert found == pytest.approx(8e-5, rel=0.1)
+    edited = np.arange(10, dtype=np.float32).reshape(5, 2, 1)
+    some = {"a": {"edited": edited[[1, 4]]}, "jaxid": {"edited": edited}}
+    assert interventions.check_agreement("steering", some, edits={"a": [1, 4]}) == 0
+    with pytest.raises(interventions.Disagreement):
+        interventions.check_agreement("steering", some, edits={"a": [1, 3]})
+
+
+def test_operations_by_hand(modules: Any) -> None:
+    """A block of width 2, one head of 2, MLP of 3: every product written out."""
+    text = SimpleNamespace(
+        hidden_size=2, head_dim=2, num_attention_heads=1, num_key_value_heads=1, intermediate_size=3, vocab_size=5
+    )
+    text.num_hidden_layers = 4
+    config, flops = SimpleNamespace(text_config=text), modules("flops")
+    projections = 2 * 2 * 2
+    keys, queries, context = 7, 3, 11
+    by_hand = 2 * keys * projections + queries * (2 * projections + 3 * 2 * 2 * 3) + context * 2 * (2 * 2)
+    assert flops.block(config, keys, queries, context) == by_hand
+    last = flops.block(config, 3, 1, 10 + 3) + 2 * 2 * 5
+    assert flops.edit(config, 3, prefix=10, suffix=3) == last
+    assert flops.edit(config, 1, prefix=10, suffix=3) == last + 2 * flops.block(config, 3, 3, 3 * 10 + 6)
+    assert flops.edit(config, 4, prefix=10, suffix=3) == 2 * 2 * 5
 
 
 def test_systems_take_turns_and_the_first_call_stands_apart(modules: Any) -> None:
@@ -184,20 +215,21 @@ def start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_quick_run_writes_every_figure(folder: Path, tmp_path: Path) -> None:
     script = str(BENCHMARKS / "interventions.py")
-    process = start([script, "--quick", "--model", str(folder), "--out", str(tmp_path)])
+    process = start([script, "--quick", "--models", str(folder), "--out", str(tmp_path)])
     assert process.returncode == 0, process.stderr
     figures = json.loads((tmp_path / "interventions.json").read_text())
-    assert set(figures) == {f"{work}/random-llava/{figure}" for work in WORKS for figure in FIGURES}
+    systems = [name for name in SYSTEMS if name != "nnsight" or importlib.util.find_spec("nnsight")]
+    names = {"jaxid_s", "compile_s", "peak_fraction", "flop_bound"}
+    names |= {f"{system}_s" for system in systems} | {f"ratio_{system}" for system in systems}
+    costs = {f"steering/random-llava/cost_per_edit_{count}" for count in (1, 8)}
+    assert set(figures) == {f"{work}/random-llava/{name}" for work in WORKS for name in names} | costs
+    assert min(figures.values()) > 0
     for work in WORKS:
-        times = {
-            name: figures[f"{work}/random-llava/{name}_s"] for name in ("published", "batched", "jaxid", "compile")
-        }
-        assert min(times.values()) > 0
-        for system in ("published", "batched"):
-            ratio = figures[f"{work}/random-llava/ratio_{system}"]
-            assert ratio == pytest.approx(times[system] / times["jaxid"])
-        assert f"\n{work} " in process.stdout
-    for part in ("machine ", "threads   2 each", "transformers 5.", "floating-point operations a prompt"):
+        for system in systems:
+            ratio = figures[f"{work}/random-llava/{system}_s"] / figures[f"{work}/random-llava/jaxid_s"]
+            assert figures[f"{work}/random-llava/ratio_{system}"] == pytest.approx(ratio)
+        assert f" {work}  " in process.stdout
+    for part in ("machine ", "threads   2 each", "transformers 5.", "GFLOP/s"):
         assert part in process.stdout
 
 
@@ -207,7 +239,7 @@ def test_systems_that_disagree_end_the_run_without_a_result(folder: Path, tmp_pa
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import interventions, published\n"
         "right = published.log_probs\n"
         "published.log_probs = lambda *arguments: right(*arguments) + 1e-3\n"
-        f"sys.exit(interventions.main(['--quick', '--model', {str(folder)!r}, '--out', {str(tmp_path)!r}]))"
+        f"sys.exit(interventions.main(['--quick', '--models', {str(folder)!r}, '--out', {str(tmp_path)!r}]))"
     )
     process = start(["-c", program])
     assert process.returncode == 1
@@ -218,6 +250,6 @@ def test_systems_that_disagree_end_the_run_without_a_result(folder: Path, tmp_pa
 
 @pytest.mark.slow
 def test_missing_model_is_a_clear_error(tmp_path: Path) -> None:
-    process = start([str(BENCHMARKS / "interventions.py"), "--model", "/nowhere", "--out", str(tmp_path)])
+    process = start([str(BENCHMARKS / "interventions.py"), "--models", "/nowhere", "--out", str(tmp_path)])
     assert process.returncode == 2
     assert process.stderr.startswith("error: no model folder at /nowhere")

@@ -1,15 +1,20 @@
 """Figures of steering to every cell (Figures 6 and 7)."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
+from jaxid.errors import InputError
 from jaxid.plots.style import (
     BLUE,
     CELLS,
@@ -23,6 +28,7 @@ from jaxid.plots.style import (
     gradient,
     label_ends,
     new_figure,
+    wrapped,
 )
 
 
@@ -86,18 +92,11 @@ def steering_map(change: Float[np.ndarray, "4 4 2"], words: Sequence[str], layer
         InputError: `change` is not Float[4, 4, 2], or there are not two words.
     """
     check_shapes(change=(change, "4 4 2"), words=(words, "2"))
-    preference = (change[..., 0] - change[..., 1]).T  # rows of the picture run down
-    limit = max(float(np.abs(preference).max()), 1e-12)
+    preference = change[..., 0] - change[..., 1]
     figure = new_figure(4.0, 3.5)
     axes = figure.add_subplot()
-    image = axes.imshow(preference, cmap="PuOr", vmin=-limit, vmax=limit)
-    for (y, x), value in np.ndenumerate(preference):
-        color = "white" if abs(value) > 0.6 * limit else INK
-        axes.text(x, y, f"{value:+.2f}", ha="center", va="center", color=color, fontsize=8)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    axes.set(xlabel="column", ylabel="row", xticks=range(CELLS), yticks=range(CELLS))
+    image = _cell_map(axes, preference, float(np.abs(preference).max()))
+    axes.set_ylabel("row")
     axes.set_title(f"Subject steered to each cell, block {layer}")
     bar = figure.colorbar(image, ax=axes, aspect=26, label=f"change of log p({words[0]}) - log p({words[1]})")
     bar.outline.set_visible(False)
@@ -105,37 +104,63 @@ def steering_map(change: Float[np.ndarray, "4 4 2"], words: Sequence[str], layer
 
 
 @rc_context(STYLE)
-def steering_maps(change: Float[np.ndarray, "4 4 2"], words: Sequence[str], title: str = "") -> Figure:
+def steering_maps(
+    change: Float[np.ndarray, "4 4 2"],
+    words: Sequence[str],
+    title: str = "",
+    *,
+    marks: Mapping[str, tuple[int, int]] | None = None,
+) -> Figure:
     """What steering the subject to each of the 16 cells does to both answers ([ID] arXiv 2601.12626, Figure 6 a-c).
 
     Args:
         change: log p(steered) - log p(control) by cell (x, y) and word.
         words: the two words.
         title: above the figure.
+        marks: name -> cell (x, y) of objects that stay where they are; framed and named.
 
     Raises:
-        InputError: `change` is not Float[4, 4, 2], or there are not two words.
+        InputError: `change` is not Float[4, 4, 2], there are not two words, or a marked cell is not on the grid.
     """
     check_shapes(change=(change, "4 4 2"), words=(words, "2"))
-    limit = max(float(np.abs(change).max()), 1e-12)
-    figure = new_figure(6.4, 3.3 + 0.16 * title.count("\n"))
+    marks = {} if marks is None else marks
+    for name, cell in marks.items():
+        if len(cell) != 2 or not all(0 <= place < CELLS for place in cell):
+            raise InputError(f"{name!r} is marked at {cell}; cells are (column, row), each 0 to {CELLS - 1}.")
+    text = wrapped(title, 84)
+    figure = new_figure(6.4, 3.05 + (0.1 + 0.16 * len(text.split("\n")) if title else 0))
     pair = figure.subplots(1, 2, sharey=True)
-    image = None
-    for number, (axes, word) in enumerate(zip(pair, words, strict=True)):
-        image = axes.imshow(change[..., number].T, cmap="PuOr", vmin=-limit, vmax=limit)
-        for (y, x), value in np.ndenumerate(change[..., number].T):
-            color = "white" if abs(value) > 0.6 * limit else INK
-            axes.text(x, y, f"{value:+.2f}", ha="center", va="center", color=color, fontsize=8)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set(title=f"“{word}”", xlabel="column", xticks=range(CELLS), yticks=range(CELLS))
+    limit = float(np.abs(change).max())
+    images = [_cell_map(axes, change[..., number], limit) for number, axes in enumerate(pair)]
+    for axes, word in zip(pair, words, strict=True):
+        axes.set_title(f"“{word}”")
+        for name, (x, y) in marks.items():
+            frame = Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=INK, linewidth=1.2)
+            frame.set_path_effects([withStroke(linewidth=3, foreground="white")])
+            axes.add_patch(frame)
+            label = axes.text(x, y + 0.29, textwrap.shorten(name, 12, placeholder="…"), ha="center", va="center")
+            plate = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+            label.set(fontsize=6, parse_math=False, bbox=plate)
     pair[0].set_ylabel("row")
-    bar = figure.colorbar(image, ax=pair, aspect=26, label="change of log p")
+    bar = figure.colorbar(images[0], ax=pair, aspect=26, label="change of log p")
     bar.outline.set_visible(False)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, parse_math=False)
+        figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, parse_math=False)
     return finished(figure)
+
+
+def _cell_map(axes: Axes, values: Float[np.ndarray, "4 4"], limit: float) -> AxesImage:
+    """The grid as the picture lies, a colour and a number a cell (x, y); colours reach to `limit` either way."""
+    limit = max(limit, 1e-12)
+    image = axes.imshow(values.T, cmap="PuOr", vmin=-limit, vmax=limit)
+    for (x, y), value in np.ndenumerate(values):
+        color = "white" if abs(value) > 0.6 * limit else INK
+        axes.text(x, y, f"{value:+.2f}", ha="center", va="center", color=color, fontsize=8)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel="column", xticks=range(CELLS), yticks=range(CELLS))
+    return image
 
 
 @rc_context(STYLE)
@@ -154,7 +179,7 @@ def steering_by_layer(
         change: log p(steered) - log p(control) by block and word.
         words: the two words.
         picture: shown beside the curves.
-        title: the question.
+        title: the question; stands below the picture, or above the curves without one.
 
     Raises:
         InputError: The arrays do not fit each other, or there are not two words.
@@ -163,13 +188,13 @@ def steering_by_layer(
     figure = new_figure(4.6 if picture is None else 6.6, 2.8)
     if picture is None:
         axes = figure.add_subplot()
-        axes.set_title(title, parse_math=False)
+        axes.set_title(wrapped(title, 58), parse_math=False)
     else:
         shown, axes = figure.subplots(1, 2, width_ratios=(1, 2.1))
         shown.imshow(picture, interpolation="lanczos")
         shown.set(xticks=[], yticks=[])
         shown.spines[:].set_visible(False)
-        shown.set_xlabel(textwrap.fill(title, 26), parse_math=False)
+        shown.set_xlabel(wrapped(title, 26), parse_math=False)
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     for number, color in enumerate((BLUE, VERMILLION)):
         axes.plot(layers, change[:, number], color=color, marker="o")

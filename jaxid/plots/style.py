@@ -1,5 +1,6 @@
 """The house style: colours, settings, and what the figures share; `save` writes a figure as PNG."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from jaxid.errors import InputError, OutputError
@@ -98,6 +100,13 @@ def label_ends(axes: Axes, x: np.ndarray, ends: Mapping[str, tuple[Any, str]]) -
         at, color = (float(x[-1]), height), ends[name][1]
         label = axes.annotate(name, at, (8, 0), textcoords="offset points", va="center", color=color)
         label.set_annotation_clip(False)
+        # Rules run on to the edge of the panel, behind the names.
+        label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text in lines of at most `width` letters; line breaks in it stay."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def check_shapes(**arrays: tuple[np.ndarray | Sequence[str] | None, str]) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from jaxid.errors import InputError
+from jaxid.plots.names import place_names
 from jaxid.plots.style import (
     BLUE,
     GREEN,
@@ -234,48 +234,18 @@ def accuracy_against_steerability(
         InputError: The arrays do not fit each other, or are empty.
     """
     check_shapes(names=(names, "M"), accuracy=(accuracy, "M"), drop=(drop, "M"))
-    figure = new_figure(4.4, 3.4)
+    figure = new_figure(4.8, 3.6)
     axes = figure.add_subplot()
     axes.grid(axis="x")
     axes.plot(accuracy, drop, "o", color=BLUE, markersize=6)
     axes.set(xlabel="accuracy without steering", ylabel="mean drop of accuracy under steering")
     axes.margins(0.18)
     if len(names) == 1:
-        axes.set(xlim=(max(0, accuracy[0] - 0.1), min(1.02, accuracy[0] + 0.1)), ylim=(0, max(0.1, 1.4 * drop[0])))
+        axes.set_xlim(max(-0.02, accuracy[0] - 0.1), min(1.04, accuracy[0] + 0.1))
+        axes.set_ylim(min(0, 1.4 * drop[0]), max(0.1, 1.4 * drop[0]))
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in axes.get_xticks() if max(0, low) <= tick <= min(1, high)])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.draw_without_rendering()
-    _place_names(axes, names, np.stack([accuracy, drop], axis=1))
+        axis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
+    place_names(axes, names, np.stack([accuracy, drop], axis=1))
     return finished(figure)
-
-
-def _place_names(axes: Axes, names: Sequence[str], points: Float[np.ndarray, "M 2"]) -> None:
-    """Writes every name beside its point, where it covers fewest others: right, left, above or below."""
-    offsets = (
-        (7, 0, "left", "center"),
-        (-7, 0, "right", "center"),
-        (0, 7, "center", "bottom"),
-        (0, -7, "center", "top"),
-    )
-    figure: Any = axes.figure
-    renderer = figure.canvas.get_renderer()
-    marks = axes.transData.transform(points)
-    frame, taken = axes.get_window_extent(renderer), []
-    for name, point in zip(names, points, strict=True):
-        best: tuple[float, Any, Any] | None = None
-        for x, y, across, along in offsets:
-            label = axes.annotate(
-                name, (float(point[0]), float(point[1])), (x, y), textcoords="offset points", ha=across, va=along
-            )
-            box = label.get_window_extent(renderer)
-            covered = sum(box.overlaps(other) for other in taken) + sum(box.contains(*mark) for mark in marks)
-            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            cost = covered + 2 * outside
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, label, box)
-            else:
-                label.remove()
-        assert best is not None
-        taken.append(best[2])
