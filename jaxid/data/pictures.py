@@ -22,11 +22,20 @@ def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) ->
     """The picture in the hues of a random rainbow: direction, number of cycles and phase are drawn.
 
     Hues are mixed along the shorter way round the colour circle; values (lightness) stay, and what is grey stays grey.
+
+    Args:
+        picture: the picture.
+        rng: chooses the rainbow.
+
+    Returns:
+        A new picture.
     """
     height, width = picture.shape[:2]
     angle, cycles, phase = rng.uniform(0, 2 * np.pi), rng.uniform(*CYCLES), rng.uniform()
     y, x = np.mgrid[:height, :width]
+    # Divided by its greatest spread over the picture, so that the cycles are as many in every direction.
     along = np.cos(angle) * (x + 0.5) / width + np.sin(angle) * (y + 0.5) / height
+    along /= abs(np.cos(angle)) + abs(np.sin(angle))
     rainbow = (cycles * along + phase) % 1.0
     hue, saturation, value = _to_hsv(picture)
     way = (rainbow - hue + 0.5) % 1.0 - 0.5

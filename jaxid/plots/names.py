@@ -123,7 +123,7 @@ def _cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> Bool[n
 
     def side(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> np.ndarray:
         first, second = end - start, point - start
-        return first[..., 0] * second[..., 1] - first[..., 1] * second[..., 0]
+        return np.asarray(first[..., 0] * second[..., 1] - first[..., 1] * second[..., 0])
 
     return (side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) < 0)
 
