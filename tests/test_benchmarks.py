@@ -38,7 +38,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA checkpoint of three blocks with random weights."""
     full = tiny_llava.config()
-    text = dataclasses.replace(full.text_config, num_hidden_layers=3, hidden_size=48, intermediate_size=64)
+    sizes = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 64, "head_dim": 16}
+    text = dataclasses.replace(full.text_config, **sizes)
     config = dataclasses.replace(full, text_config=text)
     shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))[1])
     rng = np.random.default_rng(0)
@@ -228,7 +229,7 @@ def test_quick_run_writes_every_figure(folder: Path, tmp_path: Path) -> None:
         for system in systems:
             ratio = figures[f"{work}/random-llava/{system}_s"] / figures[f"{work}/random-llava/jaxid_s"]
             assert figures[f"{work}/random-llava/ratio_{system}"] == pytest.approx(ratio)
-        assert f" {work}  " in process.stdout
+        assert f"{work}  " in process.stdout
     for part in ("machine ", "threads   2 each", "transformers 5.", "GFLOP/s"):
         assert part in process.stdout
 
