@@ -204,6 +204,8 @@ def swap(network: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Seq
             for number, edit in enumerate(swaps):
                 at = edit.at[row].unique()
                 whole = torch.equal(at, picture)
+                if not whole and int(at[0]) < start:
+                    raise ValueError("a swap is of all picture tokens, or of tokens after the picture.")
                 states = clean.states[edit.layer + 1].clone()
                 if not whole:
                     states[at - start] = changed.states[edit.layer + 1, at - start]

@@ -139,19 +139,16 @@ def data_coco_spatial(
 @data_app.command("three-objects")
 def data_three_objects(
     out: Annotated[Path, typer.Option(help="Folder for three_objects.json and val2017/.")],
-    count: Annotated[
-        int, typer.Option(min=1, help="Number of scenes; those without a clear question are left out.")
-    ] = 100,
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 100,
     picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 224,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
 ) -> None:
     """Draw three-object scenes for questions about what is in between."""
     import numpy as np
 
-    from jaxid.data.scenes import sample_free
-    from jaxid.data.three_objects import write_three_objects
+    from jaxid.data.three_objects import sample_in_between, write_three_objects
 
-    scenes = sample_free(np.random.default_rng(seed), count, num_objects=(3, 3))
+    scenes = sample_in_between(np.random.default_rng(seed), count)
     items = write_three_objects(ensure_output_folder(out), scenes, picture_size)
     typer.echo(f"{len(items)} pictures in {out}")
 

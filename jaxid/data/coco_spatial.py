@@ -30,6 +30,7 @@ _NAME = r"([^\s.]+(?: [^\s.]+){0,2})"
 _CAPTION = re.compile(
     rf"A photo of an? {_NAME} (to the left of|to the right of|above|below) an? {_NAME}\.?", re.IGNORECASE
 )
+_PICTURE = re.compile(r"[0-9]{12,}\.jpg")
 _EXPECTED = (
     '[image_id, right caption, wrong caption] with captions as "A photo of a cat to the left of a dog" '
     "(to the left of / to the right of / above / below; a or an; names of one to three words)"
@@ -95,14 +96,27 @@ def find_coco_spatial(folder: str | Path) -> tuple[Path, Path]:
     """The two-object file of a folder and the folder of its pictures: `val2017` below it, or the folder itself.
 
     Raises:
-        DataError: There is no such file.
+        DataError: There is no such file, or neither place holds a picture.
     """
     folder = Path(folder)
     path = folder / CAPTIONS_FILE
     if not path.is_file():
         raise DataError(f"{folder} holds no {CAPTIONS_FILE}; give the folder of the published file and its pictures.")
-    pictures = folder / PICTURES_FOLDER
-    return path, pictures if pictures.is_dir() else folder
+    return path, find_pictures(folder)
+
+
+def find_pictures(folder: Path) -> Path:
+    """Where the pictures `{image_id:012d}.jpg` of a data set lie: in `val2017` below its folder, or beside it.
+
+    Raises:
+        DataError: Neither place holds one.
+    """
+    for place in (folder / PICTURES_FOLDER, folder):
+        if any(_PICTURE.fullmatch(path.name) for path in place.glob("*.jpg")):
+            return place
+    raise DataError(
+        f"Neither {folder / PICTURES_FOLDER} nor {folder} holds pictures such as {picture_name(1)}; put them there."
+    )
 
 
 def read_coco_spatial(

@@ -119,7 +119,7 @@ def write_grid_folder(
         strange = [pair for pair in cells if pair not in placed]
         if strange or not cells:
             raise InputError(f"{strange or 'An empty list'} names no placements of two objects on the grid.")
-        placed = list(cells)
+        placed = list(dict.fromkeys(cells))
     items = []
     for number, (name_a, name_b) in enumerate(pairs):
         rng = np.random.default_rng((seed, number))

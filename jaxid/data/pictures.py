@@ -22,6 +22,13 @@ def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) ->
     """The picture in the hues of a random rainbow: direction, number of cycles and phase are drawn.
 
     Hues are mixed along the shorter way round the colour circle; values (lightness) stay, and what is grey stays grey.
+
+    Args:
+        picture: the picture.
+        rng: chooses the rainbow.
+
+    Returns:
+        A new picture.
     """
     height, width = picture.shape[:2]
     angle, cycles, phase = rng.uniform(0, 2 * np.pi), rng.uniform(*CYCLES), rng.uniform()

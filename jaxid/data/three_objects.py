@@ -7,15 +7,17 @@ the pictures are named by the twelve-digit id.
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxid.data.coco_spatial import PICTURES_FOLDER, picture_name, read_json
+from jaxid.data.coco_spatial import PICTURES_FOLDER, find_pictures, picture_name, read_json
 from jaxid.data.files import save_bytes, save_picture
-from jaxid.data.scenes import OBJECTS, Scenes, render
+from jaxid.data.grid import GRID
+from jaxid.data.scenes import OBJECTS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
 
 FILE = "three_objects.json"
@@ -48,17 +50,17 @@ def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] |
         bad: Where given, rows that cannot be used are left out and noted here: the row's name and its error.
 
     Raises:
-        DataError: The file is missing or no JSON list; and without `bad`, a row is malformed or lacks its picture.
+        DataError: The file is missing or no JSON list, or there are no pictures at all; and without `bad`, a row is
+            malformed or lacks its picture.
     """
     folder = Path(folder)
     rows = read_json(folder / FILE)
     if not isinstance(rows, list):
         raise DataError(f"{folder / FILE} holds a {type(rows).__name__}; expected a list of {_EXPECTED}.")
-    pictures = folder / PICTURES_FOLDER
-    items = []
+    pictures, items = find_pictures(folder) if rows else folder, []
     for index, row in enumerate(rows):
         try:
-            items.append(_item(index, row, folder / FILE, pictures if pictures.is_dir() else folder))
+            items.append(_item(index, row, folder / FILE, pictures))
         except DataError as error:
             if bad is None:
                 raise
@@ -83,6 +85,39 @@ def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectIte
     if not picture.is_file():
         raise DataError(f"Picture {picture} of {path}, row {index}, does not exist.")
     return ThreeObjectItem(image_id=image_id, picture=picture, a=a, b=b, c=c, between=answer == "yes", row=index)
+
+
+def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequence[str] = VARIED) -> Scenes:
+    """Scenes of two objects at both ends of a row of the grid and a third one, every other time in between them.
+
+    The third object of the other scenes is two rows or more away. `write_three_objects` makes as many questions of
+    one answer as of the other of them.
+
+    Args:
+        rng: Source of randomness.
+        count: Number of scenes.
+        backgrounds: Kinds of background to draw from (`scenes.BACKGROUNDS`).
+
+    Returns:
+        Scenes of three different objects; the third slot holds the one that is in between, or is not.
+    """
+    names = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :3]
+    rows, columns = rng.integers(GRID, size=count), rng.integers(GRID, size=count)
+    first, last = np.stack([0 * rows, rows], axis=-1), np.stack([0 * rows + GRID - 1, rows], axis=-1)
+    turned = rng.random((count, 1)) < 0.5
+    first, last = np.where(turned, last, first), np.where(turned, first, last)
+    away = np.abs(np.arange(GRID) - rows[:, None]) >= 2
+    far_rows = np.where(away, rng.random((count, GRID)), -1).argmax(axis=1)
+    inside = np.stack([rng.integers(1, GRID - 1, size=count), rows], axis=-1)
+    third = np.where(np.arange(count)[:, None] % 2 == 0, inside, np.stack([columns, far_rows], axis=-1))
+    options: dict[str, Any] = {"scale": 0.85, "jitter_angle": 10.0, "backgrounds": backgrounds}
+    pair = sample_grid(rng, names[:, 0], first, names[:, 1], last, **options)
+    other = sample_grid(rng, names[:, 2], third, names[:, 0], first, **options)
+    slots = ("objects", "colors", "fills", "centers", "sizes", "angles")
+    return dataclasses.replace(
+        pair,
+        **{name: np.concatenate([getattr(pair, name), getattr(other, name)[:, :1]], axis=1) for name in slots},
+    )
 
 
 def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[ThreeObjectItem]:

@@ -1,4 +1,4 @@
-"""Question files with bad rows, their keys, and the chosen placements of grid folders."""
+"""What the question files and the chosen placements of grid folders give: keys, bad rows, near/far, in between."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ from PIL import Image
 
 from jaxid.data.coco_spatial import find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.grid import NEAR_FAR, near_far_items, read_grid_folder, write_grid_folder
-from jaxid.data.scenes import sample_free
+from jaxid.data.scenes import OBJECTS, render, sample_free
+from jaxid.data.three_objects import is_between, read_three_objects, sample_in_between, write_three_objects
 from jaxid.errors import DataError, InputError
 
 RNG = np.random.default_rng(0)
@@ -60,6 +61,10 @@ def test_both_places_of_pictures_are_found(tmp_path: Path):
     with pytest.raises(DataError, match=r"holds no coco_qa_two_obj\.json"):
         find_coco_spatial(tmp_path / "missing")
     path = rows(tmp_path / "coco_qa_two_obj.json", [])
+    Image.new("RGB", (4, 4)).save(tmp_path / "cover.jpg")  # no picture of the data set
+    (tmp_path / "val2017").mkdir()
+    with pytest.raises(DataError, match=r"val2017 nor .* holds pictures such as 000000000001\.jpg"):
+        find_coco_spatial(tmp_path)
     picture(tmp_path, 1)
     assert find_coco_spatial(tmp_path) == (path, tmp_path)
     picture(tmp_path / "val2017", 1)
@@ -100,7 +105,10 @@ def test_only_chosen_placements_are_drawn_and_read_back(tmp_path: Path):
 def test_near_far_is_picked_out_of_a_whole_folder(tmp_path: Path):
     write_grid_folder(tmp_path / "a", [("star", "fish")], picture_size=8, object_sizes=(224,))
     assert len(near_far_items(tmp_path / "a")) == 2
-    write_grid_folder(tmp_path / "b", [("star", "fish")], picture_size=8, object_sizes=(74,), cells=[((1, 1), (2, 2))])
+    cells = [((1, 1), (2, 2)), ((1, 1), (2, 2))]
+    assert (
+        len(write_grid_folder(tmp_path / "b", [("star", "fish")], picture_size=8, object_sizes=(74,), cells=cells)) == 1
+    )
     with pytest.raises(DataError, match="0_0 and 3_0"):
         near_far_items(tmp_path / "b")
 
@@ -112,3 +120,112 @@ def test_cells_off_the_grid_are_refused(cells: list, tmp_path: Path):
     with pytest.raises(InputError, match="names no placements"):
         write_grid_folder(tmp_path, [("star", "fish")], forbid_same_row=True, cells=NEAR_FAR)
     assert not list(tmp_path.iterdir())
+
+
+# --- in between -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("third", "answer"),
+    [
+        ((0.5, 0.2), True),
+        ((0.4, 0.25), True),
+        ((0.25, 0.2), None),  # near one end
+        ((0.5, 0.4), None),  # near the line
+        ((0.5, 0.6), False),
+        ((0.95, 0.2), False),  # beyond an end
+        ((0.02, 0.2), False),
+    ],
+)
+def test_in_between_is_said_only_where_it_is_clear(third: tuple[float, float], answer: bool | None):
+    centers = np.array([(0.1, 0.2), (0.8, 0.2), third])
+    assert is_between(centers) is answer
+    assert is_between(centers[[1, 0, 2]]) is answer
+    assert is_between(centers[:, ::-1]) is answer
+    assert is_between(np.array([(0.1, 0.2), (0.3, 0.2), third])) is None  # nothing fits between these two
+
+
+def test_sampled_scenes_hold_two_ends_of_a_row_and_every_other_time_something_between():
+    scenes = sample_in_between(np.random.default_rng(1), 400)
+    assert scenes.objects.shape == (400, 3)
+    assert (np.sort(scenes.objects) == scenes.objects[np.arange(400)[:, None], scenes.objects.argsort()]).all()
+    assert all(len(set(names)) == 3 for names in scenes.objects.tolist())
+    cells = np.floor(scenes.centers * 4).astype(int)
+    assert (cells[:, 0, 1] == cells[:, 1, 1]).all()
+    assert (np.sort(cells[:, :2, 0]) == [0, 3]).all()
+    assert 0.4 < (cells[:, 0, 0] == 0).mean() < 0.6
+    assert set(cells[:, 0, 1].tolist()) == {0, 1, 2, 3}
+    answers = [is_between(centers) for centers in scenes.centers]
+    assert answers == [True, False] * 200
+    assert len(set(map(tuple, cells[1::2, 2].tolist()))) == 16
+    again = sample_in_between(np.random.default_rng(1), 400)
+    np.testing.assert_array_equal(render(scenes[:4], 24), render(again[:4], 24))
+    boxes = scenes.boxes
+    assert boxes[..., :2].min() >= 0 and (boxes[..., :2] + boxes[..., 2:]).max() <= 1 + 1e-6
+
+
+def test_three_objects_round_trip_balanced(tmp_path: Path):
+    scenes = sample_in_between(RNG, 30)
+    items = write_three_objects(tmp_path, scenes, 32)
+    assert read_three_objects(tmp_path) == items
+    assert len(items) == len({item.key for item in items}) == 30
+    assert sum(item.between for item in items) == 15
+    for item, names, centers in zip(items, scenes.objects, scenes.centers, strict=True):
+        slots = [[OBJECTS[name] for name in names].index(name) for name in (item.a, item.b, item.c)]
+        assert is_between(centers[slots]) is item.between
+    first = json.loads((tmp_path / "three_objects.json").read_text())[0]
+    assert first == [1, items[0].a, items[0].b, items[0].c, "yes"]
+    assert items[0].key == f"00000-000000000001-{items[0].c}-{items[0].a}-{items[0].b}"
+    with Image.open(items[7].picture) as file:
+        difference = np.asarray(file).astype(int) - render(scenes[7:8], 32)[0]
+    assert np.abs(difference).mean() < 12
+
+
+def test_unclear_scenes_are_left_out_and_wrong_ones_refused(tmp_path: Path):
+    scenes = sample_free(np.random.default_rng(0), 60, num_objects=(3, 3))
+    items = write_three_objects(tmp_path, scenes, 16)
+    assert 0 < len(items) < 60
+    assert read_three_objects(tmp_path) == items
+    with pytest.raises(InputError, match="Scene 0 must hold three different objects, has 2"):
+        write_three_objects(tmp_path, sample_free(RNG, 2, num_objects=(2, 2)), 16)
+    kept = {item.image_id - 1 for item in items}
+    unclear = scenes[[index for index in range(60) if index not in kept]]
+    with pytest.raises(InputError, match="No scene has an object"):
+        write_three_objects(tmp_path / "none", unclear, 16)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "text",
+        [1, "cup", "key", "star"],
+        ["1", "cup", "key", "star", "yes"],
+        [True, "cup", "key", "star", "yes"],
+        [-1, "cup", "key", "star", "yes"],
+        [1, "cup", "key", "star", "maybe"],
+        [1, "cup", "key", "cup", "no"],
+        [1, "cup", " ", "star", "no"],
+        [1, "cup", 2, "star", "no"],
+        [2, "cup", "key", "star", "no"],  # has no picture
+    ],
+)
+def test_malformed_three_object_rows_are_named_or_noted(row: object, tmp_path: Path):
+    picture(tmp_path, 1)
+    rows(tmp_path / "three_objects.json", [row, [1, "cup", "dining table", "star", "no"]])
+    with pytest.raises(DataError, match="row 0"):
+        read_three_objects(tmp_path)
+    bad: list[tuple[str, DataError]] = []
+    (item,) = read_three_objects(tmp_path, bad=bad)
+    assert [name for name, _ in bad] == ["row 0"]
+    assert (item.row, item.b, item.between, item.picture) == (1, "dining table", False, tmp_path / f"{1:012d}.jpg")
+
+
+def test_three_object_folder_failures(tmp_path: Path):
+    with pytest.raises(DataError, match=r"three_objects\.json cannot be read"):
+        read_three_objects(tmp_path)
+    rows(tmp_path / "three_objects.json", {})
+    with pytest.raises(DataError, match="holds a dict"):
+        read_three_objects(tmp_path, bad=[])
+    rows(tmp_path / "three_objects.json", [[1, "cup", "key", "star", "no"]])
+    with pytest.raises(DataError, match="holds pictures such as"):
+        read_three_objects(tmp_path, bad=[])
