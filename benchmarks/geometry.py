@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxid.errors import InputError
-from jaxid.models.decoder import DecoderConfig, RopeConfig
+from jaxid.models.decoder_config import DecoderConfig, RopeConfig
 from jaxid.models.llava import Llava, LlavaConfig
 from jaxid.models.vision import VisionConfig
 from jaxid.results import ensure_output_folder

@@ -57,13 +57,14 @@ def _decode(
     prefix: decode.Prefix,
     start: decode.Start,
     last: Array,
+    last_rope: Array | None,
     stop_ids: Array,
     edits: Any,
     *,
     steps: int,
 ) -> Any:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return decode.decode(decoder, prefix, start, last, stop_ids, edits, steps=steps)
+    return decode.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
 
 
 def _rows(tree: Any, first: int, count: int) -> Any:
@@ -118,12 +119,13 @@ def generate(
     count = int(np.prod(leading, dtype=int))
     flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), edits)
     stop_ids = jnp.asarray(np.array(model.processor.stop_ids, np.int32))
-    last = jnp.asarray(batch.last())
+    last, turned = jnp.asarray(batch.last()), batch.inputs.rope_positions
+    last_rope = None if turned is None else jnp.asarray(turned[np.arange(len(batch)), :, batch.last()])
 
     def write(prefix: decode.Prefix, start: decode.Start, edits: Any) -> tuple[Array, Array, Array]:
         acting = edits if every_step else None
         tokens, lengths = _decode(
-            model.definition, model.parameters, prefix, start, last, stop_ids, acting, steps=max_new_tokens
+            model.definition, model.parameters, prefix, start, last, last_rope, stop_ids, acting, steps=max_new_tokens
         )
         return start.hidden, tokens, lengths
 
@@ -135,15 +137,17 @@ def generate(
         if known is not None and recorded is not None:
             suffix = suffix_of(recorded, known)
             start = _prefill(model.definition, model.parameters, suffix, some, jnp.zeros(rows))
-            tokens_before = jnp.arange(recorded.keys.shape[3]) < jnp.asarray(known.first)[:, None]
-            parts.append(write(decode.Prefix(recorded.keys, recorded.values, tokens_before), start, some))
+            own = jnp.asarray(known.first)
+            before = jnp.arange(recorded.keys.shape[3]) < own[:, None]
+            shared = decode.Prefix(recorded.keys, recorded.values, before, own, recorded.memory)
+            parts.append(write(shared, start, some))
             continue
         single = jax.tree.map(lambda leaf: leaf[0], some)
         whole = recorded if intervention is clean and recorded is not None else trace(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
         none = jnp.zeros((blocks, 1, prompts_, 0, kv_heads, head_width), whole.keys.dtype)
         start = decode.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
-        prefix = decode.Prefix(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None])
+        prefix = decode.Prefix(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))
     hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     return Generation(

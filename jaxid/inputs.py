@@ -1,6 +1,7 @@
 """Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word sits."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -8,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.models.inputs import Inputs
+from jaxid.processing.base import PictureSide
+from jaxid.processing.pictures import Clip, Picture, first_line
 
 _STAND_IN = "\ue000"  # a private character
-
-Picture = Any
-"""A path, a PIL image, or an array UInt8[Y, X, 3]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,57 +126,38 @@ class Prompts:
 class Processor:
     """A checkpoint's tokenizer, chat template and image processor, without PyTorch."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        image_processor: Any,
-        *,
-        image_token_id: int,
-        image_tokens: int,
-        stop_ids: tuple[int, ...] = (),
-    ):
+    def __init__(self, tokenizer: Any, side: PictureSide, *, stop_ids: tuple[int, ...] = ()):
         """Wraps loaded parts; see `from_folder`."""
-        self.stop_ids = stop_ids
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.image_token_id = image_token_id
-        self.image_tokens = image_tokens
-        self.image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+        self.side = side
+        self.stop_ids = stop_ids
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Any) -> "Processor":
+    def from_folder(cls, folder: Path, config: Any, side: type[PictureSide]) -> "Processor":
         """Loads the parts from a checkpoint folder.
+
+        Args:
+            folder: the checkpoint's folder.
+            config: the network's config.
+            side: what the family does with pictures.
 
         Raises:
             CheckpointError: naming the part that is missing or unreadable.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-            raise CheckpointError(f"the image processor in {folder} cannot be read: {_first_line(error)}") from error
-        if tokenizer.convert_ids_to_tokens([config.image_token_index]) in ([None], [tokenizer.unk_token]):
+            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+        image_processor = side.load_image_processor(folder, config)
+        token = side.token_id(tokenizer, config)
+        if tokenizer.convert_ids_to_tokens([token]) in ([None], [tokenizer.unk_token]):
             raise CheckpointError(
-                f"the tokenizer in {folder} has no token of id {config.image_token_index}, "
-                "which config.json names as image_token_index."
+                f"the tokenizer in {folder} has no token of id {token}, which config.json names as the image token."
             )
-        if tokenizer.chat_template is None:
-            template = folder / "chat_template.json"
-            if not template.exists():
-                raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
-            tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-        return cls(
-            tokenizer,
-            image_processor,
-            image_token_id=config.image_token_index,
-            image_tokens=config.image_tokens,
-            stop_ids=_stop_ids(folder, tokenizer),
-        )
+        tokenizer.chat_template = _chat_template(folder, tokenizer, side)
+        return cls(tokenizer, side(tokenizer, image_processor, config), stop_ids=_stop_ids(folder, tokenizer))
 
     def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
         """Pictures through the image processor.
@@ -184,40 +165,55 @@ class Processor:
         Raises:
             InputError: for a picture that cannot be opened, naming it.
         """
-        opened = [open_picture(image) for image in images]
-        return np.asarray(self.image_processor(opened, return_tensors="np")["pixel_values"], np.float32)
+        return self.side.pixels(images)
 
-    def render(self, question: str, *, image: bool, chat: bool = True) -> tuple[str, int]:
-        """The prompt's text, image token expanded, and the first character of the question in it.
+    def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
+        """The prompt's text, pictures' tokens filled in, and the first character of the question in it.
+
+        Args:
+            question: the user's text.
+            pictures: what stands in the text for every picture.
+            chat: end with the generation prompt.
 
         Raises:
             PromptError: for an empty question, or one that the template does not keep as it is.
         """
         question = question.strip()
+        placeholder = self.side.placeholder
         if not question:
             raise PromptError("the question is empty.")
-        if self.image_token in question:
-            raise PromptError(f"the question {question!r} holds the image token {self.image_token!r}: leave it out.")
-        rendered = self._rendered(question, image=image, chat=chat)
+        if placeholder in question:
+            raise PromptError(f"the question {question!r} holds the image token {placeholder!r}: leave it out.")
+        rendered = self._rendered(question, pictures=len(pictures), chat=chat)
         # A stand-in that no template holds: the question itself may also stand in the template ("USER").
-        start = self._rendered(_STAND_IN, image=image, chat=chat).find(_STAND_IN)
+        start = self._rendered(_STAND_IN, pictures=len(pictures), chat=chat).find(_STAND_IN)
         if start < 0 or rendered[start : start + len(question)] != question:
             raise PromptError(f"the chat template changes the question {question!r}; its words cannot be located.")
         if not chat:
             rendered = rendered[: start + len(question)]
-        before = rendered[:start].replace(self.image_token, self.image_token * self.image_tokens)
+        pieces = rendered[:start].split(placeholder)
+        if len(pieces) != len(pictures) + 1:
+            raise PromptError(
+                f"the chat template places {len(pieces) - 1} pictures as {placeholder!r} instead of {len(pictures)}: "
+                "it must place every picture once, before the question."
+            )
+        before = pieces[0] + "".join(text + piece for text, piece in zip(pictures, pieces[1:], strict=True))
         return before + rendered[start:], len(before)
 
-    def _rendered(self, text: str, *, image: bool, chat: bool) -> str:
-        content: list[dict[str, str]] = [{"type": "text", "text": text}]
-        if image:
-            content.insert(0, {"type": "image"})
+    def _rendered(self, text: str, *, pictures: int, chat: bool) -> str:
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=chat)
 
+    def _encode(self, texts: Sequence[str]) -> Any:
+        """Token ids and offsets of prompts, whose template may have written the first token itself."""
+        first = self.tokenizer.bos_token
+        written = first is not None and texts[0].startswith(first)
+        return self.tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=not written)
+
     def prepare(
         self,
-        images: Picture | Sequence[Picture] | None,
+        images: Picture | Clip | Sequence[Picture | Clip | Sequence[Picture]] | None,
         questions: str | Sequence[str],
         *,
         chat: bool = True,
@@ -226,7 +222,8 @@ class Processor:
         """Builds a batch of prompts.
 
         Args:
-            images: one picture per prompt, or a single picture that all prompts share, or None for text alone.
+            images: one picture per prompt, or a single picture that all prompts share, or None for text alone; a
+                prompt about several pictures takes a sequence of them.
             questions: one question per prompt, or a single one for all pictures.
             chat: end with the generation prompt ("ASSISTANT:"); False ends at the question's last word.
             pad_to_multiple: prompts are padded to a multiple of this length, so that few programs are compiled.
@@ -239,53 +236,55 @@ class Processor:
             PromptError: for an empty question.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
-        shared = images is not None and not isinstance(images, (list, tuple)) and not _is_batch(images)
-        pictures: list[Picture] = [] if images is None else [images] if shared else list(images)
-        if not asked or (images is not None and not pictures):
+        single = images is not None and not isinstance(images, (list, tuple)) and not _is_batch(images)
+        given: list[Any] = [] if images is None else [images] if single else list(images)
+        if not asked or (images is not None and not given):
             raise InputError("there are no questions or no pictures to prepare.")
         if isinstance(questions, str):
-            asked = asked * max(1, len(pictures))
-        if pictures and len(pictures) not in (1, len(asked)):
-            raise InputError(f"{len(pictures)} pictures were given for {len(asked)} questions.")
+            asked = asked * max(1, len(given))
+        if given and len(given) not in (1, len(asked)):
+            raise InputError(f"{len(given)} pictures were given for {len(asked)} questions.")
+        groups = [list(entry) if isinstance(entry, (list, tuple)) or _is_batch(entry) else [entry] for entry in given]
+        if any(not group for group in groups):
+            raise InputError("a prompt was given an empty list of pictures; give None for text alone.")
+        counts = np.cumsum([0, *(len(group) for group in groups)])
+        numbers = [list(range(first, end)) for first, end in itertools.pairwise(counts.tolist())]
+        members = numbers * len(asked) if len(numbers) == 1 else numbers or [[] for _ in asked]
+        pictures = [picture for group in groups for picture in group]
+        encoded = self.side.encode(pictures, members) if pictures else None
+        shown = [[encoded.tokens[number] for number in some] if encoded else [] for some in members]
 
-        rendered = [self.render(question, image=bool(pictures), chat=chat) for question in asked]
-        encoded = self.tokenizer([text for text, _ in rendered], return_offsets_mapping=True)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
+        texts, starts = [], []
+        for question, some in zip(asked, shown, strict=True):
+            text, start = self.render(question, pictures=[picture.text for picture in some], chat=chat)
+            texts.append(text)
+            starts.append(start)
+        tokens = self._encode(texts)
+        lengths = [len(ids) for ids in tokens["input_ids"]]
         total = -(-max(lengths) // pad_to_multiple) * pad_to_multiple
         token_ids = np.full((len(asked), total), self.tokenizer.pad_token_id or 0, np.int32)
         offsets = np.zeros((len(asked), total, 2), np.int32)
-        for row, ids in enumerate(encoded["input_ids"]):
+        for row, ids in enumerate(tokens["input_ids"]):
             token_ids[row, : len(ids)] = ids
-            offsets[row, : len(ids)] = encoded["offset_mapping"][row]
+            offsets[row, : len(ids)] = tokens["offset_mapping"][row]
         valid = np.arange(total) < np.array(lengths)[:, None]
-        spans = np.array([(start, start + len(asked[row].strip())) for row, (_, start) in enumerate(rendered)])
+        spans = [(start, start + len(question.strip())) for start, question in zip(starts, asked, strict=True)]
         return Prompts(
             inputs=Inputs(
                 token_ids=token_ids,
                 positions=np.tile(np.arange(total, dtype=np.int32), (len(asked), 1)),
                 valid=valid,
                 last=np.array(lengths, np.int32) - 1,
-                pixels=self.pixels(pictures) if pictures else None,
-                image_slots=self._slots(token_ids, valid, len(pictures)),
+                pixels=encoded.pixels if encoded else None,
+                image_slots=self.side.slots(token_ids, valid, shown),
+                rope_positions=self.side.rope_positions(token_ids, valid, shown),
+                extras=encoded.extras if encoded else {},
             ),
             questions=tuple(question.strip() for question in asked),
-            texts=tuple(text for text, _ in rendered),
-            spans=spans.astype(np.int32),
+            texts=tuple(texts),
+            spans=np.array(spans, np.int32),
             offsets=offsets,
         )
-
-    def _slots(self, token_ids: np.ndarray, valid: np.ndarray, pictures: int) -> Int[np.ndarray, "B T"]:
-        slots = np.full(token_ids.shape, -1, np.int32)
-        if not pictures:
-            return slots
-        for row, here in enumerate((token_ids == self.image_token_id) & valid):
-            if here.sum() != self.image_tokens:
-                raise PromptError(
-                    f"prompt {row} holds {here.sum()} picture tokens instead of {self.image_tokens}: "
-                    "the chat template must place exactly one picture."
-                )
-            slots[row, here] = np.arange(self.image_tokens) + self.image_tokens * (row if pictures > 1 else 0)
-        return slots
 
     def answer_ids(self, words: Sequence[str]) -> Int[np.ndarray, "n"]:
         """Ids of the tokens with which the model would begin each answer, right after the generation prompt.
@@ -293,12 +292,14 @@ class Processor:
         Raises:
             PromptError: for a word that needs several tokens, or two words that share their token.
         """
-        text, _ = self.render("?", image=False)
-        head = self.tokenizer(text)["input_ids"]
+        text, _ = self.render("?")
+        head = self._encode([text])["input_ids"][0]
+        # After a line break or a special token a word begins at once; after "ASSISTANT:" with a space or its marker.
+        specials = tuple(filter(None, self.tokenizer.all_special_tokens))
+        joint = "" if text[-1].isspace() or text.endswith(specials) else " "
         ids = []
         for word in words:
-            # The tokenizer decides how a word continues the prompt: with a leading space or a marker of its own.
-            whole = self.tokenizer(f"{text} {word}")["input_ids"]
+            whole = self._encode([f"{text}{joint}{word}"])["input_ids"][0]
             tail = whole[len(head) :]
             if whole[: len(head)] != head or len(tail) != 1:
                 raise PromptError(f"the answer {word!r} is not a single token after the prompt: {tail}.")
@@ -312,6 +313,20 @@ class Processor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _chat_template(folder: Path, tokenizer: Any, side: type[PictureSide]) -> str:
+    """The template that places pictures: the processor's, else the tokenizer's, else the family's own."""
+    path = folder / "chat_template.json"
+    if path.exists():
+        try:
+            return json.loads(path.read_text())["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} holds no chat template ({error!r}).") from error
+    template = side.template or tokenizer.chat_template
+    if template is None:
+        raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
+    return template
 
 
 def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -329,43 +344,5 @@ def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
-def open_picture(image: Picture) -> Any:
-    """A picture as an RGB PIL image.
-
-    Raises:
-        InputError: if it cannot be opened or is no picture.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as file:
-                return _rgb(file)
-        except FileNotFoundError as error:
-            raise InputError(f"there is no picture at {image}.") from error
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:  # PIL's, for broken PNGs
-            raise InputError(f"{image} is not a readable picture ({_first_line(error)}).") from error
-    if isinstance(image, Image.Image):
-        return _rgb(image)
-    array: UInt8[np.ndarray, "Y X 3"] = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
-        raise InputError(f"a picture must be uint8 of shape [Y, X, 3], not {array.dtype} of shape {array.shape}.")
-    return Image.fromarray(array)
-
-
-def _rgb(image: Any) -> Any:
-    """In colour, transparent parts on white, as transformers shows them to the models."""
-    from PIL import Image
-
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
 def _is_batch(images: Any) -> bool:
     return isinstance(images, np.ndarray) and images.ndim == 4
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

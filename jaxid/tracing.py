@@ -22,6 +22,7 @@ from jaxid.inputs import Prompts
 from jaxid.interventions import AnyArray, Chain, Reach, as_pytree, chain, replace, sweep_shape
 from jaxid.models import reuse
 from jaxid.models.base import Model
+from jaxid.models.decoder import Memory
 from jaxid.models.inputs import Inputs
 from jaxid.models.sites import Intervention, Site, clean
 
@@ -46,6 +47,7 @@ class Trace:
         values: likewise.
         residuals: residual stream of the tokens after the picture (all tokens, without one): the embeddings, then what
             leaves every block, Float[L + 1, B, S, D].
+        memory: what cross-attention layers read of the pictures, in families that have them.
         model: the model that made it.
         prompts: what it read.
         edited: whether an intervention acted on it.
@@ -55,6 +57,7 @@ class Trace:
     keys: Float[AnyArray, "L B K T E"]
     values: Float[AnyArray, "L B K T E"]
     residuals: Float[AnyArray, "L1 B S D"]
+    memory: Memory | None
     model: Model = dataclasses.field(repr=False)
     prompts: Prompts = dataclasses.field(repr=False, metadata={"static": True})
     edited: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -165,9 +168,16 @@ def _record(
     definition: Any, parameters: Any, inputs: Inputs, suffix: Array, intervention: Intervention
 ) -> reuse.Record:
     network = nnx.merge(definition, nnx.State(parameters))
-    mask = network.mask(inputs)
     return reuse.record(
-        network.decoder, network.embed(inputs), inputs.positions, mask, suffix, inputs.last, intervention
+        network.decoder,
+        network.embed(inputs),
+        inputs.positions,
+        network.mask(inputs),
+        suffix,
+        inputs.last,
+        intervention,
+        rope_positions=inputs.rope_positions,
+        memory=network.memory(inputs),
     )
 
 
@@ -215,6 +225,7 @@ def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) ->
         keys=record.keys,
         values=record.values,
         residuals=record.residuals,
+        memory=record.memory,
         model=model,
         prompts=prompts,
         edited=intervention is not clean,
@@ -253,13 +264,18 @@ def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any
     """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
     places = plan.first[:, None] + np.arange(plan.length)
     recorded = np.minimum(places - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
+    within = np.minimum(places, trace.prompts.offsets.shape[1] - 1)
+    turned = trace.prompts.inputs.rope_positions
     return reuse.Suffix(
         residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
-        positions=jnp.asarray(np.minimum(places, trace.prompts.offsets.shape[1] - 1)),
+        positions=jnp.asarray(within),
+        rope_positions=None if turned is None else jnp.asarray(np.take_along_axis(turned, within[:, None], axis=2)),
         last=jnp.asarray(trace.prompts.last() - plan.first),
         prefix_keys=trace.keys,
         prefix_values=trace.values,
         prefix_mask=jnp.asarray(np.arange(plan.prefix) < plan.first[:, None]),
+        memory=trace.memory,
+        other_memory=None if other is None else other.memory,
         other_keys=None if other is None else other.keys,
         other_values=None if other is None else other.values,
         swapped=swapped,
@@ -322,7 +338,8 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
         other = swaps[0].source
         plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, other.keys.shape[3]))
         if edits is clean:  # then no row reads the trace's own prefix any more
-            own, other = dataclasses.replace(trace, keys=other.keys, values=other.values), None
+            own = dataclasses.replace(trace, keys=other.keys, values=other.values, memory=other.memory)
+            other = None
         else:
             swapped = jnp.asarray(swaps[0].layer.reshape(-1))
     suffix = suffix_of(own, plan_, other, swapped)

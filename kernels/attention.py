@@ -46,6 +46,24 @@ def causal_mask(
     return earlier & key_valid[:, None, :]
 
 
+def near(query_positions: Int[Array, "B S"], key_positions: Int[Array, "B T"], window: int) -> Bool[Array, "B S T"]:
+    """Which keys stand less than `window` places before each query, or after it (sliding-window attention)."""
+    return key_positions[:, None, :] > query_positions[:, :, None] - window
+
+
+def same_span(spans: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which tokens belong to the same span, such as one picture; -1 belongs to none.
+
+    A worked example, spans -1 0 0 1::
+
+        token 0 reads 0 0 0 0
+        token 1 reads 0 1 1 0
+        token 2 reads 0 1 1 0
+        token 3 reads 0 0 0 1
+    """
+    return (spans[:, :, None] == spans[:, None, :]) & (spans >= 0)[:, None, :]
+
+
 class Part(NamedTuple):
     """Softmax attention over some of the keys, not yet normalised, so that parts can be merged.
 
@@ -73,7 +91,7 @@ def attend(
     query: Float[Array, "B S H E"],
     key: Float[Array, "B T K E"],
     value: Float[Array, "B T K E"],
-    mask: Bool[Array, "#B S T"] | None = None,
+    mask: Bool[Array, "#B #S T"] | None = None,
     *,
     causal: bool = False,
 ) -> Float[Array, "B S H E"]:
@@ -83,7 +101,7 @@ def attend(
         query: Float[B, S, H, E], not yet scaled.
         key: Float[B, T, K, E].
         value: Float[B, T, K, E].
-        mask: Bool[B, S, T], true where attention is allowed; None allows everything.
+        mask: Bool[B or 1, S or 1, T], true where attention is allowed; None allows everything.
         causal: promises that the mask lets no query read a key that stands after it, counted from the end: query
             S - 1 and key T - 1 are the same token. Those keys are then not looked at.
 
@@ -109,7 +127,8 @@ def attend(
             for start in range(0, length, _QUERY_BLOCK):
                 block = slice(start, min(length, start + _QUERY_BLOCK))
                 seen = slice(0, max(1, keys - length + block.stop) if causal else keys)
-                part = _part(query[block], key[seen], value[seen], None if allowed is None else allowed[block, seen])
+                rows = block if allowed is not None and allowed.shape[0] > 1 else slice(None)
+                part = _part(query[block], key[seen], value[seen], None if allowed is None else allowed[rows, seen])
                 done.append(part.mixed / part.total[..., None])
             return jnp.concatenate(done).astype(value.dtype)
 
@@ -152,7 +171,7 @@ def prefix_part(
     query: Float[Array, "R B S H E"],
     key: Float[Array, "B K P E"],
     value: Float[Array, "B K P E"],
-    mask: Bool[Array, "B P"],
+    mask: Bool[Array, "B #S P"],
 ) -> Part:
     """Attention of R rows of queries to the keys and values of one prefix, which is read once for all rows.
 
@@ -160,7 +179,7 @@ def prefix_part(
         query: Float[R, B, S, H, E], not yet scaled.
         key: of the prefix, heads first, Float[B, K, P, E].
         value: Float[B, K, P, E].
-        mask: false where the prefix of a prompt has ended, Bool[B, P].
+        mask: which keys a query may read, the same for all rows, Bool[B, S or 1, P].
 
     Returns:
         The part, its axes [R, B, S, H].
@@ -171,13 +190,16 @@ def prefix_part(
     # All rows' queries of a prompt and key-value head stand together: one matrix product with the prefix.
     grouped = jnp.transpose(grouped, (1, 3, 0, 2, 4, 5)).reshape(batch, kv_heads, rows * length, -1, width)
 
+    if mask.shape[1] > 1:  # a row's queries stand next to each other
+        mask = jnp.tile(mask, (1, rows, 1))
+
     def together(query: Array, key: Array, value: Array, mask: Array) -> Part:
-        return jax.vmap(jax.vmap(_part, in_axes=(0, 0, 0, None)))(query, key, value, mask[:, None])
+        return jax.vmap(jax.vmap(_part, in_axes=(0, 0, 0, None)))(query, key, value, mask)
 
     def head_by_head(query: Array, key: Array, value: Array, mask: Array) -> Part:
         def one(arguments: tuple[Array, Array, Array, Array]) -> Part:
             query, key, value, row = arguments
-            return _part(query, key, value, mask[row][None])
+            return _part(query, key, value, mask[row])
 
         flat = [array.reshape(batch * kv_heads, *array.shape[2:]) for array in (query, key, value)]
         parts = jax.lax.map(one, (*flat, jnp.arange(batch * kv_heads) // kv_heads))
@@ -218,7 +240,7 @@ def suffix_part(
 def shared_prefix_attention(
     prefix_key: Float[Array, "B K P E"],
     prefix_value: Float[Array, "B K P E"],
-    prefix_mask: Bool[Array, "B P"],
+    prefix_mask: Bool[Array, "B #S P"],
     query: Float[Array, "R B S H E"],
     key: Float[Array, "R B T K E"],
     value: Float[Array, "R B T K E"],
@@ -232,7 +254,7 @@ def shared_prefix_attention(
     Args:
         prefix_key: keys of the prefix, heads first, Float[B, K, P, E].
         prefix_value: Float[B, K, P, E].
-        prefix_mask: false where the prefix of a prompt has ended, Bool[B, P].
+        prefix_mask: which keys of the prefix a query may read, the same for all rows, Bool[B, S or 1, P].
         query: Float[R, B, S, H, E], not yet scaled.
         key: every row's own keys, Float[R, B, T, K, E].
         value: Float[R, B, T, K, E].

@@ -39,6 +39,32 @@ def rotations(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def multimodal_rotations(
+    positions: Int[Array, "B A T"], frequencies: Float[np.ndarray, "F"], sections: tuple[int, ...]
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """Cosine and sine where every pair turns by one of a token's positions in time, height and width (M-RoPE).
+
+    Args:
+        positions: of every token along the A axes, Int[B, A, T].
+        frequencies: angular step of every pair, Float[F].
+        sections: how many neighbouring pairs turn by axis 0, 1, ..., A - 1, 0, ...; F in all.
+
+    Source: `apply_multimodal_rotary_pos_emb` of `transformers.models.qwen2_vl`.
+    """
+    axis = np.repeat(np.arange(len(sections)) % positions.shape[1], sections)
+    angles = positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def axial_rotations(
+    positions: Int[Array, "*N I A"], frequencies: Float[np.ndarray, "f"]
+) -> tuple[Float[Array, "*N I F"], Float[Array, "*N I F"]]:
+    """Cosine and sine of patches, the same frequencies for each of their A coordinates, one after the other."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = angles.reshape(*angles.shape[:-2], -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(
     heads: Float[Array, "B T H E"], cosine: Float[Array, "B T F"], sine: Float[Array, "B T F"]
 ) -> Float[Array, "B T H E"]:

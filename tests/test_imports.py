@@ -20,7 +20,7 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
 MODELS = {"errors", "kernels", "sharding"}
-LOADERS = {*MODELS, "models", "zoo", "inputs"}
+LOADERS = {*MODELS, "models", "processing", "zoo", "inputs"}
 ENGINE = {*LOADERS, "checkpoints", "interventions"}
 METHODS = {*ENGINE, "engine", "tracing", "generation"}
 EXPERIMENTS = {*METHODS, "data", "ids", "dcsm", "results"}
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "results": {"errors"},
     "sharding": {"errors"},
     "models": MODELS,
+    "processing": {"errors"},
     "inputs": LOADERS,
     "checkpoints": LOADERS,
     "interventions": ENGINE,

@@ -16,7 +16,8 @@ from families import CASES, Case
 from PIL import Image
 
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.inputs import Processor, Prompts, open_picture
+from jaxid.inputs import Processor, Prompts
+from jaxid.processing.pictures import open_picture
 
 FULL, PLAIN = CASES[1], CASES[0]
 ASKED = "Is the star to the left or right of the fish?"

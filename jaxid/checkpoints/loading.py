@@ -13,6 +13,7 @@ from jaxid.errors import CheckpointError, InputError
 from jaxid.inputs import Processor
 from jaxid.models.base import Model
 from jaxid.models.registry import ALIASES, Family, family
+from jaxid.processing.families import SIDES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""
@@ -101,7 +102,7 @@ def load(name: str | Path, *, dtype: str = "float32") -> Model:
         parameters=parameters,
         definition=definition,
         config=config,
-        processor=Processor.from_folder(folder, config),
+        processor=Processor.from_folder(folder, config, SIDES[fields["model_type"]]),
         name=str(name),
         fingerprint=tensors.fingerprint(folder, files.files),
     )

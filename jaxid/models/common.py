@@ -83,19 +83,28 @@ def filled(value: float, shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32 (HF LlamaRMSNorm)."""
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], epsilon: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """The last axis divided by its root mean square, computed in float32, times scale + offset."""
+    exact = x.astype(jnp.float32)
+    exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + epsilon)
+    if offset:  # Gemma rounds behind the multiplication, Llama before it
+        return (exact * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
+    return exact.astype(x.dtype) * scale
 
-    def __init__(self, width: int, epsilon: float):
-        """Starts with unit scale."""
-        self.scale = filled(1.0, (width,))
-        self.epsilon = epsilon
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 (HF LlamaRMSNorm, Gemma3RMSNorm)."""
+
+    def __init__(self, width: int, epsilon: float, offset: float = 0.0):
+        """Starts with a factor of one."""
+        self.scale = filled(1.0 - offset, (width,))
+        self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
-        exact = x.astype(jnp.float32)
-        exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.epsilon)
-        return exact.astype(x.dtype) * self.scale[...]
+        return rms_norm(x, self.scale[...], self.epsilon, self.offset)
 
 
 class LayerNorm(nnx.Module):

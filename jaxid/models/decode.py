@@ -4,12 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.kernels import attention, rope
+from jaxid.kernels import attention
 from jaxid.models.common import layer_of
-from jaxid.models.decoder import Decoder
+from jaxid.models.decoder import Blocks, Decoder, Memory
 from jaxid.models.reuse import Runner, Suffix, take_tokens
 from jaxid.models.sites import Site
 
@@ -31,11 +30,21 @@ class Start(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What all rows share: recorded keys and values, heads first, and which of them belong to the prefix."""
+    """What all rows share.
+
+    Attributes:
+        keys: recorded, heads first, Float[L, B, K, T, E].
+        values: likewise.
+        valid: which of them belong to the prefix, Bool[B, T].
+        first: place in the prompt of the rows' own first token, Int[B].
+        memory: what cross-attention layers read.
+    """
 
     keys: Float[Array, "L B K T E"]
     values: Float[Array, "L B K T E"]
     valid: Bool[Array, "B T"]
+    first: Int[Array, "B"]
+    memory: Memory | None
 
 
 def prefill(decoder: Decoder, suffix: Suffix, edits: Any, rows: int) -> Start:
@@ -60,6 +69,7 @@ def decode(
     prefix: Prefix,
     start: Start,
     last: Int[Array, "B"],
+    last_rope: Int[Array, "B A"] | None,
     stop_ids: Int[Array, "n"],
     edits: Any | None,
     *,
@@ -72,6 +82,7 @@ def decode(
         prefix: what all rows read.
         start: the rows' own tokens of the prompt.
         last: place of the prompts' last tokens.
+        last_rope: what their heads turn by, if not the place.
         stop_ids: tokens that end a row; the first of them fills ended rows up.
         edits: interventions, a row each, called at the new tokens too; None leaves them as they are.
         steps: the most new tokens.
@@ -80,8 +91,9 @@ def decode(
         New tokens, stop token included, and how many they are.
     """
     rows, batch, own = (*start.hidden.shape[:2], start.valid.shape[1])
-    definition, parameters = nnx.split(decoder.layers)
-    frequencies = decoder.config.rope.frequencies(decoder.config.head_dim)
+    blocks = Blocks(decoder)
+    tokens = prefix.keys.shape[3]
+    window = decoder.window(tokens + steps)
     unembedding = decoder.unembed_matrix()
     room = [(0, 0)] * 3 + [(0, steps)] + [(0, 0)] * 2
     filler = stop_ids[0] if stop_ids.shape[0] else jnp.asarray(0, jnp.int32)
@@ -96,7 +108,8 @@ def decode(
         positions = last[:, None] + 1 + number
         slots = jnp.arange(own + steps)
         valid = jnp.concatenate([start.valid, jnp.ones((batch, steps), bool)], axis=1) & (slots <= own + number)
-        rotation = tuple(jnp.tile(part, (rows, 1, 1)) for part in rope.rotations(positions, frequencies))
+        turned = positions if last_rope is None else (last_rope + 1 + number)[:, :, None]
+        rotation = tuple(jnp.tile(part, (rows, 1, 1)) for part in decoder.rotations(turned))
 
         def at_site(name: str, layer: Any, x: Array) -> Array:
             if edits is None:
@@ -105,9 +118,20 @@ def decode(
             site = Site(name, jnp.asarray(layer), positions)
             return jax.vmap(lambda edit, value: edit(site, value))(edits, shaped).reshape(x.shape)
 
+        def masks(layer: Array) -> tuple[Array, Array]:
+            before, allowed = prefix.valid[:, None], valid[:, None]
+            if window is not None:
+                everywhere = ~blocks.slides(layer)
+                places = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
+                before = before & (attention.near(positions, places, window) | everywhere)
+                # The prompt's own tokens stand from `first` on, the new ones behind the last of them.
+                new = last[:, None] + 1 + slots - own
+                places = jnp.where(slots < own, prefix.first[:, None] + slots, new)
+                allowed = allowed & (attention.near(positions, places, window) | everywhere)
+            return before, allowed[None]
+
         def step(carry: tuple[Array, Array, Array], layer: Array) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            prefix_keys, prefix_values = layer_of((prefix.keys, prefix.values), layer)
             caches = [keys, values]
 
             def read(query: Array, key: Array, value: Array) -> Array:
@@ -115,16 +139,28 @@ def decode(
                     place = (layer, 0, 0, own + number, 0, 0)
                     new = new.reshape(1, rows, batch, *new.shape[1:])
                     caches[number_of_cache] = jax.lax.dynamic_update_slice(caches[number_of_cache], new, place)
-                own_keys, own_values = layer_of(tuple(caches), layer)
-                allowed = valid[None, :, None]
                 query = query.reshape(rows, batch, *query.shape[1:])
-                mixed = attention.shared_prefix_attention(
-                    prefix_keys, prefix_values, prefix.valid, query, own_keys, own_values, allowed
-                )
+
+                def earlier() -> Array:
+                    prefix_keys, prefix_values = layer_of((prefix.keys, prefix.values), layer)
+                    own_keys, own_values = layer_of(tuple(caches), layer)
+                    before, allowed = masks(layer)
+                    return attention.shared_prefix_attention(
+                        prefix_keys, prefix_values, before, query, own_keys, own_values, allowed
+                    )
+
+                def cross(memory_keys: Array, memory_values: Array) -> Array:
+                    assert prefix.memory is not None
+                    # New tokens see the pictures that the prompt's last token sees.
+                    seen = jnp.take_along_axis(prefix.memory.mask, last[:, None, None], axis=1)
+                    part = attention.prefix_part(query, memory_keys, memory_values, seen)
+                    return attention.merge(part).astype(value.dtype)
+
+                mixed = blocks.choose(layer, prefix.memory, earlier, cross)
                 return mixed.reshape(rows * batch, *mixed.shape[2:])
 
-            module = nnx.merge(definition, layer_of(parameters, layer))
-            x = module(x, rotation, read, lambda name, value: at_site(name, layer, value))
+            run = blocks(layer, memory=prefix.memory)
+            x = run(x, rotation, read, lambda name, value: at_site(name, layer, value))
             return (x, caches[0], caches[1]), None
 
         x = at_site("embed", -1, decoder.embed(token).reshape(rows * batch, 1, -1))

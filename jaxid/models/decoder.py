@@ -1,6 +1,5 @@
 """One decoder block and its scanned stack: the text side of every model family."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,110 +9,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.errors import CheckpointError
 from jaxid.kernels import attention, rope
-from jaxid.models.common import ACTIVATIONS, Config, Linear, RMSNorm, filled, flat_product, join_heads, normal, stacked
-from jaxid.models.keys import Key, heads_in, heads_out, linear, prefixed
+from jaxid.models.common import (
+    ACTIVATIONS,
+    Linear,
+    RMSNorm,
+    filled,
+    flat_product,
+    join_heads,
+    layer_of,
+    normal,
+    rms_norm,
+    stacked,
+)
+from jaxid.models.decoder_config import DecoderConfig
 from jaxid.models.sites import DECODER_SITES, Capture, Intervention, Site
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig(Config):
-    """How positions turn queries and keys (HF `rope_parameters`)."""
-
-    rope_type: str = "default"  # "default", "linear" or "llama3"
-    rope_theta: float = 10000.0  # base of the geometric series of wavelengths
-    factor: float = 1.0  # how far positions are stretched ("linear", "llama3")
-    low_freq_factor: float = 1.0  # "llama3": turns below which the full stretch applies
-    high_freq_factor: float = 4.0  # "llama3": turns above which none applies
-    original_max_position_embeddings: int = 8192  # "llama3": context length before stretching
-
-    def __post_init__(self) -> None:
-        """Refuses a kind of scaling that is not implemented, when the checkpoint is loaded."""
-        if self.rope_type not in ("default", "linear", "llama3"):
-            raise CheckpointError(f"rope_type {self.rope_type!r} is not implemented; known: default, linear, llama3.")
-
-    def frequencies(self, head_width: int) -> Float[np.ndarray, "F"]:
-        """The angular steps per position."""
-        plain = rope.inverse_frequencies(head_width, self.rope_theta)
-        if self.rope_type == "default":
-            return plain
-        if self.rope_type == "linear":
-            return (plain / np.float32(self.factor)).astype(np.float32)
-        return rope.llama3_frequencies(
-            plain,
-            factor=self.factor,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            original_max_position_embeddings=self.original_max_position_embeddings,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig(Config):
-    """Shape of a Llama-like decoder; names and defaults as in HF's LlamaConfig."""
-
-    vocab_size: int = 32000  # V
-    hidden_size: int = 4096  # D
-    intermediate_size: int = 11008  # width of the gated MLP
-    num_hidden_layers: int = 32  # L
-    num_attention_heads: int = 32  # H
-    num_key_value_heads: int = 32  # K, a divisor of H
-    head_dim: int = 128  # E
-    hidden_act: str = "silu"  # activation of the MLP's gate
-    rms_norm_eps: float = 1e-6  # added to the mean square
-    attention_bias: bool = False  # biases in the four attention projections
-    mlp_bias: bool = False  # biases in the three MLP projections
-    tie_word_embeddings: bool = False  # the unembedding is the embedding, transposed
-    rope: RopeConfig = RopeConfig()  # positions
-
-    @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "DecoderConfig":
-        """Reads HF's `text_config` of type llama, old (`rope_theta`, `rope_scaling`) and new form."""
-        fields = dict(fields)
-        parameters = dict(fields.pop("rope_parameters", None) or {})
-        scaling = dict(fields.pop("rope_scaling", None) or {})
-        scaling.setdefault("rope_type", scaling.pop("type", "default"))
-        if "rope_theta" in fields:
-            scaling["rope_theta"] = fields.pop("rope_theta")
-        scaling |= parameters
-        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-        missing = [name for name in needed.get(scaling["rope_type"], ()) if name not in scaling]
-        if missing:
-            raise CheckpointError(f"rope_parameters of kind {scaling['rope_type']!r} lack {', '.join(missing)}.")
-        if scaling["rope_type"] == "llama3":
-            scaling.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings") or 2048)
-        rope_config = RopeConfig.from_fields(scaling, where="rope_parameters")
-        heads = fields.get("num_attention_heads") or cls.num_attention_heads
-        width = fields.get("hidden_size") or cls.hidden_size
-        fields["head_dim"] = fields.get("head_dim") or width // heads
-        fields["num_key_value_heads"] = fields.get("num_key_value_heads") or heads
-        return cls.from_fields(fields | {"rope": rope_config}, where="text_config")
-
-
-def decoder_keys(config: DecoderConfig) -> list[Key]:
-    """Key table of a Llama-like decoder, below HF's `model.` (the unembedding stands outside)."""
-    heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-    block = [
-        Key("input_layernorm.weight", "attention_norm.scale"),
-        *heads_in("self_attn.q_proj", "attention.query", heads, bias=bias),
-        *heads_in("self_attn.k_proj", "attention.key", kv_heads, bias=bias),
-        *heads_in("self_attn.v_proj", "attention.value", kv_heads, bias=bias),
-        *heads_out("self_attn.o_proj", "attention.out", heads, bias=bias),
-        Key("post_attention_layernorm.weight", "mlp_norm.scale"),
-        *linear("mlp.gate_proj", "mlp.gate", bias=config.mlp_bias),
-        *linear("mlp.up_proj", "mlp.up", bias=config.mlp_bias),
-        *linear("mlp.down_proj", "mlp.down", bias=config.mlp_bias),
-    ]
-    return [
-        Key("embed_tokens.weight", "embedding"),
-        *prefixed(block, "layers.{layer}.", "layers."),
-        Key("norm.weight", "norm.scale"),
-    ]
-
-
-Rotation = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
-"""Cosine and sine of every token's rotary angles."""
+Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
+"""Cosine and sine of every token's rotary angles; with a leading axis for full and for sliding layers."""
 
 Read = Callable[[Float[Array, "B S H E"], Float[Array, "B T K E"], Float[Array, "B T K E"]], Float[Array, "B S H E"]]
 """Attention: from queries, keys and values to what the queries read."""
@@ -127,6 +40,38 @@ def _all(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
     return x
 
 
+class Memory(NamedTuple):
+    """What cross-attention layers read: keys and values of the pictures, the same for every edit of the text.
+
+    Attributes:
+        keys: of every cross-attention layer, heads first, Float[C, B, K, I, E].
+        values: likewise.
+        mask: which of them each token reads, Bool[B, T, I]; tokens that may read none read all.
+        rows: false for tokens that may read none, Bool[B, T].
+    """
+
+    keys: Float[Array, "C B K I E"]
+    values: Float[Array, "C B K I E"]
+    mask: Bool[Array, "B T I"]
+    rows: Bool[Array, "B T"]
+
+
+class Crossing(NamedTuple):
+    """What turns a block into a cross-attention block where `on` is true.
+
+    Attributes:
+        on: whether the layer is one, Bool[].
+        query_scale: of the norm of every head's queries, Float[E].
+        attention_gate: what attention adds is multiplied by it, Float[].
+        mlp_gate: what the MLP adds is multiplied by it, by token, Float[B, T] or Float[].
+    """
+
+    on: Bool[Array, ""]
+    query_scale: Float[Array, "E"]
+    attention_gate: Float[Array, ""]
+    mlp_gate: Float[Array, "..."]
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions; heads are real axes of the weights."""
 
@@ -134,29 +79,47 @@ class Attention(nnx.Module):
         """Draws projections of variance 1 / inputs."""
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         head_width, scale = config.head_dim, config.hidden_size**-0.5
+        self.config = config
         self.query = normal(rngs, (width, heads, head_width), scale)
         self.key = normal(rngs, (width, kv_heads, head_width), scale)
         self.value = normal(rngs, (width, kv_heads, head_width), scale)
         self.out = normal(rngs, (heads, head_width, width), scale * (2 * config.num_hidden_layers) ** -0.5)
-        self.bias = config.attention_bias
-        if self.bias:
+        if config.attention_bias:
             self.query_bias = filled(0.0, (heads, head_width))
             self.key_bias = filled(0.0, (kv_heads, head_width))
             self.value_bias = filled(0.0, (kv_heads, head_width))
+        if config.attention_out_bias:
             self.out_bias = filled(0.0, (width,))
+        if config.query_key_norm:
+            self.query_norm = RMSNorm(head_width, config.rms_norm_eps, config.norm_offset)
+            self.key_norm = RMSNorm(head_width, config.rms_norm_eps, config.norm_offset)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Rotation, read: Read, keep: Keep = _all
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        read: Read,
+        keep: Keep = _all,
+        crossing: Crossing | None = None,
     ) -> Float[Array, "B S D"]:
         """Mixes tokens: `read(query, key, value)` says who reads whom, `keep` whose results are wanted."""
+        config = self.config
         query = flat_product(keep(x), self.query[...])
         key, value = flat_product(x, self.key[...]), flat_product(x, self.value[...])
-        if self.bias:
+        if config.attention_bias:
             query, key = query + self.query_bias[...], key + self.key_bias[...]
             value = value + self.value_bias[...]
-        mixed = read(rope.rotate(query, *map(keep, rotation)), rope.rotate(key, *rotation), value)
+        if config.query_key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        turned = rope.rotate(query, *map(keep, rotation))
+        if crossing is not None:
+            turned = jnp.where(crossing.on, rms_norm(query, crossing.query_scale, config.rms_norm_eps), turned)
+        if config.query_pre_attn_scalar:
+            # `read` divides by the root of the head width.
+            turned = turned * (config.head_dim / config.query_pre_attn_scalar) ** 0.5
+        mixed = read(turned, rope.rotate(key, *rotation), value)
         out = flat_product(join_heads(mixed), join_heads(self.out[...], 0))
-        return out + self.out_bias[...] if self.bias else out
+        return out + self.out_bias[...] if config.attention_out_bias else out
 
 
 class GatedMLP(nnx.Module):
@@ -180,17 +143,27 @@ Tap = Callable[[str, Float[Array, "B T D"]], Float[Array, "B T D"]]
 
 
 class DecoderBlock(nnx.Module):
-    """Pre-norm attention and MLP around the residual stream (HF LlamaDecoderLayer)."""
+    """Pre-norm attention and MLP around the residual stream (HF LlamaDecoderLayer, Gemma3DecoderLayer)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Builds the block's parts."""
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = (config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.config = config
+        self.attention_norm = RMSNorm(*norm)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(*norm)
         self.mlp = GatedMLP(config, rngs=rngs)
+        if config.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = RMSNorm(*norm), RMSNorm(*norm)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Rotation, read: Read, tap: Tap, keep: Keep = _all
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation,
+        read: Read,
+        tap: Tap,
+        keep: Keep = _all,
+        crossing: Crossing | None = None,
     ) -> Float[Array, "B S D"]:
         """One step of the residual stream.
 
@@ -200,17 +173,98 @@ class DecoderBlock(nnx.Module):
             read: attention over the keys and values that this block makes.
             tap: called as `tap(name, value)` at every site; all but "resid_pre" hold the kept tokens only.
             keep: tokens that leave the block; the others serve as keys and values.
+            crossing: gates of a block that may be one of cross-attention.
 
         Returns:
             Float[B, S, D], the kept tokens.
         """
         x = tap("resid_pre", x)
         with jax.named_scope("attention"):
-            x = keep(x) + tap("attn_out", self.attention(self.attention_norm(x), rotation, read, keep))
+            added = self.attention(self.attention_norm(x), rotation, read, keep, crossing)
+            if self.config.post_norms:
+                added = self.attention_post_norm(added)
+            if crossing is not None:
+                added = added * crossing.attention_gate
+            x = keep(x) + tap("attn_out", added)
         x = tap("resid_mid", x)
         with jax.named_scope("mlp"):
-            x = x + tap("mlp_out", self.mlp(self.mlp_norm(x)))
+            added = self.mlp(self.mlp_norm(x))
+            if self.config.post_norms:
+                added = self.mlp_post_norm(added)
+            if crossing is not None:
+                gate = crossing.mlp_gate
+                added = added * (gate if gate.ndim == 0 else keep(gate[..., None]))
+            x = x + tap("mlp_out", added)
         return tap("resid_post", x)
+
+
+class CrossParts(nnx.Module):
+    """What a cross-attention block has besides the parts of every block (HF MllamaCrossAttentionDecoderLayer)."""
+
+    def __init__(self, config: DecoderConfig):
+        """Starts with open gates, so that pictures matter before any training."""
+        self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attention_gate = filled(1.0, (1,))
+        self.mlp_gate = filled(1.0, (1,))
+
+
+class Blocks:
+    """A decoder's blocks by number, which may be traced, and what differs between them."""
+
+    def __init__(self, decoder: "Decoder"):
+        config = self.config = decoder.config
+        self.definition, self.parameters = nnx.split(decoder.layers)
+        self.crossing = nnx.split(decoder.crossing) if config.cross_attention_layers else None
+        numbers = np.full(config.num_hidden_layers, -1)
+        numbers[list(config.cross_attention_layers)] = np.arange(len(config.cross_attention_layers))
+        self._cross_numbers = numbers
+
+    def slides(self, layer: Any) -> Bool[Array, ""]:
+        """Whether a layer has sliding-window attention."""
+        return jnp.asarray(np.array(self.config.slides))[layer]
+
+    def choose(
+        self, layer: Any, memory: Memory | None, own: Callable[[], Array], cross: Callable[[Array, Array], Array]
+    ) -> Array:
+        """What a layer's queries read: `own()` by self-attention, or `cross(keys, values)` of the memory."""
+        if memory is None or self.crossing is None:
+            return own()
+        number = jnp.asarray(self._cross_numbers)[layer]
+
+        def remembered() -> Array:
+            return cross(*layer_of((memory.keys, memory.values), jnp.maximum(number, 0)))
+
+        return jax.lax.cond(number >= 0, remembered, own)
+
+    def __call__(self, layer: Any, parameters: Any = None, *, memory: Memory | None, whole: bool = False) -> Any:
+        """A block as a function `(x, rotation, read, tap, keep) -> x`.
+
+        Args:
+            layer: its number.
+            parameters: its parameters, if they are at hand.
+            memory: what cross-attention blocks read; without one they change nothing, as without a picture.
+            whole: the block is given whole prompts, not only tokens after the pictures.
+        """
+        module = nnx.merge(self.definition, layer_of(self.parameters, layer) if parameters is None else parameters)
+        crossing = None
+        if self.crossing is not None:
+            definition, stack = self.crossing
+            number = jnp.asarray(self._cross_numbers)[layer]
+            parts = nnx.merge(definition, layer_of(stack, jnp.maximum(number, 0)))
+            on, gates = number >= 0, [parts.attention_gate[...][0], parts.mlp_gate[...][0]]
+            gates = [jnp.tanh(gate) if memory is not None else jnp.zeros_like(gate) for gate in gates]
+            attention_gate, mlp_gate = (jnp.where(on, gate, jnp.ones_like(gate)) for gate in gates)
+            if whole and memory is not None:
+                mlp_gate = jnp.where(on & ~memory.rows, jnp.zeros_like(mlp_gate), mlp_gate)
+            crossing = Crossing(on, parts.query_norm.scale[...], attention_gate, mlp_gate)
+
+        def run(x: Array, rotation: Rotation, read: Read, tap: Tap, keep: Keep = _all) -> Array:
+            if self.config.sliding_rope is not None:
+                rotation = tuple(jnp.where(self.slides(layer), sliding, full) for full, sliding in rotation)
+            return module(x, rotation, read, tap, keep, crossing)
+
+        return run
 
 
 class DecoderOutput(NamedTuple):
@@ -226,19 +280,98 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Builds the stack; every block parameter carries a leading layer axis."""
         self.config = config
-        self.embedding = normal(rngs, (config.vocab_size, config.hidden_size), 0.02)
+        self.embedding = normal(rngs, (config.vocab_size + config.extra_embeddings, config.hidden_size), 0.02)
         self.layers = stacked(lambda rngs: DecoderBlock(config, rngs=rngs), config.num_hidden_layers, rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.cross_attention_layers:
+            self.crossing = stacked(lambda rngs: CrossParts(config), len(config.cross_attention_layers), rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         if not config.tie_word_embeddings:
             self.unembedding = normal(rngs, (config.hidden_size, config.vocab_size), config.hidden_size**-0.5)
 
     def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of the tokens."""
-        return jnp.take(self.embedding[...], token_ids, axis=0)
+        found = jnp.take(self.embedding[...], token_ids, axis=0)
+        scale = self.config.embedding_scale
+        # Rounded first, as the published embedding is.
+        return found if scale == 1.0 else found * jnp.asarray(scale, found.dtype)
 
     def unembed_matrix(self) -> Float[Array, "D V"]:
         """The map from the normed residual stream to logits."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.unembedding[...]
+
+    def rotations(self, positions: Int[Array, "B T"] | Int[Array, "B A T"]) -> Rotation:
+        """Rotary angles of tokens by their positions, or their positions along several axes."""
+        config = self.config
+        frequencies = config.rope.frequencies(config.head_dim)
+        if positions.ndim == 3:
+            return rope.multimodal_rotations(positions, frequencies, config.rope.mrope_section)
+        full = rope.rotations(positions, frequencies)
+        if config.sliding_rope is None:
+            return full
+        sliding = rope.rotations(positions, config.sliding_rope.frequencies(config.head_dim))
+        cosine, sine = (jnp.stack(pair) for pair in zip(full, sliding, strict=True))
+        return cosine, sine
+
+    def window(self, tokens: int) -> int | None:
+        """The sliding window, if sequences of that length reach beyond it in some layer."""
+        return self.config.sliding_window if any(self.config.slides) and tokens > self.config.sliding_window else None
+
+    def remember(self, states: Float[Array, "B I D"], mask: Bool[Array, "B T I"], rows: Bool[Array, "B T"]) -> Memory:
+        """Keys and values of the pictures' states for every cross-attention layer; `mask`, `rows` as in `Memory`."""
+        blocks = Blocks(self)
+        assert blocks.crossing is not None
+        definition, stack = blocks.crossing
+
+        def step(_: None, number: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            layer, row = number
+            attention_parameters = layer_of(blocks.parameters, layer)
+            block = nnx.merge(blocks.definition, attention_parameters)
+            parts = nnx.merge(definition, layer_of(stack, row))
+            key = parts.key_norm(flat_product(states, block.attention.key[...]))
+            value = flat_product(states, block.attention.value[...])
+            return None, (jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2))
+
+        layers = np.array(self.config.cross_attention_layers)
+        _, (keys, values) = jax.lax.scan(step, None, (jnp.asarray(layers), jnp.arange(len(layers))))
+        return Memory(keys, values, mask, rows)
+
+    def whole_read(
+        self,
+        blocks: Blocks,
+        layer: Any,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T T"],
+        memory: Memory | None,
+        suffix: Int[Array, "B S"] | None = None,
+    ) -> Read:
+        """Attention of whole prompts in a layer, or of some of their tokens to all.
+
+        Args:
+            blocks: this decoder's blocks.
+            layer: the block's number.
+            positions: place of every token in its prompt.
+            mask: which tokens each token reads.
+            memory: what cross-attention layers read.
+            suffix: the tokens whose results are wanted; all by default.
+        """
+        memory_mask = None if memory is None else memory.mask
+        if suffix is not None:
+            mask = jnp.take_along_axis(mask, suffix[:, :, None], axis=1)
+            if memory_mask is not None:
+                memory_mask = jnp.take_along_axis(memory_mask, suffix[:, :, None], axis=1)
+        window = self.window(positions.shape[1])
+        if window is not None:
+            queries = positions if suffix is None else jnp.take_along_axis(positions, suffix, axis=1)
+            mask = mask & (attention.near(queries, positions, window) | ~blocks.slides(layer))
+        causal = suffix is None and not self.config.bidirectional_pictures
+
+        def read(query: Array, key: Array, value: Array) -> Array:
+            def cross(keys: Array, values: Array) -> Array:
+                return attention.attend(query, jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2), memory_mask)
+
+            return blocks.choose(layer, memory, lambda: attention.attend(query, key, value, mask, causal=causal), cross)
+
+        return read
 
     def __call__(
         self,
@@ -247,28 +380,30 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T T"],
         intervention: Intervention,
         capture: Capture,
+        *,
+        rope_positions: Int[Array, "B A T"] | None = None,
+        memory: Memory | None = None,
     ) -> DecoderOutput:
         """Runs the stack.
 
         Args:
             embeddings: Float[B, T, D], pictures already merged in.
             positions: place of every token in its prompt, Int[B, T].
-            mask: which tokens each token reads, Bool[B, T, T]; none reads a later one.
+            mask: which tokens each token reads, Bool[B, T, T]; none reads a later one, but for pictures' own tokens.
             intervention: called as `intervention(site, value)` at every site.
             capture: what to return; block sites come stacked over layers.
+            rope_positions: positions along several axes, for families that turn heads by them.
+            memory: what cross-attention layers read.
 
         Returns:
             The normed final hidden states and the captured values.
         """
-        rotation = rope.rotations(positions, self.config.rope.frequencies(self.config.head_dim))
+        rotation = self.rotations(positions if rope_positions is None else rope_positions)
         before = Site("embed", jnp.asarray(-1), positions)
         x = intervention(before, embeddings)
         captured = {"embed": capture.take(x)} if "embed" in capture.sites else {}
         wanted = [name for name in DECODER_SITES if name in capture.sites]
-        block_definition, block_parameters = nnx.split(self.layers)
-
-        def read(query: Array, key: Array, value: Array) -> Array:
-            return attention.attend(query, key, value, mask, causal=True)
+        blocks = Blocks(self)
 
         def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
             parameters, number = layer
@@ -280,8 +415,9 @@ class Decoder(nnx.Module):
                     found[name] = capture.take(value)
                 return value
 
-            return nnx.merge(block_definition, parameters)(x, rotation, read, tap), found
+            read = self.whole_read(blocks, number, positions, mask, memory)
+            return blocks(number, parameters, memory=memory, whole=True)(x, rotation, read, tap), found
 
         numbers = jnp.arange(self.config.num_hidden_layers)
-        x, stacked_values = jax.lax.scan(step, x, (block_parameters, numbers))
+        x, stacked_values = jax.lax.scan(step, x, (blocks.parameters, numbers))
         return DecoderOutput(self.norm(x), captured | stacked_values)

@@ -18,6 +18,9 @@ class Key:
         pattern: einops pattern from source axes to parameter axes (without the layer axis).
         sizes: lengths of pattern axes that the source does not tell.
         copy: a second copy of a parameter, which checkpoints may hold and which must then have the same values.
+        layers: the checkpoint's layer numbers that the key covers, where it does not cover all of them.
+        rows: which rows of the stacked parameter those layers fill; by default the rows of the layers' own numbers.
+        part: (index, count) of a source that several keys share, cut in equal parts along its first axis.
     """
 
     source: str
@@ -25,6 +28,9 @@ class Key:
     pattern: str = "... -> ..."
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     copy: bool = False
+    layers: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+    part: tuple[int, int] | None = None
 
     def to_parameter(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """The checkpoint's tensor in the axes of the parameter; a view where possible."""

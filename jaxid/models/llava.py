@@ -1,20 +1,20 @@
-"""LLaVA-1.5: CLIP tower, two-layer projector, Llama decoder (HF LlavaForConditionalGeneration)."""
+"""LLaVA-1.5 and its variants: CLIP or SigLIP tower, two-layer projector, decoder (HF LlavaForConditionalGeneration)."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.kernels import attention
 from jaxid.models.common import ACTIVATIONS, Config, Linear
-from jaxid.models.decoder import Decoder, DecoderConfig, decoder_keys
+from jaxid.models.decoder import Decoder
+from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
-from jaxid.models.keys import LINEAR, Key, linear, prefixed
-from jaxid.models.sites import Capture, Intervention
-from jaxid.models.vision import ClipVision, VisionConfig, clip_vision_keys
+from jaxid.models.keys import Key, linear, prefixed
+from jaxid.models.network import Network
+from jaxid.models.vision import VisionConfig, VisionTower, vision_config, vision_keys
 
 LARGE_TOWER = {
     "hidden_size": 1024,
@@ -31,11 +31,13 @@ LARGE_TOWER = {
 class LlavaConfig(Config):
     """Shape of a LLaVA-1.5 model; names and defaults as in HF's LlavaConfig."""
 
-    text_config: DecoderConfig  # the Llama decoder
-    vision_config: VisionConfig  # the CLIP tower
+    text_config: DecoderConfig  # the decoder
+    vision_config: VisionConfig  # the tower
     image_token_index: int = 32000  # id of the token that pictures replace
     projector_hidden_act: str = "gelu"  # between the projector's two layers
-    vision_feature_select_strategy: str = "default"  # "default" drops the class token, "full" keeps it
+    vision_feature_select_strategy: str = (
+        "default"  # "default" drops the tower's first token (the class token), "full" keeps it
+    )
     vision_feature_layer: tuple[int, ...] = (-2,)  # tower hidden states to project, concatenated
     multimodal_projector_bias: bool = True  # biases in the projector
 
@@ -44,20 +46,12 @@ class LlavaConfig(Config):
         """Reads a LLaVA config.json.
 
         Raises:
-            CheckpointError: for a part that is not a CLIP tower or a Llama decoder, or an unknown field.
+            CheckpointError: for a tower or decoder of another kind, or an unknown field.
         """
         fields = dict(fields)
         text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
         # What a described tower leaves out are CLIPVisionConfig's defaults, as in LlavaConfig of transformers.
         vision = dict(LARGE_TOWER if vision is None else vision)
-        for name, part, kind in (
-            ("text_config", text, "llama"),
-            ("vision_config", vision, "clip_vision_model"),
-        ):
-            if part.get("model_type", kind) != kind:
-                raise CheckpointError(
-                    f"{name}.model_type is {part['model_type']!r}; this LLaVA port implements {kind!r} only."
-                )
         if fields.pop("tie_word_embeddings", None):
             text["tie_word_embeddings"] = True
         feature_layer = fields.pop("vision_feature_layer", -2)
@@ -65,8 +59,8 @@ class LlavaConfig(Config):
         if "image_token_id" in fields:
             fields["image_token_index"] = fields.pop("image_token_id")
         parts = {
-            "text_config": DecoderConfig.from_hf(text),
-            "vision_config": VisionConfig.from_fields(vision, where="vision_config", ignored={"vocab_size"}),
+            "text_config": decoder_config(text, "llama"),
+            "vision_config": vision_config(vision, "clip_vision_model"),
         }
         # `image_seq_length` only repeats what tower and strategy say.
         config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length", "vocab_size"})
@@ -86,22 +80,19 @@ class LlavaConfig(Config):
     @property
     def image_tokens(self) -> int:
         """Decoder tokens per picture, I."""
-        return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
+        tower = self.vision_config
+        return tower.num_patches + tower.class_token - (self.vision_feature_select_strategy == "default")
 
 
 def llava_keys(config: LlavaConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
-    if config.text_config.tie_word_embeddings:
-        unembedding = Key("language_model.lm_head.weight", "decoder.embedding", copy=True)
-    else:
-        unembedding = Key("language_model.lm_head.weight", "decoder.unembedding", LINEAR)
     bias = config.multimodal_projector_bias
     return [
-        *prefixed(clip_vision_keys(config.vision_config), "vision_tower.vision_model.", "tower."),
+        *prefixed(vision_keys(config.vision_config), "vision_tower.vision_model.", "tower."),
         *linear("multi_modal_projector.linear_1", "projector_in", bias=bias),
         *linear("multi_modal_projector.linear_2", "projector_out", bias=bias),
         *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
-        unembedding,
+        unembedding_key(config.text_config, "language_model.lm_head.weight"),
     ]
 
 
@@ -114,14 +105,7 @@ RENAMES = (
 """Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
 
 
-class LlavaOutput(NamedTuple):
-    """What a forward pass of the network returns."""
-
-    hidden: Float[Array, "B T D"]  # after the final norm
-    captured: dict[str, Float[Array, "..."]]  # by site
-
-
-class Llava(nnx.Module):
+class Llava(Network):
     """The network."""
 
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
@@ -129,10 +113,14 @@ class Llava(nnx.Module):
         self.config = config
         width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         inputs = config.vision_config.hidden_size * len(config.vision_feature_layer)
-        self.tower = ClipVision(config.vision_config, rngs=rngs)
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
         self.projector_in = Linear(inputs, width, bias=bias, rngs=rngs)
         self.projector_out = Linear(width, width, bias=bias, rngs=rngs)
         self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The pictures' decoder tokens."""
+        return self.image_features(jnp.asarray(inputs.pixels, self.tower.position[...].dtype))
 
     def image_features(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I D"]:
         """Pictures as decoder tokens."""
@@ -142,22 +130,3 @@ class Llava(nnx.Module):
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         chosen = jnp.concatenate([states[layer][:, first:] for layer in indices], axis=-1)
         return self.projector_out(ACTIVATIONS[self.config.projector_hidden_act](self.projector_in(chosen)))
-
-    def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
-        """Token embeddings with the pictures' tokens merged in."""
-        text = self.decoder.embed(inputs.token_ids)
-        if inputs.pixels is None:
-            return text
-        features = self.image_features(inputs.pixels.astype(text.dtype))
-        flat = features.reshape(-1, features.shape[-1])
-        pictures = jnp.take(flat, jnp.maximum(inputs.image_slots, 0), axis=0)
-        return jnp.where((inputs.image_slots >= 0)[..., None], pictures, text)
-
-    def mask(self, inputs: Inputs) -> Bool[Array, "B T T"]:
-        """Which tokens each token reads: those before it that are no padding."""
-        return attention.causal_mask(inputs.positions, inputs.positions, inputs.valid)
-
-    def __call__(self, inputs: Inputs, intervention: Intervention, capture: Capture) -> LlavaOutput:
-        """Runs the whole network on a batch of prompts."""
-        output = self.decoder(self.embed(inputs), inputs.positions, self.mask(inputs), intervention, capture)
-        return LlavaOutput(*output)

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.kernels import attention, rope
+from jaxid.kernels import attention
 from jaxid.models.common import layer_of
-from jaxid.models.decoder import Decoder
+from jaxid.models.decoder import Blocks, Decoder, Memory
 from jaxid.models.sites import Intervention, Site
 
 
@@ -26,12 +25,14 @@ class Record(NamedTuple):
         keys: of every block and token, rotated, heads first.
         values: likewise.
         residuals: of the suffix: what enters block l at index l, what leaves the last block at index L.
+        memory: what cross-attention layers read of the pictures.
     """
 
     hidden: Float[Array, "B D"]
     keys: Float[Array, "L B K T E"]
     values: Float[Array, "L B K T E"]
     residuals: Float[Array, "L1 B S D"]
+    memory: Memory | None
 
 
 class Suffix(NamedTuple):
@@ -40,23 +41,29 @@ class Suffix(NamedTuple):
     Attributes:
         residuals: recorded residual stream of these tokens, entering every block (and leaving the last).
         positions: their places in the prompt.
+        rope_positions: what their heads turn by, if not the places.
         last: which of them is the prompt's last token.
         prefix_keys: recorded keys, heads first, of the tokens before them (and of later ones, which are not read).
         prefix_values: likewise.
         prefix_mask: false where the prefix of a prompt has ended.
+        memory: what cross-attention layers read.
         other_keys: of another recorded pass, which rows read instead in the blocks after `swapped`.
         other_values: likewise.
+        other_memory: likewise.
         swapped: the last block in which each row still reads its own pass's prefix.
     """
 
     residuals: Float[Array, "L1 B S D"]
     positions: Int[Array, "B S"]
+    rope_positions: Int[Array, "B A S"] | None
     last: Int[Array, "B"]
     prefix_keys: Float[Array, "L B K T E"]
     prefix_values: Float[Array, "L B K T E"]
     prefix_mask: Bool[Array, "B P"]
+    memory: Memory | None = None
     other_keys: Float[Array, "L B K T E"] | None = None
     other_values: Float[Array, "L B K T E"] | None = None
+    other_memory: Memory | None = None
     swapped: Int[Array, "R"] | None = None
 
 
@@ -74,6 +81,9 @@ def record(
     suffix: Int[Array, "B S"],
     last: Int[Array, "B"],
     intervention: Intervention,
+    *,
+    rope_positions: Int[Array, "B A T"] | None = None,
+    memory: Memory | None = None,
 ) -> Record:
     """One pass, recorded. Of the last block only the suffix is computed: nothing else leads to an answer.
 
@@ -81,13 +91,15 @@ def record(
         decoder: the decoder.
         embeddings: its input.
         positions: place of every token in its prompt.
-        mask: which tokens each token reads; none reads a later one.
+        mask: which tokens each token reads; none reads a later one, but for pictures' own tokens.
         suffix: the tokens whose residual stream is kept, by place.
         last: place of every prompt's last token, which is one of the suffix.
         intervention: called as `intervention(site, value)` at every site.
+        rope_positions: positions along several axes, for families that turn heads by them.
+        memory: what cross-attention layers read.
     """
-    rotation = rope.rotations(positions, decoder.config.rope.frequencies(decoder.config.head_dim))
-    definition, parameters = nnx.split(decoder.layers)
+    rotation = decoder.rotations(positions if rope_positions is None else rope_positions)
+    blocks = Blocks(decoder)
     final = decoder.config.num_hidden_layers - 1
     suffix_positions = jnp.take_along_axis(positions, suffix, axis=1)
 
@@ -96,19 +108,18 @@ def record(
 
     def block(x: Array, layer: Any, *, whole: bool) -> tuple[Array, tuple[Array, Array]]:
         found: list[Array] = []
+        inner = decoder.whole_read(blocks, layer, positions, mask, memory, None if whole else suffix)
 
         def read(query: Array, key: Array, value: Array) -> Array:
             found.extend((key, value))
-            if whole:
-                return attention.attend(query, key, value, mask, causal=True)
-            return attention.attend(query, key, value, jnp.take_along_axis(mask, suffix[:, :, None], axis=1))
+            return inner(query, key, value)
 
         def tap(name: str, value: Array) -> Array:
             at = positions if whole or name == "resid_pre" else suffix_positions
             return intervention(Site(name, jnp.asarray(layer), at), value)
 
-        module = nnx.merge(definition, layer_of(parameters, layer))
-        x = module(x, rotation, read, tap) if whole else module(x, rotation, read, tap, keep)
+        run = blocks(layer, memory=memory, whole=True)
+        x = run(x, rotation, read, tap) if whole else run(x, rotation, read, tap, keep)
         keys, values = (jnp.moveaxis(heads, 1, 2) for heads in found)
         return x, (keys, values)
 
@@ -127,6 +138,7 @@ def record(
         keys=jnp.concatenate([keys, last_keys[None]]),
         values=jnp.concatenate([values, last_values[None]]),
         residuals=jnp.concatenate([entering, before_last[None], x[None]]),
+        memory=memory,
     )
 
 
@@ -215,17 +227,19 @@ class Runner:
     """Runs blocks on [R, B, S, D], the suffixes of R rows that share their prompts' prefixes."""
 
     def __init__(self, decoder: Decoder, suffix: Suffix):
-        self.definition, self.parameters = nnx.split(decoder.layers)
+        self.blocks = Blocks(decoder)
         self.suffix = suffix
-        self.rotation = rope.rotations(suffix.positions, decoder.config.rope.frequencies(decoder.config.head_dim))
+        turned = suffix.positions if suffix.rope_positions is None else suffix.rope_positions
+        self.rotation = decoder.rotations(turned)
         length = suffix.positions.shape[1]
         # By place in the suffix: its padding stands on the right, where nothing that counts reads it.
-        self.causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        self.causal = jnp.tril(jnp.ones((length, length), bool))[None]
         self.last_positions = jnp.take_along_axis(suffix.positions, suffix.last[:, None], axis=1)
+        self.window = decoder.window(suffix.prefix_keys.shape[3])
 
     def block(self, layer: Any) -> Any:
         """The block of that number, which may be traced."""
-        return nnx.merge(self.definition, layer_of(self.parameters, layer))
+        return self.blocks(layer, memory=self.suffix.memory)
 
     def at_site(
         self, name: str, layer: Any, edits: Any, x: Float[Array, "R B S D"], *, last_only: bool = False
@@ -235,9 +249,23 @@ class Runner:
         layers = jnp.broadcast_to(jnp.asarray(layer), x.shape[:1])
         return jax.vmap(lambda edit, layer, value: edit(Site(name, layer, positions), value))(edits, layers, x)
 
+    def _masks(self, layer: Any, last_only: bool) -> tuple[Bool[Array, "B #S P"], Bool[Array, "#B S T"]]:
+        """Which keys of the prefix, and which of the row's own, the suffix's tokens read in a layer."""
+        suffix, places = self.suffix, self.suffix.positions
+        before, own, queries = suffix.prefix_mask[:, None], self.causal, places
+        if last_only:
+            own = (jnp.arange(places.shape[1]) <= suffix.last[:, None])[:, None]
+            queries = self.last_positions
+        if self.window is not None:
+            everywhere = ~self.blocks.slides(layer)
+            prefix_places = jnp.broadcast_to(jnp.arange(before.shape[-1]), (places.shape[0], before.shape[-1]))
+            before = before & (attention.near(queries, prefix_places, self.window) | everywhere)
+            own = own & (attention.near(queries, places, self.window) | everywhere)
+        return before, own
+
     def __call__(
         self,
-        module: Any,
+        block: Any,
         layer: Any,
         edits: Any,
         swapped: Int[Array, "R"] | None,
@@ -250,13 +278,10 @@ class Runner:
 
         The suffixes' own keys and values, Float[R, B, S, K, E], are appended to `found`.
         """
-        rows, batch, length, _ = x.shape
+        rows, batch = x.shape[:2]
         suffix = self.suffix
         prefix = suffix.prefix_mask.shape[1]
-        own, other = (
-            jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, prefix, axis=2), pair)
-            for pair in ((suffix.prefix_keys, suffix.prefix_values), (suffix.other_keys, suffix.other_values))
-        )
+        before, mask = self._masks(layer, last_only)
 
         def split(values: Array) -> Array:
             return values.reshape(rows, batch, *values.shape[1:])
@@ -265,22 +290,30 @@ class Runner:
             return values.reshape(rows * batch, *values.shape[2:])
 
         def read(query: Array, key: Array, value: Array) -> Array:
-            mask = self.causal
-            if last_only:
-                mask = (jnp.arange(length) <= suffix.last[:, None])[None, :, None]
             queries, keys, values = split(query), split(key), split(value)
             if found is not None:
                 found.extend((keys, values))
 
-            def against(prefix: Any) -> Array:
-                return attention.shared_prefix_attention(
-                    prefix[0], prefix[1], suffix.prefix_mask, queries, keys, values, mask
-                )
+            def against(recorded: tuple[Array, Array], memory: Memory | None) -> Array:
+                def own() -> Array:
+                    cut = (layer_of(leaf, layer) for leaf in recorded)
+                    cut = (jax.lax.dynamic_slice_in_dim(leaf, 0, prefix, axis=2) for leaf in cut)
+                    return attention.shared_prefix_attention(*cut, before, queries, keys, values, mask[None])
 
-            if swapped is None:
-                return join(against(own))
-            mixed = [against(own), against(other)]
-            return join(jnp.where((swapped < layer)[:, None, None, None, None], mixed[1], mixed[0]))
+                def cross(memory_keys: Array, memory_values: Array) -> Array:
+                    assert memory is not None
+                    at = self.last_positions if last_only else suffix.positions
+                    allowed = jnp.take_along_axis(memory.mask, at[:, :, None], axis=1)
+                    part = attention.prefix_part(queries, memory_keys, memory_values, allowed)
+                    return attention.merge(part).astype(values.dtype)
+
+                return self.blocks.choose(layer, memory, own, cross)
+
+            mixed = against((suffix.prefix_keys, suffix.prefix_values), suffix.memory)
+            if swapped is None or suffix.other_keys is None or suffix.other_values is None:
+                return join(mixed)
+            other = against((suffix.other_keys, suffix.other_values), suffix.other_memory)
+            return join(jnp.where((swapped < layer)[:, None, None, None, None], other, mixed))
 
         def tap(name: str, value: Array) -> Array:
             short = last_only and name != "resid_pre"
@@ -291,4 +324,4 @@ class Runner:
 
         rotation = tuple(jnp.tile(part, (rows, 1, 1)) for part in self.rotation)
         kept = {"keep": keep} if last_only else {}
-        return split(module(join(x), rotation, read, tap, **kept))
+        return split(block(join(x), rotation, read, tap, **kept))

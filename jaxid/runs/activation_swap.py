@@ -11,7 +11,7 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.pictures import mirrored, recoloured
 from jaxid.experiments import activation_swap
 from jaxid.experiments.relations import prepare
-from jaxid.inputs import open_picture
+from jaxid.processing.pictures import open_picture
 from jaxid.results import tidy
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, filled
 

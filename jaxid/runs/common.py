@@ -267,7 +267,7 @@ class Run:
             return self.config.batch_size
         text = self.model.config.text_config
         width = np.dtype(np.float32).itemsize if self.config.dtype == "float32" else 2
-        tokens = self.model.config.image_tokens + 64
+        tokens = self.model.processor.side.usual_tokens + 64
         trace_numbers = 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim
         row_numbers = rows * 24 * text.hidden_size * 6
         scores = 2 * text.num_attention_heads * tokens * tokens

@@ -13,7 +13,7 @@ from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError, InputError
 from jaxid.experiments import steering
 from jaxid.experiments.relations import ANSWERS, RelationBatch, fill, prepare_questions
-from jaxid.inputs import open_picture
+from jaxid.processing.pictures import open_picture
 from jaxid.results import tidy, write_table
 from jaxid.runs.common import PUBLISHED_TEMPLATE, Columns, Run, RunConfig, filled
 

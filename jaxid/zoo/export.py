@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxid.checkpoints.tensors import save_parameters
-from jaxid.models.decoder import RopeConfig
+from jaxid.models.decoder_config import RopeConfig
 from jaxid.models.llava import LlavaConfig, llava_keys
 from jaxid.results import write_json
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.data import scenes as drawn
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes
-from jaxid.models.decoder import DecoderConfig, RopeConfig
+from jaxid.models.decoder_config import DecoderConfig, RopeConfig
 from jaxid.models.llava import LlavaConfig
 from jaxid.models.vision import VisionConfig
 
