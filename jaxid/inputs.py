@@ -122,6 +122,47 @@ class Prompts:
         """Position at which the answer is read."""
         return np.asarray(self.inputs.last)
 
+    def extended(self, tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, "B"]) -> "Prompts":
+        """The prompts with new tokens behind them, as if they had been written so.
+
+        Args:
+            tokens: new tokens, Int[B, N].
+            lengths: how many of them count, Int[B].
+
+        Returns:
+            Prompts of N places more, whose last token is the last new one; the new tokens stand in no text.
+        """
+        inputs, last = self.inputs, self.last()
+        batch, room = tokens.shape
+        places = np.arange(self.offsets.shape[1] + room, dtype=np.int32)
+        ends = (last + lengths).astype(np.int32)
+        valid = places <= ends[:, None]
+
+        def longer(values: np.ndarray, fill: int) -> np.ndarray:
+            widths = [(0, 0)] * (values.ndim - 1) + [(0, room)]
+            return np.pad(np.asarray(values), widths, constant_values=fill)
+
+        token_ids = longer(inputs.token_ids, 0)
+        rope_positions = None if inputs.rope_positions is None else longer(inputs.rope_positions, 0)
+        for row in range(batch):
+            new = slice(last[row] + 1, ends[row] + 1)
+            token_ids[row, new] = tokens[row, : lengths[row]]
+            if rope_positions is not None:
+                rope_positions[row, :, new] = rope_positions[row, :, last[row], None] + 1 + np.arange(lengths[row])
+        return dataclasses.replace(
+            self,
+            inputs=dataclasses.replace(
+                inputs,
+                token_ids=token_ids,
+                positions=np.tile(places, (batch, 1)),
+                valid=valid,
+                last=ends,
+                image_slots=longer(inputs.image_slots, -1),
+                rope_positions=rope_positions,
+            ),
+            offsets=np.zeros((batch, len(places), 2), np.int32),
+        )
+
 
 class Processor:
     """A checkpoint's tokenizer, chat template and image processor, without PyTorch."""

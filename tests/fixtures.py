@@ -4,6 +4,7 @@ Everything is made once per test run, on first use.
 """
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from families import Case
 from jaxid.checkpoints.loading import load
 from jaxid.inputs import Prompts
 from jaxid.models.base import Model
+from jaxid.processing.pictures import Clip
 from jaxid.tracing import Trace, trace
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
@@ -57,7 +59,15 @@ def model(case: Case, dtype: str = "float32") -> Model:
 @functools.cache
 def prompts(case: Case) -> Prompts:
     """Two prompts of unequal length with a picture each."""
-    return model(case).prepare(pictures(), QUESTIONS)
+    return model(case).prepare(shown(case), QUESTIONS)
+
+
+def shown(case: Case) -> list[Any]:
+    """What a family is shown: two pictures, or two clips of them."""
+    first, second = pictures()
+    if not case.clips:
+        return [first, second]
+    return [Clip([first, second, first[::-1]]), Clip([second, second[:, ::-1], first[:30, :40]])]
 
 
 @functools.cache
@@ -69,9 +79,7 @@ def recorded(case: Case) -> Trace:
 @functools.cache
 def reference(case: Case) -> Any:
     """The tiny model through Hugging Face's loader."""
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(folder(case), attn_implementation="eager").eval()
+    return case.reference(folder(case))
 
 
 @functools.cache
@@ -86,7 +94,8 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
     Args:
         case: which model.
         batch: the prompts.
-        edits: what to change on the way, at any site but "resid_mid", which no hook can change.
+        edits: what to change on the way, at the sites that `case.sites` names but "resid_mid", which no hook can
+            change, and between blocks.
 
     Returns:
         By name: "tower" Float[L1, N, I, D], "projector", "embed" Float[B, T, D], the block sites
@@ -119,39 +128,36 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
 
         handles.append(module.register_forward_hook(hook))
 
-    part = {name: network.get_submodule(path) for name, path in case.parts.items()}
-    before(part["tower_blocks"][0], "tower", 0)
-    for number, block in enumerate(part["tower_blocks"]):
-        after(block, "tower", number + 1)
-    after(part["projector"], "projector", 0)
+    part = {name: network.get_submodule(path) for name, path in case.parts.items() if name != "tower_blocks"}
+    towers = [network.get_submodule(path) for path in case.parts["tower_blocks"].split(",")]
+    pictured = batch.inputs.pixels is not None
+    if pictured:
+        before(towers[0][0], "tower", 0)
+        for number, block in enumerate(itertools.chain.from_iterable(towers)):
+            after(block, "tower", number + 1)
+        after(part["projector"], "projector", 0)
     before(part["blocks"][0], "embed", -1)
     for number, block in enumerate(part["blocks"]):
         before(block, "resid_pre", number)
-        after(block.self_attn, "attn_out", number)
-        before(block.post_attention_layernorm, "resid_mid", number)
-        after(block.mlp, "mlp_out", number)
+        for site, path in case.sites.items():
+            (before if site == "resid_mid" else after)(block.get_submodule(path), site, number)
         after(block, "resid_post", number)
     after(part["norm"], "norm", 0)
-    inputs = batch.inputs
     try:
         with torch.no_grad():
-            output = network(
-                input_ids=torch.tensor(np.asarray(inputs.token_ids)).long(),
-                attention_mask=torch.tensor(np.asarray(inputs.valid)).long(),
-                pixel_values=torch.tensor(np.asarray(inputs.pixels)),
-                use_cache=False,
-            )
+            output = network(**case.arguments(batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    stacked = {
-        name: torch.stack(
-            [value for (site, _), value in sorted(found.items(), key=lambda item: item[0]) if site == name]
-        )
-        for name in {site for site, _ in found}
-    }
-    single = {name: stacked[name][0] for name in ("projector", "embed", "norm")}
-    return {name: value.numpy() for name, value in {**stacked, **single, "logits": output.logits}.items()}
+    names = {site for site, _ in found}
+    order = sorted(found.items(), key=lambda item: item[0])
+    values = {name: torch.stack([value for (site, _), value in order if site == name]) for name in names}
+    if "attn_out" not in case.sites:
+        values["attn_out"] = values["resid_mid"] - values["resid_pre"]
+    if "mlp_out" not in case.sites:
+        values["mlp_out"] = values["resid_post"] - values["resid_mid"]
+    single = {name: values[name][0] for name in ("projector", "embed", "norm") if name in values}
+    return {name: value.numpy() for name, value in {**values, **single, "logits": output.logits}.items()}
 
 
 def device_inputs(batch: Prompts) -> Any:

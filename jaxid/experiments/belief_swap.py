@@ -183,33 +183,14 @@ def occurrence_norms(model: Model, batch: RelationBatch, written: Generation) ->
 
     The published code takes this for the word's norm; it is larger than that of the one activation that is edited.
     """
-    inputs = batch.prompts.inputs
-    prompt_ids, last = np.asarray(inputs.token_ids), batch.prompts.last()
-    rows, room = prompt_ids.shape[0], written.tokens.shape[-1]
-    token_ids = np.concatenate([prompt_ids, np.repeat(prompt_ids[:, -1:], room, axis=1)], axis=1)
-    slots = np.concatenate([np.asarray(inputs.image_slots), np.full((rows, room), -1, np.int32)], axis=1)
-    for row, length in enumerate(written.lengths):
-        token_ids[row, last[row] + 1 : last[row] + 1 + length] = written.tokens[row, :length]
-    ends = (last + written.lengths).astype(np.int32)
-    places = np.arange(token_ids.shape[1], dtype=np.int32)
-    longer = dataclasses.replace(
-        inputs,
-        token_ids=token_ids,
-        positions=np.tile(places, (rows, 1)),
-        valid=places <= ends[:, None],
-        last=ends,
-        image_slots=slots,
-    )
-    words = np.take_along_axis(prompt_ids, batch.words[:, :2], axis=1)
-    same = (token_ids[:, :, None] == words[:, None]) & (places <= ends[:, None])[:, :, None]  # [B, T, 2]
+    longer = batch.prompts.extended(written.tokens, written.lengths)
+    token_ids, rows = np.asarray(longer.inputs.token_ids), len(longer)
+    words = np.take_along_axis(token_ids, batch.words[:, :2], axis=1)
+    same = (token_ids[:, :, None] == words[:, None]) & np.asarray(longer.inputs.valid)[:, :, None]  # [B, T, 2]
     most = int(same.sum(axis=1).max())
     order = np.argsort(~same, axis=1, kind="stable")[:, :most]  # places of the word first, [B, most, 2]
     at = order.transpose(0, 2, 1).reshape(rows, 2 * most)
-    found = forward(
-        model,
-        dataclasses.replace(batch.prompts, inputs=longer, offsets=np.zeros((*token_ids.shape, 2), np.int32)),
-        capture=Capture(("resid_post",), at=jnp.asarray(at)),
-    ).captured["resid_post"]
+    found = forward(model, longer, capture=Capture(("resid_post",), at=jnp.asarray(at))).captured["resid_post"]
     counted = np.take_along_axis(same, order, axis=1).transpose(0, 2, 1)  # [B, 2, most]
     squares = jnp.square(found.astype(jnp.float32)).sum(axis=-1).reshape(-1, rows, 2, most)
     return jnp.sqrt(jnp.where(counted, squares, 0.0).sum(axis=-1))

@@ -8,7 +8,7 @@ import fixtures
 import jax
 import numpy as np
 import pytest
-from families import CASES, VOCABULARY, Case
+from families import CASES, EVERY, Case
 from fixtures import distance
 
 from jaxid.engine import forward
@@ -25,21 +25,22 @@ def everything(case: Case) -> dict[str, Any]:
     def run(model: Any, inputs: Any) -> dict[str, Any]:
         network = model.network()
         hidden, captured = network(inputs, clean, Capture(SITES))
-        tower, projector = network.tower(inputs.pixels), network.image_features(inputs.pixels)
-        return {"tower": tower, "projector": projector, "norm": hidden, **captured}
+        return {"norm": hidden, **case.picture_side(network, inputs), **captured}
 
     return run(model, fixtures.device_inputs(prompts))
 
 
-over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+over_cases = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 
 
 @over_cases
-@pytest.mark.parametrize("name", ["tower", "projector"])
-def test_picture_side(case: Case, name: str) -> None:
-    ours, theirs = everything(case)[name], fixtures.clean_record(case)[name]
-    for layer in range(len(theirs)):
-        assert distance(ours[layer], theirs[layer]) < EXACT, layer
+def test_picture_side(case: Case) -> None:
+    ours, theirs, batch = everything(case), fixtures.clean_record(case), fixtures.prompts(case)
+    for layer in range(len(theirs["tower"])):
+        states = case.alike("tower", np.asarray(ours["tower"][layer]), theirs["tower"][layer], batch)
+        assert distance(*states) < EXACT, layer
+    assert len(ours["tower"]) >= len(theirs["tower"]) - 1
+    assert distance(*case.alike("projector", np.asarray(ours["projector"]), theirs["projector"], batch)) < EXACT
 
 
 @over_cases
@@ -66,7 +67,7 @@ def test_logits(case: Case) -> None:
     output = forward(model, prompts)
     assert distance(output.logits, theirs) < EXACT
     words = ["left", "right"]
-    expected = np.asarray(jax.nn.log_softmax(theirs, axis=-1))[:, [VOCABULARY.index(word) for word in words]]
+    expected = np.asarray(jax.nn.log_softmax(theirs, axis=-1))[:, model.processor.answer_ids(words)]
     np.testing.assert_allclose(output.logprobs(words), expected, atol=2e-5)
     assert np.ptp(expected) > 0.1
 
@@ -76,10 +77,9 @@ def test_the_cases_can_tell_right_from_wrong(case: Case) -> None:
     """Padding, pictures and positions must matter, or the comparisons above would prove nothing."""
     prompts, found = fixtures.prompts(case), fixtures.clean_record(case)
     valid = np.asarray(prompts.inputs.valid)
-    assert valid[0].sum() > valid[1].sum() and not valid[0].all()
-    first, second = found["projector"]
-    assert distance(first, second) > 0.1
-    assert np.std(first, axis=0).max() > 0.1 * np.abs(first).max()
+    assert valid[0].sum() != valid[1].sum() and not valid.all()
+    features = found["projector"].reshape(-1, found["projector"].shape[-1])
+    assert np.std(features, axis=0).max() > 0.1 * np.abs(features).max()
     fish = prompts.word("fish")
     assert distance(found["embed"][0, fish[0]], found["embed"][1, fish[1]]) == 0
     assert distance(found["resid_post"][-1, 0, fish[0]], found["resid_post"][-1, 1, fish[1]]) > 0.01
@@ -97,44 +97,53 @@ def test_a_token_that_is_not_valid_is_never_read() -> None:
     assert distance(forward(model, prompts).logits, theirs) > 0.01
 
 
-def test_text_alone() -> None:
-    import torch
-
-    case = CASES[0]
+@over_cases
+def test_text_alone(case: Case) -> None:
     model = fixtures.model(case)
     prompts = model.prepare(None, fixtures.QUESTIONS)
-    with torch.no_grad():
-        theirs = fixtures.reference(case)(
-            input_ids=torch.tensor(prompts.inputs.token_ids).long(),
-            attention_mask=torch.tensor(prompts.inputs.valid).long(),
-        ).logits.numpy()[np.arange(2), prompts.last()]
+    theirs = fixtures.record(case, prompts)
+    valid = np.asarray(prompts.inputs.valid)
+    output = forward(model, prompts, capture=Capture(("resid_post",)))
+    assert distance(output.logits, theirs["logits"][np.arange(2), prompts.last()]) < EXACT
+    for layer in range(model.num_layers):
+        assert distance(output.captured["resid_post"][layer], theirs["resid_post"][layer], valid) < EXACT, layer
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY if case.two_pictures], ids=lambda case: case.name)
+def test_two_pictures_in_one_prompt(case: Case) -> None:
+    """In two prompts, in both orders, so that a mix-up would show."""
+    model, (first, second) = fixtures.model(case), fixtures.shown(case)
+    prompts = model.prepare([[first, second], [second, first]], fixtures.QUESTIONS)
+    theirs = fixtures.record(case, prompts)["logits"][np.arange(2), prompts.last()]
     assert distance(forward(model, prompts).logits, theirs) < EXACT
+    turned = model.prepare([[second, first], [first, second]], fixtures.QUESTIONS)
+    assert distance(forward(model, turned).logits, theirs) > 0.01
 
 
-def test_one_picture_for_two_questions() -> None:
-    case = CASES[0]
-    model, (first, _) = fixtures.model(case), fixtures.pictures()
+@over_cases
+def test_one_picture_for_two_questions(case: Case) -> None:
+    model, (first, _) = fixtures.model(case), fixtures.shown(case)
     shared = forward(model, model.prepare(first, fixtures.QUESTIONS))
     apart = forward(model, model.prepare([first, first], fixtures.QUESTIONS))
     assert shared.model is model
     assert distance(shared.logits, apart.logits) < EXACT
 
 
-def test_batch_and_padding_change_nothing() -> None:
-    case = CASES[1]
-    model, pictures = fixtures.model(case), fixtures.pictures()
+@over_cases
+def test_batch_and_padding_change_nothing(case: Case) -> None:
+    model, pictures = fixtures.model(case), fixtures.shown(case)
     both = forward(model, fixtures.prompts(case)).logits
     for row, question in enumerate(fixtures.QUESTIONS):
         alone = forward(model, model.prepare(pictures[row], question, pad_to_multiple=32)).logits
         assert distance(alone[0], both[row]) < EXACT
 
 
-def test_bfloat16_stays_near() -> None:
-    """Two digits remain: the rounding of 8 bits of mantissa, over three blocks."""
-    case = CASES[1]
+@over_cases
+def test_bfloat16_stays_near(case: Case) -> None:
+    """Two digits remain: the rounding of 8 bits of mantissa, over a few blocks."""
     rounded = fixtures.model(case, "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(rounded.parameters)} == {"bfloat16"}
     output = forward(rounded, fixtures.prompts(case))
     theirs = fixtures.clean_record(case)["logits"][np.arange(2), fixtures.prompts(case).last()]
     assert output.hidden.dtype.name == "bfloat16" and output.logits.dtype.name == "float32"
-    assert 1e-4 < distance(output.logits, theirs) < 0.05
+    assert 1e-4 < distance(output.logits, theirs) < 0.1

@@ -1,53 +1,15 @@
-"""Tiny random models of every family in one list: each test of a contract that holds for all families runs over it."""
+"""Tiny LLaVA models."""
 
-import dataclasses
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import jaxid.models.llava
+from families.base import LLAMA3, VOCABULARY, Case, randomized
 from jaxid.zoo.export import write_processor, write_tokenizer
 from jaxid.zoo.tiny_llava import CHAT_TEMPLATE
-
-VOCABULARY = tuple(
-    """<unk> <s> </s> <pad> <image> USER ASSISTANT : ? . , " Is the star to left or right of fish Where is picture
-    cat above below and yes no A""".split()
-)
-"""Tokens of the tiny models' word-level tokenizer; the index is the id."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Case:
-    """One tiny model.
-
-    Attributes:
-        name: how test reports call it.
-        build: makes the random Hugging Face model.
-        describe: writes what a checkpoint folder holds besides weights and config.
-        parts: where the Hugging Face model keeps the tower's blocks, the projector, the decoder's blocks and the
-            final norm.
-    """
-
-    name: str
-    build: Callable[[], Any]
-    describe: Callable[[Path], None]
-    parts: Mapping[str, str]
-
-
-def randomized(model: Any, seed: str) -> Any:
-    """The model with every parameter drawn anew, so that no norm is 1, no bias 0 and no two tensors are alike."""
-    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
-            scale_of_norm = parameter.ndim == 1 and name.endswith("weight")
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(spread * noise + float(scale_of_norm))
-    return model.eval()
 
 
 def llava_config(*, text: Mapping[str, Any], vision: Mapping[str, Any], **top: Any) -> LlavaConfig:
@@ -86,15 +48,6 @@ def llava(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] 
     )
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
 CASES = (
     llava("llava-plain"),
     llava(
@@ -125,4 +78,7 @@ CASES = (
         projector_hidden_act="gelu_pytorch_tanh",
     ),
 )
-"""All tiny models. A new family adds its cases here."""
+"""The models on which everything is tested in depth."""
+
+EVERY = CASES
+"""These, and the family's further variants."""

@@ -1,0 +1,187 @@
+"""What holds for every model family alike: interventions, causal reuse, generation, compilation."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import EVERY, Case
+from fixtures import distance
+from transformers import GenerationConfig
+
+import jaxid.engine
+import jaxid.tracing
+from jaxid.engine import forward
+from jaxid.generation import generate
+from jaxid.interventions import add, chain, replace, scale
+from jaxid.models.base import Model
+from jaxid.models.sites import SITES, Capture
+from jaxid.tracing import rerun, residuals_at, swap, trace
+
+EXACT = 1e-5
+STEPS = 20
+
+pytestmark = [
+    pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name),
+    pytest.mark.usefixtures("quick_compilation"),
+]
+
+
+def vectors(case: Case, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*shape, fixtures.model(case).width)).astype(np.float32)
+
+
+def endless(model: Model) -> Model:
+    """The model without stop tokens."""
+    processor = copy.copy(model.processor)
+    processor.stop_ids = ()
+    return dataclasses.replace(model, processor=processor)
+
+
+def words(case: Case) -> np.ndarray:
+    """A word of each prompt, and the place where its answer is read."""
+    prompts = fixtures.prompts(case)
+    return np.stack([prompts.word(["star", "fish"]), prompts.last()], axis=1)
+
+
+def test_a_trace_is_the_clean_pass(case: Case) -> None:
+    model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
+    at = words(case)
+    clean = forward(model, prompts, capture=Capture(("embed", "resid_post"), at=jnp.asarray(at)))
+    assert distance(recorded.logits, clean.logits) < EXACT
+    states = np.concatenate([clean.captured["embed"][None], clean.captured["resid_post"]])
+    assert distance(recorded.at(at), states) < EXACT
+    assert distance(residuals_at(model, prompts, at), states) < EXACT
+
+
+def test_a_rerun_is_the_full_pass(case: Case) -> None:
+    """Edits of words at every layer, of two kinds, and a chain; and sweeps equal their members one by one."""
+    model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
+    layers, at = np.arange(model.num_layers), words(case)
+    edits = (
+        add(layers, at[:, :1], vectors(case, len(layers)), 2.0),
+        chain(replace(layers, at[:, :1], vectors(case, len(layers), seed=1)), scale(layers, at[:, 1:], 0.5)),
+    )
+    for edit in edits:
+        whole, again = forward(model, prompts, edit).logits, rerun(model, recorded, edit, chunk=2).logits
+        assert distance(again, whole) < EXACT
+        for layer in (0, model.num_layers - 1):
+            single = jax.tree.map(lambda leaf, layer=layer: leaf[layer], edit)
+            assert distance(forward(model, prompts, single).logits, whole[layer]) < EXACT
+        assert distance(whole[:-1], np.broadcast_to(recorded.logits, whole[:-1].shape)) > 1e-3
+
+
+def test_an_edit_changes_nothing_before_it(case: Case) -> None:
+    """Nor do captures change anything, nor an edit by nothing."""
+    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    layer, at = model.num_layers // 2, words(case)[:, :1]
+    push = add(np.array([layer, layer]), at, np.stack([vectors(case), 0 * vectors(case)]), 3.0)
+    clean, edited = (forward(model, prompts, *edit, capture=Capture(SITES)) for edit in ((), (push,)))
+    assert distance(clean.logits, forward(model, prompts).logits) < EXACT
+    assert distance(edited.logits[1], clean.logits) < EXACT
+    valid = np.asarray(prompts.inputs.valid)
+    before = np.arange(valid.shape[1]) < at
+    for site in SITES[1:]:
+        ours, plain = edited.captured[site][0], clean.captured[site]
+        for k in range(model.num_layers):
+            if k < layer or (k == layer and site != "resid_post"):
+                assert distance(ours[k], plain[k], valid) < EXACT, (site, k)
+            assert distance(ours[k], plain[k], valid & before) < EXACT, (site, k)
+        assert distance(ours[-1], plain[-1], valid) > 1e-3 or layer == model.num_layers - 1
+
+
+def test_tokens_are_those_of_hugging_face(case: Case) -> None:
+    """Written from prompts of unequal length in one batch."""
+    model, prompts = endless(fixtures.model(case)), fixtures.prompts(case)
+    written = generate(model, prompts, max_new_tokens=STEPS)
+    network = fixtures.reference(case)
+    for row, picture in enumerate(fixtures.shown(case)):
+        alone = model.prepare([picture], fixtures.QUESTIONS[row], pad_to_multiple=1)
+        settings = GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        theirs = network.generate(**case.arguments(alone), generation_config=settings)[0, -STEPS:].numpy()
+        np.testing.assert_array_equal(written.tokens[row], theirs)
+
+
+def test_steered_writing_is_that_of_full_passes(case: Case) -> None:
+    """An edited prompt is written on from, token by token, as a full pass over prompt and tokens would."""
+    model, prompts = endless(fixtures.model(case)), fixtures.prompts(case)
+    edit = add(np.array([0, model.num_layers - 1]), words(case)[:, :1], vectors(case, 2), 4.0)
+    written = generate(model, fixtures.recorded(case), edit, max_new_tokens=STEPS)
+    assert written.tokens.shape == (2, 2, STEPS)
+    assert distance(written.first.logits, forward(model, prompts, edit).logits) < EXACT
+    for row in range(2):
+        single = jax.tree.map(lambda leaf, row=row: leaf[row], edit)
+        longer = prompts.extended(written.tokens[row, :, : STEPS - 1], np.full(2, STEPS - 1))
+        expected = np.asarray(forward(model, longer, single).logits).argmax(axis=-1)
+        np.testing.assert_array_equal(written.tokens[row, :, -1], expected)
+
+
+def test_a_swap_of_the_picture(case: Case) -> None:
+    """Behind the last block it changes nothing; behind the first it is what the picture's own tokens carry."""
+    model, pictures = fixtures.model(case), fixtures.shown(case)
+    prompts = model.prepare([pictures[0]] * 2, fixtures.QUESTIONS)
+    ours = trace(model, prompts)
+    changed = [mirrored(pictures[0])] * 2
+    theirs = trace(model, model.prepare(changed, fixtures.QUESTIONS))
+    layers = np.arange(model.num_layers)
+    swapped = rerun(model, ours, swap(theirs, layers, "image")).logits
+    assert distance(swapped[-1], ours.logits) < EXACT
+    if model.config.text_config.cross_attention_layers:  # the picture enters there, not by tokens
+        first = min(model.config.text_config.cross_attention_layers)
+        expected = np.broadcast_to(theirs.logits, swapped[:first].shape)
+        assert distance(swapped[:first], expected) < EXACT
+        assert distance(swapped[first:], np.broadcast_to(theirs.logits, swapped[first:].shape)) > 1e-3
+        return
+    at = prompts.image_tokens()
+    everything = forward(model, theirs.prompts, capture=Capture(("resid_post",), at=jnp.asarray(at)))
+    by_hand = replace(layers, at, everything.captured["resid_post"])
+    assert distance(swapped, forward(model, prompts, by_hand).logits) < EXACT
+    assert distance(swapped[0], ours.logits) > 1e-3
+
+
+def mirrored(picture: Any) -> Any:
+    """A picture, or every frame of a clip, with left and right exchanged."""
+    if isinstance(picture, np.ndarray):
+        return np.ascontiguousarray(picture[:, ::-1])
+    return dataclasses.replace(picture, frames=[mirrored(frame) for frame in picture.frames])
+
+
+def test_one_program_for_any_layer_place_and_strength(case: Case) -> None:
+    model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
+    at = words(case)[:, :1]
+    sizes = []
+    for number in range(3):
+        layers = np.array([number % model.num_layers, 0])
+        edit = add(layers, at, vectors(case, 2, seed=number), float(number + 1))
+        forward(model, prompts, edit)
+        rerun(model, recorded, edit, chunk=1)
+        sizes.append((jaxid.engine._run._cache_size(), jaxid.tracing._resume._cache_size()))
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_sharded_is_unsharded(case: Case) -> None:
+    """Parameters over two devices along their widest even axis, prompts over two along the batch."""
+    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def spread(leaf: Any) -> Any:
+        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % 2 == 0]
+        widest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
+        names = ["model" if axis == widest else None for axis in range(leaf.ndim)]
+        return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*names)))
+
+    sharded = dataclasses.replace(model, parameters=jax.tree.map(spread, model.parameters))
+    by_prompt = jax.NamedSharding(mesh, jax.P("data"))
+    inputs = dataclasses.replace(
+        prompts.inputs,
+        token_ids=jax.device_put(prompts.inputs.token_ids, by_prompt),
+        image_slots=jax.device_put(prompts.inputs.image_slots, by_prompt),
+    )
+    spread_prompts = dataclasses.replace(prompts, inputs=inputs)
+    found = forward(sharded, spread_prompts)
+    assert len(found.hidden.sharding.device_set) == 4
+    assert distance(found.logits, forward(model, prompts).logits) < EXACT
