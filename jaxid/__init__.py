@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxid.models.sites import Capture as Capture
     from jaxid.models.sites import Intervention as Intervention
     from jaxid.models.sites import Site as Site
+    from jaxid.processing.pictures import Clip as Clip
     from jaxid.tracing import Trace as Trace
     from jaxid.tracing import rerun as rerun
     from jaxid.tracing import swap as swap
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Capture": "jaxid.models.sites",
     "CheckpointError": "jaxid.errors",
+    "Clip": "jaxid.processing.pictures",
     "DataError": "jaxid.errors",
     "Generation": "jaxid.generation",
     "IDBatch": "jaxid.ids",

@@ -26,7 +26,9 @@ Template = Annotated[
     str | None,
     typer.Option(help="The user's text, with {query}, {first}, {second}, {First}, {Second}; as published by default."),
 ]
-CaseOption = Annotated[str, typer.Option("--case", help="Form of the answer words: lower, capital or both together.")]
+CaseOption = Annotated[
+    str, typer.Option("--case", help="Form of the answer words: lower, capital, both together, or published.")
+]
 SplitWords = Annotated[str, typer.Option(help="A word of several tokens: last (read there) or refuse.")]
 
 

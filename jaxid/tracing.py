@@ -99,7 +99,8 @@ class ImageSwap:
     """All image tokens of another trace put in place of a trace's own after a block; made by `swap`.
 
     Later image tokens depend on image tokens (and what stands before them) alone, so the blocks after the swap read
-    the other trace's keys and values, and no image token is computed again.
+    the other trace's keys and values, and no image token is computed again. Where pictures enter by cross-attention
+    (Llama-3.2-Vision), the blocks after the swap read the other trace's picture.
 
     Attributes:
         layer: the block, Int[S...].
@@ -146,7 +147,7 @@ def swap(source: Trace, layer: Any, at: Any) -> Any:
         An intervention for `rerun`; for text a `replace`, which `forward` takes too.
 
     Raises:
-        InputError: for a layer that the model does not have, or a place that was not recorded.
+        InputError: for a layer that the model does not have, a place that was not recorded, or pictures apart.
     """
     layer = np.asarray(layer)
     blocks = source.model.num_layers
@@ -156,7 +157,12 @@ def swap(source: Trace, layer: Any, at: Any) -> Any:
         if at not in ("image", "text"):
             raise InputError(f'`at` is "image", "text" or positions, not {at!r}.')
         if at == "image":
-            source.prompts.image_tokens()  # refuses prompts without a picture
+            places = source.prompts.image_tokens()  # refuses prompts without a picture
+            if (np.diff(places, axis=1) != 1).any():
+                raise InputError(
+                    "the prompts' pictures do not stand next to each other, and what stands between them depends on "
+                    "them too: use jaxid.forward with jaxid.replace at prompts.image_tokens()."
+                )
             return ImageSwap(layer=layer.astype(np.int32), source=source)
         at = source.prompts.text_tokens()
     at = np.asarray(at)

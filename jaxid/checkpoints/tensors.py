@@ -141,31 +141,39 @@ def load_parameters(
 
     plan: dict[str, list[tuple[Key, int | None, str]]] = {path: [] for path in abstract}
     copies: list[tuple[Key, str]] = []
+    used: dict[str, list[tuple[int, int] | None]] = {}
     for key in keys:
         if key.copy:
             if key.source in available:
                 copies.append((key, available.pop(key.source)))
             continue
-        layers: Sequence[int | None] = [None]
-        if "{layer}" in key.source:
-            layers = range(abstract[key.target].shape[0])
-        for layer in layers:
+        stacked = "{layer}" in key.source
+        places = key.places(abstract[key.target].shape[0]) if stacked else [(0, None)]
+        for layer, row in places:
             source = key.source.format(layer=layer)
             if source not in available:
                 problems.append(f"tensor {source!r} is missing (parameter {key.target})")
                 continue
-            plan[key.target].append((key, layer, available.pop(source)))
+            plan[key.target].append((key, row, available[source]))
+            used.setdefault(source, []).append(key.part)
+    for source, parts in used.items():
+        whole = [(index, parts[0][1]) for index in range(parts[0][1])] if parts[0] else [None]
+        if sorted(parts, key=str) != sorted(whole, key=str):
+            problems.append(f"tensor {source!r} is read by {len(parts)} keys, which do not make it up")
+        del available[source]
     problems += [f"unknown tensor {name!r}" for name in available.values()]
 
     # All shapes are compared before any tensor is read: large checkpoints take minutes.
     for path, rows in plan.items():
         expected = tuple(abstract[path].shape)
-        layers = [layer for _, layer, _ in rows]
-        if len(set(layers)) < len(layers):
+        numbers = [row for _, row, _ in rows]
+        if len(set(numbers)) < len(numbers):
             problems.append(f"parameter {path} is set more than once")
-        for key, layer, name in rows:
+        if None not in numbers and not problems and set(numbers) != set(range(expected[0])):
+            problems.append(f"parameter {path} has rows that no tensor sets")
+        for key, row, name in rows:
             shape = tensors.shape(name)
-            if key.parameter_shape(shape) != (expected if layer is None else expected[1:]):
+            if key.parameter_shape(shape) != (expected if row is None else expected[1:]):
                 problems.append(f"tensor {name!r} has shape {shape}, which does not fit {path} {expected}")
     filled = {key.target for key in keys if not key.copy}
     problems += [f"parameter {path} is set by no key" for path in abstract if path not in filled]
@@ -182,12 +190,12 @@ def load_parameters(
     put = place or (lambda _, array: jax.device_put(array))
     for path, rows in plan.items():
         host = np.empty(abstract[path].shape, dtype)
-        for key, layer, name in rows:
+        for key, row, name in rows:
             value = key.to_parameter(tensors.read(name))
-            if layer is None:
+            if row is None:
                 host[...] = value
             else:
-                host[layer] = value
+                host[row] = value
         leaves[path] = put(path, host)
     return unflatten(leaves)
 
@@ -197,16 +205,21 @@ def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Ke
     from safetensors.numpy import save_file
 
     leaves = flatten(parameters)
-    tensors: dict[str, np.ndarray] = {}
+    pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
     for key in keys:
         if key.copy:
             continue
-        array = np.asarray(leaves[key.target])
+        array, index = np.asarray(leaves[key.target]), key.part[0] if key.part else 0
         if "{layer}" in key.source:
-            for layer, one in enumerate(array):
-                tensors[key.source.format(layer=layer)] = key.to_checkpoint(one)
+            for layer, row in key.places(len(array)):
+                piece = key.to_checkpoint(array[row])
+                pieces.setdefault(key.source.format(layer=layer), []).append((index, piece))
         else:
-            tensors[key.source] = key.to_checkpoint(array)
+            pieces.setdefault(key.source, []).append((index, key.to_checkpoint(array)))
+    tensors = {}
+    for name, found in pieces.items():
+        parts = [piece for _, piece in sorted(found, key=lambda entry: entry[0])]
+        tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)

@@ -33,18 +33,29 @@ class Key:
     part: tuple[int, int] | None = None
 
     def to_parameter(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """The checkpoint's tensor in the axes of the parameter; a view where possible."""
+        """The checkpoint's tensor, or its part, in the axes of the parameter; a view where possible."""
+        if self.part is not None:
+            index, count = self.part
+            length = tensor.shape[0] // count
+            tensor = tensor[index * length : (index + 1) * length]
         return rearrange(tensor, self.pattern, **self.sizes)
 
     def parameter_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape of the parameter that a tensor of a given shape makes; None if it makes none."""
+        if self.part is not None and (not shape or shape[0] % self.part[1]):
+            return None
         try:
             return self.to_parameter(np.broadcast_to(np.zeros((), np.int8), shape)).shape
         except EinopsError:
             return None
 
+    def places(self, count: int) -> list[tuple[int, int]]:
+        """Layer numbers in the checkpoint and the rows of a stacked parameter of `count` rows that they fill."""
+        layers = tuple(range(count)) if self.layers is None else self.layers
+        return list(zip(layers, layers if self.rows is None else self.rows, strict=True))
+
     def to_checkpoint(self, parameter: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """The inverse of `to_parameter`."""
+        """The inverse of `to_parameter`; of one part, where the source has several."""
         source, target = self.pattern.split("->")
         used = {name: size for name, size in self.sizes.items() if name in target}
         return np.ascontiguousarray(rearrange(parameter, f"{target} -> {source}", **used))

@@ -36,6 +36,18 @@ FAMILIES: Mapping[str, Family] = {
 ALIASES: Mapping[str, str] = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "qwen2-2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "llama-11b": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llava-cot": "Xkev/Llama-3.2V-11B-cot",
+    "internvl-1b": "OpenGVLab/InternVL3-1B-hf",
+    "internvl-2b": "OpenGVLab/InternVL3-2B-hf",
+    "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
+    "internvl-14b": "OpenGVLab/InternVL3-14B-hf",
+    "gemma-4b": "google/gemma-3-4b-it",
+    "gemma-12b": "google/gemma-3-12b-it",
+    "llava-video": "lmms-lab/LLaVA-Video-7B-Qwen2",
 }
 """Short names of published checkpoints."""
 
@@ -47,5 +59,7 @@ def family(model_type: str | None, where: str) -> Family:
         CheckpointError: if it is none of those implemented.
     """
     if model_type is None or model_type not in FAMILIES:
-        raise CheckpointError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}.")
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}."
+        )
     return FAMILIES[model_type]

@@ -46,7 +46,7 @@ def run(config: RunConfig, change: Literal["mirror", "attribute"]) -> dict[str, 
 
     def compute(chunk: list[SpatialItem]) -> Columns:
         full = filled(chunk, batch_size)
-        batch = prepare(model, full, template=template, case=config.case)
+        batch = prepare(model, full, template=template, case=job.case)
         job.checked(batch, [(item.subject, item.object) for item in full], len(chunk))
         other = model.prepare([changed(item) for item in full], list(batch.prompts.questions))
         swap = activation_swap.run(model, batch, other, layers=layers)

@@ -13,14 +13,23 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.errors import DataError
 from jaxid.experiments import belief_swap
 from jaxid.experiments.relations import answer_of, axis_of, prepare
+from jaxid.models.registry import ALIASES
 from jaxid.results import confidence_interval, ensure_output_folder, write_json
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, by_axis, filled, joined
 
 PUBLISHED_LAYERS = {
     "llava-7b": (8, 20),
-    "llava-hf/llava-1.5-7b-hf": (8, 20),
     "llava-13b": (10, 20),
-    "llava-hf/llava-1.5-13b-hf": (10, 20),
+    "qwen2-2b": (6, 16),
+    "qwen-3b": (8, 18),
+    "qwen-7b": (6, 16),
+    "llama-11b": (10, 20),
+    "internvl-1b": (6, 16),
+    "internvl-2b": (6, 16),
+    "internvl-8b": (6, 16),
+    "internvl-14b": (12, 24),
+    "gemma-4b": (10, 22),
+    "gemma-12b": (10, 22),
 }
 """First and last layer of the published sweeps, as Hugging Face counts hidden states: one more than the block."""
 
@@ -61,7 +70,7 @@ def run(config: BeliefSwapConfig) -> dict[str, Any]:
         tables = []
         for group in by_axis(chunk):
             full = filled(group, batch_size)
-            batch = prepare(model, full, template=suffix, case=config.case)
+            batch = prepare(model, full, template=suffix, case=job.case)
             job.checked(batch, [(item.subject, item.object) for item in full], len(group))
             swap = belief_swap.run(
                 model,
@@ -91,8 +100,9 @@ def run(config: BeliefSwapConfig) -> dict[str, Any]:
 
 def default_layers(name: str, blocks: int) -> range:
     """The published blocks of a model; all of a small one, the second to fourth sixth of another."""
-    if name in PUBLISHED_LAYERS:
-        first, last = PUBLISHED_LAYERS[name]
+    alias = next((alias for alias, repository in ALIASES.items() if name in (alias, repository)), name)
+    if alias in PUBLISHED_LAYERS:
+        first, last = PUBLISHED_LAYERS[alias]
         return range(first - 1, last)
     return range(blocks) if blocks <= 12 else range(blocks // 4, blocks * 5 // 8 + 1)
 

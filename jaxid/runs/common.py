@@ -54,7 +54,8 @@ class RunConfig:
         skip_bad: leave out items that cannot be used, and list them.
         compat: "reference" reproduces the slips of the published code.
         template: the user's text with a place for the {query}; the published one by default.
-        case: which form of the answer words is read.
+        case: which form of the answer words is read: "lower", "capital", both added up, or the one that the published
+            code reads for the model's family.
         split_words: "last" reads a word of several tokens at its last one; "refuse" counts it as a bad item.
         progress: show progress bars, where there is a terminal.
     """
@@ -85,7 +86,7 @@ class RunConfig:
         """
         for name, known in (
             ("compat", ("none", "reference")),
-            ("case", ("lower", "capital", "both")),
+            ("case", ("lower", "capital", "both", "published")),
             ("split_words", ("last", "refuse")),
         ):
             if getattr(self, name) not in known:
@@ -134,6 +135,12 @@ class Run:
     def layers(self, default: Sequence[int]) -> list[int]:
         """The chosen blocks, rising."""
         return parse_layers(self.config.layers, self.model, default)
+
+    @property
+    def case(self) -> Case:
+        """The form of the answer words that is read."""
+        chosen = self.config.case
+        return self.model.processor.side.case if chosen == "published" else chosen
 
     def data_folder(self) -> Path:
         """The data folder.
@@ -218,7 +225,7 @@ class Run:
                 "limit": config.limit,
                 "seed": config.seed,
                 "compat": config.compat,
-                "case": config.case,
+                "case": self.case,
                 "split_words": config.split_words,
                 **settings,
             },

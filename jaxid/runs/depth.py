@@ -27,7 +27,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     def compute(chunk: list[SpatialItem]) -> Columns:
         full = filled(chunk, batch_size)
-        batches = depth.prepare(model, full, template=template, case=config.case)
+        batches = depth.prepare(model, full, template=template, case=job.case)
         job.checked(batches["height"], [(item.subject, item.object) for item in full], len(chunk))
         found = depth.run(model, batches, ids, layers=layers, multiplier=factor, compat=config.compat)
         keys = [item.key for item in chunk]

@@ -136,7 +136,7 @@ def prepare(job: Run, relation: str, questions: Sequence[Question], template: st
         axis=_AXIS[relation],
         answers=answers,
         truth=[question.truth for question in questions],
-        case=job.config.case,
+        case=job.case,
     )
 
 

@@ -310,7 +310,7 @@ def test_pickled_weights_are_never_opened(copy: Callable[..., Path]) -> None:
         ({"model_type": "llava_next"}, "config.json.*'llava_next'.*llava"),
         ({"model_type": None}, "config.json.*None"),
         ({"image_grid_pinpoints": [[1, 2]]}, "image_grid_pinpoints"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+        ({"vision_config": {"model_type": "mllama_vision_model"}}, "siglip_vision_model"),
         ({"text_config": "llama"}, "config.json"),
         ({"vision_feature_layer": "last"}, "config.json"),
         ({"image_token_index": 39_999}, "39999.*image_token_index"),
