@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
+import families.llava
 import fixtures
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,14 @@ from jaxid.inputs import Processor, Prompts
 from jaxid.interventions import add, chain, replace, scale
 from jaxid.models.base import Model
 from jaxid.models.sites import Site, clean
+from jaxid.processing.llava import LlavaSide
 from jaxid.tracing import swap, trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 STEPS = 7
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
-WRITER = families.llava("llava-writer-8", text={"num_key_value_heads": 2, "rope_parameters": LINEAR})
+WRITER = families.llava.llava("llava-writer-8", text={"num_key_value_heads": 2, "rope_parameters": LINEAR})
 """Grouped queries. Of random models, named by their seeds, one that does not repeat itself."""
 
 
@@ -356,14 +357,14 @@ def test_where_stop_tokens_are_found(tmp_path: Path, files: dict[str, Any], stop
     folder = shutil.copytree(fixtures.folder(CASES[0]), tmp_path / "model", ignore=parts)
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields))
-    assert Processor.from_folder(folder, fixtures.model(CASES[0]).config).stop_ids == stop_ids
+    assert Processor.from_folder(folder, fixtures.model(CASES[0]).config, LlavaSide).stop_ids == stop_ids
 
 
 def test_an_unreadable_generation_config_is_named(tmp_path: Path) -> None:
     folder = shutil.copytree(fixtures.folder(CASES[0]), tmp_path / "model")
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not readable JSON"):
-        Processor.from_folder(folder, fixtures.model(CASES[0]).config)
+        Processor.from_folder(folder, fixtures.model(CASES[0]).config, LlavaSide)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes, concatenate, mirror, render
 from jaxid.inputs import Processor
 from jaxid.models.base import Model
+from jaxid.processing.llava import LlavaSide
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_processor, write_tokenizer
@@ -54,7 +55,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     folder = tmp_path_factory.mktemp("exported")
     write_tokenizer(folder, WORDS, recipe.CHAT_TEMPLATE)
     write_processor(folder, recipe.config(), mean=recipe.PIXEL_MEAN, std=recipe.PIXEL_STD)
-    return Processor.from_folder(folder, recipe.config())
+    return Processor.from_folder(folder, recipe.config(), LlavaSide)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
