@@ -1,0 +1,76 @@
+"""What bfloat16 and float16 cost: distance to float32, family by family, beside the same model in PyTorch.
+
+Runs the tiny random models of the tests. Norms, softmax, rotary angles and the last logits are computed in float32 in
+every dtype; what is rounded are parameters and activations.
+
+    python benchmarks/precision.py --out DIR
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from timing import use_cpus
+
+TESTS = Path(__file__).parents[1] / "tests"
+DTYPES = ("bfloat16", "float16")
+
+
+def distances(case: Any, dtype: str) -> dict[str, float]:
+    """Largest error of the last logits, relative to the largest float32 logit."""
+    import fixtures
+    import numpy as np
+    import torch
+
+    from jaxid.engine import forward
+
+    prompts = fixtures.prompts(case)
+    rows = np.arange(len(prompts))
+
+    def theirs(network: Any, kind: torch.dtype) -> np.ndarray:
+        arguments = {
+            name: value.to(kind) if value.is_floating_point() else value
+            for name, value in case.arguments(prompts).items()
+        }
+        with torch.no_grad():
+            logits = network.to(kind)(**arguments, use_cache=False).logits.float().numpy()
+        network.float()
+        return logits[rows, prompts.last()]
+
+    exact = np.asarray(forward(fixtures.model(case), prompts).logits)
+    ours = np.asarray(forward(fixtures.model(case, dtype), prompts).logits)
+    network = case.reference(fixtures.folder(case))
+    plain, rounded = theirs(network, torch.float32), theirs(network, getattr(torch, dtype))
+    return {
+        "jaxid": float(np.abs(ours - exact).max() / np.abs(exact).max()),
+        "pytorch": float(np.abs(rounded - plain).max() / np.abs(plain).max()),
+    }
+
+
+def main() -> None:
+    """Prints a table, and writes `precision.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for precision.json")
+    arguments = parser.parse_args()
+    use_cpus()
+    sys.path.insert(0, str(TESTS))
+    from families import EVERY
+
+    found: dict[str, float] = {}
+    print("| model | " + " | ".join(f"jaxid {dtype} | PyTorch {dtype}" for dtype in DTYPES) + " |")
+    print("|---|" + "---|" * 2 * len(DTYPES))
+    for case in EVERY:
+        cells = []
+        for dtype in DTYPES:
+            for system, value in distances(case, dtype).items():
+                found[f"{case.name}/{dtype}/{system}"] = value
+                cells.append(f"{value:.4f}")
+        print(f"| {case.name} | " + " | ".join(cells) + " |", flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "precision.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
