@@ -74,7 +74,9 @@ class Prompts:
         found = []
         for row, word in enumerate(words):
             question = self.questions[row]
-            places = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", question)]
+            # An accent may be a letter of its own, which Python counts to no word.
+            whole = rf"(?<!\w){re.escape(word)}(?![\w\u0300-\u036f])"
+            places = [match.span() for match in re.finditer(whole, question)]
             if not word.strip() or not places:
                 raise PromptError(f"prompt {row} ({question!r}) does not hold the word {word!r}.")
             if occurrence is None and len(places) > 1:
@@ -160,7 +162,7 @@ class Prompts:
                 image_slots=longer(inputs.image_slots, -1),
                 rope_positions=rope_positions,
             ),
-            offsets=np.zeros((batch, len(places), 2), np.int32),
+            offsets=np.pad(self.offsets, [(0, 0), (0, room), (0, 0)]),
         )
 
 
@@ -185,10 +187,12 @@ class Processor:
         Raises:
             CheckpointError: naming the part that is missing or unreadable.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
+        # Of a kind of model that it does not know, transformers would read the config.json and warn of what it finds.
+        known = {"config": AutoConfig.for_model(side.tokenizer_of)} if side.tokenizer_of else {}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **known)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
         image_processor = side.load_image_processor(folder, config)
@@ -336,7 +340,7 @@ class Processor:
         text, _ = self.render("?")
         head = self._encode([text])["input_ids"][0]
         # After a line break or a special token a word begins at once; after "ASSISTANT:" with a space or its marker.
-        specials = tuple(filter(None, self.tokenizer.all_special_tokens))
+        specials = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         joint = "" if text[-1].isspace() or text.endswith(specials) else " "
         ids = []
         for word in words:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments import oracle
 from families import EVERY, Case
 from fixtures import distance
 from transformers import GenerationConfig
@@ -16,6 +17,8 @@ from transformers import GenerationConfig
 import jaxid.engine
 import jaxid.tracing
 from jaxid.engine import forward
+from jaxid.experiments import belief_swap, grid
+from jaxid.experiments.relations import prepare_questions
 from jaxid.generation import generate
 from jaxid.interventions import add, chain, replace, scale
 from jaxid.models.base import Model
@@ -148,6 +151,24 @@ def mirrored(picture: Any) -> Any:
     if isinstance(picture, np.ndarray):
         return np.ascontiguousarray(picture[:, ::-1])
     return dataclasses.replace(picture, frames=[mirrored(frame) for frame in picture.frames])
+
+
+def test_experiments_run(case: Case) -> None:
+    """Beliefs are swapped, and IDs extracted, through the public functions that every family shares."""
+    model, count = fixtures.model(case), 2
+    names, asked, answers = [("star", "fish")] * count, [fixtures.QUESTIONS[0]] * count, ["left", "right"]
+    shown = fixtures.shown(case)
+    batch = prepare_questions(model, shown, asked, names, axis="horizontal", answers=answers, truth=[0, 1])
+    found = belief_swap.run(model, batch, oracle.ids(model.num_layers, model.width), layers=[0], max_new_tokens=2)
+    states = forward(model, batch.prompts, capture=Capture(("resid_post",), at=jnp.asarray(batch.words)))
+    norms = jnp.linalg.norm(states.captured["resid_post"][0].astype(jnp.float32), axis=-1)
+    ids, believed = oracle.ids(model.num_layers, model.width), found.control.argmax(axis=-1)
+    pushes = np.asarray(belief_swap.directions(ids, "horizontal", believed, np.array([0])))[0]
+    vectors = 5 * pushes / np.linalg.norm(pushes, axis=-1, keepdims=True) * np.asarray(norms)[..., None]
+    edited = forward(model, batch.prompts, add(0, batch.words, vectors.astype(np.float32)))
+    np.testing.assert_allclose(found.steered[0, 0, 0], batch.read(edited), atol=1e-3)
+    read = grid.activations_at(model, batch.prompts, ["star"] * count)
+    np.testing.assert_allclose(read[:, 1], states.captured["resid_post"][0][:, 0], atol=1e-3)
 
 
 def test_one_program_for_any_layer_place_and_strength(case: Case) -> None:

@@ -1,20 +1,45 @@
 """Reading and writing of safetensors folders, strict in both directions."""
 
+import dataclasses
 import hashlib
 import json
+import math
+import mmap
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 
 from jaxid.errors import CheckpointError
 from jaxid.models.keys import Key
 
 Leaves = dict[str, Any]
+
+_FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+"""Number formats of parameters, by their names in safetensors files."""
+
+_PIECE_BYTES = 1 << 22
+"""What one thread reads at a time: small beside any model, large beside the cost of a call."""
+
+_TILE = 256
+"""Rows and columns that are transposed at a time: 128 KB of bfloat16 stay in a core's own cache."""
+
+_ALIGNMENT = 64
+"""Bytes; on a CPU, JAX takes host memory that begins at such an address over instead of copying it."""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Leaves:
@@ -38,64 +63,198 @@ def unflatten(leaves: Leaves) -> dict[str, Any]:
     return tree
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entry:
+    """Where a tensor stands.
+
+    Attributes:
+        mapping: of its file.
+        data: the whole file, as mapped.
+        dtype: its number format in safetensors' name.
+        shape: its shape.
+        begin: the byte of the file at which it begins.
+    """
+
+    mapping: mmap.mmap
+    data: UInt8[np.ndarray, "bytes"]
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
 class TensorFolder:
-    """The tensors of a checkpoint folder, memory-mapped, read one at a time."""
+    """The tensors of a checkpoint folder, memory-mapped."""
 
     def __init__(self, folder: Path):
         """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 
         Raises:
-            CheckpointError: for missing, truncated or corrupt files.
+            CheckpointError: listing every missing, truncated or corrupt file, every tensor that stands in two files
+                and every tensor that the index promises of a file without it.
         """
-        from safetensors import SafetensorError, safe_open
-
-        self.files = self._files(folder)
-        self.handles: dict[str, Any] = {}
+        self.files, promised = self._files(folder)
+        self.entries: dict[str, _Entry] = {}
+        problems: list[str] = []
         for file in self.files:
             try:
-                handle = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} cannot be read as safetensors ({error}); it is truncated or corrupt: copy it again."
-                ) from error
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                if key in self.handles:
-                    raise CheckpointError(f"tensor {key!r} stands in more than one file of {folder}.")
-                self.handles[key] = handle
+                found = _entries(file)
+            except (OSError, ValueError) as error:
+                problems.append(
+                    f"{file} cannot be read as safetensors ({error}); it is truncated or corrupt: copy it again"
+                )
+                continue
+            problems += [
+                f"tensor {name!r} stands in more than one file of {folder}" for name in found if name in self.entries
+            ]
+            problems += [
+                f"the index promises tensor {name!r} in {file}, which does not have it"
+                for name in promised.get(file.name, ())
+                if name not in found
+            ]
+            self.entries |= found
+        if problems:
+            raise CheckpointError(f"{_listed(problems)}.")
 
     @staticmethod
-    def _files(folder: Path) -> list[Path]:
+    def _files(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+        """The folder's weight files, and the tensors that its index promises of each."""
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        promised: dict[str, list[str]] = {}
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                for tensor, name in json.loads(index.read_text())["weight_map"].items():
+                    if Path(name).name != name:
+                        raise ValueError(f"{name!r} is no file of the folder")
+                    promised.setdefault(name, []).append(tensor)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
-            files = [folder / name for name in names]
-        else:
-            files = [single]
+            if not promised:
+                raise CheckpointError(f"{index} is not a safetensors index (it lists no tensor).")
+        files = [folder / name for name in sorted(promised)] or [single]
         missing = [str(file) for file in files if not file.is_file()]
         if missing:
             hint = ""
             if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
                 hint = " The folder holds pickled weights, which jaxid never opens: convert them to safetensors."
             raise CheckpointError(f"no weights in {folder}: missing {', '.join(missing)}.{hint}")
-        return files
+        return files, promised
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        return tuple(self.handles[key].get_slice(key).get_shape())
+        return self.entries[key].shape
+
+    def readable(self, key: str) -> bool:
+        """Whether a tensor holds floating-point numbers of a format that NumPy knows."""
+        return self.entries[key].dtype in _FLOATS
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
-        """A tensor.
+        """A tensor as it stands in the file, which cannot be written to and is read where it is touched.
 
         Raises:
-            CheckpointError: if it cannot be read, for example in a number format that NumPy does not know.
+            CheckpointError: if it holds no floating-point numbers of a format that NumPy knows.
         """
-        try:
-            return self.handles[key].get_tensor(key)
-        except Exception as error:  # safetensors raises many kinds
-            raise CheckpointError(f"tensor {key!r} cannot be read: {error}") from error
+        entry = self.entries[key]
+        if not self.readable(key):
+            raise CheckpointError(f"tensor {key!r} cannot be read: it holds {entry.dtype} numbers.")
+        return np.ndarray(entry.shape, _FLOATS[entry.dtype], entry.data, entry.begin)
+
+    def release(self, key: str, part: Shaped[np.ndarray, "..."]) -> None:
+        """Lets go of the memory in which a part of a tensor was read; it is read again where it is touched."""
+        if not hasattr(mmap, "MADV_DONTNEED") or not part.size:
+            return
+        entry = self.entries[key]
+        if not np.may_share_memory(part, entry.data):  # a copy, where no view has the axes that were asked for
+            part = self.read(key)
+        low, high = (address - entry.data.ctypes.data for address in np.lib.array_utils.byte_bounds(part))
+        low -= low % mmap.PAGESIZE
+        entry.mapping.madvise(mmap.MADV_DONTNEED, low, high - low)
+
+
+def _entries(file: Path) -> dict[str, _Entry]:
+    """The tensors of a file by name.
+
+    Raises:
+        ValueError, OSError: for a truncated or corrupt file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header and that the tensors fill the file
+            pass
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    with file.open("rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header, data = json.loads(mapping[8:start]), np.frombuffer(mapping, np.uint8)
+    return {
+        name: _Entry(mapping, data, fields["dtype"], tuple(fields["shape"]), start + fields["data_offsets"][0])
+        for name, fields in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """Problems in one line, the first dozen in words."""
+    return "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+
+
+def _pieces(array: Shaped[np.ndarray, "..."]) -> Iterator[tuple[slice, ...]]:
+    """Cuts a view of a tensor where its memory is contiguous, in pieces of about `_PIECE_BYTES`."""
+    if array.nbytes <= _PIECE_BYTES:
+        yield ()
+        return
+    axis = max(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, array.strides[axis]))
+    length = array.shape[axis]
+    step = max(1, length * _PIECE_BYTES // array.nbytes)
+    for first in range(0, length, step):
+        yield (*[slice(None)] * axis, slice(first, first + step))
+
+
+def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
+    """Writes `source`, in any order of axes and number format, to `target`, whose last axis is contiguous."""
+    target, source = target.squeeze(), source.squeeze()
+    if target.dtype == source.dtype:  # NumPy moves bits in threads, but bfloat16 numbers one by one
+        bits = f"u{target.itemsize}"
+        target, source = target.view(bits), source.view(bits)
+    contiguous, last = int(np.argmin(source.strides)) if source.ndim else -1, source.ndim - 1
+    if contiguous == last:
+        target[...] = source
+        return
+    # A transposing copy leaves a cache line after one number: tiles go through a small array that caches hold.
+    target, source = (np.moveaxis(array, (contiguous, last), (-2, -1)) for array in (target, source))
+    held = np.empty((_TILE, _TILE), target.dtype)
+    for place in np.ndindex(target.shape[:-2]):
+        for row in range(0, target.shape[-2], _TILE):
+            for column in range(0, target.shape[-1], _TILE):
+                tile = (*place, slice(row, row + _TILE), slice(column, column + _TILE))
+                numbers = source[tile].T
+                turned = held[: numbers.shape[0], : numbers.shape[1]]
+                turned[...] = numbers
+                target[tile] = turned.T
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+    """An array to be filled, in memory that JAX can take over."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def _equal(tensors: TensorFolder, one: str, other: str) -> bool:
+    """Whether two tensors have the same values, compared piece by piece."""
+    first, second = tensors.read(one), tensors.read(other)
+    if first.shape != second.shape:
+        return False
+    for piece in _pieces(first):
+        parts = first[piece], second[piece]
+        same = np.array_equal(*(part.astype(np.float64) for part in parts))
+        tensors.release(one, parts[0])
+        tensors.release(other, parts[1])
+        if not same:
+            return False
+    return True
 
 
 def load_parameters(
@@ -124,12 +283,12 @@ def load_parameters(
         Nested dictionaries of arrays.
 
     Raises:
-        CheckpointError: listing every unknown key, missing tensor, double assignment, wrong shape and tied
-            tensor of other values.
+        CheckpointError: listing every unknown key, missing tensor, double assignment, wrong shape, tensor of no
+            floating-point numbers and tied tensor of other values.
     """
     available: dict[str, str] = {}
     problems: list[str] = []
-    for name in tensors.handles:
+    for name in tensors.entries:
         if any(re.search(pattern, name) for pattern in unused):
             continue
         spelled = name
@@ -177,27 +336,47 @@ def load_parameters(
                 problems.append(f"tensor {name!r} has shape {shape}, which does not fit {path} {expected}")
     filled = {key.target for key in keys if not key.copy}
     problems += [f"parameter {path} is set by no key" for path in abstract if path not in filled]
+    numbers = dict.fromkeys([name for rows in plan.values() for *_, name in rows] + [name for _, name in copies])
+    unreadable = [name for name in numbers if not tensors.readable(name)]
     problems += [
-        f"tensor {name!r} differs from {plan[key.target][0][2]!r}, to which the config ties it"
-        for key, name in copies
-        if plan[key.target] and not np.array_equal(tensors.read(name), tensors.read(plan[key.target][0][2]))
+        f"tensor {name!r} holds {tensors.entries[name].dtype}, no floating-point numbers" for name in unreadable
     ]
+    for key, name in copies:
+        originals = [original for *_, original in plan[key.target]]
+        if originals and not {name, originals[0]} & set(unreadable) and not _equal(tensors, name, originals[0]):
+            problems.append(f"tensor {name!r} differs from {originals[0]!r}, to which the config ties it")
     if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise CheckpointError(f"{tensors.files[0].parent} does not fit its config: {shown}.")
+        raise CheckpointError(f"{tensors.files[0].parent} does not fit its config: {_listed(problems)}.")
 
     leaves: Leaves = {}
     put = place or (lambda _, array: jax.device_put(array))
-    for path, rows in plan.items():
-        host = np.empty(abstract[path].shape, dtype)
-        for key, row, name in rows:
-            value = key.to_parameter(tensors.read(name))
-            if row is None:
-                host[...] = value
-            else:
-                host[row] = value
-        leaves[path] = put(path, host)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Large ones first: where `place` copies, little is held twice once most of the memory is taken.
+        for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
+            host = _empty(tuple(abstract[path].shape), dtype)
+            _fill(host, plan[path], tensors, pool)
+            leaves[path] = put(path, host)
     return unflatten(leaves)
+
+
+def _fill(
+    host: Shaped[np.ndarray, "..."],
+    rows: Sequence[tuple[Key, int | None, str]],
+    tensors: TensorFolder,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Writes the tensors of a parameter to it."""
+
+    def move(target: np.ndarray, source: np.ndarray, name: str) -> None:
+        _copy(target, source)
+        tensors.release(name, source)
+
+    moves = []
+    for key, row, name in rows:
+        target, source = host if row is None else host[row], key.to_parameter(tensors.read(name))
+        moves += [pool.submit(move, target[piece], source[piece], name) for piece in _pieces(source)]
+    for one in moves:
+        one.result()
 
 
 def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Key]) -> None:

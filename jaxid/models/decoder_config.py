@@ -110,6 +110,8 @@ _QWEN2 = {
     "num_key_value_heads": 32,
     "attention_bias": True,
     "attention_out_bias": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
 }
 _QWEN_VL = _QWEN2 | {
     "vocab_size": 152064,
@@ -120,6 +122,7 @@ _QWEN_VL = _QWEN2 | {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1000000.0,
+    "max_window_layers": 80,
 }
 _GEMMA3 = {
     "vocab_size": 262208,
@@ -204,7 +207,7 @@ def _read_layer_types(fields: dict[str, Any], kind: str) -> None:
         types = [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]
     elif types is None and uses_window:
         types = [SLIDING if layer >= first else FULL for layer in range(layers)]
-    if types is None or SLIDING not in types:
+    if types is None or set(types) <= {FULL}:
         types = ()
         fields.pop("sliding_window", None)
     fields["layer_types"] = tuple(types)

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from jaxid.errors import CheckpointError
-from jaxid.models import llava
+from jaxid.models import llava, llava_video, qwen_vl
 from jaxid.models.keys import Key
 
 
@@ -30,6 +30,30 @@ FAMILIES: Mapping[str, Family] = {
         renames=llava.RENAMES,
         unused=(r"\.position_ids$", r"\.rotary_emb\.inv_freq$"),
     ),
+    "llava_onevision": Family(
+        config=llava_video.LlavaVideoConfig.from_hf,
+        network=llava_video.LlavaVideo,
+        keys=llava_video.onevision_keys,
+        renames=llava_video.ONEVISION_RENAMES,
+        unused=llava_video.UNUSED,
+    ),
+    "llava_qwen": Family(
+        config=llava_video.LlavaVideoConfig.from_original,
+        network=llava_video.LlavaVideo,
+        keys=llava_video.original_keys,
+        renames=(),
+        unused=llava_video.UNUSED,
+    ),
+    **{
+        name: Family(
+            config=qwen_vl.QwenVLConfig.from_hf,
+            network=qwen_vl.QwenVL,
+            keys=qwen_vl.qwen_vl_keys,
+            renames=qwen_vl.RENAMES,
+            unused=(r"\.inv_freq$",),
+        )
+        for name in ("qwen2_vl", "qwen2_5_vl")
+    },
 }
 """Families by the `model_type` of their config.json."""
 

@@ -88,7 +88,8 @@ def vision_config(fields: Mapping[str, Any], kind: str) -> VisionConfig:
         raise CheckpointError(f"vision_config.model_type {kind!r} is not one of {', '.join(KINDS)}.")
     # The pooling head of SigLIP serves retrieval; no family here reads it.
     ignored = {"vocab_size", "vision_use_head", "tie_word_embeddings"}
-    return VisionConfig.from_fields({**KINDS[kind], **fields}, where="vision_config", ignored=ignored)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return VisionConfig.from_fields({**KINDS[kind], **given}, where="vision_config", ignored=ignored)
 
 
 def vision_keys(config: VisionConfig) -> list[Key]:

@@ -52,9 +52,12 @@ class PictureSide:
         placeholder: what the chat template writes for a picture.
         template: chat template for checkpoints that bring none that places pictures.
         case: how the family writes answers ("lower", "capital", or "both").
+        tokenizer_of: `model_type` of the language model that lends its tokenizer, where transformers does not know
+            the checkpoint's own.
     """
 
     template: str | None = None
+    tokenizer_of: str | None = None
     case: str = "lower"
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: Any):

@@ -4,8 +4,14 @@ from collections.abc import Mapping
 
 from jaxid.processing.base import PictureSide
 from jaxid.processing.llava import LlavaSide
+from jaxid.processing.llava_video import OnevisionSide, VideoSide
+from jaxid.processing.qwen_vl import QwenVLSide
 
 SIDES: Mapping[str, type[PictureSide]] = {
     "llava": LlavaSide,
+    "llava_onevision": OnevisionSide,
+    "llava_qwen": VideoSide,
+    "qwen2_vl": QwenVLSide,
+    "qwen2_5_vl": QwenVLSide,
 }
 """What a family does with pictures on the host, by the `model_type` of its config.json."""

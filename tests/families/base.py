@@ -1,8 +1,9 @@
 """What a tiny random model of any family needs for the tests that run over all of them."""
 
 import dataclasses
+import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,45 @@ def randomized(model: Any, seed: str) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(spread * noise + float(scale_of_norm))
     return model.eval()
+
+
+def write_words(
+    folder: Path, special: Sequence[str], template: str, *, first: str | None = None, **settings: Any
+) -> Mapping[str, int]:
+    """Writes a word-level tokenizer of the words of `VOCABULARY`, and a chat template.
+
+    Args:
+        folder: the checkpoint's folder.
+        special: special tokens; the first is the padding, the second ends an answer.
+        template: the chat template.
+        first: begins every text, if the template does not write it.
+        settings: further entries of tokenizer_config.json.
+
+    Returns:
+        Ids by token.
+    """
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    words = [word for word in VOCABULARY if not word.startswith("<")]
+    ids = {word: number for number, word in enumerate(("<unk>", *special, *words, "user", "assistant", "model"))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if first is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, ids[first])]
+        )
+        settings["bos_token"] = first
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fixed = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "unk_token": "<unk>",
+        "pad_token": special[0],
+        "eos_token": special[1],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(fixed | settings))
+    (folder / "chat_template.jinja").write_text(template)
+    return ids
