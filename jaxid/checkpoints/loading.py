@@ -35,13 +35,17 @@ def find_folder(name: str | Path) -> Path:
         known = ", ".join([*zoo.SHIPPED, *ALIASES])
         raise CheckpointError(f"no model folder at {name}; give a folder, a Hugging Face id or one of: {known}.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Some repositories hold the weights once more, in folders or as consolidated files of another layout.
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
+        if isinstance(error, GatedRepoError):
+            reason = f"accept its terms at https://huggingface.co/{repository}, and log in with `hf auth login`"
+        else:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{repository} is neither in the Hugging Face cache nor reachable: {reason}") from error
 
 

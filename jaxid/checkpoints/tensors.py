@@ -32,11 +32,14 @@ _FLOATS = {
 }
 """Number formats of parameters, by their names in safetensors files."""
 
-_PIECE_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 23
 """What one thread reads at a time: small beside any model, large beside the cost of a call."""
 
 _TILE = 256
 """Rows and columns that are transposed at a time: 128 KB of bfloat16 stay in a core's own cache."""
+
+_PADDING = 8
+"""Numbers between the rows of a tile: rows a power of two apart would compete for the same lines of that cache."""
 
 _ALIGNMENT = 64
 """Bytes; on a CPU, JAX takes host memory that begins at such an address over instead of copying it."""
@@ -136,7 +139,9 @@ class TensorFolder:
             hint = ""
             if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
                 hint = " The folder holds pickled weights, which jaxid never opens: convert them to safetensors."
-            raise CheckpointError(f"no weights in {folder}: missing {', '.join(missing)}.{hint}")
+            raise CheckpointError(
+                f"no weights in {folder}: missing {', '.join(missing)}; copy or download them again.{hint}"
+            )
         return files, promised
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -223,7 +228,7 @@ def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) 
         return
     # A transposing copy leaves a cache line after one number: tiles go through a small array that caches hold.
     target, source = (np.moveaxis(array, (contiguous, last), (-2, -1)) for array in (target, source))
-    held = np.empty((_TILE, _TILE), target.dtype)
+    held = np.empty((_TILE, _TILE + _PADDING), target.dtype)
     for place in np.ndindex(target.shape[:-2]):
         for row in range(0, target.shape[-2], _TILE):
             for column in range(0, target.shape[-1], _TILE):
@@ -350,7 +355,7 @@ def load_parameters(
 
     leaves: Leaves = {}
     put = place or (lambda _, array: jax.device_put(array))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # Large ones first: where `place` copies, little is held twice once most of the memory is taken.
         for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
             host = _empty(tuple(abstract[path].shape), dtype)
@@ -380,25 +385,29 @@ def _fill(
 
 
 def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Key]) -> None:
-    """Writes parameters as one safetensors file in the checkpoint's own names, atomically."""
+    """Writes parameters as one safetensors file in the checkpoint's own names, atomically.
+
+    Raises:
+        CheckpointError: if keys set some, but not all parts of a tensor, or one part twice.
+    """
     from safetensors.numpy import save_file
 
     leaves = flatten(parameters)
-    pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
+    pieces: dict[str, list[tuple[tuple[int, int], np.ndarray]]] = {}
     for key in keys:
         if key.copy:
             continue
-        array, index = np.asarray(leaves[key.target]), key.part[0] if key.part else 0
-        if "{layer}" in key.source:
-            for layer, row in key.places(len(array)):
-                piece = key.to_checkpoint(array[row])
-                pieces.setdefault(key.source.format(layer=layer), []).append((index, piece))
-        else:
-            pieces.setdefault(key.source, []).append((index, key.to_checkpoint(array)))
+        array, stacked = np.asarray(leaves[key.target]), "{layer}" in key.source
+        for layer, row in key.places(len(array)) if stacked else [(0, ...)]:
+            piece = key.to_checkpoint(array[row])
+            pieces.setdefault(key.source.format(layer=layer), []).append((key.part or (0, 1), piece))
     tensors = {}
     for name, found in pieces.items():
-        parts = [piece for _, piece in sorted(found, key=lambda entry: entry[0])]
-        tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = sorted(part for part, _ in found)
+        if parts != [(number, parts[0][1]) for number in range(parts[0][1])]:
+            raise CheckpointError(f"tensor {name!r} has {parts[0][1]} parts, of which keys set {parts}.")
+        arrays = [array for _, array in sorted(found, key=lambda entry: entry[0])]
+        tensors[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from jaxid.errors import CheckpointError
-from jaxid.models import llava, llava_video, qwen_vl
+from jaxid.models import gemma3, internvl, llava, llava_video, qwen_vl
 from jaxid.models.keys import Key
 
 
@@ -23,6 +23,20 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "gemma3": Family(
+        config=gemma3.Gemma3Config.from_hf,
+        network=gemma3.Gemma3,
+        keys=gemma3.gemma3_keys,
+        renames=llava.RENAMES,
+        unused=(r"\.position_ids$", r"\.inv_freq$"),
+    ),
+    "internvl": Family(
+        config=internvl.InternVLConfig.from_hf,
+        network=internvl.InternVL,
+        keys=internvl.internvl_keys,
+        renames=internvl.RENAMES,
+        unused=(r"\.inv_freq$",),
+    ),
     "llava": Family(
         config=llava.LlavaConfig.from_hf,
         network=llava.Llava,

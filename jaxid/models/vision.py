@@ -153,8 +153,7 @@ class VisionAttention(nnx.Module):
         if config.attention_out_bias:
             self.out_bias = filled(0.0, (width,))
         if config.query_key_norm:
-            self.query_norm = RMSNorm(width, config.layer_norm_eps)
-            self.key_norm = RMSNorm(width, config.layer_norm_eps)
+            self.query_norm, self.key_norm = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
 
     def __call__(
         self,

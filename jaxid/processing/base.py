@@ -44,6 +44,12 @@ class Encoded(NamedTuple):
     extras: Mapping[str, np.ndarray] = {}
 
 
+def bucketed(count: int) -> int:
+    """The next number whose binary form has three leading digits at most, so that few programs are compiled."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
 class PictureSide:
     """How a family reads pictures on the host: one token after the other for every patch, by default.
 

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 
 from jaxid.processing.base import PictureSide
+from jaxid.processing.gemma3 import Gemma3Side
+from jaxid.processing.internvl import InternVLSide
 from jaxid.processing.llava import LlavaSide
 from jaxid.processing.llava_video import OnevisionSide, VideoSide
 from jaxid.processing.qwen_vl import QwenVLSide
 
 SIDES: Mapping[str, type[PictureSide]] = {
+    "gemma3": Gemma3Side,
+    "internvl": InternVLSide,
     "llava": LlavaSide,
     "llava_onevision": OnevisionSide,
     "llava_qwen": VideoSide,

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxid.errors import CheckpointError, InputError
-from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown
+from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, bucketed
 from jaxid.processing.pictures import Clip, Picture, open_picture
 
 IMAGE_TOKEN = "<image>"
@@ -102,12 +102,6 @@ def picture_layout(height: int, width: int, config: Any, *, alone: bool) -> Layo
         grid = -2 - np.arange(len(mixes)).reshape(shape)
     lines = np.pad(grid, ((0, 0), (0, 1)), constant_values=-1)
     return Layout(np.concatenate([whole, lines.ravel()]), mixes, weights, squares=1 + down * across)
-
-
-def bucket(count: int) -> int:
-    """The next larger number of at most three leading binary digits, so that few programs are compiled."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return -(-count // step) * step
 
 
 class VideoSide(PictureSide):
@@ -236,8 +230,8 @@ class OnevisionSide(VideoSide):
         frames = [self.frames(clip, self.image_processor.frames) for clip in clips]
         count = sum(map(len, tiles))
         if count:
-            tiles.append(np.zeros((bucket(count) - count, *tiles[0].shape[1:]), np.float32))
-            count = bucket(count)
+            tiles.append(np.zeros((bucketed(count) - count, *tiles[0].shape[1:]), np.float32))
+            count = bucketed(count)
         pixels = np.concatenate([*tiles, *frames])
 
         # Rows of the features: newline, patches of all squares if there are pictures, frames' tokens, mixed tokens.
@@ -264,7 +258,7 @@ class OnevisionSide(VideoSide):
             extras["frames"] = np.arange(count, len(pixels), dtype=np.int32)
         mixed = sum(map(len, mixes))
         if mixed:
-            room = ((0, bucket(mixed) - mixed), (0, 0))
+            room = ((0, bucketed(mixed) - mixed), (0, 0))
             extras["taps"] = np.pad(np.concatenate(mixes), room).astype(np.int32)
             extras["weights"] = np.pad(np.concatenate(weights), room)
         return Encoded(pixels, tuple(tokens), extras)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxid.errors import InputError
-from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown
+from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, bucketed
 from jaxid.processing.pictures import Clip, Picture
 
 
@@ -27,12 +27,6 @@ def token_places(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
     across = -(-columns // window)
     inside = row % window * window + column % window
     return (row // window * across + column // window) * window**2 + inside
-
-
-def bucketed(count: int) -> int:
-    """The next number whose binary form has three leading digits at most, so that few programs are compiled."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return -(-count // step) * step
 
 
 class QwenVLSide(PictureSide):

@@ -1,0 +1,189 @@
+"""InternVL3: InternViT on tiles of a picture, pixel shuffle, projector, Qwen2 (HF InternVLForConditionalGeneration)."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.errors import CheckpointError
+from jaxid.models.common import ACTIVATIONS, Config, LayerNorm, Linear
+from jaxid.models.decoder import Decoder
+from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.models.inputs import Inputs
+from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.models.network import Network
+from jaxid.models.vision import VisionConfig, VisionTower
+
+_TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "attention_bias": False,
+}
+"""Defaults of HF's InternVLVisionConfig."""
+
+
+def _vision_config(fields: dict[str, Any]) -> VisionConfig:
+    """Reads the `vision_config`, whose sizes may be pairs."""
+    fields = _TOWER | {name: value for name, value in fields.items() if value is not None}
+    for name in ("image_size", "patch_size"):
+        size = fields[name]
+        if isinstance(size, list | tuple):
+            if len(set(size)) > 1:
+                raise CheckpointError(f"vision_config.{name} {size} is not square, which is not implemented.")
+            fields[name] = size[0]
+    kind = fields.pop("norm_type", "layer_norm")
+    if kind not in ("layer_norm", "rms_norm"):
+        raise CheckpointError(f"vision_config.norm_type {kind!r} is neither 'layer_norm' nor 'rms_norm'.")
+    if not fields.pop("use_absolute_position_embeddings", True) or fields.pop("use_mask_token", False):
+        raise CheckpointError("vision_config: towers without position embeddings or with a mask token are unknown.")
+    own = {
+        "rms_norm": kind == "rms_norm",
+        "query_key_norm": bool(fields.pop("use_qk_norm", False)),
+        "post_norm": not fields.pop("use_mean_pooling", True),
+        "patch_bias": True,
+        "pre_norm": False,
+        "layer_scale": True,
+    }
+    # Dropout and initial values serve training.
+    ignored = {"hidden_dropout_prob", "projection_dropout", "layer_scale_init_value"}
+    return VisionConfig.from_fields(fields | own, where="vision_config", ignored=ignored)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternVLConfig(Config):
+    """Shape of an InternVL3 model; names and defaults as in HF's InternVLConfig."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: VisionConfig  # the tower
+    image_token_index: int = 151667  # id of the token that pictures replace
+    downsample_ratio: float = 0.5  # side of a tile's tokens, in patches' sides
+    projector_hidden_act: str = "gelu"  # between the projector's two layers
+    vision_feature_layer: int = -1  # tower hidden states to project
+    vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "InternVLConfig":
+        """Reads a config.json in Hugging Face's layout.
+
+        Raises:
+            CheckpointError: for a part of another kind, or an unknown field.
+        """
+        fields = dict(fields)
+        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
+        if vision.get("model_type", "internvl_vision") != "internvl_vision":
+            raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'internvl_vision'.")
+        tied = fields.pop("tie_word_embeddings", None)
+        text["tie_word_embeddings"] = text.get("tie_word_embeddings", True) if tied is None else tied
+        if "image_token_id" in fields:
+            fields["image_token_index"] = fields.pop("image_token_id")
+        layer = fields.get("vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            raise CheckpointError(f"vision_feature_layer {layer} is a list, which is not implemented here.")
+        parts = {"text_config": decoder_config(text, "qwen2"), "vision_config": _vision_config(vision)}
+        # `image_seq_length` only repeats what tower and ratio say.
+        config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length"})
+        if config.vision_feature_select_strategy not in ("default", "full"):
+            raise CheckpointError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is neither 'default' nor "
+                "'full'."
+            )
+        return config
+
+    @property
+    def square(self) -> int:
+        """Side of the square of patches that becomes a decoder token."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder tokens of one tile."""
+        patches = self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
+        return (int(patches**0.5) // self.square) ** 2
+
+
+def internvl_keys(config: InternVLConfig) -> list[Key]:
+    """The family's key table, in the names that published checkpoints use."""
+    vision = config.vision_config
+    heads, bias = vision.num_attention_heads, vision.attention_bias
+
+    def norm(source: str, target: str) -> list[Key]:
+        return [Key(f"{source}.weight", f"{target}.scale")] if vision.rms_norm else layer_norm(source, target)
+
+    block = [
+        *norm("layernorm_before", "attention_norm"),
+        *heads_in("attention.q_proj", "attention.query", heads, bias=bias),
+        *heads_in("attention.k_proj", "attention.key", heads, bias=bias),
+        *heads_in("attention.v_proj", "attention.value", heads, bias=bias),
+        *heads_out("attention.projection_layer", "attention.out", heads, bias=True),
+        *norm("layernorm_after", "mlp_norm"),
+        *linear("mlp.fc1", "up", bias=True),
+        *linear("mlp.fc2", "down", bias=True),
+        Key("lambda_1", "attention_scale"),
+        Key("lambda_2", "mlp_scale"),
+    ]
+    if vision.query_key_norm:
+        block += [Key("attention.q_norm.weight", "attention.query_norm.scale")]
+        block += [Key("attention.k_norm.weight", "attention.key_norm.scale")]
+    tower = [
+        Key("embeddings.cls_token", "class_token", "o i d -> (o i d)", {"o": 1, "i": 1}),
+        Key("embeddings.position_embeddings", "position", "o p d -> (o p) d", {"o": 1}),
+        Key("embeddings.patch_embeddings.projection.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("embeddings.patch_embeddings.projection.bias", "patch_bias"),
+        *prefixed(block, "encoder.layer.{layer}.", "layers."),
+        *(layer_norm("layernorm", "post_norm") if vision.post_norm else []),
+    ]
+    return [
+        *prefixed(tower, "vision_tower.", "tower."),
+        *layer_norm("multi_modal_projector.layer_norm", "projector_norm"),
+        *linear("multi_modal_projector.linear_1", "projector_in", bias=True),
+        *linear("multi_modal_projector.linear_2", "projector_out", bias=True),
+        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
+        unembedding_key(config.text_config, "language_model.lm_head.weight"),
+    ]
+
+
+RENAMES = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+)
+"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
+
+
+class InternVL(Network):
+    """The network; every tile of a picture is a row of the pixels."""
+
+    def __init__(self, config: InternVLConfig, *, rngs: nnx.Rngs):
+        """Builds tower, projector and decoder."""
+        self.config = config
+        width, inputs = config.text_config.hidden_size, config.vision_config.hidden_size * config.square**2
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.projector_norm = LayerNorm(inputs, 1e-5)
+        self.projector_in = Linear(inputs, width, bias=True, rngs=rngs)
+        self.projector_out = Linear(width, width, bias=True, rngs=rngs)
+        self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The tiles' decoder tokens."""
+        config, blocks = self.config, self.config.vision_config.num_hidden_layers
+        layer = config.vision_feature_layer
+        index = layer if layer >= 0 else blocks + 1 + layer
+        chosen = self.tower(jnp.asarray(inputs.pixels, self.tower.position[...].dtype), depth=index)[-1]
+        if layer == -1 and config.vision_config.post_norm:
+            chosen = self.tower.post_norm(chosen)
+        if config.vision_feature_select_strategy == "default":
+            chosen = chosen[:, 1:]
+        side, square = int(chosen.shape[1] ** 0.5), config.square
+        grid = chosen.reshape(chosen.shape[0], side, side, -1)
+        shuffled = rearrange(grid, "n (y p) (x q) d -> n (y x) (p q d)", p=square, q=square)
+        activation = ACTIVATIONS[config.projector_hidden_act]
+        return self.projector_out(activation(self.projector_in(self.projector_norm(shuffled))))
