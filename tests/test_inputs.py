@@ -1,9 +1,7 @@
-"""Prompts: the same ids and pixels as Hugging Face's processor, and where every word sits."""
+"""Prompts: the same ids and pixels as Hugging Face's processor; one or several pictures; what cannot be."""
 
 import dataclasses
-import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +12,12 @@ import numpy as np
 import pytest
 from families import CASES, Case
 from PIL import Image
+from processors import read, with_template
 
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.inputs import Processor, Prompts
-from jaxid.processing.pictures import open_picture
+from jaxid.processing.llava import LlavaSide
+from jaxid.processing.pictures import Clip, open_picture
 
 FULL, PLAIN = CASES[1], CASES[0]
 ASKED = "Is the star to the left or right of the fish?"
@@ -80,6 +80,71 @@ def test_paths_images_and_arrays_are_the_same_picture(processor: Processor, tmp_
     )
 
 
+def squares(*numbers: int) -> list[np.ndarray]:
+    """Pictures told apart by their grey."""
+    return [np.full((40, 40, 3), 20 * number, np.uint8) for number in numbers]
+
+
+def greys(prompts: Prompts) -> list[int]:
+    """The numbers of the pictures in `pixels`, in order."""
+    middle = np.asarray(prompts.inputs.pixels)[:, 0, 16, 16]
+    alone = fixtures.model(PLAIN).processor.pixels(squares(*range(13)))[:, 0, 16, 16]
+    return [int(np.abs(alone - grey).argmin()) for grey in middle]
+
+
+def test_several_pictures_are_hugging_faces() -> None:
+    from transformers import AutoProcessor
+
+    theirs = AutoProcessor.from_pretrained(fixtures.folder(PLAIN))
+    groups, questions = [squares(1, 2), squares(3, 4, 5)], [ASKED, "Where is the fish?"]
+    content = [[{"type": "image"}] * len(some) for some in groups]
+    talks = [
+        [{"role": "user", "content": [*some, {"type": "text", "text": text}]}]
+        for some, text in zip(content, questions, strict=True)
+    ]
+    texts = [theirs.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+    expected = theirs(text=texts, images=groups, return_tensors="np", padding=True, padding_side="right")
+    prompts = fixtures.model(PLAIN).prepare(groups, questions)
+    length = expected["input_ids"].shape[1]
+    np.testing.assert_array_equal(prompts.inputs.token_ids[:, :length], expected["input_ids"])
+    np.testing.assert_allclose(prompts.inputs.pixels, expected["pixel_values"], atol=1e-6)
+    assert greys(prompts) == [1, 2, 3, 4, 5]
+
+
+def test_every_prompt_has_its_own_pictures_in_order(processor: Processor) -> None:
+    prompts = processor.prepare([squares(1, 2), squares(3, 4)], ["star", "Where is the fish?"])
+    assert greys(prompts) == [1, 2, 3, 4]
+    slots = np.asarray(prompts.inputs.image_slots)
+    for row, first in enumerate((0, 32)):
+        np.testing.assert_array_equal(slots[row][slots[row] >= 0], np.arange(first, first + 32))
+    where = prompts.image_tokens()
+    assert where.shape == (2, 32)
+    np.testing.assert_array_equal(np.diff(where), 1)  # this tokenizer knows no line breaks
+    assert [read(processor, prompts, row, prompts.text_start()[row]) for row in range(2)] == [["star"], ["Where"]]
+    for row in range(2):
+        alone = processor.prepare([squares(1, 2)], prompts.questions[row])
+        assert prompts.texts[row] == alone.texts[0] and prompts.texts[row].count("<image>") == 32
+        assert alone.word(alone.questions[0].split()[0])[0] == prompts.word(["star", "Where"])[row]
+
+
+def test_several_questions_share_several_pictures(processor: Processor) -> None:
+    prompts = processor.prepare([squares(1, 2)], ["star", "fish", "cat"])
+    assert len(prompts) == 3 and greys(prompts) == [1, 2]
+    slots = np.asarray(prompts.inputs.image_slots)
+    for row in range(3):
+        np.testing.assert_array_equal(slots[row][slots[row] >= 0], np.arange(32))
+
+
+def test_prompts_may_hold_different_numbers_of_pictures(processor: Processor) -> None:
+    one, two = squares(1), squares(2, 3)
+    prompts = processor.prepare([one[0], tuple(two), np.stack(squares(4, 5, 6))], "star")
+    assert greys(prompts) == [1, 2, 3, 4, 5, 6]
+    assert (np.asarray(prompts.inputs.image_slots) >= 0).sum(axis=1).tolist() == [16, 32, 48]
+    with pytest.raises(PromptError, match=r"\[16, 32, 48\] picture tokens; take them in groups"):
+        prompts.image_tokens()
+    assert [read(processor, prompts, row, prompts.word("star")[row]) for row in range(3)] == [["star"]] * 3
+
+
 def test_works_without_pytorch() -> None:
     """Loading, preparing and a forward pass, where neither torch nor torchvision is installed."""
     code = f"""
@@ -107,201 +172,6 @@ print("logits", *np.asarray(output.logits)[0, :3])
     model = fixtures.model(PLAIN)
     picture = np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3)
     np.testing.assert_allclose(forward(model, model.prepare(picture, ASKED)).logits[0, :3], values, rtol=1e-4)
-
-
-# --- where words sit ------------------------------------------------------------------------------------------------
-
-
-def read(processor: Processor, prompts: Prompts, row: int, positions: Any) -> list[str]:
-    ids = np.asarray(prompts.inputs.token_ids)[row, np.atleast_1d(positions)]
-    return processor.tokenizer.convert_ids_to_tokens([int(index) for index in ids])
-
-
-def test_word_positions(processor: Processor) -> None:
-    prompts = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"])
-    fish = prompts.word("fish")
-    assert fish.shape == (2,) and fish[0] != fish[1]
-    assert [read(processor, prompts, row, fish[row]) for row in range(2)] == [["fish"], ["fish"]]
-    star, where = prompts.word(["star", "Where"])
-    assert read(processor, prompts, 0, star) == ["star"] and read(processor, prompts, 1, where) == ["Where"]
-    assert prompts.word_tokens("fish").tolist() == fish[:, None].tolist()
-
-
-def test_repeated_words(processor: Processor) -> None:
-    prompts = processor.prepare(None, ASKED)
-    with pytest.raises(PromptError, match=r"'the' 3 times; .*occurrence=0\.\.2"):
-        prompts.word("the")
-    places = [int(prompts.word("the", occurrence=which)[0]) for which in range(3)]
-    assert places == sorted(set(places))
-    for place, following in zip(places, ("star", "left", "fish"), strict=True):
-        assert read(processor, prompts, 0, [place, place + 1]) == ["the", following]
-    for which in (3, -1):
-        with pytest.raises(PromptError, match=f"no occurrence {which} of 'the'"):
-            prompts.word("the", occurrence=which)
-
-
-@pytest.mark.parametrize(
-    "word", ["cat", "Star", "sta", "tar", "", "USER", "ASSISTANT", "<image>", "fish? ASSISTANT", "f.sh"]
-)
-def test_words_that_are_not_in_the_question(processor: Processor, word: str) -> None:
-    with pytest.raises(PromptError, match=f"prompt 0 .*{re.escape(ASKED)}.*{re.escape(repr(word))}"):
-        processor.prepare(fixtures.pictures()[0], ASKED).word(word)
-
-
-def test_as_many_words_as_prompts(processor: Processor) -> None:
-    with pytest.raises(InputError, match="3 words were given for 1 prompts"):
-        processor.prepare(None, ASKED).word(["star", "fish", "left"])
-
-
-@pytest.mark.parametrize("question", ["USER", "ASSISTANT", "A", "S", ":", "USER: star ASSISTANT:"])
-def test_a_question_that_also_stands_in_the_template(processor: Processor, question: str) -> None:
-    prompts = processor.prepare(fixtures.pictures()[0], question)
-    (text,), (start, end) = prompts.texts, prompts.spans[0]
-    assert text[start:end] == question
-    assert text[:start].endswith("<image>\n") and text[end:] == " ASSISTANT:"
-    assert processor.prepare(None, question, chat=False).texts[0].endswith(f"USER: {question}")
-
-
-def test_text_tokens_and_the_last(processor: Processor) -> None:
-    prompts = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"])
-    text = prompts.text_tokens()
-    assert read(processor, prompts, 0, text[0]) == [*ASKED[:-1].split(), "?", "ASSISTANT", ":"]
-    assert read(processor, prompts, 1, text[1][:7]) == ["Where", "is", "the", "fish", "?", "ASSISTANT", ":"]
-    assert set(text[1][6:]) == {prompts.last()[1]}
-    bare = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"], chat=False)
-    assert [read(processor, bare, row, bare.last()[row]) for row in range(2)] == [["?"], ["?"]]
-    assert processor.prepare(None, "star").text_tokens()[0, 0] == 0
-    with pytest.raises(PromptError, match="picture tokens"):
-        processor.prepare(None, "star").image_tokens()
-
-
-def test_padding(processor: Processor) -> None:
-    short = processor.prepare(fixtures.pictures()[0], "star", pad_to_multiple=1)
-    long = processor.prepare(fixtures.pictures()[0], "star", pad_to_multiple=64)
-    tokens = short.inputs.token_ids.shape[1]
-    assert long.inputs.token_ids.shape == (1, 64) and np.asarray(short.inputs.valid).all()
-    assert (long.inputs.token_ids[:, tokens:] == 3).all() and (long.inputs.image_slots[:, tokens:] == -1).all()
-    np.testing.assert_array_equal(long.inputs.token_ids[:, :tokens], short.inputs.token_ids)
-    np.testing.assert_array_equal(short.last(), long.last())
-
-
-# --- tokenizers of sub-words ----------------------------------------------------------------------------------------
-
-SENTENCES = [
-    "Is the star to the left or right of the fish? left right",
-    "The starfish is near the anchor, below the hourglass. The star is left, the fish is right.",
-]
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-
-
-def bytes_tokenizer() -> Any:
-    """As in Llama 3 and Qwen: bytes, a space belongs to the word behind it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=400, min_frequency=2, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tokenizer
-
-
-def sentencepiece_tokenizer() -> Any:
-    """As in Llama 2, LLaVA-1.5's: spaces are a letter, unknown letters are bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    single_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=400, min_frequency=2, special_tokens=SPECIAL + single_bytes, show_progress=False
-        ),
-    )
-    # The published files hold no pre-tokenizer: the normalizer writes the spaces' letter.
-    fields = json.loads(tokenizer.to_str())
-    fields["pre_tokenizer"] = None
-    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] in SPECIAL]
-    tokenizer = Tokenizer.from_str(json.dumps(fields))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-@pytest.fixture(scope="module", params=[bytes_tokenizer, sentencepiece_tokenizer])
-def subword(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    folder = tmp_path_factory.mktemp("subword") / "model"
-    shutil.copytree(fixtures.folder(PLAIN), folder)
-    request.param().save(str(folder / "tokenizer.json"))
-    return Processor.from_folder(folder, fixtures.model(PLAIN).config)
-
-
-def test_sub_tokens_of_a_word(subword: Processor) -> None:
-    question = "Is the starfish, a fish, near the star or the hourglasses in the café's naïve fish?"
-    prompts = subword.prepare(fixtures.pictures()[0], question)
-    text = prompts.texts[0]
-    for word, occurrence, after in (
-        ("star", None, " or"),
-        ("starfish", None, ", a"),
-        ("fish", 0, ", near"),
-        ("fish", 1, "?"),
-        ("hourglasses", None, " in"),
-        ("café", None, "'s"),
-        ("naïve", None, " fish"),
-        ("Is", None, " the starfish"),
-    ):
-        tokens = prompts.word_tokens(word, occurrence=occurrence)[0]
-        np.testing.assert_array_equal(tokens, np.arange(tokens[0], tokens[-1] + 1))
-        pieces = [subword.tokenizer.decode([int(prompts.inputs.token_ids[0, token])]) for token in tokens]
-        whole = subword.tokenizer.decode([int(prompts.inputs.token_ids[0, token]) for token in tokens])
-        assert whole.strip() == word, (pieces, word)
-        assert prompts.word(word, occurrence=occurrence)[0] == tokens[-1]
-        end = prompts.offsets[0, tokens[-1], 1]
-        assert text[:end].endswith(word) and text[end:].startswith(after)
-    assert len(prompts.word_tokens("hourglasses")[0]) > 1 and len(prompts.word_tokens("naïve")[0]) > 2
-    np.testing.assert_array_equal(np.diff(prompts.image_tokens()), 1)
-    assert prompts.image_tokens().shape == (1, 16)
-
-
-def test_shorter_words_are_filled_up_with_their_last_token(subword: Processor) -> None:
-    prompts = subword.prepare(None, ["Is the star near?", "Is the hourglasses near?"])
-    rows = prompts.word_tokens(["star", "hourglasses"])
-    alone = subword.prepare(None, "Is the star near?").word_tokens("star")[0]
-    assert rows.shape[1] > len(alone)
-    assert rows[0].tolist() == [*alone, *[alone[-1]] * (rows.shape[1] - len(alone))]
-    np.testing.assert_array_equal(prompts.word(["star", "hourglasses"]), rows[:, -1])
-
-
-def test_answers_of_several_tokens_are_refused(subword: Processor) -> None:
-    left, right = subword.answer_ids(["left", "right"]).tolist()
-    assert subword.decode([left]) == "left" and subword.decode([right]) == "right"
-    with pytest.raises(PromptError, match="'hourglasses' is not a single token"):
-        subword.answer_ids(["left", "hourglasses"])
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
-
-
-def test_answers(processor: Processor) -> None:
-    ids = processor.answer_ids(["left", "right", "yes"])
-    assert processor.tokenizer.convert_ids_to_tokens(ids.tolist()) == ["left", "right", "yes"]
-    assert processor.decode([1, *ids.tolist(), 2]) == "left right yes"
-    for words, named in (
-        (["left", "elephant"], "'elephant' is not in the model's vocabulary"),
-        (["left", "to the left"], "'to the left' is not a single token"),
-        (["left", ""], "'' is not a single token"),
-        (["left", "left"], "left, left do not have tokens of their own"),
-    ):
-        with pytest.raises(PromptError, match=re.escape(named)):
-            processor.answer_ids(words)
 
 
 # --- what cannot be prepared ----------------------------------------------------------------------------------------
@@ -377,31 +247,83 @@ def test_wrong_arrays(array: Any) -> None:
         open_picture(array)
 
 
-def changed_template(template: str) -> Processor:
-    whole = fixtures.model(PLAIN).processor
-    tokenizer = type(whole.tokenizer).from_pretrained(fixtures.folder(PLAIN))
-    tokenizer.chat_template = template
-    return Processor(tokenizer, whole.image_processor, image_token_id=4, image_tokens=16)
+TEXT = "{{ messages[0]['content'][-1]['text'] }}"
 
 
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        ("USER: {{ messages[0]['content'][-1]['text'] }} ASSISTANT:", "prompt 0 holds 0 picture tokens instead of 16"),
-        ("<image><image>{{ messages[0]['content'][-1]['text'] }}", "prompt 0 holds 32 picture tokens instead of 16"),
+        (f"USER: {TEXT} ASSISTANT:", "places 0 pictures as '<image>' instead of 1"),
+        (f"<image><image>{TEXT}", "places 2 pictures as '<image>' instead of 1"),
+        (f"{TEXT}<image>", "places 0 pictures as '<image>' instead of 1: .*before the question"),
+        (f"<image>{TEXT}<image>", "prompt 0 holds 17 picture tokens instead of 16"),
         ("<image>{{ messages[0]['content'][-1]['text'] | upper }}", "the chat template changes the question 'star'"),
         ("<image>", "the chat template changes the question 'star'"),
     ],
 )
-def test_templates_that_do_not_fit(template: str, named: str) -> None:
+def test_templates_that_do_not_fit(processor: Processor, template: str, named: str) -> None:
     with pytest.raises(PromptError, match=named):
-        changed_template(template).prepare(fixtures.pictures()[0], "star")
+        with_template(processor, template).prepare(fixtures.pictures()[0], "star")
+
+
+@pytest.mark.parametrize(
+    ("template", "pictures", "named"),
+    [
+        (f"<image>{TEXT}", 2, "places 1 pictures as '<image>' instead of 2"),
+        (f"<image>{TEXT}", 0, "places 1 pictures as '<image>' instead of 0"),
+        (f"<image>a<image>b<image>{TEXT}", 2, "places 3 pictures as '<image>' instead of 2"),
+    ],
+)
+def test_templates_of_a_fixed_number_of_pictures(
+    processor: Processor, template: str, pictures: int, named: str
+) -> None:
+    fixed = with_template(processor, template)
+    group = [squares(*range(1, pictures + 1))] if pictures else None
+    with pytest.raises(PromptError, match=named):
+        fixed.prepare(group, "star")
+    fitting = template.count("<image>")
+    assert len(fixed.prepare([squares(*range(1, fitting + 1))], "star")) == 1
+
+
+def test_rendering(processor: Processor) -> None:
+    text, start = processor.render(" Where is it? ", pictures=["[one]", "[two]"])
+    assert text == "USER: [one]\n[two]\nWhere is it? ASSISTANT:" and text[start:].startswith("Where is it?")
+    text, start = processor.render("Where is it?", pictures=["[one]"], chat=False)
+    assert (text, start) == ("USER: [one]\nWhere is it?", len("USER: [one]\n"))
+    assert processor.render("USER", pictures=()) == ("USER: USER ASSISTANT:", 6)
+
+
+@pytest.mark.parametrize(
+    "images", [[[]], [squares(1), []], [(), squares(2)], [np.zeros((0, 8, 8, 3), np.uint8), squares(3)]]
+)
+def test_an_empty_list_of_pictures(processor: Processor, images: Any) -> None:
+    with pytest.raises(InputError, match="empty list of pictures; give None for text alone"):
+        processor.prepare(images, "star")
+
+
+@pytest.mark.parametrize("wrap", [lambda clip: clip, lambda clip: [clip], lambda clip: [[clip, clip]]])
+def test_clips_are_for_other_families(processor: Processor, wrap: Any) -> None:
+    with pytest.raises(InputError, match="reads pictures, not clips"):
+        processor.prepare(wrap(Clip(squares(1, 2))), "star")
+
+
+@pytest.mark.parametrize("frames", [[], ()], ids=["list", "tuple"])
+def test_a_clip_of_nothing(frames: Any) -> None:
+    with pytest.raises(InputError, match="at least one frame"):
+        Clip(frames)
+
+
+def test_parts_that_a_processor_is_made_of(processor: Processor) -> None:
+    assert isinstance(processor.side, LlavaSide) and processor.stop_ids == (2,)
+    assert processor.side.placeholder == "<image>" and processor.side.image_token_id == 4
+    assert Processor(processor.tokenizer, processor.side).stop_ids == ()
+    assert Processor(processor.tokenizer, processor.side, stop_ids=(2, 7)).stop_ids == (2, 7)
 
 
 def test_a_tokenizer_without_the_image_token() -> None:
     config = dataclasses.replace(fixtures.model(PLAIN).config, image_token_index=777)
     with pytest.raises(CheckpointError, match="777"):
-        Processor.from_folder(fixtures.folder(PLAIN), config)
+        Processor.from_folder(fixtures.folder(PLAIN), config, LlavaSide)
 
 
 @pytest.mark.parametrize("blank", ["", " "])

@@ -204,10 +204,10 @@ def _listed(problems: Sequence[str]) -> str:
     return "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
 
 
-def _pieces(array: Shaped[np.ndarray, "..."]) -> Iterator[tuple[slice, ...]]:
+def _pieces(array: Shaped[np.ndarray, "..."]) -> Iterator[tuple[Any, ...]]:
     """Cuts a view of a tensor where its memory is contiguous, in pieces of about `_PIECE_BYTES`."""
     if array.nbytes <= _PIECE_BYTES:
-        yield ()
+        yield (...,)
         return
     axis = max(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, array.strides[axis]))
     length = array.shape[axis]
@@ -254,7 +254,7 @@ def _equal(tensors: TensorFolder, one: str, other: str) -> bool:
         return False
     for piece in _pieces(first):
         parts = first[piece], second[piece]
-        same = np.array_equal(*(part.astype(np.float64) for part in parts))
+        same = np.array_equal(parts[0].astype(np.float64), parts[1].astype(np.float64))
         tensors.release(one, parts[0])
         tensors.release(other, parts[1])
         if not same:
@@ -378,7 +378,7 @@ def _fill(
 
     moves = []
     for key, row, name in rows:
-        target, source = host if row is None else host[row], key.to_parameter(tensors.read(name))
+        target, source = host if row is None else host[row, ...], key.to_parameter(tensors.read(name))
         moves += [pool.submit(move, target[piece], source[piece], name) for piece in _pieces(source)]
     for one in moves:
         one.result()
@@ -398,8 +398,8 @@ def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Ke
         if key.copy:
             continue
         array, stacked = np.asarray(leaves[key.target]), "{layer}" in key.source
-        for layer, row in key.places(len(array)) if stacked else [(0, ...)]:
-            piece = key.to_checkpoint(array[row])
+        for layer, row in key.places(len(array)) if stacked else [(0, 0)]:
+            piece = key.to_checkpoint(array[row, ...] if stacked else array)
             pieces.setdefault(key.source.format(layer=layer), []).append((key.part or (0, 1), piece))
     tensors = {}
     for name, found in pieces.items():

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from jaxid.errors import CheckpointError
-from jaxid.models import gemma3, internvl, llava, llava_video, qwen_vl
+from jaxid.models import gemma3, internvl, llava, llava_video, mllama, qwen_vl
 from jaxid.models.keys import Key
 
 
@@ -57,6 +57,13 @@ FAMILIES: Mapping[str, Family] = {
         keys=llava_video.original_keys,
         renames=(),
         unused=llava_video.UNUSED,
+    ),
+    "mllama": Family(
+        config=mllama.MllamaConfig.from_hf,
+        network=mllama.Mllama,
+        keys=mllama.mllama_keys,
+        renames=mllama.RENAMES,
+        unused=(r"\.inv_freq$",),
     ),
     **{
         name: Family(

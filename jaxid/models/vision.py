@@ -263,13 +263,13 @@ class VisionTower(nnx.Module):
 
 
 def run_blocks(
-    layers: Any, x: Float[Array, "N I D"], blocks: int, depth: int | None = None
+    layers: Any, x: Float[Array, "N I D"], blocks: int, depth: int | None = None, *, read: VisionRead = read_all
 ) -> Float[Array, "L1 N I D"]:
-    """What enters the first of stacked blocks, and what leaves every one of the first `depth`."""
+    """What enters the first of stacked blocks, and what leaves every one of the first `depth`; `read` as in a block."""
     block_definition, block_parameters = nnx.split(layers)
 
     def step(x: Array, parameters: Any) -> tuple[Array, Array]:
-        x = nnx.merge(block_definition, parameters)(x)
+        x = nnx.merge(block_definition, parameters)(x, read)
         return x, x
 
     if depth is None or depth == blocks:

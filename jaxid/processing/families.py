@@ -7,6 +7,7 @@ from jaxid.processing.gemma3 import Gemma3Side
 from jaxid.processing.internvl import InternVLSide
 from jaxid.processing.llava import LlavaSide
 from jaxid.processing.llava_video import OnevisionSide, VideoSide
+from jaxid.processing.mllama import MllamaSide
 from jaxid.processing.qwen_vl import QwenVLSide
 
 SIDES: Mapping[str, type[PictureSide]] = {
@@ -15,6 +16,7 @@ SIDES: Mapping[str, type[PictureSide]] = {
     "llava": LlavaSide,
     "llava_onevision": OnevisionSide,
     "llava_qwen": VideoSide,
+    "mllama": MllamaSide,
     "qwen2_vl": QwenVLSide,
     "qwen2_5_vl": QwenVLSide,
 }

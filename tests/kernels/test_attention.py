@@ -13,7 +13,6 @@ from jaxid.kernels import attention
 from jaxid.kernels.attention import (
     Part,
     attend,
-    causal_mask,
     merge,
     prefix_part,
     shared_prefix_attention,
@@ -107,21 +106,6 @@ def test_bfloat16_in_and_out_with_float32_scores() -> None:
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.03)
 
 
-def test_causal_mask_is_the_worked_example() -> None:
-    positions, valid = jnp.arange(4)[None], jnp.array([[True, True, True, False]])
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
-    np.testing.assert_array_equal(causal_mask(positions, positions, valid)[0], np.array(expected, bool))
-
-
-def test_causal_mask_of_later_queries() -> None:
-    """Two queries behind a prefix of three keys, as in a continued prompt; row 1 has one key less."""
-    queries = jnp.array([[3, 4], [2, 3]])
-    keys = jnp.array([[0, 1, 2, 3, 4], [0, 1, 9, 2, 3]])
-    valid = jnp.array([[True] * 5, [True, True, False, True, True]])
-    expected = [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]]
-    np.testing.assert_array_equal(causal_mask(queries, keys, valid), np.array(expected, bool))
-
-
 # --- both implementations: all heads at once, and head by head ------------------------------------------------------
 
 
@@ -184,6 +168,29 @@ def test_any_mask_one_for_all_and_none(path: str) -> None:
     for some in (mask, mask[:1]):
         np.testing.assert_allclose(run(query, key, value, jnp.asarray(some)), plain(query, key, value, some), atol=2e-6)
     np.testing.assert_allclose(run(query, key, value), plain(query, key, value, np.ones_like(mask)), atol=2e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_mask_for_all_queries(path: str, batch: int) -> None:
+    """Such as that of padding, where nothing is causal: Bool[B or 1, 1, T], more queries than go together."""
+    rng = np.random.default_rng(5)
+    query, key, value = drawn(rng, 3, 9, 4, 8), drawn(rng, 3, 7, 2, 8), drawn(rng, 3, 7, 2, 8)
+    mask = rng.random((batch, 1, 7)) < 0.5
+    mask[:, :, 4] = True
+    assert not mask.all() and attention._QUERY_BLOCK < 9
+    found = compiled(attend)(query, key, value, jnp.asarray(mask))
+    whole = np.broadcast_to(mask, (3, 9, 7))
+    np.testing.assert_allclose(found, plain(query, key, value, whole), atol=2e-6)
+    np.testing.assert_array_equal(found, compiled(attend)(query, key, value, jnp.asarray(whole)))
+
+
+def test_one_mask_for_all_queries_in_blocks_of_their_real_size() -> None:
+    rng = np.random.default_rng(8)
+    query, key, value = drawn(rng, 2, 200, 2, 4), drawn(rng, 2, 50, 1, 4), drawn(rng, 2, 50, 1, 4)
+    assert attention._QUERY_BLOCK < 200 and attention._HEADWISE_FROM < 200 * 50
+    mask = np.arange(50) < np.array([50, 31])[:, None, None]
+    found = compiled(attend)(query, key, value, jnp.asarray(mask))
+    np.testing.assert_allclose(found, plain(query, key, value, np.broadcast_to(mask, (2, 200, 50))), atol=5e-6)
 
 
 def slopes(function: Any, *arguments: jax.Array) -> tuple[jax.Array, ...]:
@@ -268,7 +275,7 @@ def tiled(
         for array in (xp.asarray(prefix_key), xp.asarray(prefix_value))
     ]
     whole = [xp.concatenate(pair, axis=2) for pair in zip(copies, (key, value), strict=True)]
-    before = np.broadcast_to(prefix_mask[:, None], (rows, batch, length, prefix_mask.shape[1]))
+    before = np.broadcast_to(prefix_mask, (rows, batch, length, prefix_mask.shape[2]))
     allowed = np.concatenate([before, np.broadcast_to(mask, (rows, batch, *mask.shape[2:]))], axis=-1)
     arrays = [array.reshape(rows * batch, *array.shape[2:]) for array in (query, *whole, allowed)]
     return plain(*arrays, xp=xp).reshape(query.shape)
@@ -278,7 +285,7 @@ def masks(batch: int, length: int, own: int, prefix: int) -> dict[str, np.ndarra
     """Prefixes of different lengths, none at all for the last prompt; queries are the last of the own tokens."""
     ends = np.linspace(prefix, 0, batch).astype(int)
     causal = np.arange(own) <= np.arange(length)[:, None] + own - length
-    return {"prefix_mask": np.arange(prefix) < ends[:, None], "mask": causal[None, None]}
+    return {"prefix_mask": (np.arange(prefix) < ends[:, None])[:, None], "mask": causal[None, None]}
 
 
 ROWS = [(3, 2, 4, 4, 9, 4, 2), (5, 3, 1, 6, 7, 6, 1), (2, 2, 3, 3, 0, 4, 4)]
@@ -307,6 +314,64 @@ def test_masks_of_rows_and_of_prompts(path: str, sharing: str) -> None:
     np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
 
 
+def sliding_masks(batch: int, length: int, own: int, prefix: int, *, window: int) -> dict[str, np.ndarray]:
+    """Prompts of different lengths whose queries, the last of the own tokens, look `window` places back."""
+    ends = np.linspace(prefix, prefix // 2, batch).astype(int)[:, None, None]
+    queries = ends + own - length + np.arange(length)[:, None]
+    before, after = np.arange(prefix), ends + np.arange(own)
+    return {
+        "prefix_mask": (before < ends) & (before > queries - window),
+        "mask": ((after <= queries) & (after > queries - window))[None],
+    }
+
+
+@pytest.mark.parametrize("sizes", ROWS[:2])
+@pytest.mark.parametrize("window", [1, 7, 9])
+def test_every_query_reads_its_own_part_of_the_prefix(
+    path: str, sizes: tuple[int, int, int, int, int, int, int], window: int
+) -> None:
+    arrays, allowed = shared(*sizes), sliding_masks(*sizes[1:5], window=window)
+    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
+    assert prefix_mask.shape == (sizes[1], sizes[2], sizes[4])
+    # A window of one reaches no prefix at all: that part weighs nothing then.
+    assert bool(prefix_mask.any()) == (window > 1) and not prefix_mask.all()
+    found = compiled(shared_prefix_attention)(*arrays[:2], prefix_mask, *arrays[2:], mask)
+    np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
+
+
+def test_any_prefix_mask_by_query_is_the_same_for_all_rows(path: str) -> None:
+    """Other masks for every prompt and query; rows of equal queries read alike, in whatever company."""
+    arrays, allowed = shared(3, 2, 4, 4, 9, 4, 2), masks(2, 4, 4, 9)
+    allowed["prefix_mask"] = np.random.default_rng(9).random((2, 4, 9)) < 0.5
+    prefix_key, prefix_value, query, key, value = arrays
+    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
+    run = compiled(shared_prefix_attention)
+    found = run(prefix_key, prefix_value, prefix_mask, query, key, value, mask)
+    np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
+    for row in range(3):
+        own = slice(row, row + 1)
+        alone = run(prefix_key, prefix_value, prefix_mask, query[own], key[own], value[own], mask)
+        np.testing.assert_allclose(found[own], alone, atol=2e-6)
+    for some in (prefix_mask[:, :1], prefix_mask[:, 2:3]):  # one mask for all queries, written out
+        whole = jnp.broadcast_to(some, prefix_mask.shape)
+        np.testing.assert_allclose(
+            run(prefix_key, prefix_value, some, query, key, value, mask),
+            run(prefix_key, prefix_value, whole, query, key, value, mask),
+            atol=1e-6,
+        )
+
+
+def test_a_prefix_alone_with_a_mask_by_query(path: str) -> None:
+    """Cross-attention: only the prefix is read, and each token sees its own pictures."""
+    prefix_key, prefix_value, query, _, _ = shared(3, 2, 4, 4, 9, 4, 2, 3.0)
+    allowed = np.random.default_rng(10).random((2, 4, 9)) < 0.4
+    allowed[:, :, 5] = True
+    found = merge(compiled(prefix_part)(query, prefix_key, prefix_value, jnp.asarray(allowed)))
+    key, value = (np.moveaxis(np.asarray(array), 1, 2) for array in (prefix_key, prefix_value))
+    for row in range(3):
+        np.testing.assert_allclose(found[row], plain(query[row], key, value, allowed), atol=3e-6)
+
+
 @pytest.mark.parametrize("spread", [100.0, 1000.0])
 def test_parts_of_very_different_weight(path: str, spread: float) -> None:
     """Scores up to thousands: exp overflows unless both parts are shifted to the larger of their maxima."""
@@ -323,7 +388,7 @@ def test_parts_of_very_different_weight(path: str, spread: float) -> None:
 
 def test_parts_are_softmaxes_not_yet_normalised(path: str) -> None:
     arrays, allowed = shared(3, 2, 4, 4, 9, 4, 2, 3.0), masks(2, 4, 4, 9)
-    allowed["prefix_mask"][1, :3] = True
+    allowed["prefix_mask"][1, :, :3] = True
     prefix_key, prefix_value, query, key, value = arrays
     nothing = np.zeros((1, 1, 4, 4), bool)
     prefix = compiled(prefix_part)(query, prefix_key, prefix_value, jnp.asarray(allowed["prefix_mask"]))
@@ -337,7 +402,7 @@ def test_parts_are_softmaxes_not_yet_normalised(path: str) -> None:
         np.testing.assert_allclose(part.mixed / part.total[..., None], wanted, atol=3e-6)
         np.testing.assert_allclose(merge(part), wanted, atol=3e-6)
     scores = jnp.einsum("rbske,bkpe->rbskp", query[:, :, :, ::2], prefix_key, precision="highest") * 8**-0.5
-    scores = jnp.where(jnp.asarray(allowed["prefix_mask"])[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(jnp.asarray(allowed["prefix_mask"])[:, :, None], scores, -jnp.inf)
     ours = (prefix.largest + jnp.log(prefix.total))[..., ::2]
     np.testing.assert_allclose(ours, jax.nn.logsumexp(scores, axis=-1), atol=1e-5)
 
@@ -355,8 +420,10 @@ def test_merging_any_division_of_the_keys() -> None:
     np.testing.assert_allclose(merge(shifted), merge(whole), atol=2e-5)
 
 
-def test_gradients_through_a_shared_prefix(path: str) -> None:
-    arrays, allowed = shared(3, 2, 4, 4, 9, 4, 2, 2.0), masks(2, 4, 4, 9)
+@pytest.mark.parametrize("window", [None, 5])
+def test_gradients_through_a_shared_prefix(path: str, window: int | None) -> None:
+    arrays = shared(3, 2, 4, 4, 9, 4, 2, 2.0)
+    allowed = masks(2, 4, 4, 9) if window is None else sliding_masks(2, 4, 4, 9, window=window)
     prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
     found = slopes(lambda pk, pv, q, k, v: shared_prefix_attention(pk, pv, prefix_mask, q, k, v, mask), *arrays)
     wanted = slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays)
@@ -365,9 +432,11 @@ def test_gradients_through_a_shared_prefix(path: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_rows_of_real_size_go_head_by_head() -> None:
+@pytest.mark.parametrize("window", [None, 40])
+def test_rows_of_real_size_go_head_by_head(window: int | None) -> None:
     sizes = (6, 2, 12, 12, 90, 4, 2)
-    arrays, allowed = shared(*sizes), masks(2, 12, 12, 90)
+    arrays = shared(*sizes)
+    allowed = masks(2, 12, 12, 90) if window is None else sliding_masks(2, 12, 12, 90, window=window)
     assert attention._HEADWISE_FROM < 6 * 12 * 90
     found = compiled(shared_prefix_attention)(
         *arrays[:2], jnp.asarray(allowed["prefix_mask"]), *arrays[2:], jnp.asarray(allowed["mask"])

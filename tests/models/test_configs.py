@@ -1,26 +1,37 @@
 """Configs: every field is read, none is silently ignored, and the published sizes are those of Hugging Face."""
 
 import ast
+import copy
 import dataclasses
+import functools
+import importlib
+import inspect
+import itertools
+import json
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from families import LLAMA3, VOCABULARY, llava_config
+from families import EVERY, LLAMA3, VOCABULARY, Case, llava_config
 from flax import nnx
+from key_tables import assert_table_fits
 
 import jaxid.inputs
 import jaxid.models
+import jaxid.processing
 from jaxid.checkpoints.loading import abstract_parameters
 from jaxid.errors import CheckpointError
 from jaxid.models.common import BOOKKEEPING, Config
-from jaxid.models.decoder import DecoderConfig, RopeConfig
+from jaxid.models.decoder_config import FULL, DecoderConfig, RopeConfig, decoder_config
 from jaxid.models.inputs import Inputs
 from jaxid.models.llava import LlavaConfig
 from jaxid.models.registry import FAMILIES
@@ -28,8 +39,21 @@ from jaxid.models.sites import SITES, Capture, clean
 from jaxid.models.vision import VisionConfig
 from jaxid.zoo.export import hf_config
 
-SOURCES = [*sorted(Path(str(jaxid.models.__file__)).parent.glob("*.py")), Path(jaxid.inputs.__file__)]
-CONFIGS = sorted(Config.__subclasses__(), key=lambda config: config.__name__)
+PACKAGES = [Path(str(package.__file__)).parent for package in (jaxid.models, jaxid.processing)]
+SOURCES = [*itertools.chain(*(sorted(folder.glob("*.py")) for folder in PACKAGES)), Path(jaxid.inputs.__file__)]
+
+for found in pkgutil.iter_modules([str(PACKAGES[0])]):  # a family's configs count before it is registered
+    importlib.import_module(f"jaxid.models.{found.name}")
+
+
+def below(base: type[Config]) -> Iterator[type[Config]]:
+    """All classes derived from it, at whatever depth."""
+    for config in base.__subclasses__():
+        yield config
+        yield from below(config)
+
+
+CONFIGS = sorted(set(below(Config)), key=lambda config: config.__name__)
 
 LLAVA_7B = {
     "model_type": "llava",
@@ -78,11 +102,16 @@ def test_the_search_for_unread_fields_finds_one() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_every_field_has_its_comment_and_configs_are_frozen(config: type[Config]) -> None:
-    module = __import__(config.__module__, fromlist=["_"])
-    lines = Path(str(module.__file__)).read_text().splitlines()
+    declared: dict[str, str] = {}
+    for owner in reversed(config.__mro__[: config.__mro__.index(Config)]):
+        source = Path(inspect.getfile(owner)).read_text()
+        classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+        for node in next(found.body for found in classes if found.name == owner.__name__):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                declared[node.target.id] = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
+    assert set(declared) >= {field.name for field in dataclasses.fields(config)}
     for field in dataclasses.fields(config):
-        line = next(line for line in lines if line.startswith(f"    {field.name}: "))
-        assert "  # " in line, line
+        assert re.search(r"  # \S", declared[field.name]), declared[field.name]
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(object.__new__(config), dataclasses.fields(config)[0].name, None)
 
@@ -92,7 +121,46 @@ def test_nothing_that_a_config_reads_is_bookkeeping() -> None:
     assert fields & BOOKKEEPING == set()
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+# --- every family -----------------------------------------------------------------------------------------------
+
+ONE_EACH = list({case.name.split("-")[0]: case for case in reversed(EVERY)}.values())
+"""The first tiny model of every family."""
+
+
+@functools.cache
+def written(case: Case) -> dict[str, Any]:
+    return json.loads((fixtures.folder(case) / "config.json").read_text())
+
+
+def read_as_family(fields: dict[str, Any]) -> Any:
+    return FAMILIES[fields["model_type"]].config(copy.deepcopy(fields))
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.name)
+def test_families_refuse_fields_that_they_do_not_know(case: Case) -> None:
+    fields = written(case)
+    config = read_as_family(fields)
+    assert hash(config) == hash(read_as_family(fields)) and config == read_as_family(fields)
+    parts = [name for name, part in fields.items() if name.endswith("_config") and isinstance(part, dict)]
+    assert parts
+    for part in (None, *parts):
+        strange = copy.deepcopy(fields)
+        (strange[part] if part else strange)["fold_the_picture"] = 3
+        with pytest.raises(CheckpointError, match="fold_the_picture"):
+            read_as_family(strange)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind in transformers.CONFIG_MAPPING])
+def test_what_a_file_leaves_out_is_what_hugging_face_takes_for_granted(kind: str) -> None:
+    """Files hold what differs from Hugging Face's defaults; they mean the same with everything written out."""
+    case = next(case for case in EVERY if written(case)["model_type"] == kind)
+    theirs = transformers.AutoConfig.from_pretrained(fixtures.folder(case))
+    everything = json.loads(theirs.to_json_string(use_diff=False))
+    assert everything != written(case)
+    assert read_as_family(written(case)) == read_as_family(everything)
+
+
+# --- LLaVA ------------------------------------------------------------------------------------------------------
 
 
 def changed(part: str | None, **fields: Any) -> dict[str, Any]:
@@ -105,13 +173,12 @@ def changed(part: str | None, **fields: Any) -> dict[str, Any]:
     ("part", "fields", "named"),
     [
         (None, {"mm_patch_merge": "flat"}, "mm_patch_merge='flat'"),
-        ("text_config", {"sliding_window": 4096}, "text_config.*sliding_window=4096"),
+        ("text_config", {"clip_qkv": 8}, "text_config.*clip_qkv=8"),
         ("vision_config", {"use_head": True}, "vision_config.*use_head=True"),
         ("text_config", {"model_type": "mistral"}, "text_config.*'mistral'"),
-        ("vision_config", {"model_type": "siglip_vision_model"}, "vision_config.*'siglip_vision_model'"),
+        ("vision_config", {"model_type": "dinov2"}, "vision_config.*'dinov2'"),
         ("text_config", {"hidden_act": "swish9"}, "text_config.*hidden_act='swish9'"),
         (None, {"projector_hidden_act": "swish9"}, "projector_hidden_act='swish9'"),
-        ("text_config", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("text_config", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ("text_config", {"rope_scaling": {"type": "linear"}}, "'linear' lack factor"),
         ("text_config", {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 8]}}, "mrope_section"),
@@ -140,6 +207,10 @@ def test_what_is_not_implemented_is_refused_by_name(part: str | None, fields: di
         changed("text_config", tie_word_embeddings=True),
         changed(None, tie_word_embeddings=True, vision_feature_layer=[-2, 3]),
         changed("text_config", hidden_size=1024, num_attention_heads=8),
+        changed("text_config", sliding_window=4096, layer_types=[FULL] * 32),
+        changed("text_config", rope_scaling={"type": "dynamic", "factor": 2.0}),
+        changed(None, vision_config={"model_type": "siglip_vision_model", "image_size": 384, "vision_use_head": False}),
+        changed(None, text_config={"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True}),
     ],
     ids=lambda fields: str(len(str(fields))),
 )
@@ -147,15 +218,12 @@ def test_defaults_are_hugging_faces(fields: dict[str, Any]) -> None:
     ours = LlavaConfig.from_hf(fields)
     theirs = transformers.LlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
     text: Any = theirs.text_config
-    vision = theirs.vision_config
-    for field in dataclasses.fields(DecoderConfig):
-        if field.name not in ("rope", "tie_word_embeddings"):
-            assert getattr(ours.text_config, field.name) == getattr(text, field.name), field.name
+    tied = {"tie_word_embeddings": theirs.tie_word_embeddings}
+    everything = json.loads(text.to_json_string(use_diff=False))
+    assert ours.text_config == dataclasses.replace(decoder_config(everything, "none"), **tied)
     for field in dataclasses.fields(VisionConfig):
-        assert getattr(ours.vision_config, field.name) == getattr(vision, field.name), field.name
-    assert ours.text_config.tie_word_embeddings == theirs.tie_word_embeddings
-    for name, value in text.rope_parameters.items() - {("type", "linear")}:  # the old spelling is kept beside the new
-        assert getattr(ours.text_config.rope, name) == value, name
+        if hasattr(theirs.vision_config, field.name):
+            assert getattr(ours.vision_config, field.name) == getattr(theirs.vision_config, field.name), field.name
     layers = theirs.vision_feature_layer
     assert ours.vision_feature_layer == (tuple(layers) if isinstance(layers, list) else (layers,))
     for name in ("image_token_index", "projector_hidden_act", "multimodal_projector_bias"):
@@ -198,22 +266,12 @@ def test_full_size_parameters_and_keys_are_hugging_faces() -> None:
     _, abstract = abstract_parameters(family, config)
     assert sum(leaf.size for leaf in abstract.values()) == sum(p.numel() for p in theirs.parameters()) == 7_063_427_072
 
-    table: dict[str, tuple[int, ...]] = {}
-    for key in family.keys(config):
-        stacked = "{layer}" in key.source
-        shape = abstract[key.target].shape
-        for layer in range(shape[0]) if stacked else [None]:
-            table[key.source.format(layer=layer)] = shape[1:] if stacked else shape
     spelled = {}
     for name, parameter in theirs.state_dict().items():
         for pattern, replacement in family.renames:
             name = re.sub(pattern, replacement, name)
         spelled[name] = tuple(parameter.shape)
-    assert set(table) == set(spelled)
-    keys = {key.source: key for key in family.keys(config)}
-    for name, shape in spelled.items():
-        key = keys.get(name) or keys[re.sub(r"layers\.\d+\.", "layers.{layer}.", name)]
-        assert key.parameter_shape(shape) == table[name], name
+    assert_table_fits(family.keys(config), abstract, spelled)
 
 
 def test_full_size_forward_traces() -> None:

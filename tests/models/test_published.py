@@ -1,0 +1,99 @@
+"""Published config.json files: Hugging Face's classes know their fields and count as many parameters as published."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+
+from jaxid.checkpoints.loading import abstract_parameters
+from jaxid.models.published import CONFIGS
+from jaxid.models.registry import ALIASES, FAMILIES
+
+PARAMETERS = {
+    # Found as published or as counted from the checkpoint's own tensors.
+    "llava-7b": 7_063_427_072,
+    "qwen2-2b": 2_208_985_600,
+    "qwen-3b": 3_754_622_976,
+    "qwen-7b": 8_292_166_656,
+    "llama-11b": 10_670_220_835,
+    "internvl-1b": 938_193_024,
+    "internvl-2b": 2_088_957_440,
+    "gemma-4b": 4_300_079_472,
+    "gemma-12b": 12_187_325_040,
+    # Found for another checkpoint of the same shape, SenseNova's InternVL3-8B.
+    "internvl-8b": 7_944_373_760,
+    # Computed here; the published numbers are rounded, to 13.4, 10.7, 15.1 and 8.03 thousand million.
+    "llava-13b": 13_351_494_656,
+    "llava-cot": 10_670_220_835,
+    "internvl-14b": 15_117_256_704,
+    "llava-video": 8_030_348_832,
+}
+"""Numbers in a checkpoint, tied tensors counted once."""
+
+THEIRS = sorted(set(CONFIGS) - {"llava-video"})  # Hugging Face has no class for LLaVA-NeXT's own layout
+
+UNDECLARED = {
+    "rope_scaling",  # older spellings, which the classes bring to `rope_parameters`
+    "rope_theta",
+    "in_chans",  # always 3, as `in_channels` is by default
+    "spatial_patch_size",  # always `patch_size`
+    "sliding_window_pattern",
+    "vision_token_id",
+    "ignore_index",  # of the loss
+    "projection_dim",
+    "vocab_size",  # of a tower, or repeated outside `text_config`
+}
+"""Fields of the files that today's classes keep as they keep any name."""
+
+
+def hf_config(alias: str) -> PreTrainedConfig:
+    return AutoConfig.for_model(**copy.deepcopy(CONFIGS[alias]))
+
+
+def undeclared(fields: dict[str, Any], *sections: Any) -> Iterator[str]:
+    """Names that none of the sections' classes declares."""
+    known = {"model_type"}
+    for section in sections:
+        known |= {field.name for field in dataclasses.fields(section)} | set(section.attribute_map)
+    yield from (name for name in fields if name not in known)
+
+
+def test_every_published_model_has_its_config_and_its_number() -> None:
+    assert set(CONFIGS) == set(PARAMETERS) <= set(ALIASES)
+
+
+@pytest.mark.parametrize("alias", CONFIGS)
+def test_config_is_parsed_json(alias: str) -> None:
+    assert json.loads(json.dumps(CONFIGS[alias])) == CONFIGS[alias]
+
+
+@pytest.mark.parametrize("alias", THEIRS)
+def test_fields_are_spelled_as_hugging_face_spells_them(alias: str) -> None:
+    fields, config = CONFIGS[alias], hf_config(alias)
+    text, vision = config.get_text_config(), config.vision_config
+    flat = () if "text_config" in fields else (text,)
+    strange = {*undeclared(fields, config, *flat), *undeclared(fields["vision_config"], vision)}
+    strange |= set(undeclared(fields.get("text_config", {}), text))
+    assert strange <= UNDECLARED
+
+
+@pytest.mark.parametrize("alias", THEIRS)
+def test_hugging_face_counts_the_published_parameters(alias: str) -> None:
+    config = hf_config(alias)
+    if config.model_type == "internvl":
+        # The class presumes tied embeddings where the file is silent, and gives that up when it loads both tensors.
+        config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[alias]
+
+
+def test_llava_video_has_the_published_parameters() -> None:
+    family, fields = FAMILIES["llava_qwen"], CONFIGS["llava-video"]
+    _, leaves = abstract_parameters(family, family.config(copy.deepcopy(fields)))
+    assert sum(leaf.size for leaf in leaves.values()) == PARAMETERS["llava-video"]

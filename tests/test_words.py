@@ -1,0 +1,306 @@
+"""Where words of a question sit, and which tokens begin answers, with tokenizers of words and of all sub-words."""
+
+import re
+from typing import Any
+
+import fixtures
+import numpy as np
+import pytest
+from processors import (
+    PLAIN,
+    SUBWORD,
+    bytes_tokenizer,
+    ending,
+    processor_of,
+    read,
+    sentencepiece_tokenizer,
+    with_template,
+)
+
+from jaxid.errors import InputError, PromptError
+from jaxid.inputs import Processor, Prompts
+
+ASKED = "Is the star to the left or right of the fish?"
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return fixtures.model(PLAIN).processor
+
+
+# --- where words sit ------------------------------------------------------------------------------------------------
+
+
+def test_word_positions(processor: Processor) -> None:
+    prompts = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"])
+    fish = prompts.word("fish")
+    assert fish.shape == (2,) and fish[0] != fish[1]
+    assert [read(processor, prompts, row, fish[row]) for row in range(2)] == [["fish"], ["fish"]]
+    star, where = prompts.word(["star", "Where"])
+    assert read(processor, prompts, 0, star) == ["star"] and read(processor, prompts, 1, where) == ["Where"]
+    assert prompts.word_tokens("fish").tolist() == fish[:, None].tolist()
+
+
+def test_repeated_words(processor: Processor) -> None:
+    prompts = processor.prepare(None, ASKED)
+    with pytest.raises(PromptError, match=r"'the' 3 times; .*occurrence=0\.\.2"):
+        prompts.word("the")
+    places = [int(prompts.word("the", occurrence=which)[0]) for which in range(3)]
+    assert places == sorted(set(places))
+    for place, following in zip(places, ("star", "left", "fish"), strict=True):
+        assert read(processor, prompts, 0, [place, place + 1]) == ["the", following]
+    for which in (3, -1):
+        with pytest.raises(PromptError, match=f"no occurrence {which} of 'the'"):
+            prompts.word("the", occurrence=which)
+
+
+@pytest.mark.parametrize(
+    "word", ["cat", "Star", "sta", "tar", "", "USER", "ASSISTANT", "<image>", "fish? ASSISTANT", "f.sh"]
+)
+def test_words_that_are_not_in_the_question(processor: Processor, word: str) -> None:
+    with pytest.raises(PromptError, match=f"prompt 0 .*{re.escape(ASKED)}.*{re.escape(repr(word))}"):
+        processor.prepare(fixtures.pictures()[0], ASKED).word(word)
+
+
+def test_as_many_words_as_prompts(processor: Processor) -> None:
+    with pytest.raises(InputError, match="3 words were given for 1 prompts"):
+        processor.prepare(None, ASKED).word(["star", "fish", "left"])
+
+
+@pytest.mark.parametrize("question", ["USER", "ASSISTANT", "A", "S", ":", "USER: star ASSISTANT:"])
+def test_a_question_that_also_stands_in_the_template(processor: Processor, question: str) -> None:
+    prompts = processor.prepare(fixtures.pictures()[0], question)
+    (text,), (start, end) = prompts.texts, prompts.spans[0]
+    assert text[start:end] == question
+    assert text[:start].endswith("<image>\n") and text[end:] == " ASSISTANT:"
+    assert processor.prepare(None, question, chat=False).texts[0].endswith(f"USER: {question}")
+
+
+def test_text_tokens_and_the_last(processor: Processor) -> None:
+    prompts = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"])
+    text = prompts.text_tokens()
+    assert read(processor, prompts, 0, text[0]) == [*ASKED[:-1].split(), "?", "ASSISTANT", ":"]
+    assert read(processor, prompts, 1, text[1][:7]) == ["Where", "is", "the", "fish", "?", "ASSISTANT", ":"]
+    assert set(text[1][6:]) == {prompts.last()[1]}
+    bare = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"], chat=False)
+    assert [read(processor, bare, row, bare.last()[row]) for row in range(2)] == [["?"], ["?"]]
+    assert processor.prepare(None, "star").text_tokens()[0, 0] == 0
+    with pytest.raises(PromptError, match="picture tokens"):
+        processor.prepare(None, "star").image_tokens()
+
+
+def test_padding(processor: Processor) -> None:
+    short = processor.prepare(fixtures.pictures()[0], "star", pad_to_multiple=1)
+    long = processor.prepare(fixtures.pictures()[0], "star", pad_to_multiple=64)
+    tokens = short.inputs.token_ids.shape[1]
+    assert long.inputs.token_ids.shape == (1, 64) and np.asarray(short.inputs.valid).all()
+    assert (long.inputs.token_ids[:, tokens:] == 3).all() and (long.inputs.image_slots[:, tokens:] == -1).all()
+    np.testing.assert_array_equal(long.inputs.token_ids[:, :tokens], short.inputs.token_ids)
+    np.testing.assert_array_equal(short.last(), long.last())
+
+
+# --- tokenizers of sub-words -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=SUBWORD, ids=lambda build: build.__name__)
+def subword(request: pytest.FixtureRequest) -> Processor:
+    return processor_of(request.param)
+
+
+@pytest.fixture(params=[None, *SUBWORD], ids=lambda build: build.__name__ if build else "words")
+def anything(request: pytest.FixtureRequest) -> Processor:
+    """Processors with tokenizers of words, and of all kinds of sub-words."""
+    return fixtures.model(PLAIN).processor if request.param is None else processor_of(request.param)
+
+
+def spoken(processor: Processor, prompts: Prompts, word: str, occurrence: int | None = None) -> str:
+    """The text that the word's tokens cover, once it is sure that they stand together and are all there."""
+    (tokens,) = prompts.word_tokens(word, occurrence=occurrence)
+    np.testing.assert_array_equal(tokens, np.arange(tokens[0], tokens[-1] + 1))
+    assert prompts.word(word, occurrence=occurrence).tolist() == [tokens[-1]]
+    ids = np.asarray(prompts.inputs.token_ids)[0]
+    starts, ends = prompts.offsets[0, tokens, 0], prompts.offsets[0, tokens, 1]
+    found = prompts.texts[0][starts.min() : ends.max()]
+    unknown = processor.tokenizer.unk_token_id
+    if unknown not in ids[tokens]:
+        assert processor.tokenizer.decode(ids[tokens].tolist()).strip() == found.strip()
+    return found.strip()
+
+
+@pytest.mark.parametrize(
+    ("question", "word", "occurrence", "before"),
+    [
+        ("Is the frog near?", "frog", None, "Is the "),  # several tokens in all but the tokenizer of words
+        ("frog", "frog", None, ""),
+        ("frog near the star", "frog", None, ""),
+        ("Is the hourglasses' star left?", "hourglasses", None, "Is the "),
+        ("A category of cat", "cat", None, "A category of "),
+        ("The cat is a category", "cat", None, "The "),
+        ("concat cat category", "cat", None, "concat "),
+        ("star starfish star", "star", 1, "star starfish "),
+        ("star, starfish; star!", "star", 0, ""),
+        ("Is USER left of ASSISTANT?", "USER", None, "Is "),
+        ("USER", "USER", None, ""),
+        ("Is USER or USER the ASSISTANT?", "USER", 1, "Is USER or "),
+        ("Is the café left of the cafe?", "café", None, "Is the "),
+        ("Is the café left of the cafe?", "cafe", None, "Is the café left of the "),
+        ("Is the naïve fish öd?", "öd", None, "Is the naïve fish "),
+        ("Ist die Straße links?", "Straße", None, "Ist die "),
+        ("это рыба или звезда", "рыба", None, "это "),
+        ("the 星 is left", "星", None, "the "),
+        ("the 🐸 is left", "left", None, "the 🐸 is "),
+        ("the 🐸🐸 frog", "frog", None, "the 🐸🐸 "),
+        ("fish (frog) fish", "frog", None, "fish ("),
+        ("the sea-horse, the star", "sea-horse", None, "the "),
+        ("the sea-horse, the star", "horse", None, "the sea-"),
+        ("Is the left star the left fish", "left star", None, "Is the "),
+        ("  left  left ", "left", 1, "left  "),
+        ("the\nfrog\nis", "frog", None, "the\n"),
+    ],
+)
+def test_where_words_sit_in_every_tokenizer(
+    anything: Processor, question: str, word: str, occurrence: int | None, before: str
+) -> None:
+    prompts = anything.prepare(fixtures.pictures()[0], question)
+    covered = spoken(anything, prompts, word, occurrence)
+    (tokens,) = prompts.word_tokens(word, occurrence=occurrence)
+    first = prompts.spans[0, 0] + len(before)
+    text = prompts.texts[0]
+    assert text[first : first + len(word)] == word and text[prompts.spans[0, 0] :].startswith(question.strip())
+    # The last token holds the word's last letter, the first its first; no token of the word is left out.
+    starts, ends = prompts.offsets[0, :, 0], prompts.offsets[0, :, 1]
+    inside = (starts < first + len(word)) & (ends > first)
+    np.testing.assert_array_equal(np.flatnonzero(inside), tokens)
+    assert word in covered
+    alone = anything.prepare(None, question)
+    assert prompts.word(word, occurrence=occurrence) - alone.word(word, occurrence=occurrence) > 15
+
+
+def test_words_of_prompts_of_unequal_length(anything: Processor) -> None:
+    questions = ["frog", "Is the frog near the starfish?", "the left hourglasses, the right frog"]
+    prompts = anything.prepare(fixtures.pictures()[0], questions)
+    together, rows = prompts.word("frog"), prompts.word_tokens("frog")
+    for row, question in enumerate(questions):
+        alone = anything.prepare(fixtures.pictures()[0], question).word_tokens("frog")[0]
+        assert together[row] == alone[-1] and sorted(set(rows[row].tolist())) == alone.tolist()
+    mixed = prompts.word(["frog", "starfish", "hourglasses"])
+    assert mixed[0] == together[0] and mixed[1] > together[1] and mixed[2] < together[2]
+
+
+@pytest.mark.parametrize(
+    ("question", "word"),
+    [
+        ("A category", "cat"),
+        ("concat", "cat"),
+        ("cat_1 and cats", "cat"),
+        ("a cat2", "cat"),
+        ("the café", "caf"),
+        ("the Frog", "frog"),
+        ("the cafe\u0301", "cafe"),  # an accent as a letter of its own
+        ("ASK THE USERS", "USER"),
+    ],
+)
+def test_parts_of_words_are_no_words(anything: Processor, question: str, word: str) -> None:
+    with pytest.raises(PromptError, match=f"does not hold the word {word!r}"):
+        anything.prepare(None, question).word(word)
+
+
+def test_words_of_extended_prompts(processor: Processor) -> None:
+    """New tokens stand right behind each prompt, and words where they stood."""
+    prompts = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"])
+    new = np.array([[7, 8, 9], [10, 11, 12]], np.int32)
+    longer = prompts.extended(new, np.array([3, 1]))
+    ids, last = np.asarray(longer.inputs.token_ids), prompts.last()
+    assert ids.shape == longer.inputs.valid.shape == longer.inputs.image_slots.shape
+    np.testing.assert_array_equal(longer.last(), last + np.array([3, 1]))
+    for row, count in enumerate((3, 1)):
+        end = last[row] + 1
+        np.testing.assert_array_equal(ids[row, :end], np.asarray(prompts.inputs.token_ids)[row, :end])
+        np.testing.assert_array_equal(ids[row, end : end + count], new[row, :count])
+        np.testing.assert_array_equal(longer.inputs.valid[row], np.arange(ids.shape[1]) < end + count)
+    np.testing.assert_array_equal(longer.word("fish"), prompts.word("fish"))
+
+
+def test_sub_tokens_of_a_word(subword: Processor) -> None:
+    question = "Is the starfish, a fish, near the star or the hourglasses in the café's naïve fish?"
+    prompts = subword.prepare(fixtures.pictures()[0], question)
+    text = prompts.texts[0]
+    for word, occurrence, after in (
+        ("star", None, " or"),
+        ("starfish", None, ", a"),
+        ("fish", 0, ", near"),
+        ("fish", 1, "?"),
+        ("hourglasses", None, " in"),
+        ("café", None, "'s"),
+        ("naïve", None, " fish"),
+        ("Is", None, " the starfish"),
+    ):
+        tokens = prompts.word_tokens(word, occurrence=occurrence)[0]
+        np.testing.assert_array_equal(tokens, np.arange(tokens[0], tokens[-1] + 1))
+        pieces = [subword.tokenizer.decode([int(prompts.inputs.token_ids[0, token])]) for token in tokens]
+        whole = subword.tokenizer.decode([int(prompts.inputs.token_ids[0, token]) for token in tokens])
+        assert whole.strip() == word, (pieces, word)
+        assert prompts.word(word, occurrence=occurrence)[0] == tokens[-1]
+        end = prompts.offsets[0, tokens[-1], 1]
+        assert text[:end].endswith(word) and text[end:].startswith(after)
+    assert len(prompts.word_tokens("hourglasses")[0]) > 1 and len(prompts.word_tokens("naïve")[0]) > 2
+    np.testing.assert_array_equal(np.diff(prompts.image_tokens()), 1)
+    assert prompts.image_tokens().shape == (1, 16)
+
+
+def test_shorter_words_are_filled_up_with_their_last_token(subword: Processor) -> None:
+    prompts = subword.prepare(None, ["Is the star near?", "Is the hourglasses near?"])
+    rows = prompts.word_tokens(["star", "hourglasses"])
+    alone = subword.prepare(None, "Is the star near?").word_tokens("star")[0]
+    assert rows.shape[1] > len(alone)
+    assert rows[0].tolist() == [*alone, *[alone[-1]] * (rows.shape[1] - len(alone))]
+    np.testing.assert_array_equal(prompts.word(["star", "hourglasses"]), rows[:, -1])
+
+
+def test_answers_of_several_tokens_are_refused(subword: Processor) -> None:
+    left, right = subword.answer_ids(["left", "right"]).tolist()
+    assert subword.decode([left]) == "left" and subword.decode([right]) == "right"
+    with pytest.raises(PromptError, match="'hourglasses' is not a single token"):
+        subword.answer_ids(["left", "hourglasses"])
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_answers(processor: Processor) -> None:
+    ids = processor.answer_ids(["left", "right", "yes"])
+    assert processor.tokenizer.convert_ids_to_tokens(ids.tolist()) == ["left", "right", "yes"]
+    assert processor.decode([1, *ids.tolist(), 2]) == "left right yes"
+    for words, named in (
+        (["left", "elephant"], "'elephant' is not in the model's vocabulary"),
+        (["left", "to the left"], "'to the left' is not a single token"),
+        (["left", ""], "'' is not a single token"),
+        (["left", "left"], "left, left do not have tokens of their own"),
+    ):
+        with pytest.raises(PromptError, match=re.escape(named)):
+            processor.answer_ids(words)
+
+
+ENDS = [":", "", "?", "\n", "\n\n", " \n", "</s>", "</s>\n", "<|turn|>", "<|turn|>\n", "<|end|>"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("build", [None, *SUBWORD], ids=lambda build: build.__name__ if build else "words")
+def test_answers_begin_as_the_prompt_goes_on(build: Any, end: str) -> None:
+    """With a space behind a word or a colon; at once behind a line break or a special token."""
+    source = fixtures.model(PLAIN).processor if build is None else processor_of(build)
+    answering = with_template(source, ending(end))
+    assert {"<|turn|>", "<|end|>"} & set(answering.tokenizer.all_special_tokens) == {"<|turn|>"}
+    text = answering.prepare(None, "Is the star left?").texts[0]
+    assert text.endswith(f"ASSISTANT{end}")
+    words, at_once = ["left", "right", "star"], end.endswith(("\n", ">"))
+    ids = answering.answer_ids(words).tolist()
+    before = answering.tokenizer(text)["input_ids"]
+    for word, token in zip(words, ids, strict=True):
+        whole = answering.tokenizer(text + ("" if at_once else " ") + word)["input_ids"]
+        assert whole == [*before, token] and answering.decode([token]) == word
+    pieces = answering.tokenizer.convert_ids_to_tokens(ids)
+    # A special token cuts the text: tokenizers of the older form begin anew behind it.
+    marked = not at_once or (build is sentencepiece_tokenizer and end.endswith(">"))
+    marker = {None: "", bytes_tokenizer: "Ġ"}.get(build, "▁") if marked else ""
+    assert pieces == [marker + word for word in words]
