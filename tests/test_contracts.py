@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from experiments import oracle
-from families import EVERY, Case
+from families import Case, over
 from fixtures import distance
 from transformers import GenerationConfig
 
@@ -29,7 +29,7 @@ EXACT = 1e-5
 STEPS = 20
 
 pytestmark = [
-    pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name),
+    over(),
     pytest.mark.usefixtures("quick_compilation"),
 ]
 

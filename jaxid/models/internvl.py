@@ -82,7 +82,8 @@ class InternVLConfig(Config):
         if vision.get("model_type", "internvl_vision") != "internvl_vision":
             raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'internvl_vision'.")
         tied = fields.pop("tie_word_embeddings", None)
-        text["tie_word_embeddings"] = text.get("tie_word_embeddings", True) if tied is None else tied
+        # Published files say nothing and hold both tensors.
+        text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) if tied is None else tied
         if "image_token_id" in fields:
             fields["image_token_index"] = fields.pop("image_token_id")
         layer = fields.get("vision_feature_layer", -1)

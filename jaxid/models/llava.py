@@ -62,8 +62,9 @@ class LlavaConfig(Config):
             "text_config": decoder_config(text, "llama"),
             "vision_config": vision_config(vision, "clip_vision_model"),
         }
-        # `image_seq_length` only repeats what tower and strategy say.
-        config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length", "vocab_size"})
+        # `image_seq_length` only repeats what tower and strategy say; `ignore_index` serves training.
+        ignored = {"image_seq_length", "vocab_size", "ignore_index"}
+        config = cls.from_fields(fields | parts, where="the top level", ignored=ignored)
         states = config.vision_config.num_hidden_layers + 1
         if not all(-states <= layer < states for layer in config.vision_feature_layer):
             raise CheckpointError(

@@ -228,8 +228,8 @@ class QwenTower(nnx.Module):
             return attention.attend(query, key, value, valid[:, None])
 
         def read_window(query: Array, key: Array, value: Array) -> Array:
-            cut = (heads.reshape(-1, window, *heads.shape[2:]) for heads in (query, key, value))
-            mixed = attention.attend(*cut, valid.reshape(-1, 1, window))
+            query, key, value = (heads.reshape(-1, window, *heads.shape[2:]) for heads in (query, key, value))
+            mixed = attention.attend(query, key, value, valid.reshape(-1, 1, window))
             return mixed.reshape(pictures, -1, *mixed.shape[2:])
 
         def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, Array]:

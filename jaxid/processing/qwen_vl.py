@@ -1,12 +1,13 @@
 """Qwen2-VL and Qwen2.5-VL: pictures as patches at their own size (HF Qwen2VLProcessor)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxid.errors import InputError
+from jaxid.errors import CheckpointError, InputError
 from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, bucketed
 from jaxid.processing.pictures import Clip, Picture
 
@@ -31,6 +32,25 @@ def token_places(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
 
 class QwenVLSide(PictureSide):
     """Pictures of any size; a decoder token for every square of patches."""
+
+    @classmethod
+    def load_image_processor(cls, folder: Path, config: Any) -> Any:
+        """The checkpoint's image processor.
+
+        Raises:
+            CheckpointError: if it is missing or unreadable, or cuts other patches than the tower reads.
+        """
+        found, vision = super().load_image_processor(folder, config), config.vision_config
+        sizes = {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
+        for name, size in sizes.items():
+            own = getattr(found, name, None)
+            if own != size:
+                raise CheckpointError(f"the image processor in {folder} has {name} {own}, config.json has {size}.")
+        return found
 
     @property
     def usual_tokens(self) -> int:

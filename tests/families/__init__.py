@@ -3,10 +3,12 @@
 import importlib
 import pkgutil
 
+import pytest
+
 from families.base import LLAMA3, VOCABULARY, Case
 from families.llava import CASES, llava_config
 
-__all__ = ["CASES", "EVERY", "LLAMA3", "VOCABULARY", "Case", "llava_config"]
+__all__ = ["CASES", "EVERY", "LLAMA3", "VOCABULARY", "Case", "llava_config", "over"]
 
 EVERY: tuple[Case, ...] = tuple(
     case
@@ -14,3 +16,14 @@ EVERY: tuple[Case, ...] = tuple(
     for case in importlib.import_module(f"families.{module}").EVERY
 )
 """All tiny models of all families: a module here is a family, and lists its models as `EVERY`."""
+
+QUICK = ("gemma3", "internvl", "mllama", "qwen2.5-vl-windows", "llava-video-grid")
+"""One model of each family; LLaVA's are tested in depth elsewhere."""
+
+
+def over(*quick: Case) -> pytest.MarkDecorator:
+    """Runs a test over all models: one of each family, and those named here, always, the rest with the slow tests."""
+    named = {*QUICK, *(case.name for case in quick)}
+    assert named <= {case.name for case in EVERY}
+    cases = [pytest.param(case, id=case.name, marks=[] if case.name in named else pytest.mark.slow) for case in EVERY]
+    return pytest.mark.parametrize("case", cases)

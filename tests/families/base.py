@@ -74,7 +74,6 @@ class Case:
         reference: loads the PyTorch model of a folder.
         picture_side: our tower and projector, by name; "tower" has a leading axis of layers.
         alike: brings ours and theirs of "tower" (one layer of it) or "projector" to one order and shape.
-        two_pictures: whether a prompt may hold two of them.
         clips: the family reads clips, not pictures.
     """
 
@@ -87,7 +86,6 @@ class Case:
     reference: Callable[[Path], Any] = as_written
     picture_side: Callable[[Any, Any], dict[str, Any]] = picture_side
     alike: Callable[[str, np.ndarray, np.ndarray, Prompts], tuple[np.ndarray, np.ndarray]] = alike
-    two_pictures: bool = True
     clips: bool = False
 
 

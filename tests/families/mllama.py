@@ -71,9 +71,7 @@ def arguments(batch: Prompts) -> dict[str, Any]:
     numbers = np.where(there, tiles[np.maximum(shown, 0)], 1)
     return found | {
         "pixel_values": torch.tensor(pixels),
-        "aspect_ratio_ids": torch.tensor(
-            np.where(there, inputs.extras["aspect_ratio"][np.maximum(shown, 0)], 0)
-        ).long(),
+        "aspect_ratio_ids": torch.tensor(np.where(there, ratios[np.maximum(shown, 0)], 0)).long(),
         "aspect_ratio_mask": torch.tensor(np.arange(4) < numbers[..., None]).long(),
         "cross_attention_mask": torch.tensor(mask),
     }
@@ -134,8 +132,8 @@ def mllama(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any]
 EVERY = (
     mllama("mllama"),
     mllama(
-        "mllama-first-and-last-cross",
-        text={"num_key_value_heads": 4, "num_hidden_layers": 4, "cross_attention_layers": [0, 3]},
+        "mllama-last-cross",
+        text={"num_key_value_heads": 4, "num_hidden_layers": 4, "cross_attention_layers": [2, 3]},
         vision={"image_size": 16, "num_global_layers": 1, "intermediate_layers_indices": [1], "vision_output_dim": 48},
     ),
 )

@@ -101,7 +101,13 @@ def alike_within(window: int) -> Any:
 
 def qwen(name: str, *, old: bool, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] = {}, tied: bool) -> Case:
     """A case of Qwen2-VL (`old`) or Qwen2.5-VL."""
-    tower = {"depth": 3, "num_heads": 2, "patch_size": SIDE, "spatial_merge_size": MERGE, "temporal_patch_size": 2}
+    tower: dict[str, Any] = {
+        "depth": 3,
+        "num_heads": 2,
+        "patch_size": SIDE,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
     language = {**TEXT, **text}
     width = language["hidden_size"]
     if old:
@@ -121,7 +127,7 @@ def qwen(name: str, *, old: bool, text: Mapping[str, Any] = {}, vision: Mapping[
         vision_start_token_id=special["<|vision_start|>"],
         vision_end_token_id=special["<|vision_end|>"],
     )
-    network = Qwen2VLForConditionalGeneration if old else Qwen2_5_VLForConditionalGeneration
+    network: Any = Qwen2VLForConditionalGeneration if old else Qwen2_5_VLForConditionalGeneration
 
     def describe(folder: Path) -> None:
         write_words(folder, SPECIAL, TEMPLATE)

@@ -8,7 +8,7 @@ import fixtures
 import jax
 import numpy as np
 import pytest
-from families import CASES, EVERY, Case
+from families import CASES, Case, over
 from fixtures import distance
 
 from jaxid.engine import forward
@@ -30,7 +30,8 @@ def everything(case: Case) -> dict[str, Any]:
     return run(model, fixtures.device_inputs(prompts))
 
 
-over_cases = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+over_cases = over(*CASES)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @over_cases
@@ -113,7 +114,7 @@ def test_text_alone(case: Case) -> None:
         assert distance(output.captured["resid_post"][layer], expected, valid) < EXACT, layer
 
 
-@pytest.mark.parametrize("case", [case for case in EVERY if case.two_pictures], ids=lambda case: case.name)
+@over_cases
 def test_two_pictures_in_one_prompt(case: Case) -> None:
     """In two prompts, in both orders, so that a mix-up would show."""
     model, (first, second) = fixtures.model(case), fixtures.shown(case)

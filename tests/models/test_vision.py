@@ -210,7 +210,7 @@ def by_hand(config: VisionConfig, own: dict[str, np.ndarray], x: np.ndarray) -> 
         if config.attention_bias:
             flat = flat + own[f"attention.{name}_bias"].reshape(-1)
         if config.query_key_norm and name != "value":  # over all heads together
-            flat = normed(flat, own, f"attention.{name}_norm", epsilon, True)
+            flat = normed(flat, own, f"attention.{name}_norm", 1e-6, True)
         heads[name] = flat.reshape(*x.shape[:2], HEADS, -1)
     scores = np.einsum("nihe,njhe->nhij", heads["query"], heads["key"]) / np.sqrt(WIDTH // HEADS)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
@@ -257,11 +257,11 @@ def test_a_block_with_scales_and_norms_is_interns() -> None:
         attention_bias=True,
         hidden_act="quick_gelu",
         norm_type="layer_norm",
-        layer_norm_eps=1e-5,
+        layer_norm_eps=1e-2,  # which is not that of queries and keys
     )
     config._attn_implementation = "eager"
     theirs = randomized(InternVLVisionLayer(config), "intern")
-    found = block(query_key_norm=True, layer_scale=True)
+    found = block(query_key_norm=True, layer_scale=True, layer_norm_eps=1e-2)
     own = {name: torch.tensor(value, dtype=torch.float32) for name, value in parts(found).items()}
     names = {
         "layernorm_before": "attention_norm",
