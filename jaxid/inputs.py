@@ -258,7 +258,7 @@ class Processor:
 
     def prepare(
         self,
-        images: Picture | Clip | Sequence[Picture | Clip | Sequence[Picture]] | None,
+        images: Any,
         questions: str | Sequence[str],
         *,
         chat: bool = True,
@@ -282,7 +282,7 @@ class Processor:
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
         single = images is not None and not isinstance(images, (list, tuple)) and not _is_batch(images)
-        given: list[Any] = [] if images is None else [images] if single else list(images)
+        given: list[Any] = [] if images is None else [images] if single else [*images]
         if not asked or (images is not None and not given):
             raise InputError("there are no questions or no pictures to prepare.")
         if isinstance(questions, str):

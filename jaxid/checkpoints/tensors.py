@@ -219,7 +219,7 @@ def _pieces(array: Shaped[np.ndarray, "..."]) -> Iterator[tuple[Any, ...]]:
 def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
     """Writes `source`, in any order of axes and number format, to `target`, whose last axis is contiguous."""
     target, source = target.squeeze(), source.squeeze()
-    if target.dtype == source.dtype:  # NumPy moves bits in threads, but bfloat16 numbers one by one
+    if target.dtype == source.dtype:  # NumPy moves bits faster than numbers of a format that is not its own
         bits = f"u{target.itemsize}"
         target, source = target.view(bits), source.view(bits)
     contiguous, last = int(np.argmin(source.strides)) if source.ndim else -1, source.ndim - 1

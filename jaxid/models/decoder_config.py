@@ -177,8 +177,12 @@ def decoder_config(fields: Mapping[str, Any], kind: str) -> DecoderConfig:
     if kind not in KINDS:
         raise CheckpointError(f"text_config.model_type {kind!r} is not one of {', '.join(KINDS)}.")
     implied = KINDS[kind]
+    # As many key-value heads as heads, where the file says null; what it leaves out is implied.
+    every_head = "num_key_value_heads" in fields and fields["num_key_value_heads"] is None
     fields = {**implied, **{name: value for name, value in fields.items() if value is not None}}
-    if "hidden_activation" in fields:
+    if every_head:
+        del fields["num_key_value_heads"]
+    if kind == "gemma3_text" and "hidden_activation" in fields:
         fields["hidden_act"] = fields.pop("hidden_activation")
     if kind == "llama":
         fields["attention_out_bias"] = fields.get("attention_bias", False)

@@ -58,7 +58,7 @@ class Key:
         """The inverse of `to_parameter`; of one part, where the source has several."""
         source, target = self.pattern.split("->")
         used = {name: size for name, size in self.sizes.items() if name in target}
-        return np.ascontiguousarray(rearrange(parameter, f"{target} -> {source}", **used))
+        return np.asarray(rearrange(parameter, f"{target} -> {source}", **used), order="C")
 
 
 LINEAR = "outputs inputs -> inputs outputs"

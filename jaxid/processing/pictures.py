@@ -19,10 +19,10 @@ class Clip:
     """Frames of a video, for families that read videos.
 
     Attributes:
-        frames: pictures of one size, in order of time.
+        frames: pictures of one size, in order of time; or all in one array, UInt8[F, Y, X, 3].
     """
 
-    frames: Sequence[Picture]
+    frames: Sequence[Picture] | np.ndarray
 
     def __post_init__(self) -> None:
         """Refuses a clip of nothing."""

@@ -133,7 +133,7 @@ def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
 
 # --- partly filled and fused parameters -----------------------------------------------------------------------------
 
-SHAPES = abstract(own=(3, 4, 6), cross=(2, 4, 6), gate=(5,), query=(5, 4, 2, 3), value=(5, 4, 6))
+SHAPES = abstract(own=(3, 4, 6), cross=(2, 4, 6), gate=(5, 1), query=(5, 4, 2, 3), value=(5, 4, 6))
 TABLE = [
     Key("{layer}.own", "own", LINEAR, layers=(0, 1, 4), rows=(0, 1, 2)),
     Key("{layer}.cross", "cross", LINEAR, layers=(3, 2), rows=(0, 1)),
@@ -149,7 +149,7 @@ def parts() -> Weights:
     gates = ["0.other_gate", "1.gate", "2.other_gate", "3.gate", "4.other_gate"]
     return (
         {name: noise(6, 4, seed=seed) for seed, name in enumerate(names)}
-        | {name: noise(1, seed=seed).reshape(()) for seed, name in enumerate(gates)}
+        | {name: noise(1, seed=seed) for seed, name in enumerate(gates)}
         | {f"{layer}.fused": noise(12, 4, seed=layer) for layer in range(5)}
     )
 

@@ -17,7 +17,7 @@ EVERY: tuple[Case, ...] = tuple(
 )
 """All tiny models of all families: a module here is a family, and lists its models as `EVERY`."""
 
-QUICK = ("gemma3", "internvl", "mllama", "qwen2.5-vl-windows", "llava-video-grid")
+QUICK = ("gemma3", "internvl", "mllama", "qwen2.5-vl-windows", "video-grid")
 """One model of each family; LLaVA's are tested in depth elsewhere."""
 
 
