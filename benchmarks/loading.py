@@ -161,7 +161,11 @@ def measure_jaxid(folder: Path, *, use: bool) -> dict[str, float]:
     import numpy as np
 
     import jaxid
-    from jaxid.checkpoints import loading  # noqa: F401 - imports are no part of loading
+    import transformers
+
+    import jaxid.checkpoints.loading  # noqa: F401 - imports are no part of loading
+
+    transformers.AutoTokenizer, transformers.AutoImageProcessor  # imported when first named
 
     jax.block_until_ready(jnp.ones(8) + 1)
     before, start = status("VmRSS"), time.perf_counter()

@@ -181,7 +181,7 @@ def decoder_config(fields: Mapping[str, Any], kind: str) -> DecoderConfig:
     every_head = "num_key_value_heads" in fields and fields["num_key_value_heads"] is None
     fields = {**implied, **{name: value for name, value in fields.items() if value is not None}}
     if every_head:
-        del fields["num_key_value_heads"]
+        fields.pop("num_key_value_heads", None)
     if kind == "gemma3_text" and "hidden_activation" in fields:
         fields["hidden_act"] = fields.pop("hidden_activation")
     if kind == "llama":
