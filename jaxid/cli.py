@@ -172,7 +172,8 @@ def ask(
     logits = forward(loaded, loaded.prepare([picture], question)).logits[0]
     probabilities = np.asarray(jax.nn.softmax(logits))
     for token in np.argsort(-probabilities)[:top]:
-        word = loaded.processor.tokenizer.convert_ids_to_tokens(int(token))
+        # An unembedding may have more rows than the tokenizer has tokens.
+        word = loaded.processor.tokenizer.convert_ids_to_tokens(int(token)) or f"(no token, id {token})"
         typer.echo(f"{probabilities[token]:8.3%}  {word}")
 
 

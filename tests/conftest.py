@@ -15,7 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # PyTorch's threads
 
-from collections.abc import Iterator
+import gc
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,6 +26,22 @@ from jaxtyping import install_import_hook
 
 # Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
 install_import_hook("jaxid", "runtime_types.checked")
+
+
+_MOST_MAPPINGS = 30_000
+"""Of memory; systems allow a process 65,530, every compiled program takes some, and without any XLA crashes."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Drops compiled programs behind a test once there are very many; they are compiled again where needed."""
+    start = time.perf_counter()
+    result = yield
+    mappings, slow = Path("/proc/self/maps"), time.perf_counter() - start > 0.5
+    if slow and mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+    return result
 
 
 @pytest.fixture(scope="module")

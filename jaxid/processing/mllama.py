@@ -17,8 +17,9 @@ class MllamaSide(PictureSide):
 
     @property
     def usual_tokens(self) -> int:
-        """Tokens of a prompt's picture: its memory, which takes no room in the decoder, not counted."""
-        return 1
+        """As many decoder tokens as a picture's memory, which only some layers hold, takes room."""
+        text = self.config.text_config
+        return self.config.image_tokens * len(text.cross_attention_layers) // text.num_hidden_layers
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as tiles, and which of them every prompt shows.
