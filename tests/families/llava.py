@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 import jaxid.models.llava
 from families.base import LLAMA3, VOCABULARY, Case, randomized
+from jaxid.results import write_json
 from jaxid.zoo.export import write_processor, write_tokenizer
 from jaxid.zoo.tiny_llava import CHAT_TEMPLATE
 
@@ -80,5 +88,57 @@ CASES = (
 )
 """The models on which everything is tested in depth."""
 
-EVERY = CASES
+
+def siglip(name: str, *, image_size: int, layers: int | list[int], strategy: str) -> Case:
+    """A case of LLaVA's variants: a SigLIP tower and a Qwen2 decoder."""
+    tower = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        pad_token_id=3,
+    )
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=tower,
+        image_token_index=VOCABULARY.index("<image>"),
+        vision_feature_layer=layers,
+        vision_feature_select_strategy=strategy,
+    )
+
+    def describe(folder: Path) -> None:
+        write_tokenizer(folder, VOCABULARY, CHAT_TEMPLATE)
+        image_processor = {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": image_size, "width": image_size},
+            "image_mean": [0.5, 0.45, 0.4],
+            "image_std": [0.5, 0.5, 0.45],
+        }
+        write_json(folder / "preprocessor_config.json", image_processor)
+
+    return Case(
+        name=name,
+        build=lambda: randomized(LlavaForConditionalGeneration(config), name),
+        describe=describe,
+        parts=CASES[0].parts,
+    )
+
+
+EVERY = (
+    *CASES,
+    siglip("llava-siglip-qwen2", image_size=32, layers=-1, strategy="full"),
+    siglip("llava-siglip-qwen2-list-first-dropped", image_size=36, layers=[-2, 1], strategy="default"),
+)
 """These, and the family's further variants."""
