@@ -12,7 +12,7 @@ from jaxid.checkpoints import tensors
 from jaxid.errors import CheckpointError, InputError
 from jaxid.inputs import Processor
 from jaxid.models.base import Model
-from jaxid.models.registry import ALIASES, Family, family
+from jaxid.models.registry import ALIASES, Family, family, kind_of
 from jaxid.processing.families import SIDES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -91,11 +91,14 @@ def load(name: str | Path, *, dtype: str = "float32") -> Model:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     folder = find_folder(name)
     fields = read_config(folder)
-    kind = family(fields.get("model_type"), str(folder / "config.json"))
+    name_of_kind = kind_of(fields)
+    kind = family(name_of_kind, str(folder / "config.json"))
     try:
         config = kind.config(fields)
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not a config that jaxid can read: {error!r}") from error
+    # What is quick to read comes first: a large checkpoint's tensors take minutes.
+    processor = Processor.from_folder(folder, config, SIDES[name_of_kind])
     definition, abstract = abstract_parameters(kind, config)
     files = tensors.TensorFolder(folder)
     keys = kind.keys(config)
@@ -106,7 +109,7 @@ def load(name: str | Path, *, dtype: str = "float32") -> Model:
         parameters=parameters,
         definition=definition,
         config=config,
-        processor=Processor.from_folder(folder, config, SIDES[fields["model_type"]]),
+        processor=processor,
         name=str(name),
         fingerprint=tensors.fingerprint(folder, files.files),
     )

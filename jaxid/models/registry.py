@@ -97,6 +97,15 @@ ALIASES: Mapping[str, str] = {
 """Short names of published checkpoints."""
 
 
+def kind_of(fields: Mapping[str, Any]) -> str | None:
+    """The `model_type` by which a parsed config.json is looked up here.
+
+    LLaVA-NeXT wrote "llava" into some of its own files too, which are told from Hugging Face's by their tower's name.
+    """
+    kind = fields.get("model_type")
+    return "llava_qwen" if kind == "llava" and "mm_vision_tower" in fields else kind
+
+
 def family(model_type: str | None, where: str) -> Family:
     """The family of a checkpoint.
 

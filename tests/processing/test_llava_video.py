@@ -297,6 +297,13 @@ def changed(case: Any, tmp_path: Path, **files: Any) -> Path:
     return folder
 
 
+def test_llava_next_files_may_say_llava(tmp_path: Path) -> None:
+    fields = json.loads((fixtures.folder(GRID) / "config.json").read_text())
+    model = load(changed(GRID, tmp_path, config=fields | {"model_type": "llava"}))
+    prompts = model.prepare(fixtures.shown(GRID), fixtures.QUESTIONS)
+    assert distance(forward(model, prompts).logits, fixtures.recorded(GRID).logits) < 1e-5
+
+
 def test_frames_without_settings_of_their_own_are_read_as_pictures(tmp_path: Path) -> None:
     folder = changed(CLIPS, tmp_path, video_preprocessor_config=None)
     assert list(load(folder).processor.side.image_processor.frames.image_mean) == [0.5, 0.45, 0.4]
