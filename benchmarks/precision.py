@@ -31,7 +31,7 @@ def distances(case: Any, dtype: str) -> dict[str, float]:
 
     def theirs(network: Any, kind: torch.dtype) -> np.ndarray:
         arguments = {
-            name: value.to(kind) if value.is_floating_point() else value
+            name: value.to(kind) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in case.arguments(prompts).items()
         }
         with torch.no_grad():
@@ -53,6 +53,7 @@ def main() -> None:
     """Prints a table, and writes `precision.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for precision.json")
+    parser.add_argument("--only", action="append", help="name of a model; may be repeated; all by default")
     arguments = parser.parse_args()
     use_cpus()
     sys.path.insert(0, str(TESTS))
@@ -62,6 +63,8 @@ def main() -> None:
     print("| model | " + " | ".join(f"jaxid {dtype} | PyTorch {dtype}" for dtype in DTYPES) + " |")
     print("|---|" + "---|" * 2 * len(DTYPES))
     for case in EVERY:
+        if arguments.only and case.name not in arguments.only:
+            continue
         cells = []
         for dtype in DTYPES:
             for system, value in distances(case, dtype).items():

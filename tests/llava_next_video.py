@@ -88,9 +88,9 @@ class LlavaNextVideo(nn.Module):
     ) -> Any:
         """Prompts of any lengths, `CLIP` standing for a clip; padded on the right to a length."""
         del use_cache
-        made = self.encode(clips)
-        width = self.fields["hidden_size"]
-        embedded, mask = torch.zeros(len(input_ids), length, width), torch.zeros(len(input_ids), length)
+        dtype, width = self.lm_head.weight.dtype, self.fields["hidden_size"]
+        made = self.encode([clip.to(dtype) for clip in clips])
+        embedded, mask = torch.zeros(len(input_ids), length, width, dtype=dtype), torch.zeros(len(input_ids), length)
         for row, ids in enumerate(input_ids):
             parts = [made.pop(0) if one == CLIP else self.model.embed_tokens(torch.tensor([one])) for one in ids]
             whole = torch.cat(parts)

@@ -108,5 +108,9 @@ EVERY = (
         vision={"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "use_mean_pooling": False},
         vision_feature_layer=-2,
     ),
-    internvl("internvl-final-norm", vision={"use_mean_pooling": False, "num_attention_heads": 3}),
+    internvl(
+        "internvl-final-norm-large-squares",
+        vision={"use_mean_pooling": False, "num_attention_heads": 3, "patch_size": 2},
+        downsample_ratio=0.25,
+    ),
 )
