@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from experiments import oracle
-from families import Case, over
+from families import UNLIKE, Case, over
 from fixtures import distance
 from transformers import GenerationConfig
 
@@ -29,7 +29,7 @@ EXACT = 1e-5
 STEPS = 20
 
 pytestmark = [
-    over(),
+    over(*UNLIKE),
     pytest.mark.usefixtures("quick_compilation"),
 ]
 
@@ -153,6 +153,7 @@ def mirrored(picture: Any) -> Any:
     return dataclasses.replace(picture, frames=[mirrored(frame) for frame in picture.frames])
 
 
+@pytest.mark.slow
 def test_experiments_run(case: Case) -> None:
     """Beliefs are swapped, and IDs extracted, through the public functions that every family shares."""
     model, count = fixtures.model(case), 2

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_the_gradient_example_flips_the_answer_by_a_short_vector() -> None:
     found = re.search(r"<!-- gradient-example -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None

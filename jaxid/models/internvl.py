@@ -68,7 +68,6 @@ class InternVLConfig(Config):
     downsample_ratio: float = 0.5  # side of a tile's tokens, in patches' sides
     projector_hidden_act: str = "gelu"  # between the projector's two layers
     vision_feature_layer: int = -1  # tower hidden states to project
-    vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "InternVLConfig":
@@ -89,15 +88,31 @@ class InternVLConfig(Config):
         layer = fields.get("vision_feature_layer", -1)
         if not isinstance(layer, int):
             raise CheckpointError(f"vision_feature_layer {layer} is a list, which is not implemented here.")
+        strategy = fields.pop("vision_feature_select_strategy", "default")
+        if strategy != "default":  # "full" fails in Hugging Face's class, too
+            raise CheckpointError(
+                f"vision_feature_select_strategy {strategy!r} is not 'default': with the tower's class token, patches "
+                "make no square."
+            )
         parts = {"text_config": decoder_config(text, "qwen2"), "vision_config": _vision_config(vision)}
         # `image_seq_length` only repeats what tower and ratio say.
         config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length"})
-        if config.vision_feature_select_strategy not in ("default", "full"):
+        blocks, side = config.vision_config.num_hidden_layers, config.patch_side
+        if not -blocks - 1 <= config.vision_feature_layer <= blocks:
             raise CheckpointError(
-                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is neither 'default' nor "
-                "'full'."
+                f"vision_feature_layer {config.vision_feature_layer} names hidden states that a tower of {blocks} "
+                "blocks does not have."
+            )
+        if config.downsample_ratio not in [1 / square for square in range(1, side + 1) if side % square == 0]:
+            raise CheckpointError(
+                f"downsample_ratio {config.downsample_ratio} does not part a tile's {side} x {side} patches evenly."
             )
         return config
+
+    @property
+    def patch_side(self) -> int:
+        """Patches along a side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def square(self) -> int:
@@ -107,8 +122,7 @@ class InternVLConfig(Config):
     @property
     def image_tokens(self) -> int:
         """Decoder tokens of one tile."""
-        patches = self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
-        return (int(patches**0.5) // self.square) ** 2
+        return (self.patch_side // self.square) ** 2
 
 
 def internvl_keys(config: InternVLConfig) -> list[Key]:
@@ -181,10 +195,8 @@ class InternVL(Network):
         chosen = self.tower(jnp.asarray(inputs.pixels, self.tower.position[...].dtype), depth=index)[-1]
         if layer == -1 and config.vision_config.post_norm:
             chosen = self.tower.post_norm(chosen)
-        if config.vision_feature_select_strategy == "default":
-            chosen = chosen[:, 1:]
-        side, square = int(chosen.shape[1] ** 0.5), config.square
-        grid = chosen.reshape(chosen.shape[0], side, side, -1)
+        side, square = config.patch_side, config.square
+        grid = chosen[:, 1:].reshape(chosen.shape[0], side, side, -1)  # without the class token
         shuffled = rearrange(grid, "n (y p) (x q) d -> n (y x) (p q d)", p=square, q=square)
         activation = ACTIVATIONS[config.projector_hidden_act]
         return self.projector_out(activation(self.projector_in(self.projector_norm(shuffled))))

@@ -30,9 +30,11 @@ class InternVLSide(PictureSide):
         pixels, counts = np.asarray(found["pixel_values"], np.float32), np.asarray(found["num_patches"])
         extra = bucketed(len(pixels)) - len(pixels)
         own, ends = self.config.image_tokens, np.cumsum(counts)
+        begin = getattr(self.tokenizer, "start_image_token", "<img>")
+        close = getattr(self.tokenizer, "end_image_token", "</img>")
         tokens = tuple(
             PictureTokens(
-                f"<img>{self.placeholder * int(own * count)}</img>", np.arange((end - count) * own, end * own)
+                f"{begin}{self.placeholder * int(own * count)}{close}", np.arange((end - count) * own, end * own)
             )
             for count, end in zip(counts, ends, strict=True)
         )

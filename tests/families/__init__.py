@@ -8,7 +8,7 @@ import pytest
 from families.base import LLAMA3, VOCABULARY, Case
 from families.llava import CASES, llava_config
 
-__all__ = ["CASES", "EVERY", "LLAMA3", "VOCABULARY", "Case", "llava_config", "over"]
+__all__ = ["CASES", "EVERY", "LLAMA3", "QUICK", "UNLIKE", "VOCABULARY", "Case", "llava_config", "over"]
 
 EVERY: tuple[Case, ...] = tuple(
     case
@@ -20,10 +20,12 @@ EVERY: tuple[Case, ...] = tuple(
 QUICK = ("gemma3", "internvl", "mllama", "qwen2.5-vl-windows", "video-grid")
 """One model of each family; LLaVA's are tested in depth elsewhere."""
 
+UNLIKE = ("gemma3", "mllama", "qwen2.5-vl-windows")
+"""Those of them whose decoders differ from LLaVA's."""
 
-def over(*quick: Case) -> pytest.MarkDecorator:
-    """Runs a test over all models: one of each family, and those named here, always, the rest with the slow tests."""
-    named = {*QUICK, *(case.name for case in quick)}
-    assert named <= {case.name for case in EVERY}
-    cases = [pytest.param(case, id=case.name, marks=[] if case.name in named else pytest.mark.slow) for case in EVERY]
+
+def over(*names: str) -> pytest.MarkDecorator:
+    """Runs a test over all models: those named here always, the rest with the slow tests."""
+    assert set(names) <= {case.name for case in EVERY}
+    cases = [pytest.param(case, id=case.name, marks=[] if case.name in names else pytest.mark.slow) for case in EVERY]
     return pytest.mark.parametrize("case", cases)

@@ -8,7 +8,7 @@ import fixtures
 import jax
 import numpy as np
 import pytest
-from families import CASES, Case, over
+from families import CASES, QUICK, Case, over
 from fixtures import distance
 
 from jaxid.engine import forward
@@ -30,7 +30,7 @@ def everything(case: Case) -> dict[str, Any]:
     return run(model, fixtures.device_inputs(prompts))
 
 
-over_cases = over(*CASES)
+over_cases = over(*QUICK, *(case.name for case in CASES))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 

@@ -158,6 +158,7 @@ def test_cross_entropy_by_hand() -> None:
     np.testing.assert_array_equal(nothing, (0, 0))
 
 
+@pytest.mark.slow
 def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
     """The loss of a packed row is that of its captions and questions asked one by one of the exported network."""
     learner = training.Learner(rngs=nnx.Rngs(3))
