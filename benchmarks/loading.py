@@ -160,12 +160,11 @@ def measure_jaxid(folder: Path, *, use: bool) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
+    # Imports are no part of loading.
+    from transformers import AutoImageProcessor, AutoTokenizer  # noqa: F401
+
     import jaxid
-    import transformers
-
-    import jaxid.checkpoints.loading  # noqa: F401 - imports are no part of loading
-
-    transformers.AutoTokenizer, transformers.AutoImageProcessor  # imported when first named
+    import jaxid.checkpoints.loading
 
     jax.block_until_ready(jnp.ones(8) + 1)
     before, start = status("VmRSS"), time.perf_counter()

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.models.inputs import Inputs
 from jaxid.processing.base import PictureSide
-from jaxid.processing.pictures import Clip, Picture, first_line
+from jaxid.processing.pictures import Picture, first_line
 
 _STAND_IN = "\ue000"  # a private character
 
