@@ -7,6 +7,7 @@ every dtype; what is rounded are parameters and activations.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -20,12 +21,12 @@ DTYPES = ("bfloat16", "float16")
 
 def distances(case: Any, dtype: str) -> dict[str, float]:
     """Largest error of the last logits, relative to the largest float32 logit."""
-    import fixtures
     import numpy as np
     import torch
 
     from jaxid.engine import forward
 
+    fixtures: Any = importlib.import_module("fixtures")
     prompts = fixtures.prompts(case)
     rows = np.arange(len(prompts))
 
@@ -57,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_cpus()
     sys.path.insert(0, str(TESTS))
-    from families import EVERY
+    EVERY = importlib.import_module("families").EVERY
 
     found: dict[str, float] = {}
     print("| model | " + " | ".join(f"jaxid {dtype} | PyTorch {dtype}" for dtype in DTYPES) + " |")

@@ -261,7 +261,8 @@ class Blocks:
 
         def run(x: Array, rotation: Rotation, read: Read, tap: Tap, keep: Keep = _all) -> Array:
             if self.config.sliding_rope is not None:
-                rotation = tuple(jnp.where(self.slides(layer), sliding, full) for full, sliding in rotation)
+                cosine, sine = (jnp.where(self.slides(layer), sliding, full) for full, sliding in rotation)
+                rotation = cosine, sine
             return module(x, rotation, read, tap, keep, crossing)
 
         return run

@@ -97,22 +97,22 @@ ALIASES: Mapping[str, str] = {
 """Short names of published checkpoints."""
 
 
-def kind_of(fields: Mapping[str, Any]) -> str | None:
+def kind_of(fields: Mapping[str, Any]) -> str:
     """The `model_type` by which a parsed config.json is looked up here.
 
     LLaVA-NeXT wrote "llava" into some of its own files too, which are told from Hugging Face's by their tower's name.
     """
     kind = fields.get("model_type")
-    return "llava_qwen" if kind == "llava" and "mm_vision_tower" in fields else kind
+    return "llava_qwen" if kind == "llava" and "mm_vision_tower" in fields else str(kind)
 
 
-def family(model_type: str | None, where: str) -> Family:
+def family(model_type: str, where: str) -> Family:
     """The family of a checkpoint.
 
     Raises:
         CheckpointError: if it is none of those implemented.
     """
-    if model_type is None or model_type not in FAMILIES:
+    if model_type not in FAMILIES:
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}."
         )

@@ -56,7 +56,7 @@ def arguments(batch: Prompts) -> dict[str, Any]:
 
 def gemma3(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] = {}, **top: Any) -> Case:
     """A Gemma 3 case."""
-    config = Gemma3Config(
+    config: Any = Gemma3Config(
         text_config=Gemma3TextConfig(**{**TEXT, **text}),
         vision_config=SiglipVisionConfig(**{**TOWER, **vision}),
         **{

@@ -89,7 +89,7 @@ CASES = (
 """The models on which everything is tested in depth."""
 
 
-def siglip(name: str, *, image_size: int, layers: int | list[int], strategy: str) -> Case:
+def siglip(name: str, *, image_size: int, layers: int | list[int], strategy: Any) -> Case:
     """A case of LLaVA's variants: a SigLIP tower and a Qwen2 decoder."""
     tower = SiglipVisionConfig(
         hidden_size=24,

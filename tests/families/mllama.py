@@ -94,7 +94,7 @@ def alike(name: str, ours: np.ndarray, theirs: np.ndarray, batch: Prompts) -> tu
 
 def mllama(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] = {}) -> Case:
     """A Llama 3.2 Vision case."""
-    config = MllamaConfig(
+    config: Any = MllamaConfig(
         text_config=MllamaTextConfig(**{**TEXT, **text}),
         vision_config=MllamaVisionConfig(**{**TOWER, **vision}),
         image_token_index=IMAGE,
