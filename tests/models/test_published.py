@@ -7,14 +7,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 import torch
+from flax import nnx
 from key_tables import assert_table_fits
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from jaxid.checkpoints.loading import abstract_parameters
+from jaxid.checkpoints.tensors import unflatten
+from jaxid.models.inputs import Inputs
+from jaxid.models.mllama import MllamaConfig
 from jaxid.models.published import CONFIGS
+from jaxid.models.qwen_vl import QwenVLConfig
 from jaxid.models.registry import ALIASES, FAMILIES, family
+from jaxid.models.sites import Capture, clean
 
 PARAMETERS = {
     # Found as published or as counted from the checkpoint's own tensors.
@@ -107,6 +115,52 @@ def test_full_size_is_hugging_faces(alias: str) -> None:
         if not any(re.search(pattern, name) for pattern in kind.unused):
             tensors[name] = tuple(tensor.shape)
     assert_table_fits(kind.keys(config), leaves, tensors)
+
+
+def picture_inputs(config: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Shape of the pixels of one picture, and the arrays beside them."""
+    vision = config.vision_config
+    if isinstance(config, MllamaConfig):
+        shapes = {"aspect_ratio": (1,), "tile_count": (1,), "shown": (1, 1)}
+        extras = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+        return (1, 4, 3, vision.image_size, vision.image_size), extras
+    if isinstance(config, QwenVLConfig):
+        extras = {
+            "patch_positions": jax.ShapeDtypeStruct((1, 256, 2), jnp.int32),
+            "patch_valid": jax.ShapeDtypeStruct((1, 256), jnp.bool_),
+        }
+        return (1, 256, vision.patch_numbers), extras
+    return (1, 3, vision.image_size, vision.image_size), {}
+
+
+@pytest.mark.parametrize("alias", THEIRS)
+def test_full_size_forward_traces(alias: str) -> None:
+    """Shapes alone, in bfloat16: a picture and 1,600 tokens go through every block, and nothing turns into float32."""
+    kind = family(CONFIGS[alias]["model_type"], alias)
+    config = kind.config(copy.deepcopy(CONFIGS[alias]))
+    definition, leaves = abstract_parameters(kind, config)
+    parameters = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for path, leaf in leaves.items()}
+    shape, extras = picture_inputs(config)
+    tokens = jax.ShapeDtypeStruct((1, 1600), jnp.int32)
+    inputs = Inputs(
+        token_ids=tokens,
+        positions=tokens,
+        valid=jax.ShapeDtypeStruct((1, 1600), jnp.bool_),
+        last=jax.ShapeDtypeStruct((1,), jnp.int32),
+        pixels=jax.ShapeDtypeStruct(shape, jnp.float32),
+        image_slots=tokens,
+        rope_positions=jax.ShapeDtypeStruct((1, 3, 1600), jnp.int32) if isinstance(config, QwenVLConfig) else None,
+        extras=extras,
+    )
+
+    def run(parameters: Any, inputs: Inputs) -> Any:
+        network = nnx.merge(definition, nnx.State(unflatten(parameters)))
+        return network(inputs, clean, Capture(("resid_post",)))
+
+    found = jax.eval_shape(run, parameters, inputs)
+    text = config.text_config
+    assert found.hidden.shape == (1, 1600, text.hidden_size) and found.hidden.dtype == jnp.bfloat16
+    assert found.captured["resid_post"].shape == (text.num_hidden_layers, 1, 1600, text.hidden_size)
 
 
 def test_llava_video_has_the_published_parameters() -> None:
