@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from experiments import oracle
-from families import UNLIKE, Case, over
+from families import EACH, UNLIKE, Case, over
 from fixtures import distance
 from transformers import GenerationConfig
 
@@ -29,7 +29,7 @@ EXACT = 1e-5
 STEPS = 20
 
 pytestmark = [
-    over(*UNLIKE),
+    over(UNLIKE, among=EACH),
     pytest.mark.usefixtures("quick_compilation"),
 ]
 

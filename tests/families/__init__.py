@@ -2,13 +2,14 @@
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 
 import pytest
 
 from families.base import LLAMA3, VOCABULARY, Case
 from families.llava import CASES, llava_config
 
-__all__ = ["CASES", "EVERY", "LLAMA3", "QUICK", "UNLIKE", "VOCABULARY", "Case", "llava_config", "over"]
+__all__ = ["CASES", "EACH", "EVERY", "LLAMA3", "QUICK", "UNLIKE", "VOCABULARY", "Case", "llava_config", "over"]
 
 EVERY: tuple[Case, ...] = tuple(
     case
@@ -20,12 +21,16 @@ EVERY: tuple[Case, ...] = tuple(
 QUICK = ("gemma3", "internvl", "mllama", "qwen2.5-vl-windows", "video-grid")
 """One model of each family; LLaVA's are tested in depth elsewhere."""
 
+EACH = (*QUICK, "llava-plain", "qwen2-vl", "onevision-pictures-shrunk")
+"""One model of every way to read pictures."""
+
 UNLIKE = ("gemma3", "mllama", "qwen2.5-vl-windows")
 """Those of them whose decoders differ from LLaVA's."""
 
 
-def over(*names: str) -> pytest.MarkDecorator:
-    """Runs a test over all models: those named here always, the rest with the slow tests."""
-    assert set(names) <= {case.name for case in EVERY}
-    cases = [pytest.param(case, id=case.name, marks=[] if case.name in names else pytest.mark.slow) for case in EVERY]
+def over(quick: Sequence[str], among: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Runs a test over all models, or some: those that are quick always, the rest with the slow tests."""
+    chosen = [case for case in EVERY if among is None or case.name in among]
+    assert {*quick, *(among or ())} <= {case.name for case in chosen}
+    cases = [pytest.param(case, id=case.name, marks=[] if case.name in quick else pytest.mark.slow) for case in chosen]
     return pytest.mark.parametrize("case", cases)

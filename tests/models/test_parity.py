@@ -30,7 +30,7 @@ def everything(case: Case) -> dict[str, Any]:
     return run(model, fixtures.device_inputs(prompts))
 
 
-over_cases = over(*QUICK, *(case.name for case in CASES))
+over_cases = over([*QUICK, *(case.name for case in CASES)])
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
