@@ -37,6 +37,12 @@ class Gemma3Config(Config):
         """
         fields = dict(fields)
         text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
+        for name, part, kind in (
+            ("text_config", text, "gemma3_text"),
+            ("vision_config", vision, "siglip_vision_model"),
+        ):
+            if (part.get("model_type") or kind) != kind:
+                raise CheckpointError(f"{name}.model_type {part['model_type']!r} is not {kind!r}.")
         tied = fields.pop("tie_word_embeddings", None)
         if tied is not None:
             text["tie_word_embeddings"] = tied
@@ -50,7 +56,8 @@ class Gemma3Config(Config):
         config = cls.from_fields(fields | parts, where="the top level")
         side = config.vision_config.image_size // config.vision_config.patch_size
         tokens = int(config.mm_tokens_per_image**0.5)
-        if tokens**2 != config.mm_tokens_per_image or tokens > side:
+        # A side of `side // tokens` patches is pooled to one; what is left over must make no further token.
+        if not tokens or tokens**2 != config.mm_tokens_per_image or side // max(1, side // tokens) != tokens:
             raise CheckpointError(
                 f"mm_tokens_per_image {config.mm_tokens_per_image} is no square that {side} x {side} patches pool to."
             )

@@ -106,6 +106,10 @@ RENAMES = (
 """Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
 
 
+UNUSED = (r"\.position_ids$", r"\.inv_freq$", r"^vision_tower\.(vision_model\.)?head\.")
+"""Tensors that nothing here reads: numbers of positions, and SigLIP's pooling head, which serves retrieval."""
+
+
 class Llava(Network):
     """The network."""
 

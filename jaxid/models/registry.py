@@ -28,7 +28,7 @@ FAMILIES: Mapping[str, Family] = {
         network=gemma3.Gemma3,
         keys=gemma3.gemma3_keys,
         renames=llava.RENAMES,
-        unused=(r"\.position_ids$", r"\.inv_freq$"),
+        unused=llava.UNUSED,
     ),
     "internvl": Family(
         config=internvl.InternVLConfig.from_hf,
@@ -42,7 +42,7 @@ FAMILIES: Mapping[str, Family] = {
         network=llava.Llava,
         keys=llava.llava_keys,
         renames=llava.RENAMES,
-        unused=(r"\.position_ids$", r"\.rotary_emb\.inv_freq$"),
+        unused=llava.UNUSED,
     ),
     "llava_onevision": Family(
         config=llava_video.LlavaVideoConfig.from_hf,

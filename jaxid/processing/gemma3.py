@@ -17,14 +17,17 @@ class Gemma3Side(PictureSide):
         """Takes loaded parts and the network's config.
 
         Raises:
-            CheckpointError: if pictures are to be cropped by pan and scan.
+            CheckpointError: if pictures are to be cropped by pan and scan, or the tokenizer lacks the marks.
         """
         super().__init__(tokenizer, image_processor, config)
         if getattr(image_processor, "do_pan_and_scan", None):
             raise CheckpointError("the image processor asks for pan and scan, which is not implemented; turn it off.")
         self.image_token: str = self.placeholder
-        self.placeholder = tokenizer.convert_ids_to_tokens(config.boi_token_index)
-        self.end: str = tokenizer.convert_ids_to_tokens(config.eoi_token_index)
+        marks = {"boi_token_index": config.boi_token_index, "eoi_token_index": config.eoi_token_index}
+        for name, index in marks.items():
+            if tokenizer.convert_ids_to_tokens(index) in (None, tokenizer.unk_token):
+                raise CheckpointError(f"the tokenizer has no token for config.json's {name} {index}.")
+        self.placeholder, self.end = (tokenizer.convert_ids_to_tokens(index) for index in marks.values())
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as arrays, and their tokens between marks and blank lines.
