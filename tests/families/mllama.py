@@ -133,7 +133,7 @@ EVERY = (
     mllama("mllama"),
     mllama(
         "mllama-last-cross",
-        text={"num_key_value_heads": 4, "num_hidden_layers": 4, "cross_attention_layers": [2, 3]},
+        text={"num_key_value_heads": 4, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
         vision={"image_size": 16, "num_global_layers": 1, "intermediate_layers_indices": [1], "vision_output_dim": 48},
     ),
 )
