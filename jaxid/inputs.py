@@ -204,13 +204,13 @@ class Processor:
         tokenizer.chat_template = _chat_template(folder, tokenizer, side)
         return cls(tokenizer, side(tokenizer, image_processor, config), stop_ids=_stop_ids(folder, tokenizer))
 
-    def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
-        """Pictures through the image processor.
+    def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N ..."]:
+        """Pictures as the family's tower takes them, each in a prompt of its own.
 
         Raises:
             InputError: for a picture that cannot be opened, naming it.
         """
-        return self.side.pixels(images)
+        return self.side.encode(images, [[number] for number in range(len(images))]).pixels
 
     def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
         """The prompt's text, pictures' tokens filled in, and the first character of the question in it.

@@ -5,6 +5,8 @@ Everything is made once per test run, on first use.
 
 import functools
 import itertools
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,17 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
 """Gone when the test run ends."""
 
 QUESTIONS = ("Is the star to the left or right of the fish?", "Where is the fish?")
+
+WITHOUT_TORCH = """
+import importlib.machinery
+import sys
+class WithoutTorch(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *place):
+        return None if name.split(".")[0] in ("torch", "torchvision") else super().find_spec(name, *place)
+sys.meta_path[:] = [WithoutTorch if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+"""Begins a program that runs as if neither torch nor torchvision were installed."""
 
 TorchEdit = tuple[str, int, Callable[[torch.Tensor], torch.Tensor]]
 """Site, layer, and what is done with the value there."""
@@ -173,3 +186,28 @@ def distance(ours: Any, theirs: Any, rows: np.ndarray | None = None) -> float:
         ours, theirs = ours[..., rows, :], theirs[..., rows, :]
     assert np.isfinite(theirs).all() and np.abs(theirs).max() > 1e-2
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def prepared_without_torch(model_folder: Path, picture: np.ndarray, question: str, made: Path) -> dict[str, np.ndarray]:
+    """Token ids and pixels of a prompt, made by a process that has no PyTorch.
+
+    Args:
+        model_folder: a checkpoint's folder.
+        picture: the picture.
+        question: the user's text.
+        made: a new `.npz` file for what that process makes.
+    """
+    np.save(made.with_suffix(".npy"), picture)
+    code = f"""{WITHOUT_TORCH}
+import numpy as np
+from jaxid.checkpoints.loading import load
+inputs = load(sys.argv[1]).prepare(np.load(sys.argv[2]), sys.argv[3]).inputs
+assert not {{"torch", "torchvision"}} & set(sys.modules)
+np.savez(sys.argv[4], pixels=inputs.pixels, ids=inputs.token_ids)
+"""
+    files = (str(model_folder), str(made.with_suffix(".npy")), question, str(made))
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *files], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return dict(np.load(made))

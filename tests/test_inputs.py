@@ -147,14 +147,7 @@ def test_prompts_may_hold_different_numbers_of_pictures(processor: Processor) ->
 
 def test_works_without_pytorch() -> None:
     """Loading, preparing and a forward pass, where neither torch nor torchvision is installed."""
-    code = f"""
-import importlib.machinery
-import sys
-class WithoutTorch(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, *place):
-        return None if name.split(".")[0] in ("torch", "torchvision") else super().find_spec(name, *place)
-sys.meta_path[:] = [WithoutTorch if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+    code = f"""{fixtures.WITHOUT_TORCH}
 import numpy as np
 from jaxid.checkpoints.loading import load
 from jaxid.engine import forward

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.models.common import Config, Linear, RMSNorm
+from jaxid.models.common import Config, Linear, RMSNorm, with_token_indices
 from jaxid.models.decoder import Decoder
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
@@ -35,7 +34,7 @@ class Gemma3Config(Config):
         Raises:
             CheckpointError: for a part of another kind, or an unknown field.
         """
-        fields = dict(fields)
+        fields = with_token_indices(fields, "image", "boi", "eoi")
         text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
         for name, part, kind in (
             ("text_config", text, "gemma3_text"),
@@ -46,9 +45,6 @@ class Gemma3Config(Config):
         tied = fields.pop("tie_word_embeddings", None)
         if tied is not None:
             text["tie_word_embeddings"] = tied
-        for name in ("image", "boi", "eoi"):
-            if f"{name}_token_id" in fields:
-                fields[f"{name}_token_index"] = fields.pop(f"{name}_token_id")
         parts = {
             "text_config": decoder_config(text, "gemma3_text"),
             "vision_config": vision_config(vision, "siglip_vision_model"),
@@ -94,7 +90,7 @@ class Gemma3(Network):
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens: means of square patches of the tower's end."""
-        states = self.tower(jnp.asarray(inputs.pixels, self.tower.position[...].dtype))[-1]
+        states = self.tower(self.pixels(inputs))[-1]
         last = self.tower.post_norm(states)
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         tokens = int(self.config.mm_tokens_per_image**0.5)

@@ -3,19 +3,18 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.models.common import ACTIVATIONS, Config, LayerNorm, Linear
+from jaxid.models.common import ACTIVATIONS, Config, LayerNorm, Linear, with_token_indices
 from jaxid.models.decoder import Decoder
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
-from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.models.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.models.network import Network
-from jaxid.models.vision import VisionConfig, VisionTower
+from jaxid.models.vision import VisionConfig, VisionTower, state_indices
 
 _TOWER = {
     "hidden_size": 1024,
@@ -76,15 +75,13 @@ class InternVLConfig(Config):
         Raises:
             CheckpointError: for a part of another kind, or an unknown field.
         """
-        fields = dict(fields)
+        fields = with_token_indices(fields, "image")
         text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
         if vision.get("model_type", "internvl_vision") != "internvl_vision":
             raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'internvl_vision'.")
         tied = fields.pop("tie_word_embeddings", None)
         # Published files say nothing and hold both tensors.
         text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) if tied is None else tied
-        if "image_token_id" in fields:
-            fields["image_token_index"] = fields.pop("image_token_id")
         layer = fields.get("vision_feature_layer", -1)
         if not isinstance(layer, int):
             raise CheckpointError(f"vision_feature_layer {layer} is a list, which is not implemented here.")
@@ -97,12 +94,8 @@ class InternVLConfig(Config):
         parts = {"text_config": decoder_config(text, "qwen2"), "vision_config": _vision_config(vision)}
         # `image_seq_length` only repeats what tower and ratio say.
         config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length"})
-        blocks, side = config.vision_config.num_hidden_layers, config.patch_side
-        if not -blocks - 1 <= config.vision_feature_layer <= blocks:
-            raise CheckpointError(
-                f"vision_feature_layer {config.vision_feature_layer} names hidden states that a tower of {blocks} "
-                "blocks does not have."
-            )
+        side = config.patch_side
+        state_indices([config.vision_feature_layer], config.vision_config.num_hidden_layers)
         if config.downsample_ratio not in [1 / square for square in range(1, side + 1) if side % square == 0]:
             raise CheckpointError(
                 f"downsample_ratio {config.downsample_ratio} does not part a tile's {side} x {side} patches evenly."
@@ -167,8 +160,7 @@ def internvl_keys(config: InternVLConfig) -> list[Key]:
 
 
 RENAMES = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
+    *LANGUAGE_MODEL,
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
 )
 """Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
@@ -189,10 +181,9 @@ class InternVL(Network):
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The tiles' decoder tokens."""
-        config, blocks = self.config, self.config.vision_config.num_hidden_layers
-        layer = config.vision_feature_layer
-        index = layer if layer >= 0 else blocks + 1 + layer
-        chosen = self.tower(jnp.asarray(inputs.pixels, self.tower.position[...].dtype), depth=index)[-1]
+        config, layer = self.config, self.config.vision_feature_layer
+        (depth,) = state_indices([layer], config.vision_config.num_hidden_layers)
+        chosen = self.tower(self.pixels(inputs), depth=depth)[-1]
         if layer == -1 and config.vision_config.post_norm:
             chosen = self.tower.post_norm(chosen)
         side, square = config.patch_side, config.square

@@ -65,6 +65,16 @@ LINEAR = "outputs inputs -> inputs outputs"
 """PyTorch stores a linear map as [outputs, inputs]."""
 
 
+LANGUAGE_MODEL = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+"""Renames of the decoder's keys (transformers >= 4.52, in memory and on disk) to their published form."""
+
+ROTARY = (r"\.inv_freq$",)
+"""Patterns of tensors that only repeat the config's rotary settings."""
+
+
 def prefixed(keys: list[Key], source: str, target: str) -> list[Key]:
     """The same rows below other names."""
     return [dataclasses.replace(key, source=source + key.source, target=target + key.target) for key in keys]

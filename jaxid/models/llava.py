@@ -8,13 +8,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.models.common import ACTIVATIONS, Config, Linear
+from jaxid.models.common import ACTIVATIONS, Config, Linear, with_token_indices
 from jaxid.models.decoder import Decoder
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
-from jaxid.models.keys import Key, linear, prefixed
+from jaxid.models.keys import LANGUAGE_MODEL, ROTARY, Key, linear, prefixed
 from jaxid.models.network import Network
-from jaxid.models.vision import VisionConfig, VisionTower, vision_config, vision_keys
+from jaxid.models.vision import VisionConfig, VisionTower, state_indices, vision_config, vision_keys
 
 LARGE_TOWER = {
     "hidden_size": 1024,
@@ -35,9 +35,7 @@ class LlavaConfig(Config):
     vision_config: VisionConfig  # the tower
     image_token_index: int = 32000  # id of the token that pictures replace
     projector_hidden_act: str = "gelu"  # between the projector's two layers
-    vision_feature_select_strategy: str = (
-        "default"  # "default" drops the tower's first token (the class token), "full" keeps it
-    )
+    vision_feature_select_strategy: str = "default"  # "default" drops the tower's first token, "full" keeps it
     vision_feature_layer: tuple[int, ...] = (-2,)  # tower hidden states to project, concatenated
     multimodal_projector_bias: bool = True  # biases in the projector
 
@@ -48,7 +46,7 @@ class LlavaConfig(Config):
         Raises:
             CheckpointError: for a tower or decoder of another kind, or an unknown field.
         """
-        fields = dict(fields)
+        fields = with_token_indices(fields, "image")
         text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
         # What a described tower leaves out are CLIPVisionConfig's defaults, as in LlavaConfig of transformers.
         vision = dict(LARGE_TOWER if vision is None else vision)
@@ -56,8 +54,6 @@ class LlavaConfig(Config):
             text["tie_word_embeddings"] = True
         feature_layer = fields.pop("vision_feature_layer", -2)
         fields["vision_feature_layer"] = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
-        if "image_token_id" in fields:
-            fields["image_token_index"] = fields.pop("image_token_id")
         parts = {
             "text_config": decoder_config(text, "llama"),
             "vision_config": vision_config(vision, "clip_vision_model"),
@@ -65,12 +61,7 @@ class LlavaConfig(Config):
         # `image_seq_length` only repeats what tower and strategy say; `ignore_index` serves training.
         ignored = {"image_seq_length", "vocab_size", "ignore_index"}
         config = cls.from_fields(fields | parts, where="the top level", ignored=ignored)
-        states = config.vision_config.num_hidden_layers + 1
-        if not all(-states <= layer < states for layer in config.vision_feature_layer):
-            raise CheckpointError(
-                f"vision_feature_layer {config.vision_feature_layer} names hidden states that a tower of "
-                f"{states - 1} blocks does not have."
-            )
+        state_indices(config.vision_feature_layer, config.vision_config.num_hidden_layers)
         if config.vision_feature_select_strategy not in ("default", "full"):
             raise CheckpointError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is neither "
@@ -98,15 +89,14 @@ def llava_keys(config: LlavaConfig) -> list[Key]:
 
 
 RENAMES = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
+    *LANGUAGE_MODEL,
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 """Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
 
 
-UNUSED = (r"\.position_ids$", r"\.inv_freq$", r"^vision_tower\.(vision_model\.)?head\.")
+UNUSED = (*ROTARY, r"\.position_ids$", r"^(model\.vision_tower\.)?vision_tower\.(vision_model\.)?head\.")
 """Tensors that nothing here reads: numbers of positions, and SigLIP's pooling head, which serves retrieval."""
 
 
@@ -125,12 +115,11 @@ class Llava(Network):
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens."""
-        return self.image_features(jnp.asarray(inputs.pixels, self.tower.position[...].dtype))
+        return self.image_features(self.pixels(inputs))
 
     def image_features(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I D"]:
         """Pictures as decoder tokens."""
-        blocks, layers = self.config.vision_config.num_hidden_layers, self.config.vision_feature_layer
-        indices = [layer if layer >= 0 else blocks + 1 + layer for layer in layers]
+        indices = state_indices(self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers)
         states = self.tower(pixels, depth=max(indices))
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         chosen = jnp.concatenate([states[layer][:, first:] for layer in indices], axis=-1)

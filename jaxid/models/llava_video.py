@@ -17,12 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
-from jaxid.models.common import normal
+from jaxid.models.common import normal, with_token_indices
 from jaxid.models.decoder_config import decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
 from jaxid.models.keys import Key, linear, prefixed
-from jaxid.models.llava import Llava, LlavaConfig
-from jaxid.models.vision import vision_config, vision_keys
+from jaxid.models.llava import RENAMES, Llava, LlavaConfig, llava_keys
+from jaxid.models.vision import state_indices, vision_config, vision_keys
 
 SO400M_TOWER = {
     "hidden_size": 1152,
@@ -111,15 +111,12 @@ class LlavaVideoConfig(LlavaConfig):
         Raises:
             CheckpointError: for a tower or decoder of another kind, or an unknown field or setting.
         """
-        fields = dict(fields)
+        fields = with_token_indices(fields, "image", "video")
         text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
         if fields.pop("tie_word_embeddings", None):
             text["tie_word_embeddings"] = True
         layer = fields.pop("vision_feature_layer", -1)
         fields["vision_feature_layer"] = (layer,) if isinstance(layer, int) else tuple(layer)
-        for name in ("image", "video"):
-            if f"{name}_token_id" in fields:
-                fields[f"{name}_token_index"] = fields.pop(f"{name}_token_id")
         ratio = fields.pop("vision_aspect_ratio", None) or "anyres_max_9"
         found = re.fullmatch(r"anyres_max_(\d+)", ratio)
         if not found or found[1] == "0":
@@ -181,12 +178,8 @@ class LlavaVideoConfig(LlavaConfig):
 
 def _checked(config: LlavaVideoConfig) -> LlavaVideoConfig:
     """The config itself, if its parts fit together."""
-    blocks, strategy = config.vision_config.num_hidden_layers, config.vision_feature_select_strategy
-    if not all(-blocks - 1 <= layer <= blocks for layer in config.vision_feature_layer):
-        raise CheckpointError(
-            f"vision_feature_layer {config.vision_feature_layer} names hidden states that a tower of {blocks} blocks "
-            "does not have."
-        )
+    strategy = config.vision_feature_select_strategy
+    state_indices(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     if strategy != ("default" if config.vision_config.class_token else "full"):
         raise CheckpointError(f"vision_feature_select_strategy {strategy!r} does not leave the tower's patches.")
     if config.mm_spatial_pool_mode not in POOL_MODES:
@@ -198,15 +191,7 @@ def _checked(config: LlavaVideoConfig) -> LlavaVideoConfig:
 
 def onevision_keys(config: LlavaVideoConfig) -> list[Key]:
     """Key table of Hugging Face's layout, in the names that its published checkpoints use."""
-    bias = config.multimodal_projector_bias
-    return [
-        *prefixed(vision_keys(config.vision_config), "vision_tower.vision_model.", "tower."),
-        *linear("multi_modal_projector.linear_1", "projector_in", bias=bias),
-        *linear("multi_modal_projector.linear_2", "projector_out", bias=bias),
-        Key("image_newline", "newline"),
-        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
-        unembedding_key(config.text_config, "language_model.lm_head.weight"),
-    ]
+    return [*llava_keys(config), Key("image_newline", "newline")]
 
 
 def original_keys(config: LlavaVideoConfig) -> list[Key]:
@@ -222,16 +207,8 @@ def original_keys(config: LlavaVideoConfig) -> list[Key]:
     ]
 
 
-ONEVISION_RENAMES = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-)
+ONEVISION_RENAMES = (*RENAMES, (r"^model\.image_newline$", "image_newline"))
 """Other spellings of the keys of Hugging Face's layout and their published form."""
-
-UNUSED = (r"\.position_ids$", r"\.rotary_emb\.inv_freq$", r"vision_tower\.(vision_model\.)?head\.")
-"""Tensors that nothing reads; SigLIP's pooling head serves retrieval."""
 
 
 def pooling(length: int, mode: str) -> Float[np.ndarray, "new length"]:
@@ -261,7 +238,7 @@ class LlavaVideo(Llava):
 
     def features(self, inputs: Inputs) -> Float[Array, "R D"]:
         """`image_newline`; every patch of every square, if there are pictures; the frames' tokens; mixed tokens."""
-        squares = self.image_features(jnp.asarray(inputs.pixels, self.tower.position[...].dtype))
+        squares = self.image_features(self.pixels(inputs))
         flat = squares.reshape(-1, squares.shape[-1])
         parts, extras = [self.newline[...][None].astype(flat.dtype)], inputs.extras
         frames = extras.get("frames")

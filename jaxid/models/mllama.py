@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import attention
-from jaxid.models.common import Config, LayerNorm, Linear, filled, normal, stacked
+from jaxid.models.common import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
 from jaxid.models.decoder import Decoder, Memory
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
-from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.models.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.models.network import Network
 from jaxid.models.vision import VisionBlock, VisionConfig, patches, run_blocks
 
@@ -97,14 +97,12 @@ class MllamaConfig(Config):
         Raises:
             CheckpointError: for a part of another kind, or an unknown field.
         """
-        fields = dict(fields)
+        fields = with_token_indices(fields, "image")
         text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
         if vision.get("model_type", "mllama_vision_model") != "mllama_vision_model":
             raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'mllama_vision_model'.")
         if fields.pop("tie_word_embeddings", None):
             raise CheckpointError("tie_word_embeddings: this family's embedding has more rows than its vocabulary.")
-        if "image_token_id" in fields:
-            fields["image_token_index"] = fields.pop("image_token_id")
         parts = {"text_config": decoder_config(text, "mllama_text_model"), "vision_config": _vision_config(vision)}
         return cls.from_fields(fields | parts, where="the top level")
 
@@ -153,8 +151,7 @@ def mllama_keys(config: MllamaConfig) -> list[Key]:
 
 
 RENAMES = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
+    *LANGUAGE_MODEL,
     (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
 )
 """Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
@@ -243,8 +240,8 @@ class Mllama(Network):
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' tokens, tile by tile."""
-        pixels = jnp.asarray(inputs.pixels, self.tower.patch_kernel[...].dtype)
-        return self.projector(self.tower(pixels, inputs.extras["aspect_ratio"], inputs.extras["tile_count"]))
+        extras = inputs.extras
+        return self.projector(self.tower(self.pixels(inputs), extras["aspect_ratio"], extras["tile_count"]))
 
     def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
         """Token embeddings; a picture's place is a token like others."""

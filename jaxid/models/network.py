@@ -1,5 +1,6 @@
 """What the networks of all families share: pictures merged into the text, and the decoder run on both."""
 
+import abc
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,9 +26,13 @@ class Network(nnx.Module):
     decoder: Decoder
     config: Any
 
+    @abc.abstractmethod
     def features(self, inputs: Inputs) -> Float[Array, "... D"]:
         """All pictures' decoder tokens, which `inputs.image_slots` counts through all leading axes."""
-        raise NotImplementedError
+
+    def pixels(self, inputs: Inputs) -> Float[Array, "N ..."]:
+        """The pictures in the number format of the parameters."""
+        return jnp.asarray(inputs.pixels, self.decoder.embedding[...].dtype)
 
     def spans(self, inputs: Inputs) -> Int[Array, "B T"]:
         """Number of the picture that every token belongs to, or -1; neighbouring pictures' tokens count as one."""

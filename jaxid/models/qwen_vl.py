@@ -266,8 +266,7 @@ class QwenVL(Network):
 
     def tower_states(self, inputs: Inputs) -> Float[Array, "L1 N P D"]:
         """The tower's hidden states."""
-        pixels = jnp.asarray(inputs.pixels, self.tower.patch_kernel[...].dtype)
-        return self.tower(pixels, inputs.extras["patch_positions"], inputs.extras["patch_valid"])
+        return self.tower(self.pixels(inputs), inputs.extras["patch_positions"], inputs.extras["patch_valid"])
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens."""

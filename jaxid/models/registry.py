@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxid.errors import CheckpointError
 from jaxid.models import gemma3, internvl, llava, llava_video, mllama, qwen_vl
-from jaxid.models.keys import Key
+from jaxid.models.keys import ROTARY, Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ FAMILIES: Mapping[str, Family] = {
         network=internvl.InternVL,
         keys=internvl.internvl_keys,
         renames=internvl.RENAMES,
-        unused=(r"\.inv_freq$",),
+        unused=ROTARY,
     ),
     "llava": Family(
         config=llava.LlavaConfig.from_hf,
@@ -49,21 +49,21 @@ FAMILIES: Mapping[str, Family] = {
         network=llava_video.LlavaVideo,
         keys=llava_video.onevision_keys,
         renames=llava_video.ONEVISION_RENAMES,
-        unused=llava_video.UNUSED,
+        unused=llava.UNUSED,
     ),
     "llava_qwen": Family(
         config=llava_video.LlavaVideoConfig.from_original,
         network=llava_video.LlavaVideo,
         keys=llava_video.original_keys,
         renames=(),
-        unused=llava_video.UNUSED,
+        unused=llava.UNUSED,
     ),
     "mllama": Family(
         config=mllama.MllamaConfig.from_hf,
         network=mllama.Mllama,
         keys=mllama.mllama_keys,
         renames=mllama.RENAMES,
-        unused=(r"\.inv_freq$",),
+        unused=ROTARY,
     ),
     **{
         name: Family(
@@ -71,7 +71,7 @@ FAMILIES: Mapping[str, Family] = {
             network=qwen_vl.QwenVL,
             keys=qwen_vl.qwen_vl_keys,
             renames=qwen_vl.RENAMES,
-            unused=(r"\.inv_freq$",),
+            unused=ROTARY,
         )
         for name in ("qwen2_vl", "qwen2_5_vl")
     },

@@ -1,7 +1,7 @@
 """One Vision Transformer block and its scanned tower: the picture side of the model families."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -212,6 +212,19 @@ class VisionBlock(nnx.Module):
         if self.config.tanh_gates:
             return added * jnp.tanh(getattr(self, f"{name}_scale")[...])
         return added
+
+
+def state_indices(layers: Sequence[int], blocks: int) -> list[int]:
+    """Which of a tower's hidden states a config names: 0 the blocks' input, k + 1 the output of block k.
+
+    Raises:
+        CheckpointError: for one that a tower of so many blocks does not have.
+    """
+    if not all(-blocks - 1 <= layer <= blocks for layer in layers):
+        raise CheckpointError(
+            f"vision_feature_layer {list(layers)} names hidden states that a tower of {blocks} blocks does not have."
+        )
+    return [layer if layer >= 0 else blocks + 1 + layer for layer in layers]
 
 
 def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]:

@@ -130,10 +130,6 @@ class VideoSide(PictureSide):
         """Decoder tokens of a clip of eight frames."""
         return len(clip_rows(8, self.config.frame_side, self.config.mm_newline_position, 1))
 
-    def pixels(self, pictures: Sequence[Picture | Clip]) -> Float[np.ndarray, "N C Y X"]:
-        """The squares of clips or pictures, each in a prompt of its own."""
-        return self.encode(pictures, [[number] for number in range(len(pictures))]).pixels
-
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Clips as frames and tokens.
 

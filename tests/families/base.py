@@ -1,7 +1,6 @@
 """What a tiny random model of any family needs for the tests that run over all of them."""
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from jaxid.inputs import Prompts
+from jaxid.results import write_json
 
 VOCABULARY = tuple(
     """<unk> <s> </s> <pad> <image> USER ASSISTANT : ? . , " Is the star to left or right of fish Where is picture
@@ -26,6 +26,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+DECODER_PARTS = {"blocks": "model.language_model.layers", "norm": "model.language_model.norm"}
+"""Where most of Hugging Face's models keep the decoder's blocks and the final norm; see `Case.parts`."""
 
 LLAMA_SITES = {"attn_out": "self_attn", "resid_mid": "post_attention_layernorm", "mlp_out": "mlp"}
 
@@ -138,6 +141,6 @@ def write_words(
         "pad_token": special[0],
         "eos_token": special[1],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(fixed | settings))
+    write_json(folder / "tokenizer_config.json", fixed | settings)
     (folder / "chat_template.jinja").write_text(template)
     return ids

@@ -1,14 +1,14 @@
 """Tiny Gemma 3 models, their sliding windows shorter than the prompts."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-from families.base import Case, randomized, tensors, write_words
+from families.base import DECODER_PARTS, Case, randomized, tensors, write_words
 from jaxid.inputs import Prompts
+from jaxid.results import write_json
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
 SPECIAL += ("<image_soft_token>",)
@@ -79,7 +79,7 @@ def gemma3(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any]
             "image_mean": [0.5, 0.45, 0.4],
             "image_std": [0.5, 0.5, 0.45],
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+        write_json(folder / "preprocessor_config.json", image_processor)
 
     return Case(
         name=name,
@@ -88,8 +88,7 @@ def gemma3(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any]
         parts={
             "tower_blocks": "model.vision_tower.encoder.layers",
             "projector": "model.multi_modal_projector",
-            "blocks": "model.language_model.layers",
-            "norm": "model.language_model.norm",
+            **DECODER_PARTS,
         },
         sites={
             "attn_out": "post_attention_layernorm",

@@ -1,6 +1,5 @@
 """Tiny InternVL3 models."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ import numpy as np
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
-from families.base import Case, randomized, tensors, write_words
+from families.base import DECODER_PARTS, Case, randomized, tensors, write_words
 from jaxid.inputs import Prompts
+from jaxid.results import write_json
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 TEMPLATE = (
@@ -82,7 +82,7 @@ def internvl(
             "image_mean": [0.48, 0.46, 0.41],
             "image_std": [0.27, 0.26, 0.28],
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+        write_json(folder / "preprocessor_config.json", image_processor)
 
     return Case(
         name=name,
@@ -91,8 +91,7 @@ def internvl(
         parts={
             "tower_blocks": "model.vision_tower.encoder.layer",
             "projector": "model.multi_modal_projector",
-            "blocks": "model.language_model.layers",
-            "norm": "model.language_model.norm",
+            **DECODER_PARTS,
         },
         arguments=arguments,
         alike=alike,

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import jaxid.models.llava
-from families.base import LLAMA3, VOCABULARY, Case, randomized
+from families.base import DECODER_PARTS, LLAMA3, VOCABULARY, Case, randomized
 from jaxid.results import write_json
 from jaxid.zoo.export import write_processor, write_tokenizer
 from jaxid.zoo.tiny_llava import CHAT_TEMPLATE
@@ -50,8 +50,7 @@ def llava(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] 
         parts={
             "tower_blocks": "model.vision_tower.encoder.layers",
             "projector": "model.multi_modal_projector",
-            "blocks": "model.language_model.layers",
-            "norm": "model.language_model.norm",
+            **DECODER_PARTS,
         },
     )
 

@@ -16,8 +16,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from families.base import Case, randomized
+from families.base import DECODER_PARTS, Case, randomized
 from jaxid.inputs import Prompts
+from jaxid.models.published import CONFIGS
 from jaxid.results import write_json
 
 WORDS = (
@@ -155,8 +156,7 @@ def onevision(
         parts={
             "tower_blocks": "model.vision_tower.encoder.layers",
             "projector": "model.multi_modal_projector",
-            "blocks": "model.language_model.layers",
-            "norm": "model.language_model.norm",
+            **DECODER_PARTS,
         },
         arguments=arguments,
         picture_side=picture_side,
@@ -220,55 +220,14 @@ def original(name: str, *, vision: Mapping[str, Any] = {}, **top: Any) -> Case:
     """A LLaVA-Video case; fields as in the published config.json, but for sizes and what describes the tower."""
     tower = {**TOWER, "image_size": 30, "patch_size": 6, **vision}
     fields = {
+        **CONFIGS["llava-video"],
         "architectures": ["LlavaQwenForCausalLM"],
-        "model_type": "llava_qwen",
         "vocab_size": IDS,
         **TEXT,
         "vision_config": tower,
-        "add_faster_video": False,
-        "add_time_instruction": True,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
         "eos_token_id": IDS - 1,
-        "faster_token_stride": 10,
-        "force_sample": True,
-        "hidden_act": "silu",
-        "image_aspect_ratio": "anyres_max_9",
-        "image_crop_resolution": None,
-        "image_grid_pinpoints": [[384, 384], [384, 768]],
-        "image_split_resolution": None,
-        "image_token_index": 151646,
-        "initializer_range": 0.02,
-        "max_window_layers": 28,
         "mm_hidden_size": tower["hidden_size"],
-        "mm_newline_position": "grid",
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_projector_lr": None,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_resampler_type": None,
-        "mm_spatial_pool_mode": "bilinear",
         "mm_spatial_pool_stride": None,
-        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "google/siglip-so400m-patch14-384",
-        "mm_vision_tower_lr": 2e-06,
-        "pos_skipping_range": 4096,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": False,
-        "tokenizer_model_max_length": 32768,
-        "tokenizer_padding_side": "right",
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.39.2",
-        "use_cache": True,
-        "use_mm_proj": True,
-        "use_pos_skipping": False,
-        "use_sliding_window": False,
-        "vision_tower_pretrained": None,
         **top,
     }
 

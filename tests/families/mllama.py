@@ -1,6 +1,5 @@
 """Tiny Llama 3.2 Vision models."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from families.base import LLAMA3, Case, randomized, tensors, write_words
+from families.base import DECODER_PARTS, LLAMA3, Case, randomized, tensors, write_words
 from jaxid.inputs import Prompts
+from jaxid.results import write_json
 
 SPECIAL = ("<|finetune_right_pad_id|>", "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
 SPECIAL += ("<|image|>",)
@@ -110,7 +110,7 @@ def mllama(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any]
             "image_mean": [0.48, 0.46, 0.41],
             "image_std": [0.27, 0.26, 0.28],
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+        write_json(folder / "preprocessor_config.json", image_processor)
 
     return Case(
         name=name,
@@ -119,8 +119,7 @@ def mllama(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any]
         parts={
             "tower_blocks": "model.vision_model.transformer.layers,model.vision_model.global_transformer.layers",
             "projector": "model.multi_modal_projector",
-            "blocks": "model.language_model.layers",
-            "norm": "model.language_model.norm",
+            **DECODER_PARTS,
         },
         sites={"resid_mid": "post_attention_layernorm"},
         arguments=arguments,

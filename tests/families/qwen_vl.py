@@ -1,6 +1,5 @@
 """Tiny Qwen2-VL and Qwen2.5-VL models."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from families.base import Case, randomized, tensors, write_words
+from families.base import DECODER_PARTS, Case, randomized, tensors, write_words
 from jaxid.inputs import Prompts
+from jaxid.results import write_json
 
 SPECIAL = (
     "<|endoftext|>",
@@ -141,7 +141,7 @@ def qwen(name: str, *, old: bool, text: Mapping[str, Any] = {}, vision: Mapping[
             "image_mean": [0.48, 0.46, 0.41],
             "image_std": [0.27, 0.26, 0.28],
         }
-        (folder / "preprocessor_config.json").write_text(json.dumps(image_processor))
+        write_json(folder / "preprocessor_config.json", image_processor)
 
     return Case(
         name=name,
@@ -150,8 +150,7 @@ def qwen(name: str, *, old: bool, text: Mapping[str, Any] = {}, vision: Mapping[
         parts={
             "tower_blocks": "model.visual.blocks",
             "projector": "model.visual.merger",
-            "blocks": "model.language_model.layers",
-            "norm": "model.language_model.norm",
+            **DECODER_PARTS,
         },
         arguments=arguments,
         picture_side=picture_side,

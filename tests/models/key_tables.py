@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from jaxid.checkpoints.tensors import flatten
+from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.models.keys import Key
 
 
@@ -28,3 +30,17 @@ def assert_table_fits(keys: Sequence[Key], abstract: Mapping[str, Any], tensors:
     for name, fills in table.items():
         for key, shape in fills:
             assert key.parameter_shape(tensors[name]) == shape, name
+
+
+def module_of(build: Callable[[], nnx.Module], keys: Sequence[Key], tensors: Mapping[str, np.ndarray]) -> Any:
+    """A module with the parameters that a table makes of a PyTorch model's tensors."""
+    definition, state = nnx.split(build())
+    leaves = flatten(nnx.to_pure_dict(state))
+    for key in keys:
+        if "{layer}" in key.source:
+            for layer, row in key.places(leaves[key.target].shape[0]):
+                value = key.to_parameter(tensors[key.source.format(layer=layer)])
+                leaves[key.target] = leaves[key.target].at[row].set(value)
+        else:
+            leaves[key.target] = jnp.asarray(key.to_parameter(tensors[key.source]))
+    return nnx.merge(definition, nnx.State(unflatten(leaves)))

@@ -13,7 +13,7 @@ import torch
 import transformers
 from families.base import LLAMA3, randomized
 from flax import nnx
-from key_tables import abstract_of, assert_table_fits
+from key_tables import abstract_of, assert_table_fits, module_of
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mllama.modeling_mllama import MllamaTextModel, _prepare_cross_attention_mask
@@ -80,17 +80,8 @@ def ours(kind: str) -> Decoder:
     """The same decoder here."""
     theirs = reference(kind)
     config = decoder_config(json.loads(theirs.config.to_json_string()), "llama")
-    definition, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
-    leaves = flatten(nnx.to_pure_dict(state))
     tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    for key in decoder_keys(config):
-        if "{layer}" in key.source:
-            for layer, row in key.places(leaves[key.target].shape[0]):
-                value = key.to_parameter(tensors[key.source.format(layer=layer)])
-                leaves[key.target] = leaves[key.target].at[row].set(value)
-        else:
-            leaves[key.target] = jnp.asarray(key.to_parameter(tensors[key.source]))
-    return nnx.merge(definition, nnx.State(unflatten(leaves)))
+    return module_of(lambda: Decoder(config, rngs=nnx.Rngs(0)), decoder_keys(config), tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from families.base import randomized
 from flax import nnx
-from key_tables import abstract_of, assert_table_fits
+from key_tables import abstract_of, assert_table_fits, module_of
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 
 from jaxid.checkpoints.tensors import flatten, unflatten
@@ -101,16 +101,7 @@ def ours(kind: str, image_size: int) -> VisionTower:
     """The same tower here."""
     theirs = reference(kind, image_size)
     config = vision_config(json.loads(theirs.config.to_json_string()), "neither")
-    definition, state = nnx.split(VisionTower(config, rngs=nnx.Rngs(0)))
-    leaves, tensors = flatten(nnx.to_pure_dict(state)), tensors_of(theirs)
-    for key in vision_keys(config):
-        if "{layer}" in key.source:
-            for layer, row in key.places(config.num_hidden_layers):
-                value = key.to_parameter(tensors[key.source.format(layer=layer)])
-                leaves[key.target] = leaves[key.target].at[row].set(value)
-        else:
-            leaves[key.target] = jnp.asarray(key.to_parameter(tensors[key.source]))
-    return nnx.merge(definition, nnx.State(unflatten(leaves)))
+    return module_of(lambda: VisionTower(config, rngs=nnx.Rngs(0)), vision_keys(config), tensors_of(theirs))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,6 +29,7 @@ from jaxid.engine import forward
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.models.inputs import Inputs
 from jaxid.models.llava_video import LlavaVideoConfig, pooling, taps
+from jaxid.models.published import CONFIGS
 from jaxid.models.registry import FAMILIES
 from jaxid.processing.base import bucketed
 from jaxid.processing.llava_video import VideoSide, clip_rows, picture_layout
@@ -38,61 +39,14 @@ PICTURES, CLIPS, GRID, FRAME = cases.EVERY
 QUESTION = fixtures.QUESTIONS[0]
 
 LLAVA_VIDEO_7B = {
-    "add_faster_video": False,
-    "add_time_instruction": True,
+    **CONFIGS["llava-video"],
     "architectures": ["LlavaQwenForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "faster_token_stride": 10,
-    "force_sample": True,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "image_aspect_ratio": "anyres_max_9",
-    "image_crop_resolution": None,
     "image_grid_pinpoints": "(1x1),...,(6x6)",
-    "image_split_resolution": None,
-    "image_token_index": 151646,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "mm_hidden_size": 1152,
-    "mm_newline_position": "grid",
-    "mm_patch_merge_type": "spatial_unpad",
-    "mm_projector_lr": None,
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_resampler_type": None,
-    "mm_spatial_pool_mode": "bilinear",
     "mm_spatial_pool_stride": None,
-    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "google/siglip-so400m-patch14-384",
-    "mm_vision_tower_lr": 2e-06,
-    "model_type": "llava_qwen",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "pos_skipping_range": 4096,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "tie_word_embeddings": False,
-    "tokenizer_model_max_length": 32768,
-    "tokenizer_padding_side": "right",
     "torch_dtype": "bfloat16",
     "use_cache": True,
-    "use_mm_proj": True,
-    "use_pos_skipping": False,
-    "use_sliding_window": False,
-    "vision_tower_pretrained": None,
-    "vocab_size": 152064,
 }
-"""Fields as LLaVA-Video-7B-Qwen2 has them."""
+"""The published fields, some of them as other files of the layout write them."""
 
 
 # --- resampling and layout ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Gemma 3 and Llama 3.2 Vision: ids, pixels and tiles are those of Hugging Face's processors."""
+"""Llama 3.2 Vision: ids, pixels and tiles are those of Hugging Face's processor; what no picture family reads."""
 
 import dataclasses
 from typing import Any
@@ -9,8 +9,7 @@ import pytest
 from families import EVERY, Case
 from transformers import AutoProcessor
 
-from jaxid.checkpoints.loading import load
-from jaxid.errors import CheckpointError, InputError
+from jaxid.errors import InputError
 from jaxid.processing.pictures import Clip, open_picture
 
 NAMES = ("gemma3", "mllama", "internvl")
@@ -33,10 +32,9 @@ def talks(counts: list[int]) -> list[Any]:
     ]
 
 
-def expected(case: Case, groups: list[list[np.ndarray]]) -> Any:
+def expected(groups: list[list[np.ndarray]]) -> Any:
     """What Hugging Face's own processor makes of prompts about some pictures each."""
-    sizes = {"image_seq_length": fixtures.model(case).config.image_tokens} if case is GEMMA else {}
-    theirs = AutoProcessor.from_pretrained(fixtures.folder(case), **sizes)
+    theirs = AutoProcessor.from_pretrained(fixtures.folder(MLLAMA))
     conversations = talks([len(group) for group in groups])
     pictures = [[open_picture(picture) for picture in group] for group in groups]
     texts = [theirs.apply_chat_template(talk, add_generation_prompt=True) for talk in conversations]
@@ -45,24 +43,20 @@ def expected(case: Case, groups: list[list[np.ndarray]]) -> Any:
     return theirs(text=texts, images=pictures, return_tensors="np", **options)
 
 
-@pytest.mark.parametrize("case", [GEMMA, MLLAMA], ids=lambda case: case.name)
 @pytest.mark.parametrize("pairs", [False, True], ids=["one", "two"])
-def test_processors_agree(case: Case, pairs: bool) -> None:
+def test_prompts_and_tiles_are_hugging_faces(pairs: bool) -> None:
     pictures = shapes()
     groups = [[pictures[k], pictures[3 - k]] if pairs else [pictures[k]] for k in range(4)]
-    theirs, prompts = expected(case, groups), fixtures.model(case).prepare(groups, QUESTIONS)
+    theirs, prompts = expected(groups), fixtures.model(MLLAMA).prepare(groups, QUESTIONS)
     inputs, length = prompts.inputs, theirs["input_ids"].shape[1]
     np.testing.assert_array_equal(inputs.token_ids[:, :length], theirs["input_ids"])
     np.testing.assert_array_equal(inputs.valid[:, :length], theirs["attention_mask"].astype(bool))
     assert not inputs.valid[:, length:].any()
-    if case is GEMMA:
-        np.testing.assert_allclose(inputs.pixels, theirs["pixel_values"], atol=1e-6)
-        return
-    ours = case.arguments(prompts)
+    ours = MLLAMA.arguments(prompts)
     for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
         np.testing.assert_allclose(ours[name].numpy(), theirs[name], atol=1e-6)
     assert len(set(inputs.extras["tile_count"].tolist())) > 1
-    shown = np.asarray(inputs.token_ids) == fixtures.model(case).config.image_token_index
+    shown = np.asarray(inputs.token_ids) == fixtures.model(MLLAMA).config.image_token_index
     np.testing.assert_array_equal(np.asarray(inputs.image_slots) >= 0, shown)
 
 
@@ -94,17 +88,6 @@ def test_memory_masks_are_hugging_faces() -> None:
 def test_clips_are_refused(case: Case) -> None:
     with pytest.raises(InputError, match="pictures, not clips"):
         fixtures.model(case).prepare(Clip(shapes()[:2]), "Where is the fish?")
-
-
-def test_pan_and_scan_is_refused(tmp_path: Any) -> None:
-    import json
-    import shutil
-
-    folder = shutil.copytree(fixtures.folder(GEMMA), tmp_path / "model")
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"do_pan_and_scan": True}))
-    with pytest.raises(CheckpointError, match="pan and scan"):
-        load(folder)
 
 
 def test_sizes_by_which_batches_are_chosen() -> None:
