@@ -74,7 +74,7 @@ def abstract_parameters(kind: Family, config: Any) -> tuple[Any, tensors.Leaves]
 
 
 def load(name: str | Path, *, dtype: str = "float32") -> Model:
-    """Loads a model.
+    """Loads a vision-language model.
 
     Args:
         name: an alias ("tiny-llava", "llava-7b"), a Hugging Face id, or a folder in Hugging Face layout.
@@ -87,29 +87,49 @@ def load(name: str | Path, *, dtype: str = "float32") -> Model:
         CheckpointError: if the folder is missing, foreign, incomplete or corrupt.
         InputError: for an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     folder = find_folder(name)
     fields = read_config(folder)
     name_of_kind = kind_of(fields)
     kind = family(name_of_kind, str(folder / "config.json"))
-    try:
-        config = kind.config(fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not a config that jaxid can read: {error!r}") from error
+    config = parsed(kind, fields, folder / "config.json")
     # What is quick to read comes first: a large checkpoint's tensors take minutes.
     processor = Processor.from_folder(folder, config, SIDES[name_of_kind])
+    return Model(**load_network(kind, config, tensors.TensorFolder(folder), dtype), processor=processor, name=str(name))
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses an unknown number format.
+
+    Raises:
+        InputError: naming those that are known.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+
+
+def parsed(kind: Family, fields: dict[str, Any], path: Path) -> Any:
+    """A family's config from the fields of a file.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return kind.config(fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a config that jaxid can read: {error!r}") from error
+
+
+def load_network(kind: Family, config: Any, files: tensors.TensorFolder, dtype: str) -> dict[str, Any]:
+    """Everything of a loaded model that its config and weights tell.
+
+    Raises:
+        CheckpointError: if the tensors do not fit the config.
+    """
     definition, abstract = abstract_parameters(kind, config)
-    files = tensors.TensorFolder(folder)
     keys = kind.keys(config)
     parameters = tensors.load_parameters(
         files, abstract, keys, renames=kind.renames, unused=kind.unused, dtype=DTYPES[dtype]
     )
-    return Model(
-        parameters=parameters,
-        definition=definition,
-        config=config,
-        processor=processor,
-        name=str(name),
-        fingerprint=tensors.fingerprint(folder, files.files),
-    )
+    fingerprint = tensors.fingerprint(files.folder, files.files)
+    return {"parameters": parameters, "definition": definition, "config": config, "fingerprint": fingerprint}

@@ -98,6 +98,7 @@ class TensorFolder:
             CheckpointError: listing every missing, truncated or corrupt file, every tensor that stands in two files
                 and every tensor that the index promises of a file without it.
         """
+        self.folder = folder
         self.files, promised = self._files(folder)
         self.entries: dict[str, _Entry] = {}
         problems: list[str] = []

@@ -1,4 +1,4 @@
-"""A loaded model: static description plus a pytree of parameters."""
+"""Loaded models: static description plus a pytree of parameters."""
 
 import dataclasses
 from typing import Any
@@ -8,14 +8,14 @@ from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
+class Loaded:
     """A network ready for use in pure functions.
 
     Attributes:
         parameters: nested dictionaries of arrays, block parameters stacked over layers.
         definition: the network's structure (Flax NNX graph definition).
         config: the family's config.
-        processor: turns pictures and questions into prompts.
+        processor: turns pictures and text into arrays.
         name: how the user called it.
         fingerprint: identifies the checkpoint's files.
     """
@@ -27,6 +27,14 @@ class Model:
     name: str
     fingerprint: str
 
+    def network(self) -> Any:
+        """The Flax module with these parameters."""
+        return nnx.merge(self.definition, nnx.State(self.parameters))
+
+
+class Model(Loaded):
+    """A vision-language model."""
+
     @property
     def num_layers(self) -> int:
         """Number of decoder blocks, L."""
@@ -37,17 +45,18 @@ class Model:
         """Width of the decoder's residual stream, D."""
         return self.config.text_config.hidden_size
 
-    def network(self) -> Any:
-        """The Flax module with these parameters."""
-        return nnx.merge(self.definition, nnx.State(self.parameters))
-
     def prepare(self, images: Any, questions: Any, **options: Any) -> Any:
         """Pictures and questions as `Prompts`; see `jaxid.inputs.Processor.prepare`."""
         return self.processor.prepare(images, questions, **options)
 
 
-jax.tree_util.register_dataclass(
-    Model,
-    data_fields=["parameters"],
-    meta_fields=["definition", "config", "processor", "name", "fingerprint"],
-)
+class Encoder(Loaded):
+    """A CLIP-like model: pictures and captions in one space."""
+
+
+for kind in (Model, Encoder):
+    jax.tree_util.register_dataclass(
+        kind,
+        data_fields=["parameters"],
+        meta_fields=["definition", "config", "processor", "name", "fingerprint"],
+    )

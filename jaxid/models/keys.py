@@ -97,6 +97,21 @@ def heads_in(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
     return [*rows, Key(f"{source}.bias", f"{target}_bias", "(h e) -> h e", {"h": heads})] if bias else rows
 
 
+def fused_heads_in(source: str, target: str, heads: int) -> list[Key]:
+    """Rows of queries, keys and values, each a third of one tensor.
+
+    Args:
+        source: names of weight and bias up to these words, with what joins them: "attn.qkv.", "in_proj_".
+        target: where the three projections are.
+        heads: their number.
+    """
+    return [
+        Key(f"{source}{kind}", f"{target}.{name}{suffix}", pattern, {"h": heads}, part=(index, 3))
+        for index, name in enumerate(("query", "key", "value"))
+        for kind, suffix, pattern in (("weight", "", "(h e) d -> d h e"), ("bias", "_bias", "(h e) -> h e"))
+    ]
+
+
 def heads_out(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
     """Rows of a projection from heads back to the width."""
     rows = [Key(f"{source}.weight", target, "d (h e) -> h e d", {"h": heads})]

@@ -11,13 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import attention
+from jaxid.models.blocks import Block, BlockConfig, run_blocks
 from jaxid.models.common import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
 from jaxid.models.decoder import Decoder, Memory
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
 from jaxid.models.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.models.network import Network
-from jaxid.models.vision import VisionBlock, VisionConfig, patches, run_blocks
+from jaxid.models.vision import patches
 
 _PADDED_TO = 8  # tokens of a tile come in multiples of it
 
@@ -50,9 +51,9 @@ class MllamaVisionConfig(Config):
         """Numbers of every token of the tower's output."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
-    def blocks(self, *, gated: bool) -> VisionConfig:
+    def blocks(self, *, gated: bool) -> BlockConfig:
         """Shape of the local or the global blocks."""
-        return VisionConfig(
+        return BlockConfig(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_global_layers if gated else self.num_hidden_layers,
@@ -177,8 +178,8 @@ class MllamaTower(nnx.Module):
         self.before, self.behind = (normal(rngs, (kinds, tiles, width), 0.02) for _ in range(2))
         self.pre_norm, self.post_norm = LayerNorm(width, 1e-5), LayerNorm(width, 1e-5)
         local, gated = config.blocks(gated=False), config.blocks(gated=True)
-        self.layers = stacked(lambda rngs: VisionBlock(local, rngs=rngs), config.num_hidden_layers, rngs)
-        self.global_layers = stacked(lambda rngs: VisionBlock(gated, rngs=rngs), config.num_global_layers, rngs)
+        self.layers = stacked(lambda rngs: Block(local, rngs=rngs), config.num_hidden_layers, rngs)
+        self.global_layers = stacked(lambda rngs: Block(gated, rngs=rngs), config.num_global_layers, rngs)
 
     def states(
         self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]

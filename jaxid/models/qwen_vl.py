@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import attention, rope
+from jaxid.models.blocks import Block, BlockConfig
 from jaxid.models.common import BOOKKEEPING, Config, LayerNorm, Linear, RMSNorm, flat_product, normal, stacked
 from jaxid.models.decoder import Decoder
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
-from jaxid.models.keys import Key, heads_out, layer_norm, linear, prefixed
+from jaxid.models.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.models.network import Network
-from jaxid.models.vision import VisionBlock, VisionConfig
 
 _EPSILON = 1e-6  # of all norms of both towers
 
@@ -43,9 +43,9 @@ class QwenVisionConfig(Config):
     fullatt_block_indexes: tuple[int, ...] = ()  # blocks whose attention knows no windows
 
     @property
-    def blocks(self) -> VisionConfig:
+    def blocks(self) -> BlockConfig:
         """The blocks' shape."""
-        return VisionConfig(
+        return BlockConfig(
             hidden_size=self.embed_dim,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.depth,
@@ -149,11 +149,6 @@ class QwenVLConfig(Config):
 def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
     vision = config.vision_config
-    fused = [
-        Key(f"attn.qkv.{kind}", f"attention.{name}{suffix}", pattern, {"h": vision.num_heads}, part=(index, 3))
-        for index, name in enumerate(("query", "key", "value"))
-        for kind, suffix, pattern in (("weight", "", "(h e) d -> d h e"), ("bias", "_bias", "(h e) -> h e"))
-    ]
 
     def norm(source: str, target: str) -> list[Key]:
         return [Key(f"{source}.weight", f"{target}.scale")] if vision.gated else layer_norm(source, target)
@@ -165,7 +160,7 @@ def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
         mlp = [*linear("mlp.fc1", "up", bias=True), *linear("mlp.fc2", "down", bias=True)]
     block = [
         *norm("norm1", "attention_norm"),
-        *fused,
+        *fused_heads_in("attn.qkv.", "attention", vision.num_heads),
         *heads_out("attn.proj", "attention.out", vision.num_heads, bias=True),
         *norm("norm2", "mlp_norm"),
         *mlp,
@@ -208,7 +203,7 @@ class QwenTower(nnx.Module):
         merged = config.embed_dim * config.spatial_merge_size**2
         norm = RMSNorm if config.gated else LayerNorm
         self.patch_kernel = normal(rngs, (config.patch_numbers, config.embed_dim), 0.02)
-        self.layers = stacked(lambda rngs: VisionBlock(config.blocks, rngs=rngs), config.depth, rngs)
+        self.layers = stacked(lambda rngs: Block(config.blocks, rngs=rngs), config.depth, rngs)
         self.merge_norm = norm(config.embed_dim, _EPSILON)
         self.merge_in = Linear(merged, merged, bias=True, rngs=rngs)
         self.merge_out = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)

@@ -19,14 +19,12 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import CheckpointError, InputError
 from jaxid.kernels import rope
+from jaxid.models.blocks import Block, BlockConfig, read_all, run_blocks
 from jaxid.models.vision import (
     KINDS,
-    VisionBlock,
     VisionConfig,
     VisionTower,
     patches,
-    read_all,
-    run_blocks,
     vision_config,
     vision_keys,
 )
@@ -163,10 +161,10 @@ WIDTH, HEADS = 24, 3
 X = np.random.default_rng(3).standard_normal((2, 5, WIDTH)).astype(np.float32)
 
 
-def block(**fields: Any) -> VisionBlock:
+def block(**fields: Any) -> Block:
     """A block whose parameters are all drawn."""
-    config = VisionConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=HEADS, **fields)
-    definition, state = nnx.split(VisionBlock(config, rngs=nnx.Rngs(1)))
+    config = BlockConfig(hidden_size=WIDTH, intermediate_size=40, num_attention_heads=HEADS, **fields)
+    definition, state = nnx.split(Block(config, rngs=nnx.Rngs(1)))
     leaves = flatten(nnx.to_pure_dict(state))
     rng = np.random.default_rng(4)
     drawn = {
@@ -175,7 +173,7 @@ def block(**fields: Any) -> VisionBlock:
     return nnx.merge(definition, nnx.State(unflatten(drawn)))
 
 
-def parts(found: VisionBlock) -> dict[str, np.ndarray]:
+def parts(found: Block) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf, np.float64) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(found))).items()}
 
 

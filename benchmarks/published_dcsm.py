@@ -1,0 +1,412 @@
+"""The published scoring of dense cosine similarity maps in PyTorch ([DCSM] arXiv 2503.08723).
+
+Straightforward code on Hugging Face's `CLIPModel`, as the procedure is described: every pair of a picture and a caption
+gets its own map, all maps of a call are held at once, and nothing is reused between questions. Shapes: N pictures,
+M captions, I image tokens, T text tokens, E joint width, W functional words.
+
+The description leaves three things open, settled here: dropout follows every hidden layer of the CNN but not its
+output, with PyTorch's default rate; functional words are handled in the order in which they stand in the caption;
+those beyond the last text token are left out. The augmentation of training pictures is not part of this file.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPModel
+
+TEXT_TOKENS = 30
+"""T: captions are padded or cut to this many tokens."""
+
+FUNCTIONAL_WORDS = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
+
+Placement = Literal["replace", "insert"]
+"""Which of the two published code paths puts the functional vectors into a map."""
+
+
+# --- maps -----------------------------------------------------------------------------------------------------------
+
+
+def tokenise(processor: Any, captions: Sequence[str]) -> tuple[Int[Tensor, "M T"], Int[Tensor, "M T"]]:
+    """Token ids of captions and the mask that is 1 at tokens, padded or cut to `TEXT_TOKENS`.
+
+    Args:
+        processor: a `CLIPProcessor`.
+        captions: M texts.
+    """
+    made = processor(
+        text=list(captions), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+    )
+    return made["input_ids"], made["attention_mask"]
+
+
+def image_tokens(model: CLIPModel, pixel_values: Float[Tensor, "N C Y X"]) -> Float[Tensor, "N I E"]:
+    """Unit vectors in the joint space, one for every token of the pictures, the class token first."""
+    hidden = model.vision_model(pixel_values=pixel_values).last_hidden_state
+    hidden = model.vision_model.post_layernorm(hidden)  # the class applies it to the class token alone
+    return functional.normalize(model.visual_projection(hidden), dim=-1)
+
+
+def text_tokens(
+    model: CLIPModel, input_ids: Int[Tensor, "M T"], attention_mask: Int[Tensor, "M T"]
+) -> Float[Tensor, "M T E"]:
+    """Unit vectors in the joint space, one for every token of the captions, padding included.
+
+    Args:
+        model: the encoder.
+        input_ids: as `tokenise` makes them.
+        attention_mask: likewise.
+
+    Raises:
+        ValueError: the captions are not of `TEXT_TOKENS` tokens.
+    """
+    if input_ids.shape[1] != TEXT_TOKENS:
+        raise ValueError(f"captions of {input_ids.shape[1]} tokens: pad or cut them to {TEXT_TOKENS} with `tokenise`")
+    hidden = model.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return functional.normalize(model.text_projection(hidden), dim=-1)  # the final norm is already applied
+
+
+def maps(P: Float[Tensor, "N I E"], Q: Float[Tensor, "M T E"]) -> Float[Tensor, "N M I T"]:
+    """The cosine of every image token with every text token, for all pairs of a picture and a caption.
+
+    Args:
+        P: unit vectors of the image tokens.
+        Q: unit vectors of the text tokens.
+    """
+    return torch.einsum("nie,mte->nmit", P, Q)
+
+
+# --- functional words -----------------------------------------------------------------------------------------------
+
+
+def functional_vectors(count: int, I: int, generator: torch.Generator) -> Float[Tensor, "W I"]:  # noqa: E741
+    """Draws the fixed vectors that stand for functional words in a map.
+
+    Args:
+        count: W, how many words.
+        I: how many image tokens.
+        generator: the source of chance.
+    """
+    drawn = torch.randn(count, I, generator=generator)
+    return (functional.normalize(drawn, dim=-1) + 1) / 3
+
+
+def functional_places(caption: str, words: Sequence[str] = FUNCTIONAL_WORDS) -> list[tuple[int, int]]:
+    """Where functional words stand: (number of the word in `words`, number of the word in the caption).
+
+    Words are what lies between single spaces and have to match exactly; only the first occurrence counts.
+
+    Args:
+        caption: the text.
+        words: the functional vocabulary.
+    """
+    spoken = caption.split(" ")
+    return sorted(((words.index(word), spoken.index(word)) for word in set(spoken) & set(words)), key=lambda at: at[1])
+
+
+def place_functional(
+    S: Float[Tensor, "N M I T"],
+    captions: Sequence[str],
+    vectors: Float[Tensor, "W I"],
+    placement: Placement,
+    words: Sequence[str] = FUNCTIONAL_WORDS,
+) -> Float[Tensor, "N M I T"]:
+    """Puts the vectors of functional words into the maps.
+
+    The slips of the published code are kept: a word's number in the caption serves as the number of a token, though the
+    tokens begin with a start token and a word may take several; and "insert" pushes the later columns on.
+
+    Args:
+        S: the maps.
+        captions: the M texts.
+        vectors: one for each of `words`.
+        placement: "replace" writes over column j; "insert" puts a column in before it, and the last one drops out.
+        words: the functional vocabulary.
+    """
+    S = S.clone()
+    for row, caption in enumerate(captions):
+        for word, column in functional_places(caption, words):
+            if column >= S.shape[-1]:
+                continue
+            if placement == "insert":
+                S[:, row, :, column + 1 :] = S[:, row, :, column:-1].clone()
+            S[:, row, :, column] = vectors[word]
+    return S
+
+
+# --- scorers --------------------------------------------------------------------------------------------------------
+
+
+def standardise(S: Tensor) -> Tensor:
+    """Zero mean and unit (unbiased) standard deviation over all numbers of the tensor together."""
+    return (S - S.mean()) / S.std()
+
+
+class ScorerCNN(nn.Module):
+    """Scores maps with two convolutions and two linear layers.
+
+    Args:
+        I: image tokens.
+        T: text tokens.
+        dropout: probability of dropping a number behind each hidden layer during training.
+    """
+
+    def __init__(self, I: int, T: int = TEXT_TOKENS, dropout: float = 0.5) -> None:  # noqa: E741
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, kernel_size=3, padding=1)
+        self.fc1 = nn.Linear(4 * I * T, 128)
+        self.fc2 = nn.Linear(128, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, S: Float[Tensor, "B 1 I T"]) -> Float[Tensor, "B"]:
+        """One score for each map."""
+        hidden = self.dropout(torch.relu(self.conv1(S)))
+        hidden = self.dropout(torch.relu(self.conv2(hidden)))
+        hidden = self.dropout(torch.relu(self.fc1(hidden.flatten(1))))
+        return self.fc2(hidden).squeeze(-1)
+
+
+class ScorerMLP(nn.Module):
+    """The baseline scorer: linear layers alone.
+
+    Args:
+        I: image tokens.
+        T: text tokens.
+    """
+
+    def __init__(self, I: int, T: int = TEXT_TOKENS) -> None:  # noqa: E741
+        super().__init__()
+        self.fc1 = nn.Linear(I * T, 64)
+        self.fc2 = nn.Linear(64, 32)
+        self.fc3 = nn.Linear(32, 1)
+
+    def forward(self, S: Float[Tensor, "B 1 I T"]) -> Float[Tensor, "B"]:
+        """One score for each map."""
+        hidden = torch.relu(self.fc1(S.flatten(1)))
+        return self.fc3(torch.relu(self.fc2(hidden))).squeeze(-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A network that scores maps, and the functional vectors it was trained with.
+
+    Attributes:
+        network: `ScorerCNN` or `ScorerMLP`; it decides by its mode whether anything is dropped.
+        vectors: Float[W, I], one for each of `words`.
+        placement: how the vectors are put into maps.
+        words: the functional vocabulary.
+    """
+
+    network: nn.Module
+    vectors: Float[Tensor, "W I"]
+    placement: Placement = "replace"
+    words: tuple[str, ...] = FUNCTIONAL_WORDS
+
+
+def score_pairs(
+    scorer: Scorer, P: Float[Tensor, "N I E"], Q: Float[Tensor, "M T E"], captions: Sequence[str]
+) -> Float[Tensor, "N M"]:
+    """The score of every pair of a picture and a caption; all pairs of the call are standardised together.
+
+    Args:
+        scorer: what scores.
+        P: unit vectors of the image tokens.
+        Q: unit vectors of the text tokens.
+        captions: the M texts of `Q`.
+    """
+    S = standardise(place_functional(maps(P, Q), captions, scorer.vectors, scorer.placement, scorer.words))
+    pictures, texts, *sizes = S.shape
+    return scorer.network(S.reshape(pictures * texts, 1, *sizes)).reshape(pictures, texts)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Pictures and captions, encoded; caption n belongs to picture n.
+
+    Attributes:
+        images: unit vectors of the image tokens, Float[N, I, E].
+        texts: unit vectors of the text tokens, Float[N, T, E].
+        captions: the N texts.
+    """
+
+    images: Float[Tensor, "N I E"]
+    texts: Float[Tensor, "N T E"]
+    captions: tuple[str, ...]
+
+
+@torch.no_grad()
+def encode(model: CLIPModel, processor: Any, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Batch:
+    """Runs the frozen encoder.
+
+    Args:
+        model: the encoder.
+        processor: its `CLIPProcessor`.
+        pictures: N pictures; for training, items and after them their opposites.
+        captions: the texts, in training one for each picture.
+    """
+    pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+    return Batch(
+        images=image_tokens(model, pixels),
+        texts=text_tokens(model, *tokenise(processor, captions)),
+        captions=tuple(captions),
+    )
+
+
+def two_way_loss(
+    scores: Float[Tensor, "N N"], picture_order: Int[Tensor, "N"], caption_order: Int[Tensor, "N"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy over the captions of each picture plus that over the pictures of each caption, after a shuffle.
+
+    Args:
+        scores: a row per picture, a column per caption, the right ones on the diagonal.
+        picture_order: a permutation of the rows.
+        caption_order: a permutation of the columns.
+    """
+    shuffled = scores[picture_order][:, caption_order]
+    right = torch.eye(len(scores), dtype=scores.dtype)[picture_order][:, caption_order]
+    return functional.cross_entropy(shuffled, right) + functional.cross_entropy(shuffled.T, right.T)
+
+
+def train_step(
+    scorer: Scorer, optimiser: torch.optim.Optimizer, sets: Sequence[Sequence[Batch]], generator: torch.Generator
+) -> float:
+    """One step on one batch of every data set, in all its caption versions; changes the scorer's network.
+
+    The gradients of all batches are summed and divided by the number of data sets, not of batches.
+
+    Args:
+        scorer: what is trained; its functional vectors stay as they are.
+        optimiser: Adam over the parameters of `scorer.network`.
+        sets: for each data set (published: three), a batch per caption version (published: two).
+        generator: shuffles the score matrices.
+
+    Returns:
+        The mean loss of the batches before the step, in nats.
+    """
+    scorer.network.train()
+    optimiser.zero_grad()
+    losses = []
+    for batch in (version for versions in sets for version in versions):
+        count = len(batch.captions)
+        orders = [torch.randperm(count, generator=generator) for _ in range(2)]
+        loss = two_way_loss(score_pairs(scorer, batch.images, batch.texts, batch.captions), *orders)
+        loss.backward()
+        losses.append(loss.item())
+    for parameter in scorer.network.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= len(sets)
+    optimiser.step()
+    return sum(losses) / len(losses)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One picture and the captions to choose from; the first one is right.
+
+    Attributes:
+        picture: the picture.
+        captions: the texts, with whatever prefix the data set asks for.
+    """
+
+    picture: Image.Image
+    captions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Share of questions whose first caption won.
+
+    Attributes:
+        maps: by the scorer.
+        cosine: by the cosine of the pooled embeddings.
+    """
+
+    maps: float
+    cosine: float
+
+
+@torch.no_grad()
+def pooled_cosine(
+    model: CLIPModel, processor: Any, pictures: Sequence[Image.Image], captions: Sequence[str]
+) -> Float[Tensor, "N M"]:
+    """The usual CLIP score without its temperature, by the model's own pooled embeddings."""
+    pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+    ids, mask = tokenise(processor, captions)
+    made = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+    return made.image_embeds @ made.text_embeds.T
+
+
+@torch.no_grad()
+def evaluate(model: CLIPModel, processor: Any, scorer: Scorer, questions: Sequence[Question]) -> Accuracy:
+    """Answers questions one at a time, encoding everything anew for each; the network is left in evaluation mode.
+
+    Args:
+        model: the encoder.
+        processor: its `CLIPProcessor`.
+        scorer: what scores.
+        questions: what is asked.
+
+    Raises:
+        ValueError: there is no question.
+    """
+    if not questions:
+        raise ValueError("no question to evaluate: give at least one")
+    scorer.network.eval()
+    right = {"maps": 0, "cosine": 0}
+    for question in questions:
+        seen = encode(model, processor, [question.picture], question.captions)
+        scores = score_pairs(scorer, seen.images, seen.texts, seen.captions)
+        cosines = pooled_cosine(model, processor, [question.picture], question.captions)
+        right["maps"] += int(scores[0].argmax() == 0)
+        right["cosine"] += int(cosines[0].argmax() == 0)
+    return Accuracy(**{name: count / len(questions) for name, count in right.items()})
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, scorer: Scorer) -> None:
+    """Writes the network's parameters ("scorer") and the functional vectors ("functional") to a `.pt` file.
+
+    Args:
+        path: the file.
+        scorer: its placement and vocabulary are not written.
+    """
+    torch.save({"scorer": scorer.network.state_dict(), "functional": scorer.vectors}, path)
+
+
+def load_checkpoint(path: Path, placement: Placement = "replace", words: tuple[str, ...] = FUNCTIONAL_WORDS) -> Scorer:
+    """Reads what `save_checkpoint` wrote, ready for evaluation.
+
+    Args:
+        path: the file.
+        placement: how the vectors are put into maps.
+        words: the functional vocabulary, in the order of the vectors.
+
+    Raises:
+        ValueError: the file holds another number of vectors than there are words.
+    """
+    held = torch.load(path, weights_only=True)
+    parameters, vectors = held["scorer"], held["functional"]
+    if len(vectors) != len(words):
+        raise ValueError(f"{path} holds {len(vectors)} functional vectors for {len(words)} words: name those it has")
+    tokens, inputs = vectors.shape[1], parameters["fc1.weight"].shape[1]
+    if "conv1.weight" in parameters:
+        network = ScorerCNN(tokens, inputs // (4 * tokens))
+    else:
+        network = ScorerMLP(tokens, inputs // tokens)
+    network.load_state_dict(parameters)
+    return Scorer(network=network.eval(), vectors=vectors, placement=placement, words=words)

@@ -1,0 +1,1 @@
+"""Dense cosine similarity maps of CLIP-like models ([DCSM] arXiv 2503.08723)."""

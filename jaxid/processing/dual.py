@@ -1,0 +1,142 @@
+"""Pictures and captions to arrays, for CLIP-like models."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxid.errors import CheckpointError, InputError
+from jaxid.processing.base import PictureSide
+from jaxid.processing.pictures import Picture, first_line, open_picture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Captions:
+    """A batch of captions: the arrays, and where everything stands in them.
+
+    Attributes:
+        texts: the captions, length N.
+        token_ids: Int[N, T].
+        valid: false at padding, Bool[N, T].
+        offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal where a token stands
+            for no characters.
+        lost: what the window cuts off of every caption; empty where nothing.
+    """
+
+    texts: tuple[str, ...]
+    token_ids: Int[np.ndarray, "N T"]
+    valid: Bool[np.ndarray, "N T"]
+    offsets: Int[np.ndarray, "N T 2"]
+    lost: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def token_at(self, caption: int, start: int, stop: int) -> int | None:
+        """The first token of a caption that holds some of its characters `start` to `stop`; None if all are lost."""
+        first, last = self.offsets[caption].T
+        found = np.flatnonzero((first < stop) & (last > start))
+        return int(found[0]) if len(found) else None
+
+
+class DualProcessor:
+    """Image processor and tokenizer of a CLIP-like model."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, *, padding: int | None = None):
+        """Takes loaded parts.
+
+        Args:
+            tokenizer: a fast tokenizer of transformers.
+            image_processor: an image processor of transformers.
+            config: the network's config.
+            padding: id that fills captions up, where it is not the tokenizer's own.
+        """
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.context: int = config.text_config.max_position_embeddings
+        self.reads_padding: bool = config.text_config.reads_padding
+        self.padding: int = tokenizer.pad_token_id if padding is None else padding
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Any) -> "DualProcessor":
+        """Reads tokenizer and image processor of a folder in Hugging Face layout.
+
+        Raises:
+            CheckpointError: if either is missing or unreadable.
+        """
+        return cls(read_tokenizer(folder), PictureSide.load_image_processor(folder, config), config)
+
+    def pixels(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
+        """Pictures as the tower reads them.
+
+        Args:
+            pictures: paths, PIL images or arrays UInt8[Y, X, 3].
+
+        Raises:
+            InputError: if there are none, or one cannot be opened.
+        """
+        if not len(pictures):
+            raise InputError("give at least one picture.")
+        opened = [open_picture(picture) for picture in pictures]
+        return np.asarray(self.image_processor(opened, return_tensors="np")["pixel_values"], np.float32)
+
+    def captions(self, texts: Sequence[str], length: int | None = None) -> Captions:
+        """Captions as arrays of one length, filled up or cut; a cut warns and names the lost words.
+
+        Args:
+            texts: the captions.
+            length: tokens of every row, T; by default the encoder's window. Encoders that read their padding always
+                get the whole window.
+
+        Raises:
+            InputError: if there are none, one is blank, or the length does not fit the encoder.
+        """
+        texts = tuple(texts)
+        if not texts:
+            raise InputError("the list of captions is empty; give at least one.")
+        blank = [row for row, text in enumerate(texts) if not text.strip()]
+        if blank:
+            raise InputError(f"caption {blank[0]} is blank.")
+        length = self.context if length is None or self.reads_padding else length
+        if not 2 < length <= self.context:
+            raise InputError(f"captions of {length} tokens do not fit the encoder, which takes 3 to {self.context}.")
+        rows = [self.tokenizer(text, return_offsets_mapping=True) for text in texts]
+        token_ids = np.full((len(texts), length), self.padding, np.int32)
+        offsets = np.zeros((len(texts), length, 2), np.int32)
+        valid, lost = np.zeros((len(texts), length), bool), []
+        for row, (text, found) in enumerate(zip(texts, rows, strict=True)):
+            ids, places = found["input_ids"], found["offset_mapping"]
+            left = ""
+            if len(ids) > length:
+                left = text[places[length - 2][1] :].strip()
+                # The end token stands at the window's end, as the published tokenizers cut.
+                ids, places = [*ids[: length - 1], ids[-1]], [*places[: length - 1], (0, 0)]
+            token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, places, True
+            lost.append(left)
+        if any(lost):
+            named = [f"caption {row} loses {words!r}" for row, words in enumerate(lost) if words]
+            more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
+            warnings.warn(f"captions longer than {length} tokens are cut: {'; '.join(named[:5])}{more}", stacklevel=2)
+        return Captions(texts=texts, token_ids=token_ids, valid=valid, offsets=offsets, lost=tuple(lost))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        CheckpointError: if it is missing, unreadable, or cannot tell where its tokens stand.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens stand."
+        )
+    return tokenizer
