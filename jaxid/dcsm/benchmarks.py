@@ -1,0 +1,445 @@
+"""The evaluation sets of [DCSM] (arXiv 2503.08723): one picture, several captions, the first of them right.
+
+Where everything lies below the data folder; of two places, the first that exists is used:
+
+| name | questions | pictures |
+| --- | --- | --- |
+| `clevr-bind-train`, `-val`, `-gen` | `{train,val,gen}.csv` (+) | `images/{train,val,gen}/` (+) |
+| `ncd`, `ncd-reversed` | the pictures' names | `NCD_colorful_composite_squares/` |
+| `vg-attribution` | `visual_genome_attribution.json` | `VG_100K/` or `images/` |
+| `whatsup-a` | `controlled_images_dataset.json` | `controlled_images/` |
+| `whatsup-b` | `controlled_clevr_dataset.json` | `controlled_clevr/` |
+| `coco-spatial-one`, `-two` | `coco_qa_{one,two}_obj.json` | `val2017/` |
+| `vg-spatial-one`, `-two` | `vg_qa_{one,two}_obj.json` | `vg_images/` |
+| `negbench-coco` | `COCO_val_mcq_llama3.1_rephrased.csv` (*) | `val2017/` |
+| `negbench-voc` | `VOC2007_mcq_llama3.1_rephrased.csv` (*) | `VOC2007/JPEGImages/`, or that in `VOCdevkit/` |
+
+(+) in `clevr_bind/two_object/`; (*) in `NegBench/evaluation data/images/` or `images/`.
+
+The published evaluation words captions in its own way: see `published_caption`.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Literal, NamedTuple, overload
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxid.data.coco_spatial import picture_name, read_json
+from jaxid.errors import DataError, InputError
+from jaxid.processing.pictures import open_picture
+
+_ON_THE_PAGE = ((" behind ", " above "), (" in front of ", " below "), (" bottom", " below"), (" top", " above"))
+"""Words for depth and edges, and the functional words that the scorer knows instead."""
+
+_OF_TABLES = ((" on", " above"), (" under", " below"))
+"""Words of What'sUp, likewise."""
+
+_SUFFIXES = (".png", ".jpeg", ".jpg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One picture and the captions to choose from.
+
+    It is answered rightly if caption 0 has the greatest score.
+
+    Attributes:
+        key: a name of its own within its set: the row, counted from 0, and the picture; in NegBench also the kind of
+            the right answer (positive, negative or hybrid).
+        picture: the picture's file.
+        captions: the right one first.
+        crop: the part of the picture that is shown: left, top, right and bottom, in pixels; all of it if None.
+    """
+
+    key: str
+    picture: Path
+    captions: tuple[str, ...]
+    crop: tuple[int, int, int, int] | None = None
+
+
+class Skipped(NamedTuple):
+    """A row that was left out: its file, its number counted from 0, and what was wrong with it."""
+
+    file: Path
+    row: int
+    reason: str
+
+
+class _BadRow(Exception):
+    """What is wrong with one row."""
+
+
+class _Row(NamedTuple):
+    """A row of a file, and its number."""
+
+    number: int
+    content: object
+
+    def value(self, field: str) -> object:
+        """Whatever a field holds; None if there is no such field."""
+        return self.content.get(field) if isinstance(self.content, Mapping) else None
+
+    def text(self, field: str) -> str:
+        """A field that must hold a text."""
+        value = self.value(field)
+        if not isinstance(value, str) or not value.strip():
+            raise _BadRow(f"field {field!r} is no text, in {self.shown}")
+        return value
+
+    def texts(self, *fields: str) -> tuple[str, ...]:
+        """Several of them."""
+        return tuple(self.text(field) for field in fields)
+
+    def integer(self, field: str) -> int:
+        """A field that must hold a whole number, or its digits."""
+        value = self.value(field)
+        if type(value) is int:
+            return value
+        if not isinstance(value, str) or not value.strip().isdecimal():
+            raise _BadRow(f"field {field!r} is no whole number, in {self.shown}")
+        return int(value)
+
+    @property
+    def shown(self) -> str:
+        """The row in messages."""
+        return f"{self.content!r:.300}"
+
+    def question(self, picture: Path, captions: Iterable[str], *, kind: str = "") -> Question:
+        """The row's question, if its picture exists."""
+        if not picture.is_file():
+            raise _BadRow(f"there is no picture {picture}")
+        key = f"{self.number:05d}-{picture.stem}"
+        return Question(f"{key}-{kind}" if kind else key, picture, tuple(captions))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One set of questions, and how the published evaluation words it.
+
+    Attributes:
+        name: as in the table above.
+        files: places of the file of questions below the data folder (NCD: of the folder of pictures).
+        pictures: places of the folder of pictures below the data folder.
+        row: what a row of the file looks like, for messages.
+        rows: reads the file's rows, unchecked.
+        parse: makes a row and the folder of pictures a question.
+        prefix: what the published evaluation puts in front of every caption.
+        words: what it replaces in every caption before that, each with its replacement.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    pictures: tuple[str, ...]
+    row: str
+    rows: Callable[[Path], list[object]]
+    parse: Callable[[_Row, Path], Question]
+    prefix: str = ""
+    words: tuple[tuple[str, str], ...] = ()
+
+    def find(self, folder: str | Path) -> Path | None:
+        """The file of questions below a data folder, or None."""
+        places = (Path(folder, place) for place in self.files)
+        return next((place for place in places if place.exists()), None)
+
+
+# --- rows of files --------------------------------------------------------------------------------------------------
+
+
+def _csv_rows(path: Path) -> list[object]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no readable CSV file ({error}). Download it again.") from error
+
+
+def _json_rows(path: Path) -> list[object]:
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds a {type(rows).__name__} instead of a list of questions. Download it again.")
+    return rows
+
+
+def _json_triples(path: Path) -> list[object]:
+    names = ("id", "right", "wrong")
+    rows = _json_rows(path)
+    return [dict(zip(names, row, strict=True)) if isinstance(row, list) and len(row) == 3 else row for row in rows]
+
+
+def _picture_rows(folder: Path) -> list[object]:
+    names = sorted(path.name for path in folder.glob("*") if path.suffix in _SUFFIXES)
+    return [{"name": name} for name in names if "MIRROR" not in name]
+
+
+# --- rows to questions ----------------------------------------------------------------------------------------------
+
+
+def _clevr_bind(row: _Row, pictures: Path) -> Question:
+    captions = row.texts("pos", "neg_0", "neg_1", "neg_2", "neg_3")
+    return row.question(pictures / row.text("file_name"), captions)
+
+
+def _composite(row: _Row, pictures: Path, *, reverse: bool) -> Question:
+    name = row.text("name")
+    parts = Path(name).stem.split("_")
+    if len(parts) < 4 or not all(parts[:4]):
+        raise _BadRow(f"the picture's name {name!r} has not the form colour_object_colour_object")
+    one, first, other, second = parts[:4]
+    if reverse:
+        captions = (f"a {other} {second} and a {one} {first}", f"a {one} {second} and a {other} {first}")
+    else:
+        captions = (f"a {one} {first} and a {other} {second}", f"a {other} {first} and a {one} {second}")
+    return row.question(pictures / name, (f"A picture of {caption}" for caption in captions))
+
+
+def _ncd(row: _Row, pictures: Path) -> Question:
+    return _composite(row, pictures, reverse=False)
+
+
+def _ncd_reversed(row: _Row, pictures: Path) -> Question:
+    return _composite(row, pictures, reverse=True)
+
+
+def _vg_attribution(row: _Row, pictures: Path) -> Question:
+    left, top, width, height = (row.integer(f"bbox_{name}") for name in "xywh")
+    if width <= 0 or height <= 0:
+        raise _BadRow(f"fields 'bbox_w' and 'bbox_h' give an empty box of {width} x {height} pixels")
+    question = row.question(pictures / row.text("image_path"), row.texts("true_caption", "false_caption"))
+    return dataclasses.replace(question, crop=(left, top, left + width, top + height))
+
+
+def _whatsup(row: _Row, pictures: Path) -> Question:
+    captions = row.value("caption_options")
+    if (
+        not isinstance(captions, list)
+        or len(captions) < 2
+        or not all(isinstance(c, str) and c.strip() for c in captions)
+    ):
+        raise _BadRow(f"field 'caption_options' is no list of two or more texts, in {row.shown}")
+    picture = pictures / PurePosixPath(row.text("image_path")).name
+    # The published evaluation renames the files in place, so a folder that it has seen holds other names.
+    renamed = picture.with_name(picture.name.replace("_on_", "_above_").replace("_under_", "_below_"))
+    return row.question(next((path for path in (picture, renamed) if path.is_file()), picture), captions)
+
+
+def _coco_spatial(row: _Row, pictures: Path) -> Question:
+    return row.question(pictures / picture_name(row.integer("id")), row.texts("right", "wrong"))
+
+
+def _vg_spatial(row: _Row, pictures: Path) -> Question:
+    return row.question(pictures / f"{row.integer('id')}.jpg", row.texts("right", "wrong"))
+
+
+def _negbench(row: _Row, pictures: Path) -> Question:
+    captions = row.texts(*(f"caption_{number}" for number in range(4)))
+    right = row.integer("correct_answer")
+    if not 0 <= right < 4:
+        raise _BadRow(f"field 'correct_answer' is {right} instead of 0 to 3")
+    captions = (captions[right], *captions[:right], *captions[right + 1 :])
+    picture = pictures / PurePosixPath(row.text("image_path")).name
+    return row.question(picture, captions, kind=row.text("correct_answer_template"))
+
+
+# --- the sets -------------------------------------------------------------------------------------------------------
+
+
+def _clevr_bind_split(split: str) -> Benchmark:
+    return Benchmark(
+        name=f"clevr-bind-{split}",
+        files=(f"clevr_bind/two_object/{split}.csv",),
+        pictures=(f"clevr_bind/two_object/images/{split}",),
+        row="file_name, pos, neg_0, neg_1, neg_2, neg_3",
+        rows=_csv_rows,
+        parse=_clevr_bind,
+        prefix="An image of a ",
+    )
+
+
+def _composites(name: str, parse: Callable[[_Row, Path], Question]) -> Benchmark:
+    place = ("NCD_colorful_composite_squares",)
+    row = "a picture named colour_object_colour_object.png or .jpg"
+    return Benchmark(name=name, files=place, pictures=place, row=row, rows=_picture_rows, parse=parse)
+
+
+def _whatsup_set(letter: str, stem: str) -> Benchmark:
+    return Benchmark(
+        name=f"whatsup-{letter}",
+        files=(f"{stem}_dataset.json",),
+        pictures=(stem,),
+        row='{"image_path": ..., "caption_options": [right, wrong, ...]}',
+        rows=_json_rows,
+        parse=_whatsup,
+        prefix="An image of ",
+        words=_OF_TABLES,
+    )
+
+
+def _spatial(source: str, count: str, pictures: str, parse: Callable[[_Row, Path], Question]) -> Benchmark:
+    return Benchmark(
+        name=f"{source}-spatial-{count}",
+        files=(f"{source}_qa_{count}_obj.json",),
+        pictures=(pictures,),
+        row="[id, right caption, wrong caption]",
+        rows=_json_triples,
+        parse=parse,
+    )
+
+
+def _negbench_set(name: str, stem: str, pictures: tuple[str, ...]) -> Benchmark:
+    file = f"{stem}_mcq_llama3.1_rephrased.csv"
+    return Benchmark(
+        name=name,
+        files=(f"NegBench/evaluation data/images/{file}", f"images/{file}"),
+        pictures=pictures,
+        row="image_path, correct_answer (0 to 3), caption_0 to caption_3, correct_answer_template",
+        rows=_csv_rows,
+        parse=_negbench,
+    )
+
+
+_ALL = (
+    *(_clevr_bind_split(split) for split in ("train", "val", "gen")),
+    _composites("ncd", _ncd),
+    _composites("ncd-reversed", _ncd_reversed),
+    Benchmark(
+        name="vg-attribution",
+        files=("visual_genome_attribution.json",),
+        pictures=("VG_100K", "images"),
+        row='{"image_path": ..., "bbox_x", "bbox_y", "bbox_w", "bbox_h": ..., "true_caption", "false_caption": ...}',
+        rows=_json_rows,
+        parse=_vg_attribution,
+        prefix="An image of ",
+    ),
+    _whatsup_set("a", "controlled_images"),
+    _whatsup_set("b", "controlled_clevr"),
+    *(_spatial("coco", count, "val2017", _coco_spatial) for count in ("one", "two")),
+    *(_spatial("vg", count, "vg_images", _vg_spatial) for count in ("one", "two")),
+    _negbench_set("negbench-coco", "COCO_val", ("val2017",)),
+    _negbench_set("negbench-voc", "VOC2007", ("VOC2007/JPEGImages", "VOCdevkit/VOC2007/JPEGImages")),
+)
+
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({benchmark.name: benchmark for benchmark in _ALL})
+"""Every evaluation set by its name."""
+
+
+# --- use ------------------------------------------------------------------------------------------------------------
+
+
+def find(folder: str | Path) -> list[str]:
+    """The names of the evaluation sets whose questions lie below a data folder."""
+    return [name for name, benchmark in BENCHMARKS.items() if benchmark.find(folder)]
+
+
+@overload
+def read(
+    folder: str | Path, names: Iterable[str] | None = None, *, rewrite: bool = True, skip_bad: Literal[False] = False
+) -> dict[str, list[Question]]: ...
+
+
+@overload
+def read(
+    folder: str | Path, names: Iterable[str] | None = None, *, rewrite: bool = True, skip_bad: Literal[True]
+) -> tuple[dict[str, list[Question]], list[Skipped]]: ...
+
+
+def read(
+    folder: str | Path, names: Iterable[str] | None = None, *, rewrite: bool = True, skip_bad: bool = False
+) -> dict[str, list[Question]] | tuple[dict[str, list[Question]], list[Skipped]]:
+    """Reads evaluation sets. Pictures are not opened, but must exist.
+
+    Args:
+        folder: the data folder; the module's table says what lies where.
+        names: which sets; every one that is there if None.
+        rewrite: word the captions as the published evaluation words them for its scorer (see `published_caption`);
+            otherwise as the files have them.
+        skip_bad: leave out malformed rows and rows without a picture, and return them too.
+
+    Returns:
+        The questions of every set by its name, in the file's order (NCD: of the pictures' names); with `skip_bad`
+        also the rows left out. A set all of whose rows are bad is then an empty list.
+
+    Raises:
+        InputError: a name is unknown.
+        DataError: a set that was asked for is not there, or none is; a file cannot be read or holds no question; or,
+            without `skip_bad`, a row is malformed or lacks its picture.
+    """
+    benchmarks = [_benchmark(name) for name in (find(folder) if names is None else names)]
+    if not benchmarks:
+        looked = sorted({place for benchmark in BENCHMARKS.values() for place in benchmark.files})
+        raise DataError(f"{folder} holds no evaluation set; looked for {', '.join(looked)}.")
+    skipped: list[Skipped] | None = [] if skip_bad else None
+    questions = {benchmark.name: _read(benchmark, Path(folder), rewrite, skipped) for benchmark in benchmarks}
+    return questions if skipped is None else (questions, skipped)
+
+
+def published_caption(name: str, caption: str, *, flat: bool = True) -> str:
+    """A caption of an evaluation set as the published evaluation words it.
+
+    It changes the words of What'sUp (on: above, under: below), then puts the set's prefix in front: "An image of a " in
+    CLEVR-bind, "An image of " in What'sUp and VG-Attribution, nothing elsewhere. For its scorer, and in every set, it
+    also changes behind and top to above, and in front of and bottom to below, whatever they mean there: "a white top"
+    becomes "a white above". The plain cosine baselines see captions without this last change.
+
+    Args:
+        name: of the evaluation set.
+        caption: as the set's file has it.
+        flat: with the last change, as the scorer sees it; without it, as the baselines do.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    benchmark = _benchmark(name)
+    for word, replacement in benchmark.words:
+        caption = caption.replace(word, replacement)
+    caption = benchmark.prefix + caption
+    for word, replacement in _ON_THE_PAGE if flat else ():
+        caption = caption.replace(word, replacement)
+    return caption
+
+
+def load_picture(question: Question) -> UInt8[np.ndarray, "Y X 3"]:
+    """The picture of a question in colour, cropped; parts of the box outside the picture are black.
+
+    Raises:
+        InputError: the picture is missing or not readable.
+    """
+    picture = open_picture(question.picture)
+    return np.asarray(picture if question.crop is None else picture.crop(question.crop))
+
+
+def _benchmark(name: str) -> Benchmark:
+    if name not in BENCHMARKS:
+        raise InputError(f"There is no evaluation set {name!r}; the known ones are {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
+
+
+def _read(benchmark: Benchmark, folder: Path, rewrite: bool, skipped: list[Skipped] | None) -> list[Question]:
+    file = benchmark.find(folder)
+    if file is None:
+        raise DataError(f"{folder} holds no {benchmark.name}; it belongs at {' or '.join(benchmark.files)}.")
+    rows = benchmark.rows(file)
+    if not rows:
+        raise DataError(f"{file} holds no question; every row is {benchmark.row}.")
+    places = [folder / place for place in benchmark.pictures]
+    pictures = next((place for place in places if place.is_dir()), places[0])
+    questions = []
+    for number, content in enumerate(rows):
+        try:
+            question = benchmark.parse(_Row(number, content), pictures)
+        except _BadRow as bad:
+            if skipped is None:
+                raise DataError(
+                    f"{file}, row {number}: {bad}. A row is {benchmark.row}; skip_bad leaves bad ones out."
+                ) from bad
+            skipped.append(Skipped(file, number, str(bad)))
+            continue
+        if rewrite:
+            captions = tuple(published_caption(benchmark.name, caption) for caption in question.captions)
+            question = dataclasses.replace(question, captions=captions)
+        questions.append(question)
+    return questions

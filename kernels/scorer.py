@@ -1,0 +1,305 @@
+"""The scorer of dense similarity maps: a small CNN or MLP, over single maps or tiled over pictures x captions.
+
+The tiled form follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
+channels is nine (or 36) multiply-adds of whole vectors with a number. (2) Rows one column longer than the map, the
+last column zero, make every shift of a map one shift of flat memory. (3) The borders' zeros come out of the matrix
+product that makes the maps, whose picture tokens have zero rows around them, and caption tokens a zero column.
+Source: [DCSM] arXiv 2503.08723, section 4.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxid.kernels.similarity import Moments
+
+CHANNELS = 4
+HIDDEN = 128
+BORDER = 3
+"""Zero rows above and below a map: two convolutions' reach, and one for shifts along the row."""
+
+PAIRS = 64
+"""Pairs of a tile: the fastest axis fills vector registers, and a tile's activations stay in a core's caches."""
+
+
+class CNN(NamedTuple):
+    """Two convolutions of 3 x 3, a hidden layer, a score."""
+
+    conv1: Float[Array, "C 3 3"]
+    conv1_bias: Float[Array, "C"]
+    conv2: Float[Array, "C C 3 3"]  # outputs first
+    conv2_bias: Float[Array, "C"]
+    fc1: Float[Array, "H C I T"]
+    fc1_bias: Float[Array, "H"]
+    fc2: Float[Array, "H"]
+    fc2_bias: Float[Array, ""]
+
+
+class MLP(NamedTuple):
+    """Two hidden layers and a score, over the flat map."""
+
+    fc1: Float[Array, "H I T"]
+    fc1_bias: Float[Array, "H"]
+    fc2: Float[Array, "G H"]
+    fc2_bias: Float[Array, "G"]
+    fc3: Float[Array, "G"]
+    fc3_bias: Float[Array, ""]
+
+
+Network = CNN | MLP
+
+
+def init_cnn(key: Array, image_tokens: int, text_tokens: int) -> CNN:
+    """A CNN drawn as PyTorch draws its layers: uniform, within 1 / sqrt(inputs)."""
+    flat = CHANNELS * image_tokens * text_tokens
+    shapes = {
+        "conv1": ((CHANNELS, 3, 3), 9),
+        "conv1_bias": ((CHANNELS,), 9),
+        "conv2": ((CHANNELS, CHANNELS, 3, 3), 9 * CHANNELS),
+        "conv2_bias": ((CHANNELS,), 9 * CHANNELS),
+        "fc1": ((HIDDEN, CHANNELS, image_tokens, text_tokens), flat),
+        "fc1_bias": ((HIDDEN,), flat),
+        "fc2": ((HIDDEN,), HIDDEN),
+        "fc2_bias": ((), HIDDEN),
+    }
+    return CNN(**_uniform(key, shapes))
+
+
+def init_mlp(key: Array, image_tokens: int, text_tokens: int) -> MLP:
+    """An MLP drawn likewise."""
+    flat = image_tokens * text_tokens
+    shapes = {
+        "fc1": ((64, image_tokens, text_tokens), flat),
+        "fc1_bias": ((64,), flat),
+        "fc2": ((32, 64), 64),
+        "fc2_bias": ((32,), 64),
+        "fc3": ((32,), 32),
+        "fc3_bias": ((), 32),
+    }
+    return MLP(**_uniform(key, shapes))
+
+
+def _uniform(key: Array, shapes: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, Array]:
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: jax.random.uniform(own, shape, jnp.float32, -1, 1) * inputs**-0.5
+        for own, (name, (shape, inputs)) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def map_shape(network: Network) -> tuple[int, int]:
+    """Picture and caption tokens of the maps that a scorer reads, I and T."""
+    image_tokens, text_tokens = network.fc1.shape[-2:]
+    return image_tokens, text_tokens
+
+
+def apply(
+    network: Network, maps: Float[Array, "B I T"], key: Array | None = None, rate: float = 0.5
+) -> Float[Array, "B"]:
+    """Scores of standardised maps, one by one; the plain form of `score_tile`, and the one to train.
+
+    Args:
+        network: the scorer.
+        maps: standardised.
+        key: of dropout behind every hidden layer of a CNN; without it, nothing is dropped.
+        rate: share of the numbers that dropout drops.
+    """
+    if isinstance(network, MLP):
+        hidden = jax.nn.relu(jnp.einsum("hit,bit->bh", network.fc1, maps) + network.fc1_bias)
+        hidden = jax.nn.relu(hidden @ network.fc2.T + network.fc2_bias)
+        return hidden @ network.fc3 + network.fc3_bias
+    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+    x = _conv(maps[:, None], network.conv1[:, None], network.conv1_bias)
+    x = _conv(_dropped(x, keys[0], rate), network.conv2, network.conv2_bias)
+    x = _dropped(x, keys[1], rate).reshape(len(maps), -1)
+    hidden = jax.nn.relu(x @ network.fc1.reshape(len(network.fc1), -1).T + network.fc1_bias)
+    return _dropped(hidden, keys[2], rate) @ network.fc2 + network.fc2_bias
+
+
+def _conv(
+    x: Float[Array, "B K I T"], kernel: Float[Array, "C K 3 3"], bias: Float[Array, "C"]
+) -> Float[Array, "B C I T"]:
+    return jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME") + bias[:, None, None])
+
+
+def _dropped(x: Float[Array, "*B"], key: Array | None, rate: float) -> Float[Array, "*B"]:
+    if key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------------
+
+
+def score(
+    network: Network,
+    images: Float[Array, "N I E"],
+    texts: Float[Array, "M T E"],
+    moments: Moments,
+) -> Float[Array, "N M"]:
+    """Scores of every picture with every caption, in memory that does not grow with their number.
+
+    Args:
+        network: the scorer.
+        images: tokens of pictures, as `similarity.with_functional_rows` gives them.
+        texts: tokens of captions, likewise.
+        moments: of the groups, see `similarity.moments`.
+    """
+    count, captions = len(images), len(texts)
+    width = min(captions, PAIRS)
+    height = min(max(1, PAIRS // width), count)
+    rows, columns = -(-count // height), -(-captions // width)
+    mean, deviation = (jnp.broadcast_to(value, (count, captions)) for value in moments)
+    tiles = _blocks(mean, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
+    images = _filled(images, rows * height).reshape(rows, height, *images.shape[1:])
+    texts = _filled(texts, columns * width).reshape(columns, width, *texts.shape[1:])
+    texts = jax.vmap(_caption_side)(texts)
+    weights = _weights(network)
+
+    def row(given: tuple[Array, Array, Array]) -> Float[Array, "c p q"]:
+        pictures, means, deviations = given
+        padded = jnp.pad(pictures, ((0, 0), (BORDER, BORDER), (0, 0)))
+
+        def tile(given: tuple[Array, Array, Array]) -> Float[Array, "p q"]:
+            captions, mean, deviation = given
+            maps = padded.reshape(-1, padded.shape[-1]) @ captions
+            # [picture, row and column of the map, caption] -> pairs last
+            maps = jnp.moveaxis(maps.reshape(height, -1, width), 0, 1).reshape(-1, height * width)
+            return score_tile(network, weights, maps, mean.reshape(-1), deviation.reshape(-1)).reshape(height, width)
+
+        return jax.lax.map(tile, (texts, means, deviations))
+
+    found = jax.lax.map(row, (images, *tiles))  # [rows, columns, height, width]
+    return jnp.moveaxis(found, 2, 1).reshape(rows * height, columns * width)[:count, :captions]
+
+
+def score_rows(
+    network: Network,
+    images: Float[Array, "N I E"],
+    texts: Float[Array, "N C T E"],
+    moments: Moments,
+) -> Float[Array, "N C"]:
+    """Scores of every picture with captions of its own, in bounded memory.
+
+    Args:
+        network: the scorer.
+        images: tokens of pictures, as `similarity.with_functional_rows` gives them.
+        texts: tokens of captions, likewise.
+        moments: of every pair, [N, C], or of every picture, [N, 1].
+    """
+    count, captions = texts.shape[:2]
+    height = min(max(1, PAIRS // captions), count)
+    rows = -(-count // height)
+    mean, deviation = (jnp.broadcast_to(value, (count, captions)) for value in moments)
+    mean = _filled(mean, rows * height).reshape(rows, -1)
+    deviation = jnp.pad(deviation, ((0, rows * height - count), (0, 0)), constant_values=1).reshape(rows, -1)
+    images = _filled(images, rows * height).reshape(rows, height, *images.shape[1:])
+    texts = _filled(texts, rows * height).reshape(rows, height, *texts.shape[1:])
+    weights = _weights(network)
+
+    def row(given: tuple[Array, Array, Array, Array]) -> Float[Array, "p"]:
+        pictures, captions_of, mean, deviation = given
+        padded = jnp.pad(pictures, ((0, 0), (BORDER, BORDER), (0, 0)))
+        maps = jnp.einsum("pie,pej->pij", padded, jax.vmap(_caption_side)(captions_of))
+        maps = jnp.moveaxis(maps.reshape(height, -1, captions), 0, 1).reshape(-1, height * captions)
+        return score_tile(network, weights, maps, mean, deviation)
+
+    return jax.lax.map(row, (images, texts, mean, deviation)).reshape(rows * height, captions)[:count]
+
+
+def score_tile(
+    network: Network,
+    weights: Float[Array, "H K"],
+    maps: Float[Array, "S B"],
+    mean: Float[Array, "B"],
+    deviation: Float[Array, "B"],
+) -> Float[Array, "B"]:
+    """Scores of the pairs of one tile.
+
+    Args:
+        network: the scorer.
+        weights: its first wide layer, as `_weights` lays it out.
+        maps: raw maps, flat, with `BORDER` zero rows above and below and a zero column behind each row.
+        mean: of every pair's group.
+        deviation: of every pair's group.
+    """
+    inside = _inside(*map_shape(network))
+    maps = jnp.where(inside[:, None], (maps - mean) / deviation, 0)
+    if isinstance(network, MLP):
+        hidden = jax.nn.relu(weights @ maps + network.fc1_bias[:, None])
+        hidden = jax.nn.relu(network.fc2 @ hidden + network.fc2_bias[:, None])
+        return network.fc3 @ hidden + network.fc3_bias
+    hidden = jax.nn.relu(weights @ _convolved(network, maps, inside) + network.fc1_bias[:, None])
+    return network.fc2 @ hidden + network.fc2_bias
+
+
+def _convolved(network: CNN, maps: Float[Array, "S B"], inside: np.ndarray) -> Float[Array, "K B"]:
+    """Both convolutions; channel after channel, rows as long as those of `maps`.
+
+    A scan over output channels makes every channel one loop over memory; written out, the compiler would compute the
+    first convolution anew for each of the second one's 36 terms.
+    """
+    (image_tokens, text_tokens), pairs = map_shape(network), maps.shape[1]
+    stride = text_tokens + 1
+    # The first one is needed a row further on both sides, and one number before and behind that.
+    start, length = (BORDER - 1) * stride - 1, (image_tokens + 2) * stride + 2
+    kept = jnp.repeat(jnp.asarray(inside[start : start + length], maps.dtype), pairs)
+    flat = maps.reshape(-1)
+
+    def part(x: Float[Array, "S"], first: int, count: int) -> Float[Array, "s"]:
+        return jax.lax.slice_in_dim(x, first * pairs, (first + count) * pairs)
+
+    def first(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
+        kernel, total = given
+        for down in range(3):
+            for across in range(3):
+                shift = (down - 1) * stride + across - 1
+                total = total + kernel[down, across] * part(flat, start + shift, length)
+        return None, jax.nn.relu(total) * kept
+
+    def second(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
+        kernel, total = given
+        for channel in range(CHANNELS):
+            for down in range(3):
+                for across in range(3):
+                    shifted = part(channels[channel], down * stride + across, image_tokens * stride)
+                    total = total + kernel[channel, down, across] * shifted
+        return None, jax.nn.relu(total)
+
+    _, channels = jax.lax.scan(first, None, (network.conv1, network.conv1_bias))
+    _, channels = jax.lax.scan(second, None, (network.conv2, network.conv2_bias))
+    return channels.reshape(-1, pairs)
+
+
+def _weights(network: Network) -> Float[Array, "H K"]:
+    """The first wide layer over flat maps, zero where those hold nothing."""
+    around = [(0, 0)] * (network.fc1.ndim - 2) + [(BORDER, BORDER) if isinstance(network, MLP) else (0, 0), (0, 1)]
+    return jnp.pad(network.fc1, around).reshape(len(network.fc1), -1)
+
+
+def _inside(image_tokens: int, text_tokens: int) -> np.ndarray:
+    """Which numbers of a flat map belong to it."""
+    return np.pad(np.ones((image_tokens, text_tokens), bool), ((BORDER, BORDER), (0, 1))).reshape(-1)
+
+
+def _caption_side(texts: Float[Array, "m T E"]) -> Float[Array, "E J"]:
+    """Captions as the right side of the product: a zero token behind each, captions fastest."""
+    padded = jnp.pad(texts, ((0, 0), (0, 1), (0, 0)))
+    return jnp.transpose(padded, (2, 1, 0)).reshape(texts.shape[-1], -1)
+
+
+def _filled(x: Float[Array, "n *B"], count: int) -> Float[Array, "m *B"]:
+    """Zeros appended up to a length."""
+    return jnp.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
+def _blocks(
+    x: Float[Array, "N M"], rows: int, height: int, columns: int, width: int, fill: float = 0.0
+) -> Float[Array, "rows columns height width"]:
+    """Cut in tiles."""
+    gaps = ((0, rows * height - x.shape[0]), (0, columns * width - x.shape[1]))
+    padded = jnp.pad(x, gaps, constant_values=fill)
+    return jnp.moveaxis(padded.reshape(rows, height, columns, width), 2, 1)
