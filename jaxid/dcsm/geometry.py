@@ -1,4 +1,4 @@
-"""What one unit vector a picture and one a caption can express ([DCSM] arXiv 2503.08723, section 3).
+"""What one unit vector a picture and one a caption can express ([DCSM] arXiv 2503.08723).
 
 A small world of pictures and captions, and four conditions on their cosines, each a list of strict inequalities:
 
@@ -22,8 +22,9 @@ construction, not as a penalty, so that what it forbids cannot be reached at all
 - **fused**: the same with equal weights, and "not star" counts as one word.
 - **equal**: the same with equal weights; `not` is a word like any other.
 
-`and` and `of` are never counted as words; `left` and `above` are. Equal weights are the superposition of the published
-argument: of all unit vectors, the one whose smallest cosine to a set of equally spread parts is largest.
+`and` and `of` are never counted as words; `left` and `above` are. Equal weights are the strictest reading of "a
+composition is the superposition of its parts": of all unit vectors, the one whose smallest cosine to a set of equally
+spread parts is largest. The conditions and laws are stated here in this module's own terms, not the paper's.
 
 The margin of an embedding is the smallest slack of the inequalities asked for; a set of conditions is attainable if
 the best margin over all embeddings is above zero. The best margin is never below zero, since every slack is zero where
@@ -49,7 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from jaxid.errors import InputError
 
@@ -57,6 +58,9 @@ CONDITIONS = ("content", "binding", "relations", "negation")
 LAWS = ("free", "weighted", "fused", "equal")
 OBJECTS = ("star", "disc", "ring", "cross")
 COLOURS = ("red", "blue", "green")
+
+RESOLUTION = 0.01
+"""Margins up to this count as zero: where nothing better exists, searches end this close to it, on either side."""
 
 _SHARPNESS = (4.0, 400.0)
 """Of the smoothed minimum, first and last: it stays below the minimum by at most log(inequalities) / sharpness."""
@@ -258,18 +262,18 @@ def embed(
     Raises:
         InputError: The law is unknown.
     """
-    of_images, of_texts = membership(small_world, law)
+    of_images, of_texts = map(jnp.asarray, membership(small_world, law))
     if law == "weighted":
-        of_images = of_images * jnp.square(parameters.image_weights)
-        of_texts = of_texts * jnp.square(parameters.text_weights)
+        of_images *= jnp.square(parameters.image_weights)
+        of_texts *= jnp.square(parameters.text_weights)
     return _unit(of_images @ _unit(parameters.image_parts)), _unit(of_texts @ _unit(parameters.text_parts))
 
 
 def random_parameters(key: PRNGKeyArray, small_world: World, law: str, dimension: int) -> Parameters:
     """Parameters to start from: parts in all directions, weights around one.
 
-    A part's vectors in pictures and in captions start somewhere between the same and unrelated, all parts alike: some
-    conditions are found from the one end, some from the other.
+    A part's vectors in pictures and in captions start somewhere between the same and opposite, all parts alike: from
+    the one end binding and relations are found more often, from the other negation.
 
     Raises:
         InputError: The law is unknown.
@@ -278,7 +282,7 @@ def random_parameters(key: PRNGKeyArray, small_world: World, law: str, dimension
     for_images, for_texts, for_mixture, *for_weights = jax.random.split(key, 5)
     image_parts = jax.random.normal(for_images, (of_images.shape[1], dimension))
     others = jax.random.normal(for_texts, image_parts.shape)
-    same = jax.random.uniform(for_mixture)
+    same = jax.random.uniform(for_mixture, minval=-1.0)
     weights = [
         jax.random.uniform(key, made_of.shape, minval=0.5, maxval=1.5)
         for key, made_of in zip(for_weights, (of_images, of_texts), strict=True)
@@ -288,7 +292,7 @@ def random_parameters(key: PRNGKeyArray, small_world: World, law: str, dimension
 
 @functools.partial(jax.jit, static_argnames=("small_world", "law", "dimension", "steps", "rate"))
 def search(
-    keys: PRNGKeyArray,
+    keys: Key[Array, "seeds"],
     wanted: Bool[Array, "problems inequalities"],
     *,
     small_world: World,
@@ -367,7 +371,7 @@ def study(
 
     Returns:
         Column -> one value a search: `law`, `conditions` (joined by " + "), `size` (how many), `seed`, `margin`, and
-        `worst`, the inequality that has the margin.
+        `worst`, the inequality that has the margin. What has no best margin above `RESOLUTION` was not attained.
 
     Raises:
         InputError: A number is out of range, or a law unknown.
@@ -380,7 +384,12 @@ def study(
     rows = []
     for law in laws:
         found = search(
-            jax.random.split(key, seeds), wanted, small_world=small_world, law=law, dimension=dimension, steps=steps
+            jax.random.split(key, seeds),
+            jnp.asarray(wanted),
+            small_world=small_world,
+            law=law,
+            dimension=dimension,
+            steps=steps,
         )[1]
         exact = np.where(wanted[:, None], np.asarray(found), np.inf)
         for group, values in zip(groups, exact, strict=True):

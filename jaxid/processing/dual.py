@@ -36,6 +36,11 @@ class Captions:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def cut(self, length: int) -> "Captions":
+        """The first tokens alone, for encoders that have to read their whole window."""
+        parts = {name: getattr(self, name)[:, :length] for name in ("token_ids", "valid", "offsets")}
+        return dataclasses.replace(self, **parts)
+
     def token_at(self, caption: int, start: int, stop: int) -> int | None:
         """The first token of a caption that holds some of its characters `start` to `stop`; None if all are lost."""
         first, last = self.offsets[caption].T
@@ -136,7 +141,5 @@ def read_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if not tokenizer.is_fast:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens stand."
-        )
+        raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens stand.")
     return tokenizer

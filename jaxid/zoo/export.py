@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxid.checkpoints.tensors import save_parameters
+from jaxid.models.clip import CLIPConfig, clip_keys
 from jaxid.models.decoder_config import RopeConfig
 from jaxid.models.llava import LlavaConfig, llava_keys
+from jaxid.models.vision import VisionConfig
 from jaxid.results import write_json
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -46,7 +48,19 @@ def write_llava(
 
 def write_processor(folder: Path, config: LlavaConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
     """Writes the files that describe CLIP's image processor and LLaVA's prompts."""
-    side = config.vision_config.image_size
+    write_image_processor(folder, config.vision_config.image_size, mean=mean, std=std)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": config.vision_config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    write_json(folder / "processor_config.json", processor)
+
+
+def write_image_processor(folder: Path, side: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Writes the file that describes CLIP's image processor."""
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -62,14 +76,6 @@ def write_processor(folder: Path, config: LlavaConfig, *, mean: Sequence[float],
         "image_std": list(std),
     }
     write_json(folder / "preprocessor_config.json", image_processor)
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "patch_size": config.vision_config.patch_size,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    }
-    write_json(folder / "processor_config.json", processor)
 
 
 def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
@@ -109,18 +115,23 @@ def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
             "eos_token_id": words.index("</s>"),
             "pad_token_id": words.index("<pad>"),
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "num_channels": vision.num_channels,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_act": vision.hidden_act,
-            "layer_norm_eps": vision.layer_norm_eps,
-        },
+        "vision_config": _vision_fields(vision),
+    }
+
+
+def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
+    """The tower's part of a config.json."""
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "num_channels": vision.num_channels,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": vision.hidden_act,
+        "layer_norm_eps": vision.layer_norm_eps,
     }
 
 
@@ -133,17 +144,7 @@ def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str) -> None:
     """Writes a word-level tokenizer: the index in `vocabulary` is the id."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    ids = {word: index for index, word in enumerate(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    # Whole words and single punctuation marks; white space itself is no token.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
-    tokenizer.add_special_tokens([*SPECIAL.values(), "<image>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _save_words(folder, vocabulary, [*SPECIAL.values(), "<image>"], "<s> $A")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -157,3 +158,72 @@ def write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str)
     write_json(folder / "tokenizer_config.json", settings)
     (folder / "chat_template.jinja").write_text(chat_template)
     write_json(folder / "special_tokens_map.json", dict(SPECIAL))
+
+
+def _save_words(folder: Path, vocabulary: Sequence[str], special: Sequence[str], frame: str) -> None:
+    """Writes tokenizer.json of whole words; `frame` says what stands around a text, "$A"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    # Whole words and single punctuation marks; white space itself is no token.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.add_special_tokens(list(special))
+    around = [(token, ids[token]) for token in frame.split() if token != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=around)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_clip(folder: Path, config: CLIPConfig, parameters: Mapping[str, Any], vocabulary: Sequence[str]) -> None:
+    """Writes a CLIP folder with a word-level tokenizer.
+
+    Args:
+        folder: where to; made if need be.
+        config: the network's shape.
+        parameters: nested dictionaries of arrays, as `CLIP` holds them.
+        vocabulary: tokens, the index is the id: "<pad>" first, "<|startoftext|>" and "<|endoftext|>" last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text, vision = config.text_config, config.vision_config
+    start, end = vocabulary[-2:]
+    fields = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.projection_dim,
+        "logit_scale_init_value": 2.6592,
+        "torch_dtype": "float32",
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_attention_heads": text.num_attention_heads,
+            "max_position_embeddings": text.max_position_embeddings,
+            "projection_dim": config.projection_dim,
+            "hidden_act": text.hidden_act,
+            "layer_norm_eps": text.layer_norm_eps,
+            "pad_token_id": 0,
+            "bos_token_id": len(vocabulary) - 2,
+            "eos_token_id": text.eos_token_id,
+        },
+        "vision_config": {**_vision_fields(vision), "projection_dim": config.projection_dim},
+    }
+    write_json(folder / "config.json", fields)
+    save_parameters(folder / "model.safetensors", parameters, clip_keys(config))
+    _save_words(folder, vocabulary, [vocabulary[0], "<unk>", start, end], f"{start} $A {end}")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": text.max_position_embeddings,
+        "processor_class": "CLIPProcessor",
+        "pad_token": vocabulary[0],
+        "unk_token": "<unk>",
+        "bos_token": start,
+        "eos_token": end,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    write_image_processor(folder, vision.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    write_json(folder / "processor_config.json", {"processor_class": "CLIPProcessor"})

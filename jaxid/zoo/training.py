@@ -1,30 +1,26 @@
-"""The training loop of tiny-llava: seeded, resumable after a kill, data-parallel over local devices."""
+"""How tiny-llava is trained."""
 
-import csv
 import dataclasses
-import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxid import training
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import COLORS, OBJECTS
-from jaxid.errors import CheckpointError
 from jaxid.models.common import Linear
 from jaxid.models.decoder import Decoder
 from jaxid.models.llava import Llava
 from jaxid.models.sites import Capture, clean
-from jaxid.results import whole_file, write_json
+from jaxid.results import write_json
+from jaxid.training import Metrics, Stage, adamw
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
@@ -68,9 +64,6 @@ class Learner(nnx.Module):
         config = recipe.config()
         self.network = Llava(config, rngs=rngs)
         self.patch_head = Linear(config.text_config.hidden_size, sum(PATCH_CLASSES), bias=True, rngs=rngs)
-
-
-Metrics = dict[str, Array]
 
 
 def _cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> tuple[Array, Array]:
@@ -141,33 +134,22 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
-class Stage(NamedTuple):
-    """One stretch of training with its own loss, data and schedule."""
-
-    name: str
-    first: int  # number of its first step, counted over the whole run
-    steps: int
-    loss: Callable[[Learner, dict[str, Array], TrainingConfig], tuple[Array, Metrics]]
-    batch: Callable[[int], recipe.Batch]  # of a step
-    optimizer: optax.GradientTransformation
-
-
-def stages(config: TrainingConfig) -> tuple[Stage, ...]:
+def stages(definition: Any, config: TrainingConfig) -> tuple[Stage, ...]:
     """The stages of a run: seeing, language, and polishing of what is hardest."""
     sight = Stage(
         name="seeing",
         first=0,
         steps=config.sight_steps,
-        loss=sight_loss,
-        batch=lambda step: recipe.sight_batch(config.seed, step, config.sight_batch_size),
+        loss=_loss(sight_loss, definition, config),
+        batch=lambda step: _arrays(recipe.sight_batch(config.seed, step, config.sight_batch_size)),
         optimizer=_optimizer(config, config.sight_learning_rate, config.sight_steps, weight_decay=0.0),
     )
     language = Stage(
         name="language",
         first=config.sight_steps,
         steps=config.steps,
-        loss=language_loss,
-        batch=lambda step: recipe.training_batch(config.seed, step, config.batch_size),
+        loss=_loss(language_loss, definition, config),
+        batch=lambda step: _arrays(recipe.training_batch(config.seed, step, config.batch_size)),
         optimizer=_optimizer(config, config.learning_rate, config.steps, weight_decay=config.weight_decay),
     )
     existence = recipe.Mix(relation=0.25, where=0.1, exists=0.6)
@@ -175,8 +157,8 @@ def stages(config: TrainingConfig) -> tuple[Stage, ...]:
         name="polishing",
         first=config.sight_steps + config.steps,
         steps=config.polish_steps,
-        loss=language_loss,
-        batch=lambda step: recipe.training_batch(config.seed, step, config.batch_size, existence),
+        loss=_loss(language_loss, definition, config),
+        batch=lambda step: _arrays(recipe.training_batch(config.seed, step, config.batch_size, existence)),
         optimizer=_optimizer(
             config, config.polish_learning_rate, config.polish_steps, weight_decay=config.weight_decay
         ),
@@ -184,31 +166,21 @@ def stages(config: TrainingConfig) -> tuple[Stage, ...]:
     return sight, language, polish
 
 
+def _loss(loss: Callable[..., tuple[Array, Metrics]], definition: Any, config: TrainingConfig) -> Callable[..., Any]:
+    """A stage's loss as a function of parameters."""
+    return lambda parameters, batch: loss(nnx.merge(definition, nnx.State(parameters)), batch, config)
+
+
 def _optimizer(
     config: TrainingConfig, learning_rate: float, steps: int, *, weight_decay: float
 ) -> optax.GradientTransformation:
-    warmup = min(config.warmup_steps, max(steps - 1, 0))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule,
-            b2=0.98,
-            weight_decay=weight_decay,
-            # Stacked block matrices have three axes and more; embeddings, norms and biases have fewer.
-            mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
-        ),
+    return adamw(
+        learning_rate,
+        steps,
+        warmup_steps=config.warmup_steps,
+        weight_decay=weight_decay,
+        clip_norm=config.clip_norm,
     )
-
-
-def _batches(stage: Stage, first: int) -> Iterator[tuple[int, recipe.Batch]]:
-    """Steps and batches of a stage from a step on, the next one drawn while the current one trains."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(stage.batch, first)
-        for step in range(first, stage.first + stage.steps):
-            batch = upcoming.result()
-            upcoming = pool.submit(stage.batch, step + 1)
-            yield step, batch
 
 
 def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progress: bool = True) -> dict[str, Any]:
@@ -226,68 +198,27 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
     Raises:
         CheckpointError: if the folder holds a run with other settings.
     """
-    import orbax.checkpoint as ocp
-    from tqdm import tqdm
-
-    folder.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
-    record = folder / "run.json"
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise CheckpointError(f"{folder} holds a training run with other settings; choose another folder.")
-    write_json(record, settings)
-
     definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
-    parameters = nnx.to_pure_dict(initial)
-    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager((folder / "state").absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
-        for stage in stages(config):
-            end = stage.first + stage.steps
-            if done > end or not stage.steps:
-                continue
-            state = jax.device_put({"parameters": parameters, "optimizer": stage.optimizer.init(parameters)}, same)
-            if done > stage.first:
-                state = manager.restore(done, args=ocp.args.StandardRestore(state))
-            step_function = _step_function(definition, stage, config)
-            bar = tqdm(total=end, initial=max(done, stage.first), unit="step", disable=not progress, desc=stage.name)
-            for step, batch in _batches(stage, max(done, stage.first)):
-                state, metrics = step_function(state, jax.device_put(_device_arrays(batch), split))
-                if (step + 1) % 20 == 0:
-                    numbers = {name: round(float(value), 4) for name, value in metrics.items()}
-                    _append_metrics(folder / "metrics.csv", {"step": step + 1, "stage": stage.name, **numbers})
-                    bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
-                    bar.update(step + 1 - bar.n)
-                if (step + 1) % save_every == 0 or step + 1 == end:
-                    manager.save(step + 1, args=ocp.args.StandardSave(state))
-            bar.close()
-            parameters = state["parameters"]
-        manager.wait_until_finished()
-    return jax.device_get(parameters["network"])
+    parameters = training.train(
+        folder,
+        settings,
+        nnx.to_pure_dict(initial),
+        stages(definition, config),
+        columns=COLUMNS,
+        save_every=save_every,
+        progress=progress,
+    )
+    return parameters["network"]
 
 
-def _device_arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
+def _arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
     return {
         "pixels": recipe.normalize(batch.pictures),
         "token_ids": batch.token_ids,
         "labels": batch.labels,
         "patches": batch.patches,
     }
-
-
-def _step_function(definition: Any, stage: Stage, config: TrainingConfig) -> Callable[..., Any]:
-    @partial(jax.jit, donate_argnums=0)
-    def step_function(state: dict[str, Any], batch: dict[str, Array]) -> tuple[dict[str, Any], Metrics]:
-        def loss(parameters: Any) -> tuple[Array, Metrics]:
-            return stage.loss(nnx.merge(definition, nnx.State(parameters)), batch, config)
-
-        gradients, metrics = jax.grad(loss, has_aux=True)(state["parameters"])
-        updates, optimizer_state = stage.optimizer.update(gradients, state["optimizer"], state["parameters"])
-        parameters = optax.apply_updates(state["parameters"], updates)
-        return {"parameters": parameters, "optimizer": optimizer_state}, metrics
-
-    return step_function
 
 
 def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 100) -> Path:
@@ -327,15 +258,3 @@ COLUMNS: tuple[str, ...] = (
     "patch_row",
     "patch_color",
 )
-
-
-def _append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row; rows of steps that a kill undid are dropped first."""
-    rows: list[Any] = []
-    if path.exists():
-        with path.open() as file:
-            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows([*rows, row])

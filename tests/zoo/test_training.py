@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxid import training as loop
 from jaxid.checkpoints.loading import load
 from jaxid.engine import forward
 from jaxid.errors import CheckpointError
@@ -26,6 +27,7 @@ from jaxid.zoo import training
 from jaxid.zoo.export import write_llava
 from jaxid.zoo.training import TrainingConfig
 
+DEFINITION = nnx.graphdef(training.Learner(rngs=nnx.Rngs(0)))
 TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, polish_steps=20, batch_size=4, warmup_steps=4)
 
 SCRIPT = f"""
@@ -114,25 +116,25 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, change: dict[str, fl
 def test_metrics_of_undone_steps_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for step, loss in [(20, 3.0), (40, 2.0), (60, 1.0), (40, 2.5)]:
-        training._append_metrics(path, {"step": step, "stage": "seeing", "loss": loss})
+        loop.append_metrics(path, training.COLUMNS, {"step": step, "stage": "seeing", "loss": loss})
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [("20", "3.0"), ("40", "2.5")]
     assert tuple(read_metrics(path)[0]) == training.COLUMNS
 
 
 def test_stages_follow_each_other_on_their_own_data() -> None:
-    sight, language, polish = training.stages(TINY)
+    sight, language, polish = training.stages(DEFINITION, TINY)
     assert (polish.first, polish.steps) == (40, 20)
     assert (sight.first, sight.steps, language.first, language.steps) == (0, 20, 20, 20)
-    np.testing.assert_array_equal(sight.batch(3).pictures, recipe.sight_batch(0, 3, 4).pictures)
-    np.testing.assert_array_equal(language.batch(23).token_ids, recipe.training_batch(0, 23, 4).token_ids)
-    steps = [step for step, batch in training._batches(language, 37) if batch.token_ids.shape == (4, 120)]
+    np.testing.assert_array_equal(sight.batch(3)["patches"], recipe.sight_batch(0, 3, 4).patches)
+    np.testing.assert_array_equal(language.batch(23)["token_ids"], recipe.training_batch(0, 23, 4).token_ids)
+    steps = [step for step, batch in loop.batches(language, 37) if batch["token_ids"].shape == (4, 120)]
     assert steps == [37, 38, 39]
 
 
 def test_polishing_asks_for_existence_most() -> None:
-    _, language, polish = training.stages(dataclasses.replace(TINY, batch_size=64))
+    _, language, polish = training.stages(DEFINITION, dataclasses.replace(TINY, batch_size=64))
     there = recipe.VOCABULARY.index("there")
-    often, seldom = (int((stage.batch(50).token_ids == there).sum()) for stage in (polish, language))
+    often, seldom = (int((stage.batch(50)["token_ids"] == there).sum()) for stage in (polish, language))
     questions = 64 * recipe.QUESTIONS
     assert often > 0.5 * questions and 0 < seldom < 0.4 * questions
 
@@ -175,7 +177,7 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
     batch = recipe.training_batch(5, 0, 1)
     # After the answer stands its end, which no prompt of ours asks for.
     labels = np.where(batch.labels == recipe.VOCABULARY.index("</s>"), -1, batch.labels)
-    arrays = jax.tree.map(jnp.asarray, training._device_arrays(dataclasses.replace(batch, labels=labels)))
+    arrays = jax.tree.map(jnp.asarray, training._arrays(dataclasses.replace(batch, labels=labels)))
     _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY))(arrays)
 
     model, losses = load(tmp_path), []

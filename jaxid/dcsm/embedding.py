@@ -1,0 +1,139 @@
+"""Pictures and captions in a CLIP-like model's joint space: every token, and pooled."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import InputError
+from jaxid.kernels.similarity import unit
+from jaxid.models.base import Encoder
+from jaxid.processing.dual import Captions
+from jaxid.processing.pictures import Picture
+
+TEXT_TOKENS = 30
+"""Caption tokens of a map, T, as published."""
+
+BATCH = 32
+"""Pictures or captions encoded together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pictures:
+    """Encoded pictures, every vector of length one.
+
+    Attributes:
+        tokens: class token, if the encoder has one, and patches.
+        pooled: whole pictures.
+    """
+
+    tokens: Float[np.ndarray, "N I E"]
+    pooled: Float[np.ndarray, "N E"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, chosen: Any) -> "Pictures":
+        """Some of them, by slice or by a list of numbers."""
+        return Pictures(tokens=self.tokens[chosen], pooled=self.pooled[chosen])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Texts:
+    """Encoded captions, every vector of length one.
+
+    Attributes:
+        captions: texts, ids, and where every token stands in its text; `TEXT_TOKENS` long, filled up or cut.
+        tokens: all caption tokens, padding too.
+        pooled: whole captions.
+    """
+
+    captions: Captions
+    tokens: Float[np.ndarray, "M T E"]
+    pooled: Float[np.ndarray, "M E"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@jax.jit
+def _image(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> tuple[Float[Array, "N I E"], Float[Array, "N E"]]:
+    found = encoder.network().image(pixels)
+    return unit(found.tokens.astype(jnp.float32)), unit(found.pooled.astype(jnp.float32))
+
+
+@jax.jit
+def _text(
+    encoder: Encoder, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]
+) -> tuple[Float[Array, "N T E"], Float[Array, "N E"]]:
+    found = encoder.network().text(token_ids, valid)
+    return unit(found.tokens.astype(jnp.float32)), unit(found.pooled.astype(jnp.float32))
+
+
+def embed_pixels(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I E"]:
+    """Every token of prepared pictures, of length one; a pure function of arrays.
+
+    Args:
+        encoder: the model.
+        pixels: as `encoder.processor.pixels` makes them.
+    """
+    return _image(encoder, jnp.asarray(pixels, _dtype(encoder)))[0]
+
+
+def _dtype(encoder: Encoder) -> Any:
+    return jax.tree.leaves(encoder.parameters)[0].dtype
+
+
+def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, progress: bool = False) -> Pictures:
+    """Encodes pictures, a batch at a time.
+
+    Args:
+        encoder: the model.
+        pictures: paths, PIL images or arrays UInt8[Y, X, 3].
+        progress: show a progress bar, on terminals only.
+
+    Raises:
+        InputError: if there are none, or one cannot be opened.
+    """
+    from tqdm import tqdm
+
+    if not len(pictures):
+        raise InputError("give at least one picture.")
+    parts = []
+    for start in tqdm(range(0, len(pictures), BATCH), unit="batch", disable=None if progress else True):
+        pixels = encoder.processor.pixels(pictures[start : start + BATCH])
+        parts.append(_in_full(lambda pixels: _image(encoder, pixels), pixels.astype(_dtype(encoder))))
+    tokens, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Pictures(tokens=tokens, pooled=pooled)
+
+
+def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TOKENS) -> Texts:
+    """Encodes captions, a batch at a time.
+
+    Args:
+        encoder: the model.
+        captions: the texts.
+        length: tokens of every caption, T; longer ones are cut, with a warning that names the lost words.
+
+    Raises:
+        InputError: if there are none, one is blank, or the encoder does not take that many tokens.
+    """
+    batch = encoder.processor.captions(captions, length)
+    parts = []
+    for start in range(0, len(batch), BATCH):
+        rows = slice(start, start + BATCH)
+        parts.append(_in_full(lambda *arrays: _text(encoder, *arrays), batch.token_ids[rows], batch.valid[rows]))
+    tokens, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Texts(captions=batch.cut(length), tokens=tokens[:, :length], pooled=pooled)
+
+
+def _in_full(run: Any, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Runs a batch filled up to a power of two, so that few programs are compiled, and cuts what it gives."""
+    count = len(arrays[0])
+    size = 1 << (count - 1).bit_length()
+    filled = [np.concatenate([array, np.repeat(array[-1:], size - count, axis=0)]) for array in arrays]
+    return tuple(np.asarray(value)[:count] for value in jax.device_get(run(*filled)))

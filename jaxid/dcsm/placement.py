@@ -1,0 +1,90 @@
+"""Where functional words stand in captions, and which columns of a map they take."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxid.errors import InputError
+from jaxid.processing.dual import Captions
+
+PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
+"""The published functional words ([DCSM] arXiv 2503.08723)."""
+
+PLACEMENTS = ("token", "replace", "insert")
+"""Where a functional word's column is put. "token": at the word's own first token. As the two published code paths have
+it, at the token whose number is the word's number among the caption's words split at spaces, which the start token and
+words of several tokens shift: "replace" takes that column's place, "insert" pushes it and all behind it to the right."""
+
+
+class Columns(NamedTuple):
+    """What stands in every column of the maps of M captions.
+
+    Attributes:
+        words: number of the functional word, or -1.
+        sources: number of the caption token, where no functional word stands.
+    """
+
+    words: Int[np.ndarray, "M T"]
+    sources: Int[np.ndarray, "M T"]
+
+
+def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
+    """First occurrence of every functional word: (its number, first character, last character + 1), by place.
+
+    Matches whole words in any case; entries of several words too, longer ones first, none within another.
+
+    Args:
+        caption: the text.
+        vocabulary: functional words.
+    """
+    taken: list[tuple[int, int, int]] = []
+    for number in sorted(range(len(vocabulary)), key=lambda number: -len(vocabulary[number])):
+        spaced = r"\s+".join(re.escape(part) for part in vocabulary[number].split())
+        for match in re.finditer(rf"(?<!\w){spaced}(?!\w)", caption, re.IGNORECASE):
+            if all(match.end() <= start or match.start() >= stop for _, start, stop in taken):
+                taken.append((number, match.start(), match.end()))
+                break
+    return sorted(taken, key=lambda found: found[1])
+
+
+def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token") -> Columns:
+    """The columns of captions' maps.
+
+    A functional word whose place the window cuts off has no column.
+
+    Args:
+        captions: texts and their tokens.
+        vocabulary: functional words.
+        placement: see `PLACEMENTS`.
+
+    Raises:
+        InputError: for an unknown placement.
+    """
+    if placement not in PLACEMENTS:
+        raise InputError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}.")
+    count, length = captions.token_ids.shape
+    words = np.full((count, length), -1, np.int32)
+    sources = np.tile(np.arange(length, dtype=np.int32), (count, 1))
+    for row, caption in enumerate(captions.texts):
+        for number, column in _places(captions, row, caption, vocabulary, placement):
+            if column is None or column >= length:
+                continue
+            if placement == "insert":
+                words[row, column + 1 :] = words[row, column:-1].copy()
+                sources[row, column + 1 :] = sources[row, column:-1].copy()
+            words[row, column] = number
+    return Columns(words, sources)
+
+
+def _places(
+    captions: Captions, row: int, caption: str, vocabulary: Sequence[str], placement: str
+) -> list[tuple[int, int | None]]:
+    """Every functional word of a caption and its column, in the caption's order."""
+    if placement == "token":
+        return [(number, captions.token_at(row, start, stop)) for number, start, stop in find(caption, vocabulary)]
+    split = caption.split(" ")
+    found = [(split.index(word), number) for number, word in enumerate(vocabulary) if word in split]
+    return [(number, index) for index, number in sorted(found)]
