@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxid import __version__
+from jaxid.cli_dcsm import dcsm_app
 from jaxid.cli_run import run_app
 from jaxid.errors import InputError, JaxidError, OutputError
 from jaxid.results import ensure_output_folder
@@ -26,6 +27,7 @@ app.add_typer(data_app, name="data")
 
 
 app.add_typer(run_app, name="run")
+app.add_typer(dcsm_app, name="dcsm")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

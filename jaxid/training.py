@@ -1,4 +1,4 @@
-"""The training loop of everything that jaxid trains: seeded, resumable after a kill, data-parallel over local devices."""
+"""The training loop of all that jaxid trains: seeded, resumable after a kill, data-parallel over local devices."""
 
 import csv
 import json
@@ -164,3 +164,16 @@ def append_metrics(path: Path, columns: Sequence[str], row: dict[str, Any]) -> N
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows([*rows, row])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.csv`, numbers as numbers."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open() as file:
+        return [{name: value(text) for name, text in row.items() if text} for row in csv.DictReader(file)]

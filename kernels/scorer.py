@@ -7,6 +7,7 @@ product that makes the maps, whose picture tokens have zero rows around them, an
 Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -99,7 +100,7 @@ def map_shape(network: Network) -> tuple[int, int]:
 def apply(
     network: Network, maps: Float[Array, "B I T"], key: Array | None = None, rate: float = 0.5
 ) -> Float[Array, "B"]:
-    """Scores of standardised maps, one by one; the plain form of `score_tile`, and the one to train.
+    """Scores of standardised maps, to train with.
 
     Args:
         network: the scorer.
@@ -107,28 +108,15 @@ def apply(
         key: of dropout behind every hidden layer of a CNN; without it, nothing is dropped.
         rate: share of the numbers that dropout drops.
     """
-    if isinstance(network, MLP):
-        hidden = jax.nn.relu(jnp.einsum("hit,bit->bh", network.fc1, maps) + network.fc1_bias)
-        hidden = jax.nn.relu(hidden @ network.fc2.T + network.fc2_bias)
-        return hidden @ network.fc3 + network.fc3_bias
-    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
-    x = _conv(maps[:, None], network.conv1[:, None], network.conv1_bias)
-    x = _conv(_dropped(x, keys[0], rate), network.conv2, network.conv2_bias)
-    x = _dropped(x, keys[1], rate).reshape(len(maps), -1)
-    hidden = jax.nn.relu(x @ network.fc1.reshape(len(network.fc1), -1).T + network.fc1_bias)
-    return _dropped(hidden, keys[2], rate) @ network.fc2 + network.fc2_bias
+    padded = jnp.pad(maps, ((0, 0), (BORDER, BORDER), (0, 1)))
+    flat = jnp.moveaxis(padded.reshape(len(maps), -1), 0, 1)
+    return _head(network, _weights(network), flat, key if rate else None, rate)
 
 
-def _conv(
-    x: Float[Array, "B K I T"], kernel: Float[Array, "C K 3 3"], bias: Float[Array, "C"]
-) -> Float[Array, "B C I T"]:
-    return jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME") + bias[:, None, None])
-
-
-def _dropped(x: Float[Array, "*B"], key: Array | None, rate: float) -> Float[Array, "*B"]:
+def _dropped(x: Float[Array, "*B"], key: Array | None, number: int, rate: float) -> Float[Array, "*B"]:
     if key is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 # --- tiles ---------------------------------------------------------------------------------------------------------
@@ -227,51 +215,99 @@ def score_tile(
         deviation: of every pair's group.
     """
     inside = _inside(*map_shape(network))
-    maps = jnp.where(inside[:, None], (maps - mean) / deviation, 0)
+    return _head(network, weights, jnp.where(inside[:, None], (maps - mean) / deviation, 0))
+
+
+def _head(
+    network: Network,
+    weights: Float[Array, "H K"],
+    maps: Float[Array, "S B"],
+    key: Array | None = None,
+    rate: float = 0.0,
+) -> Float[Array, "B"]:
+    """Scores of standardised maps that lie as `score_tile` says, with dropout if there is a key."""
     if isinstance(network, MLP):
         hidden = jax.nn.relu(weights @ maps + network.fc1_bias[:, None])
         hidden = jax.nn.relu(network.fc2 @ hidden + network.fc2_bias[:, None])
         return network.fc3 @ hidden + network.fc3_bias
-    hidden = jax.nn.relu(weights @ _convolved(network, maps, inside) + network.fc1_bias[:, None])
+    (image_tokens, text_tokens), pairs = map_shape(network), maps.shape[1]
+    stride = text_tokens + 1
+    # The first convolution is needed a row further on both sides, and one number before and behind that.
+    start, length = (BORDER - 1) * stride - 1, (image_tokens + 2) * stride + 2
+    around = stride + 1
+    inside = jnp.asarray(_inside(image_tokens, text_tokens)[start : start + length], maps.dtype)
+    flat = maps[start - around : start + length + around].reshape(1, -1)
+    x = correlate(flat, network.conv1[:, None], stride, pairs) + network.conv1_bias[:, None]
+    x = _dropped(jax.nn.relu(x) * jnp.repeat(inside, pairs), key, 0, rate)
+    x = correlate(x, network.conv2, stride, pairs) + network.conv2_bias[:, None]
+    x = _dropped(jax.nn.relu(x), key, 1, rate).reshape(-1, pairs)
+    hidden = _dropped(jax.nn.relu(weights @ x + network.fc1_bias[:, None]), key, 2, rate)
     return network.fc2 @ hidden + network.fc2_bias
 
 
-def _convolved(network: CNN, maps: Float[Array, "S B"], inside: np.ndarray) -> Float[Array, "K B"]:
-    """Both convolutions; channel after channel, rows as long as those of `maps`.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: int, pairs: int) -> Float[Array, "C s"]:
+    """A 3 x 3 correlation of maps that lie flat, pairs fastest, where all nine numbers are there.
 
-    A scan over output channels makes every channel one loop over memory; written out, the compiler would compute the
-    first convolution anew for each of the second one's 36 terms.
+    Its gradient with respect to the maps is a correlation again. A scan over output channels makes every channel one
+    loop over memory; written out, the compiler would compute one convolution anew for each of the next one's 36 terms.
+
+    Args:
+        x: K channels.
+        kernel: output channels first.
+        stride: length of a row.
+        pairs: how many maps lie side by side.
+
+    Returns:
+        C channels, shorter by a row and a number on either side.
     """
-    (image_tokens, text_tokens), pairs = map_shape(network), maps.shape[1]
-    stride = text_tokens + 1
-    # The first one is needed a row further on both sides, and one number before and behind that.
-    start, length = (BORDER - 1) * stride - 1, (image_tokens + 2) * stride + 2
-    kept = jnp.repeat(jnp.asarray(inside[start : start + length], maps.dtype), pairs)
-    flat = maps.reshape(-1)
+    length = x.shape[1] - 2 * (stride + 1) * pairs
 
-    def part(x: Float[Array, "S"], first: int, count: int) -> Float[Array, "s"]:
-        return jax.lax.slice_in_dim(x, first * pairs, (first + count) * pairs)
+    def channel(_: None, own: Float[Array, "K 3 3"]) -> tuple[None, Float[Array, "s"]]:
+        terms = [
+            own[source, down, across] * _shifted(x, source, down, across, stride, pairs, length)
+            for source in range(len(x))
+            for down in range(3)
+            for across in range(3)
+        ]
+        return None, sum(terms[1:], terms[0])
 
-    def first(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
-        kernel, total = given
-        for down in range(3):
-            for across in range(3):
-                shift = (down - 1) * stride + across - 1
-                total = total + kernel[down, across] * part(flat, start + shift, length)
-        return None, jax.nn.relu(total) * kept
+    return jax.lax.scan(channel, None, kernel)[1]
 
-    def second(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
-        kernel, total = given
-        for channel in range(CHANNELS):
-            for down in range(3):
-                for across in range(3):
-                    shifted = part(channels[channel], down * stride + across, image_tokens * stride)
-                    total = total + kernel[channel, down, across] * shifted
-        return None, jax.nn.relu(total)
 
-    _, channels = jax.lax.scan(first, None, (network.conv1, network.conv1_bias))
-    _, channels = jax.lax.scan(second, None, (network.conv2, network.conv2_bias))
-    return channels.reshape(-1, pairs)
+def _shifted(x: Array, source: int, down: int, across: int, stride: int, pairs: int, length: int) -> Float[Array, "s"]:
+    first = (down * stride + across) * pairs
+    return jax.lax.slice(x, (source, first), (source + 1, first + length))[0]
+
+
+def _correlate_forward(x: Array, kernel: Array, stride: int, pairs: int) -> tuple[Array, tuple[Array, Array]]:
+    return correlate(x, kernel, stride, pairs), (x, kernel)
+
+
+def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    around = 2 * (stride + 1) * pairs
+    turned = jnp.swapaxes(kernel[:, :, ::-1, ::-1], 0, 1)
+    back = correlate(jnp.pad(gradient, ((0, 0), (around, around))), turned, stride, pairs)
+    # Row by row, so that the nine shifted copies stay in the cache.
+    row = stride * pairs
+    count = -(-gradient.shape[1] // row)
+    gradient, x = (jnp.pad(side, ((0, 0), (0, count * row - gradient.shape[1]))) for side in (gradient, x))
+
+    def add(total: Float[Array, "C n"], number: Array) -> tuple[Float[Array, "C n"], None]:
+        first = number * row
+        shifts = [
+            jax.lax.dynamic_slice_in_dim(x, first + (down * stride + across) * pairs, row, axis=1)
+            for down in range(3)
+            for across in range(3)
+        ]
+        return total + jax.lax.dynamic_slice_in_dim(gradient, first, row, axis=1) @ jnp.concatenate(shifts).T, None
+
+    total, _ = jax.lax.scan(add, jnp.zeros((len(kernel), 9 * len(x)), x.dtype), jnp.arange(count))
+    return back, jnp.moveaxis(total.reshape(len(kernel), 3, 3, len(x)), -1, 1)
+
+
+correlate.defvjp(_correlate_forward, _correlate_backward)
 
 
 def _weights(network: Network) -> Float[Array, "H K"]:

@@ -161,3 +161,24 @@ def _cells(cells: Any, size: Size | None, where: str) -> dict[Cell, np.ndarray]:
     if not chosen:
         raise CheckpointError(f"{where} has no size {size}; it has {sorted({key[2] for key in found})}.")
     return chosen
+
+
+def write_torch_file(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes nested dictionaries of arrays as `torch.save` does.
+
+    Raises:
+        CheckpointError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"Writing {path} needs PyTorch, which is not installed: pip install 'jaxid-vlm[torch]'."
+        ) from error
+
+    def to_torch(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: to_torch(item) for name, item in value.items()}
+        return torch.from_numpy(np.array(value))
+
+    torch.save(to_torch(tree), path)

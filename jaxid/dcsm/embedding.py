@@ -59,6 +59,10 @@ class Texts:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, chosen: list[int]) -> "Texts":
+        """Some of them, by their numbers."""
+        return Texts(captions=self.captions[chosen], tokens=self.tokens[chosen], pooled=self.pooled[chosen])
+
 
 @jax.jit
 def _image(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> tuple[Float[Array, "N I E"], Float[Array, "N E"]]:

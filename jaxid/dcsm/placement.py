@@ -14,9 +14,9 @@ PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "wi
 """The published functional words ([DCSM] arXiv 2503.08723)."""
 
 PLACEMENTS = ("token", "replace", "insert")
-"""Where a functional word's column is put. "token": at the word's own first token. As the two published code paths have
-it, at the token whose number is the word's number among the caption's words split at spaces, which the start token and
-words of several tokens shift: "replace" takes that column's place, "insert" pushes it and all behind it to the right."""
+"""Where a functional word's column is put. "token": at the word's own first token. The two published code paths put it
+at the token whose number is the word's among the caption's words split at spaces, which the start token and words of
+several tokens shift: "replace" takes that column's place, "insert" pushes it and all behind it to the right."""
 
 
 class Columns(NamedTuple):

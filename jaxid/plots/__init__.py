@@ -4,6 +4,8 @@ No function touches pyplot or leaves a setting changed. Arrays that do not fit e
 Layers are decoder blocks counted from 0; log-probabilities are in nats.
 """
 
+from jaxid.plots.dcsm import benchmark_bars, caption_maps, training_curves
+from jaxid.plots.geometry import attainable_margins
 from jaxid.plots.ids import id_plane, variance_by_layer
 from jaxid.plots.scenes import scenes_with_answers
 from jaxid.plots.steering import depth_by_row, steering_by_column, steering_by_layer, steering_map, steering_maps
@@ -12,8 +14,11 @@ from jaxid.plots.swaps import accuracy_against_steerability, belief_swap_bars, b
 
 __all__ = [
     "accuracy_against_steerability",
+    "attainable_margins",
     "belief_swap_bars",
     "belief_swap_by_layer",
+    "benchmark_bars",
+    "caption_maps",
     "depth_by_row",
     "id_plane",
     "save",
@@ -23,5 +28,6 @@ __all__ = [
     "steering_map",
     "steering_maps",
     "swap_scores",
+    "training_curves",
     "variance_by_layer",
 ]

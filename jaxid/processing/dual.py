@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.errors import CheckpointError, InputError
 from jaxid.processing.base import PictureSide
@@ -36,6 +36,12 @@ class Captions:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __getitem__(self, chosen: list[int]) -> "Captions":
+        """Some of them, by their numbers."""
+        arrays = {name: getattr(self, name)[chosen] for name in ("token_ids", "valid", "offsets")}
+        words = {name: tuple(getattr(self, name)[row] for row in chosen) for name in ("texts", "lost")}
+        return Captions(**arrays, **words)
+
     def cut(self, length: int) -> "Captions":
         """The first tokens alone, for encoders that have to read their whole window."""
         parts = {name: getattr(self, name)[:, :length] for name in ("token_ids", "valid", "offsets")}
@@ -63,6 +69,9 @@ class DualProcessor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.context: int = config.text_config.max_position_embeddings
         self.reads_padding: bool = config.text_config.reads_padding
+        vision = config.vision_config
+        self.grid = (int(vision.class_token), vision.image_size // vision.patch_size)
+        """First patch among a picture's tokens, and patches a side."""
         self.padding: int = tokenizer.pad_token_id if padding is None else padding
 
     @classmethod
@@ -87,6 +96,15 @@ class DualProcessor:
             raise InputError("give at least one picture.")
         opened = [open_picture(picture) for picture in pictures]
         return np.asarray(self.image_processor(opened, return_tensors="np")["pixel_values"], np.float32)
+
+    def shown(self, picture: Picture) -> UInt8[np.ndarray, "Y X 3"]:
+        """A picture as the tower sees it, resized and cropped."""
+        pixels = self.pixels([picture])[0]
+        mean, std = (
+            np.asarray(value)[:, None, None]
+            for value in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        return np.rint(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
     def captions(self, texts: Sequence[str], length: int | None = None) -> Captions:
         """Captions as arrays of one length, filled up or cut; a cut warns and names the lost words.

@@ -3,7 +3,7 @@
 from importlib import resources
 from pathlib import Path
 
-SHIPPED = ("tiny-llava",)
+SHIPPED = ("tiny-llava", "tiny-clip")
 """Names of the models whose weights are part of the package."""
 
 

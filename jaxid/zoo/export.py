@@ -160,9 +160,11 @@ def write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str)
     write_json(folder / "special_tokens_map.json", dict(SPECIAL))
 
 
-def _save_words(folder: Path, vocabulary: Sequence[str], special: Sequence[str], frame: str) -> None:
+def _save_words(
+    folder: Path, vocabulary: Sequence[str], special: Sequence[str], frame: str, *, lowercase: bool = False
+) -> None:
     """Writes tokenizer.json of whole words; `frame` says what stands around a text, "$A"."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -170,6 +172,8 @@ def _save_words(folder: Path, vocabulary: Sequence[str], special: Sequence[str],
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens(list(special))
     around = [(token, ids[token]) for token in frame.split() if token != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=around)
@@ -213,7 +217,7 @@ def write_clip(folder: Path, config: CLIPConfig, parameters: Mapping[str, Any], 
     }
     write_json(folder / "config.json", fields)
     save_parameters(folder / "model.safetensors", parameters, clip_keys(config))
-    _save_words(folder, vocabulary, [vocabulary[0], "<unk>", start, end], f"{start} $A {end}")
+    _save_words(folder, vocabulary, [vocabulary[0], "<unk>", start, end], f"{start} $A {end}", lowercase=True)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -31,10 +31,6 @@ SHAPES = OBJECTS[:10]
 SIZES = (0.26, 0.36)
 """Least and greatest side of an object, in picture fractions."""
 
-NEGATIONS = 0.02
-"""Share of captions with a word of negation. What follows it is in the picture as often as not: people write such words
-seldom, and not to say what a picture lacks."""
-
 WINDOW = 30
 """Tokens of the longest caption."""
 
@@ -96,7 +92,10 @@ def relation(first: Float[np.ndarray, "2"], second: Float[np.ndarray, "2"]) -> s
 
 
 def training_caption(rng: np.random.Generator, scenes: Scenes, row: int) -> str:
-    """A caption as a person might write it: some of the objects, some colours, now and then how two of them stand."""
+    """A caption as a person might write it: some of the objects, some colours, now and then how two of them stand.
+
+    What is missing is never said, as hardly any caption of the web does.
+    """
     objects = [int(index) for index in scenes.objects[row] if index >= 0]
     order = rng.permutation(len(objects))
 
@@ -106,11 +105,6 @@ def training_caption(rng: np.random.Generator, scenes: Scenes, row: int) -> str:
 
     prefix = ("", "", "an image of ", "a picture of ")[rng.integers(4)]
     kind = rng.random()
-    if kind < NEGATIONS:
-        pool = objects if rng.random() < 0.5 else [index for index in range(len(SHAPES)) if index not in objects]
-        other = SHAPES[pool[rng.integers(len(pool))]]
-        phrase = ("but no {}", "without {}", "and not {}", "but not {}")[rng.integers(4)]
-        return f"{prefix}{named(order[0])} {phrase.format(other if phrase == 'but no {}' else article(other))}"
     if len(objects) == 1 or kind < 0.15:
         return f"{prefix}{named(order[0])}"
     first, second = order[:2]

@@ -1,0 +1,110 @@
+"""The scorer's weights in the authors' `.pt` layout, read and written.
+
+Layers as PyTorch names them, `conv1`, `conv2`, `fc1`, `fc2` (the MLP: `fc1` to `fc3`), and beside them the functional
+vectors [W, I]. The flat order of `fc1`'s inputs is channel, image token, text token. Source: [DCSM] arXiv 2503.08723.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxid.checkpoints.torch_files import read_torch_file
+from jaxid.errors import CheckpointError
+from jaxid.kernels.scorer import CHANNELS, CNN, MLP
+from jaxid.results import whole_file
+
+_FUNCTIONAL = "functional"
+
+
+def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | MLP, Float[np.ndarray, "W I"]]:
+    """A scorer and its functional vectors.
+
+    Reads nested dictionaries too: the layers may lie under any name, the vectors under any name with "func" or
+    "embed" in it.
+
+    Args:
+        path: the file.
+        text_tokens: caption tokens of a map, which the flat `fc1` does not tell.
+
+    Raises:
+        CheckpointError: if torch is not installed, or the file is missing, damaged, or holds no such scorer.
+    """
+    arrays = dict(_arrays(read_torch_file(path)))
+    layers, vectors = {}, []
+    for name, array in arrays.items():
+        *parents, layer, kind = name.split(".") if "." in name else ("", name, "")
+        if kind in ("weight", "bias") and layer in ("conv1", "conv2", "fc1", "fc2", "fc3"):
+            layers[f"{layer}.{kind}"] = array.astype(np.float32)
+        elif array.ndim == 2 and any(word in name.lower() for word in ("func", "embed")):
+            vectors.append(array.astype(np.float32))
+    kind = "cnn" if "conv1.weight" in layers else "mlp"
+    names = ("conv1", "conv2", "fc1", "fc2") if kind == "cnn" else ("fc1", "fc2", "fc3")
+    missing = [f"{name}.{part}" for name in names for part in ("weight", "bias") if f"{name}.{part}" not in layers]
+    if missing or len(vectors) != 1:
+        raise CheckpointError(
+            f"{path} is no scorer: missing {', '.join(missing) or 'nothing'}; {len(vectors)} tables of functional "
+            f"vectors instead of one; it holds {', '.join(sorted(arrays)[:12])}."
+        )
+    image_tokens = vectors[0].shape[1]
+    channels = CHANNELS if kind == "cnn" else 1
+    flat = channels * image_tokens * text_tokens
+    if layers["fc1.weight"].shape[1] != flat:
+        raise CheckpointError(
+            f"{path}: fc1 reads {layers['fc1.weight'].shape[1]} numbers, which are not {channels} x {image_tokens} "
+            f"image tokens (of the functional vectors) x {text_tokens} caption tokens."
+        )
+    first = layers["fc1.weight"].reshape(-1, channels, image_tokens, text_tokens)
+    last = names[-1]
+    ends = {last: layers[f"{last}.weight"][0], f"{last}_bias": layers[f"{last}.bias"].reshape(())}
+    if kind == "mlp":
+        hidden = {"fc2": layers["fc2.weight"], "fc2_bias": layers["fc2.bias"]}
+        return MLP(fc1=first[:, 0], fc1_bias=layers["fc1.bias"], **hidden, **ends), vectors[0]
+    return (
+        CNN(
+            conv1=layers["conv1.weight"][:, 0],
+            conv1_bias=layers["conv1.bias"],
+            conv2=layers["conv2.weight"],
+            conv2_bias=layers["conv2.bias"],
+            fc1=first,
+            fc1_bias=layers["fc1.bias"],
+            **ends,
+        ),
+        vectors[0],
+    )
+
+
+def write_authors_scorer(path: str | Path, network: CNN | MLP, vectors: Float[np.ndarray, "W I"]) -> None:
+    """Writes a scorer as `{"scorer": layers, "functional": vectors}`, atomically; needs PyTorch.
+
+    Raises:
+        CheckpointError: if torch is not installed.
+        OutputError: if the file cannot be written.
+    """
+    from jaxid.checkpoints.torch_files import write_torch_file
+
+    layers = {}
+    for name, value in network._asdict().items():
+        layer, kind = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
+        array = np.asarray(value)
+        if name == "conv1":
+            array = array[:, None]
+        elif name == "fc1":
+            array = array.reshape(len(array), math.prod(array.shape[1:]))
+        elif kind == "weight" and array.ndim == 1:
+            array = array[None]
+        layers[f"{layer}.{kind}"] = array.reshape(1) if array.ndim == 0 else array
+    with whole_file(path) as temporary:
+        write_torch_file(temporary, {"scorer": layers, _FUNCTIONAL: np.asarray(vectors)})
+
+
+def _arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """All arrays of nested dictionaries by their dotted names."""
+    if isinstance(tree, np.ndarray):
+        yield prefix.removesuffix("."), tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _arrays(value, f"{prefix}{name}.")

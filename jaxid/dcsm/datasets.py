@@ -1,0 +1,268 @@
+"""The scorer's data sets in the published layouts, read and written ([DCSM] arXiv 2503.08723, section 5).
+
+| set | on disk | opposite picture |
+| --- | --- | --- |
+| spatial | `star_above_fish.png`; relations above, below, leftof, rightof | `CUTMIX_star_above_fish.png` |
+| attributes | `red_star_blue_fish.png`, or `small_star_big_fish.png` | `MIRROR_red_star_blue_fish.png` |
+| negation | a JSON list of rows with two pictures and the name of what each shows | the row's other picture |
+| COCO | COCO-Spatial's rows [id, right caption, wrong caption] | none |
+
+Every item has its caption in two versions. Names of several words are joined by hyphens or further underscores.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxid.data import coco_spatial
+from jaxid.data.files import save_picture
+from jaxid.errors import DataError
+from jaxid.results import write_json
+
+ENDINGS = (".png", ".jpg", ".jpeg")
+RELATIONS = {"above": "above", "below": "below", "leftof": "to the left of", "rightof": "to the right of"}
+"""Relations in file names, and in captions."""
+
+INVERSE = {"above": "below", "below": "above", "leftof": "rightof", "rightof": "leftof"}
+NEGATIONS = ("and not", "but no", "without")
+"""What stands between what is there and what is missing."""
+
+_SPATIAL = re.compile(rf"(?P<first>.+)_(?P<relation>{'|'.join(RELATIONS)})_(?P<second>.+)")
+_PREFIX = "An image of "
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """A picture and its opposite, with their captions in two versions.
+
+    Attributes:
+        key: a name of its own.
+        picture: a path, or UInt8[Y, X, 3].
+        opposite: the opposite picture, of which the captions are wrong; None where there is none.
+        captions: right of the picture, in two versions.
+        opposite_captions: wrong of it and right of the opposite, in the same versions.
+    """
+
+    key: str
+    picture: Any
+    opposite: Any
+    captions: tuple[str, str]
+    opposite_captions: tuple[str, str]
+
+
+def article(name: str) -> str:
+    """The name with "a" or "an"."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def read_spatial(folder: str | Path) -> list[Item]:
+    """Two objects and how the first stands to the second.
+
+    Raises:
+        DataError: for a name of another form, a missing opposite, or a folder without pictures.
+    """
+    items = []
+    for path, opposite in _pairs(Path(folder), "CUTMIX_"):
+        match = _SPATIAL.fullmatch(path.stem)
+        if match is None:
+            raise DataError(f"{path}: the name must be A_{{{'|'.join(RELATIONS)}}}_B, such as star_above_fish.")
+        first, second = article(_words(match["first"])), article(_words(match["second"]))
+        how, inverse = RELATIONS[match["relation"]], RELATIONS[INVERSE[match["relation"]]]
+        items.append(
+            Item(
+                key=path.stem,
+                picture=path,
+                opposite=opposite,
+                captions=(f"{_PREFIX}{first} {how} {second}", f"{_PREFIX}{second} {inverse} {first}"),
+                opposite_captions=(f"{_PREFIX}{second} {how} {first}", f"{_PREFIX}{first} {inverse} {second}"),
+            )
+        )
+    return items
+
+
+def read_attributes(folder: str | Path) -> list[Item]:
+    """Two objects, each with an attribute: a colour, or small and big.
+
+    A name has four parts. Of longer ones the first is an attribute, and so is the part that stands in the place of an
+    attribute in other names of the folder.
+
+    Raises:
+        DataError: for a name that cannot be told apart, a missing opposite, or a folder without pictures.
+    """
+    pairs = list(_pairs(Path(folder), "MIRROR_"))
+    known = {path.stem.split("_")[0] for path, _ in pairs}
+    known |= {path.stem.split("_")[2] for path, _ in pairs if path.stem.count("_") == 3}
+    items = []
+    for path, opposite in pairs:
+        parts = path.stem.split("_")
+        places = [2] if len(parts) == 4 else [k for k in range(2, len(parts) - 1) if parts[k] in known]
+        if len(parts) < 4 or len(places) != 1:
+            raise DataError(f"{path}: the name must be c1_A_c2_B, such as red_star_blue_fish, c2 an attribute.")
+        cut = places[0]
+        attributes, names = (parts[0], parts[cut]), (_words("_".join(parts[1:cut])), _words("_".join(parts[cut + 1 :])))
+        own = [article(f"{attribute} {name}") for attribute, name in zip(attributes, names, strict=True)]
+        other = [article(f"{attribute} {name}") for attribute, name in zip(attributes[::-1], names, strict=True)]
+        items.append(
+            Item(
+                key=path.stem,
+                picture=path,
+                opposite=opposite,
+                captions=(f"{_PREFIX}{own[0]} and {own[1]}", f"{_PREFIX}{own[1]} and {own[0]}"),
+                opposite_captions=(f"{_PREFIX}{other[0]} and {other[1]}", f"{_PREFIX}{other[1]} and {other[0]}"),
+            )
+        )
+    return items
+
+
+def read_negation(path: str | Path) -> list[Item]:
+    """Pictures of one thing each, in pairs: what each shows is missing in the other.
+
+    The file lists rows {"image_1", "image_2", "object_1", "object_2"}, pictures relative to the file's folder. The two
+    versions of a caption are two of `NEGATIONS`, which change from row to row.
+
+    Raises:
+        DataError: for a file that is no such list, a row without a field, or a missing picture.
+    """
+    path = Path(path)
+    items = []
+    for number, row in enumerate(_json_list(path)):
+        where = f"{path}, row {number}"
+        fields = ("image_1", "image_2", "object_1", "object_2")
+        missing = [name for name in fields if not isinstance(row, dict) or not str(row.get(name) or "").strip()]
+        if missing:
+            raise DataError(f"{where} lacks {', '.join(missing)}.")
+        pictures = [path.parent / str(row[name]) for name in ("image_1", "image_2")]
+        for picture in pictures:
+            if not picture.is_file():
+                raise DataError(f"{where}: there is no picture {picture}.")
+        here, there = str(row["object_1"]).strip(), str(row["object_2"]).strip()
+        words = [NEGATIONS[(number + shift) % len(NEGATIONS)] for shift in range(2)]
+        items.append(
+            Item(
+                key=f"{path.stem}-{number}",
+                picture=pictures[0],
+                opposite=pictures[1],
+                captions=(negated(here, words[0], there), negated(here, words[1], there)),
+                opposite_captions=(negated(there, words[0], here), negated(there, words[1], here)),
+            )
+        )
+    if not items:
+        raise DataError(f"{path} lists no rows.")
+    return items
+
+
+def read_coco(folder: str | Path) -> list[Item]:
+    """COCO-Spatial's rows: a picture, the right caption and the wrong one; there are no opposite pictures.
+
+    Raises:
+        DataError: if the folder is not in that layout.
+    """
+    items = []
+    for item in coco_spatial.find_coco_spatial(folder):
+        opposite = coco_spatial.OPPOSITE[item.relation]
+        first, second = item.subject, item.object
+        items.append(
+            Item(
+                key=item.key,
+                picture=item.picture,
+                opposite=None,
+                captions=(
+                    coco_spatial.caption(first, second, item.relation),
+                    coco_spatial.caption(second, first, opposite),
+                ),
+                opposite_captions=(
+                    coco_spatial.caption(first, second, opposite),
+                    coco_spatial.caption(second, first, item.relation),
+                ),
+            )
+        )
+    return items
+
+
+def negated(here: str, words: str, missing: str) -> str:
+    """The caption of a picture with one thing and without another."""
+    return f"{_PREFIX}{article(here)} {words} {missing if words == 'but no' else article(missing)}"
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_pair(
+    folder: str | Path, name: str, picture: UInt8[np.ndarray, "Y X 3"], opposite: UInt8[np.ndarray, "Y X 3"]
+) -> None:
+    """Writes an item of the spatial or the attribute set as PNG files; opposites take the layout's own prefix.
+
+    Args:
+        folder: of the set; made if need be.
+        name: such as "star_above_fish" or "red_star_blue_fish".
+        picture: the picture.
+        opposite: its opposite.
+
+    Raises:
+        OutputError: if they cannot be written.
+    """
+    prefix = "CUTMIX_" if _SPATIAL.fullmatch(name) else "MIRROR_"
+    save_picture(Path(folder) / f"{prefix}{name}.png", opposite)  # first, so that no picture ever lacks its opposite
+    save_picture(Path(folder) / f"{name}.png", picture)
+
+
+def write_negation(
+    path: str | Path,
+    rows: Sequence[tuple[UInt8[np.ndarray, "Y X 3"], UInt8[np.ndarray, "Y X 3"], str, str]],
+) -> None:
+    """Writes a negation set: pictures beside the file, which comes last.
+
+    Args:
+        path: of the JSON file.
+        rows: two pictures and the names of what they show.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    path, listed = Path(path), []
+    for number, (first, second, here, there) in enumerate(rows):
+        names = [f"{path.stem}_{number:05d}_{side}.png" for side in (1, 2)]
+        for name, picture in zip(names, (first, second), strict=True):
+            save_picture(path.parent / name, picture)
+        listed.append({"image_1": names[0], "image_2": names[1], "object_1": here, "object_2": there})
+    write_json(path, listed)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _pairs(folder: Path, prefix: str) -> list[tuple[Path, Path]]:
+    """Pictures and their opposites, by name."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}.")
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS}
+    pairs = []
+    for name, path in files.items():
+        if name.startswith(prefix):
+            continue
+        if f"{prefix}{name}" not in files:
+            raise DataError(f"{path} has no opposite picture {prefix}{name} beside it.")
+        pairs.append((path, files[f"{prefix}{name}"]))
+    if not pairs:
+        raise DataError(f"{folder} holds no pictures ({', '.join(ENDINGS)}).")
+    return pairs
+
+
+def _words(part: str) -> str:
+    return part.replace("_", " ").replace("-", " ").strip()
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} is not a JSON list.")
+    return rows

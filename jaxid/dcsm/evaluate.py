@@ -1,0 +1,122 @@
+"""Questions about pictures, answered by pooled cosine and by a scorer of dense maps ([DCSM] arXiv 2503.08723, 6)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
+from jaxid.dcsm.scoring import Scorer, score_own
+from jaxid.errors import InputError
+from jaxid.models.base import Encoder
+from jaxid.processing.pictures import Picture
+
+
+class Answers(NamedTuple):
+    """Which questions were answered rightly; a right answer has the greatest score, alone."""
+
+    cosine: Bool[np.ndarray, "N"]
+    dcsm: Bool[np.ndarray, "N"] | None  # without a scorer, None
+
+
+def answer(
+    encoder: Encoder,
+    pictures: Sequence[Picture],
+    captions: Sequence[Sequence[str]],
+    scorer: Scorer | None = None,
+    *,
+    scorer_captions: Sequence[Sequence[str]] | None = None,
+    shown: Sequence[int] | None = None,
+    group: str = "row",
+) -> Answers:
+    """Answers questions; every picture and every caption is encoded once.
+
+    Args:
+        encoder: the model.
+        pictures: of the questions.
+        captions: of every question, the right one first; their number may differ.
+        scorer: of dense maps, trained for this encoder.
+        scorer_captions: what the scorer is shown, where that differs.
+        shown: which picture every question is about; by default each about its own.
+        group: what maps are standardised over: "row", a question's captions, as published, or "pair".
+
+    Raises:
+        InputError: if there are no questions, one has no wrong caption, or numbers do not fit.
+    """
+    shown = range(len(pictures)) if shown is None else shown
+    if not len(captions) or len(captions) != len(shown):
+        raise InputError(f"{len(captions)} questions about {len(shown)} pictures: as many of both are needed, and one.")
+    alone = [number for number, own in enumerate(captions) if len(own) < 2]
+    if alone:
+        raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
+    encoded = embed_images(encoder, pictures)
+    cosine = np.zeros(len(captions), bool)
+    known = _Captions(encoder, captions)
+    for rows, texts in known.by_count(captions):
+        scores = np.einsum("ne,nce->nc", encoded.pooled[[shown[row] for row in rows]], texts.pooled)
+        cosine[rows] = _first_is_best(scores)
+    if scorer is None:
+        return Answers(cosine, None)
+    asked = captions if scorer_captions is None else scorer_captions
+    known = known if scorer_captions is None else _Captions(encoder, asked)
+    dcsm = np.zeros(len(captions), bool)
+    for rows, texts in known.by_count(asked):
+        own = encoded[[shown[row] for row in rows]]
+        dcsm[rows] = _first_is_best(score_own(scorer, own, texts.flat, texts.pooled.shape[1], group=group))
+    return Answers(cosine, dcsm)
+
+
+def _first_is_best(scores: np.ndarray) -> np.ndarray:
+    # Rounding must not decide between captions that the encoder cannot tell apart: then no answer is right.
+    return scores[:, 0] > scores[:, 1:].max(axis=1) + 1e-6 * np.abs(scores).max()
+
+
+class _Own(NamedTuple):
+    """Captions of questions that have as many each."""
+
+    pooled: np.ndarray  # Float[n, C, E]
+    flat: Texts  # n * C
+
+
+class _Captions:
+    """All different captions of some questions, encoded once."""
+
+    def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]]):
+        self.numbers: dict[str, int] = {}
+        for own in captions:
+            for caption in own:
+                self.numbers.setdefault(caption, len(self.numbers))
+        self.texts = embed_texts(encoder, list(self.numbers))
+
+    def by_count(self, captions: Sequence[Sequence[str]]) -> list[tuple[list[int], _Own]]:
+        """Questions by their number of captions: which, and what they are asked."""
+        groups: dict[int, list[int]] = {}
+        for row, own in enumerate(captions):
+            groups.setdefault(len(own), []).append(row)
+        found = []
+        for count, rows in groups.items():
+            chosen = [self.numbers[caption] for row in rows for caption in captions[row]]
+            texts = self.texts[chosen]
+            found.append((rows, _Own(texts.pooled.reshape(len(rows), count, -1), texts)))
+        return found
+
+
+def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Shares of right answers by method and benchmark, with 95 % intervals.
+
+    Args:
+        rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm".
+    """
+    from jaxid.results import confidence_interval
+
+    names = np.asarray(rows["benchmark"])
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for method in [name for name in ("cosine", "dcsm") if name in rows]:
+        right = np.asarray(rows[method], bool)
+        for name in dict.fromkeys(names.tolist()):
+            own = right[names == name]
+            low, high = confidence_interval(int(own.sum()), len(own))
+            entry = {"accuracy": float(own.mean()), "low": low, "high": high, "questions": len(own)}
+            found.setdefault(method, {})[name] = entry
+    return found

@@ -1,0 +1,160 @@
+"""Figures of dense similarity maps: maps over the picture, training curves, benchmarks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from jaxid.errors import InputError
+from jaxid.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    PURPLE,
+    STYLE,
+    VERMILLION,
+    check_shapes,
+    finished,
+    new_figure,
+    wrapped,
+)
+
+_SHOWN_TOKENS = 9
+"""Most caption tokens that a row of maps shows."""
+
+
+@rc_context(STYLE)
+def caption_maps(
+    picture: UInt8[np.ndarray, "Y X 3"],
+    maps: Float[np.ndarray, "M I T"],
+    tokens: Sequence[Sequence[tuple[int, str, bool]]],
+    scores: Sequence[Mapping[str, Any]],
+    grid: tuple[int, int],
+) -> Figure:
+    """Heat maps of the picture for every caption token ([DCSM] arXiv 2503.08723, Figure 1).
+
+    One row a caption, one panel a token; functional words, whose columns are fixed, are named in grey without a map.
+
+    Args:
+        picture: as the encoder sees it.
+        maps: cosine of image and caption tokens.
+        tokens: of every caption: column, text, and whether the word is functional.
+        scores: of every caption: "caption", "cosine" and "score".
+        grid: first patch among the image tokens, and patches a side.
+
+    Raises:
+        InputError: The arrays do not fit each other, or there is no grid of patches.
+    """
+    check_shapes(maps=(maps, "M I T"), tokens=([""] * len(tokens), "M"))
+    first, side = grid
+    if first + side * side != maps.shape[1]:
+        raise InputError(f"{maps.shape[1]} image tokens are not {first} and {side} x {side} patches.")
+    columns = min(_SHOWN_TOKENS, max(len(row) for row in tokens))
+    patches = maps[:, first:].reshape(len(maps), side, side, -1)
+    shown = [[column for column, _, functional in row[:columns] if not functional] for row in tokens]
+    values = np.concatenate([patches[row][..., chosen].ravel() for row, chosen in enumerate(shown)])
+    low, high = float(values.min()), float(values.max())
+    figure = new_figure(1.75 + 0.85 * columns, 0.2 + 1.08 * len(maps))
+    axes = figure.subplots(len(maps), columns + 1, squeeze=False, width_ratios=[1.7] + [1.0] * columns)
+    best = int(np.argmax([entry["score"] for entry in scores]))
+    for row, (line, entry) in enumerate(zip(axes, scores, strict=True)):
+        for panel in line:
+            panel.set_axis_off()
+        weight = "bold" if row == best else "normal"
+        text = f"{wrapped(entry['caption'], 24)}\nscore {entry['score']:+.2f}   cosine {entry['cosine']:.3f}"
+        line[0].text(0, 0.5, text, va="center", ha="left", fontsize=7.5, weight=weight, transform=line[0].transAxes)
+        for panel, (column, word, functional) in zip(line[1:], tokens[row], strict=False):
+            color = GREY if functional else INK
+            panel.set_title(word, loc="center", fontsize=7.5, color=color, pad=3)
+            if functional:
+                panel.text(0.5, 0.5, "fixed\nvector", ha="center", va="center", fontsize=6.5, color=GREY)
+                continue
+            panel.imshow(picture, extent=(0, side, side, 0))
+            heat = panel.imshow(
+                patches[row, :, :, column], extent=(0, side, side, 0), cmap="magma", vmin=low, vmax=high, alpha=0.72
+            )
+    bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.12, pad=0.04, aspect=28)
+    bar.set_label("cosine of patch and word")
+    bar.outline.set_visible(False)
+    return finished(figure)
+
+
+@rc_context(STYLE)
+def training_curves(
+    epoch: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"], accuracy: Float[np.ndarray, "N"]
+) -> Figure:
+    """Loss and accuracy of a scorer's training, as recorded and as running means.
+
+    Args:
+        epoch: passes over the largest data set.
+        loss: both directions' cross-entropy.
+        accuracy: share of pictures whose caption scores highest in the batch.
+
+    Raises:
+        InputError: The arrays do not fit each other.
+    """
+    check_shapes(epoch=(epoch, "N"), loss=(loss, "N"), accuracy=(accuracy, "N"))
+    figure = new_figure(6.6, 2.6)
+    window = max(1, len(epoch) // 25)
+    for axes, values, title, color in zip(
+        figure.subplots(1, 2),
+        (loss, accuracy),
+        ("two-way cross-entropy", "right within the batch"),
+        (BLUE, GREEN),
+        strict=True,
+    ):
+        axes.plot(epoch, values, color=color, alpha=0.25, linewidth=0.8)
+        mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
+        axes.plot(epoch[window - 1 :], mean, color=color)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.set_ylim(0, 1 if values is accuracy else None)
+        axes.set_xlim(0, float(epoch.max()))
+    return finished(figure)
+
+
+@rc_context(STYLE)
+def benchmark_bars(
+    names: Sequence[str],
+    benchmarks: Sequence[str],
+    accuracy: Float[np.ndarray, "R B"],
+    interval: Float[np.ndarray, "R 2 B"],
+) -> Figure:
+    """Shares of right answers, a group of bars for every benchmark, with 95 % intervals.
+
+    Args:
+        names: of the rows: model and method.
+        benchmarks: of the columns.
+        accuracy: NaN where there is none.
+        interval: lower and upper ends.
+
+    Raises:
+        InputError: The arrays do not fit each other.
+    """
+    check_shapes(names=(names, "R"), benchmarks=(benchmarks, "B"), accuracy=(accuracy, "R B"))
+    check_shapes(accuracy=(accuracy, "R B"), interval=(interval, "R 2 B"))
+    figure = new_figure(max(4.2, 1.4 + 0.22 * accuracy.size + 0.4 * len(benchmarks)), 3.2)
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    palette = [GREY, BLUE, VERMILLION, GREEN, PURPLE, INK]
+    for row, name in enumerate(names):
+        x = np.arange(len(benchmarks)) + (row - (len(names) - 1) / 2) * width
+        error = np.abs(interval[row] - accuracy[row])
+        axes.bar(
+            x,
+            accuracy[row],
+            0.92 * width,
+            color=palette[row % len(palette)],
+            label=name,
+            yerr=error,
+            error_kw={"elinewidth": 0.8, "ecolor": INK},
+        )
+    axes.set_xticks(np.arange(len(benchmarks)), [wrapped(name.replace("-", " "), 12) for name in benchmarks])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("right answers")
+    figure.legend(loc="outside lower center", ncols=min(2, len(names)), frameon=False)
+    return finished(figure)

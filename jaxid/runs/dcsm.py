@@ -1,0 +1,356 @@
+"""`jaxid dcsm ...`: training, scoring and evaluation of dense similarity maps, as jobs over files."""
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxid import jobs, plots
+from jaxid.checkpoints.encoders import load_encoder
+from jaxid.checkpoints.loading import find_folder
+from jaxid.data.files import save_bytes
+from jaxid.dcsm import benchmarks, datasets, evaluate
+from jaxid.dcsm import training as scorer_training
+from jaxid.dcsm.embedding import embed_images, embed_texts
+from jaxid.dcsm.placement import find, place
+from jaxid.dcsm.scoring import Scorer, score
+from jaxid.dcsm.training import TrainingConfig
+from jaxid.errors import DataError, InputError
+from jaxid.models.base import Encoder
+from jaxid.models.encoders import ENCODER_ALIASES
+from jaxid.results import ensure_output_folder, write_json, write_text
+
+SCORER_FILE = "scorer.safetensors"
+"""Name of the scorer that lies in a model's folder."""
+
+
+def own_scorer(model: str) -> Path | None:
+    """The scorer in a model's folder, if there is one."""
+    path = find_folder(ENCODER_ALIASES.get(model, model)) / SCORER_FILE
+    return path if path.is_file() else None
+
+
+def find_scorer(model: str, path: Path | None) -> Scorer:
+    """The scorer at a path, or the one in the model's folder.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    found = own_scorer(model) if path is None else path
+    if found is None:
+        raise InputError(f"{model} has no scorer of its own; give --scorer, or train one with `jaxid dcsm train`.")
+    return Scorer.load(found)
+
+
+# --- scores of one picture -------------------------------------------------------------------------------------------
+
+
+def score_picture(
+    picture: Path,
+    captions: Sequence[str],
+    *,
+    model: str = "tiny-clip",
+    scorer: Path | None = None,
+    group: str = "call",
+    out: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Scores of one picture with captions; optionally a figure of the maps.
+
+    Returns:
+        One row a caption: "caption", "cosine", "score".
+    """
+    encoder = load_encoder(model)
+    own = find_scorer(model, scorer)
+    pictures = embed_images(encoder, [picture])
+    texts = embed_texts(encoder, captions, own.map_shape[1])
+    scores, cosine = score(own, pictures, texts, group=group)[0], pictures.pooled[0] @ texts.pooled.T
+    rows = [
+        {"caption": caption, "cosine": float(near), "score": float(value)}
+        for caption, near, value in zip(captions, cosine, scores, strict=True)
+    ]
+    if out is not None:
+        maps = np.einsum("ie,mte->mit", pictures.tokens[0], texts.tokens)
+        names = [_token_names(own, texts, row) for row in range(len(captions))]
+        figure = plots.caption_maps(encoder.processor.shown(picture), maps, names, rows, encoder.processor.grid)
+        plots.save(figure, out)
+    return rows
+
+
+def _token_names(scorer: Scorer, texts: Any, row: int) -> list[tuple[int, str, bool]]:
+    """Column, words and whether it is functional, of every caption token that stands for characters."""
+    captions = texts.captions
+    words = place(captions, scorer.vocabulary).words[row]
+    found = []
+    for column, (start, stop) in enumerate(captions.offsets[row].tolist()):
+        if captions.valid[row, column] and stop > start:
+            found.append((column, captions.texts[row][start:stop], bool(words[column] >= 0)))
+    return found
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def read_sets(data: Path) -> dict[str, list[datasets.Item]]:
+    """The data sets below a folder: `spatial/`, `attributes/`, `sizes/`, `negation.json`, and COCO-Spatial's layout.
+
+    Raises:
+        DataError: if there is none, or one is not in its layout.
+    """
+    found: dict[str, list[datasets.Item]] = {}
+    for name, read in (
+        ("spatial", datasets.read_spatial),
+        ("attributes", datasets.read_attributes),
+        ("sizes", datasets.read_attributes),
+    ):
+        if (data / name).is_dir():
+            found[name] = read(data / name)
+    if "sizes" in found:  # published as one set
+        found["attributes"] = [*found.get("attributes", []), *found.pop("sizes")]
+    if (data / "negation.json").is_file():
+        found["negation"] = datasets.read_negation(data / "negation.json")
+    if (data / datasets.coco_spatial.CAPTIONS_FILE).is_file():
+        found["coco"] = datasets.read_coco(data)
+    if not found:
+        raise DataError(
+            f"{data} holds no data set: spatial/, attributes/, sizes/, negation.json or "
+            f"{datasets.coco_spatial.CAPTIONS_FILE}."
+        )
+    return found
+
+
+def train(
+    data: Path,
+    out: Path,
+    *,
+    model: str = "tiny-clip",
+    config: TrainingConfig | None = None,
+    save_every: int = 100,
+    wandb: str | None = None,
+    torch_file: Path | None = None,
+) -> dict[str, Any]:
+    """Trains a scorer on the data sets below a folder; writes it with metrics and their curves.
+
+    Args:
+        data: see `read_sets`.
+        out: folder of the run.
+        model: the encoder.
+        config: the run's settings.
+        save_every: steps between saves.
+        wandb: project of Weights & Biases that metrics go to as well.
+        torch_file: also writes the scorer in the authors' layout.
+
+    Returns:
+        What `metrics.json` holds.
+    """
+    config = config or TrainingConfig()
+    sets = read_sets(data)
+    encoder = load_encoder(model)
+    with _Logged(wandb, dataclasses.asdict(config) | {"model": model}) as log:
+        found = scorer_training.train(out, encoder, sets, config, save_every=save_every, log=log)
+    if torch_file is not None:
+        from jaxid.checkpoints.scorer_files import write_authors_scorer
+
+        write_authors_scorer(torch_file, found.network, np.asarray(found.vectors))
+    import json
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    if metrics:
+        columns = {name: np.array([row[name] for row in metrics]) for name in ("epoch", "loss", "accuracy")}
+        plots.save(plots.training_curves(**columns), out / "curves.png")
+    return {"rows": metrics, "sets": {name: len(items) for name, items in sets.items()}}
+
+
+class _Logged:
+    """Metrics to Weights & Biases, if a project is given."""
+
+    def __init__(self, project: str | None, settings: Mapping[str, Any]):
+        self.project, self.settings, self.run = project, settings, None
+
+    def __enter__(self) -> Any:
+        if self.project is None:
+            return None
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError("--wandb needs Weights & Biases: pip install 'jaxid-vlm[wandb]'.") from error
+        self.run = wandb.init(project=self.project, config=dict(self.settings))
+        return lambda row: self.run.log({k: v for k, v in row.items() if k != "stage"}, step=row["step"])
+
+    def __exit__(self, *_: object) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Settings of an evaluation."""
+
+    data: Path  # folder of the benchmarks
+    out: Path  # folder for parts, tables and figure
+    models: tuple[str, ...] = ("tiny-clip",)  # encoders
+    scorers: tuple[Path, ...] = ()  # scorers, each for the encoder that it was trained with
+    names: tuple[str, ...] | None = None  # benchmarks; all that the folder holds by default
+    rewrite: bool = True  # word captions as published
+    group: str = "row"  # what maps are standardised over
+    batch_size: int = 64  # questions answered together
+    resume: bool = False  # go on with what the folder holds
+    skip_bad: bool = False  # leave out rows and pictures that cannot be used
+
+
+def evaluate_all(config: EvalConfig) -> dict[str, Any]:
+    """Pooled cosine and dense maps on every benchmark, for every model; one table (CSV, Markdown, figure).
+
+    Returns:
+        The summary, as `summary.json` holds it.
+    """
+    ensure_output_folder(config.out)
+    names = None if config.names is None else list(config.names)
+    # Captions are worded below: the cosine and the scorer are shown different ones.
+    found = benchmarks.read(config.data, names, rewrite=False, skip_bad=config.skip_bad)
+    read, bad_rows = found if isinstance(found, tuple) else (found, [])
+    asked = [(name, question) for name, questions in read.items() for question in questions]
+    # Questions about one picture stand together, so that it is encoded once.
+    asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
+    scorers = [Scorer.load(path) for path in config.scorers]
+    summary: dict[str, Any] = {"models": {}, "skipped": []}
+    summary["skipped"] += [{"item": f"{row.file}, row {row.row}", "reason": row.reason} for row in bad_rows]
+    for model in config.models:
+        encoder = load_encoder(model)
+        own = next((scorer for scorer in scorers if scorer.encoder == model), None)
+        path = own_scorer(model) if own is None else None
+        own = Scorer.load(path) if path is not None else own
+        finished = _run_model(config, encoder, own, asked)
+        columns = finished.table.to_pydict()
+        entry = evaluate.summary(columns)
+        summary["models"][model] = entry
+        summary["skipped"] += [{"item": f"{model}: {bad.key}", "reason": bad.reason} for bad in finished.skipped]
+    _write_tables(config.out, summary)
+    write_json(config.out / "summary.json", summary)
+    return summary
+
+
+def _run_model(config: EvalConfig, encoder: Encoder, scorer: Scorer | None, asked: list[Any]) -> jobs.Finished:
+    def compute(chunk: list[Any]) -> dict[str, Any]:
+        pictures: dict[Any, int] = {}
+        shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in chunk]
+        opened = [None] * len(pictures)
+        for number, (_, question) in zip(shown, chunk, strict=True):
+            if opened[number] is None:
+                opened[number] = benchmarks.load_picture(question)
+
+        def worded(flat: bool) -> list[tuple[str, ...]]:
+            if not config.rewrite:
+                return [question.captions for _, question in chunk]
+            return [
+                tuple(benchmarks.published_caption(name, caption, flat=flat) for caption in question.captions)
+                for name, question in chunk
+            ]
+
+        answers = evaluate.answer(
+            encoder, opened, worded(False), scorer, scorer_captions=worded(True), shown=shown, group=config.group
+        )
+        columns: dict[str, Any] = {
+            "model": [encoder.name] * len(chunk),
+            "benchmark": [name for name, _ in chunk],
+            "question": [question.key for _, question in chunk],
+            "cosine": answers.cosine,
+        }
+        return columns if answers.dcsm is None else columns | {"dcsm": answers.dcsm}
+
+    settings = {
+        "model": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "scorer": None if scorer is None else _digest(scorer),
+        "rewrite": config.rewrite,
+        "group": config.group,
+    }
+    out = config.out / "models" / encoder.name.replace("/", "--")
+    finished = jobs.run(
+        out,
+        settings=settings,
+        items=asked,
+        key=lambda entry: f"{entry[0]}/{entry[1].key}",
+        compute=compute,
+        chunk_size=config.batch_size,
+        resume=config.resume,
+        skip_bad=config.skip_bad,
+        unit="question",
+    )
+    jobs.write_merged(out, finished)
+    return finished
+
+
+def _digest(scorer: Scorer) -> str:
+    import hashlib
+
+    import jax
+
+    digest = hashlib.sha256(f"{scorer.vocabulary} {scorer.placement}".encode())
+    for leaf in jax.tree.leaves(scorer):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
+    """`table.csv` and `table.md`: a row for every model and method, a column for every benchmark; and the figure."""
+    entries = [
+        (model, method, found) for model, methods in summary["models"].items() for method, found in methods.items()
+    ]
+    columns = list(dict.fromkeys(name for _, _, found in entries for name in found))
+    labels = {"cosine": "pooled cosine", "dcsm": "dense maps"}
+    rows = [
+        [model, labels[method], *(f"{found[name]['accuracy']:.4f}" if name in found else "" for name in columns)]
+        for model, method, found in entries
+    ]
+    head = ["model", "method", *columns]
+    import io
+
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
+    save_bytes(out / "table.csv", buffer.getvalue().encode())
+    lines = [head, ["---"] * len(head), *rows]
+    write_text(out / "table.md", "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    accuracy = np.array([[found.get(name, {}).get("accuracy", np.nan) for name in columns] for _, _, found in entries])
+    interval = np.array(
+        [
+            [[found.get(name, {}).get(side, np.nan) for name in columns] for side in ("low", "high")]
+            for _, _, found in entries
+        ]
+    )
+    names = [f"{model}, {labels[method]}" for model, method, _ in entries]
+    plots.save(plots.benchmark_bars(names, columns, accuracy, interval), out / "table.png")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def read_words(path: Path) -> tuple[str, ...]:
+    """Functional words of a text file, one a line; what follows a # is left out.
+
+    Raises:
+        DataError: if it cannot be read or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a list of words ({error}).") from error
+    words = tuple(dict.fromkeys(word for line in lines if (word := line.split("#")[0].strip().lower())))
+    if not words:
+        raise DataError(f"{path} holds no words.")
+    return words
+
+
+def marked(captions: Sequence[str], vocabulary: Sequence[str]) -> list[str]:
+    """Captions with their functional words <LIKE THIS>."""
+    found = []
+    for caption in captions:
+        for _, start, stop in reversed(find(caption, vocabulary)):
+            caption = f"{caption[:start]}<{caption[start:stop].upper()}>{caption[stop:]}"
+        found.append(caption)
+    return found
