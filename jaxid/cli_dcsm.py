@@ -159,3 +159,38 @@ def geometry(
         met = [name for name, margin in best.items() if margin > study.RESOLUTION]
         typer.echo(f"{law}: {len(met)} of {len(best)} sets can be met: {'; '.join(met)}")
     typer.echo(str(out / "geometry.png"))
+
+
+@dcsm_app.command("words")
+def words(
+    captions: Annotated[Path, typer.Argument(help="Captions, one a line.")],
+    out: Out,
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint; without it, rules tell functional words.")
+    ] = None,
+    llm: Annotated[str, typer.Option(help="The language model's name there.")] = "gpt-4o-mini",
+    key_variable: Annotated[
+        str, typer.Option(help="Environment variable of the key; empty for none.")
+    ] = "OPENAI_API_KEY",
+    keep: Annotated[bool, typer.Option(help="Begin with the published functional words.")] = True,
+) -> None:
+    """Find functional words in captions; `jaxid dcsm train --words` takes the list."""
+    from tqdm import tqdm
+
+    from jaxid.dcsm import functional_words as found_words
+    from jaxid.dcsm.placement import PUBLISHED
+    from jaxid.results import write_text
+    from jaxid.runs import dcsm as job
+
+    lines = job.read_lines(captions)
+    known = PUBLISHED if keep else ()
+    if base_url is None:
+        found = found_words.by_rules(lines, known)
+    else:
+        ask = found_words.Endpoint(base_url, llm, out / "answers", key_variable=key_variable or None)
+        with tqdm(total=len(lines), unit="caption", disable=None) as bar:
+            found = found_words.by_model(lines, ask, known, progress=lambda done: bar.update(done - bar.n))
+    write_text(out / "words.txt", "\n".join(found.vocabulary) + "\n")
+    write_text(out / "captions.txt", "\n".join(found.captions) + "\n")
+    write_text(out / "marked.txt", "\n".join(job.marked(found.captions, found.vocabulary)) + "\n")
+    typer.echo(f"{len(found.vocabulary)} functional words: {', '.join(found.vocabulary)}\n{out / 'words.txt'}")

@@ -99,7 +99,7 @@ def train(
                     name: jax.device_put(value, same if name in stage.whole else split) for name, value in batch.items()
                 }
                 state, metrics = step_function(state, placed)
-                if (step + 1) % record_every == 0:
+                if (step + 1) % record_every == 0 or step + 1 == end:
                     numbers = {name: round(float(value), 4) for name, value in metrics.items()}
                     row = {"step": step + 1, "stage": stage.name, **numbers}
                     append_metrics(folder / "metrics.csv", columns, row)

@@ -36,7 +36,7 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
     arrays = dict(_arrays(read_torch_file(path)))
     layers, vectors = {}, []
     for name, array in arrays.items():
-        *parents, layer, kind = name.split(".") if "." in name else ("", name, "")
+        *_, layer, kind = name.split(".") if "." in name else ("", name, "")
         if kind in ("weight", "bias") and layer in ("conv1", "conv2", "fc1", "fc2", "fc3"):
             layers[f"{layer}.{kind}"] = array.astype(np.float32)
         elif array.ndim == 2 and any(word in name.lower() for word in ("func", "embed")):

@@ -58,7 +58,7 @@ def caption_maps(
     shown = [[column for column, _, functional in row[:columns] if not functional] for row in tokens]
     values = np.concatenate([patches[row][..., chosen].ravel() for row, chosen in enumerate(shown)])
     low, high = float(values.min()), float(values.max())
-    figure = new_figure(1.75 + 0.85 * columns, 0.2 + 1.08 * len(maps))
+    figure = new_figure(1.75 + 0.85 * columns, 0.2 + 0.98 * len(maps))
     axes = figure.subplots(len(maps), columns + 1, squeeze=False, width_ratios=[1.7] + [1.0] * columns)
     best = int(np.argmax([entry["score"] for entry in scores]))
     for row, (line, entry) in enumerate(zip(axes, scores, strict=True)):
@@ -70,6 +70,7 @@ def caption_maps(
         for panel, (column, word, functional) in zip(line[1:], tokens[row], strict=False):
             color = GREY if functional else INK
             panel.set_title(word, loc="center", fontsize=7.5, color=color, pad=3)
+            panel.set_box_aspect(1)
             if functional:
                 panel.text(0.5, 0.5, "fixed\nvector", ha="center", va="center", fontsize=6.5, color=GREY)
                 continue

@@ -330,20 +330,28 @@ def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def read_words(path: Path) -> tuple[str, ...]:
-    """Functional words of a text file, one a line; what follows a # is left out.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something.
 
     Raises:
         DataError: if it cannot be read or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a list of words ({error}).") from error
-    words = tuple(dict.fromkeys(word for line in lines if (word := line.split("#")[0].strip().lower())))
-    if not words:
-        raise DataError(f"{path} holds no words.")
-    return words
+        raise DataError(f"{path} cannot be read as lines of text ({error}).") from error
+    if not lines:
+        raise DataError(f"{path} holds no lines.")
+    return lines
+
+
+def read_words(path: Path) -> tuple[str, ...]:
+    """Functional words of a text file, one a line, in lower case.
+
+    Raises:
+        DataError: if it cannot be read or holds none.
+    """
+    return tuple(dict.fromkeys(line.lower() for line in read_lines(path)))
 
 
 def marked(captions: Sequence[str], vocabulary: Sequence[str]) -> list[str]:

@@ -27,6 +27,23 @@ GAP = 0.22
 """Least distance of two objects along the axis of their relation, in picture fractions."""
 
 
+STYLES = ("{}", "an image of {}", "a picture of {}", "bare")
+"""How captions begin; bare ones lack articles and joining words, too."""
+
+
+def styled(rng: np.random.Generator, captions: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """An item's captions, right and opposite ones alike, in one style."""
+    style = STYLES[rng.integers(len(STYLES))]
+    if style != "bare":
+        return tuple((style.format(first), style.format(second)) for first, second in captions)
+    left_out = {"a", "an", "and"}
+
+    def bare(caption: str) -> str:
+        return " ".join(word for word in caption.split() if word not in left_out)
+
+    return tuple((bare(first), bare(second)) for first, second in captions)
+
+
 def clear(scenes: Scenes) -> Bool[np.ndarray, "N"]:
     """Which scenes of two objects have one relation that nobody would dispute."""
     gaps = np.abs(scenes.centers[:, 0] - scenes.centers[:, 1])
@@ -44,22 +61,58 @@ def exchanged(scenes: Scenes, *names: str) -> Scenes:
     return dataclasses.replace(scenes, **{field: getattr(scenes, field)[:, ::-1] for field in names})
 
 
-def spatial(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.ndarray] = seen) -> list[Item]:
-    """Two objects whose relation is said; in the opposite picture each stands where the other was."""
-    scenes = sample(rng, count, 2, lambda scenes: keep(scenes) & clear(scenes))
+def spatial(
+    rng: np.random.Generator,
+    count: int,
+    keep: Callable[[Scenes], np.ndarray] = seen,
+    *,
+    turned_share: float = 0.0,
+) -> list[Item]:
+    """Two objects whose relation is said; in the opposite picture each stands where the other was.
+
+    Args:
+        rng: source of randomness.
+        count: number of items.
+        keep: which scenes may be shown.
+        turned_share: share of the opposites in which above has become left and below right instead, or the reverse.
+    """
+
+    def kept(scenes: Scenes) -> np.ndarray:
+        turned = dataclasses.replace(scenes, centers=scenes.centers[..., ::-1])
+        return keep(scenes) & clear(scenes) & (keep(turned) if turned_share else True)
+
+    scenes = sample(rng, count, 2, kept)
     # Colours go along, so that training shows no object in another one.
-    pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, exchanged(scenes, "objects", "colors", "fills")))
+    other = exchanged(scenes, "objects", "colors", "fills")
+    turned = rng.random(count) < turned_share
+    centers = np.where(turned[:, None, None], scenes.centers[..., ::-1], other.centers)
+    same = {
+        field: np.where(
+            turned.reshape(-1, *[1] * (getattr(scenes, field).ndim - 1)), getattr(scenes, field), getattr(other, field)
+        )
+        for field in ("objects", "colors", "fills")
+    }
+    other = dataclasses.replace(other, centers=centers.astype(scenes.centers.dtype), **same)
+    pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
     items = []
     for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
         first, second = name(scenes, row, 0), name(scenes, row, 1)
         how = relation(scenes.centers[row, 0], scenes.centers[row, 1])
+        wrong = relation(*other.centers[row]) if turned[row] else RELATIONS[how]
+        captions, opposites = styled(
+            rng,
+            [
+                (f"{first} {how} {second}", f"{second} {RELATIONS[how]} {first}"),
+                (f"{first} {wrong} {second}", f"{second} {RELATIONS[wrong]} {first}"),
+            ],
+        )
         items.append(
             Item(
                 key=f"{SHAPES[scenes.objects[row, 0]]}_{_IN_FILES[how]}_{SHAPES[scenes.objects[row, 1]]}",
                 picture=picture,
                 opposite=opposite,
-                captions=(f"{first} {how} {second}", f"{second} {RELATIONS[how]} {first}"),
-                opposite_captions=(f"{second} {how} {first}", f"{first} {RELATIONS[how]} {second}"),
+                captions=captions,
+                opposite_captions=opposites,
             )
         )
     return items
@@ -78,6 +131,13 @@ def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np
     items = []
     for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
         first, second, third, fourth = (name(part, row, k, color=True) for part in (scenes, other) for k in (0, 1))
+        captions, opposites = styled(
+            rng,
+            [
+                (f"{first} and {second}", f"{second} and {first}"),
+                (f"{third} and {fourth}", f"{fourth} and {third}"),
+            ],
+        )
         items.append(
             Item(
                 key="_".join(
@@ -85,8 +145,8 @@ def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np
                 ),
                 picture=picture,
                 opposite=opposite,
-                captions=(f"{first} and {second}", f"{second} and {first}"),
-                opposite_captions=(f"{third} and {fourth}", f"{fourth} and {third}"),
+                captions=captions,
+                opposite_captions=opposites,
             )
         )
     return items
@@ -102,13 +162,20 @@ def negation(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.n
     for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
         phrases = [NEGATIONS[number] for number in rng.permutation(len(NEGATIONS))[:2]]
         here, there = SHAPES[scenes.objects[row, 0]], SHAPES[other.objects[row, 0]]
+        captions, opposites = styled(
+            rng,
+            [
+                (_negated(phrases[0], here, there), _negated(phrases[1], here, there)),
+                (_negated(phrases[0], there, here), _negated(phrases[1], there, here)),
+            ],
+        )
         items.append(
             Item(
                 key=f"{here}_{there}",
                 picture=picture,
                 opposite=opposite,
-                captions=tuple(_negated(phrase, here, there) for phrase in phrases),
-                opposite_captions=tuple(_negated(phrase, there, here) for phrase in phrases),
+                captions=captions,
+                opposite_captions=opposites,
             )
         )
     return items
@@ -121,7 +188,11 @@ def _negated(phrase: str, here: str, missing: str) -> str:
 def training_sets(seed: int, count: int) -> dict[str, list[Item]]:
     """The three data sets, of scenes that tiny-clip's training may show."""
     rng = np.random.default_rng((seed, 7))
-    return {"spatial": spatial(rng, count), "attributes": attributes(rng, count), "negation": negation(rng, count)}
+    return {
+        "spatial": spatial(rng, count, turned_share=0.5),
+        "attributes": attributes(rng, count),
+        "negation": negation(rng, count),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,7 +219,8 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
         wrong = [article(SHAPES[index]) for index in rng.choice(absent, 3, replace=False)]
         first = int(rng.integers(2))
         kept = name(scenes, row, first)
-        content.append(tuple(f"{kept} and {other}" for other in (name(scenes, row, 1 - first), *wrong)))
+        style = STYLES[rng.integers(3)]
+        content.append(tuple(style.format(f"{kept} and {other}") for other in (name(scenes, row, 1 - first), *wrong)))
     found = {"content": Questions(pictures=drawn.render(scenes, IMAGE_SIZE), captions=content)}
     for kind, items in (
         ("binding", attributes(rng, count, lambda scenes: is_held_out(scenes)[0])),
@@ -181,7 +253,9 @@ def write(folder: Path, seed: int, count: int) -> None:
     Raises:
         OutputError: if they cannot be written.
     """
-    for kind, items in training_sets(seed, count).items():
+    rng = np.random.default_rng((seed, 7))
+    sets = {"spatial": spatial(rng, count), "attributes": attributes(rng, count), "negation": negation(rng, count)}
+    for kind, items in sets.items():
         if kind == "negation":
             rows = [(item.picture, item.opposite, *item.key.split("_")) for item in items]
             datasets.write_negation(folder / "negation.json", rows)

@@ -1,0 +1,212 @@
+"""Which words of captions are functional: asked of a language model, or told by rules without a network.
+
+Three steps of the model, one request each: every caption is simplified; its functional words are marked <LIKE THIS>; the
+list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxid.data.files import save_bytes
+from jaxid.dcsm.placement import PUBLISHED, find
+from jaxid.errors import DataError, InputError
+
+SIMPLIFY = (
+    "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "
+    "between objects and every negation, and keep their words. Answer with the sentence alone.\n\nCaption: {caption}"
+)
+MARK = (
+    "Functional words are those that say how the things in a picture relate, differ in size, or are missing: positions, "
+    "sizes, negations. Names of things, colours and verbs of action are not functional. Repeat the caption below word by "
+    "word and put every functional word in angle brackets and capitals, <LIKE THIS>. Answer with the caption alone.\n\n"
+    "Caption: {caption}"
+)
+CLEAN = (
+    "Below is a list of words that were marked in image captions as functional: words for positions, sizes and "
+    "negations. Drop those that are none, and of several spellings of one word keep the usual one. Answer with a JSON "
+    "list of strings alone.\n\n{words}"
+)
+
+RULES = (
+    *PUBLISHED,
+    *("to the left of", "to the right of", "in front of", "on top of", "next to", "in between", "on", "under", "over"),
+    *("beneath", "underneath", "behind", "beside", "between", "inside", "outside", "near", "far from", "around"),
+    *("top", "bottom", "large", "little", "tiny", "huge", "smaller", "bigger", "larger", "taller", "shorter"),
+    *("never", "none", "nor", "neither", "except", "lacks", "missing", "nothing", "isn't", "aren't", "doesn't"),
+)
+"""Functional words that the rules know, longer ones found first."""
+
+_AGAIN = {408, 409, 429, 500, 502, 503, 504}
+"""HTTP answers after which a request is worth repeating."""
+
+
+class Found(NamedTuple):
+    """Functional words of some captions.
+
+    Attributes:
+        captions: simplified by the model, or as they were.
+        vocabulary: lower case, in the order in which they first appear; a given vocabulary comes first.
+    """
+
+    captions: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+
+
+def by_rules(captions: Sequence[str], vocabulary: Sequence[str] = ()) -> Found:
+    """Functional words of captions by a list of words, without a network.
+
+    Args:
+        captions: the texts.
+        vocabulary: words to begin with.
+    """
+    words = dict.fromkeys(vocabulary)
+    for caption in captions:
+        words |= {RULES[number]: None for number, _, _ in find(caption, RULES)}
+    return Found(tuple(captions), tuple(words))
+
+
+def by_model(
+    captions: Sequence[str],
+    ask: Callable[[str], str],
+    vocabulary: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Found:
+    """Functional words of captions as a language model tells them.
+
+    Args:
+        captions: the texts.
+        ask: gives the answer to a prompt, such as `Endpoint(...)`.
+        vocabulary: words to begin with.
+        progress: is told how many captions are done.
+
+    Raises:
+        DataError: an answer is not what the step asks for.
+    """
+    simple, marked = [], {}
+    for number, caption in enumerate(captions):
+        simplified = " ".join(ask(SIMPLIFY.format(caption=caption)).split()).strip('"')
+        if not simplified:
+            raise DataError(f"step 1 (simplify) gave an empty answer for caption {number}: {caption!r}.")
+        simple.append(simplified)
+        answer = ask(MARK.format(caption=simplified))
+        marked |= {word.lower().strip(): None for word in re.findall(r"<([^<>]+)>", answer) if word.strip()}
+        if progress is not None:
+            progress(number + 1)
+    words = dict.fromkeys(vocabulary)
+    if marked:
+        words |= dict.fromkeys(_cleaned(ask(CLEAN.format(words=json.dumps(list(marked), ensure_ascii=False)))))
+    return Found(tuple(simple), tuple(words))
+
+
+def _cleaned(answer: str) -> list[str]:
+    """The JSON list in an answer, which may stand in a block of code."""
+    start, stop = answer.find("["), answer.rfind("]")
+    try:
+        words = json.loads(answer[start : stop + 1]) if start >= 0 else None
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise DataError(f"step 3 (clean) did not give a JSON list of words: {answer[:80]!r}.")
+    return [word.lower().strip() for word in words if word.strip()]
+
+
+class Endpoint:
+    """An OpenAI-compatible chat endpoint; answers are kept on disk, so that nothing is asked twice."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        cache: Path,
+        *,
+        key_variable: str | None = "OPENAI_API_KEY",
+        attempts: int = 5,
+        timeout: float = 60.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        """Prepares requests; sends none.
+
+        Args:
+            base_url: such as "http://localhost:8000/v1".
+            model: the model's name there.
+            cache: folder of the answers.
+            key_variable: environment variable that holds the key; None for endpoints without one.
+            attempts: requests before giving up on one answer.
+            timeout: seconds to wait for one.
+            sleep: waits between attempts.
+
+        Raises:
+            InputError: for an address that is none, or a missing key.
+        """
+        if not re.match(r"https?://", base_url):
+            raise InputError(f"the base URL {base_url!r} must begin with http:// or https://.")
+        self.url, self.model, self.cache = f"{base_url.rstrip('/')}/chat/completions", model, cache
+        self.attempts, self.timeout, self.sleep = attempts, timeout, sleep
+        self._key = os.environ.get(key_variable, "") if key_variable else ""
+        if key_variable and not self._key:
+            raise InputError(f"the environment variable {key_variable} holds no key; set it, or name another one.")
+
+    def __call__(self, prompt: str) -> str:
+        """The answer to a prompt.
+
+        Raises:
+            DataError: the endpoint refuses, cannot be reached, or answers in another form.
+        """
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()[:32]
+        path = self.cache / f"{name}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))["answer"]
+        answer = self._answer(self._sent(json.dumps(body).encode()))
+        save_bytes(path, json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False).encode())
+        return answer
+
+    def _sent(self, body: bytes) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        for attempt in range(1, self.attempts + 1):
+            wait = float(2 ** (attempt - 1))
+            try:
+                request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason, again = f"HTTP {error.code}", error.code in _AGAIN
+                    wait = _retry_after(error.headers, wait)
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                reason, again = str(getattr(error, "reason", error)), True
+            except ValueError as error:
+                raise DataError(f"{self.url} does not answer in JSON.") from error
+            if not again or attempt == self.attempts:
+                hint = "; is the key right?" if reason in ("HTTP 401", "HTTP 403") else ""
+                raise DataError(
+                    f"{self.url} gave no answer ({reason}, attempt {attempt}{hint}); finished ones are kept."
+                )
+            self.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _answer(self, response: Any) -> str:
+        try:
+            answer = response["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise DataError(f"{self.url} answers in another form than OpenAI's chat completions.") from error
+        if not isinstance(answer, str):
+            raise DataError(f"{self.url} gave an answer without text.")
+        return answer
+
+
+def _retry_after(headers: Mapping[str, str], default: float) -> float:
+    try:
+        return min(60.0, float(headers.get("Retry-After") or default))
+    except ValueError:  # a date
+        return default
