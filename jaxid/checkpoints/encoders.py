@@ -1,31 +1,49 @@
-"""From a name to a CLIP-like model: alias, Hugging Face id or local folder."""
+"""From a name to a CLIP-like model: alias, Hugging Face id, local folder, or OpenCLIP weight file."""
 
 from pathlib import Path
+from typing import Any
 
-from jaxid.checkpoints import tensors
+from jaxid.checkpoints import openclip, tensors
 from jaxid.checkpoints.loading import check_dtype, find_folder, load_network, parsed, read_config
 from jaxid.errors import CheckpointError
 from jaxid.models.base import Encoder
 from jaxid.models.encoders import ENCODER_ALIASES, ENCODERS
-from jaxid.processing.dual import DualProcessor
+from jaxid.models.openclip import kind_of
+from jaxid.processing.dual import DualProcessor, read_tokenizer
+from jaxid.processing.openclip import OpenCLIPImages
+
+TOKENIZER = "openai/clip-vit-base-patch32"
+"""Whose tokenizer OpenCLIP's models share, for files that bring none."""
 
 
-def load_encoder(name: str | Path, *, dtype: str = "float32") -> Encoder:
+def load_encoder(
+    name: str | Path, *, dtype: str = "float32", architecture: str | None = None, tokenizer: str | Path | None = None
+) -> Encoder:
     """Loads a CLIP-like model.
 
     Args:
-        name: an alias ("tiny-clip", "clip-b16"), a Hugging Face id, or a folder in Hugging Face layout.
+        name: an alias ("tiny-clip", "clip-b16"), a Hugging Face id, a folder in Hugging Face's or OpenCLIP's layout, or
+            an OpenCLIP weight file (NegCLIP's too): safetensors, or `.pt`, which is never executed.
         dtype: of parameters and activations: "float32", "bfloat16" or "float16".
+        architecture: OpenCLIP's name of a weight file's architecture, such as "ViT-B-32-quickgelu".
+        tokenizer: folder or Hugging Face id of CLIP's tokenizer, for OpenCLIP files that bring none.
 
     Returns:
         The encoder, its parameters on the default device.
 
     Raises:
-        CheckpointError: if the folder is missing, foreign, incomplete or corrupt.
+        CheckpointError: if the checkpoint is missing, foreign, incomplete or corrupt.
         InputError: for an unknown dtype.
     """
     check_dtype(dtype)
-    folder = find_folder(ENCODER_ALIASES.get(str(name), name))
+    path = Path(name).expanduser()
+    if path.is_file():
+        fields = openclip.architecture(architecture, path)
+        return _open_clip(str(name), fields, {}, path, dtype, tokenizer)
+    folder = find_folder(ENCODER_ALIASES.get(str(name), name), ("open_clip_pytorch_model.bin",))
+    if (folder / openclip.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        fields, settings = openclip.read_openclip_config(folder / openclip.CONFIG_FILE)
+        return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer)
     fields = read_config(folder)
     model_type = str(fields.get("model_type"))
     if model_type not in ENCODERS:
@@ -38,3 +56,21 @@ def load_encoder(name: str | Path, *, dtype: str = "float32") -> Encoder:
     processor = DualProcessor.from_folder(folder, config)
     files = tensors.TensorFolder(folder)
     return Encoder(**load_network(kind, config, files, dtype), processor=processor, name=str(name))
+
+
+def _open_clip(
+    name: str,
+    fields: dict[str, Any],
+    settings: dict[str, Any],
+    weights: Path,
+    dtype: str,
+    tokenizer: str | Path | None,
+) -> Encoder:
+    """A model from OpenCLIP's config and weights; its captions are filled up with zeros."""
+    kind = ENCODERS[kind_of(fields)]
+    config = parsed(kind, fields, weights.parent / openclip.CONFIG_FILE)
+    own = (weights.parent / "tokenizer.json").is_file()
+    words = read_tokenizer(weights.parent if own and tokenizer is None else find_folder(tokenizer or TOKENIZER))
+    processor = DualProcessor(words, OpenCLIPImages(config.vision_config.image_size, settings), config, padding=0)
+    files = openclip.open_weights(weights)
+    return Encoder(**load_network(kind, config, files, dtype), processor=processor, name=name)

@@ -19,8 +19,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 """Parameter dtypes by name."""
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, further: tuple[str, ...] = ()) -> Path:
     """Local folder of a model: a shipped model's, a folder itself, or the Hub's cache (downloaded if need be).
+
+    Args:
+        name: alias, Hugging Face id or folder.
+        further: names of files that are downloaded besides the usual ones.
 
     Raises:
         CheckpointError: if there is no such folder, and no such repository can be reached.
@@ -38,7 +42,7 @@ def find_folder(name: str | Path) -> Path:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *further]
         # Some repositories hold the weights once more, in folders or as consolidated files of another layout.
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
@@ -120,7 +124,7 @@ def parsed(kind: Family, fields: dict[str, Any], path: Path) -> Any:
         raise CheckpointError(f"{path} is not a config that jaxid can read: {error!r}") from error
 
 
-def load_network(kind: Family, config: Any, files: tensors.TensorFolder, dtype: str) -> dict[str, Any]:
+def load_network(kind: Family, config: Any, files: tensors.Tensors, dtype: str) -> dict[str, Any]:
     """Everything of a loaded model that its config and weights tell.
 
     Raises:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
@@ -88,18 +88,43 @@ class _Entry:
     begin: int
 
 
+@runtime_checkable
+class Tensors(Protocol):
+    """The tensors of a checkpoint by name, however they are stored."""
+
+    folder: Path  # where they lie
+    files: list[Path]  # that hold them
+    entries: Mapping[str, Any]  # their names; the values have a `dtype`
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        ...
+
+    def readable(self, key: str) -> bool:
+        """Whether a tensor holds floating-point numbers of a format that NumPy knows."""
+        ...
+
+    def read(self, key: str) -> Shaped[np.ndarray, "..."]:
+        """A tensor."""
+        ...
+
+    def release(self, key: str, part: Shaped[np.ndarray, "..."]) -> None:
+        """Lets go of the memory of a part that is no longer needed."""
+        ...
+
+
 class TensorFolder:
     """The tensors of a checkpoint folder, memory-mapped."""
 
     def __init__(self, folder: Path):
-        """Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+        """Opens `model.safetensors`, the shards that `model.safetensors.index.json` lists, or one file by its own name.
 
         Raises:
             CheckpointError: listing every missing, truncated or corrupt file, every tensor that stands in two files
                 and every tensor that the index promises of a file without it.
         """
-        self.folder = folder
-        self.files, promised = self._files(folder)
+        self.folder = folder.parent if folder.is_file() else folder
+        self.files, promised = ([folder], {}) if folder.is_file() else self._files(folder)
         self.entries: dict[str, _Entry] = {}
         problems: list[str] = []
         for file in self.files:
@@ -256,7 +281,7 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _equal(tensors: TensorFolder, one: str, other: str) -> bool:
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
     """Whether two tensors have the same values, compared piece by piece."""
     first, second = tensors.read(one), tensors.read(other)
     if first.shape != second.shape:
@@ -272,7 +297,7 @@ def _equal(tensors: TensorFolder, one: str, other: str) -> bool:
 
 
 def load_parameters(
-    tensors: TensorFolder,
+    tensors: Tensors,
     abstract: Leaves,
     keys: Sequence[Key],
     *,
@@ -376,7 +401,7 @@ def load_parameters(
 def _fill(
     host: Shaped[np.ndarray, "..."],
     rows: Sequence[tuple[Key, int | None, str]],
-    tensors: TensorFolder,
+    tensors: Tensors,
     pool: ThreadPoolExecutor,
 ) -> None:
     """Writes the tensors of a parameter to it."""
@@ -423,8 +448,9 @@ def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Ke
 
 
 def fingerprint(folder: Path, files: Sequence[Path]) -> str:
-    """Identifies a checkpoint by its config and by sizes, heads and tails of its weight files."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    """Identifies a checkpoint by its config, if it has one, and by sizes, heads and tails of its weight files."""
+    config = folder / "config.json"
+    digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())

@@ -55,7 +55,8 @@ def read_torch_file(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise CheckpointError(f"There is no file {path}.")
     try:
-        return to_numpy(torch.load(path, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            return to_numpy(torch.load(path, map_location="cpu", weights_only=True))
     # A damaged file can fail in any way: the unpickler raises KeyError, EOFError, ... on foreign bytes.
     except Exception as error:
         raise CheckpointError(
@@ -63,6 +64,13 @@ def read_torch_file(path: str | Path) -> Any:
             f"another kind, or holds Python objects ({type(error).__name__}). In the last case save it again "
             "as plain dictionaries of tensors: jaxid loads no objects."
         ) from error
+
+
+def _numpy_numbers() -> list[Any]:
+    """What builds a NumPy number, which schedules leave in training checkpoints; it runs no code of the file."""
+    from numpy._core.multiarray import scalar
+
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]
 
 
 def read_authors_ids(

@@ -33,7 +33,7 @@ def _augment_one(key: Array, picture: Float[Array, "Y X C"]) -> Float[Array, "Y 
     height, width = picture.shape[:2]
     square = jnp.array([[0.0, 0.0], [width - 1, 0.0], [width - 1, height - 1], [0.0, height - 1]])
     inwards = jnp.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
-    reach = DISTORTION / 2 * jnp.array([width, height])
+    reach = DISTORTION / 2 * jnp.array([width, height], jnp.float32)
     moved = square + inwards * reach * jax.random.uniform(corners, (4, 2))
     moved = jnp.where(jax.random.uniform(tilt) < PERSPECTIVE_SHARE, moved, square)
     angle = jnp.deg2rad(jax.random.uniform(turn, minval=-DEGREES, maxval=DEGREES))

@@ -164,7 +164,7 @@ def read_coco(folder: str | Path) -> list[Item]:
         DataError: if the folder is not in that layout.
     """
     items = []
-    for item in coco_spatial.find_coco_spatial(folder):
+    for item in coco_spatial.read_coco_spatial(*coco_spatial.find_coco_spatial(folder)):
         opposite = coco_spatial.OPPOSITE[item.relation]
         first, second = item.subject, item.object
         items.append(

@@ -1,7 +1,7 @@
 """Which words of captions are functional: asked of a language model, or told by rules without a network.
 
-Three steps of the model, one request each: every caption is simplified; its functional words are marked <LIKE THIS>; the
-list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
+Three steps of the model, one request each: every caption is simplified; its functional words are marked <LIKE THIS>;
+the list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ SIMPLIFY = (
     "between objects and every negation, and keep their words. Answer with the sentence alone.\n\nCaption: {caption}"
 )
 MARK = (
-    "Functional words are those that say how the things in a picture relate, differ in size, or are missing: positions, "
-    "sizes, negations. Names of things, colours and verbs of action are not functional. Repeat the caption below word by "
-    "word and put every functional word in angle brackets and capitals, <LIKE THIS>. Answer with the caption alone.\n\n"
-    "Caption: {caption}"
+    "Functional words are those that say how the things in a picture relate, differ in size, or are missing: "
+    "positions, sizes, negations. Names of things, colours and verbs of action are not functional. Repeat the caption "
+    "below word by word and put every functional word in angle brackets and capitals, <LIKE THIS>. Answer with the "
+    "caption alone.\n\nCaption: {caption}"
 )
 CLEAN = (
     "Below is a list of words that were marked in image captions as functional: words for positions, sizes and "

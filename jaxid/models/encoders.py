@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jaxid.models import blip, clip, flava, siglip
+from jaxid.models import blip, clip, coca, flava, openclip, siglip
 from jaxid.models.registry import Family
 
 ENCODERS: Mapping[str, Family] = {
@@ -19,6 +19,16 @@ ENCODERS: Mapping[str, Family] = {
         renames=flava.RENAMES,
         unused=flava.UNUSED,
     ),
+    "open_clip": Family(
+        config=openclip.openclip_config, network=clip.CLIP, keys=openclip.openclip_keys, renames=(), unused=()
+    ),
+    "open_clip_coca": Family(
+        config=coca.CoCaConfig.from_openclip,
+        network=coca.CoCa,
+        keys=coca.coca_keys,
+        renames=(),
+        unused=coca.UNUSED,
+    ),
     "siglip": Family(
         config=siglip.SiglipConfig.from_hf,
         network=siglip.Siglip,
@@ -27,7 +37,7 @@ ENCODERS: Mapping[str, Family] = {
         unused=clip.UNUSED,
     ),
 }
-"""Families by the `model_type` of their config.json."""
+"""Families by the `model_type` of their config.json, and OpenCLIP's two."""
 
 ENCODER_ALIASES: Mapping[str, str] = {
     "clip-b32": "openai/clip-vit-base-patch32",
@@ -37,5 +47,7 @@ ENCODER_ALIASES: Mapping[str, str] = {
     "siglip-b16": "google/siglip-base-patch16-224",
     "blip-b16": "Salesforce/blip-itm-base-coco",
     "flava": "facebook/flava-full",
+    "openclip-b32": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "coca-b32": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k",
 }
 """Short names of published checkpoints."""

@@ -125,7 +125,7 @@ class FlavaTextEncoder(TextEncoder):
         super().__init__(config, rngs=rngs)
         self.segment = normal(rngs, (kinds, config.hidden_size), 0.02)
 
-    def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N T D"]:
+    def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
         """Embeddings of captions, which are segments of kind 0."""
         return super().embed(token_ids) + self.segment[0]
 

@@ -21,12 +21,23 @@ class TextConfig(BlockConfig):
     intermediate_size: int = 2048  # width of the MLP
     num_attention_heads: int = 8  # H
     vocab_size: int = 49408  # V
-    max_position_embeddings: int = 77  # the longest caption, tokens
+    max_position_embeddings: int = 77  # the longest caption, tokens, and the class token if there is one
     eos_token_id: int = 49407  # ends a caption
     causal: bool = True  # tokens read only those before them
     reads_padding: bool = False  # padding is read like any other token
     first_norm: bool = False  # a norm before the first block
     final_norm: bool = True  # a norm behind the last block
+    class_token: bool = False  # a token of its own stands behind the window
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest caption."""
+        return self.max_position_embeddings - self.class_token
+
+    @property
+    def whole_window(self) -> bool:
+        """Whether what a caption becomes depends on the padding behind it, so that the window must be full."""
+        return self.class_token or (self.reads_padding and not self.causal)
 
 
 def text_keys(config: TextConfig) -> list[Key]:
@@ -50,22 +61,24 @@ class TextEncoder(nnx.Module):
         self.position = normal(rngs, (config.max_position_embeddings, width), 0.01)
         if config.first_norm:
             self.first_norm = LayerNorm(width, config.layer_norm_eps)
+        if config.class_token:
+            self.class_token = normal(rngs, (width,), 0.01)
         self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
         if config.final_norm:
             self.final_norm = LayerNorm(width, config.layer_norm_eps)
 
-    def __call__(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "L1 N T D"]:
+    def __call__(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "L1 N S D"]:
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k; before the final norm.
+
+        S is T, and one more where a class token stands behind the window.
 
         Args:
             token_ids: Int[N, T].
             valid: false at padding, which stands at the end.
         """
-        length = token_ids.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise InputError(
-                f"the captions have {length} tokens, the encoder takes {self.config.max_position_embeddings}."
-            )
+        length, context = token_ids.shape[1], self.config.context
+        if length > context or (self.config.class_token and length < context):
+            raise InputError(f"the captions have {length} tokens, the encoder takes {context}.")
         x = self.embed(token_ids)
         if self.config.first_norm:
             x = self.first_norm(x)
@@ -73,12 +86,20 @@ class TextEncoder(nnx.Module):
         blocks = self.config.num_hidden_layers
         return run_blocks(self.layers, x, blocks, read=lambda q, k, v: attention.attend(q, k, v, mask))
 
-    def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N T D"]:
+    def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
         """Token and position embeddings."""
-        return jnp.take(self.embedding[...], token_ids, axis=0) + self.position[: token_ids.shape[1]]
+        x = jnp.take(self.embedding[...], token_ids, axis=0)
+        if self.config.class_token:
+            last = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[2]))
+            x = jnp.concatenate([x, last], axis=1)
+        return x + self.position[: x.shape[1]]
 
-    def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N T T"]:
+    def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N S S"]:
         """Which tokens each token reads."""
+        if self.config.class_token:
+            # Published weights were trained with the padding's mask one place too far right: the start token is always
+            # read, any other token if the one before it is no padding.
+            valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         read = jnp.ones_like(valid) if self.config.reads_padding else valid
         if not self.config.causal:
             return jnp.broadcast_to(read[:, None], (*read.shape, read.shape[1]))

@@ -67,8 +67,8 @@ class DualProcessor:
             padding: id that fills captions up, where it is not the tokenizer's own.
         """
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.context: int = config.text_config.max_position_embeddings
-        self.reads_padding: bool = config.text_config.reads_padding
+        self.context: int = config.text_config.context
+        self.whole_window: bool = config.text_config.whole_window
         vision = config.vision_config
         self.grid = (int(vision.class_token), vision.image_size // vision.patch_size)
         """First patch among a picture's tokens, and patches a side."""
@@ -111,8 +111,8 @@ class DualProcessor:
 
         Args:
             texts: the captions.
-            length: tokens of every row, T; by default the encoder's window. Encoders that read their padding always
-                get the whole window.
+            length: tokens of every row, T; by default the encoder's window. Encoders for which padding
+                matters always get the whole window.
 
         Raises:
             InputError: if there are none, one is blank, or the length does not fit the encoder.
@@ -123,7 +123,7 @@ class DualProcessor:
         blank = [row for row, text in enumerate(texts) if not text.strip()]
         if blank:
             raise InputError(f"caption {blank[0]} is blank.")
-        length = self.context if length is None or self.reads_padding else length
+        length = self.context if length is None or self.whole_window else length
         if not 2 < length <= self.context:
             raise InputError(f"captions of {length} tokens do not fit the encoder, which takes 3 to {self.context}.")
         rows = [self.tokenizer(text, return_offsets_mapping=True) for text in texts]
