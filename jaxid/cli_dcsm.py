@@ -1,7 +1,7 @@
 """`jaxid dcsm ...`: dense similarity maps of CLIP-like models."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -189,8 +189,13 @@ def words(
     else:
         ask = found_words.Endpoint(base_url, llm, out / "answers", key_variable=key_variable or None)
         with tqdm(total=len(lines), unit="caption", disable=None) as bar:
-            found = found_words.by_model(lines, ask, known, progress=lambda done: bar.update(done - bar.n))
+            found = found_words.by_model(lines, ask, known, progress=lambda done: _show(bar, done))
     write_text(out / "words.txt", "\n".join(found.vocabulary) + "\n")
     write_text(out / "captions.txt", "\n".join(found.captions) + "\n")
     write_text(out / "marked.txt", "\n".join(job.marked(found.captions, found.vocabulary)) + "\n")
     typer.echo(f"{len(found.vocabulary)} functional words: {', '.join(found.vocabulary)}\n{out / 'words.txt'}")
+
+
+def _show(bar: Any, done: int) -> None:
+    """Moves a progress bar to a number."""
+    bar.update(done - bar.n)

@@ -38,7 +38,7 @@ class TensorArrays:
             raise CheckpointError(f"{path} holds no tensors by name.")
         if all(name.startswith("module.") for name in arrays):
             arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
-        self.entries: dict[str, Any] = arrays
+        self.entries: Mapping[str, Any] = arrays
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape."""

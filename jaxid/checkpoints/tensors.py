@@ -125,7 +125,7 @@ class TensorFolder:
         """
         self.folder = folder.parent if folder.is_file() else folder
         self.files, promised = ([folder], {}) if folder.is_file() else self._files(folder)
-        self.entries: dict[str, _Entry] = {}
+        entries: dict[str, Any] = {}
         problems: list[str] = []
         for file in self.files:
             try:
@@ -136,16 +136,17 @@ class TensorFolder:
                 )
                 continue
             problems += [
-                f"tensor {name!r} stands in more than one file of {folder}" for name in found if name in self.entries
+                f"tensor {name!r} stands in more than one file of {folder}" for name in found if name in entries
             ]
             problems += [
                 f"the index promises tensor {name!r} in {file}, which does not have it"
                 for name in promised.get(file.name, ())
                 if name not in found
             ]
-            self.entries |= found
+            entries |= found
         if problems:
             raise CheckpointError(f"{_listed(problems)}.")
+        self.entries: Mapping[str, Any] = entries
 
     @staticmethod
     def _files(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:

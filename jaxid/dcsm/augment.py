@@ -16,6 +16,8 @@ DEGREES = 4.0
 NOISE = 0.02
 """Share of the pixels that become black or white."""
 
+_HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would otherwise round places in the picture by whole pixels
+
 
 def augment(key: Array, pictures: Float[Array, "N Y X C"]) -> Float[Array, "N Y X C"]:
     """Pictures tilted, turned and sprinkled; what comes in from outside is black.
@@ -38,7 +40,8 @@ def _augment_one(key: Array, picture: Float[Array, "Y X C"]) -> Float[Array, "Y 
     moved = jnp.where(jax.random.uniform(tilt) < PERSPECTIVE_SHARE, moved, square)
     angle = jnp.deg2rad(jax.random.uniform(turn, minval=-DEGREES, maxval=DEGREES))
     # The turn comes last, so its inverse comes first.
-    picture = warp(picture, homography(moved, square) @ rotation(-angle, height, width))
+    back = jnp.matmul(homography(moved, square), rotation(-angle, height, width), precision=_HIGHEST)
+    picture = warp(picture, back)
     pepper = jax.random.uniform(noise, (height, width, 1))
     white = jax.random.bernoulli(value, 0.5, (height, width, 1)).astype(picture.dtype)
     return jnp.where(pepper < NOISE, white, picture)
@@ -75,7 +78,7 @@ def warp(picture: Float[Array, "Y X C"], source: Float[Array, "3 3"]) -> Float[A
     """
     height, width = picture.shape[:2]
     y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32), indexing="ij")
-    across, down, depth = jnp.einsum("ij,jyx->iyx", source, jnp.stack([x, y, jnp.ones_like(x)]))
+    across, down, depth = jnp.einsum("ij,jyx->iyx", source, jnp.stack([x, y, jnp.ones_like(x)]), precision=_HIGHEST)
 
     def one(channel: Float[Array, "Y X"]) -> Float[Array, "Y X"]:
         return jax.scipy.ndimage.map_coordinates(channel, [down / depth, across / depth], order=1, mode="constant")

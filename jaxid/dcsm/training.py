@@ -179,7 +179,7 @@ def train(
             arrays |= {f"{name}.images": shown} | {f"{name}.{part}": value for part, value in captions.items()}
         return arrays
 
-    parameters = {"network": scorer.network._asdict()}
+    parameters: dict[str, Any] = {"network": scorer.network._asdict()}
     if config.learn_vectors:
         parameters["vectors"] = scorer.vectors
     stage = Stage(
@@ -229,7 +229,7 @@ def loss(
     network = type(scorer.network)(**parameters["network"])
     vectors = parameters.get("vectors", scorer.vectors)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), batch["step"])
-    total, accuracies = jnp.zeros(()), []
+    total, hits = jnp.zeros(()), jnp.zeros(())
     for number, name in enumerate(sets):
         own = jax.random.fold_in(key, number)
         images = batch[f"{name}.images"]
@@ -246,9 +246,10 @@ def loss(
             scores = kernels.apply(network, flat, third, config.dropout).reshape(maps.shape[:2])
             # Where the caption of each picture has gone: captions begin with the pictures' own, in their order.
             loss, accuracy = two_way_loss(scores, jnp.argsort(columns)[rows])
-            total, accuracies = total + loss, [*accuracies, accuracy]
+            total, hits = total + loss, hits + accuracy
     epoch = batch["step"] / per_epoch
-    return total / len(sets), {"epoch": epoch, "loss": total / len(sets), "accuracy": sum(accuracies) / len(accuracies)}
+    mean = total / len(sets)
+    return mean, {"epoch": epoch, "loss": mean, "accuracy": hits / (VERSIONS * len(sets))}
 
 
 def _augmented(encoder: Encoder, key: Array, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N C Y X"]:

@@ -38,9 +38,13 @@ class Captions:
 
     def __getitem__(self, chosen: list[int]) -> "Captions":
         """Some of them, by their numbers."""
-        arrays = {name: getattr(self, name)[chosen] for name in ("token_ids", "valid", "offsets")}
-        words = {name: tuple(getattr(self, name)[row] for row in chosen) for name in ("texts", "lost")}
-        return Captions(**arrays, **words)
+        return Captions(
+            texts=tuple(self.texts[row] for row in chosen),
+            token_ids=self.token_ids[chosen],
+            valid=self.valid[chosen],
+            offsets=self.offsets[chosen],
+            lost=tuple(self.lost[row] for row in chosen),
+        )
 
     def cut(self, length: int) -> "Captions":
         """The first tokens alone, for encoders that have to read their whole window."""

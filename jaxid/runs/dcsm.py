@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,14 @@ class _Logged:
     """Metrics to Weights & Biases, if a project is given."""
 
     def __init__(self, project: str | None, settings: Mapping[str, Any]):
-        self.project, self.settings, self.run = project, settings, None
+        self.project, self.settings = project, settings
+        self.run: Any = None
 
     def __enter__(self) -> Any:
         if self.project is None:
             return None
         try:
-            import wandb
+            wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise InputError("--wandb needs Weights & Biases: pip install 'jaxid-vlm[wandb]'.") from error
         self.run = wandb.init(project=self.project, config=dict(self.settings))
@@ -239,7 +241,7 @@ def _run_model(config: EvalConfig, encoder: Encoder, scorer: Scorer | None, aske
     def compute(chunk: list[Any]) -> dict[str, Any]:
         pictures: dict[Any, int] = {}
         shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in chunk]
-        opened = [None] * len(pictures)
+        opened: list[Any] = [None] * len(pictures)
         for number, (_, question) in zip(shown, chunk, strict=True):
             if opened[number] is None:
                 opened[number] = benchmarks.load_picture(question)

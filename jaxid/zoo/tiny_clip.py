@@ -7,6 +7,7 @@ picture, how they stand and what is bound to what, but no batch ever holds a cap
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -45,7 +46,7 @@ RELATIONS = {
 
 def config() -> CLIPConfig:
     """The network's shape: under a million parameters."""
-    blocks = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
+    blocks: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
     size = -(-len(VOCABULARY) // 16) * 16
     return CLIPConfig(
         text_config=TextConfig(
@@ -135,7 +136,7 @@ def is_held_out(scenes: Scenes) -> tuple[Bool[np.ndarray, "N"], Bool[np.ndarray,
     places = cells(scenes)
     both = present[:, :, None] & present[:, None, :] & ~np.eye(scenes.objects.shape[1], dtype=bool)
     placed = held_out_places()[places[:, :, None], places[:, None, :]] & both
-    return colored.any(axis=1), placed.any(axis=(1, 2))
+    return np.any(colored, axis=1), np.any(placed, axis=(1, 2))
 
 
 def sample(rng: np.random.Generator, count: int, num_objects: int, keep: Callable[[Scenes], np.ndarray]) -> Scenes:

@@ -257,7 +257,8 @@ def write(folder: Path, seed: int, count: int) -> None:
     sets = {"spatial": spatial(rng, count), "attributes": attributes(rng, count), "negation": negation(rng, count)}
     for kind, items in sets.items():
         if kind == "negation":
-            rows = [(item.picture, item.opposite, *item.key.split("_")) for item in items]
+            named = [(item, *item.key.split("_", 1)) for item in items]
+            rows = [(item.picture, item.opposite, here, there) for item, here, there in named]
             datasets.write_negation(folder / "negation.json", rows)
             continue
         for item in {item.key: item for item in reversed(items)}.values():

@@ -14,9 +14,9 @@ CAPTIONS = ("a red star above a blue fish", "star", "an image of a small fish to
 
 
 def assert_close(ours: Any, theirs: torch.Tensor, name: str) -> None:
-    theirs = theirs.detach().numpy()
-    assert ours.shape == theirs.shape, name
-    assert np.abs(np.asarray(ours) - theirs).max() <= 2e-5 * np.abs(theirs).max(), name
+    expected = theirs.detach().numpy()
+    assert ours.shape == expected.shape, name
+    assert np.abs(np.asarray(ours) - expected).max() <= 2e-5 * np.abs(expected).max(), name
 
 
 def recorded(model: Any, path: str, run: Any) -> tuple[list[torch.Tensor], Any]:

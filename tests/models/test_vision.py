@@ -183,7 +183,7 @@ def normed(x: np.ndarray, own: dict[str, np.ndarray], name: str, epsilon: float,
     return x if rms else x + own[f"{name}.bias"]
 
 
-def by_hand(config: VisionConfig, own: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def by_hand(config: BlockConfig, own: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     """The block in float64, one formula after the other."""
     epsilon, rms = config.layer_norm_eps, config.rms_norm
 
