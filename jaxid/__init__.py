@@ -1,4 +1,4 @@
-"""Spatial and temporal identifiers of vision-language models, in JAX.
+"""Spatial and temporal identifiers of vision-language models, and dense similarity maps of CLIP-like ones, in JAX.
 
 Every public name is listed once, in the table below, and is imported when it is first used: `import jaxid`
 itself loads neither JAX models, tokenizers nor plotting.
@@ -8,7 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxid.checkpoints.encoders import load_encoder as load_encoder
     from jaxid.checkpoints.loading import load as load
+    from jaxid.dcsm.embedding import embed_images as embed_images
+    from jaxid.dcsm.embedding import embed_texts as embed_texts
+    from jaxid.dcsm.scoring import Scorer as Scorer
+    from jaxid.dcsm.scoring import score as score
+    from jaxid.dcsm.scoring import score_own as score_own
     from jaxid.engine import Output as Output
     from jaxid.engine import forward as forward
     from jaxid.errors import CheckpointError as CheckpointError
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from jaxid.interventions import replace as replace
     from jaxid.interventions import scale as scale
     from jaxid.interventions import stack as stack
+    from jaxid.models.base import Encoder as Encoder
     from jaxid.models.base import Model as Model
     from jaxid.models.sites import Capture as Capture
     from jaxid.models.sites import Intervention as Intervention
@@ -48,6 +55,7 @@ _HOME = {
     "CheckpointError": "jaxid.errors",
     "Clip": "jaxid.processing.pictures",
     "DataError": "jaxid.errors",
+    "Encoder": "jaxid.models.base",
     "Generation": "jaxid.generation",
     "IDBatch": "jaxid.ids",
     "InputError": "jaxid.errors",
@@ -59,19 +67,25 @@ _HOME = {
     "Processor": "jaxid.inputs",
     "PromptError": "jaxid.errors",
     "Prompts": "jaxid.inputs",
+    "Scorer": "jaxid.dcsm.scoring",
     "Site": "jaxid.models.sites",
     "SpatialIDs": "jaxid.ids",
     "Trace": "jaxid.tracing",
     "accumulate_ids": "jaxid.ids",
     "add": "jaxid.interventions",
     "chain": "jaxid.interventions",
+    "embed_images": "jaxid.dcsm.embedding",
+    "embed_texts": "jaxid.dcsm.embedding",
     "forward": "jaxid.engine",
     "generate": "jaxid.generation",
     "load": "jaxid.checkpoints.loading",
+    "load_encoder": "jaxid.checkpoints.encoders",
     "project_out": "jaxid.interventions",
     "replace": "jaxid.interventions",
     "rerun": "jaxid.tracing",
     "scale": "jaxid.interventions",
+    "score": "jaxid.dcsm.scoring",
+    "score_own": "jaxid.dcsm.scoring",
     "stack": "jaxid.interventions",
     "swap": "jaxid.tracing",
     "trace": "jaxid.tracing",

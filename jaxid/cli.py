@@ -235,9 +235,9 @@ app.add_typer(zoo_app, name="zoo")
 
 @zoo_app.command("train")
 def zoo_train(
-    name: Annotated[str, typer.Argument(help="Which model: tiny-llava.")],
+    name: Annotated[str, typer.Argument(help="Which model: tiny-llava, or tiny-clip with its scorers.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint is written to its `model` folder.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the language stage, if not the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the main stage, if not the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=8, help="Pictures per step; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of parameters and data.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
@@ -248,6 +248,16 @@ def zoo_train(
     if name not in SHIPPED:
         raise InputError(f"{name!r} is no model of the zoo; there is {', '.join(SHIPPED)}.")
     given = {"steps": steps, "batch_size": batch_size}
+    if name == "tiny-clip":
+        from jaxid.zoo import clip_evaluation, clip_training
+
+        clip = clip_training.TrainingConfig(
+            seed=seed, **{key: value for key, value in given.items() if value is not None}
+        )
+        folder = clip_training.train_and_export(ensure_output_folder(out), clip, save_every=save_every)
+        clip_evaluation.train_scorers(out, folder)
+        typer.echo(f"checkpoint and scorer: {folder}")
+        return
     config = training.TrainingConfig(seed=seed, **{key: value for key, value in given.items() if value is not None})
     folder = training.train_and_export(ensure_output_folder(out), config, save_every=save_every)
     typer.echo(f"checkpoint: {folder}")
@@ -255,15 +265,38 @@ def zoo_train(
 
 @zoo_app.command("evaluate")
 def zoo_evaluate(
-    model: Annotated[str, typer.Argument(help="tiny-llava, or the folder of one trained like it.")] = "tiny-llava",
+    model: Annotated[
+        str, typer.Argument(help="tiny-llava, tiny-clip, or the folder of one trained like either.")
+    ] = "tiny-llava",
     count: Annotated[int, typer.Option(min=8, help="Questions of each kind.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 1,
 ) -> None:
     """Print a model's accuracy on scenes that training never showed."""
-    from jaxid.checkpoints.loading import load
+    from jaxid.checkpoints.loading import find_folder, load, read_config
     from jaxid.zoo import evaluation
+
+    if read_config(find_folder(model)).get("model_type") == "clip":
+        _evaluate_clip(model, count, seed)
+        return
 
     for kind, result in evaluation.evaluate(load(model), count=count, seed=seed).items():
         typer.echo(
             f"{kind:12s} {result.value:7.1%}   95 % interval {result.low:.1%} to {result.high:.1%}   n = {result.count}"
         )
+
+
+def _evaluate_clip(model: str, count: int, seed: int) -> None:
+    from jaxid.checkpoints.encoders import load_encoder
+    from jaxid.dcsm.scoring import Scorer
+    from jaxid.runs.dcsm import own_scorer
+    from jaxid.zoo import clip_evaluation
+
+    path = own_scorer(model)
+    scorer = None if path is None else Scorer.load(path)
+    for kind, entry in clip_evaluation.evaluate(load_encoder(model), scorer, count=count, seed=seed).items():
+        shown = [
+            f"{name} {entry[method]['accuracy']:.1%} ({entry[method]['low']:.1%} to {entry[method]['high']:.1%})"
+            for method, name in (("cosine", "pooled cosine"), ("dcsm", "dense maps"))
+            if method in entry
+        ]
+        typer.echo(f"{kind:9s} chance {entry['chance']:.0%}   {'   '.join(shown)}")

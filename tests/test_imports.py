@@ -23,7 +23,7 @@ MODELS = {"errors", "kernels", "sharding"}
 LOADERS = {*MODELS, "models", "processing", "zoo", "inputs"}
 ENGINE = {*LOADERS, "checkpoints", "interventions"}
 METHODS = {*ENGINE, "engine", "tracing", "generation"}
-EXPERIMENTS = {*METHODS, "data", "ids", "dcsm", "results"}
+EXPERIMENTS = {*METHODS, "data", "ids", "dcsm", "results", "training"}
 TOP = {*EXPERIMENTS, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
@@ -35,13 +35,14 @@ MAY_IMPORT = {
     "models": MODELS,
     "processing": {"errors"},
     "inputs": LOADERS,
-    "checkpoints": LOADERS,
+    "checkpoints": {*LOADERS, "results"},
     "interventions": ENGINE,
     "engine": ENGINE,
     "tracing": {*ENGINE, "engine"},
     "generation": {*ENGINE, "engine", "tracing"},
     "ids": METHODS,
-    "dcsm": {*METHODS, "data", "results"},
+    "training": {"errors", "results"},
+    "dcsm": {*METHODS, "data", "results", "training"},
     "experiments": EXPERIMENTS,
     "zoo recipes": TOP,
     "plots": TOP,
@@ -50,7 +51,8 @@ MAY_IMPORT = {
     "demo": {*TOP, "plots", "report"},
     "runs": {*TOP, "plots", "jobs"},
     "cli_run": {"errors", "runs"},
-    "cli": {*TOP, "plots", "report", "demo", "cli_run"},
+    "cli_dcsm": {*TOP, "plots", "runs"},
+    "cli": {*TOP, "plots", "report", "demo", "cli_run", "cli_dcsm"},
 }
 
 HEAVY = ("transformers", "flax", "matplotlib", "pyarrow", "torch")

@@ -5,15 +5,12 @@ from typing import Any
 
 from jaxid.checkpoints import openclip, tensors
 from jaxid.checkpoints.loading import check_dtype, find_folder, load_network, parsed, read_config
-from jaxid.errors import CheckpointError
+from jaxid.errors import CheckpointError, InputError
 from jaxid.models.base import Encoder
 from jaxid.models.encoders import ENCODER_ALIASES, ENCODERS
 from jaxid.models.openclip import kind_of
-from jaxid.processing.dual import DualProcessor, read_tokenizer
+from jaxid.processing.dual import DualProcessor
 from jaxid.processing.openclip import OpenCLIPImages
-
-TOKENIZER = "openai/clip-vit-base-patch32"
-"""Whose tokenizer OpenCLIP's models share, for files that bring none."""
 
 
 def load_encoder(
@@ -25,25 +22,32 @@ def load_encoder(
         name: an alias ("tiny-clip", "clip-b16"), a Hugging Face id, a folder in Hugging Face's or OpenCLIP's layout, or
             an OpenCLIP weight file (NegCLIP's too): safetensors, or `.pt`, which is never executed.
         dtype: of parameters and activations: "float32", "bfloat16" or "float16".
-        architecture: OpenCLIP's name of a weight file's architecture, such as "ViT-B-32-quickgelu".
-        tokenizer: folder or Hugging Face id of CLIP's tokenizer, for OpenCLIP files that bring none.
+        architecture: OpenCLIP's name of a weight file's architecture, such as "ViT-B-32-quickgelu". It also says which
+            activation the MLPs have, which the file itself does not: NegCLIP was tuned from weights with QuickGELU, but
+            its authors evaluate it as "ViT-B-32", with the exact GELU.
+        tokenizer: folder or Hugging Face id of CLIP's tokenizer, for OpenCLIP files; by default what lies beside the
+            weights, or else that of OpenAI's CLIP.
 
     Returns:
         The encoder, its parameters on the default device.
 
     Raises:
         CheckpointError: if the checkpoint is missing, foreign, incomplete or corrupt.
-        InputError: for an unknown dtype.
+        InputError: for an unknown dtype, or an architecture or tokenizer where none is needed.
     """
     check_dtype(dtype)
     path = Path(name).expanduser()
     if path.is_file():
         fields = openclip.architecture(architecture, path)
         return _open_clip(str(name), fields, {}, path, dtype, tokenizer)
+    if architecture is not None:
+        raise InputError(f"an architecture belongs to a single weight file, and there is none at {name}.")
     folder = find_folder(ENCODER_ALIASES.get(str(name), name), ("open_clip_pytorch_model.bin",))
-    if (folder / openclip.CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         fields, settings = openclip.read_openclip_config(folder / openclip.CONFIG_FILE)
         return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer)
+    if tokenizer is not None:
+        raise InputError(f"{folder} is in Hugging Face's layout, which brings its own tokenizer; leave it out.")
     fields = read_config(folder)
     model_type = str(fields.get("model_type"))
     if model_type not in ENCODERS:
@@ -69,8 +73,8 @@ def _open_clip(
     """A model from OpenCLIP's config and weights; its captions are filled up with zeros."""
     kind = ENCODERS[kind_of(fields)]
     config = parsed(kind, fields, weights.parent / openclip.CONFIG_FILE)
-    own = (weights.parent / "tokenizer.json").is_file()
-    words = read_tokenizer(weights.parent if own and tokenizer is None else find_folder(tokenizer or TOKENIZER))
+    words = openclip.load_words(weights.parent, tokenizer, config.text_config.vocab_size)
     processor = DualProcessor(words, OpenCLIPImages(config.vision_config.image_size, settings), config, padding=0)
-    files = openclip.open_weights(weights)
-    return Encoder(**load_network(kind, config, files, dtype), processor=processor, name=name)
+    loaded = load_network(kind, config, openclip.open_weights(weights), dtype)
+    loaded["fingerprint"] = openclip.fingerprint(loaded["fingerprint"], config)
+    return Encoder(**loaded, processor=processor, name=name)

@@ -1,6 +1,9 @@
 """OpenCLIP's files: folders with `open_clip_config.json`, and single weight files of a named architecture."""
 
+import hashlib
+import html
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,22 @@ from jaxid.checkpoints.tensors import TensorFolder
 from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.errors import CheckpointError
 from jaxid.models.openclip import ARCHITECTURES
+from jaxid.processing.dual import read_tokenizer
+from jaxid.processing.pictures import first_line
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
 PICKLED = (".pt", ".pth", ".bin")
+
+TOKENIZER = "openai/clip-vit-base-patch32"
+"""Whose tokenizer OpenCLIP's models share, for files that bring none."""
+
+_ESCAPE = re.compile(r"&#?\w{1,32};?")
+
+_STRAIGHT = {ord(curly): "'" for curly in "\u02bc\u2018\u2019\u201a\u201b"}
+_STRAIGHT |= {ord(curly): '"' for curly in "\u201c\u201d\u201e\u201f"}
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 class TensorArrays:
@@ -87,6 +102,11 @@ def read_openclip_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return dict(fields["model_cfg"]), dict(fields.get("preprocess_cfg") or {})
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} is no checkpoint folder: it has neither config.json nor {CONFIG_FILE}. "
+            "A weight file without a config is opened by its own path and the name of its architecture."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not an OpenCLIP config ({error!r}).") from error
 
@@ -103,3 +123,88 @@ def architecture(name: str | None, path: Path) -> dict[str, Any]:
     if name not in ARCHITECTURES:
         raise CheckpointError(f"the architecture {name!r} is not one of {known}.")
     return dict(ARCHITECTURES[name])
+
+
+class OpenCLIPWords:
+    """CLIP's tokenizer behind OpenCLIP's cleaning of captions; used like a tokenizer of transformers.
+
+    Escapes of HTML become what they stand for, twice, and curly quotes straight; CLIP's tokenizer itself lowers case
+    and collapses blanks. OpenCLIP also repairs text that was decoded wrongly, which is not done here.
+    """
+
+    def __init__(self, tokenizer: Any):
+        """Takes a fast tokenizer of transformers."""
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str, return_offsets_mapping: bool = True) -> dict[str, list[Any]]:
+        """Ids of a caption, and which of its characters, as it was given, every token stands for."""
+        del return_offsets_mapping
+        plain, spans = cleaned(text)
+        found = self.tokenizer(plain, return_offsets_mapping=True)
+        places = [
+            (spans[first][0], spans[last - 1][1]) if last > first else (0, 0) for first, last in found["offset_mapping"]
+        ]
+        return {"input_ids": found["input_ids"], "offset_mapping": places}
+
+
+def cleaned(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """A caption without escapes of HTML and curly quotes.
+
+    Returns:
+        The caption, and for each of its characters the first and last + 1 of those in `text` that it stands for.
+    """
+    spans = [(place, place + 1) for place in range(len(text))]
+    for _ in range(2):  # some captions of the web were escaped twice
+        pieces, places, end = [], [], 0
+        for found in _ESCAPE.finditer(text):
+            character = html.unescape(found.group())
+            if character != found.group():
+                first, last = found.span()
+                pieces += [text[end:first], character]
+                places += [*spans[end:first], *[(spans[first][0], spans[last - 1][1])] * len(character)]
+                end = last
+        text, spans = "".join([*pieces, text[end:]]), [*places, *spans[end:]]
+    return text.translate(_STRAIGHT), spans
+
+
+def load_words(folder: Path, tokenizer: str | Path | None, vocabulary: int) -> OpenCLIPWords:
+    """The tokenizer of an OpenCLIP model.
+
+    Args:
+        folder: of its weights.
+        tokenizer: folder or Hugging Face id of CLIP's tokenizer; by default `folder` if it holds one, else `TOKENIZER`.
+        vocabulary: ids that the model knows.
+
+    Raises:
+        CheckpointError: if the tokenizer is missing, unreadable, or of another model.
+    """
+    if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = folder
+    place = Path(tokenizer or TOKENIZER).expanduser()
+    words = read_tokenizer(place if place.is_dir() else _downloaded(str(tokenizer or TOKENIZER)))
+    if len(words) != vocabulary:
+        raise CheckpointError(f"the tokenizer in {place} has {len(words)} tokens, the model {vocabulary}.")
+    return OpenCLIPWords(words)
+
+
+def _downloaded(repository: str) -> Path:
+    """The tokenizer's files of a Hugging Face repository, without its weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES, "config.json"]))
+    except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
+        raise CheckpointError(
+            f"the tokenizer {repository} is neither in the Hugging Face cache nor reachable: {first_line(error)}; "
+            "give a folder that holds CLIP's tokenizer as `tokenizer`."
+        ) from error
+
+
+def fingerprint(files: str, config: Any) -> str:
+    """Identifies a model by its files and its config: the same weights are another model under another activation.
+
+    Args:
+        files: what `checkpoints.tensors.fingerprint` made of the files.
+        config: the network's config.
+    """
+    return hashlib.sha256(f"{files} {config}".encode()).hexdigest()[:16]

@@ -40,6 +40,8 @@ class CoCaConfig(Config):
             raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
         text, vision = openclip.parts(fields)
         tower = fields["vision_cfg"]
+        if tower.get("attentional_pool") is not True or not text.class_token:
+            raise CheckpointError("a CoCa without vision_cfg.attentional_pool or text_cfg.embed_cls is unknown.")
         return cls(
             text_config=text,
             vision_config=vision,
@@ -136,6 +138,8 @@ class CoCa(DualEncoder):
 
     def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
         """Captions in the joint space; pooled at the class token, which stands behind the window."""
-        states = self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1])
+        del valid
+        # Published weights were trained so: id 0 counts as padding though "!" within a word has it too.
+        states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0)[-1])
         tokens = self.text_projection(states)
         return Encoded(tokens[:, :-1], tokens[:, -1])

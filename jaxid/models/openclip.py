@@ -91,11 +91,13 @@ def openclip_config(fields: dict[str, Any]) -> CLIPConfig:
     Raises:
         CheckpointError: for a field that is not implemented.
     """
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
     unknown = sorted(set(fields) - known)
     if unknown:
         raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
     text, vision = parts(fields)
+    if text.class_token or not vision.post_norm:
+        raise CheckpointError("a CLIP with vision_cfg.attentional_pool or text_cfg.embed_cls is not implemented.")
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=fields["embed_dim"])
 
 

@@ -18,8 +18,16 @@ from jaxid.results import write_json
 from jaxid.zoo.tiny_clip import COLOR_NAMES, RELATIONS, SHAPES, article, is_held_out, relation, sample, seen
 from jaxid.zoo.tiny_llava import IMAGE_SIZE
 
-NEGATIONS = ("{} but no {}", "{} and not {}", "{} without {}")
-"""The published wordings; the second name has an article in the latter two."""
+NEGATIONS = (
+    "{here} but no {bare}",
+    "{here} and not {missing}",
+    "{here} without {missing}",
+    "no {bare} but {here}",
+    "not {missing} but {here}",
+    "without {missing} {here}",
+)
+"""Wordings of what is there and what is missing: the published ones, and three that name the missing thing first, so
+that being named first says nothing."""
 
 _IN_FILES = {said: name for name, said in datasets.RELATIONS.items()}
 
@@ -182,7 +190,7 @@ def negation(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.n
 
 
 def _negated(phrase: str, here: str, missing: str) -> str:
-    return phrase.format(article(here), missing if "but no" in phrase else article(missing))
+    return phrase.format(here=article(here), missing=article(missing), bare=missing)
 
 
 def training_sets(seed: int, count: int) -> dict[str, list[Item]]:

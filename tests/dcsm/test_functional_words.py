@@ -1,0 +1,121 @@
+"""Functional words by rules, and by a language model behind a stub server over loopback."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxid.dcsm import functional_words
+from jaxid.dcsm.functional_words import Endpoint, by_model, by_rules
+from jaxid.errors import DataError, InputError
+
+
+class Stub(http.server.ThreadingHTTPServer):
+    """Answers as told: statuses first, then by the step that a prompt belongs to."""
+
+    statuses: list[int]
+    prompts: list[str]
+    keys: list[str | None]
+    clean: str = '```json\n["Behind", "no"]\n```'
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.append(self.headers.get("Authorization"))
+        if self.server.statuses:
+            self.send_response(self.server.statuses.pop(0))
+            self.send_header("Retry-After", "7")
+            self.end_headers()
+            return
+        prompt = body["messages"][0]["content"]
+        self.server.prompts.append(prompt)
+        caption = prompt.rsplit("Caption: ", 1)[-1]
+        if prompt.startswith("Rewrite"):
+            answer = f'"{caption.lower()}"'
+        elif "angle brackets" in prompt:
+            answer = caption.replace("behind", "<BEHIND>").replace("no ", "<NO> ").replace("red", "<RED>")
+        else:
+            answer = self.server.clean
+        found = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(found)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        del format, args
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    server = Stub(("127.0.0.1", 0), Handler)
+    server.statuses, server.prompts, server.keys = [], [], []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def endpoint(stub: Stub, cache: Path, **options: Any) -> Endpoint:
+    return Endpoint(f"http://127.0.0.1:{stub.server_port}/v1/", "tiny", cache, **options)
+
+
+CAPTIONS = ("A red cat behind a dog", "no birds")
+
+
+def test_three_steps_and_no_second_request(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "sk-very-secret")
+    done: list[int] = []
+    ask = endpoint(stub, tmp_path, key_variable="SECRET_KEY")
+    found = by_model(CAPTIONS, ask, ("above",), progress=done.append)
+    assert found.captions == ("a red cat behind a dog", "no birds")
+    assert found.vocabulary == ("above", "behind", "no") and done == [1, 2]
+    assert len(stub.prompts) == 5 and stub.prompts[-1].endswith(json.dumps(["red", "behind", "no"]))
+    assert set(stub.keys) == {"Bearer sk-very-secret"}
+    assert by_model(CAPTIONS, ask, ("above",)) == found and len(stub.prompts) == 5
+    assert all("secret" not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_it_tries_again_and_gives_up(stub: Stub, tmp_path: Path) -> None:
+    waits: list[float] = []
+    stub.statuses = [429, 500]
+    ask = endpoint(stub, tmp_path, key_variable=None, sleep=waits.append)
+    assert ask("Rewrite it. Caption: Yes") == '"yes"' and waits == [7.0, 7.0] and stub.keys[-1] is None
+    stub.statuses = [503] * 9
+    with pytest.raises(DataError, match="HTTP 503, attempt 5"):
+        ask("another")
+    stub.statuses = [401]
+    with pytest.raises(DataError, match=r"HTTP 401, attempt 1; is the key right\?"):
+        ask("another")
+
+
+def test_no_server_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds no key"):
+        Endpoint("http://127.0.0.1:9/v1", "tiny", tmp_path)
+    with pytest.raises(InputError, match="must begin with http"):
+        Endpoint("127.0.0.1", "tiny", tmp_path, key_variable=None)
+    with pytest.raises(DataError, match="gave no answer"):
+        Endpoint("http://127.0.0.1:9/v1", "tiny", tmp_path, key_variable=None, attempts=1)("hello")
+
+
+@pytest.mark.parametrize("clean", ["sorry", '{"a": 1}', "[1, 2]", "[broken"])
+def test_an_answer_of_another_form_is_named(stub: Stub, tmp_path: Path, clean: str) -> None:
+    stub.clean = clean
+    with pytest.raises(DataError, match="step 3"):
+        by_model(CAPTIONS, endpoint(stub, tmp_path, key_variable=None))
+
+
+def test_rules_find_longer_words_first() -> None:
+    found = by_rules(["A cat to the left of a dog", "the dog isn't on top of it", "one cat on a mat"], ("no",))
+    assert found.vocabulary == ("no", "to the left of", "isn't", "on top of", "on")
+    assert functional_words.RULES[: len(functional_words.PUBLISHED)] == functional_words.PUBLISHED
+    assert len(set(functional_words.RULES)) == len(functional_words.RULES)

@@ -1,0 +1,143 @@
+"""`jaxid dcsm ...` as users run it: data, training, scores, evaluation, geometry, words; and what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxid.cli import main
+from jaxid.data.files import save_picture
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    main_ok(["dcsm", "data", "--out", str(folder), "--count", "12"])
+    return folder
+
+
+def main_ok(arguments: list[str]) -> None:
+    with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
+        try:
+            main(arguments)
+        except SystemExit as end:
+            assert end.code in (0, None)
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_training_goes_through_files(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = ["--epochs", "1", "--no-augment", "--torch-file", str(tmp_path / "scorer.pt"), "--kind", "mlp"]
+    main_ok(["dcsm", "train", "--data", str(drawn), "--out", str(out), *options])
+    assert "items of spatial, attributes, negation" in capsys.readouterr().out
+    assert (out / "scorer.safetensors").is_file() and size(out / "curves.png")[0] > 500
+    picture = next((drawn / "spatial").glob("*.png"))
+    captions = ["a star above a fish", "a fish above a star"]
+    found = []
+    for scorer in (out / "scorer.safetensors", tmp_path / "scorer.pt"):
+        main_ok(["dcsm", "score", str(picture), *captions, "--scorer", str(scorer)])
+        found.append([line.split()[-2:] for line in capsys.readouterr().out.splitlines()[1:]])
+    assert len(found[0]) == 2 and len(found[1]) == 2
+
+
+def test_six_captions_of_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    save_picture(tmp_path / "scene.png", rng.integers(0, 256, (90, 70, 3), np.uint8))
+    captions = ["red circle blue triangle", "red triangle blue circle", "circle above triangle"]
+    captions += ["circle below triangle", "circle with triangle", "circle without triangle"]
+    figure = tmp_path / "maps.png"
+    main_ok(["dcsm", "score", str(tmp_path / "scene.png"), *captions, "--out", str(figure)])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 7 and sum(line.endswith("<-") for line in out) == 1
+    assert size(figure)[1] > 800
+
+
+def test_evaluation_is_one_table_and_goes_on(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "eval"
+    arguments = ["dcsm", "eval", "--data", str(drawn / "evaluation"), "--out", str(out), "--batch-size", "8"]
+    main_ok(arguments)
+    table = (out / "table.md").read_text()
+    assert table.splitlines()[0] == "| model | method | ncd | ncd-reversed | whatsup-a | negbench-coco |"
+    assert len((out / "table.csv").read_text().splitlines()) == 3 and size(out / "table.png")[0] > 500
+    summary = json.loads((out / "summary.json").read_text())
+    counts = {name: entry["questions"] for name, entry in summary["models"]["tiny-clip"]["dcsm"].items()}
+    assert counts["whatsup-a"] == 12 and counts["negbench-coco"] == 12
+    # A part that a kill took is computed anew, the others are kept.
+    parts = sorted((out / "models" / "tiny-clip" / "parts").glob("*.parquet"))
+    kept, times = parts[1:], [path.stat().st_mtime_ns for path in parts[1:]]
+    parts[0].unlink()
+    main_ok([*arguments, "--resume"])
+    assert (out / "table.md").read_text() == table
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert "holds a run already" in refused(arguments, capsys)
+
+
+def test_bad_pictures_are_named_and_counted(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    data = shutil.copytree(drawn / "evaluation", tmp_path / "data")
+    broken, gone = sorted((data / "controlled_images").glob("*.png"))[:2]
+    broken.write_bytes(b"no picture")
+    gone.unlink()
+    arguments = ["dcsm", "eval", "--data", str(data), "--out", str(tmp_path / "out"), "--benchmark", "whatsup-a"]
+    assert gone.name in refused(arguments, capsys)
+    main_ok([*arguments, "--skip-bad"])
+    skipped = json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"]
+    assert len(skipped) == 2 and any(broken.name in one["reason"] for one in skipped)
+
+
+def test_words_by_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions.txt").write_text("A cat behind a dog\n\nno birds\n")
+    main_ok(["dcsm", "words", str(tmp_path / "captions.txt"), "--out", str(tmp_path / "out")])
+    words = (tmp_path / "out" / "words.txt").read_text().split("\n")
+    assert "behind" in words and "no" in words
+    assert (tmp_path / "out" / "marked.txt").read_text() == "A cat <BEHIND> a dog\n<NO> birds\n"
+    assert "12 functional words" in capsys.readouterr().out
+
+
+def test_geometry_writes_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main_ok(["dcsm", "geometry", "--out", str(tmp_path), "--seeds", "2", "--steps", "3", "--dimension", "4"])
+    assert (tmp_path / "geometry.parquet").is_file() and size(tmp_path / "geometry.png")[0] > 500
+    assert "free:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "PICTURE"], "list of captions is empty"),
+        (["score", "nowhere.png", "a star"], "no picture at nowhere.png"),
+        (["score", "PICTURE", "a star", "--model", "clip-z99"], "no model folder at clip-z99"),
+        (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),
+        (["score", "PICTURE", "a star", "--group", "all"], "'all' is not one of pair, row, call"),
+        (["score", "PICTURE", "a star", "--scorer", "nowhere.safetensors"], "no scorer at nowhere.safetensors"),
+        (["train", "--data", "EMPTY", "--out", "OUT"], "holds no data set"),
+        (["eval", "--data", "EMPTY", "--out", "OUT"], "holds no evaluation set"),
+        (["eval", "--data", "EMPTY", "--out", "OUT", "--benchmark", "imagenet"], "imagenet"),
+        (["words", "nowhere.txt", "--out", "OUT"], "nowhere.txt cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    save_picture(tmp_path / "scene.png", np.zeros((20, 20, 3), np.uint8))
+    (tmp_path / "empty").mkdir()
+    given = {"PICTURE": tmp_path / "scene.png", "EMPTY": tmp_path / "empty", "OUT": tmp_path / "out"}
+    assert message in refused(["dcsm", *(str(given.get(part, part)) for part in arguments)], capsys)

@@ -1,0 +1,206 @@
+"""Training of the scorer: the published step, exact resumption after a kill, and what is refused."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from encoders import ENCODER_CASES, encoder, folder
+
+from jaxid import training as loop
+from jaxid.dcsm import training
+from jaxid.dcsm.datasets import Item
+from jaxid.dcsm.scoring import Scorer
+from jaxid.dcsm.training import TrainingConfig
+from jaxid.errors import CheckpointError, InputError
+
+CASE = ENCODER_CASES[0]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+QUICK = TrainingConfig(epochs=2, batch_size=2, augment=False, dropout=0.0, text_tokens=9, seed=3)
+
+
+def items(count: int, seed: int = 0, *, opposites: bool = True) -> list[Item]:
+    rng = np.random.default_rng(seed)
+    names = [("star", "fish"), ("fish", "star"), ("red star", "blue fish"), ("small fish", "big star")]
+    made = []
+    for number in range(count):
+        first, second = names[number % len(names)]
+        picture, opposite = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+        made.append(
+            Item(
+                key=str(number),
+                picture=picture,
+                opposite=opposite if opposites else None,
+                captions=(f"{first} above {second}", f"{second} below {first}"),
+                opposite_captions=(f"{second} above {first}", f"{first} below {second}"),
+            )
+        )
+    return made
+
+
+def sets(**options: Any) -> dict[str, list[Item]]:
+    return {"spatial": items(5, 1, **options), "negation": items(3, 2, **options)}
+
+
+def trained(folder: Path, config: TrainingConfig = QUICK, data: Any = None, **options: Any) -> Scorer:
+    with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
+        return training.train(folder, encoder(CASE), data or sets(), config, progress=False, **options)
+
+
+def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Gradients of a step too: against PyTorch, on the same maps, whose order does not matter."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    published: Any = importlib.import_module("published_dcsm")
+    own = encoder(CASE)
+    scorer = Scorer.init(jax.random.key(1), 17, 9)
+    table = training.Table(own, scorer, list(sets().values()), pictures=True)
+    batch: dict[str, Any] = {"step": jnp.asarray(0)}
+    for number, name in enumerate(sets()):
+        pictures, captions = table.batch(number, [0, 2])
+        assert table.images is not None
+        batch |= {f"{name}.images": jnp.asarray(table.images[pictures])}
+        batch |= {f"{name}.{part}": jnp.asarray(value) for part, value in captions.items()}
+    parameters = {"network": scorer.network._asdict()}
+
+    def total(parameters: Any) -> Any:
+        return training.loss(parameters, batch, scorer, list(sets()), QUICK, own, 1)[0]
+
+    with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
+        value, gradients = jax.value_and_grad(total)(parameters)
+
+    monkeypatch.setattr(published, "TEXT_TOKENS", 9)
+    network = published.ScorerCNN(17, 9, dropout=0.0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            layer, kind = name.rsplit(".", 1)
+            array = np.array(getattr(scorer.network, layer if kind == "weight" else f"{layer}_bias"))
+            parameter.copy_(torch.from_numpy(array.reshape(tuple(parameter.shape))))
+    losses = []
+    for name in sets():
+        for version in range(2):
+            images = torch.from_numpy(np.array(batch[f"{name}.images"]))
+            texts = torch.from_numpy(np.array(batch[f"{name}.texts"][version]))
+            maps = published.maps(images, texts)
+            words = np.asarray(batch[f"{name}.words"][version])
+            for row, column in np.argwhere(words >= 0):
+                maps[:, row, :, column] = torch.from_numpy(np.array(scorer.vectors[words[row, column]]))
+            flat = published.standardise(maps).reshape(-1, 1, 17, 9)
+            scores = network(flat).reshape(len(images), len(texts))
+            right = torch.arange(len(images))
+            cross = torch.nn.functional.cross_entropy
+            losses.append(cross(scores, right) + cross(scores.T, right))
+    expected = sum(losses) / len(sets())
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    for name, parameter in network.named_parameters():
+        layer, kind = name.rsplit(".", 1)
+        ours = np.asarray(gradients["network"][layer if kind == "weight" else f"{layer}_bias"])
+        theirs = parameter.grad.numpy().reshape(ours.shape)
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max() + 1e-7, name
+
+
+def test_two_way_loss_by_hand() -> None:
+    scores = jnp.array([[2.0, 0.0, 1.0], [0.5, 3.0, 0.0]])
+    loss, accuracy = training.two_way_loss(scores, jnp.array([0, 1]))
+    rows = [np.log(np.exp(2) + 1 + np.e) - 2, np.log(np.exp(0.5) + np.exp(3) + 1) - 3]
+    columns = [np.log(np.exp(2) + np.exp(0.5)) - 2, np.log(1 + np.exp(3)) - 3]
+    np.testing.assert_allclose(loss, np.mean(rows) + np.mean(columns), rtol=1e-5)
+    assert accuracy == 1
+    # The third caption is nobody's: moving the others moves nothing else.
+    again, _ = training.two_way_loss(scores[:, jnp.array([1, 2, 0])], jnp.array([2, 0]))
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+
+
+def test_every_pass_takes_every_item_once() -> None:
+    rows = np.concatenate([training.item_rows(7, step, 3, (1, 0)) for step in range(14)])
+    for turn in range(6):
+        assert sorted(rows[7 * turn : 7 * turn + 7]) == list(range(7))
+    assert len({tuple(rows[7 * turn : 7 * turn + 7]) for turn in range(6)}) > 1
+
+
+@pytest.mark.parametrize("change", [{}, {"kind": "mlp"}, {"learn_vectors": True}, {"augment": True, "dropout": 0.3}])
+def test_training_lowers_the_loss_and_writes_what_it_found(tmp_path: Path, change: dict[str, Any]) -> None:
+    config = dataclasses.replace(QUICK, **{"epochs": 60, "batch_size": 4, "learning_rate": 3e-3, **change})
+    scorer = trained(tmp_path, config, {"spatial": items(4)})
+    rows = loop.read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows] == [20, 40, 60] and rows[-1]["epoch"] == 59
+    assert json.loads((tmp_path / "metrics.json").read_text()) == rows
+    again = Scorer.load(tmp_path / "scorer.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(scorer), jax.tree.leaves(again))
+    start = Scorer.init(jax.random.fold_in(jax.random.key(3), 0), 17, 9, kind=config.kind)
+    moved = not np.array_equal(start.vectors, scorer.vectors)
+    assert moved == config.learn_vectors
+    if not config.augment:
+        assert rows[-1]["loss"] < rows[0]["loss"] < 2 * np.log(8)  # chance
+
+
+def test_pictures_without_opposites_have_hard_captions(tmp_path: Path) -> None:
+    scorer = trained(tmp_path, QUICK, sets(opposites=False))
+    assert scorer.map_shape == (17, 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "change", "message"),
+    [
+        ({}, {}, "at least one data set"),
+        ({"spatial": items(1)}, {}, "'spatial' has 1 items, a batch 2"),
+        ({"spatial": [*items(2), *items(2, opposites=False)]}, {}, "mixes items with and without"),
+        (None, {"kind": "gru"}, "the scorer 'gru' is not one of cnn, mlp"),
+        (None, {"vocabulary": ()}, "list of functional words is empty"),
+    ],
+)
+def test_what_cannot_be_trained(tmp_path: Path, data: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        training.train(tmp_path, encoder(CASE), sets() if data is None else data, dataclasses.replace(QUICK, **change))
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(CheckpointError, match="other settings"):
+        trained(tmp_path, dataclasses.replace(QUICK, seed=4))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:4]
+from test_training import QUICK, dataclasses, sets
+from jaxid.checkpoints.encoders import load_encoder
+from jaxid.dcsm import training
+config = dataclasses.replace(QUICK, epochs=40, dropout=0.2)
+training.train(Path(sys.argv[1]), load_encoder(sys.argv[4]), sets(), config, save_every=5, progress=False)
+"""
+
+
+def start(out: Path) -> subprocess.Popen[bytes]:
+    here = Path(__file__).parent
+    arguments = [str(out), str(here), str(here.parent), str(folder(CASE))]
+    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    process = start(killed)
+    while not any(path.name.isdigit() for path in (killed / "state").glob("*")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (killed / "scorer.safetensors").exists()
+    assert start(killed).wait() == 0
+    one, other = (Scorer.load(path / "scorer.safetensors") for path in (whole, killed))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.tree.leaves(one), jax.tree.leaves(other))
+    assert (whole / "metrics.csv").read_text() == (killed / "metrics.csv").read_text()
