@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "runs": {*TOP, "plots", "jobs"},
     "cli_run": {"errors", "runs"},
     "cli_dcsm": {*TOP, "plots", "runs"},
-    "cli": {*TOP, "plots", "report", "demo", "cli_run", "cli_dcsm"},
+    "cli": {*TOP, "plots", "report", "demo", "runs", "cli_run", "cli_dcsm"},
 }
 
 HEAVY = ("transformers", "flax", "matplotlib", "pyarrow", "torch")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
+from jaxid.dcsm.embedding import TEXT_TOKENS, Texts, embed_images, embed_texts
 from jaxid.dcsm.scoring import Scorer, score_own
 from jaxid.errors import InputError
 from jaxid.models.base import Encoder
@@ -52,14 +52,17 @@ def answer(
         raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
     encoded = embed_images(encoder, pictures)
     cosine = np.zeros(len(captions), bool)
-    known = _Captions(encoder, captions)
+    # Cosine reads whole captions, as far as the encoder does; the scorer reads what its maps hold.
+    context, length = encoder.processor.context, TEXT_TOKENS if scorer is None else scorer.map_shape[1]
+    fits = length <= context and encoder.processor.longest([text for own in captions for text in own]) <= length
+    known = _Captions(encoder, captions, length if fits else context)
     for rows, texts in known.by_count(captions):
         scores = np.einsum("ne,nce->nc", encoded.pooled[[shown[row] for row in rows]], texts.pooled)
         cosine[rows] = _first_is_best(scores)
     if scorer is None:
         return Answers(cosine, None)
     asked = captions if scorer_captions is None else scorer_captions
-    known = known if scorer_captions is None else _Captions(encoder, asked)
+    known = known if fits and scorer_captions is None else _Captions(encoder, asked, length)
     dcsm = np.zeros(len(captions), bool)
     for rows, texts in known.by_count(asked):
         own = encoded[[shown[row] for row in rows]]
@@ -82,12 +85,12 @@ class _Own(NamedTuple):
 class _Captions:
     """All different captions of some questions, encoded once."""
 
-    def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]]):
+    def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]], length: int):
         self.numbers: dict[str, int] = {}
         for own in captions:
             for caption in own:
                 self.numbers.setdefault(caption, len(self.numbers))
-        self.texts = embed_texts(encoder, list(self.numbers))
+        self.texts = embed_texts(encoder, list(self.numbers), length)
 
     def by_count(self, captions: Sequence[Sequence[str]]) -> list[tuple[list[int], _Own]]:
         """Questions by their number of captions: which, and what they are asked."""

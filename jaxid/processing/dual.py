@@ -110,6 +110,10 @@ class DualProcessor:
         )
         return np.rint(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
+    def longest(self, texts: Sequence[str]) -> int:
+        """Tokens of the longest of some captions, uncut."""
+        return max((len(self.tokenizer(text)["input_ids"]) for text in texts), default=0)
+
     def captions(self, texts: Sequence[str], length: int | None = None) -> Captions:
         """Captions as arrays of one length, filled up or cut; a cut warns and names the lost words.
 

@@ -86,7 +86,7 @@ def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path
             layer, kind = name.rsplit(".", 1)
             array = np.array(getattr(scorer.network, layer if kind == "weight" else f"{layer}_bias"))
             parameter.copy_(torch.from_numpy(array.reshape(tuple(parameter.shape))))
-    losses = []
+    losses: list[torch.Tensor] = []
     for name in sets():
         for version in range(2):
             images = torch.from_numpy(np.array(batch[f"{name}.images"]))
@@ -100,7 +100,7 @@ def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path
             right = torch.arange(len(images))
             cross = torch.nn.functional.cross_entropy
             losses.append(cross(scores, right) + cross(scores.T, right))
-    expected = sum(losses) / len(sets())
+    expected = torch.stack(losses).sum() / len(sets())
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     for name, parameter in network.named_parameters():

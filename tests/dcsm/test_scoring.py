@@ -1,0 +1,196 @@
+"""Scores from pictures and captions: the published procedure in PyTorch, meshes, files, and what does not fit."""
+
+import dataclasses
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from encoders import ENCODER_CASES, encoder, reference
+
+from jaxid.checkpoints.scorer_files import write_authors_scorer
+from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
+from jaxid.dcsm.evaluate import answer, summary
+from jaxid.dcsm.placement import find, place
+from jaxid.dcsm.scoring import Scorer, score, score_own
+from jaxid.errors import CheckpointError, InputError
+from jaxid.kernels.similarity import GROUPS
+
+CASE = ENCODER_CASES[0]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CAPTIONS = ["red star above a fish", "a fish but no star", "star", "a big fish to the left of a star", "not small"]
+LENGTH = 11
+
+
+@pytest.fixture(scope="module")
+def published() -> Any:
+    import sys
+
+    sys.path.insert(0, str(BENCHMARKS))
+    module = importlib.import_module("published_dcsm")
+    sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def pictures() -> list[np.ndarray]:
+    return [*fixtures.pictures(), fixtures.pictures()[0][::-1].copy()]
+
+
+def sides() -> tuple[Any, Texts]:
+    return embed_images(encoder(CASE), pictures()), embed_texts(encoder(CASE), CAPTIONS, LENGTH)
+
+
+def a_scorer(placement: str = "token", kind: str = "cnn") -> Scorer:
+    return Scorer.init(jax.random.key(1), 17, LENGTH, placement=placement, kind=kind)
+
+
+@pytest.mark.parametrize("placement", ["replace", "insert"])
+def test_scores_are_the_published_ones(
+    published: Any, placement: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From pixels and ids to scores, through the authors' file."""
+    monkeypatch.setattr(published, "TEXT_TOKENS", LENGTH)
+    scorer, own = a_scorer(placement), encoder(CASE)
+    write_authors_scorer(tmp_path / "scorer.pt", scorer.network, np.asarray(scorer.vectors))
+    saved = torch.load(tmp_path / "scorer.pt", weights_only=True)
+    network = published.ScorerCNN(17, LENGTH)
+    network.load_state_dict(saved["scorer"])
+    theirs = published.Scorer(network=network.eval(), vectors=saved["functional"], placement=placement)
+    texts = own.processor.captions(CAPTIONS, LENGTH)
+    ids, mask = torch.tensor(texts.token_ids).long(), torch.tensor(texts.valid).long()
+    with torch.no_grad():
+        left = published.image_tokens(reference(CASE), torch.from_numpy(own.processor.pixels(pictures())))
+        right = published.text_tokens(reference(CASE), ids, mask)
+        expected = published.score_pairs(theirs, left, right, CAPTIONS).numpy()
+    ours = score(scorer, *sides())
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    # The file read back: its placement is the first published one.
+    again = dataclasses.replace(Scorer.load(tmp_path / "scorer.pt"), placement=placement) if LENGTH == 30 else scorer
+    np.testing.assert_array_equal(score(again, *sides()), ours)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("devices", [2, 8])
+def test_pictures_over_devices(group: str, devices: int) -> None:
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    images, texts = sides()
+    whole = score(a_scorer(), images, texts, group=group)
+    np.testing.assert_allclose(score(a_scorer(), images, texts, group=group, mesh=mesh), whole, atol=1e-5)
+
+
+def test_own_captions_are_calls_of_their_own() -> None:
+    images, texts = sides()
+    order = [0, 1, 2, 3, 4, 0]
+    scores = score_own(a_scorer(), images, texts[order], 2)
+    for row in range(3):
+        alone = score(a_scorer(), images[[row]], texts[order[2 * row : 2 * row + 2]])
+        np.testing.assert_allclose(scores[row], alone[0], atol=1e-5)
+
+
+def test_placement_of_columns() -> None:
+    captions = encoder(CASE).processor.captions(["a red star above no fish", "fish"], 10)
+    # <start> a red star above no fish <end>
+    vocabulary = ("no", "above", "of")
+    words = place(captions, vocabulary).words
+    assert words[0].tolist() == [-1, -1, -1, -1, 1, 0, -1, -1, -1, -1] and (words[1] == -1).all()
+    replaced = place(captions, vocabulary, "replace")
+    assert np.flatnonzero(replaced.words[0] >= 0).tolist() == [3, 4] and replaced.sources[0].tolist() == list(range(10))
+    inserted = place(captions, vocabulary, "insert")
+    assert inserted.words[0].tolist() == [-1, -1, -1, 1, 0, -1, -1, -1, -1, -1]
+    assert inserted.sources[0].tolist()[5:] == [3, 4, 5, 6, 7]
+    with pytest.raises(InputError, match="'left' is not one of token"):
+        place(captions, vocabulary, "left")
+
+
+def test_words_are_found_whole() -> None:
+    assert find("Knot, not a NOT", ("not",)) == [(0, 6, 9)]
+    assert find("to the left of it, left", ("left", "to the left of")) == [(1, 0, 14), (0, 19, 23)]
+    assert find("abovement", ("above",)) == []
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+def test_files(kind: str, tmp_path: Path) -> None:
+    scorer = a_scorer("insert", kind)
+    scorer.save(tmp_path / "scorer.safetensors")
+    again = Scorer.load(tmp_path / "scorer.safetensors")
+    assert (again.placement, again.vocabulary, type(again.network)) == (
+        "insert",
+        scorer.vocabulary,
+        type(scorer.network),
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(scorer))
+    (tmp_path / "other.safetensors").write_bytes(b"nothing")
+    for name, message in (("none.safetensors", "no scorer at"), ("other.safetensors", "is no scorer that jaxid wrote")):
+        with pytest.raises(CheckpointError, match=message):
+            Scorer.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+def test_the_authors_layout(kind: str, tmp_path: Path) -> None:
+    scorer = Scorer.init(jax.random.key(3), 17, 30, kind=kind)
+    write_authors_scorer(tmp_path / "scorer.pt", scorer.network, np.asarray(scorer.vectors))
+    again = Scorer.load(tmp_path / "scorer.pt")
+    assert again.placement == "replace"
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(scorer))
+    saved = torch.load(tmp_path / "scorer.pt", weights_only=True)
+    del saved["scorer"]["fc2.bias"]
+    torch.save(saved, tmp_path / "broken.pt")
+    with pytest.raises(CheckpointError, match=r"missing fc2\.bias"):
+        Scorer.load(tmp_path / "broken.pt")
+
+
+def test_what_does_not_fit() -> None:
+    images, texts = sides()
+    with pytest.raises(InputError, match=r"reads maps of 17 x 11 tokens; these pictures and captions make 17 x 9"):
+        score(a_scorer(), images, embed_texts(encoder(CASE), CAPTIONS[:3], 9))
+    with pytest.raises(InputError, match="group 'all' is not one of pair, row, call"):
+        score(a_scorer(), images, texts, group="all")
+    with pytest.raises(InputError, match="need 2 captions each"):
+        score_own(a_scorer(), images, texts, 2)
+    with pytest.raises(InputError, match="list of captions is empty"):
+        embed_texts(encoder(CASE), [])
+    with pytest.raises(InputError, match="at least one picture"):
+        embed_images(encoder(CASE), [])
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_single_questions() -> None:
+    """Cosine reads whole captions, the scorer's maps hold nine tokens of them."""
+    own, shown = encoder(CASE), [0, 1, 0, 2]
+    asked = [CAPTIONS[:2], CAPTIONS[1:4], CAPTIONS[3:], [CAPTIONS[2], CAPTIONS[0]]]
+    scorer = Scorer.init(jax.random.key(1), 17, 9)
+    with pytest.warns(UserWarning, match="longer than 9 tokens are cut"):
+        found = answer(own, pictures(), asked, scorer, shown=shown)
+    assert found.dcsm is not None
+    images = embed_images(own, pictures())
+    for row, (picture, captions) in enumerate(zip(shown, asked, strict=True)):
+        texts = embed_texts(own, captions, 12)
+        cosine = texts.pooled @ images.pooled[picture]
+        assert found.cosine[row] == (np.argmax(cosine) == 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scores = score(scorer, images[[picture]], embed_texts(own, captions, 9))[0]
+        assert found.dcsm[row] == (np.argmax(scores) == 0)
+    assert answer(own, pictures(), asked, None, shown=shown).dcsm is None
+
+
+def test_ties_are_no_answers() -> None:
+    found = answer(encoder(CASE), pictures()[:1], [["star", "star"]])
+    assert not found.cosine[0]
+    with pytest.raises(InputError, match="at least two"):
+        answer(encoder(CASE), pictures()[:1], [["star"]])
+
+
+def test_summary_counts() -> None:
+    rows = {"benchmark": ["a", "a", "b"], "cosine": [True, False, True], "dcsm": jnp.array([True, True, False])}
+    found = summary(rows)
+    assert found["cosine"]["a"]["accuracy"] == 0.5 and found["dcsm"]["a"]["questions"] == 2
+    assert found["dcsm"]["b"]["low"] == 0 < found["dcsm"]["b"]["high"]

@@ -1,0 +1,125 @@
+"""The tiled scorer against PyTorch's layers on single maps: scores, gradients, groups, odd numbers, memory."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxid.kernels import scorer, similarity
+
+IMAGE_TOKENS, TEXT_TOKENS = 7, 5
+
+
+@functools.cache
+def network(kind: str, seed: int = 0) -> scorer.Network:
+    make = {"cnn": scorer.init_cnn, "mlp": scorer.init_mlp}[kind]
+    return make(jax.random.key(seed), IMAGE_TOKENS, TEXT_TOKENS)
+
+
+def in_pytorch(found: scorer.Network, maps: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The published layers, on maps [B, I, T]."""
+    if isinstance(found, scorer.CNN):
+        x = torch.conv2d(maps[:, None], parameters["conv1"][:, None], parameters["conv1_bias"], padding=1).relu()
+        x = torch.conv2d(x, parameters["conv2"], parameters["conv2_bias"], padding=1).relu()
+        hidden = (x.flatten(1) @ parameters["fc1"].flatten(1).T + parameters["fc1_bias"]).relu()
+        return hidden @ parameters["fc2"] + parameters["fc2_bias"]
+    hidden = (maps.flatten(1) @ parameters["fc1"].flatten(1).T + parameters["fc1_bias"]).relu()
+    hidden = (hidden @ parameters["fc2"].T + parameters["fc2_bias"]).relu()
+    return hidden @ parameters["fc3"] + parameters["fc3_bias"]
+
+
+def tensors(found: scorer.Network) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(np.array(value), requires_grad=True) for name, value in found._asdict().items()}
+
+
+def sides(pictures: int, captions: int) -> tuple[Any, Any]:
+    keys = jax.random.split(jax.random.key(7), 2)
+    images = similarity.unit(jax.random.normal(keys[0], (pictures, IMAGE_TOKENS, 6)))
+    return images, similarity.unit(jax.random.normal(keys[1], (captions, TEXT_TOKENS, 6)))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+@pytest.mark.parametrize(("pictures", "captions"), [(1, 1), (3, 5), (2, 70), (66, 3)])
+def test_tiles_are_single_maps(kind: str, pictures: int, captions: int) -> None:
+    images, texts = sides(pictures, captions)
+    found = network(kind)
+    for group in similarity.GROUPS:
+        maps = np.array(similarity.standardise(similarity.similarity_maps(images, texts), group))
+        with torch.no_grad():
+            flat = torch.from_numpy(maps.reshape(-1, IMAGE_TOKENS, TEXT_TOKENS))
+            expected = in_pytorch(found, flat, tensors(found)).reshape(pictures, captions)
+        with jax.default_matmul_precision("highest"):
+            scores = jax.jit(scorer.score)(found, images, texts, similarity.moments(images, texts, group))
+        np.testing.assert_allclose(scores, expected, atol=1e-5 * float(expected.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("captions", [1, 3, 80])
+def test_rows_of_their_own_captions(captions: int) -> None:
+    images, _ = sides(5, 1)
+    texts = similarity.unit(jax.random.normal(jax.random.key(3), (5, captions, TEXT_TOKENS, 6)))
+    found = network("cnn")
+    moments = [similarity.moments(images[row : row + 1], texts[row], "row") for row in range(5)]
+    expected = [
+        scorer.score(found, images[row : row + 1], texts[row], own)[0]
+        for row, own in zip(range(5), moments, strict=True)
+    ]
+    together = similarity.Moments(*(jnp.concatenate(parts) for parts in zip(*moments, strict=True)))
+    np.testing.assert_allclose(scorer.score_rows(found, images, texts, together), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+def test_gradients_are_pytorchs(kind: str) -> None:
+    found = network(kind, 1)
+    maps = np.random.default_rng(0).standard_normal((6, IMAGE_TOKENS, TEXT_TOKENS)).astype(np.float32)
+    weights = np.linspace(-1, 1, 6, dtype=np.float32)
+    parameters, given = tensors(found), torch.tensor(maps, requires_grad=True)
+    (in_pytorch(found, given, parameters) * torch.from_numpy(weights)).sum().backward()
+    with jax.default_matmul_precision("highest"):
+        own, by_maps = jax.grad(lambda found, maps: (scorer.apply(found, maps) * weights).sum(), argnums=(0, 1))(
+            found, jnp.asarray(maps)
+        )
+    for name, gradient in [*own._asdict().items(), ("maps", by_maps)]:
+        theirs = given.grad if name == "maps" else parameters[name].grad
+        assert theirs is not None
+        assert np.abs(np.asarray(gradient) - theirs.numpy()).max() <= 1e-5 * float(theirs.abs().max()) + 1e-7, name
+
+
+def test_many_scorers_at_once() -> None:
+    images, texts = sides(3, 4)
+    moments = similarity.moments(images, texts, "call")
+    found = [network("cnn", seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    together = jax.vmap(scorer.score, in_axes=(0, None, None, None))(stacked, images, texts, moments)
+    for row, one in enumerate(found):
+        np.testing.assert_allclose(together[row], scorer.score(one, images, texts, moments), atol=1e-6)
+
+
+def test_dropout_is_scaled_and_repeatable() -> None:
+    found = network("cnn")
+    maps = jnp.asarray(np.random.default_rng(1).standard_normal((4, IMAGE_TOKENS, TEXT_TOKENS)), jnp.float32)
+    plain = scorer.apply(found, maps)
+    np.testing.assert_array_equal(scorer.apply(found, maps, jax.random.key(0), 0.0), plain)
+    one, again, other = (scorer.apply(found, maps, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other) and not np.allclose(one, plain)
+    # A layer that only sums has its expectation kept.
+    ones = found._replace(fc1=jnp.ones_like(found.fc1) / 100)
+    drawn = jax.vmap(lambda key: scorer.apply(ones, maps, key, 0.3))(jax.random.split(jax.random.key(2), 3000))
+    np.testing.assert_allclose(drawn.mean(axis=0), scorer.apply(ones, maps), rtol=0.1, atol=0.01)
+
+
+def test_memory_does_not_grow_with_pairs() -> None:
+    found = network("cnn")
+    used = []
+    for count in (64, 512):
+        images, texts = sides(count, count)
+        moments = similarity.moments(images, texts, "call")
+        analysis: Any = jax.jit(scorer.score).lower(found, images, texts, moments).compile().memory_analysis()
+        inputs = 4 * (images.size + texts.size + 4 * count * count)  # copies of what came in, and what goes out
+        used.append(analysis.temp_size_in_bytes - inputs)
+    pair = 4 * 4 * IMAGE_TOKENS * TEXT_TOKENS
+    assert used[1] - used[0] < 0.02 * (512**2 - 64**2) * pair
