@@ -5,12 +5,11 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxid.dcsm.embedding import Pictures, Texts
@@ -160,12 +159,9 @@ def score(
     """
     check_fit(scorer, pictures.tokens.shape[1], texts.tokens.shape[1], group)
     words, tokens = caption_columns(scorer, texts)
-    count = len(pictures)
-    if mesh is None:
-        return np.asarray(score_tokens(scorer, jnp.asarray(pictures.tokens), tokens, words, group))
-    devices = mesh.shape["data"]
-    filled = np.pad(pictures.tokens, ((0, -count % devices), (0, 0), (0, 0)))
-    return np.asarray(_sharded(mesh, group, count)(scorer, filled, tokens, words))[:count]
+    if mesh is not None:
+        return _score_sharded(scorer, pictures.tokens, tokens, words, group, mesh)
+    return np.asarray(score_tokens(scorer, jnp.asarray(pictures.tokens), tokens, words, group))
 
 
 def score_own(
@@ -253,21 +249,29 @@ def _score_own(
     return kernels.score_rows(scorer.network, images, texts, own)
 
 
-def _sharded(mesh: Mesh, group: str, count: int) -> Any:
-    """`score_tokens` with the pictures split over devices; of each group's moments, only those of a call are shared."""
+def _score_sharded(
+    scorer: Scorer,
+    images: Float[np.ndarray, "N I E"],
+    texts: Float[np.ndarray, "M T E"],
+    words: Int[np.ndarray, "M T"],
+    group: str,
+    mesh: Mesh,
+) -> Float[np.ndarray, "N M"]:
+    """Scores with the pictures split over devices, which share nothing but what was standardised over."""
+    arrays = [jnp.asarray(value) for value in (images, texts, words)]
+    left, right = similarity.with_functional_rows(*arrays, scorer.vectors)
+    found = similarity.moments(left, right, group)
+    count, gap = len(images), -len(images) % mesh.shape["data"]
+    mean, deviation = (jnp.broadcast_to(value, (count, value.shape[1])) for value in found)
+    filled = (
+        jnp.pad(left, ((0, gap), (0, 0), (0, 0))),
+        jnp.pad(mean, ((0, gap), (0, 0))),
+        jnp.pad(deviation, ((0, gap), (0, 0)), constant_values=1),
+    )
     split, whole = PartitionSpec("data"), PartitionSpec()
-
-    def run(scorer: Scorer, images: Array, texts: Array, words: Array) -> Array:
-        images, texts = similarity.with_functional_rows(images, texts, words, scorer.vectors)
-        found = similarity.moments(images[:count], texts, group)
-        if group == "call":
-            found = similarity.Moments(*(jnp.broadcast_to(value, (len(images), 1)) for value in found))
-        else:
-            gap = ((0, len(images) - count), (0, 0))
-            found = similarity.Moments(jnp.pad(found.mean, gap), jnp.pad(found.deviation, gap, constant_values=1))
-        tiles = jax.shard_map(
-            kernels.score, mesh=mesh, in_specs=(whole, split, whole, split), out_specs=split, check_vma=False
-        )
-        return tiles(scorer.network, images, texts, found)
-
-    return jax.jit(run)
+    left, mean, deviation = (jax.device_put(value, NamedSharding(mesh, split)) for value in filled)
+    network, right = jax.device_put((scorer.network, right), NamedSharding(mesh, whole))
+    tiles = jax.shard_map(
+        kernels.score, mesh=mesh, in_specs=(whole, split, whole, split), out_specs=split, check_vma=False
+    )
+    return np.asarray(jax.jit(tiles)(network, left, right, similarity.Moments(mean, deviation)))[:count]
