@@ -258,8 +258,9 @@ def _score_sharded(
     mesh: Mesh,
 ) -> Float[np.ndarray, "N M"]:
     """Scores with the pictures split over devices, which share nothing but what was standardised over."""
-    arrays = [jnp.asarray(value) for value in (images, texts, words)]
-    left, right = similarity.with_functional_rows(*arrays, scorer.vectors)
+    left, right = similarity.with_functional_rows(
+        jnp.asarray(images), jnp.asarray(texts), jnp.asarray(words), scorer.vectors
+    )
     found = similarity.moments(left, right, group)
     count, gap = len(images), -len(images) % mesh.shape["data"]
     mean, deviation = (jnp.broadcast_to(value, (count, value.shape[1])) for value in found)
