@@ -175,7 +175,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:4]
-from test_training import QUICK, dataclasses, sets
+from test_dcsm_training import QUICK, dataclasses, sets
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.dcsm import training
 config = dataclasses.replace(QUICK, epochs=40, dropout=0.2)
