@@ -5,6 +5,7 @@ the list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the va
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +56,8 @@ class Found(NamedTuple):
 
     Attributes:
         captions: simplified by the model, or as they were.
-        vocabulary: lower case, in the order in which they first appear; a given vocabulary comes first.
+        vocabulary: lower case, in the order in which they first appear; a given vocabulary comes first, spellings that
+            only the model's clean list has come last.
     """
 
     captions: tuple[str, ...]
@@ -67,7 +71,7 @@ def by_rules(captions: Sequence[str], vocabulary: Sequence[str] = ()) -> Found:
         captions: the texts.
         vocabulary: words to begin with.
     """
-    words = dict.fromkeys(vocabulary)
+    words = dict.fromkeys(word.lower() for word in vocabulary)
     for caption in captions:
         words |= {RULES[number]: None for number, _, _ in find(caption, RULES)}
     return Found(tuple(captions), tuple(words))
@@ -88,22 +92,37 @@ def by_model(
         progress: is told how many captions are done.
 
     Raises:
-        DataError: an answer is not what the step asks for.
+        DataError: an answer is not what the step asks for; an `Endpoint` forgets it, so that the next run asks again.
     """
     simple, marked = [], {}
     for number, caption in enumerate(captions):
-        simplified = " ".join(ask(SIMPLIFY.format(caption=caption)).split()).strip('"')
+        prompt = SIMPLIFY.format(caption=caption)
+        simplified = " ".join(ask(prompt).split()).strip('"')
         if not simplified:
+            _forget(ask, prompt)
             raise DataError(f"step 1 (simplify) gave an empty answer for caption {number}: {caption!r}.")
         simple.append(simplified)
         answer = ask(MARK.format(caption=simplified))
         marked |= {word.lower().strip(): None for word in re.findall(r"<([^<>]+)>", answer) if word.strip()}
         if progress is not None:
             progress(number + 1)
-    words = dict.fromkeys(vocabulary)
+    words = dict.fromkeys(word.lower() for word in vocabulary)
     if marked:
-        words |= dict.fromkeys(_cleaned(ask(CLEAN.format(words=json.dumps(list(marked), ensure_ascii=False)))))
+        prompt = CLEAN.format(words=json.dumps(list(marked), ensure_ascii=False))
+        try:
+            cleaned = _cleaned(ask(prompt))
+        except DataError:
+            _forget(ask, prompt)
+            raise
+        order = {word: number for number, word in enumerate(marked)}
+        words |= dict.fromkeys(sorted(cleaned, key=lambda word: order.get(word, len(order))))
     return Found(tuple(simple), tuple(words))
+
+
+def _forget(ask: Callable[[str], str], prompt: str) -> None:
+    """Lets the next run ask again, where answers are kept."""
+    if isinstance(ask, Endpoint):
+        ask.forget(prompt)
 
 
 def _cleaned(answer: str) -> list[str]:
@@ -144,15 +163,19 @@ class Endpoint:
             sleep: waits between attempts.
 
         Raises:
-            InputError: for an address that is none, or a missing key.
+            InputError: for an address that is none, or a missing or unusable key.
         """
         if not re.match(r"https?://", base_url):
             raise InputError(f"the base URL {base_url!r} must begin with http:// or https://.")
         self.url, self.model, self.cache = f"{base_url.rstrip('/')}/chat/completions", model, cache
         self.attempts, self.timeout, self.sleep = attempts, timeout, sleep
-        self._key = os.environ.get(key_variable, "") if key_variable else ""
+        self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise InputError(f"the environment variable {key_variable} holds no key; set it, or name another one.")
+        if not (self._key.isascii() and self._key.isprintable()):  # else the HTTP client's own error shows the key
+            raise InputError(
+                f"the key in {key_variable} has line breaks or other characters that no HTTP header may hold."
+            )
 
     def __call__(self, prompt: str) -> str:
         """The answer to a prompt.
@@ -160,30 +183,39 @@ class Endpoint:
         Raises:
             DataError: the endpoint refuses, cannot be reached, or answers in another form.
         """
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        name = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()[:32]
-        path = self.cache / f"{name}.json"
+        body, path = self._body(prompt), self._path(prompt)
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))["answer"]
         answer = self._answer(self._sent(json.dumps(body).encode()))
         save_bytes(path, json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False).encode())
         return answer
 
+    def forget(self, prompt: str) -> None:
+        """Removes the kept answer to a prompt, if there is one."""
+        self._path(prompt).unlink(missing_ok=True)
+
+    def _body(self, prompt: str) -> dict[str, Any]:
+        return {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+
+    def _path(self, prompt: str) -> Path:
+        name = hashlib.sha256(json.dumps([self.url, self._body(prompt)], sort_keys=True).encode()).hexdigest()[:32]
+        return self.cache / f"{name}.json"
+
     def _sent(self, body: bytes) -> Any:
         headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
         for attempt in range(1, self.attempts + 1):
             wait = float(2 ** (attempt - 1))
             try:
                 request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
+                if self._key:  # not for hosts that a redirect leads to
+                    request.add_unredirected_header("Authorization", f"Bearer {self._key}")
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 with error:
                     reason, again = f"HTTP {error.code}", error.code in _AGAIN
                     wait = _retry_after(error.headers, wait)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 reason, again = str(getattr(error, "reason", error)), True
             except ValueError as error:
                 raise DataError(f"{self.url} does not answer in JSON.") from error
@@ -206,7 +238,13 @@ class Endpoint:
 
 
 def _retry_after(headers: Any, default: float) -> float:
+    """Seconds that an answer asks to wait, given as a number or a date, 60 at most."""
+    asked = headers.get("Retry-After") or str(default)
     try:
-        return min(60.0, float(headers.get("Retry-After") or default))
-    except ValueError:  # a date
-        return default
+        seconds = float(asked)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(asked).astimezone(UTC) - datetime.now(UTC)).total_seconds()
+        except ValueError:
+            seconds = default
+    return min(60.0, max(0.0, seconds))

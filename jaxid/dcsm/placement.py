@@ -40,14 +40,15 @@ def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
         caption: the text.
         vocabulary: functional words.
     """
-    taken: list[tuple[int, int, int]] = []
+    found: dict[int, tuple[int, int, int]] = {}
+    taken: list[tuple[int, int]] = []  # all occurrences: a word within a later one of a longer entry is not its own
     for number in sorted(range(len(vocabulary)), key=lambda number: -len(vocabulary[number])):
         spaced = r"\s+".join(re.escape(part) for part in vocabulary[number].split())
         for match in re.finditer(rf"(?<!\w){spaced}(?!\w)", caption, re.IGNORECASE):
-            if all(match.end() <= start or match.start() >= stop for _, start, stop in taken):
-                taken.append((number, match.start(), match.end()))
-                break
-    return sorted(taken, key=lambda found: found[1])
+            if all(match.end() <= start or match.start() >= stop for start, stop in taken):
+                found.setdefault(number, (number, match.start(), match.end()))
+                taken.append((match.start(), match.end()))
+    return sorted(found.values(), key=lambda one: one[1])
 
 
 def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token") -> Columns:

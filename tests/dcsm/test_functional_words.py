@@ -1,16 +1,23 @@
 """Functional words by rules, and by a language model behind a stub server over loopback."""
 
+import contextlib
+import email.utils
 import http.server
 import json
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxid.dcsm import functional_words
-from jaxid.dcsm.functional_words import Endpoint, by_model, by_rules
+from jaxid.dcsm.functional_words import RULES, Endpoint, by_model, by_rules
+from jaxid.dcsm.placement import find
 from jaxid.errors import DataError, InputError
 
 
@@ -21,6 +28,9 @@ class Stub(http.server.ThreadingHTTPServer):
     prompts: list[str]
     keys: list[str | None]
     clean: str = '```json\n["Behind", "no"]\n```'
+    retry_after: str = "7"
+    redirect: str | None = None
+    cut: int = 0  # answers that end too early
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -31,8 +41,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.keys.append(self.headers.get("Authorization"))
         if self.server.statuses:
             self.send_response(self.server.statuses.pop(0))
-            self.send_header("Retry-After", "7")
+            self.send_header("Retry-After", self.server.retry_after)
             self.end_headers()
+            return
+        if self.server.redirect is not None:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect)
+            self.end_headers()
+            return
+        if self.server.cut:
+            self.server.cut -= 1
+            self.send_response(200)
+            self.send_header("Content-Length", "500")
+            self.end_headers()
+            self.wfile.write(b"{")
             return
         prompt = body["messages"][0]["content"]
         self.server.prompts.append(prompt)
@@ -48,20 +70,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(found)
 
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers.get("Authorization"))
+        self.send_response(404)
+        self.end_headers()
+
     def log_message(self, format: str, *args: Any) -> None:
         del format, args
 
 
-@pytest.fixture
-def stub() -> Iterator[Stub]:
+@contextlib.contextmanager
+def serving() -> Iterator[Stub]:
     server = Stub(("127.0.0.1", 0), Handler)
     server.statuses, server.prompts, server.keys = [], [], []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with serving() as server:
+        yield server
 
 
 def endpoint(stub: Stub, cache: Path, **options: Any) -> Endpoint:
@@ -119,3 +154,57 @@ def test_rules_find_longer_words_first() -> None:
     assert found.vocabulary == ("no", "to the left of", "isn't", "on top of", "on")
     assert functional_words.RULES[: len(functional_words.PUBLISHED)] == functional_words.PUBLISHED
     assert len(set(functional_words.RULES)) == len(functional_words.RULES)
+
+
+def test_the_key_stays_with_its_endpoint(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "sk-very-secret\n")
+    with serving() as elsewhere:
+        stub.redirect = f"http://localhost:{elsewhere.server_port}/"
+        with pytest.raises(DataError, match="HTTP 404"):
+            endpoint(stub, tmp_path, key_variable="SECRET_KEY")("hello")
+        assert stub.keys == ["Bearer sk-very-secret"] and elsewhere.keys == [None]
+    monkeypatch.setenv("SECRET_KEY", "sk-very\nsecret")
+    with pytest.raises(InputError, match="line breaks") as caught:
+        endpoint(stub, tmp_path, key_variable="SECRET_KEY")
+    assert "sk-very" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [("-1", 0, 0), ("0", 0, 0), ("900", 60, 60), ("soon", 1, 1), (20, 10, 20)]
+)
+def test_it_waits_as_long_as_asked(stub: Stub, tmp_path: Path, asked: str | int, least: float, most: float) -> None:
+    stub.retry_after = asked if isinstance(asked, str) else email.utils.formatdate(time.time() + asked, usegmt=True)
+    stub.statuses, waits = [429], []
+    endpoint(stub, tmp_path, key_variable=None, sleep=waits.append)("Rewrite it. Caption: Yes")
+    assert len(waits) == 1 and least <= waits[0] <= most
+
+
+def test_an_answer_cut_short_is_asked_again(stub: Stub, tmp_path: Path) -> None:
+    stub.cut, waits = 2, []
+    ask = endpoint(stub, tmp_path, key_variable=None, sleep=waits.append)
+    assert ask("Rewrite it. Caption: Yes") == '"yes"' and waits == [1.0, 2.0]
+
+
+def test_a_bad_answer_is_not_kept(stub: Stub, tmp_path: Path) -> None:
+    ask = endpoint(stub, tmp_path, key_variable=None)
+    stub.clean = "sorry"
+    with pytest.raises(DataError, match="step 3"):
+        by_model(CAPTIONS, ask)
+    stub.clean = '["no", "beyond", "behind"]'
+    assert by_model(CAPTIONS, ask, ("Above",)).vocabulary == ("above", "behind", "no", "beyond")
+    assert len(stub.prompts) == 6  # the good answers were kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from((*RULES, "knot", "topic", "bigfoot", "onyx", "leftover", "naïve")), max_size=8, unique=True
+    ),
+    st.sampled_from([" ", ", ", "; ", " (", ") ", "\n"]),
+    st.booleans(),
+)
+def test_offsets_are_those_of_whole_words(parts: list[str], between: str, loud: bool) -> None:
+    starts = [sum(len(part) + len(between) for part in parts[:number]) for number in range(len(parts))]
+    caption = between.join(part.upper() if loud else part for part in parts)
+    known = [(part, start) for part, start in zip(parts, starts, strict=True) if part in RULES]
+    assert find(caption, RULES) == [(RULES.index(part), start, start + len(part)) for part, start in known]

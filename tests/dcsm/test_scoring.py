@@ -112,6 +112,7 @@ def test_words_are_found_whole() -> None:
     assert find("Knot, not a NOT", ("not",)) == [(0, 6, 9)]
     assert find("to the left of it, left", ("left", "to the left of")) == [(1, 0, 14), (0, 19, 23)]
     assert find("abovement", ("above",)) == []
+    assert find("a to the left of b, c to the left of d", ("left", "to the left of")) == [(1, 2, 16)]
 
 
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])
