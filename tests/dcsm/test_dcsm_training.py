@@ -129,7 +129,15 @@ def test_every_pass_takes_every_item_once() -> None:
     assert len({tuple(rows[7 * turn : 7 * turn + 7]) for turn in range(6)}) > 1
 
 
-@pytest.mark.parametrize("change", [{}, {"kind": "mlp"}, {"learn_vectors": True}, {"augment": True, "dropout": 0.3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"kind": "mlp"},
+        {"learn_vectors": True},
+        pytest.param({"augment": True, "dropout": 0.3}, marks=pytest.mark.slow),
+    ],
+)
 def test_training_lowers_the_loss_and_writes_what_it_found(tmp_path: Path, change: dict[str, Any]) -> None:
     config = dataclasses.replace(QUICK, **{"epochs": 60, "batch_size": 4, "learning_rate": 3e-3, **change})
     scorer = trained(tmp_path, config, {"spatial": items(4)})
