@@ -38,6 +38,10 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
     for name, array in arrays.items():
         *_, layer, kind = name.split(".") if "." in name else ("", name, "")
         if kind in ("weight", "bias") and layer in ("conv1", "conv2", "fc1", "fc2", "fc3"):
+            if f"{layer}.{kind}" in layers:
+                raise CheckpointError(
+                    f"{path} holds {layer}.{kind} twice, again as {name}; keep one scorer in the file."
+                )
             layers[f"{layer}.{kind}"] = array.astype(np.float32)
         elif array.ndim == 2 and any(word in name.lower() for word in ("func", "embed")):
             vectors.append(array.astype(np.float32))
@@ -52,6 +56,7 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
     image_tokens = vectors[0].shape[1]
     channels = CHANNELS if kind == "cnn" else 1
     flat = channels * image_tokens * text_tokens
+    _check_shapes(layers, str(path))
     if layers["fc1.weight"].shape[1] != flat:
         raise CheckpointError(
             f"{path}: fc1 reads {layers['fc1.weight'].shape[1]} numbers, which are not {channels} x {image_tokens} "
@@ -75,6 +80,24 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
         ),
         vectors[0],
     )
+
+
+def _check_shapes(layers: Mapping[str, np.ndarray], path: str) -> None:
+    """Refuses layers that do not follow one another; how many numbers the first wide one reads is left open."""
+    convolved = "conv1.weight" in layers
+    outputs = {name: value.shape[:1] for name, value in layers.items() if name.endswith(".weight")}
+    hidden = ("fc1", "fc2") if convolved else ("fc1", "fc2", "fc3")
+    expected: dict[str, tuple[int, ...]] = {f"{hidden[-1]}.weight": (1, *outputs[f"{hidden[-2]}.weight"])}
+    if convolved:
+        expected |= {"conv1.weight": (CHANNELS, 1, 3, 3), "conv2.weight": (CHANNELS, CHANNELS, 3, 3)}
+    else:
+        expected["fc2.weight"] = (*outputs["fc2.weight"], *outputs["fc1.weight"])
+    expected |= {f"{name.removesuffix('.weight')}.bias": own for name, own in outputs.items()}
+    for name, shape in expected.items():
+        if layers[name].shape != shape:
+            raise CheckpointError(f"{path}: {name} has the shape {layers[name].shape}, not {shape}.")
+    if layers["fc1.weight"].ndim != 2:
+        raise CheckpointError(f"{path}: fc1.weight has the shape {layers['fc1.weight'].shape}, not two axes.")
 
 
 def write_authors_scorer(path: str | Path, network: CNN | MLP, vectors: Float[np.ndarray, "W I"]) -> None:
