@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from encoders import ENCODER_CASES, encoder, reference
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from jaxid.checkpoints.scorer_files import write_authors_scorer
+from jaxid.checkpoints.scorer_files import read_authors_scorer, write_authors_scorer
 from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
 from jaxid.dcsm.evaluate import answer, summary
 from jaxid.dcsm.placement import find, place
 from jaxid.dcsm.scoring import Scorer, score, score_own
-from jaxid.errors import CheckpointError, InputError
+from jaxid.errors import CheckpointError, InputError, OutputError
 from jaxid.kernels.similarity import GROUPS
 
 CASE = ENCODER_CASES[0]
@@ -70,8 +73,8 @@ def test_scores_are_the_published_ones(
         expected = published.score_pairs(theirs, left, right, CAPTIONS).numpy()
     ours = score(scorer, *sides())
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-    # The file read back: its placement is the first published one.
-    again = dataclasses.replace(Scorer.load(tmp_path / "scorer.pt"), placement=placement) if LENGTH == 30 else scorer
+    read, vectors = read_authors_scorer(tmp_path / "scorer.pt", LENGTH)
+    again = dataclasses.replace(scorer, network=jax.tree.map(jnp.asarray, read), vectors=jnp.asarray(vectors))
     np.testing.assert_array_equal(score(again, *sides()), ours)
 
 
@@ -130,6 +133,43 @@ def test_files(kind: str, tmp_path: Path) -> None:
     for name, message in (("none.safetensors", "no scorer at"), ("other.safetensors", "is no scorer that jaxid wrote")):
         with pytest.raises(CheckpointError, match=message):
             Scorer.load(tmp_path / name)
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """Changes arrays and description of a scorer's file."""
+    with safe_open(path, framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        described = json.loads(file.metadata()["scorer"])
+    change(arrays, described)
+    save_file(arrays, path, metadata={"scorer": json.dumps(described)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays, described: arrays.pop("network.fc1"),
+        lambda arrays, described: arrays.update({"network.conv3": np.ones(2, np.float32)}),
+        lambda arrays, described: arrays.pop("vectors"),
+        lambda arrays, described: described.update(kind="tree"),
+        lambda arrays, described: described.pop("kind"),
+    ],
+    ids=["no layer", "one layer more", "no vectors", "unknown kind", "no kind"],
+)
+def test_files_that_are_no_scorers(change: Any, tmp_path: Path) -> None:
+    path = tmp_path / "scorer.safetensors"
+    scorer = dataclasses.replace(a_scorer(), encoder="tiny")
+    scorer.save(path)
+    rewritten(path, lambda arrays, described: None)
+    assert Scorer.load(path).encoder == "tiny"
+    rewritten(path, change)
+    with pytest.raises(CheckpointError, match=r"scorer\.safetensors is no scorer that jaxid wrote"):
+        Scorer.load(path)
+    save_file({"vectors": np.ones(2, np.float32)}, path)
+    with pytest.raises(CheckpointError, match=r"scorer\.safetensors is no scorer that jaxid wrote"):
+        Scorer.load(path)
+    with pytest.raises(OutputError, match=r"must end in \.safetensors"):
+        scorer.save(tmp_path / "scorer.npz")
+    assert [found.name for found in tmp_path.iterdir()] == ["scorer.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])

@@ -90,6 +90,26 @@ def test_gradients_are_pytorchs(kind: str) -> None:
         assert np.abs(np.asarray(gradient) - theirs.numpy()).max() <= 1e-5 * float(theirs.abs().max()) + 1e-7, name
 
 
+def test_correlation_and_its_gradient() -> None:
+    """Against one gather of all nine shifted copies, with unequal numbers of channels."""
+    stride, pairs, length = 6, 4, 4 * 6 * 4 + 8  # no whole number of rows
+    keys = jax.random.split(jax.random.key(4), 3)
+    x = jax.random.normal(keys[0], (2, length + 2 * (stride + 1) * pairs))
+    kernel = jax.random.normal(keys[1], (3, 2, 3, 3))
+    shifts = (np.arange(3)[:, None] * stride + np.arange(3)) * pairs
+
+    def plain(x: Any, kernel: Any) -> Any:
+        return jnp.einsum("kdas,ckda->cs", x[:, shifts[..., None] + np.arange(length)], kernel)
+
+    with jax.default_matmul_precision("highest"):
+        ours, back = jax.vjp(lambda x, kernel: scorer.correlate(x, kernel, stride, pairs), x, kernel)
+        theirs, expected = jax.vjp(plain, x, kernel)
+        weights = jax.random.normal(keys[2], ours.shape)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        for gradient, plainly in zip(back(weights), expected(weights), strict=True):
+            np.testing.assert_allclose(gradient, plainly, atol=1e-5 * float(jnp.abs(plainly).max()))
+
+
 def test_many_scorers_at_once() -> None:
     images, texts = sides(3, 4)
     moments = similarity.moments(images, texts, "call")
