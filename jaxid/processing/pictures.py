@@ -20,14 +20,24 @@ class Clip:
 
     Attributes:
         frames: pictures of one size, in order of time; or all in one array, UInt8[F, Y, X, 3].
+        times: where in the video every frame lies, in seconds; None if unknown.
+        seconds: the video's length.
     """
 
     frames: Sequence[Picture] | np.ndarray
+    times: tuple[float, ...] | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a clip of nothing."""
+        """Refuses a clip of nothing, and times of other frames."""
         if not len(self.frames):
             raise InputError("a clip needs at least one frame.")
+        if self.times is not None and len(self.times) != len(self.frames):
+            raise InputError(f"a clip of {len(self.frames)} frames was given {len(self.times)} times.")
+
+    def reversed(self) -> "Clip":
+        """The frames in the opposite order, shown at the same times."""
+        return dataclasses.replace(self, frames=self.frames[::-1])
 
 
 def open_picture(image: Picture) -> Any:

@@ -17,7 +17,7 @@ from jaxid.models.clip import CLIP
 from jaxid.training import Metrics, Stage, adamw
 from jaxid.zoo import tiny_clip as recipe
 from jaxid.zoo.export import write_clip
-from jaxid.zoo.tiny_llava import normalize
+from jaxid.zoo.sampling import normalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from jaxid.checkpoints.tensors import save_parameters
 from jaxid.models.clip import CLIPConfig, clip_keys
 from jaxid.models.decoder_config import RopeConfig
 from jaxid.models.llava import LlavaConfig, llava_keys
+from jaxid.models.llava_video import LlavaVideoConfig, original_keys
 from jaxid.models.vision import VisionConfig
 from jaxid.results import write_json
 
@@ -161,17 +162,22 @@ def write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str)
 
 
 def _save_words(
-    folder: Path, vocabulary: Sequence[str], special: Sequence[str], frame: str, *, lowercase: bool = False
+    folder: Path,
+    vocabulary: Sequence[str],
+    special: Sequence[str],
+    frame: str,
+    *,
+    lowercase: bool = False,
+    digits: bool = False,
 ) -> None:
-    """Writes tokenizer.json of whole words; `frame` says what stands around a text, "$A"."""
+    """Writes tokenizer.json of whole words (and single `digits`); `frame` says what stands around a text, "$A"."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     # Whole words and single punctuation marks; white space itself is no token.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
+    cuts: list[Any] = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *[pre_tokenizers.Digits(True)] * digits])
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens(list(special))
@@ -231,3 +237,59 @@ def write_clip(folder: Path, config: CLIPConfig, parameters: Mapping[str, Any], 
     write_json(folder / "tokenizer_config.json", settings)
     write_image_processor(folder, vision.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     write_json(folder / "processor_config.json", {"processor_class": "CLIPProcessor"})
+
+
+def write_video(
+    folder: Path, config: LlavaVideoConfig, parameters: Mapping[str, Any], vocabulary: Sequence[str]
+) -> None:
+    """Writes a LLaVA-Video folder in LLaVA-NeXT's layout, with a word-level tokenizer.
+
+    Args:
+        folder: where to; made if need be.
+        config: the network's shape.
+        parameters: nested dictionaries of arrays, as `LlavaVideo` holds them.
+        vocabulary: tokens, the index is the id: "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>" and "<unk>"
+            first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text, vision, words = config.text_config, config.vision_config, list(vocabulary)
+    fields = {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava_qwen",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "hidden_act": text.hidden_act,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope.rope_theta,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "eos_token_id": words.index("<|im_end|>"),
+        "pad_token_id": words.index("<|endoftext|>"),
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_newline_position": config.mm_newline_position,
+        "mm_spatial_pool_mode": config.mm_spatial_pool_mode,
+        "mm_spatial_pool_stride": 2,
+        "mm_vision_tower": "a small SigLIP, described by vision_config",
+        "add_time_instruction": True,
+        "torch_dtype": "float32",
+        "vision_config": {**_vision_fields(vision), "model_type": "siglip_vision_model"},
+    }
+    write_json(folder / "config.json", fields)
+    save_parameters(folder / "model.safetensors", parameters, original_keys(config))
+    _save_words(folder, vocabulary, words[:4], "$A", digits=True)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "bos_token": None,
+    }
+    write_json(folder / "tokenizer_config.json", settings)

@@ -17,6 +17,8 @@ from jaxid.data.scenes import COLORS, OBJECTS, Scenes
 from jaxid.models.decoder_config import DecoderConfig, RopeConfig
 from jaxid.models.llava import LlavaConfig
 from jaxid.models.vision import VisionConfig
+from jaxid.zoo.packing import Layout, packed
+from jaxid.zoo.sampling import symmetric_sample
 
 COLUMN_WORDS = ("A", "B", "C", "D")
 """Names of the four columns, left to right."""
@@ -96,35 +98,10 @@ SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LO
 """Lengths of the texts packed behind one picture; each sees the picture and itself, not its neighbours."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How the tokens of one training row lie: a shared prefix, then the slots."""
-
-    token_ids: Int[np.ndarray, "T"]  # the prefix; zero in the slots
-    positions: Int[np.ndarray, "T"]  # restarting after the prefix in every slot
-    mask: Bool[np.ndarray, "T T"]  # causal within prefix + slot
-    image_slots: Int[np.ndarray, "T"]  # picture token number, or -1
-    text_start: int  # where the slots begin
-
-
 @lru_cache
 def layout() -> Layout:
     """The one layout that all training rows share."""
-    image_tokens = config().image_tokens
-    prefix = encode("<s> USER :") + [VOCABULARY.index("<image>")] * image_tokens
-    start, total = len(prefix), len(prefix) + sum(SLOTS)
-    token_ids, image_slots = np.zeros(total, np.int32), np.full(total, -1, np.int32)
-    token_ids[:start], image_slots[start - image_tokens : start] = prefix, np.arange(image_tokens)
-    group = np.zeros(total, np.int32)
-    positions = np.arange(total, dtype=np.int32)
-    place = start
-    for number, length in enumerate(SLOTS):
-        group[place : place + length] = number + 1
-        positions[place : place + length] = start + np.arange(length)
-        place += length
-    visible = (group[None] == group[:, None]) | (group[None] == 0)
-    mask = visible & (positions[None] <= positions[:, None])
-    return Layout(token_ids=token_ids, positions=positions, mask=mask, image_slots=image_slots, text_start=start)
+    return packed(encode("<s> USER :"), config().image_tokens, (), SLOTS)
 
 
 # --- scenes and questions ------------------------------------------------------------------------------------------
@@ -132,20 +109,12 @@ def layout() -> Layout:
 
 def held_out_pairs() -> Bool[np.ndarray, "O O"]:
     """Pairs of objects that never share a training picture (8 of 120)."""
-    return _symmetric_sample(len(OBJECTS), 8, seed=101)
+    return symmetric_sample(len(OBJECTS), 8, seed=101)
 
 
 def held_out_places() -> Bool[np.ndarray, "16 16"]:
     """Pairs of cells (y * 4 + x) that no two objects of a training picture occupy (12 of 120)."""
-    return _symmetric_sample(16, 12, seed=102)
-
-
-def _symmetric_sample(size: int, count: int, *, seed: int) -> Bool[np.ndarray, "S S"]:
-    first, second = np.triu_indices(size, 1)
-    chosen = np.random.default_rng(seed).choice(len(first), count, replace=False)
-    table = np.zeros((size, size), bool)
-    table[first[chosen], second[chosen]] = table[second[chosen], first[chosen]] = True
-    return table
+    return symmetric_sample(16, 12, seed=102)
 
 
 def cells(scenes: Scenes) -> Int[np.ndarray, "N K"]:
@@ -341,9 +310,3 @@ def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 4"]:
     colors = np.take_along_axis(scenes.colors, chosen, axis=1)
     known = [np.where(here, values, -1) for values in (places % 4, places // 4, colors)]
     return np.stack([objects, *known], axis=-1).astype(np.int32)
-
-
-def normalize(pictures: UInt8[np.ndarray, "N Y X 3"]) -> Float[np.ndarray, "N 3 Y X"]:
-    """What the shipped image processor does to a picture of the right size."""
-    scaled = (pictures.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

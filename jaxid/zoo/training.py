@@ -24,6 +24,7 @@ from jaxid.training import Metrics, Stage, adamw
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
+from jaxid.zoo.sampling import normalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Learner(nnx.Module):
         self.patch_head = Linear(config.text_config.hidden_size, sum(PATCH_CLASSES), bias=True, rngs=rngs)
 
 
-def _cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> tuple[Array, Array]:
+def cross_entropy(logits: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> tuple[Array, Array]:
     """Mean loss and accuracy over the labels that are not negative."""
     counted = labels >= 0
     weight = counted.astype(jnp.float32)
@@ -81,11 +82,11 @@ def _patch_loss(learner: Learner, tokens: Float[Array, "N I D"], patches: Int[Ar
     splits = np.cumsum(PATCH_CLASSES)[:-1].tolist()
     kinds, *others = jnp.split(learner.patch_head(learner.network.decoder.norm(tokens)), splits, axis=-1)
     objects = patches[..., 0]
-    loss, object_accuracy = _cross_entropy(kinds, jnp.where(objects > 0, objects, -1))
-    ground_loss, _ = _cross_entropy(kinds, jnp.where(objects > 0, -1, objects))
+    loss, object_accuracy = cross_entropy(kinds, jnp.where(objects > 0, objects, -1))
+    ground_loss, _ = cross_entropy(kinds, jnp.where(objects > 0, -1, objects))
     loss, metrics = loss + ground_loss, {"patch_object": object_accuracy}
     for number, name in enumerate(("column", "row", "color"), start=1):
-        other_loss, metrics[f"patch_{name}"] = _cross_entropy(others[number - 1], patches[..., number])
+        other_loss, metrics[f"patch_{name}"] = cross_entropy(others[number - 1], patches[..., number])
         loss = loss + other_loss
     return loss / 2, metrics
 
@@ -101,12 +102,12 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
     positions = jnp.broadcast_to(jnp.arange(plan.text_start), (size, plan.text_start))
     mask = jnp.asarray(plan.mask[: plan.text_start, : plan.text_start])[None]
     capture = Capture(("resid_post",))
-    states = _shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
+    states = shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
     loss, metrics = _patch_loss(learner, states[-1][:, -count:], batch["patches"])
     return loss, {"loss": loss, **metrics}
 
 
-def _shallow(decoder: Decoder) -> Decoder:
+def shallow(decoder: Decoder) -> Decoder:
     """The decoder cut after its seeing blocks, with the same parameters."""
     config = dataclasses.replace(decoder.config, num_hidden_layers=SEEING_BLOCKS)
     definition = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
@@ -128,7 +129,7 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     capture = Capture(("resid_post",), at=pictures)
     output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
-    text_loss, accuracy = _cross_entropy(logits, batch["labels"][:, plan.text_start :])
+    text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
     seen = output.captured["resid_post"][SEEING_BLOCKS - 1]
     patch_loss, metrics = _patch_loss(learner, seen, batch["patches"])
     return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
@@ -214,7 +215,7 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
 
 def _arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
     return {
-        "pixels": recipe.normalize(batch.pictures),
+        "pixels": normalize(batch.pictures),
         "token_ids": batch.token_ids,
         "labels": batch.labels,
         "patches": batch.patches,

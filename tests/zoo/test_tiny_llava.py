@@ -14,6 +14,7 @@ from jaxid.processing.llava import LlavaSide
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_processor, write_tokenizer
+from jaxid.zoo.sampling import normalize
 
 WORDS = recipe.VOCABULARY
 
@@ -101,10 +102,12 @@ def test_real_prompts_have_the_ids_and_places_of_the_training_prompts(
     length = int(prompts.last()[0]) + 1
     expected = [*plan.token_ids[: plan.text_start], *recipe.encode(f"{spaced} ASSISTANT :")]
     assert np.asarray(prompts.inputs.token_ids)[0, :length].tolist() == expected
-    assert (
-        np.asarray(prompts.inputs.image_slots)[0, : plan.text_start].tolist()
-        == plan.image_slots[: plan.text_start].tolist()
-    )
+    assert np.asarray(prompts.inputs.image_slots)[0, : plan.text_start].tolist() == [
+        -1,
+        -1,
+        -1,
+        *range(plan.image_tokens),
+    ]
     # The first question slot has the same positions as the question of a prompt of its own.
     first = plan.text_start + recipe.CAPTIONS * recipe.CAPTION_LENGTH
     own = np.asarray(prompts.inputs.positions)[0, plan.text_start : plan.text_start + recipe.QUESTION_LENGTH]
@@ -122,7 +125,7 @@ def test_captions_are_prompts_without_chat(processor: Processor) -> None:
 def test_normalize_is_the_shipped_image_processor(processor: Processor) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (3, recipe.IMAGE_SIZE, recipe.IMAGE_SIZE, 3), np.uint8)
     pictures[0] = np.arange(256, dtype=np.uint8)[np.arange(pictures[0].size) % 256].reshape(pictures[0].shape)
-    np.testing.assert_allclose(recipe.normalize(pictures), processor.pixels(list(pictures)), atol=1e-6)
+    np.testing.assert_allclose(normalize(pictures), processor.pixels(list(pictures)), atol=1e-6)
 
 
 # --- packed prompts ------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ def test_layout_by_hand() -> None:
     prefix = [WORDS.index(word) for word in ["<s>", "USER", ":"]] + [WORDS.index("<image>")] * 36
     assert plan.text_start == len(prefix) == 39
     assert plan.token_ids[:39].tolist() == prefix
-    assert plan.image_slots[:39].tolist() == [-1, -1, -1, *range(36)]
+    assert (plan.image_start, plan.image_tokens) == (3, 36)
     slot_of = [-1] * 39 + [number for number, length in enumerate([4] * 6 + [16] * 2 + [25]) for _ in range(length)]
     assert len(plan.token_ids) == len(slot_of) == 39 + 24 + 32 + 25
     assert (plan.token_ids[39:] == 0).all() and (plan.image_slots[39:] == -1).all()

@@ -153,10 +153,10 @@ def test_weight_decay_acts_on_block_matrices_alone() -> None:
 
 def test_cross_entropy_by_hand() -> None:
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]]))
-    loss, accuracy = training._cross_entropy(logits, jnp.array([0, 1, -1]))
+    loss, accuracy = training.cross_entropy(logits, jnp.array([0, 1, -1]))
     np.testing.assert_allclose(loss, -(np.log(0.5) + np.log(0.1)) / 2, rtol=1e-5)
     np.testing.assert_allclose(accuracy, 0.5)
-    nothing = training._cross_entropy(logits, jnp.array([-1, -1, -1]))
+    nothing = training.cross_entropy(logits, jnp.array([-1, -1, -1]))
     np.testing.assert_array_equal(nothing, (0, 0))
 
 

@@ -1,0 +1,330 @@
+"""Clips in which objects come at different times, and MVBench's questions of order, read and written.
+
+Synthetic clips are called `appear_{A}{i}_{B}{j}.mp4`: of eight evenly spread frames 0..7, A is in the picture from
+frame i on and B from frame j on. The manifest lists what happens first in a video and what after it. Source: [ID]
+section on temporal IDs, arXiv 2601.12626.
+"""
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jaxid.data.files import save_bytes
+from jaxid.data.scenes import OBJECTS, Scenes, render, sample_free
+from jaxid.data.videos import FRAMES, VIDEO_ENDINGS, read_video, write_video
+from jaxid.errors import DataError, InputError
+from jaxid.processing.pictures import Clip
+
+MANIFEST = "manifest.csv"
+_FIELDS = ("video_path", "scene1", "scene2", "query", "correct_order", "query_order")
+_NAME = re.compile(r"appear_([^_]+?) ?([1-7])_([^_]+?) ?([1-7])")
+_HOLD, _RATES = 4, (8, 16)
+"""Video frames that show one of the eight, and frames a second of written videos."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AppearItem:
+    """A clip into which A comes at one frame and B at another; of eight, counted from 0."""
+
+    video: Any  # a Path, or a Clip
+    object_a: str
+    frame_a: int
+    object_b: str
+    frame_b: int
+
+    @property
+    def key(self) -> str:
+        """A name of its own."""
+        return f"{self.object_a}{self.frame_a}_{self.object_b}{self.frame_b}"
+
+    def open(self) -> Clip:
+        """The clip's eight frames."""
+        return _open(self.video)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderItem:
+    """A question about which of two scenes of a video comes first."""
+
+    video: Any  # a Path, or a Clip
+    scene1: str  # the words of the scene that the query names first
+    scene2: str
+    query: str
+    answer: str  # "before" or "after": when the first-named scene happens, seen from the other
+    row: int = 0
+
+    @property
+    def key(self) -> str:
+        """A name of its own."""
+        name = self.video.stem if isinstance(self.video, Path) else "clip"
+        return f"{self.row:05d}-{name}"
+
+    def open(self) -> Clip:
+        """The clip's eight frames."""
+        return _open(self.video)
+
+
+def _open(video: Any) -> Clip:
+    return video if isinstance(video, Clip) else read_video(video)
+
+
+# --- clips of objects that appear ----------------------------------------------------------------------------------
+
+
+def read_appear_folder(folder: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[AppearItem]:
+    """Lists a folder's clips `appear_{A}{i}_{B}{j}` (video files, or folders of frames) by objects and frames.
+
+    Args:
+        folder: where they are.
+        bad: where given, clips of other names are left out and noted here.
+
+    Raises:
+        DataError: if the folder is missing or holds none, or for a video of another name.
+    """
+    folder = Path(folder)
+    expected = "appear_{A}{i}_{B}{j}.mp4 with two different frames from 1 to 7"
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; give one of clips {expected}.")
+    items = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or (path.is_file() and path.suffix.lower() not in VIDEO_ENDINGS):
+            continue
+        found = _NAME.fullmatch(path.stem if path.is_file() else path.name)
+        if found is None or found[2] == found[4] or found[1] == found[3]:
+            error = DataError(f"{path} does not fit {expected}; rename it or take it out.")
+            if bad is None:
+                raise error
+            bad.append((path.name, error))
+            continue
+        items.append(
+            AppearItem(video=path, object_a=found[1], frame_a=int(found[2]), object_b=found[3], frame_b=int(found[4]))
+        )
+    if not items:
+        raise DataError(f"{folder} holds no clips {expected}.")
+    return items
+
+
+def frame_states(starts: Int[np.ndarray, "N K"], stops: Int[np.ndarray, "N K"], frames: int = FRAMES) -> np.ndarray:
+    """Which objects are in the picture at every frame, Bool[N, F, K]: those that came and have not gone."""
+    number = np.arange(frames)[:, None]
+    return (starts[:, None] <= number) & (number < stops[:, None])
+
+
+def draw_clip(scene: Scenes, present: np.ndarray, size: int) -> UInt8[np.ndarray, "F Y X 3"]:
+    """Draws the frames of one scene, whose objects are there as `present` says, Bool[F, K]."""
+    states, which = np.unique(present, axis=0, return_inverse=True)
+    return render(with_objects(scene, np.zeros(len(states), np.int64), states), size)[which.reshape(-1)]
+
+
+def with_objects(scenes: Scenes, rows: Int[np.ndarray, "M"], present: np.ndarray) -> Scenes:
+    """Copies of scenes in which only some objects are there, Bool[M, K]."""
+    chosen = scenes[rows]
+    return dataclasses.replace(chosen, objects=np.where(present, chosen.objects, -1))
+
+
+def write_appear_folder(
+    folder: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    frames: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
+    picture_size: int = 144,
+) -> list[AppearItem]:
+    """Draws clips of all pairs at all frames, as `appear_{A}{i}_{B}{j}.mp4`.
+
+    Args:
+        folder: where to.
+        pairs: ordered pairs of different names from `OBJECTS`.
+        frames: (i, j), different, from 1 to 7; all 42 by default.
+        seed: of places, colours and grounds; the same seed draws the same clips.
+        picture_size: side of the pictures in pixels, even.
+
+    Raises:
+        InputError: for a pair or frames that are not so.
+        OutputError: if a file cannot be written.
+    """
+    frames = [(i, j) for i in range(1, FRAMES) for j in range(1, FRAMES) if i != j] if frames is None else frames
+    if any(len(set(pair)) != 2 or not set(pair) <= set(OBJECTS) for pair in pairs):
+        raise InputError(f"pairs are of two different names of {', '.join(OBJECTS)}; got {list(pairs)}.")
+    if any(i == j or not {i, j} <= set(range(1, FRAMES)) for i, j in frames):
+        raise InputError(f"frames are two different numbers from 1 to {FRAMES - 1}; got {list(frames)}.")
+    items = []
+    for number, pair in enumerate(pairs):
+        rng = np.random.default_rng((seed, number))
+        scenes = of_objects(rng, np.array([[OBJECTS.index(name) for name in pair]] * len(frames)))
+        for row, (i, j) in enumerate(frames):
+            present = frame_states(np.array([[i, j]]), np.full((1, 2), FRAMES))[0]
+            path = Path(folder) / f"appear_{pair[0]}{i}_{pair[1]}{j}.mp4"
+            _write(path, scenes[row : row + 1], present, picture_size, _RATES[int(rng.integers(len(_RATES)))])
+            items.append(AppearItem(video=path, object_a=pair[0], frame_a=i, object_b=pair[1], frame_b=j))
+    return items
+
+
+def of_objects(rng: np.random.Generator, objects: Int[np.ndarray, "N K"]) -> Scenes:
+    """Free scenes of given objects, each in another ninth of the picture, so that none hides another."""
+    count, most = objects.shape
+    kept: list[Scenes] = []
+    missing = count
+    while missing:
+        drawn = sample_free(rng, 2 * missing + 8, num_objects=(most, most), size_range=(0.2, 0.28))
+        column, row = np.moveaxis(np.clip((drawn.centers * 3).astype(int), 0, 2), -1, 0)
+        ninths = np.sort(row * 3 + column, axis=1)
+        good = np.flatnonzero((np.diff(ninths, axis=1) > 0).all(axis=1))[:missing]
+        kept.append(drawn[good])
+        missing -= len(good)
+    scenes = kept[0] if len(kept) == 1 else _joined(kept)
+    return dataclasses.replace(scenes, objects=objects)
+
+
+def _joined(parts: Sequence[Scenes]) -> Scenes:
+    names = [field.name for field in dataclasses.fields(Scenes)]
+    return Scenes(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def _write(path: Path, scene: Scenes, present: np.ndarray, size: int, rate: int) -> None:
+    write_video(path, np.repeat(draw_clip(scene, present, size), _HOLD, axis=0), rate=rate)
+
+
+# --- questions of order --------------------------------------------------------------------------------------------
+
+
+def read_mvbench(path: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[OrderItem]:
+    """Reads a manifest of questions of order and checks that every video is there.
+
+    Rows hold video_path (from the manifest's folder), scene1 and scene2 (the words of what happens), query,
+    correct_order (in which the scenes happen) and query_order (in which the query names them), both as "scene1,scene2"
+    or "1,2". The answer is "before" if the two orders agree, else "after".
+
+    Args:
+        path: the manifest (.csv, .json, .jsonl), or the folder that holds `manifest.csv`, `.json` or `.jsonl`.
+        bad: where given, rows that cannot be used are left out and noted here.
+
+    Raises:
+        DataError: if it is missing or unreadable, or for a row that lacks a field or its video.
+    """
+    path = _manifest(Path(path))
+    items = []
+    for number, row in enumerate(_rows(path)):
+        try:
+            items.append(_order_item(row, number, path))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append((f"row {number}", error))
+    if not items:
+        raise DataError(f"{path} holds no usable rows{f': {bad[0][1]}' if bad else ''}.")
+    return items
+
+
+def _manifest(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for ending in (".csv", ".json", ".jsonl"):
+        found = (path / MANIFEST).with_suffix(ending)
+        if found.is_file():
+            return found
+    raise DataError(f"{path} holds no {MANIFEST} (or .json, .jsonl); give the manifest or its folder.")
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        if path.suffix.lower() == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        found = json.loads(text) if found is None else found
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); it must be CSV, a JSON list, or a JSON object a line."
+        ) from error
+    if not isinstance(found, list):
+        raise DataError(f"{path} is not a list of rows with {', '.join(_FIELDS)}.")
+    return found
+
+
+def _order_item(row: Any, number: int, path: Path) -> OrderItem:
+    where = f"row {number} of {path}"
+    fields = row if isinstance(row, Mapping) else {}
+    missing = [name for name in _FIELDS if not fields.get(name)]
+    if missing:
+        raise DataError(f"{where} lacks {', '.join(missing)}; rows hold {', '.join(_FIELDS)}.")
+    scenes = {"1": str(fields["scene1"]).strip(), "2": str(fields["scene2"]).strip()}
+    named, happened = (_order(fields[name], scenes, f"{name} in {where}") for name in ("query_order", "correct_order"))
+    video = path.parent / str(fields["video_path"])
+    if not video.exists():
+        raise DataError(f"{where}: there is no video {video}.")
+    return OrderItem(
+        video=video,
+        scene1=scenes[named[0]],
+        scene2=scenes[named[1]],
+        query=str(fields["query"]).strip(),
+        answer="before" if named == happened else "after",
+        row=number,
+    )
+
+
+def _order(value: Any, scenes: Mapping[str, str], where: str) -> tuple[str, str]:
+    """("1", "2") or ("2", "1"), from a list or a text of the scenes' names, numbers or words."""
+    parts = value if isinstance(value, (list, tuple)) else re.split(r"\s*(?:,|;|->|<|\|)\s*", str(value).strip("[]() "))
+    numbers = {words: number for number, words in scenes.items()}
+    order = tuple(
+        numbers.get(text) or text.lower().removeprefix("scene").strip(" _")
+        for text in (str(part).strip("'\" ") for part in parts)
+    )
+    if sorted(order) != ["1", "2"]:
+        raise DataError(f"{where} is {value!r}, not an order of the two scenes such as 'scene1,scene2'.")
+    return order[0], order[1]
+
+
+def write_mvbench(folder: str | Path, count: int, *, seed: int = 0, picture_size: int = 144) -> list[OrderItem]:
+    """Draws videos in which one object comes and goes before another does, with questions of their order.
+
+    Args:
+        folder: gets `manifest.csv` and `videos/`.
+        count: number of videos.
+        seed: of all that is drawn.
+        picture_size: side of the pictures in pixels, even.
+
+    Raises:
+        OutputError: if a file cannot be written.
+    """
+    rng = np.random.default_rng((seed, 7))
+    objects = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :2]
+    scenes = of_objects(rng, objects)
+    starts, stops = draw_windows(rng, count)
+    lines = []
+    for row in range(count):
+        first, second = (OBJECTS[number] for number in objects[row])
+        order = (1, 2) if row % 2 == 0 else (2, 1)  # in which the query names them
+        named = (first, second)[:: 1 if order == (1, 2) else -1]
+        name = f"videos/{row:05d}_{first}_{second}.mp4"
+        present = frame_states(starts[row : row + 1], stops[row : row + 1])[0]
+        _write(Path(folder) / name, scenes[row : row + 1], present, picture_size, _RATES[row % 2])
+        query = f"Does the {named[0]} come before or after the {named[1]}? Answer in one word."
+        lines.append([name, first, second, query, "scene1,scene2", f"scene{order[0]},scene{order[1]}"])
+    text = _csv([list(_FIELDS), *lines])
+    save_bytes(Path(folder) / MANIFEST, text.encode())
+    return read_mvbench(folder)
+
+
+def draw_windows(rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "N 2"], Int[np.ndarray, "N 2"]]:
+    """When two objects come and go, the first one gone before the second comes; within frames 1 to 6."""
+    cuts = np.sort(rng.random((count, 6)).argsort(axis=1)[:, :4] + 1, axis=1)  # four different ones of 1..6
+    starts, stops = cuts[:, [0, 2]], cuts[:, [1, 3]]
+    return starts, stops + np.array([0, 1])
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    import io
+
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

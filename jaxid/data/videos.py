@@ -1,0 +1,155 @@
+"""Video files and folders of frames: a few frames spread evenly over the video, with their times."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jaxid.errors import DataError, InputError
+from jaxid.processing.pictures import Clip, first_line
+from jaxid.results import whole_file
+
+FRAMES = 8
+"""Frames of a clip, as published."""
+
+VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
+"""Files that are taken for videos."""
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def time_text(clip: Clip) -> str:
+    """What LLaVA-Video's prompts say of a clip before the question: its length, and the times of its frames.
+
+    Returns:
+        The text, or "" for a clip without times.
+    """
+    if clip.times is None or clip.seconds is None:
+        return ""
+    times = ",".join(f"{time:.2f}s" for time in clip.times)
+    return (
+        f"The video lasts for {clip.seconds:.2f} seconds, and {len(clip.times)} frames are uniformly sampled from it. "
+        f"These frames are located at {times}.Please answer the following questions related to this video."
+    )
+
+
+def spread(total: int, count: int = FRAMES) -> Int[np.ndarray, "count"]:
+    """Which of a video's frames are taken: evenly spread, the first and the last among them."""
+    return np.linspace(0, total - 1, count).astype(np.int64)
+
+
+def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> Clip:
+    """Reads a clip from a video file, or from a folder of pictures in the order of the numbers in their names.
+
+    Args:
+        path: the file or folder.
+        frames: how many frames are taken, evenly spread.
+        rate: frames a second of a folder's pictures; files say theirs.
+
+    Returns:
+        The frames, their times and the video's length.
+
+    Raises:
+        DataError: if it is missing, unreadable, or has fewer frames.
+        InputError: for a file, where PyAV is not installed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted((file for file in path.iterdir() if file.suffix.lower() in _PICTURES), key=_numbers)
+        chosen = _chosen(path, len(found), frames)
+        pictures: list[Any] = [found[number] for number in chosen]
+    elif path.is_file():
+        pictures, chosen, total, rate = _read_file(path, frames)
+        return Clip(np.stack(pictures), _times(chosen, rate), total / rate)
+    else:
+        raise DataError(f"there is no video at {path}; give a video file, or a folder of its frames.")
+    return Clip(pictures, _times(chosen, rate), len(found) / rate)
+
+
+def _times(chosen: Int[np.ndarray, "F"], rate: float) -> tuple[float, ...]:
+    return tuple(float(number) / rate for number in chosen)
+
+
+def _numbers(path: Path) -> list[Any]:
+    """Sorts "frame10" behind "frame9"."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.stem)]
+
+
+def _chosen(path: Path, total: int, count: int) -> Int[np.ndarray, "count"]:
+    if total < count:
+        raise DataError(f"{path} has {total} frames where {count} are needed; leave it out, or give a longer video.")
+    return spread(total, count)
+
+
+def _read_file(path: Path, count: int) -> tuple[list[UInt8[np.ndarray, "Y X 3"]], Int[np.ndarray, "count"], int, float]:
+    """Frames, their numbers, how many the file has, and how many a second."""
+    # Counted first: what a file says of its length is often wrong, and all frames together may not fit in memory.
+    with _opened(path) as (stream, decoded):
+        total = sum(1 for _ in decoded)
+        rate = float(stream.average_rate or stream.guessed_rate or 1)
+    chosen = _chosen(path, total, count)
+    kept: dict[int, UInt8[np.ndarray, "Y X 3"]] = {}
+    wanted = set(chosen.tolist())
+    with _opened(path) as (_, decoded):
+        for number, frame in enumerate(decoded):
+            if number in wanted:
+                kept[number] = frame.to_ndarray(format="rgb24")
+    return [kept[number] for number in chosen.tolist()], chosen, total, rate
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The first video stream of a file and its decoded frames.
+
+    Raises:
+        DataError: if the file cannot be read, here or while it is decoded.
+    """
+    av = _av()
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} holds no video.")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield stream, container.decode(stream)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable video ({first_line(error)}).") from error
+
+
+def write_video(path: str | Path, frames: UInt8[np.ndarray, "F Y X 3"], *, rate: int) -> None:
+    """Writes an H.264 file atomically; makes missing folders.
+
+    Args:
+        path: whose name ends in `.mp4`.
+        frames: of even height and width.
+        rate: frames a second.
+
+    Raises:
+        InputError: for another ending, no frames or odd sides, or where PyAV is not installed.
+        OutputError: if it cannot be written.
+    """
+    av = _av()
+    if Path(path).suffix.lower() != ".mp4" or not len(frames) or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise InputError(
+            f"a video needs a name that ends in .mp4, and frames of even sides, not {path} and {list(frames.shape)}."
+        )
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": "15"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise InputError(
+            "video files need PyAV: pip install 'jaxid-vlm[video]'; folders of frames as pictures need nothing."
+        ) from error
+    return av

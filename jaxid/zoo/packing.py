@@ -1,0 +1,50 @@
+"""Training rows in which many short texts share one picture or clip, blind to each other."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the tokens of one training row lie: a shared prefix, then the slots."""
+
+    token_ids: Int[np.ndarray, "T"]  # the prefix; zero in the slots
+    positions: Int[np.ndarray, "T"]  # restarting after the prefix in every slot
+    mask: Bool[np.ndarray, "T T"]  # causal within prefix + slot
+    image_start: int  # where the picture's tokens begin
+    image_tokens: int  # how many there are
+    text_start: int  # where the slots begin
+
+
+def packed(before: Sequence[int], image_tokens: int, after: Sequence[int], slots: Sequence[int]) -> Layout:
+    """A row's layout.
+
+    Args:
+        before: tokens before the picture.
+        image_tokens: number of tokens of the picture.
+        after: tokens between the picture and the slots.
+        slots: lengths of the texts.
+    """
+    prefix = [*before, *[0] * image_tokens, *after]
+    start, total = len(prefix), len(prefix) + sum(slots)
+    token_ids = np.zeros(total, np.int32)
+    token_ids[:start] = prefix
+    group = np.zeros(total, np.int32)
+    positions = np.arange(total, dtype=np.int32)
+    place = start
+    for number, length in enumerate(slots):
+        group[place : place + length] = number + 1
+        positions[place : place + length] = start + np.arange(length)
+        place += length
+    visible = (group[None] == group[:, None]) | (group[None] == 0)
+    return Layout(
+        token_ids=token_ids,
+        positions=positions,
+        mask=visible & (positions[None] <= positions[:, None]),
+        image_start=len(before),
+        image_tokens=image_tokens,
+        text_start=start,
+    )

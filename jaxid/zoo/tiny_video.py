@@ -1,0 +1,308 @@
+"""The recipe of tiny-video: its shape, its words, its questions about drawn clips and its training batches.
+
+As with tiny-llava, the mechanism under study comes from *grounded captions*: prompts whose last token is an object's
+word and whose next token says when the object comes ("time of the star" -> "third").
+"""
+
+import dataclasses
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from jaxid.data import clips
+from jaxid.data.scenes import OBJECTS, Scenes, concatenate, render
+from jaxid.data.videos import FRAMES, spread, time_text
+from jaxid.models.decoder_config import DecoderConfig, RopeConfig
+from jaxid.models.llava_video import LlavaVideoConfig
+from jaxid.models.vision import KINDS, VisionConfig
+from jaxid.processing.pictures import Clip
+from jaxid.zoo.packing import Layout, packed
+from jaxid.zoo.sampling import normalize, symmetric_sample
+
+TIME_WORDS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+"""Names of the eight frames."""
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<unk>")
+_WORDS = """system user assistant You are a helpful . The video lasts for seconds , and frames uniformly sampled from it
+These located at s Please answer the following questions related to this In two objects appear different times Does
+come before or after Answer in one word ? Before After When does Is there time of yes no Yes No last not with an any
+Did happen happens appears comes starts ends Which what is on picture clip frame object : -""".split()
+VOCABULARY = tuple(dict.fromkeys([*SPECIAL, *_WORDS, *map(str, range(10)), *TIME_WORDS, *OBJECTS]))
+"""Every token of the word-level tokenizer; the index is the id. Digits stand alone."""
+
+IMAGE_SIZE, PATCH_SIZE = 72, 12
+PUBLISHED_QUESTION = (
+    "In this video , two objects appear at different times . Does the {} come before or after the {} ? "
+    "Answer in one word ."
+)
+"""The published question about synthetic clips, its tokens apart."""
+
+
+def config() -> LlavaVideoConfig:
+    """The network's shape: about a million parameters."""
+    size = -(-len(VOCABULARY) // 16) * 16
+    return LlavaVideoConfig(
+        text_config=DecoderConfig(
+            vocab_size=size,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=8,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=32,
+            attention_bias=True,
+            rope=RopeConfig(rope_theta=10000.0),
+        ),
+        vision_config=VisionConfig(
+            **{
+                **KINDS["siglip_vision_model"],
+                "hidden_size": 64,
+                "intermediate_size": 192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": IMAGE_SIZE,
+                "patch_size": PATCH_SIZE,
+            }
+        ),
+    )
+
+
+@lru_cache
+def _ids() -> dict[str, int]:
+    return {word: index for index, word in enumerate(VOCABULARY)}
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text whose tokens are separated by spaces."""
+    ids = _ids()
+    return [ids[word] for word in text.split()]
+
+
+def spaced(text: str) -> str:
+    """A text with spaces between its tokens, as the tokenizer cuts it: marks and digits stand alone."""
+    marks = {mark: f" {mark} " for mark in ".,?:-"} | {str(digit): f" {digit} " for digit in range(10)}
+    return text.translate(str.maketrans(marks))
+
+
+# --- packed prompts ------------------------------------------------------------------------------------------------
+
+CAPTIONS, CAPTION_LENGTH = 6, 4
+QUESTIONS, QUESTION_LENGTH = 3, 24
+LONG_QUESTIONS, LONG_LENGTH = 1, 30
+SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LONG_LENGTH,) * LONG_QUESTIONS)
+"""Lengths of the texts packed behind one clip; each sees the clip and itself, not its neighbours."""
+
+CLIP_TOKENS = FRAMES * 9 + 1
+BEFORE = "<|im_start|> system You are a helpful assistant . <|im_end|> <|im_start|> user"
+CLOSING = " <|im_end|> <|im_start|> assistant"
+RATES = (4.0, 6.0, 8.0, 12.0, 16.0)
+"""Frames a second of the videos that time texts speak of, each of 32 frames."""
+
+
+def time_tokens(rate: float) -> list[int]:
+    """The time text of a video of 32 frames; as many tokens for every rate of `RATES`."""
+    chosen = spread(32)
+    clip = Clip([None] * FRAMES, tuple(float(number) / rate for number in chosen), 32 / rate)
+    return encode(spaced(time_text(clip)))
+
+
+@lru_cache
+def layout(*, timed: bool) -> Layout:
+    """The layout that all training rows share, without or with a time text (whose ids differ from row to row)."""
+    return packed(encode(BEFORE), CLIP_TOKENS, time_tokens(RATES[0]) if timed else (), SLOTS)
+
+
+# --- clips and questions -------------------------------------------------------------------------------------------
+
+
+def held_out_pairs() -> Bool[np.ndarray, "O O"]:
+    """Pairs of objects that never share a training clip (12 of 120)."""
+    return symmetric_sample(len(OBJECTS), 12, seed=201)
+
+
+def held_out_times() -> Bool[np.ndarray, "8 8"]:
+    """Pairs of frames at which no two objects of a training clip come (3 of 28)."""
+    return symmetric_sample(FRAMES, 3, seed=202)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clips:
+    """N clips: what is in the picture, when each object comes and when it goes."""
+
+    scenes: Scenes
+    starts: Int[np.ndarray, "N K"]
+    stops: Int[np.ndarray, "N K"]
+
+    @property
+    def present(self) -> Bool[np.ndarray, "N F K"]:
+        """Which objects are there at every frame."""
+        return clips.frame_states(self.starts, self.stops) & (self.scenes.objects >= 0)[:, None]
+
+
+def draw_times(
+    rng: np.random.Generator, count: int, objects: int, *, held_out: bool = False
+) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"]]:
+    """When objects come and go: what has come stays, but for half of the clips of two, where it goes at some time.
+
+    Args:
+        rng: source of randomness.
+        count: number of clips.
+        objects: in each, at most three.
+        held_out: the first two objects come at times of `held_out_times`, instead of no two.
+    """
+    table = held_out_times()
+    kept: list[np.ndarray] = []
+    while sum(map(len, kept)) < count:
+        starts = rng.random((8 * count, FRAMES)).argsort(axis=1)[:, :objects]
+        both = table[starts[:, :, None], starts[:, None, :]]
+        kept.append(starts[both[:, 0, 1] if held_out else ~both.any(axis=(1, 2))])
+    starts = np.concatenate(kept)[:count]
+    lengths = 1 + (rng.random((count, objects)) * (FRAMES - starts)).astype(np.int64)
+    stays = (rng.random(count) < 0.5) | (objects > 2)
+    return starts, np.where(stays[:, None], FRAMES, starts + lengths)
+
+
+def training_clips(rng: np.random.Generator, count: int) -> Clips:
+    """Clips of two or three objects without held-out pairs of objects or times."""
+    numbers = {2: count // 2, 3: count - count // 2}
+    table, parts = held_out_pairs(), []
+    for objects, size in numbers.items():
+        names = rng.random((8 * size, len(OBJECTS))).argsort(axis=1)[:, :objects]
+        names = names[~table[names[:, :, None], names[:, None, :]].any(axis=(1, 2))][:size]
+        starts, stops = draw_times(rng, size, objects)
+        room = ((0, 0), (0, 3 - objects))
+        scenes = clips.of_objects(rng, names)
+        parts.append((scenes, np.pad(starts, room), np.pad(stops, room)))
+    scenes = concatenate([part[0] for part in parts])
+    starts, stops = (np.concatenate([part[number] for part in parts]) for number in (1, 2))
+    return Clips(scenes=scenes, starts=starts, stops=stops)
+
+
+def held_out_clips(rng: np.random.Generator, count: int, *, stay: bool) -> Clips:
+    """Clips of two objects, each with a pair of objects or a pair of times that training never shows.
+
+    Args:
+        rng: source of randomness.
+        count: number of clips.
+        stay: whether what has come stays; else one goes before the other comes.
+    """
+    first, second = np.nonzero(held_out_pairs())
+    rows = rng.integers(len(first), size=count)
+    names = np.stack([first[rows], second[rows]], axis=1)
+    half = count // 2
+    names[half:] = rng.random((count - half, len(OBJECTS))).argsort(axis=1)[:, :2]
+    if stay:
+        starts = np.concatenate([draw_times(rng, half, 2)[0], draw_times(rng, count - half, 2, held_out=True)[0]])
+        return Clips(scenes=clips.of_objects(rng, names), starts=starts, stops=np.full((count, 2), FRAMES))
+    names[half:] = names[: count - half]
+    starts, stops = clips.draw_windows(rng, count)
+    turned = rng.random(count) < 0.5
+    starts, stops = (np.where(turned[:, None], times[:, ::-1], times) for times in (starts, stops))
+    return Clips(scenes=clips.of_objects(rng, names), starts=starts, stops=stops)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One training batch, ready for the device; S pictures a clip, of which its frames are made."""
+
+    pixels: Float[np.ndarray, "N S 3 Y X"]
+    frames: Int[np.ndarray, "N F"]  # which of the pictures each frame is
+    token_ids: Int[np.ndarray, "N T"]
+    labels: Int[np.ndarray, "N T"]  # the next token where it is asked for, else -1
+    cells: Int[np.ndarray, "N F 9 2"]  # see `cell_labels`
+
+
+STATES = 4
+"""Most different pictures of a clip: of two objects there or not, or of three that come and stay."""
+
+
+def pictures(drawn: Clips, states: int = STATES) -> tuple[UInt8[np.ndarray, "N S Y X 3"], Int[np.ndarray, "N F"]]:
+    """The different pictures of every clip, filled up with the first, and which one each frame is."""
+    present = drawn.present
+    count, frames, objects = present.shape
+    codes = (present * (1 << np.arange(objects))).sum(axis=-1)
+    which = np.zeros((count, frames), np.int64)
+    shown = np.zeros((count, states), np.int64)
+    for row in range(count):
+        different, inverse = np.unique(codes[row], return_inverse=True)
+        shown[row] = different[0]
+        shown[row, : len(different)], which[row] = different, inverse
+    bits = (shown.reshape(-1)[:, None] >> np.arange(objects)) & 1
+    rows = np.repeat(np.arange(count), states)
+    drawn_pictures = render(clips.with_objects(drawn.scenes, rows, bits.astype(bool)), IMAGE_SIZE)
+    return drawn_pictures.reshape(count, states, *drawn_pictures.shape[1:]), which
+
+
+def cell_labels(drawn: Clips) -> Int[np.ndarray, "N F 9 2"]:
+    """What the auxiliary head is asked of every frame's tokens: the object there (from 1), and when it came (or -1)."""
+    centers = np.clip((drawn.scenes.centers * 3).astype(int), 0, 2)
+    cell = centers[..., 1] * 3 + centers[..., 0]
+    count, frames, objects = drawn.present.shape
+    labels = np.tile(np.array([0, -1]), (count, frames, 9, 1))
+    for slot in range(objects):
+        clip, frame = np.nonzero(drawn.present[:, :, slot])
+        place = cell[clip, slot]
+        labels[clip, frame, place, 0] = drawn.scenes.objects[clip, slot] + 1
+        labels[clip, frame, place, 1] = drawn.starts[clip, slot]
+    return labels.astype(np.int32)
+
+
+def _question(rng: np.random.Generator, names: list[str], starts: list[int], *, long: bool) -> tuple[str, str]:
+    """One question about a clip and its one-word answer."""
+    kind = 0.0 if long else rng.random()
+    if kind < 0.55:
+        first, second = rng.permutation(len(names))[:2]
+        answer = "before" if starts[first] < starts[second] else "after"
+        if long:
+            return PUBLISHED_QUESTION.format(names[first], names[second]), answer
+        text = f"Does the {names[first]} come before or after the {names[second]} ?"
+        return text + (" Answer in one word ." if rng.random() < 0.7 else ""), answer
+    chosen = int(rng.integers(len(names)))
+    if kind < 0.8:
+        return f"When does the {names[chosen]} come ?", TIME_WORDS[starts[chosen]]
+    if rng.random() < 0.5:
+        absent = [name for name in OBJECTS if name not in names]
+        return f"Is there a {absent[rng.integers(len(absent))]} ?", "no"
+    return f"Is there a {names[chosen]} ?", "yes"
+
+
+def training_batch(seed: int, step: int, size: int, *, timed: bool) -> Batch:
+    """The batch of a step: a pure function of its arguments, so that a resumed run sees the same data."""
+    rng = np.random.default_rng((seed, step))
+    drawn = training_clips(rng, size)
+    plan = layout(timed=timed)
+    token_ids = np.tile(plan.token_ids, (size, 1))
+    labels = np.full((size, len(plan.token_ids)), -1, np.int32)
+    end = VOCABULARY.index("<|im_end|>")
+    for row in range(size):
+        if timed:
+            start = plan.image_start + plan.image_tokens
+            token_ids[row, start : plan.text_start] = time_tokens(RATES[int(rng.integers(len(RATES)))])
+        present = np.flatnonzero(drawn.scenes.objects[row] >= 0)
+        names = [OBJECTS[drawn.scenes.objects[row, slot]] for slot in present]
+        starts = [int(drawn.starts[row, slot]) for slot in present]
+        place = plan.text_start
+        for number, length in enumerate(SLOTS):
+            if number < CAPTIONS:
+                chosen = int(rng.integers(len(names)))
+                text, answer, closing = f"time of the {names[chosen]}", TIME_WORDS[starts[chosen]], ""
+            else:
+                text, answer = _question(rng, names, starts, long=number >= CAPTIONS + QUESTIONS)
+                closing = CLOSING
+            ids = encode(text + closing)
+            token_ids[row, place : place + len(ids)] = ids
+            (answer_id,) = encode(answer)
+            labels[row, place + len(ids) - 1] = answer_id
+            if closing and len(ids) < length:
+                token_ids[row, place + len(ids)] = answer_id
+                labels[row, place + len(ids)] = end
+            place += length
+    shown, frames = pictures(drawn, STATES)
+    return Batch(
+        pixels=normalize(shown.reshape(-1, *shown.shape[2:])).reshape(*shown.shape[:2], 3, IMAGE_SIZE, IMAGE_SIZE),
+        frames=frames,
+        token_ids=token_ids,
+        labels=labels,
+        cells=cell_labels(drawn),
+    )

@@ -1,0 +1,214 @@
+"""How tiny-video is trained."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxid import training
+from jaxid.checkpoints.loading import load
+from jaxid.data.scenes import OBJECTS
+from jaxid.data.videos import FRAMES
+from jaxid.models.common import Linear
+from jaxid.models.llava_video import LlavaVideo
+from jaxid.models.sites import Capture, clean
+from jaxid.results import write_json
+from jaxid.training import Metrics, Stage, adamw
+from jaxid.zoo import tiny_video as recipe
+from jaxid.zoo import video_evaluation
+from jaxid.zoo.export import write_video
+from jaxid.zoo.packing import Layout
+from jaxid.zoo.training import SEEING_BLOCKS, cross_entropy, shallow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All that decides the outcome of a training run."""
+
+    sight_steps: int = 900  # steps in which tower and projector learn to see, without the decoder
+    timing_steps: int = 700  # steps in which the decoder's first blocks learn when things come
+    steps: int = 900  # steps on questions and captions, after those
+    timed_steps: int = 300  # last steps, with the text that says the frames' times
+    batch_size: int = 48  # clips a step
+    sight_learning_rate: float = 2e-3  # peak, in the first two stages
+    learning_rate: float = 1.5e-3  # peak, in the third
+    timed_learning_rate: float = 6e-4  # peak, in the last
+    warmup_steps: int = 60  # linear, then cosine to zero, in every stage
+    weight_decay: float = 0.02  # on block matrices only
+    clip_norm: float = 1.0  # of the whole gradient
+    frame_weight: float = 0.3  # of the auxiliary loss on the frames' tokens
+    seed: int = 0  # of parameters and data
+
+
+CLASSES = (len(OBJECTS) + 1, FRAMES)
+"""What the auxiliary heads tell apart at every token of a frame: the object, and when it came."""
+
+COLUMNS = ("step", "stage", "loss", "accuracy", "object", "start")
+
+
+class Learner(nnx.Module):
+    """The network with the auxiliary heads that training adds."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        """Draws all parameters."""
+        config = recipe.config()
+        self.network = LlavaVideo(config, rngs=rngs)
+        width = config.text_config.hidden_size
+        self.object_head = Linear(width, CLASSES[0], bias=True, rngs=rngs)
+        self.time_head = Linear(width, sum(CLASSES), bias=True, rngs=rngs)
+
+
+def frame_tokens(network: LlavaVideo, batch: dict[str, Array]) -> Float[Array, "N F 9 D"]:
+    """Every clip's frames as decoder tokens; a picture that several frames show is looked at once."""
+    pixels = batch["pixels"]
+    size, states = pixels.shape[:2]
+    pooled = network.pooled(network.image_features(pixels.reshape(size * states, *pixels.shape[2:])))
+    pooled = pooled.reshape(size, states, *pooled.shape[1:])
+    return jnp.take_along_axis(pooled, batch["frames"][:, :, None, None], axis=1)
+
+
+def clip_tokens(network: LlavaVideo, frames: Float[Array, "N F 9 D"]) -> Float[Array, "N I D"]:
+    """A clip's tokens with `image_newline` behind them."""
+    flat = frames.reshape(len(frames), -1, frames.shape[-1])
+    newline = jnp.broadcast_to(network.newline[...], (len(frames), 1, frames.shape[-1]))
+    return jnp.concatenate([flat, newline], axis=1)
+
+
+def _object_loss(logits: Float[Array, "N F 9 C"], objects: Int[Array, "N F 9"]) -> tuple[Array, Array]:
+    """Objects and background count alike, though few tokens hold an object."""
+    loss, accuracy = cross_entropy(logits, jnp.where(objects > 0, objects, -1))
+    ground, _ = cross_entropy(logits, jnp.where(objects > 0, -1, objects))
+    return loss + ground, accuracy
+
+
+def _frame_loss(learner: Learner, tokens: Float[Array, "N I D"], cells: Int[Array, "N F 9 2"]) -> tuple[Array, Metrics]:
+    """Loss of the head that reads the frames' tokens in the decoder."""
+    states = learner.network.decoder.norm(tokens[:, :-1]).reshape(*cells.shape[:3], -1)
+    objects, starts = jnp.split(learner.time_head(states), [CLASSES[0]], axis=-1)
+    object_loss, object_accuracy = _object_loss(objects, cells[..., 0])
+    start_loss, start_accuracy = cross_entropy(starts, cells[..., 1])
+    return object_loss + start_loss, {"object": object_accuracy, "start": start_accuracy}
+
+
+def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
+    """The first stage's loss: which object is where, told by the projector's output."""
+    del config
+    tokens = frame_tokens(learner.network, batch)
+    loss, accuracy = _object_loss(learner.object_head(tokens), batch["cells"][..., 0])
+    return loss, {"loss": loss, "object": accuracy}
+
+
+def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
+    """The second stage's loss: which object is where and since when, told by the decoder's first blocks."""
+    del config
+    network, plan = learner.network, recipe.layout(timed=False)
+    features = clip_tokens(network, frame_tokens(network, batch))
+    size, end = len(features), plan.image_start + plan.image_tokens
+    prefix = jnp.broadcast_to(jnp.asarray(plan.token_ids[: plan.image_start]), (size, plan.image_start))
+    embeddings = jnp.concatenate([network.decoder.embed(prefix), features], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(end), (size, end))
+    mask = jnp.asarray(plan.mask[:end, :end])[None]
+    capture = Capture(("resid_post",))
+    states = shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
+    loss, metrics = _frame_loss(learner, states[-1][:, plan.image_start :], batch["cells"])
+    return loss, {"loss": loss, **metrics}
+
+
+def language_loss(
+    learner: Learner, batch: dict[str, Array], config: TrainingConfig, *, plan: Layout
+) -> tuple[Array, Metrics]:
+    """The later stages' loss: next tokens at the ends of captions and questions, and a little of the second."""
+    network = learner.network
+    features = clip_tokens(network, frame_tokens(network, batch))
+    size, end = len(features), plan.image_start + plan.image_tokens
+    text = network.decoder.embed(batch["token_ids"])
+    embeddings = jnp.concatenate([text[:, : plan.image_start], features, text[:, end:]], axis=1)
+    positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
+    shown = jnp.broadcast_to(jnp.arange(plan.image_start, end), (size, plan.image_tokens))
+    capture = Capture(("resid_post",), at=shown)
+    output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
+    logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
+    text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
+    frame_loss, metrics = _frame_loss(learner, output.captured["resid_post"][SEEING_BLOCKS - 1], batch["cells"])
+    return text_loss + config.frame_weight * frame_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
+
+
+def stages(definition: Any, config: TrainingConfig) -> tuple[Stage, ...]:
+    """The stages of a run: seeing, timing, language, and language with the frames' times."""
+
+    def optimizer(rate: float, steps: int, decay: float) -> optax.GradientTransformation:
+        return adamw(rate, steps, warmup_steps=config.warmup_steps, weight_decay=decay, clip_norm=config.clip_norm)
+
+    def loss(function: Callable[..., tuple[Array, Metrics]], **further: Any) -> Callable[..., tuple[Array, Metrics]]:
+        return lambda parameters, batch: function(
+            nnx.merge(definition, nnx.State(parameters)), batch, config, **further
+        )
+
+    def batch(first: int, timed: bool) -> Callable[[int], dict[str, np.ndarray]]:
+        def draw(step: int) -> dict[str, np.ndarray]:
+            drawn = recipe.training_batch(config.seed, step, config.batch_size, timed=timed)
+            return {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
+
+        del first
+        return draw
+
+    rate, decay, first, found = config.sight_learning_rate, config.weight_decay, 0, []
+    for name, steps, peak, weight, timed, function in (
+        ("seeing", config.sight_steps, rate, 0.0, False, loss(sight_loss)),
+        ("timing", config.timing_steps, rate, 0.0, False, loss(timing_loss)),
+        ("language", config.steps, config.learning_rate, decay, False, None),
+        ("times", config.timed_steps, config.timed_learning_rate, decay, True, None),
+    ):
+        own = function or loss(language_loss, plan=recipe.layout(timed=timed))
+        found.append(
+            Stage(
+                name=name,
+                first=first,
+                steps=steps,
+                loss=own,
+                batch=batch(first, timed),
+                optimizer=optimizer(peak, steps, weight),
+            )
+        )
+        first += steps
+    return tuple(found)
+
+
+def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 100, progress: bool = True) -> Path:
+    """Trains tiny-video, or goes on from the last saved step, and writes its checkpoint folder and accuracy.
+
+    Args:
+        folder: of the run (`state/`, `metrics.csv`, `run.json`); one begun with other settings is refused.
+        config: the run's settings.
+        save_every: steps between saves.
+        progress: show a progress bar.
+
+    Returns:
+        The checkpoint folder, `folder / "model"`.
+
+    Raises:
+        CheckpointError: if the folder holds a run with other settings.
+    """
+    settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
+    definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
+    parameters = training.train(
+        folder,
+        settings,
+        nnx.to_pure_dict(initial),
+        stages(definition, config),
+        columns=COLUMNS,
+        save_every=save_every,
+        progress=progress,
+    )
+    model_folder = folder / "model"
+    write_video(model_folder, recipe.config(), jax.device_get(parameters["network"]), recipe.VOCABULARY)
+    results = video_evaluation.evaluate(load(model_folder), count=512)
+    write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
+    return model_folder
