@@ -331,25 +331,38 @@ class Processor:
             offsets=offsets,
         )
 
-    def answer_ids(self, words: Sequence[str]) -> Int[np.ndarray, "n"]:
-        """Ids of the tokens with which the model would begin each answer, right after the generation prompt.
+    def answer_tokens(self, words: Sequence[str]) -> list[list[int]]:
+        """Ids of the tokens of each answer, right after the generation prompt.
 
         Raises:
-            PromptError: for a word that needs several tokens, or two words that share their token.
+            PromptError: for a word that would change the prompt's own tokens, or is not in the vocabulary.
         """
         text, _ = self.render("?")
         head = self._encode([text])["input_ids"][0]
         # After a line break or a special token a word begins at once; after "ASSISTANT:" with a space or its marker.
         specials = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         joint = "" if text[-1].isspace() or text.endswith(specials) else " "
-        ids = []
+        found = []
         for word in words:
             whole = self._encode([f"{text}{joint}{word}"])["input_ids"][0]
-            tail = whole[len(head) :]
-            if whole[: len(head)] != head or len(tail) != 1:
-                raise PromptError(f"the answer {word!r} is not a single token after the prompt: {tail}.")
-            if tail[0] == self.tokenizer.unk_token_id:
+            tail = list(whole[len(head) :])
+            if whole[: len(head)] != head or not tail:
+                raise PromptError(f"the answer {word!r} does not begin with a token of its own after the prompt.")
+            if self.tokenizer.unk_token_id in tail:
                 raise PromptError(f"the answer {word!r} is not in the model's vocabulary.")
+            found.append(tail)
+        return found
+
+    def answer_ids(self, words: Sequence[str]) -> Int[np.ndarray, "n"]:
+        """Ids of the tokens with which the model would begin each answer, right after the generation prompt.
+
+        Raises:
+            PromptError: for a word that needs several tokens, or two words that share their token.
+        """
+        ids = []
+        for word, tail in zip(words, self.answer_tokens(words), strict=True):
+            if len(tail) != 1:
+                raise PromptError(f"the answer {word!r} is not a single token after the prompt: {tail}.")
             ids.append(tail[0])
         if len(set(ids)) < len(ids):
             raise PromptError(f"the answers {', '.join(words)} do not have tokens of their own: {ids}.")

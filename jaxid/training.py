@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -32,6 +33,9 @@ class Stage(NamedTuple):
         batch: arrays of a step, a pure function of its number, so that a resumed run sees the same data.
         optimizer: what turns gradients into updates.
         whole: names of those arrays that every device needs whole.
+        constants: further entries of every batch that no step changes, such as frozen parameters.
+        accumulate: the arrays' first axis counts small batches, whose gradients are averaged one after the other (on
+            several devices, side by side), so that only one of them has to fit in memory.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Stage(NamedTuple):
     batch: Callable[[int], Batch]
     optimizer: optax.GradientTransformation
     whole: tuple[str, ...] = ()
+    constants: Mapping[str, Any] = {}
+    accumulate: bool = False
 
 
 def train(
@@ -54,6 +60,8 @@ def train(
     record_every: int = 20,
     progress: bool = True,
     log: Callable[[dict[str, Any]], None] | None = None,
+    check: Callable[[int, Any], None] | None = None,
+    check_every: int = 100,
 ) -> Any:
     """Trains, or goes on from the last saved step, and returns the parameters.
 
@@ -67,6 +75,9 @@ def train(
         record_every: steps between rows of metrics.
         progress: show a progress bar.
         log: is also given every row of metrics.
+        check: is given the number of steps done and the parameters, every so often and at the end; what a kill undid
+            is checked again.
+        check_every: steps between checks.
 
     Raises:
         CheckpointError: if the folder holds a run with other settings.
@@ -92,13 +103,14 @@ def train(
             state = jax.device_put({"parameters": parameters, "optimizer": stage.optimizer.init(parameters)}, same)
             if done > stage.first:
                 state = manager.restore(done, args=ocp.args.StandardRestore(state))
-            step_function = _step_function(stage)
+            step_function = _step_function(stage, mesh.size)
+            constants = jax.device_put(dict(stage.constants), same)
             bar = tqdm(total=end, initial=max(done, stage.first), unit="step", disable=not progress, desc=stage.name)
             for step, batch in batches(stage, max(done, stage.first)):
                 placed = {
                     name: jax.device_put(value, same if name in stage.whole else split) for name, value in batch.items()
                 }
-                state, metrics = step_function(state, placed)
+                state, metrics = step_function(state, placed, constants)
                 if (step + 1) % record_every == 0 or step + 1 == end:
                     numbers = {name: round(float(value), 4) for name, value in metrics.items()}
                     row = {"step": step + 1, "stage": stage.name, **numbers}
@@ -107,6 +119,8 @@ def train(
                         log(row)
                     bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
                     bar.update(step + 1 - bar.n)
+                if check is not None and ((step + 1) % check_every == 0 or (step + 1 == end and stage is stages[-1])):
+                    check(step + 1, state["parameters"])
                 if (step + 1) % save_every == 0 or step + 1 == end:
                     manager.save(step + 1, args=ocp.args.StandardSave(state))
             bar.close()
@@ -143,15 +157,46 @@ def adamw(
     )
 
 
-def _step_function(stage: Stage) -> Callable[..., Any]:
+def _step_function(stage: Stage, devices: int) -> Callable[..., Any]:
     @partial(jax.jit, donate_argnums=0)
-    def step_function(state: dict[str, Any], batch: dict[str, Array]) -> tuple[dict[str, Any], Metrics]:
-        gradients, metrics = jax.grad(lambda own: stage.loss(own, batch), has_aux=True)(state["parameters"])
-        updates, optimizer_state = stage.optimizer.update(gradients, state["optimizer"], state["parameters"])
-        parameters = optax.apply_updates(state["parameters"], updates)
+    def step_function(
+        state: dict[str, Any], batch: dict[str, Any], constants: dict[str, Any]
+    ) -> tuple[dict[str, Any], Metrics]:
+        parameters = state["parameters"]
+
+        def gradients(own: dict[str, Any]) -> tuple[Any, Metrics]:
+            return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
+
+        found, metrics = _averaged(gradients, batch, devices) if stage.accumulate else gradients(batch)
+        updates, optimizer_state = stage.optimizer.update(found, state["optimizer"], parameters)
+        parameters = optax.apply_updates(parameters, updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
     return step_function
+
+
+def _averaged(function: Callable[[Any], Any], batch: dict[str, Any], devices: int) -> Any:
+    """The mean of a function over the first axis of a batch, each device taking its share of it one by one."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+    together = devices if count % devices == 0 else 1
+
+    def several(part: Any) -> Any:
+        if together == 1:
+            return function(jax.tree.map(lambda leaf: leaf[0], part))
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), jax.vmap(function)(part))
+
+    if count == together:
+        total = several(batch)
+    else:  # a device's share lies together, so the small batches that run side by side are far apart
+        rows = jax.tree.map(
+            lambda leaf: leaf.reshape(together, count // together, *leaf.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(several, jax.tree.map(lambda leaf: leaf[0], rows)),
+        )
+        total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, several(part)), None), zeros, rows)
+    return jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def append_metrics(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:

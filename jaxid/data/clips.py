@@ -173,7 +173,7 @@ def of_objects(rng: np.random.Generator, objects: Int[np.ndarray, "N K"]) -> Sce
     kept: list[Scenes] = []
     missing = count
     while missing:
-        drawn = sample_free(rng, 2 * missing + 8, num_objects=(most, most), size_range=(0.2, 0.28))
+        drawn = sample_free(rng, 2 * missing + 8, num_objects=(most, most), size_range=(0.24, 0.32))
         column, row = np.moveaxis(np.clip((drawn.centers * 3).astype(int), 0, 2), -1, 0)
         ninths = np.sort(row * 3 + column, axis=1)
         good = np.flatnonzero((np.diff(ninths, axis=1) > 0).all(axis=1))[:missing]

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,11 +15,12 @@ from jaxid.models.common import (
     LayerNorm,
     Linear,
     RMSNorm,
+    Stackable,
     filled,
     flat_product,
     join_heads,
-    layer_of,
     normal,
+    scan_stack,
 )
 from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear
 
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         return out + self.out_bias[...] if self.config.attention_out_bias else out
 
 
-class Block(nnx.Module):
+class Block(Stackable):
     """Attention and MLP, norms before or behind them (HF CLIPEncoderLayer, BlipTextLayer and their kin)."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
@@ -166,7 +166,7 @@ class Block(nnx.Module):
 
 
 def run_blocks(
-    layers: Any, x: Float[Array, "N I D"], blocks: int, depth: int | None = None, *, read: Read = read_all
+    layers: Any, x: Float[Array, "N I D"], depth: int | None = None, *, read: Read = read_all
 ) -> Float[Array, "L1 N I D"]:
     """What enters the first of stacked blocks, and what leaves every one of the first `depth`; `read` as in a block."""
     block_definition, block_parameters = nnx.split(layers)
@@ -175,8 +175,5 @@ def run_blocks(
         x = nnx.merge(block_definition, parameters)(x, read)
         return x, x
 
-    if depth is None or depth == blocks:
-        _, outputs = jax.lax.scan(step, x, block_parameters)
-    else:  # scanning over a slice of the parameters would copy it first
-        _, outputs = jax.lax.scan(lambda x, k: step(x, layer_of(block_parameters, k)), x, jnp.arange(depth))
+    _, outputs = scan_stack(layers, step, x, block_parameters, depth)
     return jnp.concatenate([x[None], outputs])

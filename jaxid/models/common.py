@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -168,3 +168,54 @@ def layer_of(parameters: Any, layer: Any) -> Any:
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
     """One module whose parameters carry a leading layer axis of `count`, for use under `lax.scan`."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+class Learning(NamedTuple):
+    """How a stack of layers is differentiated.
+
+    Attributes:
+        frozen: this many of its first layers get no gradient, nor does anything before them.
+        checkpointed: the backward pass computes every layer again from what entered it, and keeps nothing else.
+    """
+
+    frozen: int = 0
+    checkpointed: bool = False
+
+
+class Stackable(nnx.Module):
+    """A layer that is stacked; the stack may say how it is differentiated."""
+
+    learning: Learning | None = None
+
+
+def scan_stack(
+    layers: Any, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, xs: Any, depth: int | None = None
+) -> Any:
+    """`jax.lax.scan` over the first `depth` of stacked layers, differentiated as `layers.learning` says.
+
+    Args:
+        layers: the stack, see `Stackable`.
+        step: from a value and one layer's part of `xs` to the next value and what is kept of it.
+        x: what enters the first layer.
+        xs: all layers' parameters, and whatever else goes with them, layer axes first.
+        depth: how many layers; all by default.
+
+    Returns:
+        What leaves the last layer, and what is kept of all.
+    """
+    count = jax.tree.leaves(xs)[0].shape[0]
+    depth = count if depth is None else depth
+
+    def by_number(x: Any, xs: Any, end: int) -> Any:
+        # Scanning over a slice of the parameters would copy it first.
+        return jax.lax.scan(lambda x, k: step(x, layer_of(xs, k)), x, jnp.arange(end))
+
+    if layers.learning is None:
+        return jax.lax.scan(step, x, xs) if depth == count else by_number(x, xs, depth)
+    frozen = min(layers.learning.frozen, depth)
+    body = jax.checkpoint(step, prevent_cse=False) if layers.learning.checkpointed else step
+    if not frozen:
+        return jax.lax.scan(body, x, xs if depth == count else jax.tree.map(lambda leaf: leaf[:depth], xs))
+    x, below = by_number(*jax.lax.stop_gradient((x, xs)), frozen)
+    x, above = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[frozen:depth], xs))
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)

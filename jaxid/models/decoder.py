@@ -14,12 +14,14 @@ from jaxid.models.common import (
     ACTIVATIONS,
     Linear,
     RMSNorm,
+    Stackable,
     filled,
     flat_product,
     join_heads,
     layer_of,
     normal,
     rms_norm,
+    scan_stack,
     stacked,
 )
 from jaxid.models.decoder_config import DecoderConfig
@@ -142,7 +144,7 @@ Tap = Callable[[str, Float[Array, "B T D"]], Float[Array, "B T D"]]
 """What stands at every site of a block: `(name, value) -> value`."""
 
 
-class DecoderBlock(nnx.Module):
+class DecoderBlock(Stackable):
     """Pre-norm attention and MLP around the residual stream (HF LlamaDecoderLayer, Gemma3DecoderLayer)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -420,5 +422,5 @@ class Decoder(nnx.Module):
             return blocks(number, parameters, memory=memory, whole=True)(x, rotation, read, tap), found
 
         numbers = jnp.arange(self.config.num_hidden_layers)
-        x, stacked_values = jax.lax.scan(step, x, (blocks.parameters, numbers))
+        x, stacked_values = scan_stack(self.layers, step, x, (blocks.parameters, numbers))
         return DecoderOutput(self.norm(x), captured | stacked_values)

@@ -212,11 +212,11 @@ class MllamaTower(nnx.Module):
         def read(query: Array, key: Array, value: Array) -> Array:
             return attention.attend(query, key, value, allowed)
 
-        local = run_blocks(self.layers, x.reshape(count, most * padded, -1), config.num_hidden_layers, read=read)
+        local = run_blocks(self.layers, x.reshape(count, most * padded, -1), read=read)
         x = self.post_norm(local[-1]).reshape(count, most, padded, -1)
         x = x + (self.behind[...][ratio] * jnp.tanh(self.behind_gate[...]))[:, :, None]
         x = x.reshape(count, most * padded, -1)
-        return local, run_blocks(self.global_layers, x, config.num_global_layers, read=read)
+        return local, run_blocks(self.global_layers, x, read=read)
 
     def __call__(
         self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]

@@ -13,7 +13,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.errors import CheckpointError
 from jaxid.kernels import attention, rope
 from jaxid.models.blocks import Block, BlockConfig
-from jaxid.models.common import BOOKKEEPING, Config, LayerNorm, Linear, RMSNorm, flat_product, normal, stacked
+from jaxid.models.common import (
+    BOOKKEEPING,
+    Config,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    flat_product,
+    normal,
+    scan_stack,
+    stacked,
+)
 from jaxid.models.decoder import Decoder
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.models.inputs import Inputs
@@ -239,7 +249,7 @@ class QwenTower(nnx.Module):
             return x, x
 
         x = flat_product(pixels, self.patch_kernel[...])
-        _, outputs = jax.lax.scan(step, x, (parameters, jnp.arange(config.depth)))
+        _, outputs = scan_stack(self.layers, step, x, (parameters, jnp.arange(config.depth)))
         return jnp.concatenate([x[None], outputs])
 
     def merge(self, states: Float[Array, "N P D"]) -> Float[Array, "N I D2"]:

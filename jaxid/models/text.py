@@ -83,8 +83,7 @@ class TextEncoder(nnx.Module):
         if self.config.first_norm:
             x = self.first_norm(x)
         mask = self.mask(valid)
-        blocks = self.config.num_hidden_layers
-        return run_blocks(self.layers, x, blocks, read=lambda q, k, v: attention.attend(q, k, v, mask))
+        return run_blocks(self.layers, x, read=lambda q, k, v: attention.attend(q, k, v, mask))
 
     def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
         """Token and position embeddings."""

@@ -142,4 +142,4 @@ class VisionTower(nnx.Module):
         x = x + self.position[...]
         if config.pre_norm:
             x = self.pre_norm(x)
-        return run_blocks(self.layers, x, config.num_hidden_layers, depth)
+        return run_blocks(self.layers, x, depth)

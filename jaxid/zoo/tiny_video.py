@@ -267,6 +267,25 @@ def _question(rng: np.random.Generator, names: list[str], starts: list[int], *, 
     return f"Is there a {names[chosen]} ?", "yes"
 
 
+def sight_batch(seed: int, step: int, size: int) -> Batch:
+    """Single pictures of three objects, for the steps in which the tower first learns to see."""
+    rng = np.random.default_rng((seed, step, 1))
+    table, names = held_out_pairs(), np.zeros((0, 3), np.int64)
+    while len(names) < size:
+        drawn = rng.random((2 * size, len(OBJECTS))).argsort(axis=1)[:, :3]
+        names = np.concatenate([names, drawn[~table[drawn[:, :, None], drawn[:, None, :]].any(axis=(1, 2))]])
+    scenes = clips.of_objects(rng, names[:size])
+    shown = Clips(scenes=scenes, starts=np.zeros((size, 3), np.int64), stops=np.ones((size, 3), np.int64))
+    nothing = np.zeros((size, 0), np.int32)
+    return Batch(
+        pixels=normalize(render(scenes, IMAGE_SIZE))[:, None],
+        frames=np.zeros((size, 1), np.int64),
+        token_ids=nothing,
+        labels=nothing,
+        cells=cell_labels(shown)[:, :1],
+    )
+
+
 def training_batch(seed: int, step: int, size: int, *, timed: bool) -> Batch:
     """The batch of a step: a pure function of its arguments, so that a resumed run sees the same data."""
     rng = np.random.default_rng((seed, step))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from jaxid.zoo.training import SEEING_BLOCKS, cross_entropy, shallow
 class TrainingConfig:
     """All that decides the outcome of a training run."""
 
-    sight_steps: int = 900  # steps in which tower and projector learn to see, without the decoder
+    sight_steps: int = 2200  # steps in which tower and projector learn to see, without the decoder
+    sight_batch_size: int = 160  # pictures a step of these
     timing_steps: int = 700  # steps in which the decoder's first blocks learn when things come
     steps: int = 900  # steps on questions and captions, after those
     timed_steps: int = 300  # last steps, with the text that says the frames' times
@@ -151,29 +153,27 @@ def stages(definition: Any, config: TrainingConfig) -> tuple[Stage, ...]:
             nnx.merge(definition, nnx.State(parameters)), batch, config, **further
         )
 
-    def batch(first: int, timed: bool) -> Callable[[int], dict[str, np.ndarray]]:
-        def draw(step: int) -> dict[str, np.ndarray]:
-            drawn = recipe.training_batch(config.seed, step, config.batch_size, timed=timed)
-            return {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
-
-        del first
-        return draw
+    def drawn(step: int, timed: bool | None) -> dict[str, np.ndarray]:
+        if timed is None:
+            made = recipe.sight_batch(config.seed, step, config.sight_batch_size)
+        else:
+            made = recipe.training_batch(config.seed, step, config.batch_size, timed=timed)
+        return {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
 
     rate, decay, first, found = config.sight_learning_rate, config.weight_decay, 0, []
     for name, steps, peak, weight, timed, function in (
-        ("seeing", config.sight_steps, rate, 0.0, False, loss(sight_loss)),
+        ("seeing", config.sight_steps, rate, 0.0, None, loss(sight_loss)),
         ("timing", config.timing_steps, rate, 0.0, False, loss(timing_loss)),
         ("language", config.steps, config.learning_rate, decay, False, None),
         ("times", config.timed_steps, config.timed_learning_rate, decay, True, None),
     ):
-        own = function or loss(language_loss, plan=recipe.layout(timed=timed))
         found.append(
             Stage(
                 name=name,
                 first=first,
                 steps=steps,
-                loss=own,
-                batch=batch(first, timed),
+                loss=function or loss(language_loss, plan=recipe.layout(timed=bool(timed))),
+                batch=partial(drawn, timed=timed),
                 optimizer=optimizer(peak, steps, weight),
             )
         )

@@ -1,0 +1,226 @@
+"""Where the two objects of COCO-Spatial items are: boxes from COCO's instances file, read by pycocotools."""
+
+import contextlib
+import dataclasses
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxid.data.coco_spatial import INSTANCES_FILE, SpatialItem
+from jaxid.errors import DataError, InputError
+
+_SIGNS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
+_ROUNDING = 1.0
+"""Pixels by which a box may leave its picture: COCO's are rounded. Such boxes are cut at the edge."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedItem:
+    """An item, and where its two objects are.
+
+    Attributes:
+        item: the item.
+        boxes: (x, y, width, height) of the subject and of the object, in pixels from the upper left corner.
+        size: width and height of the picture in pixels.
+    """
+
+    item: SpatialItem
+    boxes: Float[np.ndarray, "2 4"]
+    size: tuple[int, int]
+
+    @property
+    def key(self) -> str:
+        """The item's."""
+        return self.item.key
+
+    @property
+    def shares(self) -> Float[np.ndarray, "2 4"]:
+        """The boxes as shares of the picture's width and height."""
+        return self.boxes / np.array([*self.size, *self.size], self.boxes.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Instances:
+    """A COCO instances file.
+
+    Attributes:
+        path: the file.
+        coco: its `pycocotools.coco.COCO`.
+    """
+
+    path: Path
+    coco: Any
+
+    def boxes(self, item: SpatialItem, name: str) -> Float[np.ndarray, "M 4"]:
+        """Boxes of a category's instances in an item's picture, in the file's order; crowds are left out.
+
+        Raises:
+            DataError: The file lacks the picture, the category or an instance of it, or has a malformed box.
+        """
+        where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
+        if item.image_id not in self.coco.imgs:
+            raise DataError(f"{where}: there is no such picture in the file. Give the file of the same pictures.")
+        known = [number for number, entry in self.coco.cats.items() if str(entry.get("name")).lower() == name.lower()]
+        if not known:
+            raise DataError(f"{where}: there is no category {name!r} in the file; add it, or correct the caption.")
+        own = [entry for entry in self.coco.imgToAnns.get(item.image_id, []) if entry.get("category_id") in known]
+        single = [entry for entry in own if not entry.get("iscrowd")]
+        if not single:
+            found = "only a crowd of them" if own else "no box of it"
+            raise DataError(f"{where}: there is {found} for the object {name!r}; add its box, or remove the item.")
+        return np.array([_box(entry, name, where) for entry in single], np.float64)
+
+    def locate(self, item: SpatialItem) -> PlacedItem:
+        """The item with the boxes of its objects; of several instances, the pair that fits the relation best.
+
+        Raises:
+            DataError: An object has no box, a box is malformed or outside the picture, or the picture cannot be read
+                or has another size than the file says. The message names file and item.
+        """
+        where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
+        subjects, objects = (self.boxes(item, name) for name in (item.subject, item.object))
+        size = self._size(item, where)
+        subjects, objects = _inside(subjects, size, item.subject, where), _inside(objects, size, item.object, where)
+        first, second = best_pair(subjects, objects, item.relation)
+        return PlacedItem(item=item, boxes=np.stack([subjects[first], objects[second]]), size=size)
+
+    def _size(self, item: SpatialItem, where: str) -> tuple[int, int]:
+        """Width and height of the picture, checked against those in the file."""
+        entry = self.coco.imgs[item.image_id]
+        size = picture_size(item.picture)
+        stated = (entry.get("width", size[0]), entry.get("height", size[1]))
+        if stated != size:
+            raise DataError(
+                f"{where}: the picture is {size[0]} x {size[1]} pixels, the boxes are of one of {stated[0]} x "
+                f"{stated[1]}. Give the picture in its original size."
+            )
+        return size
+
+
+def find_instances(folder: str | Path) -> Path:
+    """`instances_val2017.json` in a folder, or in `annotations` below it, where COCO's archive has it.
+
+    Raises:
+        DataError: It is in neither place.
+    """
+    folder = Path(folder)
+    for path in (folder / INSTANCES_FILE, folder / "annotations" / INSTANCES_FILE):
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{folder} holds no {INSTANCES_FILE}, nor does {folder / 'annotations'}; put COCO's file of boxes there."
+    )
+
+
+def read_instances(path: str | Path) -> Instances:
+    """Reads a COCO instances file with pycocotools, whose printing is kept quiet.
+
+    Raises:
+        DataError: pycocotools is not installed, or the file is missing or not in COCO's instances format.
+    """
+    path = Path(path)
+    try:
+        from pycocotools.coco import COCO
+    except ImportError as error:
+        raise DataError(
+            f"{path} cannot be read without pycocotools ({error}); install it: pip install pycocotools."
+        ) from error
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(str(path))
+        missing = [name for name in ("images", "annotations", "categories") if name not in coco.dataset]
+        if missing:
+            raise KeyError(", ".join(missing))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Give COCO's file of boxes.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise DataError(
+            f"{path} is not in COCO's instances format ({type(error).__name__}: {error}); expected images, "
+            "annotations with image_id, category_id and bbox, and categories. Download or write it again."
+        ) from error
+    return Instances(path=path, coco=coco)
+
+
+def picture_size(picture: Any) -> tuple[int, int]:
+    """Width and height of a picture file, or of UInt8[Y, X, 3].
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    if not isinstance(picture, str | Path):
+        height, width = np.shape(picture)[:2]
+        return int(width), int(height)
+    from PIL import Image
+
+    try:
+        with Image.open(picture) as file:
+            return file.size
+    except (OSError, ValueError, SyntaxError) as error:  # PIL's, for files that are no or broken pictures
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"Picture {picture} cannot be read ({reason}). Download or write it again.") from error
+
+
+def centers(boxes: Float[np.ndarray, "*B 4"]) -> Float[np.ndarray, "*B 2"]:
+    """Centres (x, y) of boxes (x, y, width, height)."""
+    return boxes[..., :2] + boxes[..., 2:] / 2
+
+
+def best_pair(subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 4"], relation: str) -> tuple[int, int]:
+    """The instances of subject and object that fit a relation best.
+
+    They are the two whose centres lie furthest apart in the relation's direction: for "left", the pair with the
+    subject furthest to the left of the object. Of equal pairs, the first in the file's order.
+
+    Args:
+        subjects: boxes of the subject's instances.
+        objects: boxes of the object's instances.
+        relation: of the subject to the object: left, right, above or below.
+
+    Raises:
+        InputError: The relation is none of the four, or an object has no instance.
+    """
+    if relation not in _SIGNS or not len(subjects) or not len(objects):
+        raise InputError(
+            f"best_pair needs a relation out of {', '.join(_SIGNS)} and an instance of each object, got {relation!r}, "
+            f"{len(subjects)} and {len(objects)}."
+        )
+    axis, sign = _SIGNS[relation]
+    apart = sign * (centers(subjects)[:, None, axis] - centers(objects)[None, :, axis])
+    first, second = divmod(int(apart.argmax()), len(objects))
+    return first, second
+
+
+def _box(annotation: dict[str, Any], name: str, where: str) -> list[float]:
+    """The four numbers of an annotation, checked."""
+    box = annotation.get("bbox")
+    numbers = isinstance(box, list) and all(type(value) in (int, float) and math.isfinite(value) for value in box)
+    if not isinstance(box, list) or not numbers or len(box) != 4 or min(box[2:]) <= 0:
+        raise DataError(
+            f"{where}: annotation {annotation.get('id')} of {name!r} has the box {box!r}; expected four numbers x, y, "
+            "width, height, the last two above 0. Correct it, or remove the item."
+        )
+    return [float(value) for value in box]
+
+
+def _inside(boxes: Float[np.ndarray, "M 4"], size: tuple[int, int], name: str, where: str) -> Float[np.ndarray, "M 4"]:
+    """The boxes, cut at the picture's edge where they leave it by rounding.
+
+    Raises:
+        DataError: A box leaves the picture by more.
+    """
+    limits = np.array(size, np.float64)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    outside = ((low < -_ROUNDING) | (high > limits + _ROUNDING)).any(axis=1)
+    low, high = np.clip(low, 0, limits), np.clip(high, 0, limits)
+    outside |= (high <= low).any(axis=1)
+    if outside.any():
+        box = boxes[int(outside.argmax())].tolist()
+        raise DataError(
+            f"{where}: the box {box} of {name!r} lies outside the picture of {size[0]} x {size[1]} pixels. Correct it, "
+            "or remove the item."
+        )
+    return np.concatenate([low, high - low], axis=1)

@@ -1,0 +1,425 @@
+"""Fine-tuning on grid scenes with a loss on spatial IDs ([ID] arXiv 2601.12626, section on fine-tuning).
+
+The loss is the cross-entropy of the answer, plus a weight times one minus the mean cosine between the second object's
+activations, less their mean over the batch, and the universal IDs of its cells.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxid.data.coco_spatial import SpatialItem
+from jaxid.data.grid import GridItem
+from jaxid.engine import forward
+from jaxid.errors import DataError, InputError
+from jaxid.experiments.belief_swap import require_same_model
+from jaxid.experiments.relations import ANSWERS, Case, fill, prepare
+from jaxid.ids import SpatialIDs
+from jaxid.inputs import Prompts
+from jaxid.models.base import Model
+from jaxid.models.inputs import Inputs
+from jaxid.models.sites import Capture, clean
+from jaxid.trainable import Selection, choose, for_learning, tensors
+from jaxid.training import Metrics, Stage
+
+QUESTIONS = {
+    "horizontal": "Is the {b} to the left or right of the {a}?",
+    "vertical": "Is the {b} above or below the {a}?",
+}
+"""As in the extraction of IDs, the object whose word is read stands second in the pair and first in the question."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """All that decides the outcome of a run, besides model, data and IDs."""
+
+    steps: int = 800  # optimiser steps
+    groups: int = 2  # small batches a step, whose gradients are averaged
+    batch_size: int = 12  # pictures of a small batch: the cells of one object, the other's place being the same
+    id_weight: float = 1.0  # of the ID loss; 0 trains on answers alone
+    id_layer: int = 11  # the decoder block after which the second object's word is compared with its ID
+    learning_rate: float = 5e-5  # peak
+    weight_decay: float = 0.01  # of all trained tensors
+    warmup: float = 0.03  # share of the steps in which the learning rate rises
+    schedule: str = "linear"  # after that: "linear" or "cosine" to zero, or "constant"
+    clip_norm: float = 1.0  # of the gradient of all trained tensors
+    selectors: tuple[str, ...] = ("vision-mlp", "projector")  # kinds of tensors, see `trainable.GROUPS`
+    vision_blocks: int | None = 6  # of the tower's blocks, so many last ones
+    budget: float = 0.3  # share of all parameters that may be trained
+    checkpointed: bool = True  # the backward pass recomputes the inside of every block
+    held_out: float = 0.15  # share of the object pairs that training never sees
+    template: str = "{query}"  # the user's text
+    case: Case = "lower"  # form of the answer that is trained, "lower" or "capital"
+    seed: int = 0  # of held-out pairs, order of the data and "random"
+
+    def __post_init__(self) -> None:
+        """Checks every number's range.
+
+        Raises:
+            InputError: naming the field.
+        """
+        for name in ("steps", "groups", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+        if self.batch_size < 2 and self.id_weight:
+            raise InputError("the ID loss needs batches of 2 or more: activations are compared with their mean.")
+        for name, high in (("warmup", 1.0), ("held_out", 1.0)):
+            if not 0 <= getattr(self, name) < high:
+                raise InputError(f"{name} is a share from 0 to below 1, not {getattr(self, name)}.")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if self.id_weight < 0 or self.weight_decay < 0:
+            raise InputError("id_weight and weight_decay must not be below 0.")
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise InputError(f"schedule is linear, cosine or constant, not {self.schedule!r}.")
+        if self.case not in ("lower", "capital"):
+            raise InputError(f"case is lower or capital, not {self.case!r}.")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Pictures that differ in the second object's cell alone, and along which axis they are asked about."""
+
+    axis: str
+    items: tuple[GridItem, ...]
+
+
+def groups_of(items: Sequence[GridItem]) -> list[Group]:
+    """All groups of two or more pictures: same pair, same cell of the first object, a true answer along the axis."""
+    found: dict[tuple[Any, ...], list[GridItem]] = {}
+    for item in items:
+        for number, axis in enumerate(QUESTIONS):
+            if item.cell_a[number] != item.cell_b[number]:
+                found.setdefault((item.object_a, item.cell_a, item.object_b, axis), []).append(item)
+    return [Group(axis=key[3], items=tuple(group)) for key, group in sorted(found.items()) if len(group) > 1]
+
+
+def split_pairs(items: Sequence[GridItem], share: float, seed: int) -> tuple[list[GridItem], list[GridItem]]:
+    """Training items, and those of held-out pairs of objects, whose order does not matter.
+
+    Raises:
+        DataError: if either would be empty though a share is held out.
+    """
+    pairs = sorted({tuple(sorted((item.object_a, item.object_b))) for item in items})
+    count = round(share * len(pairs)) if share else 0
+    count = max(count, 1) if share else 0
+    if len(pairs) <= count:
+        raise DataError(f"the pictures hold {len(pairs)} pairs of objects, too few to hold out {share:.0%} of them.")
+    rows = np.random.default_rng((seed, 15)).permutation(len(pairs))[:count]
+    held = {pairs[row] for row in rows}
+    sides: tuple[list[GridItem], list[GridItem]] = ([], [])
+    for item in items:
+        sides[tuple(sorted((item.object_a, item.object_b))) in held].append(item)
+    return sides
+
+
+def spatial_items(items: Sequence[GridItem]) -> list[SpatialItem]:
+    """Every question that grid pictures allow: left/right where columns differ, above/below where rows do."""
+    return [
+        SpatialItem(
+            image_id=row,
+            picture=item.picture,
+            subject=item.object_b,
+            object=item.object_a,
+            relation=words[int(item.cell_b[number] > item.cell_a[number])],
+            row=row,
+        )
+        for row, item in enumerate(items)
+        for number, words in enumerate(ANSWERS.values())
+        if item.cell_a[number] != item.cell_b[number]
+    ]
+
+
+def group_batch(
+    model: Model, group: Group, chosen: Sequence[int], ids: SpatialIDs, config: FinetuneConfig
+) -> dict[str, Any]:
+    """Arrays of one small batch.
+
+    Args:
+        model: whose processor reads the pictures.
+        group: the pictures.
+        chosen: which of them; fewer than the batch size are filled up by the first one, with weight 0.
+        ids: universal IDs of the model.
+        config: the run's settings.
+
+    Returns:
+        "inputs"; "places" and "labels", Int[B, n]: where each token of the answer is read, and its id, -1 where an
+        answer is shorter; "word", Int[B]: the second object's; "target", Float[B, D]: its cell's ID; "weight",
+        Float[B].
+
+    Raises:
+        PromptError: for a word that the question does not hold, or an answer out of the vocabulary.
+    """
+    items = [group.items[number] for number in chosen]
+    count = len(items)
+    full = items + items[:1] * (config.batch_size - count)
+    number, words = list(ANSWERS).index(group.axis), ANSWERS[group.axis]
+    queries = [QUESTIONS[group.axis].format(a=item.object_a, b=item.object_b) for item in full]
+    prompts = model.prepare([item.picture for item in full], [fill(config.template, one, words) for one in queries])
+    form = str.lower if config.case == "lower" else str.capitalize
+    tokens = model.processor.answer_tokens([form(word) for word in words])
+    answers = [tokens[int(item.cell_b[number] > item.cell_a[number])] for item in full]
+    prompts, places, labels = with_answers(prompts, answers)
+    cells = np.array([item.cell_b for item in full])
+    return {
+        "inputs": prompts.inputs,
+        "places": places,
+        "labels": labels,
+        "word": prompts.word([item.object_b for item in full], occurrence=0),
+        "target": np.asarray(ids.universal)[config.id_layer, cells[:, 0], cells[:, 1]],
+        "weight": (np.arange(len(full)) < count).astype(np.float32),
+    }
+
+
+def with_answers(
+    prompts: Prompts, answers: Sequence[Sequence[int]]
+) -> tuple[Prompts, Int[np.ndarray, "B n"], Int[np.ndarray, "B n"]]:
+    """Prompts that go on with all but the last token of their answers; where each token is read, and its id or -1."""
+    longest = max(map(len, answers))
+    lengths = np.array([len(answer) for answer in answers])
+    labels = np.array([[*answer, *[-1] * (longest - len(answer))] for answer in answers], np.int32)
+    places = prompts.last()[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
+    if longest > 1:
+        prompts = prompts.extended(np.maximum(labels[:, :-1], 0), lengths - 1)
+    return prompts, places.astype(np.int32), labels
+
+
+def step_batch(
+    model: Model, groups: Sequence[Group], ids: SpatialIDs, config: FinetuneConfig, step: int
+) -> dict[str, Any]:
+    """The small batches of a step, stacked: a pure function of seed and step, so that a resumed run sees the same."""
+    rng = np.random.default_rng((config.seed, step))
+    parts = []
+    for number in rng.choice(len(groups), config.groups, replace=len(groups) < config.groups):
+        group = groups[number]
+        size = min(config.batch_size, len(group.items))
+        parts.append(group_batch(model, group, rng.permutation(len(group.items))[:size].tolist(), ids, config))
+    longest = max(part["inputs"].token_ids.shape[1] for part in parts)
+    for part in parts:
+        part["inputs"] = lengthened(part["inputs"], -(-longest // 16) * 16)
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(part)) for part in parts}
+    if len(shapes) > 1:
+        raise InputError("the small batches of a step have pictures of different sizes; give pictures of one size.")
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+
+
+def lengthened(inputs: Inputs, tokens: int) -> Inputs:
+    """The same prompts with more padding."""
+    room = tokens - inputs.token_ids.shape[1]
+
+    def longer(values: np.ndarray, fill: int) -> np.ndarray:
+        widths = [(0, 0)] * (values.ndim - 1) + [(0, room)]
+        return np.pad(np.asarray(values), widths, constant_values=fill)
+
+    return dataclasses.replace(
+        inputs,
+        token_ids=longer(inputs.token_ids, 0),
+        positions=np.tile(np.arange(tokens, dtype=np.int32), (len(inputs.token_ids), 1)),
+        valid=longer(inputs.valid, 0),
+        image_slots=longer(inputs.image_slots, -1),
+        rope_positions=None if inputs.rope_positions is None else longer(inputs.rope_positions, 0),
+    )
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def id_loss(
+    activations: Float[Array, "B D"], targets: Float[Array, "B D"], weight: Float[Array, "B"]
+) -> Float[Array, ""]:
+    """One minus the mean cosine between activations, less their mean, and the IDs of their cells.
+
+    Args:
+        activations: of the second object's word, after one block.
+        targets: IDs.
+        weight: 0 for rows that only fill up the batch.
+    """
+    activations, total = activations.astype(jnp.float32), weight.sum()
+    centred = activations - (activations * weight[:, None]).sum(axis=0) / total
+    lengths = jnp.maximum(_length(centred) * _length(targets), 1e-12)
+    cosines = (centred * targets).sum(axis=-1) / lengths
+    return 1 - (cosines * weight).sum() / total
+
+
+def _length(x: Float[Array, "B D"]) -> Float[Array, "B"]:
+    # The gradient of a root is infinite at zero, where a batch of equal rows has it.
+    return jnp.sqrt(jnp.maximum((x * x).sum(axis=-1), 1e-24))
+
+
+def answer_loss(
+    logits: Float[Array, "B n V"], labels: Int[Array, "B n"], weight: Float[Array, "B"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean cross-entropy over the answers' tokens, and the share of first tokens that are the most probable ones."""
+    counted = (labels >= 0) * weight[:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.maximum(labels, 0))
+    hits = (jnp.argmax(logits[:, 0], axis=-1) == labels[:, 0]) * weight
+    return (losses * counted).sum() / counted.sum(), hits.sum() / weight.sum()
+
+
+def loss(
+    definition: Any, parameters: Any, batch: Mapping[str, Any], *, id_layer: int, id_weight: float
+) -> tuple[Float[Array, ""], Metrics]:
+    """The whole loss of a small batch and its parts; see the module, and `group_batch` for the arrays."""
+    network = nnx.merge(definition, nnx.State(parameters))
+    output = network(batch["inputs"], clean, Capture(("resid_post",), at=batch["word"][:, None]))
+    read = jnp.take_along_axis(output.hidden, batch["places"][:, :, None], axis=1)
+    matrix = network.decoder.unembed_matrix()
+    logits = jnp.einsum("bnd,dv->bnv", read, matrix, preferred_element_type=jnp.float32)
+    answer, accuracy = answer_loss(logits, batch["labels"], batch["weight"])
+    identity = id_loss(output.captured["resid_post"][id_layer][:, 0], batch["target"], batch["weight"])
+    total = answer + id_weight * identity if id_weight else answer
+    return total, {"loss": total, "answer_loss": answer, "id_loss": identity, "accuracy": accuracy}
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def learning_rates(config: FinetuneConfig) -> Callable[[Any], Any]:
+    """The learning rate of a step, counted from 0: a linear rise, then as the schedule says."""
+    rise = max(1, math.ceil(config.warmup * config.steps)) if config.warmup else 0
+    fall = max(1, config.steps - rise)
+
+    def rate(step: Any) -> Any:
+        risen = jnp.minimum((step + 1) / max(rise, 1), 1.0) if rise else 1.0
+        past = jnp.clip((step - rise) / fall, 0.0, 1.0)
+        left = {"constant": 1.0, "linear": 1.0 - past, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * past))}[config.schedule]
+        return config.learning_rate * risen * left
+
+    return rate
+
+
+def optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    """AdamW behind clipping; a step whose gradient is not finite is left out."""
+    # Beyond so many skipped steps in a row optax would go on with what is not finite.
+    never = np.iinfo(np.int32).max
+    inner = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rates(config), weight_decay=config.weight_decay),
+    )
+    return optax.apply_if_finite(inner, max_consecutive_errors=int(never))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A run, ready to be trained.
+
+    Attributes:
+        model: what it begins with.
+        selection: what is trained.
+        trained: how many numbers that is.
+        definition: the network's, for training.
+        groups: the training data.
+        config: the settings.
+        ids: the model's universal IDs.
+    """
+
+    model: Model
+    selection: Selection
+    trained: int
+    definition: Any
+    groups: tuple[Group, ...]
+    config: FinetuneConfig
+    ids: SpatialIDs
+
+    def stage(self) -> Stage:
+        """The whole run as one stage of `jaxid.training`; its parameters are the trained tensors alone."""
+
+        def of_trained(trained: Any, batch: dict[str, Any]) -> tuple[Array, Metrics]:
+            parameters = self.selection.merge(batch["frozen"], trained)
+            return loss(
+                self.definition, parameters, batch, id_layer=self.config.id_layer, id_weight=self.config.id_weight
+            )
+
+        return Stage(
+            name="fine-tuning",
+            first=0,
+            steps=self.config.steps,
+            loss=of_trained,
+            batch=lambda step: step_batch(self.model, self.groups, self.ids, self.config, step),
+            optimizer=optimizer(self.config),
+            constants={"frozen": self.model.parameters},
+            accumulate=True,
+        )
+
+    def model_with(self, trained: Mapping[str, Array]) -> Model:
+        """The model with trained tensors in place."""
+        return dataclasses.replace(self.model, parameters=self.selection.merge(self.model.parameters, trained))
+
+
+def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: FinetuneConfig) -> Task:
+    """Chooses what is trained and groups the data.
+
+    Args:
+        model: what the run begins with.
+        items: training pictures.
+        ids: the model's universal IDs.
+        config: the settings.
+
+    Raises:
+        InputError: if no tensor fits the budget, the layer is out of range, or the IDs are another model's.
+        DataError: if no two pictures differ in the second object's cell alone.
+    """
+    if config.id_weight:
+        require_same_model(model, ids)
+    if not 0 <= config.id_layer < model.num_layers:
+        raise InputError(
+            f"id_layer {config.id_layer} is out of range: {model.name} has blocks 0..{model.num_layers - 1}."
+        )
+    every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
+    chosen = choose(every, config.selectors, budget=config.budget, vision_blocks=config.vision_blocks, seed=config.seed)
+    groups = groups_of(items)
+    if not groups:
+        raise DataError("no two pictures show the same pair with the first object in one place: nothing to train on.")
+    selection = Selection.of(chosen)
+    return Task(
+        model=model,
+        selection=selection,
+        trained=sum(tensor.size for tensor in chosen),
+        definition=for_learning(model.definition, model.parameters, selection, checkpointed=config.checkpointed),
+        groups=tuple(groups),
+        config=config,
+        ids=ids,
+    )
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", batch_size: int = 32
+) -> tuple[int, int]:
+    """How many questions are answered rightly: the true word is more probable than the other one.
+
+    Both forms of a word count together.
+
+    Args:
+        model: the model.
+        items: questions.
+        template: the user's text.
+        batch_size: questions of one kind that are asked together.
+
+    Returns:
+        Right answers, and questions.
+    """
+    right = 0
+    for words in ANSWERS.values():
+        of_axis = [item for item in items if item.relation in words]
+        for start in range(0, len(of_axis), batch_size):
+            part = of_axis[start : start + batch_size]
+            full = part + part[:1] * (batch_size - len(part))
+            batch = prepare(model, full, template=template, case="both")
+            found = np.asarray(batch.read(forward(model, batch.prompts)))[: len(part)]
+            right += int((found.argmax(axis=-1) == batch.truth[: len(part)]).sum())
+    return right, len(items)
