@@ -10,6 +10,7 @@ import typer
 
 from jaxid import __version__
 from jaxid.cli_dcsm import dcsm_app
+from jaxid.cli_finetune import compare_finetune, finetune
 from jaxid.cli_run import run_app
 from jaxid.errors import InputError, JaxidError, OutputError
 from jaxid.results import ensure_output_folder
@@ -28,6 +29,8 @@ app.add_typer(data_app, name="data")
 
 app.add_typer(run_app, name="run")
 app.add_typer(dcsm_app, name="dcsm")
+app.command("finetune")(finetune)
+app.command("compare-finetune")(compare_finetune)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -153,6 +156,58 @@ def data_three_objects(
     scenes = sample_in_between(np.random.default_rng(seed), count)
     items = write_three_objects(ensure_output_folder(out), scenes, picture_size)
     typer.echo(f"{len(items)} pictures in {out}")
+
+
+Pairs = Annotated[list[str], typer.Option(help="An ordered pair of objects, A,B; may be given several times.")]
+
+
+@data_app.command("finetune")
+def data_finetune(
+    out: Annotated[Path, typer.Option(help="Folder for {A}_{ax}-{ay}_{B}_{bx}-{by}.png.")],
+    pair: Pairs,
+    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 896,
+    seed: Annotated[int, typer.Option(help="Seed of colours, grounds and jitter.")] = 0,
+    varied: Annotated[
+        bool, typer.Option("--varied", help="Varied grounds, sizes and angles; plain by default.")
+    ] = False,
+) -> None:
+    """Draw all placements of pairs of objects as a fine-tuning set."""
+    from jaxid.data.grid import write_finetune_folder
+    from jaxid.data.scenes import VARIED
+
+    options = {"backgrounds": VARIED, "jitter_size": 0.1, "jitter_angle": 15.0} if varied else {}
+    pairs = [_pair(text) for text in pair]
+    items = write_finetune_folder(ensure_output_folder(out), pairs, seed=seed, picture_size=picture_size, **options)
+    typer.echo(f"{len(items)} pictures in {out}")
+
+
+@data_app.command("appear")
+def data_appear(
+    out: Annotated[Path, typer.Option(help="Folder for appear_{A}{i}_{B}{j}.mp4.")],
+    pair: Pairs,
+    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels, even.")] = 144,
+    seed: Annotated[int, typer.Option(help="Seed of places, colours and grounds.")] = 0,
+) -> None:
+    """Draw clips into which two objects come at all pairs of frames."""
+    from jaxid.data.clips import write_appear_folder
+
+    pairs = [_pair(text) for text in pair]
+    items = write_appear_folder(ensure_output_folder(out), pairs, seed=seed, picture_size=picture_size)
+    typer.echo(f"{len(items)} clips in {out}")
+
+
+@data_app.command("mvbench")
+def data_mvbench(
+    out: Annotated[Path, typer.Option(help="Folder for manifest.csv and videos/.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of videos.")] = 100,
+    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels, even.")] = 144,
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
+) -> None:
+    """Draw videos of one thing after another with questions of order, in the layout of MVBench's manifest."""
+    from jaxid.data.clips import write_mvbench
+
+    items = write_mvbench(ensure_output_folder(out), count, seed=seed, picture_size=picture_size)
+    typer.echo(f"{len(items)} videos in {out}")
 
 
 @app.command("ask")

@@ -79,6 +79,7 @@ class _Entry:
         dtype: its number format in safetensors' name.
         shape: its shape.
         begin: the byte of the file at which it begins.
+        file: which file.
     """
 
     mapping: mmap.mmap
@@ -86,6 +87,7 @@ class _Entry:
     dtype: str
     shape: tuple[int, ...]
     begin: int
+    file: Path
 
 
 @runtime_checkable
@@ -223,7 +225,7 @@ def _entries(file: Path) -> dict[str, _Entry]:
     start = 8 + int.from_bytes(mapping[:8], "little")
     header, data = json.loads(mapping[8:start]), np.frombuffer(mapping, np.uint8)
     return {
-        name: _Entry(mapping, data, fields["dtype"], tuple(fields["shape"]), start + fields["data_offsets"][0])
+        name: _Entry(mapping, data, fields["dtype"], tuple(fields["shape"]), start + fields["data_offsets"][0], file)
         for name, fields in header.items()
         if name != "__metadata__"
     }
@@ -297,6 +299,13 @@ def _equal(tensors: Tensors, one: str, other: str) -> bool:
     return True
 
 
+def published_name(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name in the key table's spelling."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def load_parameters(
     tensors: Tensors,
     abstract: Leaves,
@@ -331,9 +340,7 @@ def load_parameters(
     for name in tensors.entries:
         if any(re.search(pattern, name) for pattern in unused):
             continue
-        spelled = name
-        for pattern, replacement in renames:
-            spelled = re.sub(pattern, replacement, spelled)
+        spelled = published_name(name, renames)
         if spelled in available:
             problems.append(f"both {available[spelled]!r} and {name!r} name {spelled!r}")
         available[spelled] = name

@@ -250,3 +250,60 @@ def parse_finetune_name(name: str) -> FinetuneItem:
     if item.cell_a == item.cell_b:
         raise DataError(f"{name!r} puts both objects in cell {item.cell_a}: the two cells must differ.")
     return item
+
+
+def write_finetune_folder(
+    folder: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    seed: int = 0,
+    picture_size: int = GRID * CELL_SIZE,
+    backgrounds: Sequence[str] = ("white",),
+    jitter_size: float = 0.0,
+    jitter_angle: float = 0.0,
+) -> list[GridItem]:
+    """Draws every placement of every pair as a fine-tuning set, `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`.
+
+    Arguments and errors as in `write_grid_folder`.
+    """
+    for pair in pairs:
+        if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
+            raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
+    items = []
+    for number, (name_a, name_b) in enumerate(pairs):
+        placed = placements()
+        both = np.asarray(placed).reshape(-1, 2, 2)
+        first, second = (np.full(len(placed), OBJECTS.index(name)) for name in (name_a, name_b))
+        scenes = sample_grid(
+            np.random.default_rng((seed, number)),
+            first,
+            both[:, 0],
+            second,
+            both[:, 1],
+            jitter_size=jitter_size,
+            jitter_angle=jitter_angle,
+            backgrounds=backgrounds,
+        )
+        for index, (cell_a, cell_b) in enumerate(placed):
+            item = FinetuneItem(object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b)
+            path = Path(folder) / finetune_name(item)
+            save_picture(path, render(scenes[index : index + 1], picture_size)[0])
+            items.append(GridItem(picture=path, size=CELL_SIZE, **dataclasses.asdict(item)))
+    return items
+
+
+def read_finetune_folder(folder: str | Path) -> list[GridItem]:
+    """The pictures of a fine-tuning set, sorted; of a grid folder instead, those of the greatest size.
+
+    Raises:
+        DataError: The folder is missing or empty, or holds a picture of another name.
+    """
+    folder = Path(folder)
+    found = sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))
+    if not found:
+        items = read_grid_folder(folder)
+        largest = max(item.size for item in items)
+        return [item for item in items if item.size == largest]
+    return [
+        GridItem(picture=path, size=CELL_SIZE, **dataclasses.asdict(parse_finetune_name(path.name))) for path in found
+    ]

@@ -262,9 +262,9 @@ def answer_loss(
     logits: Float[Array, "B n V"], labels: Int[Array, "B n"], weight: Float[Array, "B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean cross-entropy over the answers' tokens, and the share of first tokens that are the most probable ones."""
-    counted = (labels >= 0) * weight[:, None]
+    counted = jnp.where(labels >= 0, weight[:, None], 0.0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.maximum(labels, 0))
-    hits = (jnp.argmax(logits[:, 0], axis=-1) == labels[:, 0]) * weight
+    hits = jnp.where(jnp.argmax(logits[:, 0], axis=-1) == labels[:, 0], weight, 0.0)
     return (losses * counted).sum() / counted.sum(), hits.sum() / weight.sum()
 
 
@@ -292,6 +292,7 @@ def learning_rates(config: FinetuneConfig) -> Callable[[Any], Any]:
     fall = max(1, config.steps - rise)
 
     def rate(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
         risen = jnp.minimum((step + 1) / max(rise, 1), 1.0) if rise else 1.0
         past = jnp.clip((step - rise) / fall, 0.0, 1.0)
         left = {"constant": 1.0, "linear": 1.0 - past, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * past))}[config.schedule]

@@ -5,6 +5,7 @@ Layers are decoder blocks counted from 0; log-probabilities are in nats.
 """
 
 from jaxid.plots.dcsm import benchmark_bars, caption_maps, training_curves
+from jaxid.plots.finetune import finetune_comparison, finetune_curves
 from jaxid.plots.geometry import attainable_margins
 from jaxid.plots.ids import id_plane, variance_by_layer
 from jaxid.plots.scenes import scenes_with_answers
@@ -20,6 +21,8 @@ __all__ = [
     "benchmark_bars",
     "caption_maps",
     "depth_by_row",
+    "finetune_comparison",
+    "finetune_curves",
     "id_plane",
     "save",
     "scenes_with_answers",

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jaxid.errors import DataError, InputError
 from jaxid.models.base import Encoder
 from jaxid.models.encoders import ENCODER_ALIASES
 from jaxid.results import ensure_output_folder, write_json, write_text
+from jaxid.runs.trackers import Trackers
 
 SCORER_FILE = "scorer.safetensors"
 """Name of the scorer that lies in a model's folder."""
@@ -149,7 +149,7 @@ def train(
     config = config or TrainingConfig()
     sets = read_sets(data)
     encoder = load_encoder(model)
-    with _Logged(wandb, dataclasses.asdict(config) | {"model": model}) as log:
+    with Trackers(dataclasses.asdict(config) | {"model": model}, wandb=wandb) as log:
         found = scorer_training.train(out, encoder, sets, config, save_every=save_every, log=log)
     if torch_file is not None:
         from jaxid.checkpoints.scorer_files import write_authors_scorer
@@ -162,28 +162,6 @@ def train(
         columns = {name: np.array([row[name] for row in metrics]) for name in ("epoch", "loss", "accuracy")}
         plots.save(plots.training_curves(**columns), out / "curves.png")
     return {"rows": metrics, "sets": {name: len(items) for name, items in sets.items()}}
-
-
-class _Logged:
-    """Metrics to Weights & Biases, if a project is given."""
-
-    def __init__(self, project: str | None, settings: Mapping[str, Any]):
-        self.project, self.settings = project, settings
-        self.run: Any = None
-
-    def __enter__(self) -> Any:
-        if self.project is None:
-            return None
-        try:
-            wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            raise InputError("--wandb needs Weights & Biases: pip install 'jaxid-vlm[wandb]'.") from error
-        self.run = wandb.init(project=self.project, config=dict(self.settings))
-        return lambda row: self.run.log({k: v for k, v in row.items() if k != "stage"}, step=row["step"])
-
-    def __exit__(self, *_: object) -> None:
-        if self.run is not None:
-            self.run.finish()
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

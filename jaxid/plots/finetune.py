@@ -1,0 +1,76 @@
+"""Figures of fine-tuning: one run's curves, and runs with and without the ID loss."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from jaxid.errors import InputError
+from jaxid.plots.style import BLUE, GREY, STYLE, VERMILLION, finished, new_figure
+
+_COLORS = (BLUE, VERMILLION)
+
+
+@rc_context(STYLE)
+def finetune_curves(
+    losses: Mapping[str, Float[np.ndarray, "S 2"]], accuracies: Mapping[str, Float[np.ndarray, "C 2"]], title: str = ""
+) -> Figure:
+    """Losses and accuracies of one run by step.
+
+    Args:
+        losses: by name, rows of step and value.
+        accuracies: by evaluation set, likewise.
+        title: of the figure.
+    """
+    figure = new_figure(7.0, 2.8)
+    left, right = figure.subplots(1, 2)
+    for color, (name, rows) in zip(_COLORS, losses.items(), strict=False):
+        left.plot(rows[:, 0], rows[:, 1], color=color, label=name.replace("_", " "))
+    left.set(xlabel="step", ylabel="loss", title=title)
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    for color, (name, rows) in zip(_COLORS, accuracies.items(), strict=False):
+        right.plot(rows[:, 0], rows[:, 1], color=color, marker="o", label=name)
+    right.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+    right.set(xlabel="step", ylabel="share of right answers", title="evaluation")
+    if accuracies:
+        right.legend(frameon=False, loc="lower right")
+    return finished(figure)
+
+
+@rc_context(STYLE)
+def finetune_comparison(
+    steps: Int[np.ndarray, "C"] | Float[np.ndarray, "C"], sets: Mapping[str, Mapping[str, Float[np.ndarray, "R C"]]]
+) -> Figure:
+    """Accuracy by step with and without the ID loss: every run, their mean and Student's 95 % interval.
+
+    Args:
+        steps: at which runs were evaluated.
+        sets: by evaluation set, by "with_ids" and "without_ids", a row for each run.
+
+    Raises:
+        InputError: The arrays do not fit each other, or there are none.
+    """
+    from scipy import stats
+
+    if not sets or any(rows.shape[1:] != steps.shape for kinds in sets.values() for rows in kinds.values()):
+        raise InputError("finetune_comparison needs a row of as many values as steps for every run.")
+    figure = new_figure(3.8 * len(sets), 3.0)
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for panel, (name, kinds) in zip(panels, sets.items(), strict=True):
+        for color, kind, shown in (
+            (BLUE, "with_ids", "with ID loss"),
+            (VERMILLION, "without_ids", "answers alone"),
+        ):
+            rows = kinds[kind]
+            mean = rows.mean(axis=0)
+            panel.plot(steps, rows.T, color=color, linewidth=0.6, alpha=0.5)
+            panel.plot(steps, mean, color=color, label=f"{shown}, {len(rows)} seeds", marker="o")
+            if len(rows) > 1:
+                half = stats.t.ppf(0.975, len(rows) - 1) * rows.std(axis=0, ddof=1) / np.sqrt(len(rows))
+                panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+        panel.set(xlabel="step", ylabel="share of right answers", title=name)
+        panel.legend(frameon=False, loc="lower right")
+    return finished(figure)

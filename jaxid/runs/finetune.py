@@ -1,0 +1,277 @@
+"""`jaxid finetune`: training on grid scenes with an ID loss, resumable, to an HF folder; and comparisons of runs."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxid import plots, training
+from jaxid.checkpoints.export import export
+from jaxid.checkpoints.loading import load
+from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
+from jaxid.data.grid import GridItem, read_finetune_folder
+from jaxid.errors import DataError, InputError
+from jaxid.experiments import finetune
+from jaxid.experiments.finetune import FinetuneConfig, Task
+from jaxid.ids import SpatialIDs
+from jaxid.models.base import Model
+from jaxid.results import ensure_output_folder, whole_file, write_json
+from jaxid.runs.trackers import Trackers
+
+COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
+_SETS = ("held_out", "coco_spatial")
+CHECKED = ("step", *(f"{name}{part}" for name in _SETS for part in ("", "_right", "_questions")))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneRun:
+    """Options of a run.
+
+    Attributes:
+        out: folder of the run.
+        data: fine-tuning set, or grid folder.
+        ids: the model's spatial IDs.
+        model: alias, Hugging Face id or folder.
+        coco: COCO-Spatial folder that the model is evaluated on.
+        questions: most questions of each evaluation, drawn by the seed.
+        dtype: of parameters and activations; trained tensors are float32 besides.
+        save_every: steps between saves.
+        check_every: steps between evaluations.
+        record_every: steps between rows of metrics.
+        wandb: project of Weights & Biases.
+        tensorboard: write events for TensorBoard.
+        progress: show a progress bar.
+        config: what decides the outcome.
+    """
+
+    out: Path
+    data: Path
+    ids: Path
+    model: str = "tiny-llava"
+    coco: Path | None = None
+    questions: int = 500
+    dtype: str = "float32"
+    save_every: int = 100
+    check_every: int = 100
+    record_every: int = 10
+    wandb: str | None = None
+    tensorboard: bool = False
+    progress: bool = True
+    config: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            InputError: naming the option.
+        """
+        for name in ("questions", "save_every", "check_every", "record_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+
+
+def run(options: FinetuneRun) -> dict[str, Any]:
+    """Trains, evaluating before, during and after; goes on where an earlier process was stopped.
+
+    The folder holds `run.json`, `state/`, `metrics.csv`, `evaluations.csv`, `summary.json`, `curves.png`, and the
+    trained model in Hugging Face layout in `model/`.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InputError, DataError, CheckpointError, OutputError: for what cannot be used, naming it.
+    """
+    started = time.perf_counter()
+    ensure_output_folder(options.out)
+    model = load(options.model, dtype=options.dtype)
+    ids = SpatialIDs.from_torch(options.ids) if options.ids.suffix == ".pt" else SpatialIDs.load(options.ids)
+    items = read_finetune_folder(options.data)
+    train_items, held = finetune.split_pairs(items, options.config.held_out, options.config.seed)
+    job = finetune.task(model, train_items, ids, options.config)
+    sets = _evaluation_sets(options, held)
+    settings = {
+        "experiment": "finetune",
+        "model": options.model,
+        "fingerprint": model.fingerprint,
+        "dtype": options.dtype,
+        "items": len(items),
+        "items_digest": _digest(items),
+        "ids_digest": hashlib.sha256(np.asarray(ids.universal).tobytes()).hexdigest()[:16],
+        "config": dataclasses.asdict(options.config),
+    }
+    checked = options.out / "evaluations.csv"
+
+    def check(step: int, trained: Mapping[str, Any]) -> None:
+        row = {"step": step, **_evaluate(job.model_with(trained), sets, options.config.template)}
+        training.append_metrics(checked, CHECKED, row)
+
+    initial = job.selection.split(model.parameters)
+    if not checked.exists():
+        check(0, initial)
+    with Trackers(
+        settings, wandb=options.wandb, tensorboard=options.out / "tensorboard" if options.tensorboard else None
+    ) as log:
+        trained = training.train(
+            options.out,
+            settings,
+            initial,
+            [job.stage()],
+            columns=COLUMNS,
+            save_every=options.save_every,
+            record_every=options.record_every,
+            progress=options.progress,
+            log=log,
+            check=check,
+            check_every=options.check_every,
+        )
+    folder = export(job.model_with(trained), options.out / "model", {path for path, _ in job.selection.rows})
+    return _finish(options, job, len(items), folder, time.perf_counter() - started)
+
+
+def _evaluation_sets(options: FinetuneRun, held: Sequence[GridItem]) -> dict[str, list[SpatialItem]]:
+    found = {"held_out": finetune.spatial_items(held)}
+    if options.coco is not None:
+        found["coco_spatial"] = read_coco_spatial(*find_coco_spatial(options.coco))
+    rng = np.random.default_rng((options.config.seed, 99))
+    sets = {}
+    for name, items in found.items():
+        if items:
+            rows = rng.permutation(len(items))[: options.questions]
+            sets[name] = [items[row] for row in sorted(rows)]
+    return sets
+
+
+def _evaluate(model: Model, sets: Mapping[str, Sequence[SpatialItem]], template: str) -> dict[str, Any]:
+    row = {}
+    for name, items in sets.items():
+        right, count = finetune.evaluate(model, items, template=template)
+        row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
+    return row
+
+
+def _finish(options: FinetuneRun, job: Task, items: int, folder: Path, seconds: float) -> dict[str, Any]:
+    metrics = training.read_metrics(options.out / "metrics.csv")
+    evaluations = training.read_metrics(options.out / "evaluations.csv")
+    write_json(options.out / "metrics.json", {"training": metrics, "evaluations": evaluations})
+    named = {name: f"{name.replace('_', ' ')}" for name in _SETS if name in evaluations[0]}
+    figure = plots.finetune_curves(
+        {name: np.array([[row["step"], row[name]] for row in metrics]) for name in ("answer_loss", "id_loss")},
+        {shown: np.array([[row["step"], row[name]] for row in evaluations]) for name, shown in named.items()},
+        title=f"{job.model.name}, weight of the ID loss {job.config.id_weight:g}",
+    )
+    plots.save(figure, options.out / "curves.png")
+    every = sum(int(leaf.size) for leaf in jax.tree.leaves(job.model.parameters))
+    summary = {
+        "experiment": "finetune",
+        "model": options.model,
+        "config": dataclasses.asdict(job.config),
+        "pictures": items,
+        "groups": len(job.groups),
+        "trained_parameters": job.trained,
+        "trained_share": job.trained / every,
+        "trained_tensors": [path if rows is None else f"{path}{list(rows)}" for path, rows in job.selection.rows],
+        "evaluations": evaluations,
+        "exported": str(folder),
+        "seconds": round(seconds, 1),
+    }
+    write_json(options.out / "summary.json", summary)
+    return summary
+
+
+def _digest(items: Sequence[GridItem]) -> str:
+    text = json.dumps([[item.object_a, item.cell_a, item.object_b, item.cell_b] for item in items])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+
+def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Finished runs with and without the ID loss side by side: table and figure with Student's 95 % intervals.
+
+    Runs of one seed are also compared pair by pair.
+
+    Args:
+        folders: of the runs, equal but for seed and weight of the ID loss.
+        out: gets `comparison.csv`, `comparison.json` and `comparison.png`.
+
+    Returns:
+        By set, then by "with_ids", "without_ids" and "difference": mean, low, high and the runs' values.
+
+    Raises:
+        DataError: if a folder holds no finished run, or they are not of both kinds.
+        InputError: if they differ in more than seed and weight.
+    """
+    runs = [_read_summary(folder) for folder in folders]
+    first = _shared(runs[0])
+    for folder, other in zip(folders, runs, strict=True):
+        if _shared(other) != first:
+            raise InputError(f"{folder} differs from {folders[0]} in more than seed and weight of the ID loss.")
+    kinds = {
+        "with_ids": {run["config"]["seed"]: run for run in runs if run["config"]["id_weight"]},
+        "without_ids": {run["config"]["seed"]: run for run in runs if not run["config"]["id_weight"]},
+    }
+    if not all(kinds.values()):
+        raise DataError("a comparison needs finished runs with the ID loss and without it (--id-weight 0).")
+    steps = np.array([row["step"] for row in runs[0]["evaluations"]])
+    found: dict[str, Any] = {}
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for name in _SETS:
+        if name not in runs[0]["evaluations"][0]:
+            continue
+        values = {
+            kind: np.array([[row[name] for row in run["evaluations"]] for _, run in sorted(of_kind.items())])
+            for kind, of_kind in kinds.items()
+        }
+        curves[name.replace("_", " ")] = values
+        found[name] = {kind: _interval(rows[:, -1]) for kind, rows in values.items()}
+        found[name]["before"] = _interval(np.concatenate(list(values.values()))[:, 0])
+        both = sorted(set(kinds["with_ids"]) & set(kinds["without_ids"]))
+        if both:
+            last = [[kinds[kind][seed]["evaluations"][-1][name] for seed in both] for kind in kinds]
+            found[name]["difference"] = _interval(np.subtract(*map(np.array, last)))
+    ensure_output_folder(out)
+    write_json(out / "comparison.json", found)
+    lines = ["set,runs,mean,low,high,values"]
+    for name, entries in found.items():
+        for kind, entry in entries.items():
+            numbers = ",".join(f"{entry[part]:.4f}" for part in ("mean", "low", "high"))
+            lines.append(f"{name},{kind},{numbers},{' '.join(f'{value:.4f}' for value in entry['values'])}")
+    with whole_file(out / "comparison.csv") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    plots.save(plots.finetune_comparison(steps, curves), out / "comparison.png")
+    return found
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    try:
+        found = json.loads(path.read_text())
+        if found["experiment"] != "finetune" or not found["evaluations"]:
+            raise ValueError("of another experiment")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} holds no finished fine-tuning run ({error}).") from error
+
+
+def _shared(summary: Mapping[str, Any]) -> Any:
+    config = {name: value for name, value in summary["config"].items() if name not in ("seed", "id_weight")}
+    return summary["model"], config, [row["step"] for row in summary["evaluations"]]
+
+
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    """Mean and Student's 95 % interval; of a single run, the value alone."""
+    from scipy import stats
+
+    mean = float(values.mean())
+    half = 0.0
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "values": values.tolist()}

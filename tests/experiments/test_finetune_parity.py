@@ -1,0 +1,180 @@
+"""Gradients of the whole fine-tuning loss, one step, and the exported folder, beside PyTorch, for every family."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import llava_next_video
+import numpy as np
+import optax
+import pytest
+import torch
+from families import EACH, Case, over
+
+from jaxid.checkpoints.export import export
+from jaxid.checkpoints.loading import load
+from jaxid.checkpoints.tensors import flatten, published_name
+from jaxid.engine import forward
+from jaxid.experiments.finetune import FinetuneConfig, loss, optimizer
+from jaxid.models.registry import family, kind_of
+from jaxid.trainable import Selection, Trained, choose, for_learning, tensors
+
+ID_LAYER, ID_WEIGHT, RATE = 1, 0.7, 5e-5
+CONFIG = FinetuneConfig(learning_rate=RATE, warmup=0.0, schedule="constant", clip_norm=1.0, weight_decay=0.01)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+over_cases = over(EACH)
+
+
+@functools.cache
+def batch(case: Case) -> dict[str, Any]:
+    """A small batch of the two prompts, whose answers are any two words."""
+    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    rng = np.random.default_rng(3)
+    return {
+        "inputs": fixtures.device_inputs(prompts),
+        "places": jnp.asarray(prompts.last()[:, None]),
+        "labels": jnp.asarray(rng.integers(5, 20, (2, 1)), jnp.int32),
+        "word": jnp.asarray(prompts.word("fish")),
+        "target": jnp.asarray(rng.standard_normal((2, model.width)), jnp.float32),
+        "weight": jnp.ones(2),
+    }
+
+
+def selection(case: Case) -> Selection:
+    """Every tensor of the model."""
+    model = fixtures.model(case)
+    every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
+    return Selection.of(choose(every, ["all"], budget=1.0, vision_blocks=None))
+
+
+@functools.cache
+def gradients(case: Case) -> tuple[Trained, Trained, float]:
+    """All tensors, their gradients with recomputed blocks, and the loss."""
+    model, chosen = fixtures.model(case), selection(case)
+    definition = for_learning(model.definition, model.parameters, chosen, checkpointed=True)
+
+    def whole(trained: Trained, batch: dict[str, Any]) -> tuple[Any, Any]:
+        parameters = chosen.merge(model.parameters, trained)
+        return loss(definition, parameters, batch, id_layer=ID_LAYER, id_weight=ID_WEIGHT)
+
+    trained = chosen.split(model.parameters)
+    (value, _), found = jax.jit(jax.value_and_grad(whole, has_aux=True))(trained, batch(case))
+    return trained, found, float(value)
+
+
+@functools.cache
+def theirs(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+    """PyTorch's gradients and tensors after a step, by published names, and its loss."""
+    network = case.reference(fixtures.folder(case))
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    held: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        held.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = network.get_submodule(case.parts["blocks"])[ID_LAYER].register_forward_hook(keep)
+    arrays = {name: torch.tensor(np.asarray(value)) for name, value in batch(case).items() if name != "inputs"}
+    output = network(**case.arguments(fixtures.prompts(case)), use_cache=False)
+    handle.remove()
+    rows = torch.arange(2)
+    answer = torch.nn.functional.cross_entropy(
+        output.logits[rows, arrays["places"][:, 0].long()], arrays["labels"][:, 0].long()
+    )
+    word = held[0][rows, arrays["word"].long()]
+    near = torch.nn.functional.cosine_similarity(word - word.mean(0), arrays["target"], dim=-1)
+    total = answer + ID_WEIGHT * (1 - near.mean())
+    total.backward()
+    kind = family(*_kind(case))
+    names = {name: _published(case, name, kind) for name, _ in network.named_parameters()}
+    found = {
+        names[name]: (torch.zeros_like(value) if value.grad is None else value.grad).numpy().copy()
+        for name, value in network.named_parameters()
+    }
+    torch.nn.utils.clip_grad_norm_(network.parameters(), CONFIG.clip_norm)
+    torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=CONFIG.weight_decay).step()
+    after = {names[name]: value.detach().numpy().copy() for name, value in network.named_parameters()}
+    return found, after, float(total.detach())
+
+
+def _kind(case: Case) -> tuple[str, str]:
+    return kind_of(json.loads((fixtures.folder(case) / "config.json").read_text())), case.name
+
+
+def _published(case: Case, name: str, kind: Any) -> str:
+    if case.reference is llava_next_video.load:
+        return llava_next_video._published(name)
+    return published_name(name, kind.renames)
+
+
+def compared(case: Case, ours: Trained, others: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Every tensor of the checkpoint: its name, our numbers and theirs."""
+    model, found = fixtures.model(case), []
+    for key in family(*_kind(case)).keys(model.config):
+        if key.copy:
+            continue
+        parameter, stacked = np.asarray(ours[key.target]), "{layer}" in key.source
+        for layer, row in key.places(len(parameter)) if stacked else [(0, None)]:
+            name = key.source.format(layer=layer)
+            other = others[name]
+            if key.part is not None:
+                other = np.split(other, key.part[1])[key.part[0]]
+            mine = key.to_checkpoint(parameter if row is None else parameter[row])
+            found.append((f"{name} {key.target}", mine.reshape(other.shape), other))
+    return found
+
+
+@over_cases
+def test_gradients(case: Case) -> None:
+    _, ours, value = gradients(case)
+    expected, _, total = theirs(case)
+    assert abs(value - total) < 1e-4 * abs(total)
+    pairs = compared(case, ours, expected)
+    largest = max(float(np.abs(other).max()) for _, _, other in pairs)
+    moved = 0
+    for name, mine, other in pairs:
+        scale = float(np.abs(other).max())
+        # What attention adds to all scores of a query alike has no gradient but rounding.
+        assert np.abs(mine - other).max() <= 1e-4 * scale + 1e-7 * largest, name
+        moved += scale > 1e-6 * largest
+    assert moved > 0.6 * len(pairs)
+
+
+@over_cases
+def test_one_step(case: Case) -> None:
+    trained, found, _ = gradients(case)
+    rule = optimizer(CONFIG)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = rule.update(found, rule.init(trained), trained)
+    moved = optax.apply_updates(trained, updates)
+    _, after, _ = theirs(case)
+    for name, mine, other in compared(case, moved, after):
+        assert np.abs(mine - other).max() <= 1e-5, name
+
+
+@over_cases
+def test_export(case: Case, tmp_path: Path) -> None:
+    """A changed model's folder: PyTorch's class computes from it what the changed model does."""
+    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    rng = np.random.default_rng(5)
+    changed = {
+        path: leaf * jnp.asarray(1 + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+        for path, leaf in flatten(model.parameters).items()
+    }
+    chosen = selection(case)
+    new = dataclasses.replace(model, parameters=chosen.merge(model.parameters, changed))
+    folder = export(new, tmp_path / "model")
+    ours = np.asarray(forward(new, prompts).logits)
+    again = np.asarray(forward(load(folder), prompts).logits)
+    np.testing.assert_array_equal(again, ours)
+    with torch.no_grad():
+        logits = case.reference(folder)(**case.arguments(prompts), use_cache=False).logits.numpy()
+    expected = logits[np.arange(2), prompts.last()]
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(ours - np.asarray(fixtures.recorded(case).logits)).max() > 1e-2 * np.abs(ours).max()
