@@ -1,7 +1,7 @@
 """`jaxid finetune` and `jaxid compare-finetune`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -104,10 +104,15 @@ def compare_finetune(
     """Fine-tuning with and without the ID loss side by side, with confidence intervals over seeds."""
     from jaxid.runs import finetune as job
 
-    for name, entries in job.compare(folders, out).items():
+    print_comparison(job.compare(folders, out))
+    typer.echo(str(out / "comparison.png"))
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """A line for every set and kind of run."""
+    for name, entries in found.items():
         for kind, entry in entries.items():
             typer.echo(
                 f"{name:13s} {kind:12s} {entry['mean']:+7.1%}   95 % interval {entry['low']:+.1%} to "
                 f"{entry['high']:+.1%}   {len(entry['values'])} runs"
             )
-    typer.echo(str(out / "comparison.png"))

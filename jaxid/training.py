@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -19,7 +18,7 @@ from jaxid.errors import CheckpointError
 from jaxid.results import ensure_output_folder, whole_file, write_json
 
 Metrics = dict[str, Array]
-Batch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Any]
 
 
 class Stage(NamedTuple):
@@ -107,8 +106,10 @@ def train(
             constants = jax.device_put(dict(stage.constants), same)
             bar = tqdm(total=end, initial=max(done, stage.first), unit="step", disable=not progress, desc=stage.name)
             for step, batch in batches(stage, max(done, stage.first)):
+                whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
                 placed = {
-                    name: jax.device_put(value, same if name in stage.whole else split) for name, value in batch.items()
+                    name: jax.device_put(value, same if whole or name in stage.whole else split)
+                    for name, value in batch.items()
                 }
                 state, metrics = step_function(state, placed, constants)
                 if (step + 1) % record_every == 0 or step + 1 == end:

@@ -155,9 +155,9 @@ def group_batch(
         config: the run's settings.
 
     Returns:
-        "inputs"; "places" and "labels", Int[B, n]: where each token of the answer is read, and its id, -1 where an
-        answer is shorter; "word", Int[B]: the second object's; "target", Float[B, D]: its cell's ID; "weight",
-        Float[B].
+        "inputs", the fields of `Inputs` by name; "places" and "labels", Int[B, n]: where each token of the answer is
+        read, and its id, -1 where an answer is shorter; "word", Int[B]: the second object's; "target", Float[B, D]: its
+        cell's ID; "weight", Float[B].
 
     Raises:
         PromptError: for a word that the question does not hold, or an answer out of the vocabulary.
@@ -174,7 +174,7 @@ def group_batch(
     prompts, places, labels = with_answers(prompts, answers)
     cells = np.array([item.cell_b for item in full])
     return {
-        "inputs": prompts.inputs,
+        "inputs": {field.name: getattr(prompts.inputs, field.name) for field in dataclasses.fields(Inputs)},
         "places": places,
         "labels": labels,
         "word": prompts.word([item.object_b for item in full], occurrence=0),
@@ -206,7 +206,7 @@ def step_batch(
         group = groups[number]
         size = min(config.batch_size, len(group.items))
         parts.append(group_batch(model, group, rng.permutation(len(group.items))[:size].tolist(), ids, config))
-    longest = max(part["inputs"].token_ids.shape[1] for part in parts)
+    longest = max(part["inputs"]["token_ids"].shape[1] for part in parts)
     for part in parts:
         part["inputs"] = lengthened(part["inputs"], -(-longest // 16) * 16)
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(part)) for part in parts}
@@ -215,22 +215,23 @@ def step_batch(
     return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
-def lengthened(inputs: Inputs, tokens: int) -> Inputs:
-    """The same prompts with more padding."""
-    room = tokens - inputs.token_ids.shape[1]
+def lengthened(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The fields of `Inputs` with more padding."""
+    count, length = inputs["token_ids"].shape
 
     def longer(values: np.ndarray, fill: int) -> np.ndarray:
-        widths = [(0, 0)] * (values.ndim - 1) + [(0, room)]
+        widths = [(0, 0)] * (values.ndim - 1) + [(0, tokens - length)]
         return np.pad(np.asarray(values), widths, constant_values=fill)
 
-    return dataclasses.replace(
-        inputs,
-        token_ids=longer(inputs.token_ids, 0),
-        positions=np.tile(np.arange(tokens, dtype=np.int32), (len(inputs.token_ids), 1)),
-        valid=longer(inputs.valid, 0),
-        image_slots=longer(inputs.image_slots, -1),
-        rope_positions=None if inputs.rope_positions is None else longer(inputs.rope_positions, 0),
-    )
+    turned = inputs["rope_positions"]
+    return {
+        **inputs,
+        "token_ids": longer(inputs["token_ids"], 0),
+        "positions": np.tile(np.arange(tokens, dtype=np.int32), (count, 1)),
+        "valid": longer(inputs["valid"], 0),
+        "image_slots": longer(inputs["image_slots"], -1),
+        "rope_positions": None if turned is None else longer(turned, 0),
+    }
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The whole loss of a small batch and its parts; see the module, and `group_batch` for the arrays."""
     network = nnx.merge(definition, nnx.State(parameters))
-    output = network(batch["inputs"], clean, Capture(("resid_post",), at=batch["word"][:, None]))
+    output = network(Inputs(**batch["inputs"]), clean, Capture(("resid_post",), at=batch["word"][:, None]))
     read = jnp.take_along_axis(output.hidden, batch["places"][:, :, None], axis=1)
     matrix = network.decoder.unembed_matrix()
     logits = jnp.einsum("bnd,dv->bnv", read, matrix, preferred_element_type=jnp.float32)

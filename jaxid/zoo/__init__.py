@@ -3,8 +3,11 @@
 from importlib import resources
 from pathlib import Path
 
-SHIPPED = ("tiny-llava", "tiny-clip")
-"""Names of the models whose weights are part of the package."""
+RECIPES = ("tiny-llava", "tiny-clip", "tiny-video")
+"""Models that `jaxid zoo train` makes."""
+
+SHIPPED = (*RECIPES, "tiny-llava-weak")
+"""Names of the models whose weights are part of the package; the weak one is tiny-llava, trained less."""
 
 
 def folder(name: str) -> Path:

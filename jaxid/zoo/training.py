@@ -37,6 +37,7 @@ class TrainingConfig:
     steps: int = 1050  # steps on questions and captions, after those
     batch_size: int = 64  # pictures per step
     learning_rate: float = 1.5e-3  # peak
+    weak_steps: int = 150  # of these, after which a weaker model is kept for the fine-tuning experiments
     polish_steps: int = 240  # steps in which existence, the hardest question, is asked more often
     polish_learning_rate: float = 5e-4  # peak, in these
     warmup_steps: int = 100  # linear, then cosine to zero, in every stage
@@ -184,7 +185,14 @@ def _optimizer(
     )
 
 
-def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progress: bool = True) -> dict[str, Any]:
+def train(
+    folder: Path,
+    config: TrainingConfig,
+    *,
+    save_every: int = 100,
+    progress: bool = True,
+    weak: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
     """Trains tiny-llava, or goes on from the last saved step, and returns the network's parameters.
 
     Args:
@@ -192,6 +200,7 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
         config: the run's settings; a folder begun with other settings is refused.
         save_every: steps between saves.
         progress: show a progress bar.
+        weak: is given the network's parameters after the first `weak_steps` on questions and captions.
 
     Returns:
         The trained parameters of `Llava`, without the auxiliary head.
@@ -201,6 +210,12 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
     """
     settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
     definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
+    kept_at = config.sight_steps + config.weak_steps
+
+    def check(step: int, parameters: Any) -> None:
+        if weak is not None and step == kept_at:
+            weak(parameters["network"])
+
     parameters = training.train(
         folder,
         settings,
@@ -209,6 +224,8 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
         columns=COLUMNS,
         save_every=save_every,
         progress=progress,
+        check=check,
+        check_every=kept_at,
     )
     return parameters["network"]
 
@@ -225,6 +242,8 @@ def _arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
 def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 100) -> Path:
     """Trains tiny-llava and writes its checkpoint folder in Hugging Face layout, with its accuracy beside it.
 
+    The weaker model is written to `folder / "model-weak"`.
+
     Args:
         folder: of the run.
         config: the run's settings.
@@ -233,20 +252,26 @@ def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 
     Returns:
         The checkpoint folder, `folder / "model"`.
     """
-    parameters = train(folder, config, save_every=save_every)
     model_folder = folder / "model"
+    parameters = train(
+        folder, config, save_every=save_every, weak=lambda parameters: _export(folder / "model-weak", parameters)
+    )
+    _export(model_folder, parameters)
+    results = evaluation.evaluate(load(model_folder), count=512)
+    write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
+    return model_folder
+
+
+def _export(folder: Path, parameters: Any) -> None:
     write_llava(
-        model_folder,
+        folder,
         recipe.config(),
-        parameters,
+        jax.device_get(parameters),
         vocabulary=recipe.VOCABULARY,
         chat_template=recipe.CHAT_TEMPLATE,
         mean=recipe.PIXEL_MEAN,
         std=recipe.PIXEL_STD,
     )
-    results = evaluation.evaluate(load(model_folder), count=512)
-    write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
-    return model_folder
 
 
 COLUMNS: tuple[str, ...] = (

@@ -37,7 +37,7 @@ def batch(case: Case) -> dict[str, Any]:
     model, prompts = fixtures.model(case), fixtures.prompts(case)
     rng = np.random.default_rng(3)
     return {
-        "inputs": fixtures.device_inputs(prompts),
+        "inputs": vars(fixtures.device_inputs(prompts)),
         "places": jnp.asarray(prompts.last()[:, None]),
         "labels": jnp.asarray(rng.integers(5, 20, (2, 1)), jnp.int32),
         "word": jnp.asarray(prompts.word("fish")),
@@ -153,9 +153,17 @@ def test_one_step(case: Case) -> None:
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = rule.update(found, rule.init(trained), trained)
     moved = optax.apply_updates(trained, updates)
-    _, after, _ = theirs(case)
+    slopes, after, _ = theirs(case)
+    slope_of = {name: slope for name, _, slope in compared(case, moved, slopes)}
+    exact = whole = 0
     for name, mine, other in compared(case, moved, after):
-        assert np.abs(mine - other).max() <= 1e-5, name
+        # Adam's first step is as long for a slope of rounding alone as for any other, and its sign is then chance.
+        slope = np.abs(slope_of[name])
+        told = slope > 1e-4 * slope.max()
+        difference = np.abs(mine - other)
+        assert difference[told].max(initial=0) <= 1e-5 and difference.max() <= 2.1 * RATE, name
+        exact, whole = exact + told.sum(), whole + told.size
+    assert exact > 0.6 * whole
 
 
 @over_cases

@@ -1,0 +1,474 @@
+"""Fine-tuning: what is trained, on what, with which loss; resumption after a kill; what is written and refused."""
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import CASES, EACH, Case, over
+
+from jaxid import training
+from jaxid.checkpoints.loading import load
+from jaxid.checkpoints.tensors import flatten
+from jaxid.data.grid import FinetuneItem, GridItem, finetune_name, placements, read_finetune_folder
+from jaxid.errors import CheckpointError, DataError, InputError, OutputError
+from jaxid.experiments import finetune
+from jaxid.experiments.finetune import FinetuneConfig
+from jaxid.ids import SpatialIDs
+from jaxid.models.base import Model
+from jaxid.trainable import GROUPS, Selection, Tensor, choose, for_learning, tensors
+
+CASE = CASES[0]
+PAIRS = (("star", "fish"), ("cat", "star"), ("fish", "cat"))
+QUICK = FinetuneConfig(steps=6, groups=2, batch_size=4, id_layer=1, learning_rate=1e-3, held_out=0.3, seed=3)
+
+
+def model() -> Model:
+    return fixtures.model(CASE)
+
+
+def items(seed: int = 0) -> list[GridItem]:
+    """Three pairs at a third of all placements, as noise."""
+    rng = np.random.default_rng(seed)
+    return [
+        GridItem(
+            picture=rng.integers(0, 256, (24, 24, 3), np.uint8),
+            object_a=a,
+            object_b=b,
+            cell_a=cell_a,
+            cell_b=cell_b,
+            size=224,
+        )
+        for a, b in PAIRS
+        for cell_a, cell_b in placements()
+        if cell_a[0] == 1
+    ]
+
+
+@functools.cache
+def ids() -> SpatialIDs:
+    rng = np.random.default_rng(1)
+    layers, width = model().num_layers, model().width
+    return SpatialIDs(
+        values=rng.standard_normal((layers, 1, 1, 4, 4, width)).astype(np.float32),
+        counts=np.ones((1, 1, 4, 4), np.int32),
+        objects=("star",),
+        sizes=(224,),
+        layer_names=tuple(f"blocks.{k}.resid_post" for k in range(layers)),
+        model=model().name,
+        fingerprint=model().fingerprint,
+    )
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+@over(EACH)
+def test_every_tensor_has_a_kind(case: Case) -> None:
+    """The kinds are told apart by the names that the checkpoints use."""
+    loaded = fixtures.model(case)
+    every = tensors(loaded.parameters, tied=loaded.config.text_config.tie_word_embeddings)
+    assert {tensor.group for tensor in every} <= set(GROUPS)
+    assert sum(tensor.size for tensor in every) == sum(leaf.size for leaf in jax.tree.leaves(loaded.parameters))
+    kinds = {group: [tensor for tensor in every if tensor.group == group] for group in GROUPS}
+    for group in ("vision-mlp", "vision-attention", "vision-norms", "projector", "lm-mlp", "lm-attention", "lm-norms"):
+        assert kinds[group], group
+    assert all(".mlp." in tensor.path for tensor in kinds["lm-mlp"])
+    assert all(tensor.path.startswith("tower.") for tensor in kinds["vision-mlp"])
+    assert not any(
+        "norm" in tensor.path
+        for tensor in kinds["vision-mlp"] + kinds["lm-attention"] + kinds["projector"]
+        if tensor.path != "projector_norm.scale" and not tensor.path.startswith(("projector_norm", "tower.merge"))
+    )
+    blocks = max(tensor.depth for tensor in every if tensor.group.startswith("vision")) + 1
+    last = choose(every, ["vision-mlp"], budget=1.0, vision_blocks=1)
+    assert {tensor.depth for tensor in last} == {blocks - 1}
+    if case.name.startswith("mllama"):  # the gated global blocks are the last ones
+        assert {tensor.path.split(".")[1] for tensor in last} == {"global_layers"}
+
+
+def some(*sizes: int, group: str = "lm-mlp") -> list[Tensor]:
+    return [
+        Tensor(path="decoder.layers.mlp.up.kernel", row=row, size=size, group=group, depth=row)
+        for row, size in enumerate(sizes)
+    ]
+
+
+def test_the_largest_come_first_within_the_budget() -> None:
+    every = [*some(10, 40, 30, 5), *some(15, group="projector")]
+    assert [tensor.size for tensor in choose(every, ["lm-mlp"], budget=0.5)] == [10, 40]  # 50 of 100: 40, not 30, 10
+    assert [tensor.size for tensor in choose(every, ["lm-mlp", "projector"], budget=1.0)] == [10, 40, 30, 5, 15]
+    assert [tensor.size for tensor in choose(every, ["projector"], budget=0.15)] == [15]
+    with pytest.raises(InputError, match="the smallest has 15 numbers; give a larger budget"):
+        choose(every, ["projector"], budget=0.14)
+    with pytest.raises(InputError, match="the network has none of that kind"):
+        choose(every, ["vision-mlp"], budget=0.5)
+    with pytest.raises(InputError, match=r"selectors \['mlp'\]"):
+        choose(every, ["mlp"], budget=0.5)
+    for budget in (0.0, 1.1):
+        with pytest.raises(InputError, match="share of all parameters"):
+            choose(every, ["lm-mlp"], budget=budget)
+
+
+def test_random_tensors_follow_the_seed() -> None:
+    every = some(*[10] * 20)
+    first, again, other = (choose(every, ["random"], budget=0.5, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and len(first) == len(other) == 10
+
+
+def test_trained_rows_and_the_rest() -> None:
+    parameters = {"decoder": {"layers": {"up": jnp.arange(24.0).reshape(4, 3, 2)}, "norm": jnp.arange(3.0)}}
+    for rows in ((2, 3), (0, 2), (0, 1, 2, 3), (1,)):
+        chosen = Selection((("decoder.layers.up", rows), ("decoder.norm", None)))
+        trained = chosen.split(parameters)
+        assert trained["decoder.layers.up"].shape == (len(rows), 3, 2)
+        merged = chosen.merge(parameters, jax.tree.map(lambda leaf: leaf + 100, trained))
+        expected = np.arange(24.0).reshape(4, 3, 2)
+        expected[list(rows)] += 100
+        np.testing.assert_array_equal(merged["decoder"]["layers"]["up"], expected)
+        np.testing.assert_array_equal(merged["decoder"]["norm"], np.arange(3.0) + 100)
+        frozen = jax.grad(lambda own, c=chosen: sum(leaf.sum() for leaf in jax.tree.leaves(c.merge(parameters, own))))(
+            trained
+        )
+        assert all((leaf == 1).all() for leaf in frozen.values())
+
+
+@pytest.mark.parametrize("selectors", [("vision-mlp", "projector"), ("lm-mlp",), ("all",)], ids=lambda names: names[0])
+def test_skipped_backward_passes_change_nothing(selectors: tuple[str, ...]) -> None:
+    """Frozen and recomputed blocks: the same gradients as of the plain network."""
+    every = tensors(model().parameters, tied=False)
+    chosen = Selection.of(choose(every, selectors, budget=1.0, vision_blocks=1)[-6:])
+    task = finetune.task(model(), items(), ids(), QUICK)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), finetune.step_batch(model(), task.groups, ids(), QUICK, 0))
+    plain = model().definition
+    found = []
+    for definition in (
+        plain,
+        *(for_learning(plain, model().parameters, chosen, checkpointed=flag) for flag in (False, True)),
+    ):
+
+        def loss(own: Any, definition: Any = definition) -> Any:
+            merged = chosen.merge(model().parameters, own)
+            return finetune.loss(definition, merged, batch, id_layer=1, id_weight=1.0)[0]
+
+        found.append(jax.jit(jax.grad(loss))(chosen.split(model().parameters)))
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            np.testing.assert_allclose(
+                other[name], gradient, rtol=1e-5, atol=1e-7 + 1e-5 * float(jnp.abs(gradient).max())
+            )
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_differ_in_the_second_cell_alone() -> None:
+    groups = finetune.groups_of(items())
+    assert len(groups) == 3 * 4 * 2
+    for group in groups:
+        axis = ("horizontal", "vertical").index(group.axis)
+        assert len({(item.object_a, item.cell_a, item.object_b) for item in group.items}) == 1
+        assert len({item.cell_b for item in group.items}) == len(group.items) == 12
+        assert all(item.cell_a[axis] != item.cell_b[axis] for item in group.items)
+
+
+def test_held_out_pairs_are_whole_and_in_either_order() -> None:
+    both = [*items(), *[dataclasses.replace(item, object_a=item.object_b, object_b=item.object_a) for item in items()]]
+    train, held = finetune.split_pairs(both, 0.34, 0)
+    pairs = [{frozenset((item.object_a, item.object_b)) for item in side} for side in (train, held)]
+    assert [len(side) for side in pairs] == [2, 1] and not pairs[0] & pairs[1]
+    assert len(train) + len(held) == len(both)
+    with pytest.raises(DataError, match="3 pairs of objects, too few"):
+        finetune.split_pairs(items(), 0.99, 0)
+
+
+def test_batch_says_what_the_pictures_show() -> None:
+    task = finetune.task(model(), items(), ids(), QUICK)
+    assert {group.axis for group in task.groups} == {"horizontal", "vertical"}
+    group = next(group for group in task.groups if group.axis == "vertical" and group.items[0].cell_a[1] == 2)
+    chosen = [11, 7, 0]
+    batch = finetune.group_batch(model(), group, chosen, ids(), QUICK)
+    assert batch["weight"].tolist() == [1, 1, 1, 0]
+    words = [model().processor.decode([int(label)]) for label in batch["labels"][:3, 0]]
+    truth = ["below" if group.items[row].cell_b[1] > group.items[row].cell_a[1] else "above" for row in chosen]
+    assert words == truth and len(set(truth)) == 2
+    for row, number in enumerate(chosen):
+        item = group.items[number]
+        np.testing.assert_array_equal(batch["target"][row], ids().universal[1][item.cell_b])
+        token = int(np.asarray(batch["inputs"]["token_ids"])[row, batch["word"][row]])
+        assert model().processor.decode([token]) == item.object_b
+    # A pure function of seed and step.
+    one, same, other = (finetune.step_batch(model(), task.groups, ids(), QUICK, step) for step in (4, 4, 5))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert not np.array_equal(one["inputs"]["pixels"], other["inputs"]["pixels"])
+
+
+def test_answers_of_several_tokens() -> None:
+    prompts = model().prepare([items()[0].picture] * 2, ["Is the star above or below the fish?"] * 2)
+    longer, places, labels = finetune.with_answers(prompts, [[7, 8, 9], [5]])
+    last = prompts.last()
+    assert labels.tolist() == [[7, 8, 9], [5, -1, -1]]
+    assert places.tolist() == [[last[0], last[0] + 1, last[0] + 2], [last[1]] * 3]
+    assert np.asarray(longer.inputs.token_ids)[0, last[0] + 1 : last[0] + 3].tolist() == [7, 8]
+    assert not np.asarray(longer.inputs.valid)[1, last[1] + 1 :].any()
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 11))
+    loss, _ = finetune.answer_loss(logits, jnp.asarray(labels), jnp.ones(2))
+    table = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(
+        loss, -(table[0, 0, 7] + table[0, 1, 8] + table[0, 2, 9] + table[1, 0, 5]) / 4, rtol=1e-5
+    )
+
+
+# --- loss and steps --------------------------------------------------------------------------------------------------
+
+
+def test_id_loss_by_hand() -> None:
+    activations = jnp.array([[1.0, 0.0], [3.0, 0.0], [50.0, 9.0]])
+    targets = jnp.array([[-1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    # Of the first two alone: centred (-1, 0) and (1, 0); cosines 1 and 0.
+    np.testing.assert_allclose(finetune.id_loss(activations, targets, jnp.array([1.0, 1.0, 0.0])), 0.5, atol=1e-6)
+    equal = jnp.ones((3, 2))
+    gradient = jax.grad(lambda x: finetune.id_loss(x, targets, jnp.ones(3)))(equal)
+    assert np.isfinite(gradient).all()
+
+
+def test_learning_rates() -> None:
+    config = dataclasses.replace(QUICK, steps=100, warmup=0.1, learning_rate=2.0)
+    for schedule, end in (("linear", 0.0), ("cosine", 0.0), ("constant", 2.0)):
+        rate = finetune.learning_rates(dataclasses.replace(config, schedule=schedule))
+        rates = np.array([float(rate(step)) for step in range(101)])
+        np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11), rtol=1e-5)
+        assert (np.diff(rates[10:]) <= 1e-6).all() and abs(rates[100] - end) < 1e-6
+
+
+def test_a_step_that_is_not_finite_is_left_out() -> None:
+    rule = finetune.optimizer(dataclasses.replace(QUICK, warmup=0.0))
+    parameters = {"a": jnp.ones(3)}
+    with jax.numpy_dtype_promotion("standard"):
+        state = rule.init(parameters)
+        for value, moves in ((jnp.nan, False), (1.0, True), (jnp.inf, False), (jnp.nan, False), (1.0, True)):
+            updates, new = rule.update({"a": jnp.array([1.0, value, 1.0])}, state, parameters)
+            assert bool((updates["a"] != 0).any()) == moves
+            if not moves:
+                jax.tree.map(np.testing.assert_array_equal, new.inner_state, state.inner_state)
+            state = new
+
+
+def losses(folder: Path) -> list[list[str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [row[2:] for row in csv.reader(file)][1:]
+
+
+def trained(folder: Path, config: FinetuneConfig, loaded: Model | None = None) -> tuple[finetune.Task, Any]:
+    task = finetune.task(loaded or model(), items(), ids(), config)
+    with jax.numpy_dtype_promotion("standard"):
+        found = training.train(
+            folder,
+            {},
+            task.selection.split(task.model.parameters),
+            [task.stage()],
+            columns=("step", "stage", "loss", "answer_loss", "id_loss", "accuracy"),
+            record_every=1,
+            progress=False,
+        )
+    return task, found
+
+
+def test_training_moves_what_is_chosen_and_nothing_else(tmp_path: Path) -> None:
+    task, found = trained(tmp_path, dataclasses.replace(QUICK, steps=12, groups=3))
+    before, after = flatten(model().parameters), flatten(task.model_with(found).parameters)
+    rows = dict(task.selection.rows)
+    for path, leaf in before.items():
+        same = np.asarray(after[path] == leaf)
+        if path not in rows:
+            assert same.all(), path
+        else:
+            moved = ~same.reshape(len(leaf), -1).all(axis=1)
+            assert moved.all() if rows[path] is None else set(np.flatnonzero(moved)) == set(rows[path]), path
+    values = [float(row[0]) for row in losses(tmp_path)]
+    assert len(values) == 12 and np.mean(values[-3:]) < np.mean(values[:3])
+    # Adam's two moments of what is trained, and counters: nothing of what is frozen.
+    state = task.stage().optimizer.init(task.selection.split(model().parameters))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= 2 * task.trained + 10
+
+
+def test_accumulated_gradients_are_the_mean() -> None:
+    """Eight small batches on eight devices, five on one: the mean of their gradients and metrics."""
+    task = finetune.task(model(), items(), ids(), dataclasses.replace(QUICK, groups=8))
+    stage, start = task.stage(), task.selection.split(model().parameters)
+    batch = stage.batch(0)
+
+    def gradients(own: Any) -> Any:
+        return jax.grad(lambda values: stage.loss(values, {**own, **stage.constants}), has_aux=True)(start)
+
+    with jax.numpy_dtype_promotion("standard"):
+        alone = jax.jit(gradients)
+        single = [alone(jax.tree.map(lambda leaf, row=row: jnp.asarray(leaf[row]), batch)) for row in range(8)]
+        for count, devices in ((8, 8), (8, 4), (5, 8)):
+            part = jax.tree.map(lambda leaf, count=count: jnp.asarray(leaf[:count]), batch)
+            found, metrics = jax.jit(lambda part, devices=devices: training._averaged(gradients, part, devices))(part)
+            expected, means = jax.tree.map(lambda *leaves, count=count: sum(leaves) / count, *single[:count])
+            for name, leaf in expected.items():
+                np.testing.assert_allclose(found[name], leaf, atol=1e-5 * float(jnp.abs(leaf).max()) + 1e-8)
+            np.testing.assert_allclose(metrics["loss"], means["loss"], rtol=1e-5)
+
+
+def test_bfloat16_with_float32_copies(tmp_path: Path) -> None:
+    """Small steps add up in the copies, though each is below what the model's own format can tell."""
+    small = dataclasses.replace(QUICK, steps=4, learning_rate=1e-5, warmup=0.0, schedule="constant")
+    half = dataclasses.replace(fixtures.model(CASE, "bfloat16"), fingerprint=model().fingerprint)
+    task, found = trained(tmp_path, small, half)
+    start = task.selection.split(half.parameters)
+    for name, leaf in found.items():
+        assert leaf.dtype == np.float32
+        assert np.abs(np.asarray(leaf - start[name])).max() > 1e-6, name
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(task.model_with(found).parameters))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path) -> Path:
+    """Pictures, IDs and model of a run."""
+    from PIL import Image
+
+    (folder / "data").mkdir(parents=True)
+    for item in items():
+        name = FinetuneItem(object_a=item.object_a, object_b=item.object_b, cell_a=item.cell_a, cell_b=item.cell_b)
+        Image.fromarray(item.picture).save(folder / "data" / finetune_name(name))
+    ids().save(folder / "ids.safetensors")
+    return folder
+
+
+def command(folder: Path, out: str, *further: str) -> list[str]:
+    model_folder = fixtures.folder(CASE)
+    return [
+        *("finetune", "--model", str(model_folder), "--data", str(folder / "data"), "--out", str(folder / out)),
+        *("--ids", str(folder / "ids.safetensors"), "--id-layer", "1", "--template", "{query}", "--case", "lower"),
+        *("--held-out", "0.3", "--batch-size", "4", "--questions", "12", "--steps", "6", "--check-every", "2"),
+        *("--save-every", "2", *further),
+    ]
+
+
+SCRIPT = "import sys; from jaxid.cli import main; main(sys.argv[1:])"
+
+
+def process(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxid.cli import main
+
+    folder = write_data(tmp_path)
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(SystemExit) as ended:
+            main(command(folder, "run", "--tensorboard"))
+        assert ended.value.code == 0, capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(command(folder, "other", "--id-weight", "0"))
+    out = capsys.readouterr().out
+    assert "held-out pairs:" in out and "parameters trained" in out
+    for name in ("metrics.csv", "evaluations.csv", "metrics.json", "summary.json", "curves.png", "model/config.json"):
+        assert (folder / "run" / name).stat().st_size > 100, name
+    assert any((folder / "run" / "tensorboard").iterdir())
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert [row["step"] for row in summary["evaluations"]] == [0, 2, 4, 6]
+    assert 0 < summary["trained_share"] <= 0.3
+    new = load(folder / "run" / "model")
+    assert new.fingerprint != model().fingerprint
+    assert [
+        path
+        for path, leaf in flatten(new.parameters).items()
+        if not np.array_equal(leaf, flatten(model().parameters)[path])
+    ]
+    assert len(read_finetune_folder(folder / "data")) == len(items())
+    # The two runs side by side.
+    with pytest.raises(SystemExit) as ended:
+        main(["compare-finetune", str(folder / "run"), str(folder / "other"), "--out", str(folder / "both")])
+    assert ended.value.code == 0
+    found = json.loads((folder / "both" / "comparison.json").read_text())["held_out"]
+    assert found["difference"]["mean"] == pytest.approx(found["with_ids"]["mean"] - found["without_ids"]["mean"])
+    assert (folder / "both" / "comparison.png").stat().st_size > 10_000
+    # Other settings do not go on with a run; a model is never written over.
+    with pytest.raises(SystemExit) as ended:
+        main(command(folder, "run", "--learning-rate", "0.5"))
+    assert ended.value.code == 2 and "other settings" in capsys.readouterr().err
+    from jaxid.checkpoints.export import export
+
+    with pytest.raises(OutputError, match="would overwrite the checkpoint"):
+        export(model(), fixtures.folder(CASE))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    folder = write_data(tmp_path)
+    whole = process(command(folder, "whole"))
+    assert whole.wait() == 0, whole.communicate()[1]
+    killed = process(command(folder, "killed"))
+    while not any(path.name.isdigit() for path in (folder / "killed" / "state").glob("*")):
+        assert killed.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (folder / "killed" / "summary.json").exists()
+    assert process(command(folder, "killed")).wait() == 0
+    for name in ("metrics.csv", "evaluations.csv"):
+        assert (folder / "whole" / name).read_text() == (folder / "killed" / name).read_text()
+    ours, theirs = (load(folder / name / "model").parameters for name in ("whole", "killed"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be 1 or more"),
+        ({"batch_size": 1}, "batches of 2 or more"),
+        ({"warmup": 1.0}, "warmup is a share"),
+        ({"held_out": -0.1}, "held_out is a share"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"id_weight": -1.0}, "must not be below 0"),
+        ({"schedule": "steps"}, "linear, cosine or constant"),
+        ({"case": "both"}, "lower or capital"),
+    ],
+)
+def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(QUICK, **change)
+
+
+def test_what_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="id_layer 9 is out of range"):
+        finetune.task(model(), items(), ids(), dataclasses.replace(QUICK, id_layer=9))
+    with pytest.raises(InputError, match="no tensor of lm-mlp fits"):
+        finetune.task(model(), items(), ids(), dataclasses.replace(QUICK, selectors=("lm-mlp",), budget=1e-6))
+    with pytest.raises(DataError, match="nothing to train on"):
+        finetune.task(model(), items()[:1], ids(), QUICK)
+    other = dataclasses.replace(ids(), fingerprint="another")
+    with pytest.raises((InputError, CheckpointError), match="another"):
+        finetune.task(model(), items(), other, QUICK)
+    (tmp_path / "star_0-0_fish.png").write_bytes(b"")
+    with pytest.raises(DataError, match="is no fine-tuning picture"):
+        read_finetune_folder(tmp_path)
+    from jaxid.runs.finetune import compare
+
+    with pytest.raises(DataError, match="holds no finished fine-tuning run"):
+        compare([tmp_path], tmp_path)
