@@ -12,6 +12,7 @@ from jaxid import __version__
 from jaxid.cli_dcsm import dcsm_app
 from jaxid.cli_finetune import compare_finetune, finetune, print_comparison
 from jaxid.cli_run import run_app
+from jaxid.cli_temporal import ids_temporal
 from jaxid.errors import InputError, JaxidError, OutputError
 from jaxid.results import ensure_output_folder
 
@@ -234,8 +235,9 @@ def ask(
         typer.echo(f"{probabilities[token]:8.3%}  {word}")
 
 
-ids_app = typer.Typer(help="Spatial IDs.", no_args_is_help=True)
+ids_app = typer.Typer(help="Spatial and temporal IDs.", no_args_is_help=True)
 app.add_typer(ids_app, name="ids")
+ids_app.command("temporal")(ids_temporal)
 
 
 @ids_app.command("extract")

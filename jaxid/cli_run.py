@@ -60,7 +60,7 @@ def belief_swap(
     typer.echo(
         f"{summary['answered_items']} items, {summary['accuracy']:.1%} answered rightly; best blocks "
         f"{', '.join(map(str, sorted(best['layers'])))}: {best['belief']:.1%} of beliefs swapped by IDs, "
-        f"{best['noise']:.1%} by noise{_skipped(summary)}\n{out / 'summary.json'}"
+        f"{best['noise']:.1%} by noise{skipped_note(summary)}\n{out / 'summary.json'}"
     )
 
 
@@ -127,7 +127,7 @@ def _activation_swap(change: Any, values: dict[str, Any]) -> None:
     for tokens, scores in summary["score_median"].items():
         by_block = ", ".join(f"{scores[row].mean():.2f}" for row in range(len(summary["layers"])))
         typer.echo(f"{tokens:6s} {by_block}")
-    typer.echo(f"{summary['items']} items{_skipped(summary)}\n{values['out'] / 'summary.json'}")
+    typer.echo(f"{summary['items']} items{skipped_note(summary)}\n{values['out'] / 'summary.json'}")
 
 
 @run_app.command("steer")
@@ -168,7 +168,7 @@ def steer(
         typer.echo(f"change of log p({first}) - log p({second}) by cell, mean of {summary['items']} items")
         for row in (summary["change"][..., 0] - summary["change"][..., 1]).mean(axis=0).T:
             typer.echo("   ".join(f"{value:+6.2f}" for value in row))
-    typer.echo(f"{out / 'summary.json'}{_skipped(summary)}")
+    typer.echo(f"{out / 'summary.json'}{skipped_note(summary)}")
 
 
 @run_app.command("depth")
@@ -197,7 +197,7 @@ def depth(
     summary = job.run(RunConfig(**_options(locals())))
     typer.echo(
         f"{summary['items']} items: steering moves both answers alike with correlation "
-        f"{summary['height_depth_correlation']:+.2f}{_skipped(summary)}\n{out / 'summary.json'}"
+        f"{summary['height_depth_correlation']:+.2f}{skipped_note(summary)}\n{out / 'summary.json'}"
     )
 
 
@@ -206,7 +206,8 @@ def _options(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "job" and not isinstance(value, type)}
 
 
-def _skipped(summary: dict[str, Any]) -> str:
+def skipped_note(summary: dict[str, Any]) -> str:
+    """What a command says of items left out."""
     count = summary.get("skipped", {}).get("count", 0)
     return f"; {count} bad items left out, see the summary" if count else ""
 

@@ -6,7 +6,6 @@ arXiv 2601.12626). Cells (x, y): column x to the right, row y **down**. Layer k 
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,16 +18,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxid import __version__
+from jaxid import id_files
 from jaxid.checkpoints.torch_files import Size, read_authors_ids
-from jaxid.errors import CheckpointError, InputError, OutputError
+from jaxid.errors import CheckpointError, InputError
 from jaxid.kernels import probing
 
 GRID = 4  # columns and rows of the published scenes
 FULL_SIZE = 224  # pixels: the published size of an object that fills its cell
 
 _FORMAT = "jaxid.spatial_ids"
-_FORMAT_VERSION = "1"
 _AXES = {
     "values": ["layer", "object", "size", "column", "row", "width"],
     "counts": ["object", "size", "column", "row"],
@@ -191,31 +189,17 @@ class SpatialIDs:
         Raises:
             OutputError: The file cannot be written. A file that was there is then unharmed.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
-        tensors = {"values": self.values.astype(np.float32), "counts": self.counts.astype(np.int32)}
+        tensors = {"values": self.values, "counts": self.counts}
         if self.embeddings is not None:
-            tensors["embeddings"] = self.embeddings.astype(np.float32)
+            tensors["embeddings"] = self.embeddings
         metadata = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "created_by": f"jaxid {__version__}",
             "model": self.model,
             "fingerprint": self.fingerprint,
-            "axes": json.dumps({name: _AXES[name] for name in tensors}),
             "objects": json.dumps(self.objects),
             "sizes": json.dumps([float(size) for size in self.sizes]),
             "layer_names": json.dumps(self.layer_names),
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(f"Spatial IDs cannot be written to {path}: {error}") from error
+        id_files.write(path, _FORMAT, "Spatial IDs", _AXES, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SpatialIDs":
@@ -224,28 +208,8 @@ class SpatialIDs:
         Raises:
             CheckpointError: The file is missing, damaged, or not a file of spatial IDs of this version.
         """
-        from safetensors import SafetensorError, safe_open
-
+        tensors, metadata = id_files.read(path, _FORMAT, "spatial IDs", _AXES)
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as a file of spatial IDs: {error}") from error
-        found = (metadata.get("format"), metadata.get("format_version"))
-        if found != (_FORMAT, _FORMAT_VERSION):
-            raise CheckpointError(
-                f"{path} is not a file of spatial IDs that this version reads: its format is {found}, "
-                f"not {(_FORMAT, _FORMAT_VERSION)}."
-            )
-        try:
-            if json.loads(metadata["axes"]) != {name: _AXES[name] for name in tensors}:
-                raise CheckpointError(f"{path} has axes {metadata['axes']}, not {_AXES}.")
-            for name, tensor in tensors.items():
-                expected = np.int32 if name == "counts" else np.float32
-                if tensor.dtype != expected or not np.isfinite(tensor).all():
-                    raise CheckpointError(f"{name} in {path} must be finite numbers of {expected.__name__}.")
             return cls(
                 values=tensors["values"],
                 counts=tensors["counts"],

@@ -187,12 +187,16 @@ class Processor:
         Raises:
             CheckpointError: naming the part that is missing or unreadable.
         """
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
         # Of a kind of model that it does not know, transformers would read the config.json and warn of what it finds.
         known = {"config": AutoConfig.for_model(side.tokenizer_of)} if side.tokenizer_of else {}
+        # Of a kind that it knows, it would cut words that kind's way, though the folder asks for tokenizer.json alone.
+        kind: Any = PreTrainedTokenizerFast if known and _takes_any(folder) else AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **known)
+            tokenizer = kind.from_pretrained(
+                folder, local_files_only=True, **({} if kind is not AutoTokenizer else known)
+            )
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
         image_processor = side.load_image_processor(folder, config)
@@ -371,6 +375,15 @@ class Processor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _takes_any(folder: Path) -> bool:
+    """Whether a folder names the tokenizer class that is made of tokenizer.json alone."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):  # the tokenizer's own loader will say what is wrong
+        return False
+    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _chat_template(folder: Path, tokenizer: Any, side: type[PictureSide]) -> str:

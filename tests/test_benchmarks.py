@@ -254,3 +254,71 @@ def test_missing_model_is_a_clear_error(tmp_path: Path) -> None:
     process = start([str(BENCHMARKS / "interventions.py"), "--models", "/nowhere", "--out", str(tmp_path)])
     assert process.returncode == 2
     assert process.stderr.startswith("error: no model folder at /nowhere")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def two_runs(**changes: float) -> dict[str, dict[str, dict[str, Any]]]:
+    """What two systems' first steps find; `changes` are added to one's."""
+    found = {
+        "losses": {"loss": 2.0},
+        "tensors": {"weight": np.full((2, 3), 0.5, np.float32)},
+        "gradients": {"weight": np.full((2, 3), 1e-3, np.float32)},
+    }
+    other = {kind: {name: value + changes.get(kind, 0.0) for name, value in own.items()} for kind, own in found.items()}
+    return {"torch": found, "jaxid": other}
+
+
+def test_agreement_of_training_steps(modules: Any) -> None:
+    training = modules("training")
+    largest = training.check_agreement(two_runs(losses=1e-5, tensors=4e-6, gradients=5e-8), "torch")
+    assert largest == pytest.approx({"losses": 5e-6, "tensors": 4e-6, "gradients": 5e-5}, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("losses", 3e-5), ("tensors", 2e-5), ("gradients", -2e-6), ("tensors", np.nan)]
+)
+def test_another_training_step_is_a_disagreement(modules: Any, kind: str, change: float) -> None:
+    training, interventions = modules("training"), modules("interventions")
+    with pytest.raises(interventions.Disagreement, match=f"{kind}: .* of jaxid is"):
+        training.check_agreement(two_runs(**{kind: change}), "torch")
+    lacking = two_runs()
+    lacking["jaxid"][kind] = {}
+    with pytest.raises(interventions.Disagreement, match=f"{kind}: jaxid gives"):
+        training.check_agreement(lacking, "torch")
+
+
+@pytest.mark.slow
+def test_quick_training_run_writes_every_figure(modules: Any, tmp_path: Path) -> None:
+    process = start([str(BENCHMARKS / "training.py"), "--quick", "--pictures", "2", "--out", str(tmp_path)])
+    assert process.returncode == 0, process.stderr
+    training = modules("training")
+    figures = json.loads((tmp_path / "training.json").read_text())
+    systems = (*training.TORCH, *training.JAXID)
+    names = {"tokens"} | {f"{system}_{part}" for system in systems for part in ("s", "tokens_per_s")}
+    names |= {f"{ours}_compile_s" for ours in training.JAXID}
+    names |= {f"{ours}_speed_of_{other}" for ours in training.JAXID for other in training.TORCH}
+    assert set(figures) == {f"finetune_step/zoo/{name}" for name in names}
+    assert min(figures.values()) > 0
+    value = {key.rsplit("/", 1)[1]: number for key, number in figures.items()}
+    assert value["jaxid_tokens_per_s"] == pytest.approx(value["tokens"] / value["jaxid_s"])
+    assert value["jaxid_speed_of_torch"] == pytest.approx(value["torch_s"] / value["jaxid_s"])
+    for part in (*systems, "aim 1.3x", "threads   2 each", "largest differences"):
+        assert part in process.stdout
+
+
+@pytest.mark.slow
+def test_memory_of_a_training_step(modules: Any, tmp_path: Path) -> None:
+    """Of one system of each kind, in processes of their own, on the shipped model."""
+    training = modules("training")
+    from jaxid.checkpoints.loading import find_folder, load
+
+    folder = find_folder("tiny-llava")
+    training.write_torch_inputs(training.make_task(load(folder), 2, checkpointed=True), tmp_path)
+    found = training.memory(folder, 2, tmp_path, ("torch", "jaxid-checkpointed"))
+    assert min(found.values()) > 0
+    for system in ("torch", "jaxid-checkpointed"):
+        assert found[f"{system}_step_mb"] < found[f"{system}_peak_mb"]
+    ratio = found["jaxid-checkpointed_step_mb"] / found["torch_step_mb"]
+    assert found["jaxid-checkpointed_memory_of_torch"] == pytest.approx(ratio)

@@ -23,13 +23,13 @@ MODELS = {"errors", "kernels", "sharding"}
 LOADERS = {*MODELS, "models", "processing", "zoo", "inputs"}
 ENGINE = {*LOADERS, "checkpoints", "interventions"}
 METHODS = {*ENGINE, "engine", "tracing", "generation"}
-EXPERIMENTS = {*METHODS, "data", "ids", "dcsm", "results", "training"}
+EXPERIMENTS = {*METHODS, "data", "ids", "temporal_ids", "dcsm", "results", "training", "trainable"}
 TOP = {*EXPERIMENTS, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
     "zoo": set(),
     "kernels": set(),
-    "data": {"errors", "results"},
+    "data": {"errors", "results", "processing"},
     "results": {"errors"},
     "sharding": {"errors"},
     "models": MODELS,
@@ -41,6 +41,8 @@ MAY_IMPORT = {
     "tracing": {*ENGINE, "engine"},
     "generation": {*ENGINE, "engine", "tracing"},
     "ids": METHODS,
+    "temporal_ids": {*METHODS, "ids"},
+    "trainable": ENGINE,
     "training": {"errors", "results"},
     "dcsm": {*METHODS, "data", "results", "training"},
     "experiments": EXPERIMENTS,
@@ -52,7 +54,21 @@ MAY_IMPORT = {
     "runs": {*TOP, "plots", "jobs"},
     "cli_run": {"errors", "runs"},
     "cli_dcsm": {*TOP, "plots", "runs"},
-    "cli": {*TOP, "plots", "report", "demo", "runs", "cli_run", "cli_dcsm"},
+    "cli_finetune": {*TOP, "runs"},
+    "cli_diagnosis": {"errors", "runs", "cli_run"},
+    "cli_temporal": {*TOP, "plots", "runs", "cli_run"},
+    "cli": {
+        *TOP,
+        "plots",
+        "report",
+        "demo",
+        "runs",
+        "cli_run",
+        "cli_dcsm",
+        "cli_finetune",
+        "cli_diagnosis",
+        "cli_temporal",
+    },
 }
 
 HEAVY = ("transformers", "flax", "matplotlib", "pyarrow", "torch")

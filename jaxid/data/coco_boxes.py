@@ -42,6 +42,11 @@ class PlacedItem:
         """The boxes as shares of the picture's width and height."""
         return self.boxes / np.array([*self.size, *self.size], self.boxes.dtype)
 
+    @property
+    def against_relation(self) -> bool:
+        """Whether the boxes' centres contradict the item's relation."""
+        return bool(apart(self.boxes[:1], self.boxes[1:], self.item.relation)[0, 0] < 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Instances:
@@ -188,10 +193,16 @@ def best_pair(subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 
             f"best_pair needs a relation out of {', '.join(_SIGNS)} and an instance of each object, got {relation!r}, "
             f"{len(subjects)} and {len(objects)}."
         )
-    axis, sign = _SIGNS[relation]
-    apart = sign * (centers(subjects)[:, None, axis] - centers(objects)[None, :, axis])
-    first, second = divmod(int(apart.argmax()), len(objects))
+    first, second = divmod(int(apart(subjects, objects, relation).argmax()), len(objects))
     return first, second
+
+
+def apart(
+    subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 4"], relation: str
+) -> Float[np.ndarray, "M N"]:
+    """Pixels by which each subject's centre lies from each object's in a relation's direction; below 0 against it."""
+    axis, sign = _SIGNS[relation]
+    return sign * (centers(subjects)[:, None, axis] - centers(objects)[None, :, axis])
 
 
 def _box(annotation: dict[str, Any], name: str, where: str) -> list[float]:

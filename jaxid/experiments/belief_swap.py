@@ -16,6 +16,7 @@ from jaxid.ids import SpatialIDs
 from jaxid.interventions import Edit, add
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
+from jaxid.temporal_ids import TemporalIDs
 from jaxid.tracing import rerun, trace
 
 CONDITIONS = ("belief", "noise")
@@ -55,7 +56,7 @@ class BeliefSwap:
         return (self.steered[..., 0] > self.steered[..., 1]) != (self.control[:, 0] > self.control[:, 1])
 
 
-def require_same_model(model: Model, ids: SpatialIDs) -> None:
+def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
     """Checks that IDs can be of this model.
 
     Raises:

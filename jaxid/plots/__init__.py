@@ -12,6 +12,7 @@ from jaxid.plots.scenes import scenes_with_answers
 from jaxid.plots.steering import depth_by_row, steering_by_column, steering_by_layer, steering_map, steering_maps
 from jaxid.plots.style import save
 from jaxid.plots.swaps import accuracy_against_steerability, belief_swap_bars, belief_swap_by_layer, swap_scores
+from jaxid.plots.temporal import temporal_line, temporal_steering
 
 __all__ = [
     "accuracy_against_steerability",
@@ -31,6 +32,8 @@ __all__ = [
     "steering_map",
     "steering_maps",
     "swap_scores",
+    "temporal_line",
+    "temporal_steering",
     "training_curves",
     "variance_by_layer",
 ]

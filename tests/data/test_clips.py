@@ -121,7 +121,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
         reasons, ("lacks query", "there is no video", "'1,1', not an order", "lacks video_path"), strict=True
     ):
         assert expected in reason
-    with pytest.raises(DataError, match="row 1 of .* lacks query"):
+    with pytest.raises(DataError, match=r"row 1 of .* lacks query"):
         read_mvbench(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):

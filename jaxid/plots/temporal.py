@@ -1,0 +1,106 @@
+"""Figures of time in video models (Figure 10): IDs along a line, and steering over frames."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from jaxid.plots.style import (
+    BLUE,
+    GREY,
+    INK,
+    STYLE,
+    VERMILLION,
+    block_axis,
+    check_shapes,
+    finished,
+    gradient,
+    label_ends,
+    new_figure,
+)
+
+
+@rc_context(STYLE)
+def temporal_line(
+    coordinates: Float[np.ndarray, "L F"],
+    frames: Int[np.ndarray, "F"],
+    words: Mapping[str, Float[np.ndarray, "L"]],
+    order: Float[np.ndarray, "L"],
+    best: int,
+    title: str = "",
+) -> Figure:
+    """Temporal IDs along their first principal component ([ID] arXiv 2601.12626, Figure 10 b).
+
+    Left, one block: where each frame's ID lies, with the words; right, the rank correlation with the frame by block.
+
+    Args:
+        coordinates: 0 as the earliest, 1 as the latest, by block and frame.
+        frames: their numbers.
+        words: coordinates of words by block.
+        order: Spearman's rank correlation by block.
+        best: the block on the left.
+        title: of the figure.
+
+    Raises:
+        InputError: The arrays do not fit each other.
+    """
+    check_shapes(
+        coordinates=(coordinates, "L F"),
+        frames=(frames, "F"),
+        order=(order, "L"),
+        **{f"word {word!r}": (at, "L") for word, at in words.items()},
+    )
+    figure = new_figure(7.4, 2.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1.0])
+    colors = gradient(len(frames))
+    left.axhline(0, color=GREY, linewidth=0.8)
+    for number, (at, frame) in enumerate(zip(coordinates[best], frames, strict=True)):
+        left.plot([at], [0], marker="o", markersize=9, color=colors[number])
+        # Neighbours may lie close to each other: their numbers stand at different heights.
+        left.annotate(
+            str(frame), (at, 0), (0, 9 + 11 * (number % 2)), textcoords="offset points", ha="center", color=INK
+        )
+    for (word, at), color in zip(words.items(), (VERMILLION, BLUE), strict=False):
+        left.plot([at[best]], [0], marker="^", markersize=7, color=color)
+        left.annotate(f"“{word}”", (at[best], 0), (0, -20), textcoords="offset points", ha="center", color=color)
+    left.set(ylim=(-1, 1), yticks=[], xlabel="early to late", title=f"{title}, block {best}".strip(", "))
+    left.grid(False)
+    left.spines["left"].set_visible(False)
+    left.margins(x=0.12)
+    right.plot(np.arange(len(order)), order, color=BLUE, marker="o")
+    right.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
+    right.set(ylim=(min(-0.05, float(order.min()) - 0.05), 1.05), ylabel="rank correlation", title="ID and frame")
+    block_axis(right)
+    return finished(figure)
+
+
+@rc_context(STYLE)
+def temporal_steering(
+    frames: Int[np.ndarray, "F"], changes: Float[np.ndarray, "F B 2"], words: Sequence[str], title: str = ""
+) -> Figure:
+    """Change of both answers as the second scene is pushed to each frame ([ID] arXiv 2601.12626, Figure 10 c).
+
+    Args:
+        frames: their numbers.
+        changes: of log-probability, by frame, item and word.
+        words: the two words.
+        title: of the figure.
+
+    Raises:
+        InputError: The arrays do not fit each other.
+    """
+    check_shapes(frames=(frames, "F"), changes=(changes, "F B 2"), words=(words, "2"))
+    figure = new_figure(4.6, 2.9)
+    axes = figure.subplots()
+    mean, spread = changes.mean(axis=1), changes.std(axis=1)
+    for number, color in enumerate((VERMILLION, BLUE)):
+        low, high = mean[:, number] - spread[:, number], mean[:, number] + spread[:, number]
+        axes.fill_between(frames, low, high, color=color, alpha=0.14, linewidth=0)
+        axes.plot(frames, mean[:, number], color=color, marker="o")
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set(xlabel="second scene steered to frame", ylabel="change of log p", title=title, xticks=frames)
+    ends = zip(words, mean[-1], (VERMILLION, BLUE), strict=True)
+    label_ends(axes, frames, {f"“{word}”": (float(end), color) for word, end, color in ends})
+    return finished(figure)

@@ -1,0 +1,240 @@
+"""`jaxid ids temporal`, `jaxid run temporal-swap` and `temporal-steer`: time in video models (Figure 10)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxid import plots
+from jaxid.checkpoints.loading import load
+from jaxid.data.clips import OrderItem, read_appear_folder, read_mvbench
+from jaxid.errors import DataError, InputError
+from jaxid.experiments import temporal
+from jaxid.experiments.activation_swap import TOKEN_SETS
+from jaxid.processing.pictures import Clip
+from jaxid.results import ensure_output_folder, tidy, write_json
+from jaxid.runs.common import Columns, Run, RunConfig, filled
+from jaxid.temporal_ids import FRAMES, TemporalIDs
+
+PUBLISHED_LAYER, PUBLISHED_BLOCKS = 13, 28
+"""Block of the published steering, of the model's 28."""
+
+
+def extract(
+    data: Path,
+    out: Path,
+    *,
+    model: str = "tiny-video",
+    batch_size: int = 16,
+    dtype: str = "float32",
+    compat: str = "none",
+) -> dict[str, Any]:
+    """Extracts temporal IDs from a folder of clips; writes them, what lies along each block's line, and the figure.
+
+    Args:
+        data: folder of `appear_{A}{i}_{B}{j}.mp4`.
+        out: the file of IDs; `.json` and `.png` are written beside it.
+        model: alias, Hugging Face id or folder.
+        batch_size: clips per forward pass.
+        dtype: of parameters and activations.
+        compat: "reference" reproduces the published code.
+
+    Returns:
+        By block: rank correlation with the frame, share of variance, coordinates of frames and words; the best block.
+    """
+    from tqdm import tqdm
+
+    if compat not in ("none", "reference"):
+        raise InputError(f"compat is none or reference, not {compat!r}.")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, not {batch_size}.")
+    ensure_output_folder(out.parent)
+    items = read_appear_folder(data)
+    loaded = load(model, dtype=dtype)
+    pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
+    ids = temporal.extract(
+        loaded, iter(tqdm(items, unit="clip", disable=None)), pairs=pairs, batch_size=batch_size, compat=compat
+    )
+    ids.save(out)
+    line, words = ids.line(), temporal.word_coordinates(loaded, ids)
+    coordinates = line.coordinates(np.asarray(ids.universal))
+    best = int(np.lexsort((line.share, line.order))[-1])
+    summary = {
+        "model": loaded.name,
+        "fingerprint": loaded.fingerprint,
+        "clips": len(items),
+        "pairs": len(pairs),
+        "frames": list(ids.frames),
+        "rank_correlation": line.order,
+        "share_of_variance": line.share,
+        "coordinates": coordinates,
+        "words": words,
+        "best_layer": best,
+    }
+    write_json(out.with_suffix(".json"), summary)
+    figure = plots.temporal_line(coordinates, np.array(ids.frames), words, line.order, best, title=loaded.name)
+    plots.save(figure, out.with_suffix(".png"))
+    return summary
+
+
+def _items(job: Run) -> list[OrderItem]:
+    return job.sample(read_mvbench(job.data_folder(), bad=job.bad_rows()))
+
+
+def run_swap(config: RunConfig) -> dict[str, Any]:
+    """Swaps activations of clips played backwards into the control run; writes parts, table, summary and figure.
+
+    Returns:
+        The summary.
+    """
+    job = Run(config, "temporal-swap")
+    model = job.model
+    layers = job.layers(range(model.num_layers))
+    template = config.template or "{query}"
+    items = _items(job)
+    batch_size = job.batch_size(len(layers))
+
+    def compute(chunk: list[OrderItem]) -> Columns:
+        full = filled(chunk, batch_size)
+        clips = _opened(full)
+        batch = temporal.prepare(model, full, clips=clips, template=template, case=job.case)
+        job.checked(batch.asked, [(item.scene1, item.scene2) for item in full], len(chunk))
+        backwards = temporal.reversed_prompts(model, batch, clips)
+        swap = temporal.run_swap(model, batch, backwards, layers=layers)
+        count = len(chunk)
+        patched = swap.patched[:, :, :count]
+        axes = {
+            "tokens": TOKEN_SETS,
+            "layer": layers,
+            "item": [item.key for item in chunk],
+            "word": batch.asked.answers,
+        }
+        truth = np.array([item.answer for item in chunk])
+        return tidy(patched, axes, name="patched") | {
+            "model": np.full(patched.size, model.name),
+            "answer": np.broadcast_to(truth[:, None], patched.shape).ravel(),
+            "control": np.broadcast_to(swap.control[:count], patched.shape).ravel(),
+            "intervened": np.broadcast_to(swap.intervened[:count], patched.shape).ravel(),
+            "score": np.stack(list(swap.scores.values()))[:, :, :count].ravel(),
+        }
+
+    settings = {"layers": layers, "template": template}
+    table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
+    words = list(temporal.ANSWERS)
+    scores = {}
+    for tokens in TOKEN_SETS:
+        chosen = table["tokens"] == tokens
+        layer, word, score = (table[name][chosen] for name in ("layer", "word", "score"))
+        scores[tokens] = np.stack(
+            [np.stack([score[(layer == k) & (word == w)] for w in words], axis=-1) for k in layers]
+        )
+    summary |= {
+        "layers": layers,
+        "words": words,
+        "accuracy": _accuracy(table, "control"),
+        "accuracy_backwards": 1 - _accuracy(table, "intervened"),
+        "score_mean": {name: values.mean(axis=1) for name, values in scores.items()},
+        "score_median": {name: np.median(values, axis=1) for name, values in scores.items()},
+        "score_std": {name: values.std(axis=1) for name, values in scores.items()},
+    }
+    figure = plots.swap_scores(scores, words, layers=np.array(layers), robust=True)
+    plots.save(figure, config.out / "temporal_swap.png")
+    return job.write_summary(summary)
+
+
+def _opened(items: list[OrderItem]) -> list[Clip]:
+    """Clips of items; a batch that is filled up reads its first one once."""
+    opened: dict[str, Clip] = {}
+    return [opened.setdefault(item.key, opened.get(item.key) or item.open()) for item in items]
+
+
+def _accuracy(table: Columns, run: str) -> float:
+    """Share of items whose more probable word is the answer to the clip played forwards."""
+    first = (table["tokens"] == TOKEN_SETS[0]) & (table["layer"] == table["layer"].min())
+    item, word, value, answer = (table[name][first] for name in ("item", "word", run, "answer"))
+    right = [
+        answer[item == key][0] == word[item == key][int(np.argmax(value[item == key]))] for key in dict.fromkeys(item)
+    ]
+    return float(np.mean(right))
+
+
+def run_steering(config: RunConfig) -> dict[str, Any]:
+    """Steers the second scene's words to every frame; writes parts, table, summary and figure.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InputError: if no file of IDs was given.
+    """
+    job = Run(config, "temporal-steer")
+    model = job.model
+    if config.ids is None:
+        raise InputError("give the model's temporal IDs with --ids; make them with jaxid ids temporal.")
+    ids = TemporalIDs.load(config.ids)
+    layers = job.layers([min(model.num_layers - 1, round(PUBLISHED_LAYER * model.num_layers / PUBLISHED_BLOCKS))])
+    factor = 5.0 if config.factor is None else config.factor
+    template = config.template or "{query}"
+    items = _items(job)
+    batch_size = job.batch_size(len(FRAMES) * len(layers))
+
+    def compute(chunk: list[OrderItem]) -> Columns:
+        full = filled(chunk, batch_size)
+        batch = temporal.prepare(model, full, clips=_opened(full), template=template, case=job.case)
+        job.checked(batch.asked, [(item.scene1, item.scene2) for item in full], len(chunk))
+        found = temporal.run_steering(model, batch, ids, layers=layers, multiplier=factor, compat=config.compat)
+        count = len(chunk)
+        steered, change = found.steered[:, :, :count], found.change[:, :, :count]
+        axes = {
+            "layer": layers,
+            "frame": list(ids.frames),
+            "item": [item.key for item in chunk],
+            "word": batch.asked.answers,
+        }
+        return tidy(steered, axes, name="steered") | {
+            "model": np.full(steered.size, model.name),
+            "control": np.broadcast_to(found.control[:count], steered.shape).ravel(),
+            "change": change.ravel(),
+        }
+
+    settings = {"layers": layers, "factor": factor, "template": template}
+    table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
+    words = list(temporal.ANSWERS)
+    changes = _changes(table, layers, ids.frames, words)
+    means = changes.mean(axis=2)
+    summary |= {
+        "layers": layers,
+        "words": words,
+        "frames": list(ids.frames),
+        "factor": factor,
+        "change_mean": means,
+        "change_std": changes.std(axis=2),
+        "rank_correlation": _monotone(means[..., 0] - means[..., 1], ids.frames),
+    }
+    figure = plots.temporal_steering(
+        np.array(ids.frames), changes[len(layers) // 2], words, f"{model.name}, block {layers[len(layers) // 2]}"
+    )
+    plots.save(figure, config.out / "temporal_steering.png")
+    return job.write_summary(summary)
+
+
+def _changes(table: Columns, layers: list[int], frames: tuple[int, ...], words: list[str]) -> np.ndarray:
+    """Changes of log-probability, Float[L, F, B, 2]."""
+    found = [
+        [
+            [table["change"][(table["layer"] == k) & (table["frame"] == f) & (table["word"] == word)] for word in words]
+            for f in frames
+        ]
+        for k in layers
+    ]
+    values = np.moveaxis(np.array(found, np.float32), 2, 3)
+    if not values.size:
+        raise DataError("no item could be used.")
+    return values
+
+
+def _monotone(lead: np.ndarray, frames: tuple[int, ...]) -> list[float]:
+    """Spearman's rank correlation of the lead of "before" and the frame, by block."""
+    from scipy import stats
+
+    return [float(stats.spearmanr(row, frames).statistic) for row in lead]

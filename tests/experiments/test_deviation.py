@@ -1,0 +1,339 @@
+"""The deviation against a re-derivation from PyTorch's hidden states, its tests by hand, and the run."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from families import CASES, EVERY, over
+from families.base import Case
+from scipy import stats
+from test_cli import refused
+from test_cli import run as command
+
+import jaxid.cli_diagnosis
+from jaxid.data.coco_boxes import find_instances, read_instances
+from jaxid.data.coco_spatial import INSTANCES_FILE, find_coco_spatial, read_coco_spatial, write_coco_spatial
+from jaxid.data.scenes import sample_free
+from jaxid.engine import forward
+from jaxid.errors import DataError, InputError, OutputError
+from jaxid.experiments import deviation
+from jaxid.experiments.deviation import easy, gap, rank_test
+from jaxid.experiments.relations import prepare
+from jaxid.models.sites import Capture
+from jaxid.results import read_table
+from jaxid.runs import deviation as job
+
+assert jaxid.cli_diagnosis  # its commands are tested here
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CASE = CASES[0]
+BOXES = np.random.default_rng(3).uniform(0.05, 0.45, (4, 2, 4))
+ITEMS = 10
+
+
+@functools.cache
+def found(axis: str, compat: str = "none") -> deviation.Deviation:
+    model, batch = fixtures.model(CASE), oracle.batch(axis)
+    return deviation.run(model, batch, oracle.ids(), oracle.PAIRS, BOXES, compat=compat)
+
+
+def true_id(layer: int, box: np.ndarray, slip: bool, universal: np.ndarray) -> np.ndarray:
+    """The bilinear mix of the four cells around a box's centre, by floors and ceilings."""
+    places = 4 * (box[:2] + box[2:] / 2) - (0 if slip else 0.5)
+    x, y = np.clip(places, 0, 3)
+    (x0, y0), (x1, y1) = (int(x), int(y)), (min(int(x) + 1, 3), min(int(y) + 1, 3))
+    right, down = x - x0, y - y0
+    cells = universal[layer]
+    upper = (1 - right) * cells[x0, y0] + right * cells[x1, y0]
+    lower = (1 - right) * cells[x0, y1] + right * cells[x1, y1]
+    return (1 - down) * upper + down * lower
+
+
+def plane(layer: int, universal: np.ndarray) -> np.ndarray:
+    """The two directions [D, 2] of a layer's IDs: mean steps to the right and down, made orthonormal."""
+    cells = universal[layer]
+    steps = [
+        np.mean([across[b] - across[a] for a in range(4) for b in range(a + 1, 4)], axis=(0, 1))
+        for across in (cells, cells.swapaxes(0, 1))
+    ]
+    u = steps[0] / np.linalg.norm(steps[0])
+    v = steps[1] - steps[1] @ u * u
+    return np.stack([u, v / np.linalg.norm(v)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("axis", "compat"), [("horizontal", "none"), ("vertical", "none"), ("horizontal", "reference")]
+)
+def test_margins_equal_those_from_pytorchs_hidden_states(axis: str, compat: str) -> None:
+    batch = oracle.batch(axis)
+    text = fixtures.model(CASE).prepare(None, list(batch.prompts.questions))
+    shown, alone = oracle.torch_residuals(batch), fixtures.record(CASE, text)["resid_post"]
+    tokens = [np.asarray(prompts.inputs.token_ids).tolist() for prompts in (batch.prompts, text)]
+    along = 0 if axis == "horizontal" else 1
+    for row, pair in enumerate(oracle.PAIRS):
+        here, there = ([own[row].index(oracle.VOCABULARY.index(word)) for word in pair] for own in tokens)
+        assert here != there
+        for layer in range(oracle.LAYERS):
+            basis = plane(layer, oracle.universal())
+            e = (shown[layer, row, here] - alone[layer, row, there]) @ basis
+            g = np.stack([true_id(layer, box, compat == "reference", oracle.universal()) for box in BOXES[row]]) @ basis
+            np.testing.assert_allclose(found(axis, compat).words[layer, row], e, atol=1e-4)
+            np.testing.assert_allclose(found(axis, compat).places[layer, row], g, atol=1e-4)
+            sign = {"left": -1, "above": -1, "right": 1, "below": 1}[batch.answers[oracle.TRUTHS[row]]]
+            margin = sign * (e[0, along] - e[1, along]) - sign * (g[0, along] - g[1, along])
+            assert found(axis, compat).margins[layer, row] == pytest.approx(margin, abs=1e-3)
+    control = oracle.torch_logprobs(batch)
+    np.testing.assert_allclose(found(axis, compat).control, control, atol=1e-4)
+    np.testing.assert_array_equal(found(axis, compat).correct, control.argmax(axis=1) == oracle.TRUTHS)
+    assert np.abs(found(axis).places - found(axis, "reference").places).max() > 0.01
+
+
+def test_a_cells_centre_has_its_id_and_the_slip_is_half_a_cell() -> None:
+    model, batch = fixtures.model(CASE), oracle.batch("horizontal")
+    boxes = np.tile([1.25 / 4, 2.25 / 4, 0.5 / 4, 0.5 / 4], (4, 2, 1))  # the centre of cell (1, 2)
+    places = {
+        compat: deviation.run(model, batch, oracle.ids(), oracle.PAIRS, boxes, layers=[1], compat=compat).places[
+            0, 0, 0
+        ]
+        for compat in ("none", "reference")
+    }
+    cells = oracle.universal()[1]
+    basis = plane(1, oracle.universal())
+    np.testing.assert_allclose(places["none"], cells[1, 2] @ basis, atol=1e-4)
+    np.testing.assert_allclose(places["reference"], cells[1:3, 2:4].mean(axis=(0, 1)) @ basis, atol=1e-4)
+
+
+def test_gaps_by_hand() -> None:
+    coordinates = np.array([[[1.0, 8], [4, 2]], [[1, 8], [4, 2]]])
+    np.testing.assert_array_equal(gap(coordinates, "horizontal", np.array([0, 1])), [3, -3])  # left: 4 - 1
+    np.testing.assert_array_equal(gap(coordinates, "vertical", np.array([0, 1])), [-6, 6])  # below: 8 - 2
+    one = dataclasses.replace(found("horizontal"), words=found("horizontal").places)
+    np.testing.assert_array_equal(one.margins, 0)
+
+
+def test_items_and_layers_do_not_depend_on_their_company() -> None:
+    model, items = fixtures.model(CASE), oracle.items("horizontal")
+    whole = found("horizontal")
+    for row, (item, names) in enumerate(zip(items, oracle.PAIRS, strict=True)):
+        alone = deviation.run(model, prepare(model, [item]), oracle.ids(), [names], BOXES[row : row + 1], layers=[2, 0])
+        np.testing.assert_allclose(alone.margins[:, 0], whole.margins[[2, 0], row], atol=1e-3)
+        np.testing.assert_array_equal(alone.layers, [2, 0])
+
+
+@over(("mllama",), ("mllama", "qwen2.5-vl-windows"))
+def test_other_families(case: Case) -> None:
+    model, items = fixtures.model(case), oracle.items("vertical")[:2]
+    batch, ids = prepare(model, items), oracle.ids(model.num_layers, model.width)
+    result = deviation.run(model, batch, ids, oracle.PAIRS[:2], BOXES[:2])
+    text = model.prepare(None, list(batch.prompts.questions))
+    every = [jnp.asarray(np.tile(np.arange(p.inputs.token_ids.shape[1]), (2, 1))) for p in (batch.prompts, text)]
+    shown, alone = (
+        np.asarray(forward(model, prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"])
+        for prompts, at in zip((batch.prompts, text), every, strict=True)
+    )
+    universal = ids.values[:, :, 0].astype(float).mean(axis=1)
+    for row, pair in enumerate(oracle.PAIRS[:2]):
+        tokens = [np.asarray(prompts.inputs.token_ids)[row].tolist() for prompts in (batch.prompts, text)]
+        numbers = [model.processor.tokenizer.convert_tokens_to_ids(word) for word in pair]
+        here, there = ([own.index(number) for number in numbers] for own in tokens)
+        for layer in range(model.num_layers):
+            e = (shown[layer, row, here] - alone[layer, row, there]) @ plane(layer, universal)
+            np.testing.assert_allclose(result.words[layer, row], e, atol=1e-3)
+
+
+def test_input_that_does_not_fit() -> None:
+    model, batch = fixtures.model(CASE), oracle.batch("horizontal")
+    with pytest.raises(InputError, match="4 items"):
+        deviation.run(model, batch, oracle.ids(), oracle.PAIRS[:3], BOXES)
+    with pytest.raises(InputError, match="layer"):
+        deviation.run(model, batch, oracle.ids(), oracle.PAIRS, BOXES, layers=[3])
+    with pytest.raises(InputError, match="width"):
+        deviation.run(model, batch, oracle.ids(3, 16), oracle.PAIRS, BOXES)
+
+
+def test_rank_test_of_a_hand_made_table() -> None:
+    right, wrong = np.array([3.0, 1, 4, 1, 5, 9, 2, 6]), np.array([2.0, 1, 0, -3, 4])
+    tested = rank_test(right, wrong)
+    u = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
+    assert tested["u"] == u and tested["auc"] == u / 40
+    for name, side in (("p_two_sided", "two-sided"), ("p_greater", "greater"), ("p_less", "less")):
+        assert tested[name] == stats.mannwhitneyu(right, wrong, alternative=side).pvalue
+    assert tested["p_greater"] < 0.1 < 0.9 < tested["p_less"]
+    assert rank_test(wrong, right)["auc"] == pytest.approx(1 - tested["auc"])
+    assert set(rank_test(right, wrong[:0]).values()) == {None}
+    assert rank_test(np.ones(3), np.ones(2))["auc"] == 0.5
+
+
+def test_halves() -> None:
+    np.testing.assert_array_equal(easy(np.array([0.5, -1, 7, 0])), [True, False, True, False])
+    np.testing.assert_array_equal(easy(np.array([0.5, -1, 7, 0, 2])), [True, False, True, False, True])
+    np.testing.assert_array_equal(easy(np.zeros(4)), [False, False, True, True])
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deviation")
+    write_coco_spatial(folder / "data", sample_free(np.random.default_rng(1), ITEMS, num_objects=(2, 2)), 48)
+    dataclasses.replace(oracle.ids(), fingerprint=fixtures.model(CASE).fingerprint).save(folder / "ids.safetensors")
+    return folder
+
+
+def config(place: Path, out: Path, **changed: Any) -> job.DeviationConfig:
+    options = {
+        "model": str(fixtures.folder(CASE)),
+        "data": place / "data",
+        "ids": place / "ids.safetensors",
+        "out": out,
+        "batch_size": 4,
+        "template": "{query}",
+        "progress": False,
+    }
+    return job.DeviationConfig(**{**options, **changed})
+
+
+@functools.cache
+def whole(place: Path) -> dict[str, Any]:
+    return job.run(config(place, place / "out"))
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose figures are drawn in another test."""
+    monkeypatch.setattr(job, "_draw", lambda *_: None)
+
+
+def columns(out: Path) -> dict[str, np.ndarray]:
+    table = read_table(out / "table.parquet")
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+
+
+def test_table_holds_what_the_experiment_computes(place: Path) -> None:
+    summary, table = whole(place), columns(place / "out")
+    assert summary["items"] == ITEMS and len(table["x"]) == ITEMS * oracle.LAYERS * 2
+    model, instances = fixtures.model(CASE), read_instances(find_instances(place / "data"))
+    ids = oracle.ids()
+    for item in read_coco_spatial(*find_coco_spatial(place / "data"))[:3]:
+        placed = instances.locate(item)
+        names = [(item.subject, item.object)] * 4  # as many as the run's batches have: the same programs
+        boxes = np.stack([placed.shares] * 4)
+        one = deviation.run(model, prepare(model, [item] * 4, case="both"), ids, names, boxes)
+        for layer in range(oracle.LAYERS):
+            for role, name in enumerate(job.ROLES):
+                (at,) = np.flatnonzero(
+                    (table["item"] == item.key) & (table["layer"] == layer) & (table["role"] == name)
+                )
+                assert (table["x"][at], table["y"][at]) == pytest.approx(one.words[layer, 0, role], abs=1e-3)
+                truth = table["true_x"][at], table["true_y"][at]
+                assert truth == pytest.approx(one.places[layer, 0, role], abs=1e-4)
+                assert table["margin"][at] == pytest.approx(one.margins[layer, 0], abs=1e-3)
+                assert table["name"][at] == names[0][role] and table["correct"][at] == one.correct[0]
+                box = [table[f"box_{part}"][at] for part in ("x", "y", "width", "height")]
+                assert box == pytest.approx(placed.boxes[role])
+
+
+def test_summary_is_of_the_table(place: Path) -> None:
+    summary, table = whole(place), columns(place / "out")
+    assert summary["layer"] == 1  # as deep as block 12 of 32
+    chosen = (table["layer"] == 1) & (table["role"] == "subject")
+    margin, correct, item = (table[name][chosen] for name in ("margin", "correct", "item"))
+    assert summary["accuracy"] == pytest.approx(correct.mean()) and 0 < correct.sum() < ITEMS
+    expected = stats.mannwhitneyu(margin[correct], margin[~correct])
+    assert summary["mann_whitney"]["u"] == expected.statistic
+    assert summary["mann_whitney"]["p_two_sided"] == pytest.approx(expected.pvalue, rel=1e-5)
+    ranked = item[np.argsort(margin)]
+    files = {name: json.loads((place / "out" / f"{name}.json").read_text()) for name in ("easy", "hard")}
+    assert sorted(files["hard"]) == sorted(ranked[:5]) and sorted(files["easy"]) == sorted(ranked[5:])
+    for name in ("easy", "hard"):
+        half = summary["halves"][name]
+        assert half["accuracy"] == pytest.approx(correct[np.isin(item, files[name])].mean())
+        assert half["interval"][0] < half["accuracy"] < half["interval"][1] or half["accuracy"] in (0, 1)
+    assert [entry["layer"] for entry in summary["by_layer"]] == [0, 1, 2]
+    assert set(summary["by_axis"]) == {"horizontal", "vertical"}
+    assert summary["boxes_against_relation"] == []  # drawn scenes are as their captions say
+    names = {path.name for path in (place / "out").iterdir() if not path.name.startswith(".")}
+    written = {"parts", "settings.json", "summary.json", "table.parquet", "easy.json", "hard.json"}
+    assert names == written | {"deviation.png", "deviation_by_layer.png"}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_stopped_run_goes_on_to_the_same_table(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole(place)
+    original, calls = deviation.run, []
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.deviation, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(config(place, tmp_path / "out"))
+    summary = job.run(config(place, tmp_path / "out", resume=True, layer=2))  # another layer is in the table already
+    assert 0 < summary["resumed_items"] < ITEMS and summary["layer"] == 2
+    before, after = columns(place / "out"), columns(tmp_path / "out")
+    assert list(before) == list(after)
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+    with pytest.raises(OutputError, match="compat"):
+        job.run(config(place, tmp_path / "out", resume=True, compat="reference"))
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("kind", ["outside", "missing", "malformed"])
+def test_bad_boxes_are_named_or_left_out(place: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    path = tmp_path / "data" / INSTANCES_FILE
+    content = json.loads(path.read_text())
+    annotation = next(entry for entry in content["annotations"] if entry["image_id"] == 4)
+    if kind == "missing":
+        content["annotations"].remove(annotation)
+    else:
+        annotation["bbox"] = [40, 40, 20, 20] if kind == "outside" else [1, 2]
+    path.write_text(json.dumps(content))
+    bad = config(tmp_path, tmp_path / "out", ids=place / "ids.safetensors", layers="1")
+    with pytest.raises(DataError, match=r"item '00003-.*--skip-bad"):
+        job.run(bad)
+    summary = job.run(dataclasses.replace(bad, skip_bad=True, resume=True))
+    (entry,) = summary["skipped"]["items"]
+    assert entry["key"].startswith("00003-") and str(path) in entry["reason"]
+    assert summary["items"] == ITEMS - 1 == len(set(columns(tmp_path / "out")["item"]))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments: list[Any] = ["run", "deviation", "--model", fixtures.folder(CASE), "--ids", place / "ids.safetensors"]
+    arguments += ["--template", "{query}", "--out", tmp_path / "out", "--limit", "3", "--batch-size", "4"]
+    capsys.readouterr()
+    assert "no coco_qa_two_obj.json" in refused(capsys, *arguments, "--data", tmp_path)
+    assert "layer 9 is out of range" in refused(capsys, *arguments, "--data", place / "data", "--layer", "9")
+    (tmp_path / "data").mkdir()
+    shutil.copytree(place / "data", tmp_path / "data", dirs_exist_ok=True)
+    (tmp_path / "data" / INSTANCES_FILE).write_text("{")
+    assert "instances format" in refused(capsys, *arguments, "--data", tmp_path / "data")
+    (tmp_path / "data" / INSTANCES_FILE).unlink()
+    assert f"no {INSTANCES_FILE}" in refused(capsys, *arguments, "--data", tmp_path / "data")
+    assert command(*arguments, "--data", place / "data", "--layer", "0", "--layers", "2") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("3 items, ") and "block 0" in first and second == str(tmp_path / "out" / "summary.json")
+    assert set(columns(tmp_path / "out")["layer"]) == {0, 2}
+
+
+def test_default_layers_are_the_published_ones() -> None:
+    assert job.default_layer("llava-7b", 32) == job.default_layer("llava-hf/llava-1.5-7b-hf", 32) == 12
+    assert job.default_layer("llama-11b", 40) == 14
+    assert job.default_layer("mine", 28) == round(12 * 28 / 32)
+    assert {case.name for case in EVERY} >= {"mllama"}

@@ -1,0 +1,146 @@
+"""The recipe of tiny-video: labels against the clips, prompts as the model will meet them, and what is held out."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxid.checkpoints.loading import load
+from jaxid.data.scenes import OBJECTS
+from jaxid.data.videos import time_text
+from jaxid.experiments import temporal
+from jaxid.models.base import Model
+from jaxid.models.llava_video import LlavaVideo
+from jaxid.zoo import tiny_video as recipe
+from jaxid.zoo import video_evaluation, video_training
+from jaxid.zoo.export import write_video
+
+WORDS = recipe.VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """An untrained network in an exported folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    network = LlavaVideo(recipe.config(), rngs=nnx.Rngs(0))
+    write_video(folder, recipe.config(), nnx.to_pure_dict(nnx.state(network)), WORDS)
+    return load(folder)
+
+
+def words(ids: Any) -> list[str]:
+    return [WORDS[number] for number in np.asarray(ids).tolist()]
+
+
+def test_the_config_read_back(model: Model) -> None:
+    assert model.config == recipe.config()
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_training_rows_are_the_prompts_that_the_model_meets(model: Model, timed: bool) -> None:
+    """Token by token: prefix, clip, time text, question, generation prompt."""
+    rng = np.random.default_rng(0)
+    drawn = recipe.held_out_clips(rng, 2, stay=True)
+    clip = video_evaluation.as_clips(rng, drawn)[0]
+    question = temporal.QUESTION.format(a="star", b="fish")
+    prompts = model.prepare([clip], f"{time_text(clip)}\n{question}" if timed else question)
+    plan = recipe.layout(timed=timed)
+    ids = np.asarray(prompts.inputs.token_ids)[0]
+    assert clip.seconds is not None
+    expected = plan.token_ids[: plan.text_start].copy()
+    if timed:
+        expected[plan.image_start + plan.image_tokens :] = recipe.time_tokens(32 / clip.seconds)
+    shown = np.asarray(prompts.inputs.image_slots)[0] >= 0
+    assert np.flatnonzero(shown).tolist() == list(range(plan.image_start, plan.image_start + plan.image_tokens))
+    assert words(ids[: plan.text_start][~shown[: plan.text_start]]) == words(expected[~shown[: plan.text_start]])
+    text = recipe.PUBLISHED_QUESTION.format("star", "fish") + recipe.CLOSING
+    assert words(ids[plan.text_start : prompts.last()[0] + 1]) == words(recipe.encode(text))
+    assert "<unk>" not in words(ids)
+    (before, after) = model.processor.answer_ids(["before", "after"])
+    assert words([before, after]) == ["before", "after"]
+
+
+def test_every_rate_makes_as_many_tokens() -> None:
+    assert len({len(recipe.time_tokens(rate)) for rate in recipe.RATES}) == 1
+    assert len({tuple(recipe.time_tokens(rate)) for rate in recipe.RATES}) == len(recipe.RATES)
+
+
+def test_labels_say_what_is_in_the_clip() -> None:
+    """Every labelled place: the next token follows from the batch's own frames."""
+    batch = recipe.training_batch(5, 3, 12, timed=False)
+    plan = recipe.layout(timed=False)
+    for row in range(12):
+        cells = batch.cells[row]
+        first: dict[str, int] = {}
+        for frame, cell in itertools.product(range(8), range(9)):
+            kind, came = cells[frame, cell]
+            if kind:
+                name = OBJECTS[kind - 1]
+                first.setdefault(name, frame)
+                assert first[name] == came
+        place = plan.text_start
+        for length in recipe.SLOTS:
+            ids = batch.token_ids[row, place : place + length]
+            (end,) = np.flatnonzero(batch.labels[row, place : place + length] >= 0)[:1]
+            text, answer = (
+                " ".join(words(ids[: end + 1])).removesuffix(recipe.CLOSING),
+                WORDS[batch.labels[row, place + end]],
+            )
+            names = [word for word in text.split() if word in OBJECTS]
+            if text.startswith(("time of", "When does")):
+                assert answer == recipe.TIME_WORDS[first[names[0]]]
+            elif text.startswith("Is there"):
+                assert answer == ("yes" if names[0] in first else "no")
+            else:
+                assert answer == ("before" if first[names[0]] < first[names[1]] else "after")
+            if end + 1 < length and batch.labels[row, place + end + 1] >= 0:
+                assert WORDS[batch.labels[row, place + end + 1]] == "<|im_end|>"
+                assert ids[end + 1] == batch.labels[row, place + end]
+            place += length
+
+
+def test_training_never_shows_what_is_held_out() -> None:
+    pairs, times = recipe.held_out_pairs(), recipe.held_out_times()
+    drawn = recipe.training_clips(np.random.default_rng(1), 300)
+    for objects, starts in zip(drawn.scenes.objects, drawn.starts, strict=True):
+        present = np.flatnonzero(objects >= 0)
+        for one, other in itertools.combinations(present.tolist(), 2):
+            assert not pairs[objects[one], objects[other]] and not times[starts[one], starts[other]]
+    pictures = recipe.sight_batch(0, 0, 40).cells[:, 0, :, 0]
+    for row in pictures:
+        for one, other in itertools.combinations([kind - 1 for kind in row if kind], 2):
+            assert not pairs[one, other]
+    for stay in (True, False):
+        held = recipe.held_out_clips(np.random.default_rng(2), 60, stay=stay)
+        for row in range(60):
+            objects, starts = held.scenes.objects[row], held.starts[row]
+            assert pairs[objects[0], objects[1]] or times[starts[0], starts[1]]
+
+
+def test_a_frame_is_the_picture_that_it_names() -> None:
+    drawn = recipe.training_clips(np.random.default_rng(4), 6)
+    shown, frames = recipe.pictures(drawn)
+    from jaxid.data.clips import draw_clip
+
+    for row in range(6):
+        whole = draw_clip(drawn.scenes[row : row + 1], drawn.present[row], recipe.IMAGE_SIZE)
+        np.testing.assert_array_equal(shown[row][frames[row]], whole)
+
+
+def test_one_short_training(tmp_path: Path) -> None:
+    """All stages run, the loss of what is seen falls, and the folder is a model."""
+    config = video_training.TrainingConfig(
+        sight_steps=16, sight_batch_size=8, timing_steps=8, steps=8, timed_steps=8, batch_size=8, warmup_steps=2
+    )
+    assert config.batch_size % jax.local_device_count() == 0
+    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_evaluation, "evaluate", lambda *_, **__: {})
+        folder = video_training.train_and_export(tmp_path, config, save_every=8, progress=False)
+    assert load(folder).num_layers == 8
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert [row[1] for row in rows] == ["seeing", "timing", "language", "times"] or {row[1] for row in rows} == {
+        *("seeing", "timing", "language", "times")
+    }
