@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxid import __version__
+from jaxid import cli_diagnosis as cli_diagnosis  # its commands join `run`
 from jaxid.cli_dcsm import dcsm_app
 from jaxid.cli_finetune import compare_finetune, finetune, print_comparison
 from jaxid.cli_run import run_app

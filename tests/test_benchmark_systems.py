@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import llava_next_video
 import numpy as np
 import pytest
 import torch
@@ -367,101 +366,6 @@ def test_jaxid_reads_the_geometry_as_hugging_face_does(folder: Path, case: Case,
     prompts = dataclasses.replace(prompts, inputs=same_pixels)
     mine = np.asarray(jaxid.forward(model, prompts).logprobs(["left", "right"]))
     np.testing.assert_allclose(mine, found["control"]["control"], atol=2e-5)
-
-
-# --- clips ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def video_folder(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark's model of clips, small: 8 frames of 3 x 4 tokens, 3 blocks."""
-    geometry = modules("geometry_video")
-    text = dataclasses.replace(
-        geometry.CONFIG.text_config,
-        vocab_size=1024,
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-    )
-    vision = dataclasses.replace(
-        geometry.CONFIG.vision_config,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=40,
-        patch_size=8,
-    )
-    small = dataclasses.replace(geometry.CONFIG, text_config=text, vision_config=vision)
-    return geometry.write(tmp_path_factory.mktemp("models") / "tiny-video", small)
-
-
-@pytest.fixture(scope="module")
-def clips(modules: Any, video_folder: Path) -> Any:
-    """Two prompts about clips, and the clips shown backwards."""
-    return modules("works").clip_setting(jaxid.load(str(video_folder)), video_folder, 2)
-
-
-def test_video_has_the_published_tokens(modules: Any, clips: Any) -> None:
-    config = modules("geometry_video").CONFIG
-    assert 8 * config.frame_side * (config.frame_side + 1) == 1680
-    assert config.text_config.num_hidden_layers == 28
-    prompts = clips.batch.prompts
-    assert prompts.image_tokens().shape == (2, 8 * 3 * 4)
-    words = [
-        prompts.texts[row][slice(*prompts.offsets[row, place])] for row, place in enumerate(clips.batch.words[:, 0])
-    ]
-    assert [word.strip() for word in words] == [question.split()[-11] for question in prompts.questions]
-    assert clips.torch_batch.pixels.shape == (2, 8, 3, 40, 40)
-    assert torch.equal(clips.torch_other, clips.torch_batch.pixels.flip(1))
-
-
-@pytest.mark.parametrize("row", [0, 1])
-def test_video_reference_equals_another_forward_pass(modules: Any, video_folder: Path, clips: Any, row: int) -> None:
-    published = modules("published")
-    prompt = clips.torch_batch.prompt(row)
-    ids = [token for token in prompt.token_ids[0].tolist() if token != 3]
-    first = prompt.token_ids[0].tolist().index(3)
-    ids.insert(first, llava_next_video.CLIP)
-    with torch.no_grad():
-        mine = published.log_probs(published.load(video_folder), prompt)
-        output = llava_next_video.load(video_folder)([ids], list(prompt.pixels), prompt.token_ids.shape[1])
-    theirs = output.logits[0, -1].log_softmax(-1)[prompt.answers]
-    np.testing.assert_allclose(mine[0], theirs, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("mode", "position"), [("average", "frame"), ("bilinear", "one_token"), ("average", "no_token")]
-)
-def test_video_reference_pools_and_ends_lines_alike(modules: Any, video_folder: Path, mode: str, position: str) -> None:
-    fields = json.loads((video_folder / "config.json").read_text())
-    fields |= {"mm_spatial_pool_mode": mode, "mm_newline_position": position}
-    other = llava_next_video.load(video_folder)
-    other.fields = fields
-    network = modules("video_reference").load(video_folder)
-    network.model.fields = fields
-    pixels = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        mine = network.model.in_lines(network.model.frames(pixels))
-        np.testing.assert_allclose(mine, other.encode([pixels])[0], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_temporal_swap_of_both_systems(modules: Any, video_folder: Path) -> None:
-    interventions = modules("interventions")
-    (work,) = interventions.make_works(jaxid.load(str(video_folder)), video_folder, (1, 1))
-    assert (work.name, work.edits, set(work.systems)) == ("temporal_swap", 9, {"published", "jaxid"})
-    assert work.systems["published"].edits == [0, 4, 8]
-    results = {name: system.call() for name, system in work.systems.items()}
-    edits = {name: system.edits for name, system in work.systems.items()}
-    assert interventions.check_agreement(work.name, results, edits=edits) < 1e-4
-    found = results["jaxid"]
-    assert (np.abs(found["edited"][[0, 3, 6]] - found["control"]) > 1e-4).all()  # after the first block all sets act
-    np.testing.assert_allclose(found["edited"][2], found["control"], atol=1e-5)  # after the last nobody reads frames
-    np.testing.assert_allclose(found["edited"][5], found["intervened"], atol=1e-5)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

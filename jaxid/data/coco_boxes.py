@@ -132,7 +132,7 @@ def read_instances(path: str | Path) -> Instances:
         from pycocotools.coco import COCO
     except ImportError as error:
         raise DataError(
-            f"{path} cannot be read without pycocotools ({error}); install it: pip install pycocotools."
+            f"{path} cannot be read without pycocotools ({error}); install it: pip install 'jaxid-vlm[coco]'."
         ) from error
     try:
         with contextlib.redirect_stdout(io.StringIO()):

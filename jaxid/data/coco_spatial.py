@@ -192,38 +192,6 @@ def read_json(path: Path) -> object:
         raise DataError(f"{path} is no JSON file: {error}. Download or write it again.") from error
 
 
-def read_boxes(instances_path: str | Path) -> dict[int, dict[str, Float[np.ndarray, "M 4"]]]:
-    """Reads the boxes of a COCO instances file.
-
-    Args:
-        instances_path: `instances_val2017.json`.
-
-    Returns:
-        image_id -> category name -> boxes (x, y, width, height) in pixels, one row per instance in the file's order.
-
-    Raises:
-        DataError: The file is missing or not in COCO's instances format.
-    """
-    content = read_json(Path(instances_path))
-    try:
-        if not isinstance(content, dict):
-            raise TypeError(f"a {type(content).__name__} instead of an object")
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        collected: dict[int, dict[str, list[list[float]]]] = {image["id"]: {} for image in content["images"]}
-        for annotation in content["annotations"]:
-            of_image = collected[annotation["image_id"]]
-            of_image.setdefault(names[annotation["category_id"]], []).append(annotation["bbox"])
-        return {
-            image: {name: np.asarray(boxes, np.float32).reshape(-1, 4) for name, boxes in of_image.items()}
-            for image, of_image in collected.items()
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{instances_path} is not in COCO's instances format ({type(error).__name__}: {error}); expected images, "
-            "annotations with image_id, category_id and bbox, and categories."
-        ) from error
-
-
 def write_coco_spatial(
     folder: str | Path, scenes: Scenes, size: int, *, min_distance: float = 0.12
 ) -> list[SpatialItem]:

@@ -5,6 +5,7 @@ Layers are decoder blocks counted from 0; log-probabilities are in nats.
 """
 
 from jaxid.plots.dcsm import benchmark_bars, caption_maps, training_curves
+from jaxid.plots.diagnosis import margin_histogram, margins_by_layer, occlusion_example, sensitivities
 from jaxid.plots.finetune import finetune_comparison, finetune_curves
 from jaxid.plots.geometry import attainable_margins
 from jaxid.plots.ids import id_plane, variance_by_layer
@@ -25,8 +26,12 @@ __all__ = [
     "finetune_comparison",
     "finetune_curves",
     "id_plane",
+    "margin_histogram",
+    "margins_by_layer",
+    "occlusion_example",
     "save",
     "scenes_with_answers",
+    "sensitivities",
     "steering_by_column",
     "steering_by_layer",
     "steering_map",

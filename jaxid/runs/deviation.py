@@ -13,7 +13,6 @@ from jaxid.experiments import deviation
 from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import axis_of, prepare
 from jaxid.models.registry import ALIASES
-from jaxid.plots import diagnosis
 from jaxid.results import confidence_interval, tidy, write_json
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Item, Run, RunConfig, filled, joined, parse_layers
 from jaxid.runs.steer import scaled
@@ -206,13 +205,13 @@ def _draw(config: DeviationConfig, summary: dict[str, Any], rows: Columns, layer
     note = (
         f"AUC {tested['auc']:.2f}, Mann-Whitney U p = {tested['p_two_sided']:.2g}" if tested["auc"] is not None else ""
     )
-    figure = diagnosis.margin_histogram(rows["margin"], rows["correct"].astype(bool), note, layer=summary["layer"])
+    figure = plots.margin_histogram(rows["margin"], rows["correct"].astype(bool), note, layer=summary["layer"])
     plots.save(figure, config.out / "deviation.png")
     halves = {name: [entry["halves"][name] for entry in summary["by_layer"]] for name in ("easy", "hard")}
     if any(half["accuracy"] is None for half in [*halves["easy"], *halves["hard"]]):
         return  # of a single item, one half is empty
     auc = [entry["mann_whitney"]["auc"] for entry in summary["by_layer"]]
-    figure = diagnosis.margins_by_layer(
+    figure = plots.margins_by_layer(
         np.array(layers),
         None if None in auc else np.array(auc),
         *(np.array([half["accuracy"] for half in halves[name]]) for name in ("easy", "hard")),

@@ -16,7 +16,6 @@ from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments import occlusion
 from jaxid.experiments.deviation import rank_test
 from jaxid.experiments.relations import axis_of
-from jaxid.plots import diagnosis
 from jaxid.processing.pictures import open_picture
 from jaxid.results import read_table
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, filled, joined
@@ -225,7 +224,7 @@ def _draw(config: OcclusionConfig, rows: Columns, margins: np.ndarray | None, su
     note = ""
     if margins is not None and summary["margins"]["spearman"] is not None:
         note = f"rank correlation {summary['margins']['spearman']:+.2f}, p = {summary['margins']['p']:.2g}"
-    figure = diagnosis.sensitivities(
+    figure = plots.sensitivities(
         rows["sensitivity"],
         rows["drop"],
         rows["random_drop"],
@@ -244,7 +243,7 @@ def _draw_example(config: OcclusionConfig, items: Sequence[Occluded], table: Col
     item = one.placed.item
     own = table["item"] == key
     sensitivity = float(table["sensitivity"][own][0])
-    figure = diagnosis.occlusion_example(
+    figure = plots.occlusion_example(
         one.pictures(config.radius),
         one.objects[0],
         one.objects[1],

@@ -33,12 +33,12 @@ from jaxid.zoo.training import SEEING_BLOCKS, cross_entropy, shallow
 class TrainingConfig:
     """All that decides the outcome of a training run."""
 
-    sight_steps: int = 2200  # steps in which tower and projector learn to see, without the decoder
+    sight_steps: int = 1600  # steps in which tower and projector learn to see, without the decoder
     sight_batch_size: int = 160  # pictures a step of these
-    timing_steps: int = 700  # steps in which the decoder's first blocks learn when things come
-    steps: int = 900  # steps on questions and captions, after those
-    timed_steps: int = 300  # last steps, with the text that says the frames' times
-    batch_size: int = 48  # clips a step
+    timing_steps: int = 500  # steps in which the decoder's first blocks learn when things come
+    steps: int = 600  # steps on questions and captions, after those
+    timed_steps: int = 200  # last steps, with the text that says the frames' times
+    batch_size: int = 32  # clips a step
     sight_learning_rate: float = 2e-3  # peak, in the first two stages
     learning_rate: float = 1.5e-3  # peak, in the third
     timed_learning_rate: float = 6e-4  # peak, in the last
@@ -46,6 +46,7 @@ class TrainingConfig:
     weight_decay: float = 0.02  # on block matrices only
     clip_norm: float = 1.0  # of the whole gradient
     frame_weight: float = 0.3  # of the auxiliary loss on the frames' tokens
+    blur: float = 1.5  # frames: standard deviation of what is asked for in the place of one frame's name
     seed: int = 0  # of parameters and data
 
 
@@ -83,6 +84,36 @@ def clip_tokens(network: LlavaVideo, frames: Float[Array, "N F 9 D"]) -> Float[A
     return jnp.concatenate([flat, newline], axis=1)
 
 
+def near_frames(blur: float) -> Float[np.ndarray, "F F"]:
+    """What is asked for in the place of each frame: a share of its neighbours too.
+
+    Exact frames alone would make each a class of its own, as far from its neighbours as from all others.
+    """
+    distance = np.arange(FRAMES)[:, None] - np.arange(FRAMES)
+    weights = np.exp(-0.5 * (distance / blur) ** 2)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _near_words(blur: float) -> Float[np.ndarray, "V V"]:
+    """The same for every word of the vocabulary; all but the frames' names are asked for as they are."""
+    table = np.eye(recipe.config().text_config.vocab_size, dtype=np.float32)
+    names = np.array(recipe.encode(" ".join(recipe.TIME_WORDS)))
+    table[names[:, None], names] = near_frames(blur)
+    return table
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "*B C"], labels: Int[Array, "*B"], table: Float[np.ndarray, "C C"]
+) -> tuple[Array, Array]:
+    """Mean loss against a label's row of a table, and accuracy, over the labels that are not negative."""
+    counted = (labels >= 0).astype(jnp.float32)
+    total = jnp.maximum(counted.sum(), 1.0)
+    targets = jnp.take(jnp.asarray(table), jnp.maximum(labels, 0), axis=0)
+    losses = optax.softmax_cross_entropy(logits, targets)
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return (losses * counted).sum() / total, (hits * counted).sum() / total
+
+
 def _object_loss(logits: Float[Array, "N F 9 C"], objects: Int[Array, "N F 9"]) -> tuple[Array, Array]:
     """Objects and background count alike, though few tokens hold an object."""
     loss, accuracy = cross_entropy(logits, jnp.where(objects > 0, objects, -1))
@@ -90,12 +121,14 @@ def _object_loss(logits: Float[Array, "N F 9 C"], objects: Int[Array, "N F 9"]) 
     return loss + ground, accuracy
 
 
-def _frame_loss(learner: Learner, tokens: Float[Array, "N I D"], cells: Int[Array, "N F 9 2"]) -> tuple[Array, Metrics]:
+def _frame_loss(
+    learner: Learner, tokens: Float[Array, "N I D"], cells: Int[Array, "N F 9 2"], blur: float
+) -> tuple[Array, Metrics]:
     """Loss of the head that reads the frames' tokens in the decoder."""
     states = learner.network.decoder.norm(tokens[:, :-1]).reshape(*cells.shape[:3], -1)
     objects, starts = jnp.split(learner.time_head(states), [CLASSES[0]], axis=-1)
     object_loss, object_accuracy = _object_loss(objects, cells[..., 0])
-    start_loss, start_accuracy = cross_entropy(starts, cells[..., 1])
+    start_loss, start_accuracy = soft_cross_entropy(starts, cells[..., 1], near_frames(blur))
     return object_loss + start_loss, {"object": object_accuracy, "start": start_accuracy}
 
 
@@ -109,7 +142,6 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
 
 def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
     """The second stage's loss: which object is where and since when, told by the decoder's first blocks."""
-    del config
     network, plan = learner.network, recipe.layout(timed=False)
     features = clip_tokens(network, frame_tokens(network, batch))
     size, end = len(features), plan.image_start + plan.image_tokens
@@ -119,7 +151,7 @@ def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfi
     mask = jnp.asarray(plan.mask[:end, :end])[None]
     capture = Capture(("resid_post",))
     states = shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
-    loss, metrics = _frame_loss(learner, states[-1][:, plan.image_start :], batch["cells"])
+    loss, metrics = _frame_loss(learner, states[-1][:, plan.image_start :], batch["cells"], config.blur)
     return loss, {"loss": loss, **metrics}
 
 
@@ -137,8 +169,10 @@ def language_loss(
     capture = Capture(("resid_post",), at=shown)
     output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
-    text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
-    frame_loss, metrics = _frame_loss(learner, output.captured["resid_post"][SEEING_BLOCKS - 1], batch["cells"])
+    labels = batch["labels"][:, plan.text_start :]
+    text_loss, accuracy = soft_cross_entropy(logits, labels, _near_words(config.blur))
+    seen = output.captured["resid_post"][SEEING_BLOCKS - 1]
+    frame_loss, metrics = _frame_loss(learner, seen, batch["cells"], config.blur)
     return text_loss + config.frame_weight * frame_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 

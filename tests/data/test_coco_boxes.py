@@ -184,5 +184,5 @@ def test_pycocotools_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     path = written(tmp_path, content())
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match="pip install pycocotools"):
+    with pytest.raises(DataError, match=r"pip install 'jaxid-vlm\[coco\]'"):
         read_instances(path)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxid.data.coco_spatial import OPPOSITE, caption, query, read_boxes, read_coco_spatial, write_coco_spatial
+from jaxid.data.coco_boxes import read_instances
+from jaxid.data.coco_spatial import OPPOSITE, caption, query, read_coco_spatial, write_coco_spatial
 from jaxid.data.grid import (
     FinetuneItem,
     finetune_name,
@@ -132,9 +133,9 @@ def test_coco_spatial_round_trip(dataset):
 
 def test_coco_spatial_relations_are_true_and_clear(dataset):
     folder, _, items = dataset
-    boxes = read_boxes(folder / "instances_val2017.json")
+    instances = read_instances(folder / "instances_val2017.json")
     for item in items:
-        (subject,), (object_,) = boxes[item.image_id][item.subject], boxes[item.image_id][item.object]
+        (subject,), (object_,) = instances.boxes(item, item.subject), instances.boxes(item, item.object)
         right, down = (subject[:2] + subject[2:] / 2 - object_[:2] - object_[2:] / 2) / 64
         distance = {"left": -right, "right": right, "above": -down, "below": down}[item.relation]
         assert distance > 0.12
@@ -234,7 +235,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path):
         read_coco_spatial(tmp_path / "broken.json", tmp_path)
     for content in ([], {"images": []}, {"images": [], "categories": [], "annotations": [{"image_id": 1}]}):
         with pytest.raises(DataError, match="instances format"):
-            read_boxes(write_rows(tmp_path, content))
+            read_instances(write_rows(tmp_path, content))
 
 
 def test_captions_and_queries_know_four_relations():
