@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxid.checkpoints.encoders import load_encoder as load_encoder
+    from jaxid.checkpoints.export import export as export
     from jaxid.checkpoints.loading import load as load
+    from jaxid.data.videos import read_video as read_video
     from jaxid.dcsm.embedding import embed_images as embed_images
     from jaxid.dcsm.embedding import embed_texts as embed_texts
     from jaxid.dcsm.scoring import Scorer as Scorer
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from jaxid.models.sites import Intervention as Intervention
     from jaxid.models.sites import Site as Site
     from jaxid.processing.pictures import Clip as Clip
+    from jaxid.temporal_ids import TemporalIDs as TemporalIDs
     from jaxid.tracing import Trace as Trace
     from jaxid.tracing import rerun as rerun
     from jaxid.tracing import swap as swap
@@ -70,17 +73,20 @@ _HOME = {
     "Scorer": "jaxid.dcsm.scoring",
     "Site": "jaxid.models.sites",
     "SpatialIDs": "jaxid.ids",
+    "TemporalIDs": "jaxid.temporal_ids",
     "Trace": "jaxid.tracing",
     "accumulate_ids": "jaxid.ids",
     "add": "jaxid.interventions",
     "chain": "jaxid.interventions",
     "embed_images": "jaxid.dcsm.embedding",
     "embed_texts": "jaxid.dcsm.embedding",
+    "export": "jaxid.checkpoints.export",
     "forward": "jaxid.engine",
     "generate": "jaxid.generation",
     "load": "jaxid.checkpoints.loading",
     "load_encoder": "jaxid.checkpoints.encoders",
     "project_out": "jaxid.interventions",
+    "read_video": "jaxid.data.videos",
     "replace": "jaxid.interventions",
     "rerun": "jaxid.tracing",
     "scale": "jaxid.interventions",

@@ -62,9 +62,14 @@ def temporal_line(
         left.annotate(
             str(frame), (at, 0), (0, 9 + 11 * (number % 2)), textcoords="offset points", ha="center", color=INK
         )
+    # Words that lie close to each other are named to both sides.
+    sides = {
+        word: ha for word, ha in zip(sorted(words, key=lambda word: words[word][best]), ("right", "left"), strict=False)
+    }
     for (word, at), color in zip(words.items(), (VERMILLION, BLUE), strict=False):
         left.plot([at[best]], [0], marker="^", markersize=7, color=color)
-        left.annotate(f"“{word}”", (at[best], 0), (0, -20), textcoords="offset points", ha="center", color=color)
+        place = {"textcoords": "offset points", "ha": sides.get(word, "center"), "color": color}
+        left.annotate(f"“{word}”", (at[best], 0), (0, -20), **place)
     left.set(ylim=(-1, 1), yticks=[], xlabel="early to late", title=f"{title}, block {best}".strip(", "))
     left.grid(False)
     left.spines["left"].set_visible(False)

@@ -37,7 +37,7 @@ class TrainingConfig:
     steps: int = 1050  # steps on questions and captions, after those
     batch_size: int = 64  # pictures per step
     learning_rate: float = 1.5e-3  # peak
-    weak_steps: int = 150  # of these, after which a weaker model is kept for the fine-tuning experiments
+    weak_steps: int = 500  # of these, after which a weaker model is kept for the fine-tuning experiments
     polish_steps: int = 240  # steps in which existence, the hardest question, is asked more often
     polish_learning_rate: float = 5e-4  # peak, in these
     warmup_steps: int = 100  # linear, then cosine to zero, in every stage
