@@ -78,8 +78,8 @@ class TemporalIDs:
             InputError: No object has data at some frame.
         """
         present = self.counts > 0
-        if not present.any(axis=0).all():
-            missing = [frame for frame, found in zip(self.frames, present.any(axis=0), strict=True) if not found]
+        missing = np.array(self.frames)[~np.asarray(present.any(axis=0))].tolist()
+        if missing:
             raise InputError(f"There is no ID at frames {missing}: extract from clips of every frame.")
         mean = np.einsum("lofd,of->lfd", self.values, present.astype(np.float32))
         mean /= present.sum(axis=0, dtype=np.float32)[:, None]
@@ -175,15 +175,13 @@ class Line(NamedTuple):
 
 def early_to_late(universal: Float[np.ndarray, "L F D"], frames: Int[np.ndarray, "F"]) -> Line:
     """The first principal component of every layer's IDs, turned so that later frames lie further."""
-    from scipy import stats
-
     origin = universal.mean(axis=1)
     centred = (universal - origin[:, None]).astype(np.float64)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
     along = np.einsum("lfd,ld->lf", centred, directions[:, 0])
     sign = np.where(along @ (frames - frames.mean()) < 0, -1.0, 1.0)
     along, direction = along * sign[:, None], directions[:, 0] * sign[:, None]
-    order = np.array([stats.spearmanr(row, frames).statistic if np.ptp(row) > 0 else 0.0 for row in along])
+    order = np.array([rank_correlation(row, frames) for row in along])
     variance = (sizes**2).sum(axis=1)
     return Line(
         origin=origin,
@@ -193,6 +191,16 @@ def early_to_late(universal: Float[np.ndarray, "L F D"], frames: Int[np.ndarray,
         share=(sizes[:, 0] ** 2 / np.maximum(variance, 1e-30)).astype(np.float32),
         order=order.astype(np.float32),
     )
+
+
+def rank_correlation(values: Float[np.ndarray, "F"], frames: Int[np.ndarray, "F"]) -> float:
+    """Spearman's; 0 where all values are equal."""
+    from scipy import stats
+
+    if np.ptp(values) == 0:
+        return 0.0
+    result: Any = stats.spearmanr(values, frames)
+    return float(result.statistic)
 
 
 class TemporalBatch(NamedTuple):

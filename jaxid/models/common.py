@@ -204,18 +204,18 @@ def scan_stack(
         What leaves the last layer, and what is kept of all.
     """
     count = jax.tree.leaves(xs)[0].shape[0]
-    depth = count if depth is None else depth
+    end = count if depth is None else depth
 
-    def by_number(x: Any, xs: Any, end: int) -> Any:
+    def by_number(x: Any, xs: Any, last: int) -> Any:
         # Scanning over a slice of the parameters would copy it first.
-        return jax.lax.scan(lambda x, k: step(x, layer_of(xs, k)), x, jnp.arange(end))
+        return jax.lax.scan(lambda x, k: step(x, layer_of(xs, k)), x, jnp.arange(last))
 
     if layers.learning is None:
-        return jax.lax.scan(step, x, xs) if depth == count else by_number(x, xs, depth)
-    frozen = min(layers.learning.frozen, depth)
+        return jax.lax.scan(step, x, xs) if end == count else by_number(x, xs, end)
+    frozen = min(layers.learning.frozen, end)
     body = jax.checkpoint(step, prevent_cse=False) if layers.learning.checkpointed else step
     if not frozen:
-        return jax.lax.scan(body, x, xs if depth == count else jax.tree.map(lambda leaf: leaf[:depth], xs))
+        return jax.lax.scan(body, x, xs if end == count else jax.tree.map(lambda leaf: leaf[:end], xs))
     x, below = by_number(*jax.lax.stop_gradient((x, xs)), frozen)
-    x, above = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[frozen:depth], xs))
+    x, above = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[frozen:end], xs))
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)

@@ -63,9 +63,8 @@ def temporal_line(
             str(frame), (at, 0), (0, 9 + 11 * (number % 2)), textcoords="offset points", ha="center", color=INK
         )
     # Words that lie close to each other are named to both sides.
-    sides = {
-        word: ha for word, ha in zip(sorted(words, key=lambda word: words[word][best]), ("right", "left"), strict=False)
-    }
+    ranked = sorted(words, key=lambda word: words[word][best])
+    sides = dict(zip(ranked, ("right", "left"), strict=False))
     for (word, at), color in zip(words.items(), (VERMILLION, BLUE), strict=False):
         left.plot([at[best]], [0], marker="^", markersize=7, color=color)
         place = {"textcoords": "offset points", "ha": sides.get(word, "center"), "color": color}

@@ -14,7 +14,7 @@ from jaxid.experiments.activation_swap import TOKEN_SETS
 from jaxid.processing.pictures import Clip
 from jaxid.results import ensure_output_folder, tidy, write_json
 from jaxid.runs.common import Columns, Run, RunConfig, filled
-from jaxid.temporal_ids import FRAMES, TemporalIDs
+from jaxid.temporal_ids import FRAMES, TemporalIDs, rank_correlation
 
 PUBLISHED_LAYER, PUBLISHED_BLOCKS = 13, 28
 """Block of the published steering, of the model's 28."""
@@ -200,7 +200,7 @@ def run_steering(config: RunConfig) -> dict[str, Any]:
     settings = {"layers": layers, "factor": factor, "template": template}
     table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
     words = list(temporal.ANSWERS)
-    changes = _changes(table, layers, ids.frames, words)
+    changes = _changes(table, layers, ids.frames)
     means = changes.mean(axis=2)
     summary |= {
         "layers": layers,
@@ -218,11 +218,14 @@ def run_steering(config: RunConfig) -> dict[str, Any]:
     return job.write_summary(summary)
 
 
-def _changes(table: Columns, layers: list[int], frames: tuple[int, ...], words: list[str]) -> np.ndarray:
+def _changes(table: Columns, layers: list[int], frames: tuple[int, ...]) -> np.ndarray:
     """Changes of log-probability, Float[L, F, B, 2]."""
     found = [
         [
-            [table["change"][(table["layer"] == k) & (table["frame"] == f) & (table["word"] == word)] for word in words]
+            [
+                table["change"][(table["layer"] == k) & (table["frame"] == f) & (table["word"] == word)]
+                for word in temporal.ANSWERS
+            ]
             for f in frames
         ]
         for k in layers
@@ -235,6 +238,4 @@ def _changes(table: Columns, layers: list[int], frames: tuple[int, ...], words: 
 
 def _monotone(lead: np.ndarray, frames: tuple[int, ...]) -> list[float]:
     """Spearman's rank correlation of the lead of "before" and the frame, by block."""
-    from scipy import stats
-
-    return [float(stats.spearmanr(row, frames).statistic) for row in lead]
+    return [rank_correlation(row, np.array(frames)) for row in lead]

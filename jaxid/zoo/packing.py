@@ -19,7 +19,9 @@ class Layout:
     text_start: int  # where the slots begin
 
 
-def packed(before: Sequence[int], image_tokens: int, after: Sequence[int], slots: Sequence[int]) -> Layout:
+def packed(
+    before: Sequence[int], image_tokens: int, after: Sequence[int], slots: Sequence[int], *, image_token: int
+) -> Layout:
     """A row's layout.
 
     Args:
@@ -27,8 +29,9 @@ def packed(before: Sequence[int], image_tokens: int, after: Sequence[int], slots
         image_tokens: number of tokens of the picture.
         after: tokens between the picture and the slots.
         slots: lengths of the texts.
+        image_token: id of the token that stands for the picture's.
     """
-    prefix = [*before, *[0] * image_tokens, *after]
+    prefix = [*before, *[image_token] * image_tokens, *after]
     start, total = len(prefix), len(prefix) + sum(slots)
     token_ids = np.zeros(total, np.int32)
     token_ids[:start] = prefix

@@ -101,7 +101,7 @@ SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LO
 @lru_cache
 def layout() -> Layout:
     """The one layout that all training rows share."""
-    return packed(encode("<s> USER :"), config().image_tokens, (), SLOTS)
+    return packed(encode("<s> USER :"), config().image_tokens, (), SLOTS, image_token=VOCABULARY.index("<image>"))
 
 
 # --- scenes and questions ------------------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ def time_tokens(rate: float) -> list[int]:
 @lru_cache
 def layout(*, timed: bool) -> Layout:
     """The layout that all training rows share, without or with a time text (whose ids differ from row to row)."""
-    return packed(encode(BEFORE), CLIP_TOKENS, time_tokens(RATES[0]) if timed else (), SLOTS)
+    after = time_tokens(RATES[0]) if timed else ()
+    return packed(encode(BEFORE), CLIP_TOKENS, after, SLOTS, image_token=VOCABULARY.index("<image>"))
 
 
 # --- clips and questions -------------------------------------------------------------------------------------------

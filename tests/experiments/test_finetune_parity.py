@@ -152,7 +152,7 @@ def test_one_step(case: Case) -> None:
     rule = optimizer(CONFIG)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = rule.update(found, rule.init(trained), trained)
-    moved = optax.apply_updates(trained, updates)
+    moved: Any = optax.apply_updates(trained, updates)
     slopes, after, _ = theirs(case)
     slope_of = {name: slope for name, _, slope in compared(case, moved, slopes)}
     exact = whole = 0

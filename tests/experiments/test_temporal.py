@@ -87,6 +87,7 @@ def backwards() -> Any:
 def test_the_source_is_the_clip_played_backwards() -> None:
     ours, theirs = batch().asked.prompts, backwards()
     assert ours.texts == theirs.texts
+    assert ours.inputs.pixels is not None and theirs.inputs.pixels is not None
     np.testing.assert_array_equal(theirs.inputs.pixels.reshape(2, 8, -1)[:, ::-1], ours.inputs.pixels.reshape(2, 8, -1))
 
 

@@ -136,7 +136,7 @@ def test_some_of_the_blocks_only() -> None:
         found = tower(pixels, depth)
         assert found.shape[0] == depth + 1
         np.testing.assert_allclose(found, states[: depth + 1], atol=1e-5)
-    np.testing.assert_allclose(run_blocks(tower.layers, states[0], 3, 2), states[:3], atol=1e-5)
+    np.testing.assert_allclose(run_blocks(tower.layers, states[0], 2), states[:3], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(32, 24), (24, 32), (40, 40), (8, 8)])
