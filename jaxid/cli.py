@@ -359,6 +359,7 @@ def zoo_finetune_study(
     model: Annotated[str, typer.Option(help="What all runs begin with.")] = "tiny-llava-weak",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Of every run; the study's by default.")] = None,
+    train: Annotated[str | None, typer.Option(help="Kinds of tensors, as in jaxid finetune.")] = None,
 ) -> None:
     """Fine-tune a weaker tiny-llava with and without the ID loss, over several seeds, and compare."""
     import dataclasses
@@ -366,6 +367,8 @@ def zoo_finetune_study(
     from jaxid.runs import finetune_study as job
 
     config = job.CONFIG if steps is None else dataclasses.replace(job.CONFIG, steps=steps)
+    if train is not None:
+        config = dataclasses.replace(config, selectors=tuple(part.strip() for part in train.split(",")))
     print_comparison(job.run(out, model=model, seeds=range(seeds), config=config))
     typer.echo(str(out / "comparison" / "comparison.png"))
 

@@ -21,6 +21,7 @@ CONFIG = FinetuneConfig(
     steps=300,
     groups=2,
     id_layer=3,  # where tiny-llava's words hold places; as deep as the published 11 of 32
+    selectors=("lm-attention",),  # of a tiny network's tower and projector alone nothing comes
     learning_rate=3e-4,  # a network of a million parameters moves too little at the published 5e-5
 )
 """Of the runs, but for seed and weight of the ID loss."""

@@ -72,7 +72,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def first(captions: Sequence[str], number: Any) -> list[str]:
     """The captions, one of them moved to the front."""
-    return [captions[number], *(caption for at, caption in enumerate(captions) if at != number)]
+    return [str(captions[number]), *(str(caption) for at, caption in enumerate(captions) if at != number)]
 
 
 @pytest.mark.parametrize("group", ["row", "pair"])
