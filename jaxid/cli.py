@@ -243,7 +243,7 @@ ids_app.command("temporal")(ids_temporal)
 
 @ids_app.command("extract")
 def ids_extract(
-    data: Annotated[Path, typer.Option(help="Folder of grid pictures in the published layout.")],
+    data: Annotated[Path, typer.Option(help="Folder of grid pictures in the published layout, or a fine-tuning set.")],
     out: Annotated[Path, typer.Option(help="The file to write, for example ids.safetensors.")],
     model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny-llava",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 64,
@@ -253,11 +253,11 @@ def ids_extract(
     from tqdm import tqdm
 
     from jaxid.checkpoints.loading import load
-    from jaxid.data.grid import read_grid_folder
+    from jaxid.data.grid import read_finetune_folder, read_grid_folder
     from jaxid.experiments.grid import extract
 
     ensure_output_folder(out.parent)
-    items = read_grid_folder(data)
+    items = read_finetune_folder(data) if any(data.glob("*.png")) else read_grid_folder(data)
     pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
     sizes = sorted({item.size for item in items}, reverse=True)
     found = extract(
