@@ -196,11 +196,11 @@ class Selection:
             for path, rows in self.rows
         }
 
-    def merge(self, parameters: Mapping[str, Any], trained: Mapping[str, Array]) -> dict[str, Any]:
+    def merge(self, parameters: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters with the trained tensors in place, in the parameters' own number format."""
         flat = dict(flatten(parameters))
         for path, rows in self.rows:
-            leaf, new = flat[path], trained[path].astype(flat[path].dtype)
+            leaf, new = flat[path], jnp.asarray(trained[path], flat[path].dtype)
             if rows is None or rows == tuple(range(leaf.shape[0])):
                 flat[path] = new
             elif rows == tuple(range(rows[0], rows[-1] + 1)):  # as is usual; cheaper to differentiate than a scatter

@@ -355,7 +355,7 @@ class Task:
             accumulate=True,
         )
 
-    def model_with(self, trained: Mapping[str, Array]) -> Model:
+    def model_with(self, trained: Mapping[str, Any]) -> Model:
         """The model with trained tensors in place."""
         return dataclasses.replace(self.model, parameters=self.selection.merge(self.model.parameters, trained))
 

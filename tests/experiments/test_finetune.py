@@ -366,15 +366,9 @@ def command(folder: Path, out: str, *further: str) -> list[str]:
 SCRIPT = "import sys; from jaxid.cli import main; main(sys.argv[1:])"
 
 
-def process(arguments: list[str]) -> subprocess.Popen[str]:
+def process(arguments: list[str]) -> subprocess.Popen[bytes]:
     environment = os.environ | {"XLA_FLAGS": "", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment, stderr=subprocess.DEVNULL)
 
 
 def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,7 +384,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "held-out pairs:" in out and "parameters trained" in out
     for name in ("metrics.csv", "evaluations.csv", "metrics.json", "summary.json", "curves.png", "model/config.json"):
-        assert (folder / "run" / name).stat().st_size > 100, name
+        assert (folder / "run" / name).stat().st_size > 50, name
     assert any((folder / "run" / "tensorboard").iterdir())
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert [row["step"] for row in summary["evaluations"]] == [0, 2, 4, 6]
@@ -423,8 +417,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     folder = write_data(tmp_path)
-    whole = process(command(folder, "whole"))
-    assert whole.wait() == 0, whole.communicate()[1]
+    assert process(command(folder, "whole")).wait() == 0
     killed = process(command(folder, "killed"))
     while not any(path.name.isdigit() for path in (folder / "killed" / "state").glob("*")):
         assert killed.poll() is None, "the run ended before it could be killed"
