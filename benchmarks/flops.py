@@ -34,15 +34,15 @@ def block(config: Any, keys: int, queries: int, context: float) -> float:
     return made + asked + 4 * context * text.num_attention_heads * head
 
 
-def control(config: Any, tokens: int, kept: int) -> float:
-    """A clean pass over a prompt; of the last block only the kept tokens are computed."""
+def control(config: Any, tokens: int, kept: int, pictures: int = 1) -> float:
+    """A clean pass over a prompt with some pictures or frames; of the last block only the kept tokens are computed."""
     states = config.vision_config.num_hidden_layers + 1
     depth = max(layer if layer >= 0 else states + layer for layer in config.vision_feature_layer)
     layers = config.text_config.num_hidden_layers
     triangle = tokens * (tokens + 1) / 2
     last = block(config, tokens, kept, kept * (tokens - (kept - 1) / 2))
     unembedding = 2 * config.text_config.hidden_size * config.text_config.vocab_size
-    return tower(config, depth) + (layers - 1) * block(config, tokens, tokens, triangle) + last + unembedding
+    return pictures * tower(config, depth) + (layers - 1) * block(config, tokens, tokens, triangle) + last + unembedding
 
 
 def edit(config: Any, first_block: int, prefix: int, suffix: int) -> float:

@@ -83,7 +83,7 @@ def write(folder: Path, config: LlavaConfig = CONFIG, *, seed: int = 0) -> Path:
         write_llava(
             made,
             config,
-            _parameters(config, seed),
+            parameters(Llava, config, seed),
             vocabulary=vocabulary,
             chat_template=tiny_llava.CHAT_TEMPLATE,
             mean=PIXEL_MEAN,
@@ -110,8 +110,9 @@ def _vocabulary(size: int) -> list[str]:
     return words + [f"word{number}" for number in range(len(words), size)]
 
 
-def _parameters(config: LlavaConfig, seed: int) -> dict[str, Any]:
-    shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))[1])
+def parameters(network: Any, config: Any, seed: int) -> dict[str, Any]:
+    """Random parameters of a network, scaled as the module says."""
+    shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))[1])
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,18 +1,21 @@
 """jaxid beside PyTorch: the published experiments on the same weights, prompts, vectors and CPUs.
 
     pip install -e ".[bench]"
-    python benchmarks/interventions.py --out results/ [--models zoo,geometry] [--quick]
+    python benchmarks/interventions.py --out results/ [--models zoo,geometry,video] [--quick]
 
 The second prints one table and writes `interventions.json`, a flat map "{work}/{model}/{figure}" -> number. Times are
 seconds per prompt (per picture, for the extraction), medians of rounds in which the systems take turns; `compile_s` is
 what jaxid's first call took beyond a later one. All systems have to find the same numbers, or there is no result: the
 exit code is then 1.
 
-Models: `zoo` is the shipped tiny-llava; `geometry` has random weights and the prompt of LLaVA-1.5, 576 picture tokens.
+Models: `zoo` is the shipped tiny-llava; `geometry` has random weights and the prompt of LLaVA-1.5, 576 picture tokens;
+`video` has random weights, the depth and the prompt of LLaVA-Video, 8 frames of 1,680 tokens. Of models of clips, the
+swap of activations by those of the clip shown backwards is measured, `temporal_swap`, by `published` and `jaxid`.
 
 Systems:
     published   hooks on Hugging Face's class, one prompt at a time, a full control pass and a full patched pass for
                 every edit (and an intervened one for every swap). Timed on a few edits, which all cost the same.
+                For clips, a network written from LLaVA-NeXT's definition takes the place of Hugging Face's class.
     nnsight     traces with the edits batched as invokes; timed on a few edits and its control pass.
     strongest   Hugging Face's modules: one control pass, its KV cache shared by all edits, which run only the tokens
                 and blocks that they can change.
@@ -49,10 +52,11 @@ MAX_DISTURBANCE = 0.05
 
 REFERENCE = "jaxid"
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
-PROMPTS = {"zoo": (16, 64), "geometry": (1, 4)}
+CLIP_WORKS = ("temporal_swap",)
+PROMPTS = {"zoo": (16, 64), "geometry": (1, 4), "video": (1, 1)}
 """By model: prompts of a work, and pictures of the extraction."""
 
-AIMS = {"steering": 55, "swaps": 45, "belief_swap": 20, "extraction": 1.5}
+AIMS = {"steering": 55, "swaps": 45, "belief_swap": 20, "extraction": 1.5, "temporal_swap": 60}
 
 
 class Disagreement(RuntimeError):
@@ -118,10 +122,15 @@ def make_works(model: Any, folder: Path, counts: tuple[int, int], *, alone: bool
         counts: prompts, and pictures of the extraction.
         alone: of jaxid only, without PyTorch's models.
     """
-    prompts, pictures = works.setting(model, folder, counts[0]), works.setting(model, folder, counts[1])
-    settings = {name: pictures if name == "extraction" else prompts for name in WORKS}
-    calls = {name: works.jaxid_calls(settings[name])[name] for name in WORKS}
-    systems: dict[str, dict[str, System]] = {name: {REFERENCE: System(call=calls[name])} for name in WORKS}
+    settings: dict[str, Setting]
+    if works.is_video(model):
+        prompts = works.clip_setting(model, folder, counts[0])
+        settings = dict.fromkeys(CLIP_WORKS, prompts)
+    else:
+        prompts, pictures = works.setting(model, folder, counts[0]), works.setting(model, folder, counts[1])
+        settings = {name: pictures if name == "extraction" else prompts for name in WORKS}
+    calls = {name: works.jaxid_calls(own)[name] for name, own in settings.items()}
+    systems: dict[str, dict[str, System]] = {name: {REFERENCE: System(call=call)} for name, call in calls.items()}
     edits: dict[str, list[Any]] = {}
     one_pass = 0.0
     if not alone:
@@ -135,7 +144,7 @@ def make_works(model: Any, folder: Path, counts: tuple[int, int], *, alone: bool
             systems=systems[name],
             flops=_flops(name, settings[name], edits, one_pass),
         )
-        for name in WORKS
+        for name in settings
     ]
 
 
@@ -147,32 +156,40 @@ def _add_torch(
 ) -> float:
     """Adds PyTorch's systems; returns the operations of one full pass."""
     import published
-    import rewritten
-    import strongest
     import torch
 
     torch.set_num_threads(timing.THREADS)
-    network = published.load(folder)
+    network, any_setting = published.load(folder), next(iter(settings.values()))
     one_by_one = SimpleNamespace(
         control=published.control_one_by_one,
         steer=published.one_by_one,
         swap=published.swap_one_by_one,
         extract=published.extract_one_by_one,
     )
-    modules: dict[str, tuple[Any, Any, bool]] = {
-        "published": (one_by_one, network, True),
+    modules: dict[str, tuple[Any, Any, bool]] = {"published": (one_by_one, network, True)}
+    if not works.is_video(any_setting.model):
+        modules |= _add_others(network, folder)
+    for system, (module, loaded, subset) in modules.items():
+        for name in systems:
+            call, chosen = works.torch_calls(module, loaded, settings[name], edits, subset)[name]
+            systems[name][system] = System(call=call, edits=chosen)
+    return published.flops(network, any_setting.torch_batch)
+
+
+def _add_others(network: Any, folder: Path) -> dict[str, tuple[Any, Any, bool]]:
+    """The systems that are written for LLaVA alone: module, network, and whether they do a few edits only."""
+    import rewritten
+    import strongest
+
+    found: dict[str, tuple[Any, Any, bool]] = {
         "strongest": (strongest, network, False),
         "rewritten": (rewritten, rewritten.load(folder), False),
     }
     if importlib.util.find_spec("nnsight") is not None:
         import nnsight_way
 
-        modules["nnsight"] = (nnsight_way, nnsight_way.load(folder), True)
-    for system, (module, loaded, subset) in modules.items():
-        for name in systems:
-            call, chosen = works.torch_calls(module, loaded, settings[name], edits, subset)[name]
-            systems[name][system] = System(call=call, edits=chosen)
-    return published.flops(network, settings["control"].torch_batch)
+        found["nnsight"] = (nnsight_way, nnsight_way.load(folder), True)
+    return found
 
 
 def _flops(name: str, work: Setting, edits: Mapping[str, list[Any]], one_pass: float) -> tuple[float, float]:
@@ -180,7 +197,8 @@ def _flops(name: str, work: Setting, edits: Mapping[str, list[Any]], one_pass: f
     config, prompts = work.model.config, work.batch.prompts
     tokens, start = int(prompts.last()[0]) + 1, int(prompts.text_start()[0])
     first = {"words": int(work.batch.words[0, :2].min()), "subject": int(work.batch.words[0, 0]), "text": start}
-    clean = flops.control(config, tokens, tokens - start)
+    pictures = len(work.batch.prompts.inputs.pixels) // work.count
+    clean = flops.control(config, tokens, tokens - start, pictures)
     layers = [edit.layer for edit in edits.get(name, ())]
 
     def suffix(kind: str, some: Sequence[int]) -> float:
@@ -190,7 +208,7 @@ def _flops(name: str, work: Setting, edits: Mapping[str, list[Any]], one_pass: f
         return clean, one_pass
     if name == "extraction":
         return flops.control(config, tokens, 1), one_pass
-    if name == "swaps":
+    if name in works.SWAPS:
         third = layers[: len(layers) // 3]
         return 2 * clean + 2 * suffix("text", third) + suffix("words", third), 3 * len(layers) * one_pass
     kind = "subject" if name == "steering" else "words"
@@ -264,10 +282,10 @@ def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] =
     return found
 
 
-def peak_memory(model: str, folder: Path, counts: tuple[int, int]) -> dict[str, float]:
+def peak_memory(model: str, folder: Path, counts: tuple[int, int], names: Sequence[str]) -> dict[str, float]:
     """Largest resident memory of jaxid alone, in a process of its own for every task, MB."""
     found = {}
-    for name in WORKS:
+    for name in names:
         command = [sys.executable, __file__, "--out", ".", "--memory-of", name, str(folder), *map(str, counts)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[f"{name}/{model}/peak_mb"] = float(json.loads(done.stdout.splitlines()[-1]))
@@ -285,7 +303,9 @@ def _report_memory(name: str, folder: Path, counts: tuple[int, int]) -> None:
 
 def _print_table(model: str, results: Mapping[str, float], made: Sequence[Work], largest: Mapping[str, float]) -> None:
     names = [
-        name for name in ("published", "nnsight", "strongest", "rewritten") if f"control/{model}/{name}_s" in results
+        name
+        for name in ("published", "nnsight", "strongest", "rewritten")
+        if f"{made[0].name}/{model}/{name}_s" in results
     ]
     header = ["work", "edits", *(f"{name} ms" for name in names), "jaxid ms", *(f"/{name}" for name in names)]
     header += ["FLOP bound", "of peak", "compile s", "MB", "max diff"]
@@ -311,9 +331,10 @@ def _print_table(model: str, results: Mapping[str, float], made: Sequence[Work],
     print(f"\n{model}")
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
-    aims = ", ".join(f"{name} {aim:g}x" for name, aim in AIMS.items())
-    if model == "geometry":
-        print(f"aims over published: {aims}; steering over nnsight 10x, over strongest 1.5x; control 75% of peak")
+    aims = ", ".join(f"{work.name} {AIMS[work.name]:g}x" for work in made if work.name in AIMS)
+    others = "" if len(names) == 1 else "; steering over nnsight 10x, over strongest 1.5x; control 75% of peak"
+    if model in ("geometry", "video"):
+        print(f"aims over published: {aims}{others}")
 
 
 def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, float]:
@@ -345,14 +366,16 @@ def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, floa
                 if work.name == "control" and "nnsight_s" in figures:
                     shared["nnsight"] = figures["nnsight_s"] * work.prompts
                 results |= {f"{work.name}/{name}/{figure}": value for figure, value in figures.items()}
-            results |= {f"steering/{name}/{figure}": value for figure, value in cost_per_edit(
-                model, folder, peak, (1, 8) if quick else (1, 8, 64, 512)).items()}  # fmt: skip
+            costs: dict[str, float] = {}
+            if "steering" in largest:
+                costs = cost_per_edit(model, folder, peak, (1, 8) if quick else (1, 8, 64, 512))
+            results |= {f"steering/{name}/{figure}": value for figure, value in costs.items()}
             if not quick:
-                results |= peak_memory(name, folder, counts)
+                results |= peak_memory(name, folder, counts, list(largest))
             _print_table(name, results, made, largest)
-            costs = {key: value for key, value in results.items() if f"/{name}/cost_per_edit" in key}
-            print("an edit's cost over its own operations at the peak: " + ", ".join(
-                f"{key.rsplit('_', 1)[1]} edits {value:.2f}" for key, value in costs.items()))  # fmt: skip
+            if costs:
+                print("an edit's cost over its own operations at the peak: " + ", ".join(
+                    f"{key.rsplit('_', 1)[1]} edits {value:.2f}" for key, value in costs.items()))  # fmt: skip
     print()
     if disturbance.share is not None:
         verdict = "" if disturbance.share < MAX_DISTURBANCE else ": too busy a machine, do not quote these numbers"
@@ -367,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="jaxid beside PyTorch, on CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for interventions.json")
     parser.add_argument(
-        "--models", default="zoo,geometry", help="zoo, geometry, or folders in Hugging Face layout, joined by commas"
+        "--models", default="zoo,geometry,video", help="zoo, geometry, video, or folders of models, joined by commas"
     )
     parser.add_argument("--quick", action="store_true", help="one prompt, two pictures, few edits; no memory")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
@@ -389,9 +412,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _folders(names: str, temporary: Path) -> dict[str, Path]:
-    """The models' folders; the one of the geometry is written first."""
+    """The models' folders; those of random weights are written first."""
     timing.use_cpus()
     import geometry
+    import geometry_video
 
     from jaxid.checkpoints.loading import find_folder
 
@@ -401,6 +425,8 @@ def _folders(names: str, temporary: Path) -> dict[str, Path]:
             folders[name] = find_folder("tiny-llava")
         elif name == "geometry":
             folders[name] = geometry.write(temporary / "geometry")
+        elif name == "video":
+            folders[name] = geometry_video.write(temporary / "video")
         else:
             folders[Path(name).name] = find_folder(name)
     return folders

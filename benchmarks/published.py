@@ -8,6 +8,7 @@ states are there in the published way alone.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ class Batch:
     Attributes:
         token_ids: Int[B, T], padding on the right.
         valid: 1 at tokens, 0 at padding, Int[B, T].
-        pixels: Float[B, C, Y, X].
+        pixels: Float[B, C, Y, X]; of clips Float[B, F, C, Y, X].
         last: position of each prompt's last token, Int[B].
         answers: token ids whose log-probabilities are read, Int[n].
     """
 
     token_ids: Int[Tensor, "B T"]
     valid: Int[Tensor, "B T"]
-    pixels: Float[Tensor, "B C Y X"]
+    pixels: Float[Tensor, "B *F C Y X"]
     last: Int[Tensor, "B"]
     answers: Int[Tensor, "n"]
 
@@ -106,7 +107,11 @@ class Swapped:
 
 
 def load(folder: Path) -> Any:
-    """Hugging Face's class in float32, its progress bar and remarks left out."""
+    """Hugging Face's class in float32, its progress bar and remarks left out; our own network for LLaVA-Video."""
+    if json.loads((folder / "config.json").read_text())["model_type"] == "llava_qwen":
+        import video_reference
+
+        return video_reference.load(folder)
     from transformers import LlavaForConditionalGeneration
     from transformers.utils import logging
 
@@ -179,7 +184,7 @@ def batched(
         return clean.numpy(), torch.stack(edited).numpy()
 
 
-def swap_one_by_one(network: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap]) -> Swapped:
+def swap_one_by_one(network: Any, batch: Batch, other: Float[Tensor, "B *F C Y X"], swaps: Sequence[Swap]) -> Swapped:
     """The published way: for every prompt and every swap a control, an intervened and a patched pass.
 
     Args:

@@ -12,6 +12,17 @@ SEED = 0
 SUBSET = 6
 """Edits that the systems of full passes are timed on: each edit costs them the same."""
 
+CLIP_SUBSET = 3
+"""The same about clips, whose passes take long: an edit of every token set."""
+
+CLIP_QUESTION = (
+    "In this video, two objects appear at different times. Does the {} come before or after the {}? Answer in one word."
+)
+"""The published question about synthetic clips."""
+
+SWAPS = ("swaps", "temporal_swap")
+"""Tasks that replace activations by those of a changed picture, or of a clip shown backwards."""
+
 Found = Mapping[str, Float[np.ndarray, "..."]]
 """What a system finds: name of the quantity -> values. "edited" has a leading axis of edits."""
 
@@ -57,8 +68,8 @@ class Setting:
     model: Any
     folder: Path
     batch: Any  # prepared questions
-    mirrored: Any  # the same about mirrored pictures
-    ids: Any
+    mirrored: Any  # the same about mirrored pictures, or clips whose frames come in the opposite order
+    ids: Any  # None about clips
     torch_batch: Any
     torch_other: Any
 
@@ -70,9 +81,6 @@ class Setting:
 
 def setting(model: Any, folder: Path, count: int) -> Setting:
     """Random pictures and random IDs, whose content costs no time."""
-    import published
-    import torch
-
     from jaxid.data.objects import OBJECTS
     from jaxid.experiments.relations import ANSWERS, prepare_questions
 
@@ -93,12 +101,23 @@ def setting(model: Any, folder: Path, count: int) -> Setting:
         )
         for shown in (pictures, pictures[:, :, ::-1])
     ]
+    return _setting(model, folder, batches, _random_ids(model, batches[0]))
+
+
+def _setting(model: Any, folder: Path, batches: Sequence[Any], ids: Any) -> Setting:
+    """Two prepared batches for all systems; the pixels of clips get an axis of frames."""
+    import published
+    import torch
+
     inputs = batches[0].prompts.inputs
     length = int(inputs.last.max()) + 1
+    pixels = [torch.from_numpy(batch.prompts.inputs.pixels) for batch in batches]
+    if is_video(model):
+        pixels = [values.unflatten(0, (len(inputs.last), -1)) for values in pixels]
     torch_batch = published.Batch(
         token_ids=torch.from_numpy(inputs.token_ids[:, :length].astype(np.int64)),
         valid=torch.from_numpy(inputs.valid[:, :length].astype(np.int64)),
-        pixels=torch.from_numpy(inputs.pixels),
+        pixels=pixels[0],
         last=torch.from_numpy(inputs.last.astype(np.int64)),
         answers=torch.from_numpy(model.processor.answer_ids(batches[0].answers).astype(np.int64)),
     )
@@ -107,10 +126,46 @@ def setting(model: Any, folder: Path, count: int) -> Setting:
         folder=folder,
         batch=batches[0],
         mirrored=batches[1],
-        ids=_random_ids(model, batches[0]),
+        ids=ids,
         torch_batch=torch_batch,
-        torch_other=torch.from_numpy(batches[1].prompts.inputs.pixels),
+        torch_other=pixels[1],
     )
+
+
+def is_video(model: Any) -> bool:
+    """Whether a model reads clips."""
+    return hasattr(model.config, "mm_newline_position")
+
+
+def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setting:
+    """Clips of random frames, and the same with their frames in the opposite order; the published question."""
+    from jaxid.data.scenes import OBJECTS
+    from jaxid.data.videos import time_text
+    from jaxid.experiments.relations import prepare_questions
+    from jaxid.processing.pictures import Clip
+
+    rng = np.random.default_rng(SEED)
+    side = model.config.vision_config.image_size
+    pairs = [tuple(OBJECTS[number] for number in rng.permutation(len(OBJECTS))[:2]) for _ in range(count)]
+    times = tuple(np.linspace(0, frames - 1, frames).tolist())
+    clips = [
+        Clip(list(rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)), times, float(frames))
+        for _ in range(count)
+    ]
+    questions = [f"{time_text(clips[0])}\n{CLIP_QUESTION.format(*pair)}" for pair in pairs]
+    batches = [
+        prepare_questions(
+            model,
+            list(shown),
+            questions,
+            pairs,
+            axis="time",
+            answers=["before", "after"],
+            truth=[number % 2 for number in range(count)],
+        )
+        for shown in (clips, [clip.reversed() for clip in clips])
+    ]
+    return _setting(model, folder, batches, None)
 
 
 def _random_ids(model: Any, batch: Any) -> Any:
@@ -174,8 +229,23 @@ def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
         "steering": steer,
         "belief_swap": swap_beliefs,
         "swaps": swap_activations,
+        "temporal_swap": swap_activations,
         "extraction": extract,
     }
+
+
+def _swaps(work: Setting) -> list[Any]:
+    """Each token set at every layer."""
+    import published
+    import torch
+
+    from jaxid.experiments import activation_swap
+
+    return [
+        published.Swap(layer=layer, at=torch.from_numpy(places.astype(np.int64)))
+        for places in activation_swap.token_sets(work.batch).values()
+        for layer in range(work.model.num_layers)
+    ]
 
 
 def torch_edits(work: Setting) -> dict[str, list[Any]]:
@@ -183,9 +253,11 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
     import published
     import torch
 
-    from jaxid.experiments import activation_swap, belief_swap, steering
+    from jaxid.experiments import belief_swap, steering
 
     model, batch, count = work.model, work.batch, work.count
+    if is_video(model):
+        return {"temporal_swap": _swaps(work)}
     at = torch.from_numpy(batch.words.astype(np.int64))
     layers = steering_layers(model)
     pushes = np.asarray(steering.cell_vectors(work.ids, "horizontal", layers))
@@ -207,17 +279,12 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
         for vectors in (ids, noise)
         for layer in range(model.num_layers)
     ]
-    swaps = [
-        published.Swap(layer=layer, at=torch.from_numpy(places.astype(np.int64)))
-        for places in activation_swap.token_sets(batch).values()
-        for layer in range(model.num_layers)
-    ]
-    return {"steering": steering_edits, "belief_swap": belief_edits, "swaps": swaps}
+    return {"steering": steering_edits, "belief_swap": belief_edits, "swaps": _swaps(work)}
 
 
-def spread(edits: int) -> list[int]:
+def spread(edits: int, count: int = SUBSET) -> list[int]:
     """The edits of the subset: first to last, evenly."""
-    return sorted({round(place) for place in np.linspace(0, edits - 1, min(SUBSET, edits))})
+    return sorted({round(place) for place in np.linspace(0, edits - 1, min(count, edits))})
 
 
 def torch_calls(
@@ -232,8 +299,9 @@ def torch_calls(
         "control": (lambda: {"control": module.control(network, batch)}, None),
         "extraction": (lambda: {"states": module.extract(network, batch, asked)}, None),
     }
-    for name in ("steering", "belief_swap", "swaps"):
-        chosen = spread(len(edits[name])) if subset else list(range(len(edits[name])))
+    for name in edits:
+        count = CLIP_SUBSET if is_video(work.model) else SUBSET
+        chosen = spread(len(edits[name]), count) if subset else list(range(len(edits[name])))
         some = [edits[name][number] for number in chosen]
 
         def edited(some: list[Any] = some) -> Found:
@@ -244,5 +312,5 @@ def torch_calls(
             found = module.swap(network, batch, other, some)
             return {"control": found.control, "intervened": found.intervened, "edited": found.patched}
 
-        calls[name] = (swapped if name == "swaps" else edited, chosen if subset else None)
+        calls[name] = (swapped if name in SWAPS else edited, chosen if subset else None)
     return calls
