@@ -208,6 +208,7 @@ def start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     # Threads that wait asleep: here the times do not matter, but other tests may be running on the same cores.
     environment["OMP_WAIT_POLICY"] = "passive"
+    environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # optax mixes dtypes
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
@@ -309,9 +310,11 @@ def test_quick_training_run_writes_every_figure(modules: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_memory_of_a_training_step(modules: Any, tmp_path: Path) -> None:
+def test_memory_of_a_training_step(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one system of each kind, in processes of their own, on the shipped model."""
     training = modules("training")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")
     from jaxid.checkpoints.loading import find_folder, load
 
     folder = find_folder("tiny-llava")
