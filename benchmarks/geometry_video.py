@@ -5,6 +5,7 @@ the 28 blocks of the published 7B model, so that a sweep over its layers has as 
 queries as there. The tower is small.
 """
 
+import json
 from pathlib import Path
 
 from geometry import parameters
@@ -12,6 +13,7 @@ from geometry import parameters
 from jaxid.models.decoder_config import DecoderConfig, RopeConfig
 from jaxid.models.llava_video import LlavaVideo, LlavaVideoConfig
 from jaxid.models.vision import KINDS, VisionConfig
+from jaxid.results import write_json
 from jaxid.zoo import tiny_video
 from jaxid.zoo.export import write_video
 
@@ -77,3 +79,5 @@ def _write_tokenizer(folder: Path, most: int) -> None:
     words = [word for word in tiny_video.VOCABULARY if word.isalpha()]
     tokenizer.train_from_iterator([*words, *(f" {word}" for word in words)] * 2, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    settings = folder / "tokenizer_config.json"
+    write_json(settings, json.loads(settings.read_text()) | {"model_max_length": 32768})
