@@ -274,7 +274,7 @@ def test_answers(processor: Processor) -> None:
     for words, named in (
         (["left", "elephant"], "'elephant' is not in the model's vocabulary"),
         (["left", "to the left"], "'to the left' is not a single token"),
-        (["left", ""], "'' is not a single token"),
+        (["left", ""], "'' does not begin with a token of its own"),
         (["left", "left"], "left, left do not have tokens of their own"),
     ):
         with pytest.raises(PromptError, match=re.escape(named)):
