@@ -8,6 +8,7 @@ and order.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,13 @@ from published import Batch, Edit, Swap, Swapped
 from published import load as load
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 TOKENS_TOGETHER = 768
 """Tokens of edits that go through a block together."""
+
+_CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
+"""The blocks' argument for keys and values, renamed in transformers 5.24."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,7 @@ def run(network: Any, token_ids: Int[Tensor, "T"], pixels: Tensor, start: int) -
     rotation = decoder.rotary_emb(x, torch.arange(len(token_ids))[None])
     cache, kept = DynamicCache(), [x[0, start:]]
     for block in decoder.layers[:-1]:
-        x = block(x, attention_mask=None, position_embeddings=rotation, past_key_values=cache)
+        x = block(x, attention_mask=None, position_embeddings=rotation, **{_CACHE: cache})
         kept.append(x[0, start:])
     kept.append(_last_block(decoder.layers[-1], x, None, rotation, cache, slice(start, None))[0])
     return Control(states=torch.stack(kept), cache=cache, start=start)
@@ -75,7 +80,7 @@ def run(network: Any, token_ids: Int[Tensor, "T"], pixels: Tensor, start: int) -
 def _last_block(block: Any, x: Tensor, mask: Any, rotation: Any, cache: Any, keep: Any) -> Float[Tensor, "B S D"]:
     """A decoder block whose MLP sees the kept tokens alone."""
     mixed = block.self_attn(
-        block.input_layernorm(x), attention_mask=mask, position_embeddings=rotation, past_key_values=cache
+        block.input_layernorm(x), attention_mask=mask, position_embeddings=rotation, **{_CACHE: cache}
     )[0]
     x = x[:, keep] + mixed[:, keep]
     return x + block.mlp(block.post_attention_layernorm(x))
@@ -134,7 +139,7 @@ def _resume_some(
         rotation = decoder.rotary_emb(x, places.repeat(rows)[None])
         mask = torch.ones(rows * length, first + rows * length, dtype=torch.bool)
         mask[:, first:] = torch.block_diag(*[own] * rows).bool()
-        arguments: dict[str, Any] = {"position_embeddings": rotation, "past_key_values": cache}
+        arguments: dict[str, Any] = {"position_embeddings": rotation, _CACHE: cache}
         if number < blocks - 1:
             x = decoder.layers[number](x, attention_mask=mask[None, None], **arguments)
         else:

@@ -17,8 +17,9 @@ Systems:
     torch-checkpointed       the backward pass recomputes the inside of every block.
     torch-lean               logits of the answers alone.
     torch-lean-checkpointed  both.
-    jaxid                    its training step, as `jaxid finetune` runs it, without recomputation.
-    jaxid-checkpointed       with it, as is the default.
+    jaxid-nothing            its training step, as `jaxid finetune` runs it, with nothing recomputed.
+    jaxid-cheap              all but the products with weights is recomputed, as is the default.
+    jaxid-all                everything within a block is recomputed.
 """
 
 import argparse
@@ -46,8 +47,10 @@ TORCH = {
     "torch-lean": {"lean": True},
     "torch-lean-checkpointed": {"checkpointed": True, "lean": True},
 }
-JAXID = {"jaxid": False, "jaxid-checkpointed": True}
-"""Whether blocks are recomputed."""
+JAXID = {"jaxid-nothing": "nothing", "jaxid-cheap": "cheap", "jaxid-all": "all"}
+"""What is recomputed."""
+
+DEFAULT = "jaxid-cheap"
 
 WORK = "finetune_step"
 PICTURES = 4
@@ -91,7 +94,7 @@ def check_agreement(results: Mapping[str, Found], reference: str) -> dict[str, f
 # --- jaxid -----------------------------------------------------------------------------------------------------------
 
 
-def make_task(model: Any, pictures: int, *, checkpointed: bool) -> Any:
+def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
     """A run on random pictures of one pair of objects, and random IDs, whose content costs no time."""
     from jaxid.data.grid import GridItem
     from jaxid.experiments.finetune import FinetuneConfig, task
@@ -120,7 +123,7 @@ def make_task(model: Any, pictures: int, *, checkpointed: bool) -> Any:
         layer_names=tuple(f"blocks.{layer}.resid_post" for layer in range(layers)),
         model=model.name,
     )
-    config = FinetuneConfig(groups=1, batch_size=pictures, id_layer=11 * layers // 32, checkpointed=checkpointed)
+    config = FinetuneConfig(groups=1, batch_size=pictures, id_layer=11 * layers // 32, recompute=recompute)
     return task(model, items, ids, config)
 
 
@@ -273,8 +276,8 @@ def measure(folder: Path, pictures: int, rounds: int, scratch: Path) -> tuple[di
     from jaxid.checkpoints.loading import load
 
     model = load(folder)
-    tasks = {name: make_task(model, pictures, checkpointed=checkpointed) for name, checkpointed in JAXID.items()}
-    write_torch_inputs(tasks["jaxid"], scratch)
+    tasks = {name: make_task(model, pictures, recompute=recompute) for name, recompute in JAXID.items()}
+    write_torch_inputs(tasks[DEFAULT], scratch)
     steps: dict[str, Any] = torch_steps(folder, scratch, list(TORCH))
     steps |= {name: JaxidSteps(task) for name, task in tasks.items()}
     first: dict[str, Found] = {}
@@ -330,7 +333,7 @@ def own_memory(system: str, folder: Path, scratch: Path, pictures: int) -> tuple
         model = load(folder)
         for leaf in jax.tree.leaves(model.parameters):
             np.asarray(leaf).sum()
-        made = make_task(model, pictures, checkpointed=JAXID[system])
+        made = make_task(model, pictures, recompute=JAXID[system])
         before = _forget_peak()
         steps: Any = JaxidSteps(made)
     else:
@@ -367,13 +370,12 @@ def print_table(model: str, results: Mapping[str, float], largest: Mapping[str, 
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print("largest differences: " + ", ".join(f"{name} {one:.1g}" for name, one in largest.items()))
-    speed = value["jaxid_tokens_per_s"] / value["torch_tokens_per_s"]
-    kept = value["jaxid-checkpointed_tokens_per_s"] / value["torch-checkpointed_tokens_per_s"]
-    print(f"speed: {speed:.2f}x of torch, {kept:.2f}x with recomputation on both sides; aim {SPEED_AIM:g}x")
-    if "jaxid-checkpointed_step_mb" in value:
-        ours = value["jaxid-checkpointed_step_mb"]
-        shares = [f"{ours / value[f'{name}_step_mb']:.2f} of {name}'s" for name in TORCH]
-        print(f"memory of a step with recomputation: {', '.join(shares)}; aim {MEMORY_AIM:g}", flush=True)
+    for ours in JAXID:
+        speeds = [f"{value[f'{ours}_speed_of_{name}']:.2f}x" for name in TORCH]
+        print(f"speed of {ours}: {', '.join(speeds)} of PyTorch's in their order; aim {SPEED_AIM:g}x of torch")
+        if f"{ours}_step_mb" in value:
+            shares = [f"{value[f'{ours}_memory_of_{name}']:.2f}" for name in TORCH]
+            print(f"memory of {ours}: {', '.join(shares)} of PyTorch's; aim {MEMORY_AIM:g} of torch's", flush=True)
 
 
 def run(out: Path, *, quick: bool, pictures: int, rounds: int) -> dict[str, float]:

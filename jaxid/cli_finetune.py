@@ -1,7 +1,7 @@
 """`jaxid finetune` and `jaxid compare-finetune`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -28,7 +28,9 @@ def finetune(
     vision_blocks: Annotated[int, typer.Option(min=1, help="Last blocks of the tower that may be trained.")] = 6,
     budget: Annotated[float, typer.Option(help="Share of all parameters that may be trained.")] = 0.3,
     held_out: Annotated[float, typer.Option(help="Share of object pairs that training never sees.")] = 0.15,
-    checkpointed: Annotated[bool, typer.Option(help="Recompute blocks in the backward pass: less memory.")] = True,
+    recompute: Annotated[
+        str, typer.Option(help="In the backward pass: nothing, cheap (all but products with weights), or all of a block.")
+    ] = "cheap",
     template: Annotated[
         str | None, typer.Option(help="The user's text, with {query}, {first}, {second}, {First}, {Second}.")
     ] = None,
@@ -69,7 +71,7 @@ def finetune(
         vision_blocks=vision_blocks,
         budget=budget,
         held_out=held_out,
-        checkpointed=checkpointed,
+        recompute=cast(Any, recompute),
         template=template or (PLAIN if model in SHIPPED else "{query}" + PUBLISHED_SUFFIX),
         case=case or ("capital" if published == "capital" and model not in SHIPPED else "lower"),
         seed=seed,

@@ -22,6 +22,7 @@ from jaxid.inputs import Prompts
 from jaxid.interventions import AnyArray, Chain, Reach, as_pytree, chain, replace, sweep_shape
 from jaxid.models import reuse
 from jaxid.models.base import Model
+from jaxid.models.common import take_tokens
 from jaxid.models.decoder import Memory
 from jaxid.models.inputs import Inputs
 from jaxid.models.sites import Intervention, Site, clean
@@ -90,7 +91,7 @@ class Trace:
                 f"position {positions[(places < 0) | (places >= self.residuals.shape[2])].flat[0]} is not among the "
                 "text tokens after the picture that a trace records; use jaxid.forward with capture=."
             )
-        return reuse.take_tokens(self.residuals, jnp.asarray(places))
+        return take_tokens(self.residuals, jnp.asarray(places))
 
 
 @jax.tree_util.register_dataclass
@@ -288,7 +289,7 @@ def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any
     )
 
 
-_tokens = jax.jit(reuse.take_tokens)
+_tokens = jax.jit(take_tokens)
 
 
 @partial(jax.jit, static_argnames=("definition", "chunk"))

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import InputError
-from jaxid.models.common import Learning
+from jaxid.models.common import Learning, Recompute
 
 GROUPS = (
     "vision-mlp",
@@ -215,7 +215,7 @@ class Selection:
         return min(found, default=None)
 
 
-def for_learning(definition: Any, parameters: Any, selection: Selection, *, checkpointed: bool) -> Any:
+def for_learning(definition: Any, parameters: Any, selection: Selection, *, recompute: Recompute) -> Any:
     """The network's definition with what each of its stacks has to know of training.
 
     Blocks before the first trained tensor get no backward pass.
@@ -224,7 +224,7 @@ def for_learning(definition: Any, parameters: Any, selection: Selection, *, chec
         definition: the network's.
         parameters: the network's, or their shapes.
         selection: what is trained.
-        checkpointed: recompute every block's inside in the backward pass instead of keeping it.
+        recompute: what the backward pass computes again instead of keeping it.
     """
     network = nnx.merge(definition, nnx.State(parameters))
     paths = [path for path, _ in selection.rows]
@@ -233,7 +233,7 @@ def for_learning(definition: Any, parameters: Any, selection: Selection, *, chec
         count = jax.tree.leaves(nnx.state(layers))[0].shape[0]
         lowest = selection.lowest(prefix)
         frozen = 0 if before else count if lowest is None else lowest
-        layers.learning = Learning(frozen=frozen, checkpointed=checkpointed)
+        layers.learning = Learning(frozen=frozen, trained=lowest is not None, recompute=recompute)
 
     within = ("tower.layers.", "tower.global_layers.", "tower.post_norm.", "tower.behind", "tower.merge")
     entry = any(path.startswith("tower.") and not path.startswith(within) for path in paths)

@@ -2,7 +2,8 @@
 
 Two implementations of the same sums stand side by side. Accelerators take all heads in one batched product. On CPU
 that would write scores of all heads to memory and read them back three times; there, long sequences go head by head
-and a block of queries at a time, so that scores stay in cache.
+and a block of queries at a time, so that scores stay in cache. A backward pass computes the scores of long sequences
+again, likewise, so that no [.., S, T] is kept for it.
 """
 
 import functools
@@ -120,6 +121,7 @@ def attend(
         return jnp.einsum("bkgst,btke->bskge", weights, value)
 
     def head_by_head(query: Array, key: Array, value: Array) -> Array:
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(arguments: tuple[Array, Array, Array, Array]) -> Array:
             query, key, value, row = arguments
             allowed = None if mask is None else mask[row if mask.shape[0] > 1 else 0]
@@ -143,10 +145,11 @@ def attend(
         )
         return jnp.moveaxis(mixed.reshape(batch, kv_heads, length, -1, width), 1, 2)
 
-    if length * keys < _HEADWISE_FROM:
-        mixed = together(grouped, key, value)
-    else:
-        mixed = jax.lax.platform_dependent(grouped, key, value, cpu=head_by_head, default=together)
+    @jax.checkpoint
+    def either(query: Array, key: Array, value: Array) -> Array:
+        return jax.lax.platform_dependent(query, key, value, cpu=head_by_head, default=together)
+
+    mixed = (together if length * keys < _HEADWISE_FROM else either)(grouped, key, value)
     return mixed.reshape(batch, length, heads, width)
 
 

@@ -173,6 +173,14 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
     return {name: value.numpy() for name, value in {**values, **single, "logits": output.logits}.items()}
 
 
+def carried(output: Any) -> dict[str, Any]:
+    """Keys and values that a pass of Hugging Face's class leaves for the next one, by the argument's name.
+
+    It was renamed in transformers 5.24.
+    """
+    return {name: output[name] for name in ("past_key_values", "cache") if name in output.keys()}  # noqa: SIM118
+
+
 def device_inputs(batch: Prompts) -> Any:
     """The arrays of prompts, on the device."""
     return jax.tree.map(jnp.asarray, batch.inputs)

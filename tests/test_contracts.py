@@ -12,6 +12,7 @@ import pytest
 from experiments import oracle
 from families import EACH, UNLIKE, Case, over
 from fixtures import distance
+from flax import nnx
 from transformers import GenerationConfig
 
 import jaxid.engine
@@ -95,6 +96,23 @@ def test_an_edit_changes_nothing_before_it(case: Case) -> None:
                 assert distance(ours[k], plain[k], valid) < EXACT, (site, k)
             assert distance(ours[k], plain[k], valid & before) < EXACT, (site, k)
         assert distance(ours[-1], plain[-1], valid) > 1e-3 or layer == model.num_layers - 1
+
+
+def test_wanted_tokens_are_those_of_the_whole_pass(case: Case) -> None:
+    """Of the last block only they and the captured ones are computed, edits in it and its captures among them."""
+    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    inputs, at = fixtures.device_inputs(prompts), jnp.asarray(words(case))
+    push = add(model.num_layers - 1, words(case)[:, :1], vectors(case), 3.0)
+
+    def run(parameters: Any, wanted: Any) -> Any:
+        network = nnx.merge(model.definition, nnx.State(parameters))
+        return network(inputs, push, Capture(SITES, at=at), wanted)
+
+    whole, some = (jax.jit(run)(model.parameters, wanted) for wanted in (None, at[:, ::-1]))
+    assert distance(some.hidden, jnp.take_along_axis(whole.hidden, at[:, ::-1, None], axis=1)) < EXACT
+    for site in SITES:
+        assert some.captured[site].shape == whole.captured[site].shape
+        assert distance(some.captured[site], whole.captured[site]) < EXACT, site
 
 
 def test_tokens_are_those_of_hugging_face(case: Case) -> None:

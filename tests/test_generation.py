@@ -103,16 +103,17 @@ def written_by_torch(case: Case, row: int, layer: int, position: int, push: np.n
         value[0, position] += torch.tensor(push)
         return (value, *output[1:]) if isinstance(output, tuple) else value
 
-    given, cache, tokens = torch_inputs(case, row), None, []
+    given, tokens = torch_inputs(case, row), []
     handle = network.get_submodule(case.parts["blocks"])[layer].register_forward_hook(hook)
     with torch.no_grad():
         for _ in range(STEPS):
-            output = network(**given, past_key_values=cache, use_cache=True)
-            handle.remove()
-            cache = output.past_key_values
+            try:
+                output = network(**given, use_cache=True)
+            finally:
+                handle.remove()
             tokens.append(int(output.logits[0, -1].argmax()))
             mask = torch.ones(1, given["attention_mask"].shape[1] + 1, dtype=torch.long)
-            given = {"input_ids": torch.tensor([tokens[-1:]]), "attention_mask": mask}
+            given = {"input_ids": torch.tensor([tokens[-1:]]), "attention_mask": mask, **fixtures.carried(output)}
     return tokens
 
 

@@ -7,7 +7,7 @@ activations, less their mean over the batch, and the universal IDs of its cells.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxid.experiments.relations import ANSWERS, Case, fill, prepare
 from jaxid.ids import SpatialIDs
 from jaxid.inputs import Prompts
 from jaxid.models.base import Model
+from jaxid.models.common import Recompute
 from jaxid.models.inputs import Inputs
 from jaxid.models.sites import Capture, clean
 from jaxid.trainable import Selection, choose, for_learning, tensors
@@ -54,7 +55,7 @@ class FinetuneConfig:
     selectors: tuple[str, ...] = ("vision-mlp", "projector")  # kinds of tensors, see `trainable.GROUPS`
     vision_blocks: int | None = 6  # of the tower's blocks, so many last ones
     budget: float = 0.3  # share of all parameters that may be trained
-    checkpointed: bool = True  # the backward pass recomputes the inside of every block
+    recompute: Recompute = "cheap"  # in the backward pass: nothing, all but products with weights, or all of a block
     held_out: float = 0.15  # share of the object pairs that training never sees
     template: str = "{query}"  # the user's text
     case: Case = "lower"  # form of the answer that is trained, "lower" or "capital"
@@ -81,6 +82,8 @@ class FinetuneConfig:
             raise InputError("id_weight and weight_decay must not be below 0.")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise InputError(f"schedule is linear, cosine or constant, not {self.schedule!r}.")
+        if self.recompute not in get_args(Recompute):
+            raise InputError(f"recompute is {', '.join(get_args(Recompute))}, not {self.recompute!r}.")
         if self.case not in ("lower", "capital"):
             raise InputError(f"case is lower or capital, not {self.case!r}.")
 
@@ -274,10 +277,10 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The whole loss of a small batch and its parts; see the module, and `group_batch` for the arrays."""
     network = nnx.merge(definition, nnx.State(parameters))
-    output = network(Inputs(**batch["inputs"]), clean, Capture(("resid_post",), at=batch["word"][:, None]))
-    read = jnp.take_along_axis(output.hidden, batch["places"][:, :, None], axis=1)
+    capture = Capture(("resid_post",), at=batch["word"][:, None])
+    output = network(Inputs(**batch["inputs"]), clean, capture, batch["places"])
     matrix = network.decoder.unembed_matrix()
-    logits = jnp.einsum("bnd,dv->bnv", read, matrix, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bnd,dv->bnv", output.hidden, matrix, preferred_element_type=jnp.float32)
     answer, accuracy = answer_loss(logits, batch["labels"], batch["weight"])
     identity = id_loss(output.captured["resid_post"][id_layer][:, 0], batch["target"], batch["weight"])
     total = answer + id_weight * identity if id_weight else answer
@@ -389,7 +392,7 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         model=model,
         selection=selection,
         trained=sum(tensor.size for tensor in chosen),
-        definition=for_learning(model.definition, model.parameters, selection, checkpointed=config.checkpointed),
+        definition=for_learning(model.definition, model.parameters, selection, recompute=config.recompute),
         groups=tuple(groups),
         config=config,
         ids=ids,

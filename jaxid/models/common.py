@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 
@@ -145,12 +146,15 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+_PRODUCT = "product"
+
+
 def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs *outputs"]) -> Float[Array, "..."]:
     """A linear map of the last axis as one product of two matrices, whatever axes there are besides.
 
     XLA's CPU back end is twice as slow on [B, T, D] @ [D, F], gradients most of all.
     """
-    y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+    y = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1), _PRODUCT)
     return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -158,6 +162,12 @@ def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
     """Two neighbouring axes, heads and their width, as one."""
     axis %= x.ndim
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def take_tokens(values: Float[Array, "*layers B T D"], at: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
+    """Every prompt's tokens at its own places."""
+    shape = (1,) * (values.ndim - 3) + (*at.shape, 1)
+    return jnp.take_along_axis(values, at.reshape(shape), axis=-2)
 
 
 def layer_of(parameters: Any, layer: Any) -> Any:
@@ -170,22 +180,47 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
+Recompute = Literal["nothing", "cheap", "all"]
+"""What a backward pass computes again: nothing; all but the products with weights; or everything within a block."""
+
+
 class Learning(NamedTuple):
     """How a stack of layers is differentiated.
 
     Attributes:
         frozen: this many of its first layers get no gradient, nor does anything before them.
-        checkpointed: the backward pass computes every layer again from what entered it, and keeps nothing else.
+        trained: whether parameters of the stack get one.
+        recompute: what the backward pass computes again, from what entered a layer, instead of keeping it.
     """
 
     frozen: int = 0
-    checkpointed: bool = False
+    trained: bool = True
+    recompute: Recompute = "nothing"
 
 
 class Stackable(nnx.Module):
     """A layer that is stacked; the stack may say how it is differentiated."""
 
     learning: Learning | None = None
+
+
+def by_number(layers: Any) -> bool:
+    """Whether some of stacked layers can be run at no cost for the others.
+
+    Scanning over a part of the parameters copies it. Picking layers by their number does not, but differentiated with
+    respect to the parameters it costs the whole stack for every layer, and a layer that is not recomputed is kept.
+    """
+    learning = layers.learning
+    return learning is None or (not learning.trained and learning.recompute != "nothing")
+
+
+def recomputed(layers: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step through one of stacked layers, of which the backward pass keeps as much as `layers.learning` says."""
+    if layers.learning is None or layers.learning.recompute == "nothing":
+        return step
+    products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+    policy = products if layers.learning.recompute == "cheap" else None
+    return jax.checkpoint(step, prevent_cse=False, policy=policy)
 
 
 def scan_stack(
@@ -206,16 +241,19 @@ def scan_stack(
     count = jax.tree.leaves(xs)[0].shape[0]
     end = count if depth is None else depth
 
-    def by_number(x: Any, xs: Any, last: int) -> Any:
-        # Scanning over a slice of the parameters would copy it first.
-        return jax.lax.scan(lambda x, k: step(x, layer_of(xs, k)), x, jnp.arange(last))
+    def picked(x: Any, xs: Any, first: int, last: int) -> Any:
+        body = recomputed(layers, lambda x, number: step(x, layer_of(xs, number)))
+        return jax.lax.scan(body, x, jnp.arange(first, last))
 
-    if layers.learning is None:
-        return jax.lax.scan(step, x, xs) if end == count else by_number(x, xs, end)
-    frozen = min(layers.learning.frozen, end)
-    body = jax.checkpoint(step, prevent_cse=False) if layers.learning.checkpointed else step
+    def learning(x: Any, first: int) -> Any:
+        if (first, end) != (0, count) and by_number(layers):
+            return picked(x, xs, first, end)
+        part = xs if (first, end) == (0, count) else jax.tree.map(lambda leaf: leaf[first:end], xs)
+        return jax.lax.scan(recomputed(layers, step), x, part)
+
+    frozen = 0 if layers.learning is None else min(layers.learning.frozen, end)
     if not frozen:
-        return jax.lax.scan(body, x, xs if end == count else jax.tree.map(lambda leaf: leaf[:end], xs))
-    x, below = by_number(*jax.lax.stop_gradient((x, xs)), frozen)
-    x, above = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[frozen:end], xs))
+        return learning(x, 0)
+    x, below = picked(*jax.lax.stop_gradient((x, xs)), 0, frozen)
+    x, above = learning(x, frozen)
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)

@@ -1,6 +1,7 @@
 """One decoder block and its scanned stack: the text side of every model family."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,17 @@ from jaxid.models.common import (
     Linear,
     RMSNorm,
     Stackable,
+    by_number,
     filled,
     flat_product,
     join_heads,
     layer_of,
     normal,
+    recomputed,
     rms_norm,
     scan_stack,
     stacked,
+    take_tokens,
 )
 from jaxid.models.decoder_config import DecoderConfig
 from jaxid.models.sites import DECODER_SITES, Capture, Intervention, Site
@@ -273,7 +277,7 @@ class Blocks:
 class DecoderOutput(NamedTuple):
     """What the stack returns."""
 
-    hidden: Float[Array, "B T D"]  # after the final norm
+    hidden: Float[Array, "B T D"]  # after the final norm; of the wanted tokens, if some were asked for
     captured: dict[str, Float[Array, "..."]]  # "embed" Float[B P D]; block sites Float[L B P D]
 
 
@@ -386,6 +390,7 @@ class Decoder(nnx.Module):
         *,
         rope_positions: Int[Array, "B A T"] | None = None,
         memory: Memory | None = None,
+        wanted: Int[Array, "B S"] | None = None,
     ) -> DecoderOutput:
         """Runs the stack.
 
@@ -397,6 +402,8 @@ class Decoder(nnx.Module):
             capture: what to return; block sites come stacked over layers.
             rope_positions: positions along several axes, for families that turn heads by them.
             memory: what cross-attention layers read.
+            wanted: the tokens whose final hidden states are returned, by place; all by default. The last block is then
+                run for them, and for the captured ones, alone.
 
         Returns:
             The normed final hidden states and the captured values.
@@ -405,22 +412,34 @@ class Decoder(nnx.Module):
         before = Site("embed", jnp.asarray(-1), positions)
         x = intervention(before, embeddings)
         captured = {"embed": capture.take(x)} if "embed" in capture.sites else {}
-        wanted = [name for name in DECODER_SITES if name in capture.sites]
+        sites = [name for name in DECODER_SITES if name in capture.sites]
         blocks = Blocks(self)
 
-        def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
-            parameters, number = layer
+        def run(x: Array, number: Any, parameters: Any = None, at: Array | None = None) -> tuple[Array, dict]:
+            """A block, of whose results only those of the tokens `at` are computed, the captured ones last."""
             found: dict[str, Array] = {}
 
             def tap(name: str, value: Array) -> Array:
-                value = intervention(Site(name, number, positions), value)
-                if name in wanted:
-                    found[name] = capture.take(value)
+                short = at is not None and name != "resid_pre"
+                places = jnp.take_along_axis(positions, at, axis=1) if short else positions
+                value = intervention(Site(name, jnp.asarray(number), places), value)
+                if name in sites:
+                    found[name] = value[:, -capture.at.shape[1] :] if short else capture.take(value)
                 return value
 
-            read = self.whole_read(blocks, number, positions, mask, memory)
-            return blocks(number, parameters, memory=memory, whole=True)(x, rotation, read, tap), found
+            keep = {} if at is None else {"keep": partial(take_tokens, at=at)}
+            read = self.whole_read(blocks, number, positions, mask, memory, at)
+            return blocks(number, parameters, memory=memory, whole=True)(x, rotation, read, tap, **keep), found
 
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        x, stacked_values = scan_stack(self.layers, step, x, (blocks.parameters, numbers))
-        return DecoderOutput(self.norm(x), captured | stacked_values)
+        count = self.config.num_hidden_layers
+        alone = wanted is not None and by_number(self.layers) and not (sites and capture.at is None)
+        xs = (jnp.arange(count), blocks.parameters)
+        x, found = scan_stack(self.layers, lambda x, layer: run(x, *layer), x, xs, count - alone)
+        if alone:
+            at = jnp.concatenate([wanted, capture.at], axis=1) if sites else wanted
+            x, last = recomputed(self.layers, lambda x: run(x, count - 1, at=at))(x)
+            found = jax.tree.map(lambda before, value: jnp.concatenate([before, value[None]]), found, last)
+            x = x[:, : wanted.shape[1]]
+        elif wanted is not None:
+            x = take_tokens(x, wanted)
+        return DecoderOutput(self.norm(x), captured | found)

@@ -16,7 +16,7 @@ from jaxid.models.sites import Capture, Intervention
 class NetworkOutput(NamedTuple):
     """What a forward pass of a network returns."""
 
-    hidden: Float[Array, "B T D"]  # after the final norm
+    hidden: Float[Array, "B T D"]  # after the final norm; of the wanted tokens, if some were asked for
     captured: dict[str, Float[Array, "..."]]  # by site
 
 
@@ -64,8 +64,10 @@ class Network(nnx.Module):
         del inputs
         return None
 
-    def __call__(self, inputs: Inputs, intervention: Intervention, capture: Capture) -> NetworkOutput:
-        """Runs the whole network on a batch of prompts."""
+    def __call__(
+        self, inputs: Inputs, intervention: Intervention, capture: Capture, wanted: Int[Array, "B S"] | None = None
+    ) -> NetworkOutput:
+        """Runs the whole network on a batch of prompts; `wanted` as in `Decoder`."""
         output = self.decoder(
             self.embed(inputs),
             inputs.positions,
@@ -74,5 +76,6 @@ class Network(nnx.Module):
             capture,
             rope_positions=inputs.rope_positions,
             memory=self.memory(inputs),
+            wanted=wanted,
         )
         return NetworkOutput(*output)

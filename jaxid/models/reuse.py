@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.kernels import attention
-from jaxid.models.common import layer_of
+from jaxid.models.common import layer_of, take_tokens
 from jaxid.models.decoder import Blocks, Decoder, Memory
 from jaxid.models.sites import Intervention, Site
 
@@ -65,12 +65,6 @@ class Suffix(NamedTuple):
     other_values: Float[Array, "L B K T E"] | None = None
     other_memory: Memory | None = None
     swapped: Int[Array, "R"] | None = None
-
-
-def take_tokens(values: Float[Array, "*layers B T D"], at: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
-    """Every prompt's tokens at its own places."""
-    shape = (1,) * (values.ndim - 3) + (*at.shape, 1)
-    return jnp.take_along_axis(values, at.reshape(shape), axis=-2)
 
 
 def record(

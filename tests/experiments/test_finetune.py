@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fixtures
 import jax
@@ -28,6 +28,7 @@ from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
 from jaxid.ids import SpatialIDs
 from jaxid.models.base import Model
+from jaxid.models.common import Recompute
 from jaxid.trainable import GROUPS, Selection, Tensor, choose, for_learning, tensors
 
 CASE = CASES[0]
@@ -156,7 +157,7 @@ def test_skipped_backward_passes_change_nothing(selectors: tuple[str, ...]) -> N
     found = []
     for definition in (
         plain,
-        *(for_learning(plain, model().parameters, chosen, checkpointed=flag) for flag in (False, True)),
+        *(for_learning(plain, model().parameters, chosen, recompute=how) for how in get_args(Recompute)),
     ):
 
         def loss(own: Any, definition: Any = definition) -> Any:

@@ -57,7 +57,7 @@ def selection(case: Case) -> Selection:
 def gradients(case: Case) -> tuple[Trained, Trained, float]:
     """All tensors, their gradients with recomputed blocks, and the loss."""
     model, chosen = fixtures.model(case), selection(case)
-    definition = for_learning(model.definition, model.parameters, chosen, checkpointed=True)
+    definition = for_learning(model.definition, model.parameters, chosen, recompute="all")
 
     def whole(trained: Trained, batch: dict[str, Any]) -> tuple[Any, Any]:
         parameters = chosen.merge(model.parameters, trained)
@@ -144,6 +144,27 @@ def test_gradients(case: Case) -> None:
         assert np.abs(mine - other).max() <= 1e-4 * scale + 1e-7 * largest, name
         moved += scale > 1e-6 * largest
     assert moved > 0.6 * len(pairs)
+
+
+@pytest.mark.slow
+@over_cases
+def test_gradients_of_few(case: Case) -> None:
+    """Of the published choice, where the decoder's blocks have none and its last one runs for few tokens."""
+    model = fixtures.model(case)
+    every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
+    chosen = Selection.of(choose(every, ["vision-mlp", "projector"], budget=1.0, vision_blocks=1))
+    definition = for_learning(model.definition, model.parameters, chosen, recompute="cheap")
+
+    def whole(trained: Trained, batch: dict[str, Any]) -> Any:
+        parameters = chosen.merge(model.parameters, trained)
+        return loss(definition, parameters, batch, id_layer=ID_LAYER, id_weight=ID_WEIGHT)[0]
+
+    found = jax.jit(jax.grad(whole))(chosen.split(model.parameters), batch(case))
+    _, expected, _ = gradients(case)
+    largest = max(float(jnp.abs(expected[path]).max()) for path in found)
+    for path, rows in chosen.rows:
+        other = expected[path] if rows is None else expected[path][np.array(rows)]
+        np.testing.assert_allclose(found[path], other, rtol=1e-4, atol=1e-5 * largest, err_msg=path)
 
 
 @over_cases
