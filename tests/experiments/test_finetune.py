@@ -443,6 +443,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
         ({"id_weight": -1.0}, "must not be below 0"),
         ({"schedule": "steps"}, "linear, cosine or constant"),
         ({"case": "both"}, "lower or capital"),
+        ({"recompute": "some"}, "nothing, cheap, all"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
