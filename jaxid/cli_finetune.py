@@ -1,7 +1,7 @@
 """`jaxid finetune` and `jaxid compare-finetune`."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -71,7 +71,7 @@ def finetune(
         vision_blocks=vision_blocks,
         budget=budget,
         held_out=held_out,
-        recompute=cast(Any, recompute),
+        recompute=recompute,
         template=template or (PLAIN if model in SHIPPED else "{query}" + PUBLISHED_SUFFIX),
         case=case or ("capital" if published == "capital" and model not in SHIPPED else "lower"),
         seed=seed,

@@ -13,7 +13,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # PyTorch's threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's, in each of the processes that share the tests
 
 import gc
 import time

@@ -7,7 +7,7 @@ activations, less their mean over the batch, and the universal IDs of its cells.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class FinetuneConfig:
     selectors: tuple[str, ...] = ("vision-mlp", "projector")  # kinds of tensors, see `trainable.GROUPS`
     vision_blocks: int | None = 6  # of the tower's blocks, so many last ones
     budget: float = 0.3  # share of all parameters that may be trained
-    recompute: Recompute = "cheap"  # in the backward pass: nothing, all but products with weights, or all of a block
+    recompute: str = "cheap"  # in the backward pass: nothing, all but products with weights, or all of a block
     held_out: float = 0.15  # share of the object pairs that training never sees
     template: str = "{query}"  # the user's text
     case: Case = "lower"  # form of the answer that is trained, "lower" or "capital"
@@ -392,7 +392,7 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         model=model,
         selection=selection,
         trained=sum(tensor.size for tensor in chosen),
-        definition=for_learning(model.definition, model.parameters, selection, recompute=config.recompute),
+        definition=for_learning(model.definition, model.parameters, selection, recompute=cast(Recompute, config.recompute)),
         groups=tuple(groups),
         config=config,
         ids=ids,

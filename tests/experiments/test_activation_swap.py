@@ -17,6 +17,8 @@ from jaxid.inputs import Prompts
 from jaxid.interventions import replace
 from jaxid.models.sites import Capture
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @functools.cache
 def mirrored() -> Prompts:

@@ -31,6 +31,8 @@ from jaxid.models.base import Model
 from jaxid.models.common import Recompute
 from jaxid.trainable import GROUPS, Selection, Tensor, choose, for_learning, tensors
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASE = CASES[0]
 PAIRS = (("star", "fish"), ("cat", "star"), ("fish", "cat"))
 QUICK = FinetuneConfig(steps=6, groups=2, batch_size=4, id_layer=1, learning_rate=1e-3, held_out=0.3, seed=3)

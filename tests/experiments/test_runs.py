@@ -26,6 +26,8 @@ from jaxid.results import read_table
 from jaxid.runs import activation_swap, belief_swap, depth, steer
 from jaxid.runs.common import RunConfig, parse_layers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASE = CASES[0]
 ITEMS = 12
 

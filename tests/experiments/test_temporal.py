@@ -21,6 +21,8 @@ from jaxid.models.sites import Capture
 from jaxid.processing.pictures import Clip
 from jaxid.temporal_ids import TemporalIDs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASE = next(case for case in EVERY if case.name == "video-grid")
 QUERY = "Does the star come before or after the fish? Answer in one word."
 
