@@ -131,6 +131,7 @@ def data_coco_spatial(
     count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 100,
     picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 224,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    noise: Annotated[float, typer.Option(min=0, help="Noise over the pictures, as a share of the colours' range.")] = 0,
 ) -> None:
     """Draw two-object scenes with questions, in the layout of COCO-Spatial."""
     import numpy as np
@@ -139,7 +140,7 @@ def data_coco_spatial(
     from jaxid.data.scenes import sample_free
 
     scenes = sample_free(np.random.default_rng(seed), count, num_objects=(2, 2))
-    items = write_coco_spatial(ensure_output_folder(out), scenes, picture_size)
+    items = write_coco_spatial(ensure_output_folder(out), scenes, picture_size, noise=noise)
     typer.echo(f"{len(items)} pictures in {out}")
 
 

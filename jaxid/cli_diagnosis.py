@@ -1,7 +1,7 @@
 """`jaxid run deviation` and `jaxid run occlusion`: why models err."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,7 +21,9 @@ from jaxid.cli_run import (
     SkipBad,
     SplitWords,
     Template,
+    options_of,
     run_app,
+    skipped_note,
 )
 
 
@@ -49,7 +51,7 @@ def deviation(
     """Compare where words say objects are with where they are (Figure 8 a); split items into easy and hard."""
     from jaxid.runs import deviation as job
 
-    summary = job.run(job.DeviationConfig(**_options(locals())))
+    summary = job.run(job.DeviationConfig(**options_of(locals())))
     tested, halves = summary["mann_whitney"], summary["halves"]
     parts = [f"{summary['items']} items, {summary['accuracy']:.1%} answered rightly; block {summary['layer']}"]
     if tested["auc"] is None:
@@ -61,7 +63,7 @@ def deviation(
     parts += [
         f"{name} half {half['accuracy']:.1%} right" for name, half in halves.items() if half["accuracy"] is not None
     ]
-    typer.echo(f"{', '.join(parts)}{_skipped(summary)}\n{out / 'summary.json'}")
+    typer.echo(f"{', '.join(parts)}{skipped_note(summary)}\n{out / 'summary.json'}")
 
 
 @run_app.command("occlusion")
@@ -86,22 +88,12 @@ def occlusion(
     """Blur subjects, and as much elsewhere: how much do answers need them? (Figure 8 b)."""
     from jaxid.runs import occlusion as job
 
-    summary = job.run(job.OcclusionConfig(**_options(locals())))
+    summary = job.run(job.OcclusionConfig(**options_of(locals())))
     means = (summary[name]["all"]["mean"] for name in ("drop", "random_drop", "sensitivity"))
     drop, elsewhere, sensitivity = (round(mean, 2) + 0.0 for mean in means)  # no "-0.00"
     right = summary["accuracy_by_kind"]
     typer.echo(
         f"{summary['items']} items, {right['original']:.1%} answered rightly, {right['object']:.1%} with the subject "
         f"blurred; log p(correct) falls by {drop:.2f} then, by {elsewhere:.2f} with as much blurred elsewhere; "
-        f"sensitivity {sensitivity:+.2f}{_skipped(summary)}\n{out / 'summary.json'}"
+        f"sensitivity {sensitivity:+.2f}{skipped_note(summary)}\n{out / 'summary.json'}"
     )
-
-
-def _options(values: dict[str, Any]) -> dict[str, Any]:
-    """The command's options as a config's fields."""
-    return {name: value for name, value in values.items() if name != "job"}
-
-
-def _skipped(summary: dict[str, Any]) -> str:
-    count = summary["skipped"]["count"]
-    return f"; {count} bad items left out, see the summary" if count else ""

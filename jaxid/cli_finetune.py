@@ -29,7 +29,8 @@ def finetune(
     budget: Annotated[float, typer.Option(help="Share of all parameters that may be trained.")] = 0.3,
     held_out: Annotated[float, typer.Option(help="Share of object pairs that training never sees.")] = 0.15,
     recompute: Annotated[
-        str, typer.Option(help="In the backward pass: nothing, cheap (all but products with weights), or all of a block.")
+        str,
+        typer.Option(help="In the backward pass: nothing, cheap (all but products with weights), or all of a block."),
     ] = "cheap",
     template: Annotated[
         str | None, typer.Option(help="The user's text, with {query}, {first}, {second}, {First}, {Second}.")

@@ -55,7 +55,7 @@ def belief_swap(
     """Turn beliefs round with spatial IDs, beside noise of the same norm (Figure 2)."""
     from jaxid.runs import belief_swap as job
 
-    summary = job.run(job.BeliefSwapConfig(**_options(locals())))
+    summary = job.run(job.BeliefSwapConfig(**options_of(locals())))
     best = summary["best"]
     typer.echo(
         f"{summary['answered_items']} items, {summary['accuracy']:.1%} answered rightly; best blocks "
@@ -122,7 +122,7 @@ def _activation_swap(change: Any, values: dict[str, Any]) -> None:
     from jaxid.runs import activation_swap as job
     from jaxid.runs.common import RunConfig
 
-    summary = job.run(RunConfig(**_options(values)), change)
+    summary = job.run(RunConfig(**options_of(values)), change)
     typer.echo("median score by block: 0 as for the picture itself, 1 as for the changed one")
     for tokens, scores in summary["score_median"].items():
         by_block = ", ".join(f"{scores[row].mean():.2f}" for row in range(len(summary["layers"])))
@@ -158,7 +158,7 @@ def steer(
     """Steer subjects to every cell of the grid, or one picture at every block (Figure 6)."""
     from jaxid.runs import steer as job
 
-    options: dict[str, Any] = _options(locals()) | {"cells": _cells(cells)}
+    options: dict[str, Any] = options_of(locals()) | {"cells": _cells(cells)}
     summary = job.run(job.SteerConfig(**options))
     first, second = summary["words"]
     if picture is not None:
@@ -194,14 +194,14 @@ def depth(
     from jaxid.runs import depth as job
     from jaxid.runs.common import RunConfig
 
-    summary = job.run(RunConfig(**_options(locals())))
+    summary = job.run(RunConfig(**options_of(locals())))
     typer.echo(
         f"{summary['items']} items: steering moves both answers alike with correlation "
         f"{summary['height_depth_correlation']:+.2f}{skipped_note(summary)}\n{out / 'summary.json'}"
     )
 
 
-def _options(values: dict[str, Any]) -> dict[str, Any]:
+def options_of(values: dict[str, Any]) -> dict[str, Any]:
     """The command's options as a config's fields."""
     return {name: value for name, value in values.items() if name != "job" and not isinstance(value, type)}
 

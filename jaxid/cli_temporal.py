@@ -1,7 +1,7 @@
 """`jaxid ids temporal`, `jaxid run temporal-swap` and `jaxid run temporal-steer`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from jaxid.cli_run import (
     SkipBad,
     SplitWords,
     Template,
+    options_of,
     run_app,
     skipped_note,
 )
@@ -34,14 +35,16 @@ def ids_temporal(
     batch_size: Annotated[int, typer.Option(min=1, help="Clips per forward pass.")] = 16,
     dtype: Dtype = "float32",
     compat: CompatOption = "none",
+    skip_bad: SkipBad = False,
 ) -> None:
     """Extract temporal IDs from clips in which objects appear (Figure 10 b)."""
     from jaxid.runs import temporal as job
 
-    summary = job.extract(data, out, model=model, batch_size=batch_size, dtype=dtype, compat=compat)
+    summary = job.extract(data, out, model=model, batch_size=batch_size, dtype=dtype, compat=compat, skip_bad=skip_bad)
     order = ", ".join(f"{value:.2f}" for value in summary["rank_correlation"])
     typer.echo(
         f"{out}: {summary['clips']} clips, {summary['pairs']} pairs; rank correlation with the frame, by block: {order}"
+        f"{skipped_note(summary)}"
     )
 
 
@@ -65,8 +68,7 @@ def temporal_swap(
     from jaxid.runs import temporal as job
     from jaxid.runs.common import RunConfig
 
-    options: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("job", "RunConfig")}
-    summary = job.run_swap(RunConfig(**options))
+    summary = job.run_swap(RunConfig(**options_of(locals())))
     typer.echo("median score by block: 0 as for the clip itself, 1 as for the clip played backwards")
     for tokens, scores in summary["score_median"].items():
         by_block = ", ".join(f"{scores[row].mean():.2f}" for row in range(len(summary["layers"])))
@@ -100,8 +102,7 @@ def temporal_steer(
     from jaxid.runs import temporal as job
     from jaxid.runs.common import RunConfig
 
-    options: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("job", "RunConfig")}
-    summary = job.run_steering(RunConfig(**options))
+    summary = job.run_steering(RunConfig(**options_of(locals())))
     for row, layer in enumerate(summary["layers"]):
         lead = ", ".join(f"{before - after:+.2f}" for before, after in summary["change_mean"][row])
         typer.echo(f"block {layer}: change of log p(before) - log p(after) by frame {lead}")

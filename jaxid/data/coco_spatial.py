@@ -193,7 +193,7 @@ def read_json(path: Path) -> object:
 
 
 def write_coco_spatial(
-    folder: str | Path, scenes: Scenes, size: int, *, min_distance: float = 0.12
+    folder: str | Path, scenes: Scenes, size: int, *, min_distance: float = 0.12, noise: float = 0.0
 ) -> list[SpatialItem]:
     """Draws two-object scenes as a dataset in the published layout, balanced over the four relations.
 
@@ -206,14 +206,18 @@ def write_coco_spatial(
         scenes: Scenes of exactly two different objects.
         size: Side of the pictures in pixels.
         min_distance: Least distance of the two centres along the asked axis, in picture fractions.
+        noise: Standard deviation of what is added to every colour, as a share of their range; the same every time.
 
     Returns:
         The items, as `read_coco_spatial` reads them back.
 
     Raises:
-        InputError: A scene does not hold two different objects, or its objects are too near on both axes.
+        InputError: A scene does not hold two different objects, its objects are too near on both axes, or the noise is
+            below 0.
         OutputError: A file cannot be written.
     """
+    if not 0 <= noise < np.inf:
+        raise InputError(f"noise is a share of the colours' range, 0 or above, not {noise}.")
     folder = Path(folder)
     items, rows, annotations = [], [], []
     counts = dict.fromkeys(OPPOSITE, 0)
@@ -233,7 +237,9 @@ def write_coco_spatial(
         subject, object = (OBJECTS[scenes.objects[index, slot]] for slot in (slots[first], slots[1 - first]))
         image_id = index + 1
         path = folder / PICTURES_FOLDER / picture_name(image_id)
-        save_picture(path, render(scenes[index : index + 1], size)[0])
+        picture = render(scenes[index : index + 1], size)[0]
+        added = np.random.default_rng((image_id, 41)).normal(0, 255 * noise, picture.shape) if noise else 0
+        save_picture(path, np.clip(picture + added, 0, 255).astype(np.uint8))
         rows.append([image_id, caption(subject, object, relation), caption(subject, object, OPPOSITE[relation])])
         items.append(
             SpatialItem(

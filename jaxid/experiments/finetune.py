@@ -392,7 +392,9 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         model=model,
         selection=selection,
         trained=sum(tensor.size for tensor in chosen),
-        definition=for_learning(model.definition, model.parameters, selection, recompute=cast(Recompute, config.recompute)),
+        definition=for_learning(
+            model.definition, model.parameters, selection, recompute=cast(Recompute, config.recompute)
+        ),
         groups=tuple(groups),
         config=config,
         ids=ids,

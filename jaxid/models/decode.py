@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.kernels import attention
-from jaxid.models.common import layer_of
+from jaxid.models.common import layer_of, take_tokens
 from jaxid.models.decoder import Blocks, Decoder, Memory
-from jaxid.models.common import take_tokens
 from jaxid.models.reuse import Runner, Suffix
 from jaxid.models.sites import Site
 

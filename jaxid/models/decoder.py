@@ -415,16 +415,18 @@ class Decoder(nnx.Module):
         sites = [name for name in DECODER_SITES if name in capture.sites]
         blocks = Blocks(self)
 
+        places = capture.at
+
         def run(x: Array, number: Any, parameters: Any = None, at: Array | None = None) -> tuple[Array, dict]:
             """A block, of whose results only those of the tokens `at` are computed, the captured ones last."""
             found: dict[str, Array] = {}
+            kept = positions if at is None else jnp.take_along_axis(positions, at, axis=1)
 
             def tap(name: str, value: Array) -> Array:
-                short = at is not None and name != "resid_pre"
-                places = jnp.take_along_axis(positions, at, axis=1) if short else positions
-                value = intervention(Site(name, jnp.asarray(number), places), value)
+                before = at is None or name == "resid_pre"
+                value = intervention(Site(name, jnp.asarray(number), positions if before else kept), value)
                 if name in sites:
-                    found[name] = value[:, -capture.at.shape[1] :] if short else capture.take(value)
+                    found[name] = capture.take(value) if before or places is None else value[:, -places.shape[1] :]
                 return value
 
             keep = {} if at is None else {"keep": partial(take_tokens, at=at)}
@@ -432,14 +434,16 @@ class Decoder(nnx.Module):
             return blocks(number, parameters, memory=memory, whole=True)(x, rotation, read, tap, **keep), found
 
         count = self.config.num_hidden_layers
-        alone = wanted is not None and by_number(self.layers) and not (sites and capture.at is None)
+        alone = None
+        if wanted is not None and by_number(self.layers) and not (sites and places is None):
+            alone = wanted if places is None or not sites else jnp.concatenate([wanted, places], axis=1)
         xs = (jnp.arange(count), blocks.parameters)
-        x, found = scan_stack(self.layers, lambda x, layer: run(x, *layer), x, xs, count - alone)
-        if alone:
-            at = jnp.concatenate([wanted, capture.at], axis=1) if sites else wanted
-            x, last = recomputed(self.layers, lambda x: run(x, count - 1, at=at))(x)
+        x, found = scan_stack(
+            self.layers, lambda x, layer: run(x, *layer), x, xs, count if alone is None else count - 1
+        )
+        if alone is not None:
+            x, last = recomputed(self.layers, lambda x: run(x, count - 1, at=alone))(x)
             found = jax.tree.map(lambda before, value: jnp.concatenate([before, value[None]]), found, last)
-            x = x[:, : wanted.shape[1]]
-        elif wanted is not None:
-            x = take_tokens(x, wanted)
+        if wanted is not None:
+            x = take_tokens(x, wanted) if alone is None else x[:, : wanted.shape[1]]
         return DecoderOutput(self.norm(x), captured | found)

@@ -182,7 +182,7 @@ def occlusion_example(
         else:
             _frame(axes, box, BLUE if number == 1 else "white")
             name = "subject blurred" if number == 1 else f"elsewhere {number - 1}"
-        axes.set_title(f"{name}\nlog p = {right[number]:.2f}", fontsize=7, pad=3, loc="center")
+        axes.set_title(f"{name}\nlog p = {round(float(right[number]), 2) + 0.0:.2f}", fontsize=7, pad=3, loc="center")
     if title:
         figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, parse_math=False)
     return finished(figure)

@@ -29,8 +29,8 @@ def finetune_curves(
     for color, (name, rows) in zip(_COLORS, losses.items(), strict=False):
         left.plot(rows[:, 0], rows[:, 1], color=color, label=name.replace("_", " "))
     left.set(xlabel="step", ylabel="loss", title=title)
-    left.set_ylim(bottom=0)
-    left.legend(frameon=False)
+    left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the names
+    left.legend(frameon=False, loc="upper right", ncols=2)
     for color, (name, rows) in zip(_COLORS, accuracies.items(), strict=False):
         right.plot(rows[:, 0], rows[:, 1], color=color, marker="o", label=name)
     right.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")

@@ -1,5 +1,7 @@
 """`jaxid ids temporal`, `jaxid run temporal-swap` and `temporal-steer`: time in video models (Figure 10)."""
 
+import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 
 from jaxid import plots
 from jaxid.checkpoints.loading import load
-from jaxid.data.clips import OrderItem, read_appear_folder, read_mvbench
+from jaxid.data.clips import AppearItem, OrderItem, read_appear_folder, read_mvbench
 from jaxid.errors import DataError, InputError
 from jaxid.experiments import temporal
 from jaxid.experiments.activation_swap import TOKEN_SETS
@@ -28,6 +30,7 @@ def extract(
     batch_size: int = 16,
     dtype: str = "float32",
     compat: str = "none",
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """Extracts temporal IDs from a folder of clips; writes them, what lies along each block's line, and the figure.
 
@@ -38,9 +41,13 @@ def extract(
         batch_size: clips per forward pass.
         dtype: of parameters and activations.
         compat: "reference" reproduces the published code.
+        skip_bad: leave clips out that are wrongly named, unreadable or too short, and list them.
 
     Returns:
         By block: rank correlation with the frame, share of variance, coordinates of frames and words; the best block.
+
+    Raises:
+        DataError: for a bad clip, unless those are skipped; or if none is left.
     """
     from tqdm import tqdm
 
@@ -49,12 +56,13 @@ def extract(
     if batch_size < 1:
         raise InputError(f"batch_size must be 1 or more, not {batch_size}.")
     ensure_output_folder(out.parent)
-    items = read_appear_folder(data)
+    bad: list[tuple[str, DataError]] = []
+    items = read_appear_folder(data, bad=bad if skip_bad else None)
+    misnamed = len(bad)
     loaded = load(model, dtype=dtype)
     pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
-    ids = temporal.extract(
-        loaded, iter(tqdm(items, unit="clip", disable=None)), pairs=pairs, batch_size=batch_size, compat=compat
-    )
+    clips = _readable(tqdm(items, unit="clip", disable=None), bad if skip_bad else None)
+    ids = temporal.extract(loaded, clips, pairs=pairs, batch_size=batch_size, compat=compat)
     ids.save(out)
     line, words = ids.line(), temporal.word_coordinates(loaded, ids)
     coordinates = line.coordinates(np.asarray(ids.universal))
@@ -62,8 +70,9 @@ def extract(
     summary = {
         "model": loaded.name,
         "fingerprint": loaded.fingerprint,
-        "clips": len(items),
+        "clips": len(items) - len(bad) + misnamed,
         "pairs": len(pairs),
+        "skipped": {"count": len(bad), "items": [{"key": key, "reason": str(error)} for key, error in bad]},
         "frames": list(ids.frames),
         "rank_correlation": line.order,
         "share_of_variance": line.share,
@@ -75,6 +84,27 @@ def extract(
     figure = plots.temporal_line(coordinates, np.array(ids.frames), words, line.order, best, title=loaded.name)
     plots.save(figure, out.with_suffix(".png"))
     return summary
+
+
+def _readable(items: Iterable[AppearItem], bad: list[tuple[str, DataError]] | None) -> Iterator[AppearItem]:
+    """The items with their clips opened; those that cannot be are noted where they are to be skipped.
+
+    Raises:
+        DataError: for the first of them else, and if none is left.
+    """
+    count = 0
+    for item in items:
+        try:
+            clip = item.open()
+        except DataError as error:
+            if bad is None:
+                raise DataError(f"{str(error).rstrip('.')}; --skip-bad leaves such clips out.") from error
+            bad.append((item.key, error))
+            continue
+        count += 1
+        yield dataclasses.replace(item, video=clip)
+    if not count:
+        raise DataError(f"no clip could be used: {bad[-1][1] if bad else 'there are none'}")
 
 
 def _items(job: Run) -> list[OrderItem]:
