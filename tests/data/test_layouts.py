@@ -157,6 +157,23 @@ def test_coco_spatial_instances_load_in_pycocotools(dataset, capsys):
     assert np.prod(corners.max(0) - corners.min(0)) == pytest.approx(annotations[0]["area"])
 
 
+def test_coco_spatial_noise_changes_the_pictures_alone(tmp_path: Path):
+    scenes = sample_free(np.random.default_rng(3), 4, num_objects=(2, 2))
+    folders = [tmp_path / name for name in ("clean", "noisy", "again")]
+    written = [
+        write_coco_spatial(folder, scenes, 64, noise=noise)
+        for folder, noise in zip(folders, (0.0, 0.3, 0.3), strict=True)
+    ]
+    for name in ("coco_qa_two_obj.json", "instances_val2017.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    clean, noisy, again = ([np.asarray(Image.open(item.picture), float) for item in items] for items in written)
+    for one, other, same in zip(clean, noisy, again, strict=True):
+        assert 25 < np.std(other - one) < 77  # what is beyond black and white is cut off
+        np.testing.assert_array_equal(other, same)
+    with pytest.raises(InputError, match="noise is a share"):
+        write_coco_spatial(tmp_path / "wrong", scenes, 64, noise=-0.1)
+
+
 def test_coco_spatial_writer_refuses_unclear_scenes(tmp_path: Path):
     three = sample_free(np.random.default_rng(0), 2, num_objects=(3, 3))
     with pytest.raises(InputError, match="Scene 0 must hold two different objects"):

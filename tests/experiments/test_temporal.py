@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from families import EVERY
 
-from jaxid.data.clips import AppearItem, OrderItem
+from jaxid.data.clips import AppearItem, OrderItem, write_appear_folder
 from jaxid.data.videos import write_video
 from jaxid.engine import forward
-from jaxid.errors import InputError, PromptError
+from jaxid.errors import DataError, InputError, PromptError
 from jaxid.experiments import temporal
 from jaxid.interventions import add, replace
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
 from jaxid.processing.pictures import Clip
+from jaxid.runs import temporal as runs
 from jaxid.temporal_ids import TemporalIDs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -197,3 +198,27 @@ def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
             command(*arguments)
         shown = capsys.readouterr().err
         assert ended.value.code == 2 and message in shown and len(shown.strip().splitlines()) == 1, shown
+
+
+def test_bad_clips_are_named_or_left_out(tmp_path: Path) -> None:
+    """A clip too short, one unreadable, one misnamed: the run ends with the first, or lists them in the end."""
+    frames = [(i, i % 7 + 1) for i in range(1, 8)]
+    write_appear_folder(tmp_path / "clips", [("star", "fish")], frames=frames, picture_size=32)
+    write_video(tmp_path / "clips" / "appear_fish1_star2.mp4", np.zeros((5, 32, 32, 3), np.uint8), rate=8)
+    (tmp_path / "clips" / "appear_fish1_star3.mp4").write_bytes(b"no video")
+    out, name = tmp_path / "ids.safetensors", str(fixtures.folder(CASE))
+    with pytest.raises(DataError, match=r"appear_fish1_star2.mp4 has 5 frames .* --skip-bad leaves such clips out"):
+        runs.extract(tmp_path / "clips", out, model=name)
+    (tmp_path / "clips" / "holiday.mp4").write_bytes(b"")
+    found = runs.extract(tmp_path / "clips", out, model=name, skip_bad=True)
+    assert found["clips"] == len(frames) and found["skipped"]["count"] == 3
+    assert [entry["key"] for entry in found["skipped"]["items"]] == ["holiday.mp4", "fish1_star2", "fish1_star3"]
+    clean = tmp_path / "clean"
+    write_appear_folder(clean, [("star", "fish")], frames=frames, picture_size=32)
+    runs.extract(clean, tmp_path / "clean.safetensors", model=name)
+    ours, theirs = TemporalIDs.load(out), TemporalIDs.load(tmp_path / "clean.safetensors")
+    np.testing.assert_allclose(ours.universal, theirs.universal, atol=1e-5)
+    for path in clean.iterdir():
+        path.write_bytes(b"no video")
+    with pytest.raises(DataError, match="no clip could be used"):
+        runs.extract(clean, out, model=name, skip_bad=True)
