@@ -403,7 +403,7 @@ class Decoder(nnx.Module):
             rope_positions: positions along several axes, for families that turn heads by them.
             memory: what cross-attention layers read.
             wanted: the tokens whose final hidden states are returned, by place; all by default. The last block is then
-                run for them, and for the captured ones, alone.
+                run for them, and for the captured ones, alone, unless blocks are trained or all tokens captured.
 
         Returns:
             The normed final hidden states and the captured values.
@@ -413,9 +413,7 @@ class Decoder(nnx.Module):
         x = intervention(before, embeddings)
         captured = {"embed": capture.take(x)} if "embed" in capture.sites else {}
         sites = [name for name in DECODER_SITES if name in capture.sites]
-        blocks = Blocks(self)
-
-        places = capture.at
+        blocks, places = Blocks(self), capture.at
 
         def run(x: Array, number: Any, parameters: Any = None, at: Array | None = None) -> tuple[Array, dict]:
             """A block, of whose results only those of the tokens `at` are computed, the captured ones last."""
@@ -423,10 +421,10 @@ class Decoder(nnx.Module):
             kept = positions if at is None else jnp.take_along_axis(positions, at, axis=1)
 
             def tap(name: str, value: Array) -> Array:
-                before = at is None or name == "resid_pre"
-                value = intervention(Site(name, jnp.asarray(number), positions if before else kept), value)
+                every = at is None or name == "resid_pre"
+                value = intervention(Site(name, jnp.asarray(number), positions if every else kept), value)
                 if name in sites:
-                    found[name] = capture.take(value) if before or places is None else value[:, -places.shape[1] :]
+                    found[name] = capture.take(value) if every or places is None else value[:, -places.shape[1] :]
                 return value
 
             keep = {} if at is None else {"keep": partial(take_tokens, at=at)}

@@ -3,9 +3,9 @@
 `open_clip` imports torchvision, which does not import beside the PyTorch that the tests use, so it has an environment
 of its own:
 
-    python3.11 -m venv /tmp/open_clip
-    /tmp/open_clip/bin/pip install torch==2.14.1 torchvision==0.29.1 open_clip_torch==3.3.0
-    /tmp/open_clip/bin/python tests/golden/make_open_clip.py
+    python3.11 -m venv open-clip-environment
+    open-clip-environment/bin/pip install torch==2.14.1 torchvision==0.29.1 open_clip_torch==3.3.0
+    open-clip-environment/bin/python tests/golden/make_open_clip.py
 
 The files here were made with these versions, numpy 2.4.6 and pillow 13.0.0, on a CPU. NOTES.md says what every array
 is and how `open_clip` computes it.
