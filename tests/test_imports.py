@@ -19,7 +19,8 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-MODELS = {"errors", "kernels", "sharding"}
+DOORS = {"errors", "reading", "checks"}
+MODELS = {*DOORS, "kernels", "sharding"}
 LOADERS = {*MODELS, "models", "processing", "zoo", "inputs"}
 ENGINE = {*LOADERS, "checkpoints", "interventions"}
 METHODS = {*ENGINE, "engine", "tracing", "generation"}
@@ -27,36 +28,38 @@ EXPERIMENTS = {*METHODS, "data", "ids", "temporal_ids", "dcsm", "results", "trai
 TOP = {*EXPERIMENTS, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
+    "reading": {"errors"},
+    "checks": {"errors"},
     "zoo": set(),
     "kernels": set(),
-    "data": {"errors", "results", "processing"},
-    "results": {"errors"},
+    "data": {*DOORS, "results", "processing"},
+    "results": DOORS,
     "sharding": {"errors"},
     "models": MODELS,
-    "processing": {"errors"},
+    "processing": DOORS,
     "inputs": LOADERS,
     "checkpoints": {*LOADERS, "results"},
     "interventions": ENGINE,
     "engine": ENGINE,
     "tracing": {*ENGINE, "engine"},
     "generation": {*ENGINE, "engine", "tracing"},
-    "id_files": {"errors"},
+    "id_files": DOORS,
     "ids": {*METHODS, "id_files"},
     "temporal_ids": {*METHODS, "id_files"},
     "trainable": ENGINE,
-    "training": {"errors", "results"},
+    "training": {*DOORS, "results"},
     "dcsm": {*METHODS, "data", "results", "training"},
     "experiments": EXPERIMENTS,
     "zoo recipes": TOP,
     "plots": TOP,
-    "report": {"errors", "results"},
-    "jobs": {"errors", "results"},
+    "report": {*DOORS, "results"},
+    "jobs": {*DOORS, "results"},
     "demo": {*TOP, "plots", "report"},
     "runs": {*TOP, "plots", "jobs"},
-    "cli_run": {"errors", "runs"},
+    "cli_run": {*DOORS, "runs"},
     "cli_dcsm": {*TOP, "plots", "runs"},
     "cli_finetune": {*TOP, "runs"},
-    "cli_diagnosis": {"errors", "runs", "cli_run"},
+    "cli_diagnosis": {*DOORS, "runs", "cli_run"},
     "cli_temporal": {*TOP, "plots", "runs", "cli_run"},
     "cli": {
         *TOP,
