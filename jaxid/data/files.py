@@ -1,12 +1,14 @@
-"""Atomic writing of files and pictures."""
+"""Atomic writing of files and pictures, and the files that manifests name."""
 
 import io
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxid.errors import OutputError
+from jaxid.errors import DataError, OutputError
 from jaxid.results import whole_file
 
 
@@ -35,3 +37,36 @@ def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, kind, **options)
     save_bytes(path, buffer.getvalue())
+
+
+def inside(folder: str | Path, name: Any, where: str) -> Path:
+    """The path of a file that a manifest names relative to a folder, which it must not leave.
+
+    Links inside the folder may point anywhere: whoever made them meant it.
+
+    Args:
+        folder: what the name is relative to.
+        name: as the manifest has it.
+        where: begins the message, such as "row 3 of manifest.csv".
+
+    Returns:
+        The path, whether or not a file is there.
+
+    Raises:
+        DataError: if the name is no text, is absolute, leads out of the folder, or cannot be a path.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{where}: {name!r:.80} is not the name of a file.")
+    short = os.path.normpath(name)
+    if os.path.isabs(name) or short.split(os.sep)[0] == os.pardir:
+        raise DataError(
+            f"{where}: {name!r:.80} leads out of {folder}, to which names are relative; move or link the file there."
+        )
+    path = Path(folder, short)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, or with characters that names do not have
+        raise DataError(f"{where}: {name!r:.80} cannot be the name of a file ({type(error).__name__}).") from error
+    return path
