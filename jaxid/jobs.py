@@ -1,10 +1,9 @@
 """Long jobs that may be killed at any moment: finished chunks stay on disk, and the job goes on from them."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,7 +95,7 @@ def run(
         raise InputError(f"a chunk needs at least one item, not {chunk_size}.")
     keys = _checked_keys(items, key)
     results.ensure_output_folder(out / "parts")
-    with _locked(out):
+    with results.locked(out):
         stored = _begin(out, settings, keys, chunk_size, resume)
         parts = _parts(out / "parts", keys, stored["chunk_size"])
         finished = [part for part in parts if part.path.exists()]
@@ -131,8 +130,7 @@ def write_merged(out: Path, finished: Finished) -> Path:
         OutputError: if the file cannot be written, or another process is at work in the folder.
     """
     results.ensure_output_folder(out)
-    with _locked(out):
-        _remove_temporary(out, "table.parquet")
+    with results.locked(out):
         note = {"skipped": [dataclasses.asdict(skipped) for skipped in finished.skipped]}
         return results.write_table(out / "table.parquet", finished.table, metadata={_METADATA: json.dumps(note)})
 
@@ -181,34 +179,10 @@ def _checked_keys(items: Sequence[Item], key: Callable[[Item], str]) -> list[str
     return keys
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps other processes out of a job's folder; the system frees the lock of a process that dies."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    try:
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise OutputError(f"cannot write {out / '.lock'}: {error.strerror}; choose another output folder.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise OutputError(
-                f"another process is working in {out}; wait until it is done, or give another --out."
-            ) from error
-        except OSError:  # a network file system without locks
-            pass
-        yield
-
-
 def _begin(out: Path, settings: Mapping[str, Any], keys: list[str], chunk_size: int, resume: bool) -> dict[str, Any]:
     """Writes `settings.json`, or reads and compares the one that is there."""
     path = out / "settings.json"
-    _remove_temporary(out, path.name)
+    results.remove_temporary(out)
     # Escaped by JSON, as file names may hold bytes that UTF-8 cannot.
     digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
     now = {"settings": settings, "chunk_size": chunk_size, "items": {"count": len(keys), "digest": digest}}
@@ -265,17 +239,11 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
     """All chunks' parts, in order; what a killed process left half written is removed."""
-    _remove_temporary(folder, "*.parquet")
+    results.remove_temporary(folder)
     return [
         _Part(start=start, keys=tuple(keys[start : start + chunk_size]), path=folder / f"{number:05d}.parquet")
         for number, start in enumerate(range(0, len(keys), chunk_size))
     ]
-
-
-def _remove_temporary(folder: Path, name: str) -> None:
-    """Removes what `results.whole_file` left behind when its process was killed."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def _computed(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from jaxid.errors import DataError, InputError, OutputError
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
+"""Names that `whole_file` gives to what is not complete yet."""
 
 
 def ensure_output_folder(path: str | Path) -> Path:
@@ -75,6 +80,50 @@ def whole_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {_reason(error)}; free some space or choose another place.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a job's folder; the system frees the lock of a process that dies.
+
+    Args:
+        folder: an existing folder; the lock is its file `.lock`.
+
+    Raises:
+        OutputError: if another process holds the lock, or the folder cannot be written to.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder / '.lock'}: {_reason(error)}; choose another output folder."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise OutputError(
+                f"another process is working in {folder}; wait until it is done, or give another --out."
+            ) from error
+        except OSError:  # a network file system without locks
+            pass
+        yield
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes what `whole_file` left in a folder when its process was killed; to be called under the folder's lock.
+
+    Args:
+        folder: the folder; those inside it are left alone.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def as_table(columns: Mapping[str, np.ndarray | Sequence[Any]], name: str | Path) -> "pyarrow.Table":

@@ -227,13 +227,13 @@ def test_only_temporary_files_of_a_killed_job_are_removed(tmp_path: Path) -> Non
         tmp_path / "parts" / ".00001.parquet.123.tmp",
         tmp_path / "parts" / ".00099.parquet.4.tmp",
     ]
-    mine = [tmp_path / ".notes.tmp", tmp_path / "parts" / "notes.tmp", tmp_path / ".summary.json.5.tmp"]
-    for path in (*stale, *mine, tmp_path / ".table.parquet.77.tmp"):
+    stale += [tmp_path / f".{name}.77.tmp" for name in ("table.parquet", "summary.json", "figure.png")]
+    mine = [tmp_path / ".notes.tmp", tmp_path / "parts" / "notes.tmp", tmp_path / "summary.json.5.tmp"]
+    mine += [tmp_path / ".x.tmp", tmp_path / ".notes.2.tmp~", tmp_path / ".notes.2b.tmp"]
+    for path in (*stale, *mine):
         path.write_text("half")
-    finished = start(tmp_path, resume=True)
-    assert [path.exists() for path in (*stale, *mine)] == [False] * 3 + [True] * 3
-    jobs.write_merged(tmp_path, finished)
-    assert not (tmp_path / ".table.parquet.77.tmp").exists()
+    start(tmp_path, resume=True)
+    assert [path.exists() for path in (*stale, *mine)] == [False] * 6 + [True] * 6
 
 
 def test_a_part_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
