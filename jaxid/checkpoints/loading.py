@@ -1,5 +1,6 @@
 """From a name to a model: alias, Hugging Face id or local folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 """Parameter dtypes by name."""
 
 
-def find_folder(name: str | Path, further: tuple[str, ...] = ()) -> Path:
+def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: bool = True) -> Path:
     """Local folder of a model: a shipped model's, a folder itself, or the Hub's cache (downloaded if need be).
 
     Args:
         name: alias, Hugging Face id or folder.
         further: names of files that are downloaded besides the usual ones.
+        weights: download the weights too.
 
     Raises:
         CheckpointError: if there is no such folder, and no such repository can be reached.
@@ -42,7 +44,7 @@ def find_folder(name: str | Path, further: tuple[str, ...] = ()) -> Path:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *further]
+        patterns = ["*.json", "*.model", "*.jinja", "*.txt", *further, *(["*.safetensors"] if weights else [])]
         # Some repositories hold the weights once more, in folders or as consolidated files of another layout.
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
@@ -77,6 +79,52 @@ def abstract_parameters(kind: Family, config: Any) -> tuple[Any, tensors.Leaves]
     return definition, tensors.flatten(nnx.to_pure_dict(state))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A vision-language model whose weights are not read yet, so that all else can be checked before.
+
+    Attributes:
+        model: what is known of it: no parameters, no fingerprint, but its size and config; it prepares prompts.
+        kind: its family.
+        dtype: of parameters and activations.
+    """
+
+    model: Model
+    kind: Family
+    dtype: str
+
+    def load(self) -> Model:
+        """The model with its parameters, on the default device.
+
+        Raises:
+            CheckpointError: if the weights are missing, incomplete or corrupt.
+        """
+        files = tensors.TensorFolder(find_folder(self.model.name))
+        return dataclasses.replace(self.model, **load_network(self.kind, self.model.config, files, self.dtype))
+
+
+def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
+    """Reads all of a vision-language model but its weights, which may take minutes.
+
+    Args:
+        name: an alias ("tiny-llava", "llava-7b"), a Hugging Face id, or a folder in Hugging Face layout.
+        dtype: of parameters and activations: "float32", "bfloat16" or "float16".
+
+    Raises:
+        CheckpointError: if the folder is missing or foreign, or its config, tokenizer or image processor unreadable.
+        InputError: for an unknown dtype.
+    """
+    check_dtype(dtype)
+    folder = find_folder(name, weights=False)
+    fields = read_config(folder)
+    name_of_kind = kind_of(fields)
+    kind = family(name_of_kind, str(folder / "config.json"))
+    config = parsed(kind, fields, folder / "config.json")
+    processor = Processor.from_folder(folder, config, SIDES[name_of_kind])
+    model = Model(parameters={}, definition=None, config=config, processor=processor, name=str(name), fingerprint="")
+    return Checkpoint(model=model, kind=kind, dtype=dtype)
+
+
 def load(name: str | Path, *, dtype: str = "float32") -> Model:
     """Loads a vision-language model.
 
@@ -91,15 +139,7 @@ def load(name: str | Path, *, dtype: str = "float32") -> Model:
         CheckpointError: if the folder is missing, foreign, incomplete or corrupt.
         InputError: for an unknown dtype.
     """
-    check_dtype(dtype)
-    folder = find_folder(name)
-    fields = read_config(folder)
-    name_of_kind = kind_of(fields)
-    kind = family(name_of_kind, str(folder / "config.json"))
-    config = parsed(kind, fields, folder / "config.json")
-    # What is quick to read comes first: a large checkpoint's tensors take minutes.
-    processor = Processor.from_folder(folder, config, SIDES[name_of_kind])
-    return Model(**load_network(kind, config, tensors.TensorFolder(folder), dtype), processor=processor, name=str(name))
+    return open_checkpoint(name, dtype=dtype).load()
 
 
 def check_dtype(dtype: str) -> None:
