@@ -1,9 +1,12 @@
-"""`jaxid finetune` and `jaxid compare-finetune`."""
+"""`jaxid finetune`, `jaxid compare-finetune` and `jaxid zoo`: all that trains vision-language models."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from jaxid.errors import InputError
+from jaxid.results import ensure_output_folder
 
 
 def finetune(
@@ -119,3 +122,105 @@ def print_comparison(found: dict[str, Any]) -> None:
                 f"{name:13s} {kind:12s} {entry['mean']:+7.1%}   95 % interval {entry['low']:+.1%} to "
                 f"{entry['high']:+.1%}   {len(entry['values'])} runs"
             )
+
+
+zoo_app = typer.Typer(help="The small trained models that ship with jaxid.", no_args_is_help=True)
+
+
+@zoo_app.command("train")
+def zoo_train(
+    name: Annotated[str, typer.Argument(help="Which model: tiny-llava, tiny-video, or tiny-clip with its scorers.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint is written to its `model` folder.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the main stage, if not the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=8, help="Pictures per step; the recipe's by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of parameters and data.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
+) -> None:
+    """Train a shipped model from scratch, or go on from the last save after a kill."""
+    from jaxid.zoo import RECIPES, training
+
+    if name not in RECIPES:
+        raise InputError(f"{name!r} is no model with a recipe; there is {', '.join(RECIPES)}.")
+    given = {"steps": steps, "batch_size": batch_size}
+    if name == "tiny-clip":
+        from jaxid.zoo import clip_evaluation, clip_training
+
+        clip = clip_training.TrainingConfig(
+            seed=seed, **{key: value for key, value in given.items() if value is not None}
+        )
+        folder = clip_training.train_and_export(ensure_output_folder(out), clip, save_every=save_every)
+        clip_evaluation.train_scorers(out, folder)
+        typer.echo(f"checkpoint and scorer: {folder}")
+        return
+    if name == "tiny-video":
+        from jaxid.zoo import video_training
+
+        video = video_training.TrainingConfig(
+            seed=seed, **{key: value for key, value in given.items() if value is not None}
+        )
+        folder = video_training.train_and_export(ensure_output_folder(out), video, save_every=save_every)
+        typer.echo(f"checkpoint: {folder}")
+        return
+    config = training.TrainingConfig(seed=seed, **{key: value for key, value in given.items() if value is not None})
+    folder = training.train_and_export(ensure_output_folder(out), config, save_every=save_every)
+    typer.echo(f"checkpoint: {folder}")
+
+
+@zoo_app.command("evaluate")
+def zoo_evaluate(
+    model: Annotated[
+        str, typer.Argument(help="tiny-llava, tiny-video, tiny-clip, or the folder of one trained like them.")
+    ] = "tiny-llava",
+    count: Annotated[int, typer.Option(min=8, help="Questions of each kind.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 1,
+) -> None:
+    """Print a model's accuracy on scenes that training never showed."""
+    from jaxid.checkpoints.loading import find_folder, load, read_config
+    from jaxid.zoo import evaluation, video_evaluation
+
+    kind_of_model = read_config(find_folder(model)).get("model_type")
+    if kind_of_model == "clip":
+        _evaluate_clip(model, count, seed)
+        return
+    evaluate = video_evaluation.evaluate if kind_of_model == "llava_qwen" else evaluation.evaluate
+    for kind, result in evaluate(load(model), count=count, seed=seed).items():
+        typer.echo(
+            f"{kind:14s} {result.value:7.1%}   95 % interval {result.low:.1%} to {result.high:.1%}   n = {result.count}"
+        )
+
+
+@zoo_app.command("finetune-study")
+def zoo_finetune_study(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and comparison.")],
+    model: Annotated[str, typer.Option(help="What all runs begin with.")] = "tiny-llava-weak",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of every run; the study's by default.")] = None,
+    train: Annotated[str | None, typer.Option(help="Kinds of tensors, as in jaxid finetune.")] = None,
+) -> None:
+    """Fine-tune a weaker tiny-llava with and without the ID loss, over several seeds, and compare."""
+    import dataclasses
+
+    from jaxid.runs import finetune_study as job
+
+    config = job.CONFIG if steps is None else dataclasses.replace(job.CONFIG, steps=steps)
+    if train is not None:
+        config = dataclasses.replace(config, selectors=tuple(part.strip() for part in train.split(",")))
+    print_comparison(job.run(out, model=model, seeds=range(seeds), config=config))
+    typer.echo(str(out / "comparison" / "comparison.png"))
+
+
+def _evaluate_clip(model: str, count: int, seed: int) -> None:
+    from jaxid.checkpoints.encoders import load_encoder
+    from jaxid.dcsm.scoring import Scorer
+    from jaxid.runs.dcsm import own_scorer
+    from jaxid.zoo import clip_evaluation
+
+    path = own_scorer(model)
+    scorer = None if path is None else Scorer.load(path)
+    for kind, entry in clip_evaluation.evaluate(load_encoder(model), scorer, count=count, seed=seed).items():
+        shown = [
+            f"{name} {entry[method]['accuracy']:.1%} ({entry[method]['low']:.1%} to {entry[method]['high']:.1%})"
+            for method, name in (("cosine", "pooled cosine"), ("dcsm", "dense maps"))
+            if method in entry
+        ]
+        typer.echo(f"{kind:9s} chance {entry['chance']:.0%}   {'   '.join(shown)}")
