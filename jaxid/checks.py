@@ -1,5 +1,6 @@
 """What is asked of numbers that users hand in, before anything is computed with them."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -38,3 +39,21 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < _SEEDS:
         raise InputError(f"the seed must be an integer from 0 to {_SEEDS - 1}, not {seed}.")
+
+
+def check_options(options: Any) -> None:
+    """Refuses NaN and infinity in any field of a dataclass, and a `seed` that random generators do not take.
+
+    Args:
+        options: the dataclass; fields that hold other things than numbers, or tuples of them, are passed over.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "seed":
+            check_seed(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                check_finite(field.name, number)
