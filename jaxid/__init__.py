@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxid.errors import JaxidError as JaxidError
     from jaxid.errors import OutputError as OutputError
     from jaxid.errors import PromptError as PromptError
+    from jaxid.errors import UnknownWordsWarning as UnknownWordsWarning
     from jaxid.generation import Generation as Generation
     from jaxid.generation import generate as generate
     from jaxid.ids import IDBatch as IDBatch
@@ -75,6 +76,7 @@ _HOME = {
     "SpatialIDs": "jaxid.ids",
     "TemporalIDs": "jaxid.temporal_ids",
     "Trace": "jaxid.tracing",
+    "UnknownWordsWarning": "jaxid.errors",
     "accumulate_ids": "jaxid.ids",
     "add": "jaxid.interventions",
     "chain": "jaxid.interventions",

@@ -23,3 +23,11 @@ class DataError(JaxidError):
 
 class OutputError(JaxidError):
     """A result that cannot be written: an unwritable folder, a file in the way, a full disk."""
+
+
+class JaxidWarning(UserWarning):
+    """Base of every warning that jaxid gives about results which deserve a second look."""
+
+
+class UnknownWordsWarning(JaxidWarning):
+    """A question or caption holds words that are not in the model's vocabulary."""

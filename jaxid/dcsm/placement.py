@@ -1,6 +1,5 @@
 """Where functional words stand in captions, and which columns of a map they take."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ from jaxtyping import Int
 
 from jaxid.errors import InputError
 from jaxid.processing.dual import Captions
+from jaxid.processing.words import places
 
 PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
 """The published functional words ([DCSM] arXiv 2503.08723)."""
@@ -40,15 +40,8 @@ def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
         caption: the text.
         vocabulary: functional words.
     """
-    found: dict[int, tuple[int, int, int]] = {}
-    taken: list[tuple[int, int]] = []  # all occurrences: a word within a later one of a longer entry is not its own
-    for number in sorted(range(len(vocabulary)), key=lambda number: -len(vocabulary[number])):
-        spaced = r"\s+".join(re.escape(part) for part in vocabulary[number].split())
-        for match in re.finditer(rf"(?<!\w){spaced}(?!\w)", caption, re.IGNORECASE):
-            if all(match.end() <= start or match.start() >= stop for start, stop in taken):
-                found.setdefault(number, (number, match.start(), match.end()))
-                taken.append((match.start(), match.end()))
-    return sorted(found.values(), key=lambda one: one[1])
+    spans = places(caption, vocabulary, ignore_case=True)
+    return sorted(((number, *own[0]) for number, own in enumerate(spans) if own), key=lambda one: one[1])
 
 
 def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token") -> Columns:
