@@ -1,20 +1,24 @@
 """The command line, `jaxid --help`; each command imports what it needs, so that help comes at once."""
 
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from jaxid import __version__
 from jaxid import cli_diagnosis as cli_diagnosis  # its commands join `run`
+from jaxid.checks import check_finite, check_seed
 from jaxid.cli_dcsm import dcsm_app
 from jaxid.cli_finetune import compare_finetune, finetune, zoo_app
 from jaxid.cli_run import run_app
 from jaxid.cli_temporal import ids_temporal
-from jaxid.errors import InputError, JaxidError, OutputError
+from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
 from jaxid.results import ensure_output_folder
 
 app = typer.Typer(
@@ -39,16 +43,39 @@ app.command("compare-finetune")(compare_finetune)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line: exit code 2 and one line on stderr for a JaxidError, 130 for Ctrl-C.
 
+    Python's warnings become one line each, every distinct one once.
+
     Args:
         arguments: instead of the process's own.
     """
     use_compilation_cache()
     try:
-        app(args=None if arguments is None else list(arguments))
+        with _one_line_warnings():
+            app(args=None if arguments is None else list(arguments))
     except JaxidError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Prints each distinct warning once, as one line; what else Python does with warnings comes back afterwards."""
+    told = set()
+
+    def tell(message: Warning | str, *_: Any) -> None:
+        line = f"warning: {' '.join(str(message).split())}"
+        if line not in told:
+            from tqdm import tqdm
+
+            told.add(line)
+            tqdm.write(line, file=sys.stderr)  # a progress bar is drawn again below it
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        if not sys.warnoptions:
+            warnings.simplefilter("always", JaxidWarning)
+        yield
 
 
 def use_compilation_cache() -> None:
@@ -287,3 +314,27 @@ def demo(
         f"{swapped[layer]:.1%} by IDs, {by_noise[layer]:.1%} by noise.\n"
         f"Report: {out / 'report.md'} ({summary['seconds']} s)"
     )
+
+
+def _check_numbers(commands: Any) -> None:
+    """Gives every command a check of its numbers: NaN, infinity and seeds that generators do not take are refused."""
+    for command in commands.registered_commands:
+        command.callback = _checked(command.callback)
+    for group in commands.registered_groups:
+        _check_numbers(group.typer_instance)
+
+
+def _checked(command: Any) -> Any:
+    @functools.wraps(command)
+    def checked(**options: Any) -> Any:
+        for name, value in options.items():
+            if name == "seed":
+                check_seed(value)
+            elif isinstance(value, float):
+                check_finite(f"--{name.replace('_', '-')}", value)
+        return command(**options)
+
+    return checked
+
+
+_check_numbers(app)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 import jaxid
 from jaxid import cli
+from jaxid.errors import InputError, JaxidWarning
 
 
 @pytest.fixture(autouse=True)
@@ -225,3 +227,67 @@ def test_control_c_exits_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(scenes, "preview", interrupted)
     assert run("data", "preview", "--out", tmp_path / "scenes.png") == 130
+
+
+# --- numbers that are none, warnings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["data", "preview", "--out", "a.png", "--seed", "-5"], "seed"),
+        (["data", "grid", "--out", "a", "--pair", "star,fish", "--seed", "99999999999999999999"], "seed"),
+        (["data", "mvbench", "--out", "a", "--seed", str(2**32)], "seed"),
+        (["data", "coco-spatial", "--out", "a", "--noise", "inf"], "--noise"),
+        (["zoo", "evaluate", "--seed", "-1"], "seed"),
+        (["demo", "--out", "a", "--seed", "-1"], "seed"),
+        (["run", "steer", "--ids", "a", "--out", "a", "--factor", "nan"], "--factor"),
+        (["run", "steer", "--ids", "a", "--out", "a", "--seed", "-1"], "seed"),
+        (["run", "occlusion", "--data", "a", "--out", "a", "--radius", "nan"], "--radius"),
+        (["finetune", "--data", "a", "--ids", "a", "--out", "a", "--learning-rate", "-inf"], "--learning-rate"),
+    ],
+    ids=lambda entry: "-".join(entry[:2]) if isinstance(entry, list) else None,
+)
+def test_numbers_that_no_command_can_use(
+    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_command_checks_its_numbers() -> None:
+    def commands(app: Any) -> list[Any]:
+        found = [command.callback for command in app.registered_commands]
+        return found + [inner for group in app.registered_groups for inner in commands(group.typer_instance)]
+
+    for command in commands(cli.app):
+        with pytest.raises(InputError, match="seed"):
+            command(seed=-1)
+        with pytest.raises(InputError, match="--some-option"):
+            command(some_option=float("nan"))
+
+
+def test_warnings_are_one_line_each_and_python_keeps_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jaxid.data import scenes
+
+    def warned(*_: Any, **__: Any) -> None:
+        for text in ("first\n  of two lines", "second", "first\n  of two lines"):
+            warnings.warn(text, JaxidWarning, stacklevel=1)
+
+    monkeypatch.setattr(scenes, "preview", warned)
+    before = warnings.showwarning, list(warnings.filters)
+    assert run("data", "preview", "--out", tmp_path / "scenes.png") == 0
+    assert capsys.readouterr().err == "warning: first of two lines\nwarning: second\n"
+    assert (warnings.showwarning, warnings.filters) == before
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "import sys; from jaxid.cli import main; main(['--help'])"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.stderr == b"" and done.returncode in (0, 1)
