@@ -300,6 +300,24 @@ def tidy(values: Any, axes: Mapping[str, Sequence[Any]], name: str = "value") ->
     return {**columns, name: array.ravel()}
 
 
+def centre_and_spread(values: Any, axis: int = 0, *, robust: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a sample is summed up by, in summaries and figures alike.
+
+    Args:
+        values: the sample.
+        axis: along which it lies.
+        robust: the median and the quartiles; else the mean and one standard deviation to each side.
+
+    Returns:
+        Centre, lower and upper bound, without that axis.
+    """
+    if robust:
+        low, centre, high = np.quantile(values, [0.25, 0.5, 0.75], axis=axis)
+        return centre, low, high
+    mean, deviation = np.mean(values, axis=axis), np.std(values, axis=axis)
+    return mean, mean - deviation, mean + deviation
+
+
 def confidence_interval(successes: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share.
 

@@ -16,15 +16,22 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from jaxid.errors import InputError
 from jaxid.plots.style import (
     BLUE,
+    CHANCE,
     GREY,
     INK,
     RULE,
     STYLE,
     VERMILLION,
+    WILSON,
+    About,
     block_axis,
+    captioned,
+    chance_line,
     check_shapes,
-    finished,
+    finite,
+    finite_items,
     label_ends,
+    last,
     new_figure,
     wrapped,
 )
@@ -50,7 +57,12 @@ _WIDE = 6
 
 @rc_context(STYLE)
 def margin_histogram(
-    margins: Float[np.ndarray, "B"], correct: Bool[np.ndarray, "B"], note: str = "", *, layer: int | None = None
+    margins: Float[np.ndarray, "B"],
+    correct: Bool[np.ndarray, "B"],
+    note: str = "",
+    *,
+    layer: int | None = None,
+    about: About | None = None,
 ) -> Figure:
     """Margins of items that were answered rightly and wrongly ([ID] arXiv 2601.12626, Figure 8 a).
 
@@ -59,11 +71,14 @@ def margin_histogram(
         correct: whether each item was answered rightly.
         note: of a test, in the panel.
         layer: the block at which they were read.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or are empty.
+        InputError: The arrays do not fit each other, or no margin is finite.
     """
     check_shapes(margins=(margins, "B"), correct=(correct, "B"))
+    known, lost = finite_items(0, margins=margins)
+    margins, correct = margins[known], correct[known]
     figure = new_figure(4.8, 3.0)
     axes = figure.add_subplot()
     _histogram(axes, {"right": margins[correct], "wrong": margins[~correct]})
@@ -71,7 +86,7 @@ def margin_histogram(
     axes.set_xlabel(f"margin: distance of the two words, less that of the objects{place}")
     if note:
         axes.set_title(note, fontsize=8.5, color=GREY, parse_math=False)
-    return finished(figure)
+    return captioned(figure, about, "triangles: medians", lost, items=len(margins))
 
 
 @rc_context(STYLE)
@@ -84,6 +99,7 @@ def margins_by_layer(
     easy_intervals: Float[np.ndarray, "L 2"] | None = None,
     hard_intervals: Float[np.ndarray, "L 2"] | None = None,
     layer: int | None = None,
+    about: About | None = None,
 ) -> Figure:
     """How well margins tell right from wrong answers, by block ([ID] arXiv 2601.12626, Figure 8 a).
 
@@ -96,9 +112,10 @@ def margins_by_layer(
         easy_intervals: lower and upper bound (95 %) of `easy`, drawn as a band.
         hard_intervals: likewise of `hard`.
         layer: the block to mark.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or are empty.
+        InputError: The arrays do not fit each other, are empty, or have no finite value.
     """
     check_shapes(
         layers=(layers, "L"),
@@ -108,6 +125,7 @@ def margins_by_layer(
         easy_intervals=(easy_intervals, "L 2"),
         hard_intervals=(hard_intervals, "L 2"),
     )
+    (auc, easy, hard), gaps = finite(auc=auc, easy=easy, hard=hard)
     figure = new_figure(4.2 if auc is None else 7.2, 2.8)
     row = figure.subplots(1, 1 if auc is None else 2, squeeze=False)[0]
     for axes in row:
@@ -115,23 +133,27 @@ def margins_by_layer(
             axes.axvline(layer, color=RULE, linewidth=6, zorder=0)
         block_axis(axes)
     if auc is not None:
-        row[0].axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
         row[0].plot(layers, auc, color=BLUE, marker="o")
         row[0].set(
-            title="right before wrong answers", ylabel="area under the curve", ylim=(min(0.4, auc.min() - 0.05), 1.02)
+            title="right before wrong answers",
+            ylabel="area under the curve",
+            ylim=(min(0.4, np.nanmin(auc) - 0.05), 1.02),
         )
     halves = {"larger margins": (easy, easy_intervals, BLUE), "smaller margins": (hard, hard_intervals, VERMILLION)}
-    bottom = 0.9
+    bottom = 0.48  # chance is in the panel
     for values, bounds, color in halves.values():
         row[-1].plot(layers, values, color=color, marker="o")
         if bounds is not None:
             row[-1].fill_between(layers, *bounds.T, color=color, alpha=0.16, linewidth=0)
-        bottom = min(bottom, float(values.min() if bounds is None else bounds.min()))
+        bottom = min(bottom, float(np.nanmin(values if bounds is None else bounds)))
     row[-1].set(title="accuracy of either half", ylim=(max(0.0, bottom - 0.02), 1.01))
     row[-1].set_yticks([tick for tick in row[-1].get_yticks() if bottom <= tick < 1.001])
     row[-1].yaxis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
-    label_ends(row[-1], layers, {name: (values[-1], color) for name, (values, _, color) in halves.items()})
-    return finished(figure)
+    label_ends(row[-1], layers, {name: (last(values), color) for name, (values, _, color) in halves.items()})
+    for axes in row:
+        chance_line(axes)
+    bands = "" if easy_intervals is None and hard_intervals is None else f"bands: {WILSON}"
+    return captioned(figure, about, bands, CHANCE, "" if layer is None else f"grey: block {layer}", gaps)
 
 
 @rc_context(STYLE)
@@ -143,6 +165,8 @@ def occlusion_example(
     right: Float[np.ndarray, "V"],
     names: tuple[str, str],
     title: str = "",
+    *,
+    about: About | None = None,
 ) -> Figure:
     """A picture, its two objects, and what blurs do to the right answer ([ID] arXiv 2601.12626, Figure 8 b).
 
@@ -154,6 +178,7 @@ def occlusion_example(
         right: log-probability of the right answer about each of the pictures.
         names: of subject and object.
         title: above the figure, the question for example.
+        about: what was measured on what; stands below the figure.
 
     Raises:
         InputError: There is not a picture and a log-probability for each blur, and one more.
@@ -185,7 +210,7 @@ def occlusion_example(
         axes.set_title(f"{name}\nlog p = {round(float(right[number]), 2) + 0.0:.2f}", fontsize=7, pad=3, loc="center")
     if title:
         figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, parse_math=False)
-    return finished(figure)
+    return captioned(figure, about, "log p: of the right answer")
 
 
 @rc_context(STYLE)
@@ -197,6 +222,7 @@ def sensitivities(
     *,
     margins: Float[np.ndarray, "B"] | None = None,
     note: str = "",
+    about: About | None = None,
 ) -> Figure:
     """How much the right answer needs the subject's pixels ([ID] arXiv 2601.12626, Figure 8 b).
 
@@ -209,9 +235,10 @@ def sensitivities(
         correct: whether each item was answered rightly about its picture.
         margins: of a deviation run; NaN where there is none.
         note: of their correlation.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or are empty.
+        InputError: The arrays do not fit each other, or no item is finite.
     """
     check_shapes(
         sensitivity=(sensitivity, "B"),
@@ -220,6 +247,10 @@ def sensitivities(
         correct=(correct, "B"),
         margins=(margins, "B"),
     )
+    kept, lost = finite_items(0, sensitivity=sensitivity, subject_drop=subject_drop, elsewhere_drop=elsewhere_drop)
+    sensitivity, subject_drop, elsewhere_drop = sensitivity[kept], subject_drop[kept], elsewhere_drop[kept]
+    correct = correct[kept]
+    unknown = ""
     panels = 2 if margins is None else 3
     figure = new_figure(3.4 * panels, 3.0)
     row = figure.subplots(1, panels)
@@ -230,14 +261,15 @@ def sensitivities(
     _exceeded(row[1], drops)
     row[1].set_xlabel("fall of log p(correct) (nats)")
     if margins is not None:
-        known = np.isfinite(margins)
+        known, unknown = finite_items(0, margins=margins[kept])
+        margins, unknown = margins[kept], unknown.replace("items not finite", "items without a margin")
         _points(row[2], margins[known], sensitivity[known], correct[known])
         row[2].set_yscale("asinh", linear_width=_LINEAR)
         _powers(row[2].yaxis, sensitivity[known])
         row[2].set(xlabel="margin of the words", ylabel="sensitivity to the subject (nats)")
         if note:
             row[2].set_title(note, fontsize=8.5, color=GREY, parse_math=False)
-    return finished(figure)
+    return captioned(figure, about, "triangles: medians", lost, unknown, items=len(correct))
 
 
 def _histogram(axes: Axes, groups: Mapping[str, Float[np.ndarray, "_"]], width: float | None = None) -> None:

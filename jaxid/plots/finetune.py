@@ -7,15 +7,35 @@ from jaxtyping import Float, Int
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from jaxid.checks import check_finite
 from jaxid.errors import InputError
-from jaxid.plots.style import BLUE, GREY, STYLE, VERMILLION, finished, new_figure
+from jaxid.plots.style import (
+    BLUE,
+    CHANCE,
+    STYLE,
+    VERMILLION,
+    WILSON,
+    About,
+    captioned,
+    chance_line,
+    finite,
+    new_figure,
+)
 
 _COLORS = (BLUE, VERMILLION)
+
+_FEW = 30
+"""Up to so many values of a curve are drawn as points too: of one value, a line shows nothing."""
 
 
 @rc_context(STYLE)
 def finetune_curves(
-    losses: Mapping[str, Float[np.ndarray, "S 2"]], accuracies: Mapping[str, Float[np.ndarray, "C 2"]], title: str = ""
+    losses: Mapping[str, Float[np.ndarray, "S 2"]],
+    accuracies: Mapping[str, Float[np.ndarray, "C 2"]],
+    title: str = "",
+    *,
+    intervals: Mapping[str, Float[np.ndarray, "C 2"]] | None = None,
+    about: About | None = None,
 ) -> Figure:
     """Losses and accuracies of one run by step.
 
@@ -23,35 +43,58 @@ def finetune_curves(
         losses: by name, rows of step and value.
         accuracies: by evaluation set, likewise.
         title: of the figure.
+        intervals: by evaluation set, lower and upper bound (95 %) at every step, drawn as bands.
+        about: what was measured on what; stands below the figure.
+
+    Raises:
+        InputError: There is no loss, or nothing of a curve is finite.
     """
+    if not losses or not all(len(rows) for rows in (*losses.values(), *accuracies.values())):
+        raise InputError("finetune_curves needs one or more losses, and a row of step and value for each curve.")
+    curves, gaps = finite(**{name: rows[:, 1] for name, rows in losses.items()})
+    shares, more = finite(**{name: rows[:, 1] for name, rows in accuracies.items()})
     figure = new_figure(7.0, 2.8)
     left, right = figure.subplots(1, 2)
-    for color, (name, rows) in zip(_COLORS, losses.items(), strict=False):
-        left.plot(rows[:, 0], rows[:, 1], color=color, label=name.replace("_", " "))
+    for color, (name, rows), curve in zip(_COLORS, losses.items(), curves, strict=False):
+        marker = "o" if len(rows) <= _FEW else ""
+        left.plot(rows[:, 0], curve, color=color, marker=marker, label=name.replace("_", " "))
     left.set(xlabel="step", ylabel="loss", title=title)
     left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the names
     left.legend(frameon=False, loc="upper right", ncols=2)
-    for color, (name, rows) in zip(_COLORS, accuracies.items(), strict=False):
-        right.plot(rows[:, 0], rows[:, 1], color=color, marker="o", label=name)
-    right.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+    for color, (name, rows), share in zip(_COLORS, accuracies.items(), shares, strict=False):
+        right.plot(rows[:, 0], share, color=color, marker="o", label=name)
+        if intervals is not None and name in intervals:
+            right.fill_between(rows[:, 0], *intervals[name].T, color=color, alpha=0.15, linewidth=0)
+    chance_line(right)
     right.set(xlabel="step", ylabel="share of right answers", title="evaluation")
     if accuracies:
         right.legend(frameon=False, loc="lower right")
-    return finished(figure)
+    return captioned(
+        figure,
+        about,
+        f"bands: {WILSON}" if intervals else "",
+        CHANCE,
+        f"losses: {gaps}" if gaps else "",
+        f"shares: {more}" if more else "",
+    )
 
 
 @rc_context(STYLE)
 def finetune_comparison(
-    steps: Int[np.ndarray, "C"] | Float[np.ndarray, "C"], sets: Mapping[str, Mapping[str, Float[np.ndarray, "R C"]]]
+    steps: Int[np.ndarray, "C"] | Float[np.ndarray, "C"],
+    sets: Mapping[str, Mapping[str, Float[np.ndarray, "R C"]]],
+    *,
+    about: About | None = None,
 ) -> Figure:
     """Accuracy by step with and without the ID loss: every run, their mean and Student's 95 % interval.
 
     Args:
         steps: at which runs were evaluated.
         sets: by evaluation set, by "with_ids" and "without_ids", a row for each run.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or there are none.
+        InputError: The arrays do not fit each other, there are none, or a value is not finite.
     """
     from scipy import stats
 
@@ -65,6 +108,7 @@ def finetune_comparison(
             (VERMILLION, "without_ids", "answers alone"),
         ):
             rows = kinds[kind]
+            check_finite(f"{name}, {shown},", rows)
             mean = rows.mean(axis=0)
             panel.plot(steps, rows.T, color=color, linewidth=0.6, alpha=0.5)
             panel.plot(steps, mean, color=color, label=f"{shown}, {len(rows)} seeds", marker="o")
@@ -72,5 +116,7 @@ def finetune_comparison(
                 half = stats.t.ppf(0.975, len(rows) - 1) * rows.std(axis=0, ddof=1) / np.sqrt(len(rows))
                 panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
         panel.set(xlabel="step", ylabel="share of right answers", title=name)
+        chance_line(panel)
         panel.legend(frameon=False, loc="lower right")
-    return finished(figure)
+    meaning = "thick: mean of the runs, bands: Student's 95 % interval of it, thin: single runs"
+    return captioned(figure, about, meaning, CHANCE)

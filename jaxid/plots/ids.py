@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
+from jaxid.checks import check_finite
 from jaxid.plots.style import (
     BLUE,
     CELLS,
@@ -18,18 +19,25 @@ from jaxid.plots.style import (
     RULE,
     STYLE,
     VERMILLION,
+    About,
     block_axis,
+    captioned,
     check_shapes,
-    finished,
+    finite,
     gradient,
     label_ends,
+    last,
     new_figure,
 )
 
 
 @rc_context(STYLE)
 def id_plane(
-    coordinates: Float[np.ndarray, "4 4 2"], words: Mapping[str, Float[np.ndarray, "2"]], title: str
+    coordinates: Float[np.ndarray, "4 4 2"],
+    words: Mapping[str, Float[np.ndarray, "2"]],
+    title: str,
+    *,
+    about: About | None = None,
 ) -> Figure:
     """The 16 cells of one object in the plane of the two axes ([ID] arXiv 2601.12626, Figure 5).
 
@@ -40,11 +48,14 @@ def id_plane(
         coordinates: cell (x, y) -> coordinates along the x-axis and the y-axis, in units of the activations.
         words: word -> its coordinates in the same plane, e.g. of "left" and "right"; may be empty.
         title: above the figure, e.g. the object and the block.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The coordinates are not Float[4, 4, 2], or a word's are not Float[2].
+        InputError: The coordinates are not Float[4, 4, 2], or a word's are not Float[2], or something is not finite.
     """
     check_shapes(coordinates=(coordinates, "4 4 2"), **{f"word {word!r}": (at, "2") for word, at in words.items()})
+    for name, at in {"coordinates": coordinates, **{f"word {word!r}": at for word, at in words.items()}}.items():
+        check_finite(name, at)
     figure = new_figure(4.8, 4.5)
     axes = figure.add_subplot()
     axes.grid(False)
@@ -82,7 +93,7 @@ def id_plane(
     axes.margins(0.22 if words else 0.1)
     axes.set_aspect("equal", adjustable="datalim")
     axes.invert_yaxis()
-    return finished(figure)
+    return captioned(figure, about, "colours: columns, grey lines: rows")
 
 
 @rc_context(STYLE)
@@ -91,6 +102,8 @@ def variance_by_layer(
     row_share: Float[np.ndarray, "L"],
     column_share: Float[np.ndarray, "L"],
     agreement: Float[np.ndarray, "L"],
+    *,
+    about: About | None = None,
 ) -> Figure:
     """How much of the IDs' variance the two axes hold, block by block, and how alike two objects' IDs are.
 
@@ -99,12 +112,14 @@ def variance_by_layer(
         row_share: share that the row (y) accounts for.
         column_share: share that the column (x) accounts for.
         agreement: mean cosine between two objects' IDs of the same cell.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The four differ in length, or are empty.
+        InputError: The four differ in length, are empty, or have no finite value.
     """
     shares_of = {"two_axis": two_axis, "row_share": row_share, "column_share": column_share}
     check_shapes(**{name: (values, "L") for name, values in (shares_of | {"agreement": agreement}).items()})
+    (two_axis, row_share, column_share, agreement), gaps = finite(**shares_of, agreement=agreement)
     layers = np.arange(len(two_axis))
     figure = new_figure(7.6, 2.9)
     shares, alike = figure.subplots(1, 2)
@@ -113,12 +128,12 @@ def variance_by_layer(
         shares.plot(layers, values, color=color, marker="o")
     shares.set(title="Variance of the IDs explained by", ylim=(0, 1.02))
     shares.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    label_ends(shares, layers, {name: (values[-1], color) for name, (values, color) in named.items()})
+    label_ends(shares, layers, {name: (last(values), color) for name, (values, color) in named.items()})
     alike.plot(layers, agreement, color=GREEN, marker="o")
-    alike.set(title="Agreement of two objects' IDs (cosine)", ylim=(min(0, 1.1 * float(np.min(agreement))), 1.02))
+    alike.set(title="Agreement of two objects' IDs (cosine)", ylim=(min(0, 1.1 * float(np.nanmin(agreement))), 1.02))
     for axes in (shares, alike):
         block_axis(axes)
-    return finished(figure)
+    return captioned(figure, about, gaps)
 
 
 def _pair(point: np.ndarray) -> tuple[float, float]:

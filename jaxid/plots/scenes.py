@@ -9,12 +9,17 @@ from jaxtyping import UInt8
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from jaxid.plots.style import GREEN, STYLE, VERMILLION, check_shapes, finished, new_figure
+from jaxid.plots.style import GREEN, STYLE, VERMILLION, About, captioned, check_shapes, new_figure
 
 
 @rc_context(STYLE)
 def scenes_with_answers(
-    pictures: UInt8[np.ndarray, "N Y X 3"], questions: Sequence[str], answers: Sequence[str], truths: Sequence[str]
+    pictures: UInt8[np.ndarray, "N Y X 3"],
+    questions: Sequence[str],
+    answers: Sequence[str],
+    truths: Sequence[str],
+    *,
+    about: About | None = None,
 ) -> Figure:
     """A contact sheet, four scenes to a row: each with its question and the model's answer.
 
@@ -25,6 +30,7 @@ def scenes_with_answers(
         questions: one a picture.
         answers: what the model answered.
         truths: the right answers.
+        about: what was measured on what; stands below the figure.
 
     Raises:
         InputError: There are no pictures, or not as many pictures as questions, answers and truths.
@@ -48,4 +54,5 @@ def scenes_with_answers(
         verdict = f"✓ {shown}" if right else f"✗ {shown} (truth: {truth})"
         color = GREEN if right else VERMILLION
         axes.set_xlabel(verdict, color=color, weight="bold", labelpad=4, **plain)
-    return finished(figure)
+    right_ones = sum(answer == truth for answer, truth in zip(answers, truths, strict=True))
+    return captioned(figure, about, f"{right_ones} of these {len(pictures)} answered rightly")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -20,13 +20,17 @@ from jaxid.plots.style import (
     CELLS,
     GREY,
     INK,
+    RULE,
     STYLE,
     VERMILLION,
+    About,
     block_axis,
+    captioned,
     check_shapes,
-    finished,
+    finite,
     gradient,
     label_ends,
+    last,
     new_figure,
     wrapped,
 )
@@ -39,6 +43,8 @@ def steering_by_column(
     change_second: Float[np.ndarray, "L 4"],
     words: Sequence[str] = ("left", "right"),
     along: str = "column",
+    *,
+    about: About | None = None,
 ) -> Figure:
     """What steering the subject to each column does to both answers ([ID] arXiv 2601.12626, Figure 6).
 
@@ -50,12 +56,14 @@ def steering_by_column(
         change_second: likewise of the second word.
         words: the two words.
         along: "column" or "row": what the subject was steered along.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or there are not two words.
+        InputError: The arrays do not fit each other, there are not two words, or a word has no finite value.
     """
     check_shapes(layers=(layers, "L"), change_first=(change_first, "L 4"), change_second=(change_second, "L 4"))
     check_shapes(words=(words, "2"))
+    (change_first, change_second), gaps = finite(change_first=change_first, change_second=change_second)
     colors = gradient(len(layers))
     figure = new_figure(6.6, 3.0)
     pair = figure.subplots(1, 2, sharey=True)
@@ -76,31 +84,34 @@ def steering_by_column(
     bar.minorticks_off()
     bar.ax.set_yticklabels([str(layer) for layer in layers[::step]])
     bar.outline.set_visible(False)
-    return finished(figure)
+    return captioned(figure, about, "lines: means over items", gaps)
 
 
 @rc_context(STYLE)
-def steering_map(change: Float[np.ndarray, "4 4 2"], words: Sequence[str], layer: int) -> Figure:
+def steering_map(
+    change: Float[np.ndarray, "4 4 2"], words: Sequence[str], layer: int, *, about: About | None = None
+) -> Figure:
     """Which answer steering to each of the 16 cells favours, at one block ([ID] arXiv 2601.12626, Figure 6).
 
     Args:
         change: log p(steered) - log p(control) of both words, by cell (x, y).
         words: the two words.
         layer: the block.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: `change` is not Float[4, 4, 2], or there are not two words.
+        InputError: `change` is not Float[4, 4, 2] or nowhere finite, or there are not two words.
     """
     check_shapes(change=(change, "4 4 2"), words=(words, "2"))
-    preference = change[..., 0] - change[..., 1]
+    (preference,), gaps = finite(change=change[..., 0] - change[..., 1])
     figure = new_figure(4.0, 3.5)
     axes = figure.add_subplot()
-    image = _cell_map(axes, preference, float(np.abs(preference).max()))
+    image = _cell_map(axes, preference, float(np.nanmax(np.abs(preference))))
     axes.set_ylabel("row")
     axes.set_title(f"Subject steered to each cell, block {layer}")
     bar = figure.colorbar(image, ax=axes, aspect=26, label=f"change of log p({words[0]}) - log p({words[1]})")
     bar.outline.set_visible(False)
-    return finished(figure)
+    return captioned(figure, about, "cells: means over items", gaps)
 
 
 @rc_context(STYLE)
@@ -110,6 +121,7 @@ def steering_maps(
     title: str = "",
     *,
     marks: Mapping[str, tuple[int, int]] | None = None,
+    about: About | None = None,
 ) -> Figure:
     """What steering the subject to each of the 16 cells does to both answers ([ID] arXiv 2601.12626, Figure 6 a-c).
 
@@ -118,19 +130,22 @@ def steering_maps(
         words: the two words.
         title: above the figure.
         marks: name -> cell (x, y) of objects that stay where they are; framed and named.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: `change` is not Float[4, 4, 2], there are not two words, or a marked cell is not on the grid.
+        InputError: `change` is not Float[4, 4, 2] or nowhere finite, there are not two words, or a marked cell is not
+            on the grid.
     """
     check_shapes(change=(change, "4 4 2"), words=(words, "2"))
     marks = {} if marks is None else marks
     for name, cell in marks.items():
         if len(cell) != 2 or not all(0 <= place < CELLS for place in cell):
             raise InputError(f"{name!r} is marked at {cell}; cells are (column, row), each 0 to {CELLS - 1}.")
+    (change,), gaps = finite(change=change)
     text = wrapped(title, 84)
     figure = new_figure(6.4, 3.05 + (0.1 + 0.16 * len(text.split("\n")) if title else 0))
     pair = figure.subplots(1, 2, sharey=True)
-    limit = float(np.abs(change).max())
+    limit = float(np.nanmax(np.abs(change)))
     images = [_cell_map(axes, change[..., number], limit) for number, axes in enumerate(pair)]
     for axes, word in zip(pair, words, strict=True):
         axes.set_title(f"“{word}”")
@@ -146,16 +161,20 @@ def steering_maps(
     bar.outline.set_visible(False)
     if title:
         figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, parse_math=False)
-    return finished(figure)
+    return captioned(figure, about, gaps)
 
 
 def _cell_map(axes: Axes, values: Float[np.ndarray, "4 4"], limit: float) -> AxesImage:
-    """The grid as the picture lies, a colour and a number a cell (x, y); colours reach to `limit` either way."""
+    """The grid as the picture lies, a colour and a number a cell (x, y); colours reach to `limit` either way.
+
+    Cells without a value are grey and named.
+    """
     limit = max(limit, 1e-12)
-    image = axes.imshow(values.T, cmap="PuOr", vmin=-limit, vmax=limit)
+    image = axes.imshow(values.T, cmap=colormaps["PuOr"].with_extremes(bad=RULE), vmin=-limit, vmax=limit)
     for (x, y), value in np.ndenumerate(values):
         color = "white" if abs(value) > 0.6 * limit else INK
-        axes.text(x, y, f"{value:+.2f}", ha="center", va="center", color=color, fontsize=8)
+        number = f"{value:+.2f}" if np.isfinite(value) else "none"
+        axes.text(x, y, number, ha="center", va="center", color=color, fontsize=8)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -171,6 +190,7 @@ def steering_by_layer(
     *,
     picture: UInt8[np.ndarray, "Y X 3"] | None = None,
     title: str = "",
+    about: About | None = None,
 ) -> Figure:
     """One picture steered at every block in turn ([ID] arXiv 2601.12626, Figure 6 d).
 
@@ -180,11 +200,13 @@ def steering_by_layer(
         words: the two words.
         picture: shown beside the curves.
         title: the question; stands below the picture, or above the curves without one.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or there are not two words.
+        InputError: The arrays do not fit each other, there are not two words, or nothing is finite.
     """
     check_shapes(layers=(layers, "L"), change=(change, "L 2"), words=(words, "2"))
+    curves, gaps = finite(**{f"change of {word!r}": change[:, n] for n, word in enumerate(words)})
     figure = new_figure(4.6 if picture is None else 6.6, 2.8)
     if picture is None:
         axes = figure.add_subplot()
@@ -196,12 +218,12 @@ def steering_by_layer(
         shown.spines[:].set_visible(False)
         shown.set_xlabel(wrapped(title, 26), parse_math=False)
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    for number, color in enumerate((BLUE, VERMILLION)):
-        axes.plot(layers, change[:, number], color=color, marker="o")
+    for curve, color in zip(curves, (BLUE, VERMILLION), strict=True):
+        axes.plot(layers, curve, color=color, marker="o")
     axes.set_ylabel("change of log p")
     block_axis(axes, " steered")
-    label_ends(axes, layers, {word: (change[-1, n], (BLUE, VERMILLION)[n]) for n, word in enumerate(words)})
-    return finished(figure)
+    label_ends(axes, layers, {word: (last(curves[n]), (BLUE, VERMILLION)[n]) for n, word in enumerate(words)})
+    return captioned(figure, about, gaps)
 
 
 @rc_context(STYLE)
@@ -211,6 +233,8 @@ def depth_by_row(
     depth: Float[np.ndarray, "L 4 2"],
     height_words: Sequence[str],
     depth_words: Sequence[str],
+    *,
+    about: About | None = None,
 ) -> Figure:
     """Steering along the vertical axis under two questions ([ID] arXiv 2601.12626, Figure 7).
 
@@ -222,12 +246,14 @@ def depth_by_row(
         depth: likewise under the question about depth.
         height_words: the two words of the one.
         depth_words: the two words of the other.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or there are not two words each.
+        InputError: The arrays do not fit each other, there are not two words each, or a question has no finite value.
     """
     check_shapes(layers=(layers, "L"), height=(height, "L 4 2"), depth=(depth, "L 4 2"))
     check_shapes(height_words=(height_words, "2"), depth_words=(depth_words, "2"))
+    (height, depth), gaps = finite(height=height, depth=depth)
     figure = new_figure(6.8, 3.0)
     pair = figure.subplots(1, 2, sharey=True)
     colors = gradient(len(layers))
@@ -240,4 +266,4 @@ def depth_by_row(
     pair[0].set_ylabel("change of the log-ratio")
     shown = slice(None) if len(layers) <= 6 else slice(None, None, -(-len(layers) // 6))
     figure.legend(handles=pair[0].get_lines()[1:][shown], loc="outside right center", frameon=False, handlelength=1.4)
-    return finished(figure)
+    return captioned(figure, about, "lines: means over items and columns", gaps)

@@ -1,5 +1,6 @@
 """The house style: colours, settings, and what the figures share; `save` writes a figure as PNG."""
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
@@ -21,6 +23,9 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b5578f"
 INK, GREY, RULE = "#262626", "#767676", "#d9d9d9"
 CELLS = 4
 """Columns and rows of the grid."""
+
+_CAPTION_SIZE, _CAPTION_LINE, _LETTERS = 6.5, 0.115, 18.5
+"""Of the line below a figure: size in points, height of a line in inches, letters an inch."""
 
 _TICKS = {"color": GREY, "labelcolor": INK, "labelsize": 8}
 
@@ -48,6 +53,25 @@ STYLE: dict[Any, Any] = {
 } | {f"{axis}tick.{part}": value for axis in "xy" for part, value in _TICKS.items()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What a figure was measured on; stands in the line below it.
+
+    Attributes:
+        model: its name.
+        items: how many items the numbers come from; figures that are given every item count these themselves.
+        unit: what an item is.
+        strength: of what was added to the activations.
+        note: whatever else a reader must know, such as how layers were chosen.
+    """
+
+    model: str = ""
+    items: int | str | None = None
+    unit: str = "items"
+    strength: float | None = None
+    note: str = ""
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG, 200 pixels an inch, atomically; makes missing folders.
 
@@ -71,6 +95,91 @@ def finished(figure: Figure) -> Figure:
     """The figure laid out once: what Matplotlib makes late (ticks) is then in the house style too."""
     figure.draw_without_rendering()
     return figure
+
+
+def captioned(figure: Figure, about: About | None, *parts: str, items: int | None = None) -> Figure:
+    """The figure with a line below it, which says what it was measured on, and laid out.
+
+    Args:
+        figure: with its panels.
+        about: what the caller knows.
+        parts: what the figure knows, such as what its bands are; empty ones are dropped.
+        items: how many items are drawn, where the figure counts them.
+    """
+    about = about or About()
+    count = about.items if items is None else items
+    text = "; ".join(
+        part
+        for part in (
+            about.model,
+            "" if count is None else f"n = {count} {about.unit}",
+            "" if about.strength is None else f"strength (factor) {about.strength:g}",
+            *parts,
+            about.note,
+        )
+        if part
+    )
+    if text:
+        width, height = figure.get_size_inches()
+        lines = wrapped(text, int(_LETTERS * width))
+        figure.set_size_inches(width, height + 0.06 + _CAPTION_LINE * len(lines.split("\n")))
+        figure.supxlabel(lines, x=0.02, ha="left", fontsize=_CAPTION_SIZE, color=GREY, parse_math=False)
+    return finished(figure)
+
+
+def finite(**arrays: Any) -> tuple[list[Any], str]:
+    """Arrays with NaN for everything that is not finite, and a note of how many values that leaves out.
+
+    Raises:
+        InputError: if nothing of an array is finite.
+    """
+    shown, lost, total = [], 0, 0
+    for name, array in arrays.items():
+        if array is None:
+            shown.append(None)
+            continue
+        values = np.asarray(array, np.float64)
+        known = np.isfinite(values)
+        if not known.any():
+            raise InputError(f"none of the {values.size} values of {name} is finite; there is nothing to draw.")
+        shown.append(np.where(known, values, np.nan))
+        lost, total = lost + int((~known).sum()), total + values.size
+    return shown, f"{lost} of {total} values not finite, not drawn" if lost else ""
+
+
+def finite_items(axis: int, /, **arrays: Any) -> tuple[np.ndarray, str]:
+    """Which items (indices along an axis that all arrays share) are finite throughout, and a note of the others.
+
+    Raises:
+        InputError: if none is.
+    """
+    known: Any = True
+    for array in arrays.values():
+        moved = np.moveaxis(np.asarray(array), axis, 0)
+        known = known & np.isfinite(moved).all(axis=tuple(range(1, moved.ndim)))
+    lost = int((~known).sum())
+    if lost == len(known):
+        raise InputError(f"none of the {lost} items of {', '.join(arrays)} is finite; there is nothing to draw.")
+    return known, f"{lost} of {len(known)} items not finite, left out" if lost else ""
+
+
+def last(values: np.ndarray) -> float:
+    """The last value that is finite."""
+    return float(values[np.isfinite(values)][-1])
+
+
+def chance_line(axes: Axes, *, chance: float = 0.5, across: bool = True) -> None:
+    """A dotted line at the share that guessing gives, across a panel or, for accuracies on the x-axis, up it."""
+    ends = [(0.0, chance), (1.0, chance)] if across else [(chance, 0.0), (chance, 1.0)]
+    transform = axes.get_yaxis_transform() if across else axes.get_xaxis_transform()
+    # A patch: the lines of a panel are its data.
+    line = Polygon(ends, closed=False, fill=False, edgecolor=GREY, linewidth=0.9, linestyle=":", transform=transform)
+    line.set_zorder(0.8)
+    axes.add_artist(line)
+
+
+CHANCE = "dotted: chance, 50 %"
+WILSON = "95 % Wilson intervals"
 
 
 def gradient(count: int) -> list[tuple[float, float, float, float]]:

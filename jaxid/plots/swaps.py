@@ -9,10 +9,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from jaxid.checks import check_finite
 from jaxid.errors import InputError
 from jaxid.plots.names import place_names
 from jaxid.plots.style import (
     BLUE,
+    CHANCE,
     GREEN,
     GREY,
     INK,
@@ -20,12 +22,19 @@ from jaxid.plots.style import (
     RULE,
     STYLE,
     VERMILLION,
+    WILSON,
+    About,
     block_axis,
+    captioned,
+    chance_line,
     check_shapes,
     finished,
+    finite,
+    finite_items,
     label_ends,
     new_figure,
 )
+from jaxid.results import centre_and_spread
 
 
 @rc_context(STYLE)
@@ -42,6 +51,7 @@ def belief_swap_by_layer(
     belief_by_factor: Float[np.ndarray, "F"] | None = None,
     noise_by_factor: Float[np.ndarray, "F"] | None = None,
     factor_layer: int | None = None,
+    about: About | None = None,
 ) -> Figure:
     """How often swapped IDs turn the answer round, beside noise of the same norm ([ID] arXiv 2601.12626, Figure 2).
 
@@ -59,6 +69,7 @@ def belief_swap_by_layer(
         belief_by_factor: mean share swapped by IDs at each of `factors`.
         noise_by_factor: likewise by noise.
         factor_layer: the block at which the factors were tried.
+        about: what was measured on what; stands below the panels.
 
     Raises:
         InputError: The arrays do not fit each other, only some of the three over factors are given, or a
@@ -74,6 +85,9 @@ def belief_swap_by_layer(
         factors=(factors, "F"),
         belief_by_factor=(belief_by_factor, "F"),
         noise_by_factor=(noise_by_factor, "F"),
+    )
+    (belief, noise, belief_by_factor, noise_by_factor), gaps = finite(
+        belief=belief, noise=noise, belief_by_factor=belief_by_factor, noise_by_factor=noise_by_factor
     )
     over_factors = [values for values in (factors, belief_by_factor, noise_by_factor) if values is not None]
     if len(over_factors) not in (0, 3):
@@ -108,10 +122,13 @@ def belief_swap_by_layer(
         axes.set(title=f"by factor{place}", xlabel="factor (norm over activation's)")
     row[0].set(ylim=(-0.02, 1.02), ylabel="beliefs swapped")
     row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    last = row[-1].get_lines()
+    for axes in row:
+        chance_line(axes)
+    lines = row[-1].get_lines()
     names = ["IDs", "noise of the same norm"]
-    figure.legend([last[1], last[0]], names, loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
-    return finished(figure)
+    figure.legend([lines[1], lines[0]], names, loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
+    bands = "" if belief_intervals is None and noise_intervals is None else f"bands: {WILSON}"
+    return captioned(figure, about, bands, CHANCE, gaps)
 
 
 @rc_context(STYLE)
@@ -121,22 +138,25 @@ def swap_scores(
     *,
     layers: Int[np.ndarray, "L"] | None = None,
     robust: bool = False,
+    about: About | None = None,
 ) -> Figure:
     """How far swapped activations carry the answers, by block ([ID] arXiv 2601.12626, Figure 4).
 
     One panel an answer word; lines are means over items, bands one standard deviation to each side. Bands may
-    leave the panel: the score of an item whose answers hardly change is a quotient of two small numbers.
+    leave the panel: the score of an item whose answers hardly change is a quotient of two small numbers. Items with a
+    score that is not finite are left out.
 
     Args:
         scores: token set ("image", "text", "words", or others) -> score by block, item and word; 0 where the
             answer stays that of the control run, 1 where it becomes that of the other picture.
         words: the two words.
         layers: the blocks that were swapped; 0 to L - 1 by default.
-        robust: medians and quartiles instead: for changes that hardly touch the answers, whose scores are quotients
-            of two small numbers throughout.
+        robust: medians and quartiles instead, which a few such quotients do not move.
+        about: what was measured on what; stands below the panels.
 
     Raises:
-        InputError: The scores are empty, of different shapes, not of two words, or of more than four token sets.
+        InputError: The scores are empty, of different shapes, not of two words, of more than four token sets, or no
+            item's are finite.
     """
     colors = (BLUE, VERMILLION, GREEN, PURPLE)
     names = {"image": "image tokens", "text": "text tokens", "words": "the two words"}
@@ -147,24 +167,25 @@ def swap_scores(
         **{f"scores[{name!r}]": (values, "L B 2") for name, values in scores.items()},
         layers=(layers, "L"),
     )
-    means = {name: np.median(values, axis=1) if robust else values.mean(axis=1) for name, values in scores.items()}
-    layers = np.arange(len(next(iter(means.values())))) if layers is None else layers
-    low = min(-0.2, *(float(mean.min()) - 0.1 for mean in means.values()))
-    high = max(1.2, *(float(mean.max()) + 0.1 for mean in means.values()))
+    known, lost = finite_items(1, **scores)
+    drawn = {name: np.stack(centre_and_spread(values[:, known], 1, robust=robust)) for name, values in scores.items()}
+    layers = np.arange(len(next(iter(scores.values())))) if layers is None else layers
+    low = min(-0.2, *(float(centre.min()) - 0.1 for centre, _, _ in drawn.values()))
+    high = max(1.2, *(float(centre.max()) + 0.1 for centre, _, _ in drawn.values()))
     figure = new_figure(7.4, 2.9)
     pair = figure.subplots(1, 2, sharey=True)
     for number, (axes, word) in enumerate(zip(pair, words, strict=True)):
-        for (name, values), color in zip(scores.items(), colors, strict=False):
-            mean, spread = means[name][:, number], values[..., number].std(axis=1)
-            band = np.quantile(values[..., number], [0.25, 0.75], axis=1) if robust else [mean - spread, mean + spread]
+        for (centre, *band), color in zip((parts[..., number] for parts in drawn.values()), colors, strict=False):
             axes.fill_between(layers, *band, color=color, alpha=0.14, linewidth=0)
-            axes.plot(layers, mean, color=color, marker="o")
+            axes.plot(layers, centre, color=color, marker="o")
         axes.set(title=f"“{word}”", ylim=(low, high))
         block_axis(axes)
-    drawn = zip(means.items(), colors, strict=False)
-    label_ends(pair[1], layers, {names.get(name, name): (mean[-1, 1], color) for (name, mean), color in drawn})
-    pair[0].set_ylabel("swap score (median)" if robust else "swap score")
-    return finished(figure)
+    ends = zip(drawn.items(), colors, strict=False)
+    label_ends(pair[1], layers, {names.get(name, name): (parts[0, -1, 1], color) for (name, parts), color in ends})
+    pair[0].set_ylabel("swap score (median)" if robust else "swap score (mean)")
+    meaning = "lines: medians, bands: quartiles" if robust else "lines: means, bands: one standard deviation"
+    wide = any((parts < low).any() or (parts > high).any() for parts in drawn.values())
+    return captioned(figure, about, meaning + (", which leave the panel" if wide else ""), lost, items=int(known.sum()))
 
 
 @rc_context(STYLE)
@@ -174,6 +195,10 @@ def belief_swap_bars(
     belief_std: Float[np.ndarray, "M"],
     noise: Float[np.ndarray, "M"],
     noise_std: Float[np.ndarray, "M"],
+    *,
+    belief_interval: Float[np.ndarray, "M 2"] | None = None,
+    noise_interval: Float[np.ndarray, "M 2"] | None = None,
+    about: About | None = None,
 ) -> Figure:
     """Beliefs swapped by IDs beside noise of the same norm, model by model ([ID] arXiv 2601.12626, Figure 2).
 
@@ -183,22 +208,31 @@ def belief_swap_bars(
         belief_std: its standard deviation over those blocks.
         noise: the same of noise at the same blocks.
         noise_std: likewise.
+        belief_interval: lower and upper bound (95 %) of `belief`, drawn as whiskers in place of the deviations.
+        noise_interval: likewise of `noise`; both or none are given.
+        about: what was measured on what; stands below the panel.
 
     Raises:
-        InputError: The arrays do not fit each other, or are empty.
+        InputError: The arrays do not fit each other, are empty, or hold something that is not finite.
     """
     values = {"belief": belief, "belief_std": belief_std, "noise": noise, "noise_std": noise_std}
     check_shapes(names=(names, "M"), **{name: (array, "M") for name, array in values.items()})
+    check_shapes(names=(names, "M"), belief_interval=(belief_interval, "M 2"), noise_interval=(noise_interval, "M 2"))
+    for name, array in values.items():
+        check_finite(name, array)
     places = np.arange(len(names))
     figure = new_figure(max(3.0, 1.1 + 0.75 * len(names)), 3.0)
     axes = figure.add_subplot()
     error: dict[str, Any] = {"ecolor": INK, "capsize": 2.5, "error_kw": {"elinewidth": 0.9}}
-    for shift, heights, spread, color, label in (
-        (-0.19, belief, belief_std, BLUE, "IDs"),
-        (0.19, noise, noise_std, "#b3b3b3", "noise of the same norm"),
+    known = belief_interval is not None and noise_interval is not None
+    for shift, heights, spread, interval, color, label in (
+        (-0.19, belief, belief_std, belief_interval, BLUE, "IDs"),
+        (0.19, noise, noise_std, noise_interval, "#b3b3b3", "noise of the same norm"),
     ):
         # A share cannot leave 0 to 1, whatever its standard deviation.
         bounds = np.stack([np.minimum(spread, heights), np.minimum(spread, 1 - heights)])
+        if known and interval is not None:
+            bounds = np.abs(interval.T - heights)
         axes.bar(places + shift, heights, 0.36, yerr=bounds, color=color, label=label, **error)
         for place, height, up in zip(places + shift, heights, bounds[1], strict=True):
             axes.annotate(
@@ -215,13 +249,20 @@ def belief_swap_bars(
     axes.set(ylim=(0, 1.1), ylabel="beliefs swapped", xlim=(-0.6, len(names) - 0.4))
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    chance_line(axes)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.0)
-    return finished(figure)
+    whiskers = f"whiskers: {WILSON}" if known else "whiskers: one standard deviation over the best blocks"
+    return captioned(figure, about, "bars: mean of the best blocks", whiskers, CHANCE)
 
 
 @rc_context(STYLE)
 def accuracy_against_steerability(
-    names: Sequence[str], accuracy: Float[np.ndarray, "M"], drop: Float[np.ndarray, "M"]
+    names: Sequence[str],
+    accuracy: Float[np.ndarray, "M"],
+    drop: Float[np.ndarray, "M"],
+    *,
+    accuracy_interval: Float[np.ndarray, "M 2"] | None = None,
+    about: About | None = None,
 ) -> Figure:
     """Do models that answer well also follow their IDs more? ([ID] arXiv 2601.12626, Figure 9).
 
@@ -229,11 +270,16 @@ def accuracy_against_steerability(
         names: of the models.
         accuracy: share of right answers without steering.
         drop: how much of it steering takes away, the mean over the steered blocks.
+        accuracy_interval: lower and upper bound (95 %) of `accuracy`, drawn as whiskers.
+        about: what was measured on what; stands below the panel.
 
     Raises:
-        InputError: The arrays do not fit each other, or are empty.
+        InputError: The arrays do not fit each other, are empty, or hold something that is not finite.
     """
     check_shapes(names=(names, "M"), accuracy=(accuracy, "M"), drop=(drop, "M"))
+    check_shapes(names=(names, "M"), accuracy_interval=(accuracy_interval, "M 2"))
+    check_finite("accuracy", accuracy)
+    check_finite("drop", drop)
     figure = new_figure(4.8, 3.6)
     axes = figure.add_subplot()
     axes.grid(axis="x")
@@ -243,9 +289,15 @@ def accuracy_against_steerability(
     if len(names) == 1:
         axes.set_xlim(max(-0.02, accuracy[0] - 0.1), min(1.04, accuracy[0] + 0.1))
         axes.set_ylim(min(0, 1.4 * drop[0]), max(0.1, 1.4 * drop[0]))
+    if accuracy_interval is not None:
+        axes.hlines(drop, *np.clip(accuracy_interval.T, *axes.get_xlim()), color=BLUE, linewidth=0.8, alpha=0.5)
     low, high = axes.get_xlim()
+    if low < 0.5 < high:
+        chance_line(axes, across=False)
     axes.set_xticks([tick for tick in axes.get_xticks() if max(0, low) <= tick <= min(1, high)])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
+    whiskers = "" if accuracy_interval is None else f"whiskers: {WILSON}, cut at the panel's edge"
+    captioned(figure, about, "drop: mean over blocks", whiskers, "chance: 50 %")
     place_names(axes, names, np.stack([accuracy, drop], axis=1))
     return finished(figure)

@@ -7,15 +7,19 @@ from jaxtyping import Float, Int
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from jaxid.checks import check_finite
 from jaxid.plots.style import (
     BLUE,
     GREY,
     INK,
     STYLE,
     VERMILLION,
+    About,
     block_axis,
+    captioned,
     check_shapes,
-    finished,
+    finite,
+    finite_items,
     gradient,
     label_ends,
     new_figure,
@@ -30,6 +34,8 @@ def temporal_line(
     order: Float[np.ndarray, "L"],
     best: int,
     title: str = "",
+    *,
+    about: About | None = None,
 ) -> Figure:
     """Temporal IDs along their first principal component ([ID] arXiv 2601.12626, Figure 10 b).
 
@@ -42,9 +48,10 @@ def temporal_line(
         order: Spearman's rank correlation by block.
         best: the block on the left.
         title: of the figure.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other.
+        InputError: The arrays do not fit each other, or something at the best block is not finite.
     """
     check_shapes(
         coordinates=(coordinates, "L F"),
@@ -52,6 +59,9 @@ def temporal_line(
         order=(order, "L"),
         **{f"word {word!r}": (at, "L") for word, at in words.items()},
     )
+    for name, at in {"coordinates": coordinates, **{f"word {word!r}": at for word, at in words.items()}}.items():
+        check_finite(f"{name}, block {best},", at[best])
+    (order,), gaps = finite(order=order)
     figure = new_figure(7.4, 2.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1.0])
     colors = gradient(len(frames))
@@ -75,14 +85,19 @@ def temporal_line(
     left.margins(x=0.12)
     right.plot(np.arange(len(order)), order, color=BLUE, marker="o")
     right.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
-    right.set(ylim=(min(-0.05, float(order.min()) - 0.05), 1.05), ylabel="rank correlation", title="ID and frame")
+    right.set(ylim=(min(-0.05, float(np.nanmin(order)) - 0.05), 1.05), ylabel="rank correlation", title="ID and frame")
     block_axis(right)
-    return finished(figure)
+    return captioned(figure, about, "circles: frames", "triangles: words" if words else "", gaps)
 
 
 @rc_context(STYLE)
 def temporal_steering(
-    frames: Int[np.ndarray, "F"], changes: Float[np.ndarray, "F B 2"], words: Sequence[str], title: str = ""
+    frames: Int[np.ndarray, "F"],
+    changes: Float[np.ndarray, "F B 2"],
+    words: Sequence[str],
+    title: str = "",
+    *,
+    about: About | None = None,
 ) -> Figure:
     """Change of both answers as the second scene is pushed to each frame ([ID] arXiv 2601.12626, Figure 10 c).
 
@@ -91,11 +106,14 @@ def temporal_steering(
         changes: of log-probability, by frame, item and word.
         words: the two words.
         title: of the figure.
+        about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other.
+        InputError: The arrays do not fit each other, or no item is finite.
     """
     check_shapes(frames=(frames, "F"), changes=(changes, "F B 2"), words=(words, "2"))
+    known, lost = finite_items(1, changes=changes)
+    changes = changes[:, known]
     figure = new_figure(4.6, 2.9)
     axes = figure.subplots()
     mean, spread = changes.mean(axis=1), changes.std(axis=1)
@@ -107,4 +125,5 @@ def temporal_steering(
     axes.set(xlabel="second scene steered to frame", ylabel="change of log p", title=title, xticks=frames)
     ends = zip(words, mean[-1], (VERMILLION, BLUE), strict=True)
     label_ends(axes, frames, {f"“{word}”": (float(end), color) for word, end, color in ends})
-    return finished(figure)
+    meaning = "lines: means, bands: one standard deviation over items"
+    return captioned(figure, about, meaning, lost, items=changes.shape[1])
