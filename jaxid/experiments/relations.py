@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.engine import Output
 from jaxid.errors import InputError, PromptError
-from jaxid.inputs import Prompts
+from jaxid.inputs import Processor, Prompts
 from jaxid.models.base import Model
 from jaxid.tracing import Trace
 
@@ -64,16 +64,26 @@ class RelationBatch:
         Raises:
             PromptError: if a word has no token of its own in the wanted form.
         """
-        forms = {"lower": (str.lower,), "capital": (str.capitalize,), "both": (str.lower, str.capitalize)}
-        found, errors = [], []
-        for form in forms[self.case]:
-            try:
-                found.append(output.logprobs([form(word) for word in self.answers]))
-            except PromptError as error:
-                errors.append(error)
-        if not found:
-            raise errors[0]
+        found = [output.logprobs(ids) for ids in answer_forms(output.model.processor, self.answers, self.case)]
         return found[0] if len(found) == 1 else jnp.logaddexp(*found)
+
+
+def answer_forms(processor: Processor, answers: Sequence[str], case: Case) -> list[Int[np.ndarray, "n"]]:
+    """Token ids of answer words in every form that is read, but forms in which one has no token of its own.
+
+    Raises:
+        PromptError: if no form is left.
+    """
+    forms = {"lower": (str.lower,), "capital": (str.capitalize,), "both": (str.lower, str.capitalize)}
+    found, errors = [], []
+    for form in forms[case]:
+        try:
+            found.append(processor.answer_ids([form(word) for word in answers]))
+        except PromptError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
 
 
 def answer_of(text: str, words: Sequence[str]) -> int:
