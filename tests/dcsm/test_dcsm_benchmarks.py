@@ -227,7 +227,7 @@ def test_grey_pictures_become_coloured(tmp_path: Path) -> None:
 def test_pictures_are_not_opened(folder: Path) -> None:
     (folder / "vg_images" / "61.jpg").write_text("broken")
     (question,) = read(folder, ["vg-spatial-two"])["vg-spatial-two"]
-    with pytest.raises(InputError, match=r"61\.jpg is not a readable picture"):
+    with pytest.raises(InputError, match=r"61\.jpg cannot be read as a picture"):
         load_picture(question)
 
 
