@@ -90,6 +90,7 @@ def mirror_swap(
     seed: Seed = 0,
     resume: Resume = False,
     skip_bad: SkipBad = False,
+    compat: CompatOption = "none",
     template: Template = None,
     case: CaseOption = "both",
     split_words: SplitWords = "last",
@@ -110,6 +111,7 @@ def attribute_swap(
     seed: Seed = 0,
     resume: Resume = False,
     skip_bad: SkipBad = False,
+    compat: CompatOption = "none",
     template: Template = None,
     case: CaseOption = "both",
     split_words: SplitWords = "last",
@@ -123,10 +125,7 @@ def _activation_swap(change: Any, values: dict[str, Any]) -> None:
     from jaxid.runs.common import RunConfig
 
     summary = job.run(RunConfig(**options_of(values)), change)
-    typer.echo("median score by block: 0 as for the picture itself, 1 as for the changed one")
-    for tokens, scores in summary["score_median"].items():
-        by_block = ", ".join(f"{scores[row].mean():.2f}" for row in range(len(summary["layers"])))
-        typer.echo(f"{tokens:6s} {by_block}")
+    print_scores(summary, "0 as for the picture itself, 1 as for the changed one")
     typer.echo(f"{summary['items']} items{skipped_note(summary)}\n{values['out'] / 'summary.json'}")
 
 
@@ -204,6 +203,16 @@ def depth(
 def options_of(values: dict[str, Any]) -> dict[str, Any]:
     """The command's options as a config's fields."""
     return {name: value for name, value in values.items() if name != "job" and not isinstance(value, type)}
+
+
+def print_scores(summary: dict[str, Any], meaning: str) -> None:
+    """Prints what the figure of a swap draws: a line of medians for each token set and word."""
+    typer.echo(f"median score of {summary['score_items']} items by block: {meaning}")
+    for tokens, scores in summary["score_median"].items():
+        for word, by_block in zip(summary["words"], scores.T, strict=True):
+            typer.echo(
+                f"{tokens:6s} {word:7s} {', '.join(f'{round(float(value), 2) + 0.0:.2f}' for value in by_block)}"
+            )
 
 
 def skipped_note(summary: dict[str, Any]) -> str:

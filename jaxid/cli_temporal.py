@@ -21,6 +21,7 @@ from jaxid.cli_run import (
     SplitWords,
     Template,
     options_of,
+    print_scores,
     run_app,
     skipped_note,
 )
@@ -60,6 +61,7 @@ def temporal_swap(
     seed: Seed = 0,
     resume: Resume = False,
     skip_bad: SkipBad = False,
+    compat: CompatOption = "none",
     template: Template = None,
     case: CaseOption = "both",
     split_words: SplitWords = "last",
@@ -69,10 +71,7 @@ def temporal_swap(
     from jaxid.runs.common import RunConfig
 
     summary = job.run_swap(RunConfig(**options_of(locals())))
-    typer.echo("median score by block: 0 as for the clip itself, 1 as for the clip played backwards")
-    for tokens, scores in summary["score_median"].items():
-        by_block = ", ".join(f"{scores[row].mean():.2f}" for row in range(len(summary["layers"])))
-        typer.echo(f"{tokens:6s} {by_block}")
+    print_scores(summary, "0 as for the clip itself, 1 as for the clip played backwards")
     typer.echo(
         f"{summary['items']} items, {summary['accuracy']:.1%} answered rightly{skipped_note(summary)}\n"
         f"{out / 'summary.json'}"

@@ -1,15 +1,18 @@
 """Mirror and attribute swap: another picture's activations in the control run ([ID] arXiv 2601.12626, Figure 4)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxid.errors import DataError
 from jaxid.experiments.relations import RelationBatch
 from jaxid.inputs import Prompts
 from jaxid.models.base import Model
+from jaxid.results import centre_and_spread
 from jaxid.tracing import rerun, swap, trace
 
 TOKEN_SETS = ("image", "text", "words")
@@ -34,9 +37,14 @@ class ActivationSwap:
 
     @property
     def scores(self) -> dict[str, Float[np.ndarray, "L B 2"]]:
-        """By token set: how far the swap carries each answer."""
+        """By token set: how far the swap carries each answer.
+
+        NaN where the changed picture leaves an answer as it is, so that there is nothing to carry; the published code
+        counts this as 0.
+        """
         scores = np.asarray(swap_score(*map(jnp.asarray, (self.control, self.patched, self.intervened))))
-        return dict(zip(TOKEN_SETS, scores, strict=True))
+        defined = np.where(self.control == self.intervened, np.nan, scores)
+        return dict(zip(TOKEN_SETS, defined.astype(scores.dtype), strict=True))
 
 
 def token_sets(batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
@@ -57,6 +65,30 @@ def swap_score(
     """
     score = (control - patched) / (control - intervened)
     return jnp.where(jnp.isfinite(score), score, 0.0)
+
+
+def statistics(scores: Mapping[str, Float[np.ndarray, "L B 2"]]) -> dict[str, Any]:
+    """Over items, by token set, layer and word: medians and quartiles, and the published means and deviations.
+
+    Items with a score that is not finite are left out.
+
+    Raises:
+        DataError: if no item is left.
+    """
+    known = np.logical_and.reduce([np.isfinite(values).all(axis=(0, 2)) for values in scores.values()])
+    if not known.any():
+        raise DataError(
+            f"no swap score of the {len(known)} items is finite: do the changed pictures change the answers?"
+        )
+    robust = {name: centre_and_spread(values[:, known], 1) for name, values in scores.items()}
+    published = {name: centre_and_spread(values[:, known], 1, robust=False) for name, values in scores.items()}
+    return {
+        "score_items": int(known.sum()),
+        "score_median": {name: centre for name, (centre, _, _) in robust.items()},
+        "score_quartiles": {name: np.stack([low, high], axis=-1) for name, (_, low, high) in robust.items()},
+        "score_mean": {name: mean for name, (mean, _, _) in published.items()},
+        "score_std": {name: mean - low for name, (mean, low, _) in published.items()},
+    }
 
 
 def run(

@@ -56,14 +56,14 @@ def run(config: RunConfig, change: Literal["mirror", "attribute"]) -> dict[str, 
             "item": [item.key for item in chunk],
             "word": batch.answers,
         }
-        count = len(chunk)
+        count, found = len(chunk), np.stack(list(swap.scores.values()))
         patched = swap.patched[:, :, :count]
         columns = tidy(patched, axes, name="patched")
         return columns | {
             "model": np.full(patched.size, model.name),
             "control": np.broadcast_to(swap.control[:count], patched.shape).ravel(),
             "intervened": np.broadcast_to(swap.intervened[:count], patched.shape).ravel(),
-            "score": np.stack(list(swap.scores.values()))[:, :, :count].ravel(),
+            "score": (np.nan_to_num(found) if config.compat == "reference" else found)[:, :, :count].ravel(),
         }
 
     settings = {"layers": layers, "template": template, "change": change}
@@ -73,12 +73,16 @@ def run(config: RunConfig, change: Literal["mirror", "attribute"]) -> dict[str, 
     summary |= {
         "layers": layers,
         "words": words,
-        "score_mean": {name: values.mean(axis=1) for name, values in scores.items()},
-        "score_median": {name: np.median(values, axis=1) for name, values in scores.items()},
-        "score_std": {name: values.std(axis=1) for name, values in scores.items()},
+        **activation_swap.statistics(scores),
         "mean_change_of_answers": float(np.abs(table["control"] - table["intervened"]).mean()),
     }
-    figure = plots.swap_scores(scores, words, layers=np.array(layers), robust=change == "attribute")
+    figure = plots.swap_scores(
+        scores,
+        words,
+        layers=np.array(layers),
+        robust=config.compat != "reference",
+        about=plots.About(model=model.name, note=f"{change} swap"),
+    )
     plots.save(figure, config.out / f"{change}_swap.png")
     return job.write_summary(summary)
 

@@ -11,7 +11,7 @@ from jaxid import plots
 from jaxid.checkpoints.loading import load
 from jaxid.data.clips import AppearItem, OrderItem, read_appear_folder, read_mvbench
 from jaxid.errors import DataError, InputError
-from jaxid.experiments import temporal
+from jaxid.experiments import activation_swap, temporal
 from jaxid.experiments.activation_swap import TOKEN_SETS
 from jaxid.processing.pictures import Clip
 from jaxid.results import ensure_output_folder, tidy, write_json
@@ -81,7 +81,12 @@ def extract(
         "best_layer": best,
     }
     write_json(out.with_suffix(".json"), summary)
-    figure = plots.temporal_line(coordinates, np.array(ids.frames), words, line.order, best, title=loaded.name)
+    about = plots.About(
+        items=summary["clips"], unit="clips", note="block of the highest rank correlation, of the same clips"
+    )
+    figure = plots.temporal_line(
+        coordinates, np.array(ids.frames), words, line.order, best, title=loaded.name, about=about
+    )
     plots.save(figure, out.with_suffix(".png"))
     return summary
 
@@ -131,7 +136,7 @@ def run_swap(config: RunConfig) -> dict[str, Any]:
         job.checked(batch.asked, [(item.scene1, item.scene2) for item in full], len(chunk))
         backwards = temporal.reversed_prompts(model, batch, clips)
         swap = temporal.run_swap(model, batch, backwards, layers=layers)
-        count = len(chunk)
+        count, found = len(chunk), np.stack(list(swap.scores.values()))
         patched = swap.patched[:, :, :count]
         axes = {
             "tokens": TOKEN_SETS,
@@ -145,7 +150,7 @@ def run_swap(config: RunConfig) -> dict[str, Any]:
             "answer": np.broadcast_to(truth[:, None], patched.shape).ravel(),
             "control": np.broadcast_to(swap.control[:count], patched.shape).ravel(),
             "intervened": np.broadcast_to(swap.intervened[:count], patched.shape).ravel(),
-            "score": np.stack(list(swap.scores.values()))[:, :, :count].ravel(),
+            "score": (np.nan_to_num(found) if config.compat == "reference" else found)[:, :, :count].ravel(),
         }
 
     settings = {"layers": layers, "template": template}
@@ -163,11 +168,15 @@ def run_swap(config: RunConfig) -> dict[str, Any]:
         "words": words,
         "accuracy": _accuracy(table, "control"),
         "accuracy_backwards": 1 - _accuracy(table, "intervened"),
-        "score_mean": {name: values.mean(axis=1) for name, values in scores.items()},
-        "score_median": {name: np.median(values, axis=1) for name, values in scores.items()},
-        "score_std": {name: values.std(axis=1) for name, values in scores.items()},
+        **activation_swap.statistics(scores),
     }
-    figure = plots.swap_scores(scores, words, layers=np.array(layers), robust=True)
+    figure = plots.swap_scores(
+        scores,
+        words,
+        layers=np.array(layers),
+        robust=config.compat != "reference",
+        about=plots.About(model=model.name, note="clips played backwards"),
+    )
     plots.save(figure, config.out / "temporal_swap.png")
     return job.write_summary(summary)
 
@@ -241,8 +250,13 @@ def run_steering(config: RunConfig) -> dict[str, Any]:
         "change_std": changes.std(axis=2),
         "rank_correlation": _monotone(means[..., 0] - means[..., 1], ids.frames),
     }
+    shown = len(layers) // 2
     figure = plots.temporal_steering(
-        np.array(ids.frames), changes[len(layers) // 2], words, f"{model.name}, block {layers[len(layers) // 2]}"
+        np.array(ids.frames),
+        changes[shown],
+        words,
+        f"{model.name}, block {layers[shown]}",
+        about=plots.About(strength=factor),
     )
     plots.save(figure, config.out / "temporal_steering.png")
     return job.write_summary(summary)
