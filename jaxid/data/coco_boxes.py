@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from jaxtyping import Float
 
 from jaxid.data.coco_spatial import INSTANCES_FILE, SpatialItem
 from jaxid.errors import DataError, InputError
+from jaxid.processing.pictures import Stored, stored
+from jaxid.reading import read_json, reading
 
 _SIGNS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
 _ROUNDING = 1.0
 """Pixels by which a box may leave its picture: COCO's are rounded. Such boxes are cut at the edge."""
+_FAR = 1e9
+"""No picture has a pixel so far away."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,8 +28,9 @@ class PlacedItem:
 
     Attributes:
         item: the item.
-        boxes: (x, y, width, height) of the subject and of the object, in pixels from the upper left corner.
-        size: width and height of the picture in pixels.
+        boxes: (x, y, width, height) of the subject and of the object, in pixels from the upper left corner of the
+            upright picture.
+        size: width and height of the upright picture in pixels.
     """
 
     item: SpatialItem
@@ -88,22 +93,15 @@ class Instances:
         """
         where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
         subjects, objects = (self.boxes(item, name) for name in (item.subject, item.object))
-        size = self._size(item, where)
-        subjects, objects = _inside(subjects, size, item.subject, where), _inside(objects, size, item.object, where)
+        entry, picture = self.coco.imgs[item.image_id], stored(item.picture, DataError)
+        stated = (entry.get("width"), entry.get("height"))
+        both = upright_boxes(np.concatenate([subjects, objects]), picture, where, stated)
+        subjects, objects = (
+            _inside(boxes, picture.upright, name, where)
+            for boxes, name in zip(np.split(both, [len(subjects)]), (item.subject, item.object), strict=True)
+        )
         first, second = best_pair(subjects, objects, item.relation)
-        return PlacedItem(item=item, boxes=np.stack([subjects[first], objects[second]]), size=size)
-
-    def _size(self, item: SpatialItem, where: str) -> tuple[int, int]:
-        """Width and height of the picture, checked against those in the file."""
-        entry = self.coco.imgs[item.image_id]
-        size = picture_size(item.picture)
-        stated = (entry.get("width", size[0]), entry.get("height", size[1]))
-        if stated != size:
-            raise DataError(
-                f"{where}: the picture is {size[0]} x {size[1]} pixels, the boxes are of one of {stated[0]} x "
-                f"{stated[1]}. Give the picture in its original size."
-            )
-        return size
+        return PlacedItem(item=item, boxes=np.stack([subjects[first], objects[second]]), size=picture.upright)
 
 
 def find_instances(folder: str | Path) -> Path:
@@ -134,39 +132,60 @@ def read_instances(path: str | Path) -> Instances:
         raise DataError(
             f"{path} cannot be read without pycocotools ({error}); install it: pip install 'jaxid-vlm[coco]'."
         ) from error
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(str(path))
-        missing = [name for name in ("images", "annotations", "categories") if name not in coco.dataset]
-        if missing:
-            raise KeyError(", ".join(missing))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Give COCO's file of boxes.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise DataError(
-            f"{path} is not in COCO's instances format ({type(error).__name__}: {error}); expected images, "
-            "annotations with image_id, category_id and bbox, and categories. Download or write it again."
-        ) from error
+    content = read_json(path, DataError)
+    missing = [name for name in ("images", "annotations", "categories") if not isinstance(content.get(name), list)]
+    if missing:
+        raise DataError(f"{path} is not in COCO's instances format: it lacks the lists {', '.join(missing)}.")
+    coco = COCO()
+    coco.dataset = content
+    expected = "COCO's instances format (images, annotations with image_id, category_id and bbox, and categories)"
+    with reading(path, expected, DataError), contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
     return Instances(path=path, coco=coco)
 
 
-def picture_size(picture: Any) -> tuple[int, int]:
-    """Width and height of a picture file, or of UInt8[Y, X, 3].
+def upright_boxes(
+    boxes: Float[np.ndarray, "M 4"], picture: Stored, where: str, stated: tuple[Any, Any] = (None, None)
+) -> Float[np.ndarray, "M 4"]:
+    """Boxes as those of the upright picture, which is what models are shown (see `open_picture`).
+
+    Where a picture's orientation tag turns it, boxes may be of its pixels as they are stored, or of the upright
+    picture. The size that their file states tells which; where it states none, the only size that holds the boxes. If
+    both fit, as for tags that keep the size, the boxes are taken for those of the upright picture, with a warning: the
+    usual readers of pictures, with which boxes are drawn, turn them.
+
+    Args:
+        boxes: (x, y, width, height) in pixels.
+        picture: how it is stored.
+        where: begins messages: of what the boxes are.
+        stated: width and height of the picture as the boxes' file has it; None if it has none.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: if neither the upright nor the stored picture is of the stated size.
     """
-    if not isinstance(picture, str | Path):
-        height, width = np.shape(picture)[:2]
-        return int(width), int(height)
-    from PIL import Image
-
-    try:
-        with Image.open(picture) as file:
-            return file.size
-    except (OSError, ValueError, SyntaxError) as error:  # PIL's, for files that are no or broken pictures
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"Picture {picture} cannot be read ({reason}). Download or write it again.") from error
+    if stated == (None, None):
+        low, high = boxes[:, :2] + _ROUNDING, boxes[:, :2] + boxes[:, 2:] - _ROUNDING
+        fits = [bool(((low >= 0) & (high <= size)).all()) for size in (picture.size, picture.upright)]
+    else:
+        fits = [stated == size for size in (picture.size, picture.upright)]
+        if not any(fits):
+            (width, height), orientation = picture
+            tag = f" (orientation {orientation})" if orientation > 1 else ""
+            raise DataError(
+                f"{where}: the picture is {width} x {height} pixels{tag}, the boxes are of one of {stated[0]} x "
+                f"{stated[1]}. Give the picture in its original size."
+            )
+    if picture.orientation == 1:
+        return boxes
+    if fits == [True, False]:
+        return picture.turned(boxes)
+    if fits != [False, True]:
+        warnings.warn(
+            f"{where}: the picture's orientation tag {picture.orientation} leaves open whether its boxes are of the "
+            "stored or of the upright picture; they are taken for those of the upright one.",
+            stacklevel=3,
+        )
+    return boxes
 
 
 def centers(boxes: Float[np.ndarray, "*B 4"]) -> Float[np.ndarray, "*B 2"]:
@@ -208,7 +227,7 @@ def apart(
 def _box(annotation: dict[str, Any], name: str, where: str) -> list[float]:
     """The four numbers of an annotation, checked."""
     box = annotation.get("bbox")
-    numbers = isinstance(box, list) and all(type(value) in (int, float) and math.isfinite(value) for value in box)
+    numbers = isinstance(box, list) and all(type(value) in (int, float) and abs(value) < _FAR for value in box)
     if not isinstance(box, list) or not numbers or len(box) != 4 or min(box[2:]) <= 0:
         raise DataError(
             f"{where}: annotation {annotation.get('id')} of {name!r} has the box {box!r}; expected four numbers x, y, "

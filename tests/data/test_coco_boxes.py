@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxid.data.coco_boxes import best_pair, find_instances, picture_size, read_instances
+from jaxid.data.coco_boxes import best_pair, find_instances, read_instances, upright_boxes
 from jaxid.data.coco_spatial import SpatialItem, write_coco_spatial
 from jaxid.data.scenes import sample_free
 from jaxid.errors import DataError, InputError
+from jaxid.processing.pictures import Stored, open_picture
 
 
 def content() -> dict[str, Any]:
@@ -119,7 +120,8 @@ BAD = {
     "no area": (changed(bbox=[3, 5, 0, 4]), {}, "annotation 0 of 'cat'"),
     "three numbers": (changed(bbox=[3, 5, 4]), {}, "expected four numbers"),
     "words": (changed(bbox="all of it"), {}, "all of it"),
-    "not finite": (changed(bbox=[3, 5, 4, float("nan")]), {}, "nan"),
+    "beyond all pictures": (changed(bbox=[3, 5, 4, 10**400]), {}, "expected four numbers"),
+    "true": (changed(bbox=[3, 5, 4, True]), {}, "True"),
     "no box": (changed(bbox=None), {}, "None"),
     "no such object": (content(), {"object": "bus"}, "no box of it for the object 'bus'"),
     "no such category": (content(), {"subject": "yak"}, "no category 'yak'"),
@@ -146,32 +148,128 @@ def test_a_crowd_is_no_instance(tmp_path: Path) -> None:
         read_instances(written(tmp_path, whole)).locate(item())
 
 
-def test_sizes_of_pictures(tmp_path: Path) -> None:
-    Image.new("RGB", (9, 5)).save(tmp_path / "picture.png")
-    assert picture_size(tmp_path / "picture.png") == picture_size(np.zeros((5, 9, 3), np.uint8)) == (9, 5)
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_text("no picture")
+    instances = read_instances(written(tmp_path, content()))
     with pytest.raises(DataError, match=r"broken\.jpg cannot be read"):
-        picture_size(tmp_path / "broken.jpg")
+        instances.locate(item(picture=tmp_path / "broken.jpg"))
+    with pytest.raises(DataError, match=r"no picture at .*none\.jpg"):
+        instances.locate(item(picture=tmp_path / "none.jpg"))
+
+
+# --- orientation tags -----------------------------------------------------------------------------------------------
+
+
+def scene(path: Path, orientation: int, size: tuple[int, int] = (40, 30)) -> np.ndarray:
+    """Stores a picture whose cat, at [2, 3, 4, 6] of the stored pixels, is bright; returns the upright picture."""
+    picture = np.zeros((*size[::-1], 3), np.uint8)
+    picture[3:9, 2:6] = 255
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(picture).save(path, exif=exif)
+    return np.asarray(open_picture(path))
+
+
+def cat_and_dog(width: Any, height: Any) -> dict[str, Any]:
+    whole = content()
+    whole["images"][0] |= {"width": width, "height": height}
+    whole["annotations"] = [
+        {"id": 0, "image_id": 7, "category_id": 1, "bbox": [2, 3, 4, 6]},
+        {"id": 1, "image_id": 7, "category_id": 2, "bbox": [20, 20, 4, 4]},
+    ]
+    return whole
+
+
+def cropped(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
+    x, y, width, height = box.astype(int)
+    return picture[y : y + height, x : x + width]
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_of_stored_pixels_follow_the_picture(orientation: int, tmp_path: Path) -> None:
+    upright = scene(tmp_path / "a.png", orientation)
+    placed = read_instances(written(tmp_path, cat_and_dog(40, 30))).locate(item(picture=tmp_path / "a.png"))
+    assert placed.size == (30, 40)
+    shown = cropped(upright, placed.boxes[0])
+    assert shown.shape == (4, 6, 3) and shown.all() and shown.sum() == upright.sum()
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_of_the_upright_picture_stay(orientation: int, tmp_path: Path) -> None:
+    scene(tmp_path / "a.png", orientation)
+    placed = read_instances(written(tmp_path, cat_and_dog(30, 40))).locate(item(picture=tmp_path / "a.png"))
+    assert placed.size == (30, 40)
+    np.testing.assert_array_equal(placed.boxes, [[2, 3, 4, 6], [20, 20, 4, 4]])
+
+
+@pytest.mark.parametrize(("orientation", "side"), [(2, 30), (3, 30), (4, 30), (5, 40), (6, 40), (7, 40), (8, 40)])
+def test_tags_that_keep_the_size_leave_it_open(orientation: int, side: int, tmp_path: Path) -> None:
+    scene(tmp_path / "a.png", orientation, (40, side))
+    instances = read_instances(written(tmp_path, cat_and_dog(40, side)))
+    with pytest.warns(UserWarning, match=f"item '00000.*tag {orientation} leaves open"):
+        placed = instances.locate(item(picture=tmp_path / "a.png"))
+    np.testing.assert_array_equal(placed.boxes, [[2, 3, 4, 6], [20, 20, 4, 4]])
+
+
+@pytest.mark.parametrize("size", [(41, 30), (30, 41), ("40", 30), (40, None)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_sizes_of_neither_are_refused(orientation: int, size: Any, tmp_path: Path) -> None:
+    scene(tmp_path / "a.png", orientation)
+    instances = read_instances(written(tmp_path, cat_and_dog(*size)))
+    with pytest.raises(DataError, match=f"40 x 30 pixels.*, the boxes are of one of {size[0]} x {size[1]}"):
+        instances.locate(item(picture=tmp_path / "a.png"))
+
+
+def test_without_a_stated_size_the_boxes_tell() -> None:
+    low, high = np.array([[0.0, 25, 10, 14]]), np.array([[25.0, 0, 14, 10]])
+    turned = Stored((40, 30), 6)
+    np.testing.assert_array_equal(upright_boxes(low, turned, "row 1"), low)
+    np.testing.assert_array_equal(upright_boxes(high, turned, "row 1"), [[20, 25, 10, 14]])
+    np.testing.assert_array_equal(upright_boxes(low, Stored((40, 30)), "row 1"), low)
+    for undecided in (low[:, [0, 0, 2, 2]], np.array([[50.0, 50, 1, 1]])):
+        with pytest.warns(UserWarning, match="^row 1.*leaves open"):
+            np.testing.assert_array_equal(upright_boxes(undecided, turned, "row 1"), undecided)
+
+
+# --- files of another form ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "whole",
-    [[], {"images": []}, 3, {"images": [{}], "annotations": [], "categories": []}, changed(category_id=None)],
+    [
+        [],
+        None,
+        {"images": []},
+        3,
+        "text",
+        {"images": [{}], "annotations": [], "categories": []},
+        {"images": [3], "annotations": [], "categories": []},
+        {"images": [{"id": [7]}], "annotations": [], "categories": []},
+        {"images": [], "annotations": {}, "categories": []},
+        {"images": [], "annotations": [], "categories": ["cat"]},
+        changed(category_id=None),
+        changed(bbox=[3, 5, 4, float("nan")]),
+        changed(bbox=[3, 5, 4, float("inf")]),
+    ],
 )
 def test_files_of_another_form(whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, whole)
-    with pytest.raises(DataError, match="instances format") as caught:
+    with pytest.raises(DataError, match=r"instances format|JSON") as caught:
         read_instances(path)
-    assert str(path) in str(caught.value) and capsys.readouterr().out == ""
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and capsys.readouterr().out == ""
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match=r"none\.json is missing"):
         read_instances(tmp_path / "none.json")
     path = written(tmp_path, content())
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(DataError, match="instances format"):
-        read_instances(path)
+    whole = path.read_text()
+    for damaged in (whole[:-20], "[" * 100_000, ""):
+        path.write_text(damaged)
+        with pytest.raises(DataError, match="cannot be read as a JSON file"):
+            read_instances(path)
+    path.write_text(whole, encoding="utf-8-sig")
+    assert read_instances(path).coco.imgs.keys() == {7}
 
 
 def test_pycocotools_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
