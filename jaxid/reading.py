@@ -27,16 +27,32 @@ def reading(path: str | Path, what: str, error: type[JaxidError] = CheckpointErr
     Raises:
         JaxidError: of the given kind; one that is raised inside passes unchanged.
     """
+    with reporting(f"{path} cannot be read as {what}", error):
+        try:
+            yield
+        except FileNotFoundError as problem:
+            raise error(f"{path} is missing; expected {what} there.") from problem
+
+
+@contextlib.contextmanager
+def reporting(message: str, error: type[JaxidError]) -> Iterator[None]:
+    """Turns whatever a foreign library raises inside into a one-line error.
+
+    Args:
+        message: what could not be done; the library's own words follow.
+        error: the kind of error to raise.
+
+    Raises:
+        JaxidError: of the given kind; one that is raised inside passes unchanged.
+    """
     try:
         yield
     except JaxidError:
         raise
-    except FileNotFoundError as problem:
-        raise error(f"{path} is missing; expected {what} there.") from problem
     except BaseException as problem:
         if not isinstance(problem, Exception) and type(problem).__name__ != _RUST_PANIC:
             raise
-        raise error(f"{path} cannot be read as {what}: {first_line(problem)}.") from problem
+        raise error(f"{message}: {first_line(problem)}.") from problem
 
 
 def read_json(
