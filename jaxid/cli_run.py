@@ -57,10 +57,11 @@ def belief_swap(
 
     summary = job.run(job.BeliefSwapConfig(**options_of(locals())))
     best = summary["best"]
+    chosen = "the same items" if best["chosen_on"] == "same items" else "others"
     typer.echo(
         f"{summary['answered_items']} items, {summary['accuracy']:.1%} answered rightly; best blocks "
-        f"{', '.join(map(str, sorted(best['layers'])))}: {best['belief']:.1%} of beliefs swapped by IDs, "
-        f"{best['noise']:.1%} by noise{skipped_note(summary)}\n{out / 'summary.json'}"
+        f"{', '.join(map(str, sorted(best['layers'])))}, chosen on {chosen}: {best['belief']:.1%} swapped by IDs, "
+        f"{best['noise']:.1%} by noise (of {best['items']} items){skipped_note(summary)}\n{out / 'summary.json'}"
     )
 
 
@@ -138,7 +139,9 @@ def steer(
     picture: Annotated[Path | None, typer.Option(help="A single picture instead of a data set.")] = None,
     subject: Annotated[str | None, typer.Option(help="Its steered object.")] = None,
     object: Annotated[str | None, typer.Option(help="Its other object.")] = None,
-    cells: Annotated[str, typer.Option(help="The single picture's two cells, x,y:x,y.")] = "0,0:3,0",
+    cells: Annotated[
+        str, typer.Option(help="Cells of the single picture's subject and object, column,row:column,row.")
+    ] = "0,0:3,0",
     id_layer: Annotated[int | None, typer.Option(help="Block whose IDs are added to the single picture.")] = None,
     model: ModelName = "tiny-llava",
     layers: Layers = None,
@@ -161,6 +164,11 @@ def steer(
     summary = job.run(job.SteerConfig(**options))
     first, second = summary["words"]
     if picture is not None:
+        own, other = summary["subject"], summary["object"]
+        typer.echo(
+            f"{own['name']} to cell {_cell(own)}, {other['name']} to cell {_cell(other)} (column, row from the upper "
+            f"left), by IDs of block {summary['id_layer']} after each block; change of log p"
+        )
         for layer, change in zip(summary["layers"], summary["change"], strict=True):
             typer.echo(f"block {layer:3d}   {first} {change[0]:+.2f}   {second} {change[1]:+.2f}")
     else:
@@ -219,6 +227,10 @@ def skipped_note(summary: dict[str, Any]) -> str:
     """What a command says of items left out."""
     count = summary.get("skipped", {}).get("count", 0)
     return f"; {count} bad items left out, see the summary" if count else ""
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    return ",".join(map(str, entry["cell"]))
 
 
 def _cells(text: str) -> tuple[tuple[int, int], tuple[int, int]]:

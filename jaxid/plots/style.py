@@ -68,7 +68,7 @@ class About:
     model: str = ""
     items: int | str | None = None
     unit: str = "items"
-    strength: float | None = None
+    strength: float | str | None = None
     note: str = ""
 
 
@@ -108,12 +108,13 @@ def captioned(figure: Figure, about: About | None, *parts: str, items: int | Non
     """
     about = about or About()
     count = about.items if items is None else items
+    strength = about.strength if isinstance(about.strength, str) else f"{about.strength or 0:g}"
     text = "; ".join(
         part
         for part in (
             about.model,
             "" if count is None else f"n = {count} {about.unit}",
-            "" if about.strength is None else f"strength (factor) {about.strength:g}",
+            "" if about.strength is None else f"strength (factor) {strength}",
             *parts,
             about.note,
         )

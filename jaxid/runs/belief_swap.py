@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,14 @@ def run(config: BeliefSwapConfig) -> dict[str, Any]:
         The summary.
     """
     job = Run(config, "belief-swap")
-    model, ids = job.model, job.ids()
-    belief_swap.require_same_model(model, ids)
-    layers = job.layers(default_layers(config.model, model.num_layers))
+    ids = job.ids()
+    layers = job.layers(default_layers(config.model, job.model.num_layers))
     factor = 5.0 if config.factor is None else config.factor
     suffix = config.text("{query}" + PUBLISHED_SUFFIX)
     items = job.spatial_items()
     numbers = {item.key: number for number, item in enumerate(items)}
+    settings = {"layers": layers, "factor": factor, "template": suffix, "max_new_tokens": config.max_new_tokens}
+    model = job.begin_spatial(items, settings, suffix)
     batch_size = job.batch_size(2 * len(layers))
 
     def compute(chunk: list[SpatialItem]) -> Columns:
@@ -86,14 +87,9 @@ def run(config: BeliefSwapConfig) -> dict[str, Any]:
             tables.append(_rows(model.name, group, batch.answers, swap))
         return joined(tables)
 
-    settings = {"layers": layers, "factor": factor, "template": suffix, "max_new_tokens": config.max_new_tokens}
-    table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
-    summary |= rates(table, layers)
-    figure = plots.belief_swap_bars(
-        [model.name],
-        *(np.array([summary["best"][name]]) for name in ("belief", "belief_std", "noise", "noise_std")),
-    )
-    plots.save(figure, config.out / "belief_swap.png")
+    table, summary = job.finish(compute, batch_size=batch_size)
+    summary |= rates(table, layers, seed=config.seed, same_items=config.compat == "reference")
+    plots.save(_bars({model.name: summary["best"]}, factor), config.out / "belief_swap.png")
     plots.save(_by_layer(summary, layers, factor), config.out / "belief_swap_by_layer.png")
     return job.write_summary(summary)
 
@@ -147,8 +143,21 @@ def _verdict(answer: int, truth: int) -> str:
     return "nonsense" if answer < 0 else "correct" if answer == truth else "wrong"
 
 
-def rates(table: Columns, layers: Sequence[int]) -> dict[str, Any]:
-    """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts."""
+def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: bool = False) -> dict[str, Any]:
+    """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts.
+
+    The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others,
+    as shares of items that layers were chosen on are too large.
+
+    Args:
+        table: a row for each item, condition and layer.
+        layers: in ascending order.
+        seed: of the halves.
+        same_items: choose and report on all items, as published.
+
+    Raises:
+        DataError: if no item was answered with one of the two words.
+    """
     used = table["control_verdict"] != "nonsense"
     first = (table["condition"] == "belief") & (table["layer"] == layers[0])
     count = int((used & first).sum())
@@ -171,54 +180,119 @@ def rates(table: Columns, layers: Sequence[int]) -> dict[str, Any]:
         ]
         if condition == "belief":
             drops = [accuracy - float((table["verdict"][rows] == "correct").mean()) for rows in chosen]
-    best = np.argsort(swapped["belief"], kind="stable")[::-1][:BEST]
-    picked = {name: np.array(swapped[name])[best] for name in belief_swap.CONDITIONS}
-    by_axis_ = {}
-    for axis in dict.fromkeys(table["axis"].tolist()):
-        by_axis_[axis] = {
-            condition: [
-                float(table["swapped"][rows].mean())
-                for layer in layers
-                if (
-                    rows := used
-                    & (table["condition"] == condition)
-                    & (table["layer"] == layer)
-                    & (table["axis"] == axis)
-                ).any()
+    by_axis_: dict[str, Any] = {}
+    axis_intervals: dict[str, Any] = {}
+    for axis in dict.fromkeys(table["axis"][used].tolist()):
+        for condition in belief_swap.CONDITIONS:
+            of_axis = used & (table["condition"] == condition) & (table["axis"] == axis)
+            turned = [table["swapped"][of_axis & (table["layer"] == layer)] for layer in layers]
+            by_axis_.setdefault(axis, {})[condition] = [float(values.mean()) for values in turned]
+            axis_intervals.setdefault(axis, {})[condition] = [
+                confidence_interval(int(values.sum()), len(values)) for values in turned
             ]
-            for condition in belief_swap.CONDITIONS
-        }
     return {
         "answered_items": count,
         "unanswered_items": int((~used & first).sum()),
         "accuracy": accuracy,
+        "accuracy_interval": confidence_interval(round(accuracy * count), count),
         "layers": list(layers),
         "swapped": swapped,
         "swapped_interval": intervals,
         "swapped_by_axis": by_axis_,
+        "swapped_by_axis_interval": axis_intervals,
         "verdicts": verdicts,
         "accuracy_drop": drops,
         "mean_accuracy_drop": float(np.mean(drops)),
-        "best": {
-            "layers": [int(layers[row]) for row in best],
-            "belief": float(picked["belief"].mean()),
-            "belief_std": float(picked["belief"].std()),
-            "noise": float(picked["noise"].mean()),
-            "noise_std": float(picked["noise"].std()),
-        },
+        **_best(table, used, layers, seed, same_items),
     }
 
 
+def _best(table: Columns, used: np.ndarray, layers: Sequence[int], seed: int, same_items: bool) -> dict[str, Any]:
+    """The best layers and what is swapped there; which items they were chosen on, and which are reported."""
+    pictures = np.unique(table["image_id"][used])
+    order = np.random.default_rng((seed, 2)).permutation(len(pictures))
+    choosing, reporting = used & np.isin(table["image_id"], pictures[order[: len(pictures) // 2]]), used
+    if same_items or not choosing.any():
+        choosing = used
+    else:
+        reporting = used & ~choosing
+
+    def shares(rows: np.ndarray, condition: str) -> np.ndarray:
+        rows = rows & (table["condition"] == condition)
+        return np.array([table["swapped"][rows & (table["layer"] == layer)].mean() for layer in layers])
+
+    best = np.argsort(shares(choosing, "belief"), kind="stable")[::-1][:BEST]
+    keys = {
+        name: list(dict.fromkeys(table["item"][rows].tolist()))
+        for name, rows in (("choosing", choosing), ("reporting", reporting))
+    }
+    found: dict[str, Any] = {"layers": [int(layers[row]) for row in best]}
+    count = len(keys["reporting"])
+    for condition in belief_swap.CONDITIONS:
+        picked = shares(reporting, condition)[best]
+        found[condition], found[f"{condition}_std"] = float(picked.mean()), float(picked.std())
+        found[f"{condition}_interval"] = confidence_interval(round(float(picked.mean()) * count), count)
+    chosen_on = "same items" if choosing is used else "other items"
+    return {"best": found | {"items": count, "chosen_on": chosen_on}, "selection": {"chosen_on": chosen_on, **keys}}
+
+
 def _by_layer(summary: dict[str, Any], layers: Sequence[int], factor: float) -> Any:
-    axes = {name: value for name, value in summary["swapped_by_axis"].items() if len(value["belief"]) == len(layers)}
     names = {"horizontal": "left/right", "vertical": "above/below"}
+    shares, intervals = summary["swapped_by_axis"], summary["swapped_by_axis_interval"]
+    belief, noise = (
+        [np.array([one[condition] for one in found.values()]) for found in (shares, intervals)]
+        for condition in belief_swap.CONDITIONS
+    )
     return plots.belief_swap_by_layer(
         np.array(layers),
-        np.array([value["belief"] for value in axes.values()]),
-        np.array([value["noise"] for value in axes.values()]),
-        [names[name] for name in axes],
+        belief[0],
+        noise[0],
+        [names[name] for name in shares],
+        belief_intervals=belief[1],
+        noise_intervals=noise[1],
         factor=factor,
+        about=plots.About(model=summary["model"], items=summary["answered_items"]),
     )
+
+
+def _bars(best: Mapping[str, Mapping[str, Any]], strength: float | str) -> Any:
+    """Figure 2 of the best layers of models: as published only if all of them were chosen on the same items."""
+    values = [
+        np.array([entry[part] for entry in best.values()]) for part in ("belief", "belief_std", "noise", "noise_std")
+    ]
+    same = [name for name, entry in best.items() if entry["chosen_on"] == "same items"]
+    bounds, note = {}, "best blocks chosen on the same items"
+    if len(same) < len(best):
+        bounds = {
+            f"{part}_interval": np.array([entry[f"{part}_interval"] for entry in best.values()])
+            for part in belief_swap.CONDITIONS
+        }
+        note = f"best blocks of {', '.join(same)} chosen on the same items" if same else "best blocks chosen on others"
+    about = plots.About(
+        model=", ".join(best) if len(best) == 1 else "",
+        items=_spread(entry["items"] for entry in best.values()),
+        strength=strength,
+        note=note,
+    )
+    return plots.belief_swap_bars(list(best), *values, **bounds, about=about)
+
+
+def _spread(counts: Iterable[Any]) -> str:
+    """Numbers from the smallest to the largest."""
+    ranked = sorted(set(counts))
+    return f"{ranked[0]:g}" if len(ranked) == 1 else f"{ranked[0]:g} to {ranked[-1]:g}"
+
+
+def _with_intervals(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What older summaries do not say: their best layers were chosen on the items that are reported."""
+    count = int(entry["answered_items"])
+
+    def interval(share: float) -> tuple[float, float]:
+        return confidence_interval(round(share * count), count)
+
+    best = {"items": count, "chosen_on": "same items"}
+    best |= {f"{part}_interval": interval(entry["best"][part]) for part in belief_swap.CONDITIONS}
+    return {"accuracy_interval": interval(entry["accuracy"]), "best": best | entry["best"]}
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -241,18 +315,24 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             entry = {name: summary[name] for name in ("accuracy", "mean_accuracy_drop", "best", "answered_items")}
+            entry |= {"factor": float(summary["settings"]["factor"])} | _with_intervals(entry)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no summary of a finished jaxid run belief-swap: {error!r}.") from error
         name = summary["model"] if summary["model"] not in found else f"{summary['model']} ({folder.name})"
         found[name] = entry
     names = list(found)
-    best = [
-        np.array([found[name]["best"][part] for name in names])
-        for part in ("belief", "belief_std", "noise", "noise_std")
-    ]
-    plots.save(plots.belief_swap_bars(names, *best), out / "belief_swap.png")
+    strength = _spread(entry["factor"] for entry in found.values())
+    bars = _bars({name: entry["best"] for name, entry in found.items()}, strength)
+    plots.save(bars, out / "belief_swap.png")
     accuracy = np.array([found[name]["accuracy"] for name in names])
     drop = np.array([found[name]["mean_accuracy_drop"] for name in names])
-    plots.save(plots.accuracy_against_steerability(names, accuracy, drop), out / "accuracy_against_steerability.png")
+    figure = plots.accuracy_against_steerability(
+        names,
+        accuracy,
+        drop,
+        accuracy_interval=np.array([entry["accuracy_interval"] for entry in found.values()]),
+        about=plots.About(items=_spread(entry["answered_items"] for entry in found.values()), strength=strength),
+    )
+    plots.save(figure, out / "accuracy_against_steerability.png")
     write_json(out / "comparison.json", found)
     return found
