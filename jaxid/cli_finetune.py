@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxid.checks import check_seed
 from jaxid.errors import InputError
-from jaxid.results import ensure_output_folder
 
 
 def finetune(
@@ -131,39 +131,40 @@ zoo_app = typer.Typer(help="The small trained models that ship with jaxid.", no_
 def zoo_train(
     name: Annotated[str, typer.Argument(help="Which model: tiny-llava, tiny-video, or tiny-clip with its scorers.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint is written to its `model` folder.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the main stage, if not the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=8, help="Pictures per step; the recipe's by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Most steps of every stage, and of every scorer; the recipe's by default.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=8, help="Pictures or clips per step, in every stage; the recipe's by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of parameters and data.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
 ) -> None:
     """Train a shipped model from scratch, or go on from the last save after a kill."""
-    from jaxid.zoo import RECIPES, training
+    from jaxid.zoo import RECIPES
 
     if name not in RECIPES:
         raise InputError(f"{name!r} is no model with a recipe; there is {', '.join(RECIPES)}.")
-    given = {"steps": steps, "batch_size": batch_size}
+    check_seed(seed)
+    from jaxid.zoo.sampling import limited
+
     if name == "tiny-clip":
         from jaxid.zoo import clip_evaluation, clip_training
 
-        clip = clip_training.TrainingConfig(
-            seed=seed, **{key: value for key, value in given.items() if value is not None}
+        folder = clip_training.train_and_export(
+            out,
+            limited(clip_training.TrainingConfig(seed=seed), steps, batch_size),
+            save_every=save_every,
+            finish=lambda model: clip_evaluation.train_scorers(out, model, steps=steps),
         )
-        folder = clip_training.train_and_export(ensure_output_folder(out), clip, save_every=save_every)
-        clip_evaluation.train_scorers(out, folder)
         typer.echo(f"checkpoint and scorer: {folder}")
         return
     if name == "tiny-video":
-        from jaxid.zoo import video_training
-
-        video = video_training.TrainingConfig(
-            seed=seed, **{key: value for key, value in given.items() if value is not None}
-        )
-        folder = video_training.train_and_export(ensure_output_folder(out), video, save_every=save_every)
-        typer.echo(f"checkpoint: {folder}")
-        return
-    config = training.TrainingConfig(seed=seed, **{key: value for key, value in given.items() if value is not None})
-    folder = training.train_and_export(ensure_output_folder(out), config, save_every=save_every)
-    typer.echo(f"checkpoint: {folder}")
+        from jaxid.zoo import video_training as training
+    else:
+        from jaxid.zoo import training
+    config: Any = limited(training.TrainingConfig(seed=seed), steps, batch_size)
+    typer.echo(f"checkpoint: {training.train_and_export(out, config, save_every=save_every)}")
 
 
 @zoo_app.command("evaluate")

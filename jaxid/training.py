@@ -1,7 +1,6 @@
 """The training loop of all that jaxid trains: seeded, resumable after a kill, data-parallel over local devices."""
 
-import csv
-import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,11 +13,16 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxid.errors import CheckpointError
-from jaxid.results import ensure_output_folder, whole_file, write_json
+from jaxid.errors import InputError, JaxidWarning
+from jaxid.training_folder import States, begun, metrics_rows
+from jaxid.training_folder import append_metrics as append_metrics
+from jaxid.training_folder import read_metrics as read_metrics
 
 Metrics = dict[str, Array]
 Batch = Mapping[str, Any]
+
+_MOST_SKIPPED = 20
+"""So many steps in a row without a finite gradient end a run."""
 
 
 class Stage(NamedTuple):
@@ -48,9 +52,25 @@ class Stage(NamedTuple):
     accumulate: bool = False
 
 
-def train(
+def train(folder: Path, settings: Mapping[str, Any], parameters: Any, stages: Sequence[Stage], **options: Any) -> Any:
+    """`fit` in a folder that is kept for it alone.
+
+    Args:
+        folder: of the run.
+        settings: all that decides the outcome; a folder begun with other settings is refused.
+        parameters: as in `fit`.
+        stages: as in `fit`.
+        **options: as in `fit`.
+
+    Raises:
+        CheckpointError, OutputError: what `begun` and `fit` raise.
+    """
+    with begun(folder, settings):
+        return fit(folder, parameters, stages, **options)
+
+
+def fit(
     folder: Path,
-    settings: Mapping[str, Any],
     parameters: Any,
     stages: Sequence[Stage],
     *,
@@ -62,14 +82,15 @@ def train(
     check: Callable[[int, Any], None] | None = None,
     check_every: int = 100,
 ) -> Any:
-    """Trains, or goes on from the last saved step, and returns the parameters.
+    """Trains, or resumes from the last saved step, and returns the parameters; to be called inside `begun`.
+
+    A step whose gradient is not finite changes nothing; it is counted in the column "skipped" of `metrics.csv`.
 
     Args:
-        folder: where the run's state and metrics live (`state/`, `metrics.csv`, `run.json`).
-        settings: all that decides the outcome; a folder begun with other settings is refused.
+        folder: where the run's state and metrics live (`state/`, `metrics.csv`).
         parameters: a pytree of float arrays to begin with.
         stages: what to do, one after the other.
-        columns: of `metrics.csv`.
+        columns: of `metrics.csv`, to which "skipped" is added.
         save_every: steps between saves.
         record_every: steps between rows of metrics.
         progress: show a progress bar.
@@ -79,55 +100,114 @@ def train(
         check_every: steps between checks.
 
     Raises:
-        CheckpointError: if the folder holds a run with other settings.
+        CheckpointError: if there are saved states, but none is whole.
+        OutputError: if the state or the metrics cannot be written, or the metrics are damaged.
+        InputError: if training diverges: too many gradients in a row, or the parameters, are not finite.
     """
-    import orbax.checkpoint as ocp
     from tqdm import tqdm
 
-    ensure_output_folder(folder)
-    record = folder / "run.json"
-    if record.exists() and json.loads(record.read_text()) != json.loads(json.dumps(settings)):
-        raise CheckpointError(f"{folder} holds a training run with other settings; choose another folder.")
-    write_json(record, settings)
-
+    columns, metrics_file = (*columns, "skipped"), folder / "metrics.csv"
+    metrics_rows(metrics_file, columns)
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager((folder / "state").absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
+
+    def abstract(step: int) -> Any:
+        for stage in stages:
+            if stage.first < step <= stage.first + stage.steps:
+                shapes = jax.eval_shape(partial(_start, stage), parameters)
+                return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same), shapes)
+        return None
+
+    with States(folder / "state") as states:
+        done, saved = states.restore(abstract)
         for stage in stages:
             end = stage.first + stage.steps
             if done > end or not stage.steps:
                 continue
-            state = jax.device_put({"parameters": parameters, "optimizer": stage.optimizer.init(parameters)}, same)
-            if done > stage.first:
-                state = manager.restore(done, args=ocp.args.StandardRestore(state))
+            first = max(done, stage.first)
+            state = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
             step_function = _step_function(stage, mesh.size)
             constants = jax.device_put(dict(stage.constants), same)
-            bar = tqdm(total=end, initial=max(done, stage.first), unit="step", disable=not progress, desc=stage.name)
-            for step, batch in batches(stage, max(done, stage.first)):
+            bar = tqdm(total=end, initial=first, unit="step", disable=not progress, desc=stage.name)
+            for step, batch in batches(stage, first):
                 whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
                 placed = {
                     name: jax.device_put(value, same if whole or name in stage.whole else split)
                     for name, value in batch.items()
                 }
                 state, metrics = step_function(state, placed, constants)
-                if (step + 1) % record_every == 0 or step + 1 == end:
+                now, last = step + 1, step + 1 == end
+                record, save = (now % every == 0 or last for every in (record_every, save_every))
+                due = check is not None and (now % check_every == 0 or (last and stage is stages[-1]))
+                if record or save or due:
+                    skipped = _check_health(state, stage, now)
+                if record:
                     numbers = {name: round(float(value), 4) for name, value in metrics.items()}
-                    row = {"step": step + 1, "stage": stage.name, **numbers}
-                    append_metrics(folder / "metrics.csv", columns, row)
+                    row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
+                    append_metrics(metrics_file, columns, row)
                     if log is not None:
                         log(row)
                     bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
-                    bar.update(step + 1 - bar.n)
-                if check is not None and ((step + 1) % check_every == 0 or (step + 1 == end and stage is stages[-1])):
-                    check(step + 1, state["parameters"])
-                if (step + 1) % save_every == 0 or step + 1 == end:
-                    manager.save(step + 1, args=ocp.args.StandardSave(state))
+                    bar.update(now - bar.n)
+                if check is not None and due:
+                    check(now, state["parameters"])
+                if save:
+                    states.save(now, state)
             bar.close()
             parameters = state["parameters"]
-        manager.wait_until_finished()
     return jax.device_get(parameters)
+
+
+def _start(stage: Stage, parameters: Any) -> dict[str, Any]:
+    """The state that a stage begins with."""
+    return {"parameters": parameters, "optimizer": _guarded(stage, parameters).init(parameters)}
+
+
+def _guarded(stage: Stage, parameters: Any) -> optax.GradientTransformation:
+    """A stage's optimizer, which skips steps whose gradient is not finite."""
+    optimizer = stage.optimizer
+    if isinstance(jax.eval_shape(optimizer.init, parameters), optax.ApplyIfFiniteState):
+        return optimizer
+    return skip_not_finite(optimizer)
+
+
+def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that skips, and counts, steps whose gradient is not finite."""
+    # Beyond so many skipped steps in a row optax would go on with what is not finite.
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
+
+
+def _check_health(state: dict[str, Any], stage: Stage, step: int) -> int:
+    """How many of a stage's steps were skipped.
+
+    Raises:
+        InputError: if that were all of them or too many in a row, or if the parameters are not finite.
+    """
+    counts, last = state["optimizer"], step == stage.first + stage.steps
+    in_row, skipped = int(counts.notfinite_count), int(counts.total_notfinite)
+    advice = "lower the learning rate, or see to the data and weights"
+    if in_row >= _MOST_SKIPPED or (last and in_row == stage.steps):
+        raise InputError(
+            f"training diverges: in all of the steps {step - in_row + 1} to {step} ({stage.name}) the gradient is NaN "
+            f"or infinite; {advice}."
+        )
+    if not _all_finite(state["parameters"]):
+        raise InputError(
+            f"training diverges: after step {step} ({stage.name}) parameters are NaN or infinite; {advice}."
+        )
+    if last and skipped:
+        warnings.warn(
+            f"{skipped} of the {stage.steps} steps of {stage.name} had a gradient that is NaN or infinite, and were "
+            f"skipped.",
+            JaxidWarning,
+            stacklevel=2,
+        )
+    return skipped
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def batches(stage: Stage, first: int) -> Iterator[tuple[int, Batch]]:
@@ -169,7 +249,7 @@ def _step_function(stage: Stage, devices: int) -> Callable[..., Any]:
             return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
 
         found, metrics = _averaged(gradients, batch, devices) if stage.accumulate else gradients(batch)
-        updates, optimizer_state = stage.optimizer.update(found, state["optimizer"], parameters)
+        updates, optimizer_state = _guarded(stage, parameters).update(found, state["optimizer"], parameters)
         parameters = optax.apply_updates(parameters, updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
@@ -198,28 +278,3 @@ def _averaged(function: Callable[[Any], Any], batch: dict[str, Any], devices: in
         )
         total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, several(part)), None), zeros, rows)
     return jax.tree.map(lambda leaf: leaf / count, total)
-
-
-def append_metrics(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
-    """Adds a row; rows of steps that a kill undid are dropped first."""
-    rows: list[Any] = []
-    if path.exists():
-        with path.open() as file:
-            rows = [old for old in csv.DictReader(file) if int(old["step"]) < row["step"]]
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows([*rows, row])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.csv`, numbers as numbers."""
-
-    def value(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    with path.open() as file:
-        return [{name: value(text) for name, text in row.items() if text} for row in csv.DictReader(file)]

@@ -24,7 +24,7 @@ MODELS = {*DOORS, "kernels", "sharding"}
 LOADERS = {*MODELS, "models", "processing", "zoo", "inputs"}
 ENGINE = {*LOADERS, "checkpoints", "interventions"}
 METHODS = {*ENGINE, "engine", "tracing", "generation"}
-EXPERIMENTS = {*METHODS, "data", "ids", "temporal_ids", "dcsm", "results", "training", "trainable"}
+EXPERIMENTS = {*METHODS, "data", "ids", "temporal_ids", "dcsm", "results", "training", "training_folder", "trainable"}
 TOP = {*EXPERIMENTS, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "ids": {*METHODS, "id_files"},
     "temporal_ids": {*METHODS, "id_files"},
     "trainable": ENGINE,
-    "training": {*DOORS, "results"},
+    "training_folder": {*DOORS, "results"},
+    "training": {*DOORS, "results", "training_folder"},
     "dcsm": {*METHODS, "data", "results", "training"},
     "experiments": EXPERIMENTS,
     "zoo recipes": TOP,

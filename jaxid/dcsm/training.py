@@ -193,16 +193,17 @@ def train(
     )
     settings = dataclasses.asdict(config) | {"encoder": encoder.name, "fingerprint": encoder.fingerprint}
     settings["items"] = {name: len(items) for name, items in sets.items()}
-    trained = training.train(
-        folder, settings, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress, log=log
-    )
-    found = dataclasses.replace(
-        scorer,
-        network=type(scorer.network)(**trained["network"]),
-        vectors=jnp.asarray(trained.get("vectors", scorer.vectors)),
-    )
-    found.save(folder / "scorer.safetensors")
-    write_json(folder / "metrics.json", training.read_metrics(folder / "metrics.csv"))
+    with training.begun(folder, settings):
+        trained = training.fit(
+            folder, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress, log=log
+        )
+        found = dataclasses.replace(
+            scorer,
+            network=type(scorer.network)(**trained["network"]),
+            vectors=jnp.asarray(trained.get("vectors", scorer.vectors)),
+        )
+        found.save(folder / "scorer.safetensors")
+        write_json(folder / "metrics.json", training.read_metrics(folder / "metrics.csv"))
     return found
 
 

@@ -52,7 +52,23 @@ def evaluate(
     return found
 
 
-def train_scorers(folder: Path, model: Path, seeds: Sequence[int] = (0, 1, 2), *, save_every: int = 500) -> Path:
+def scorer_size(config: training.TrainingConfig, steps: int | None) -> tuple[training.TrainingConfig, int]:
+    """Settings and number of scenes of a scorer that is trained for at most so many steps."""
+    if steps is None:
+        return config, SCENES
+    scenes = min(SCENES, steps * config.batch_size)
+    epochs = steps // -(-scenes // config.batch_size)
+    return dataclasses.replace(config, epochs=min(config.epochs, epochs)), scenes
+
+
+def train_scorers(
+    folder: Path,
+    model: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    save_every: int = 500,
+    steps: int | None = None,
+) -> Path:
     """Trains a scorer for each seed, keeps the first in the model's folder, and writes `accuracy.json`.
 
     The seeds draw scenes, scorers, vectors and order; the encoder stays. Runs that were finished are not repeated.
@@ -62,6 +78,7 @@ def train_scorers(folder: Path, model: Path, seeds: Sequence[int] = (0, 1, 2), *
         model: folder of the encoder.
         seeds: of the scorers.
         save_every: steps between saves.
+        steps: the most that a scorer is trained for, with fewer scenes or epochs; the recipe's by default.
 
     Returns:
         The file.
@@ -70,9 +87,10 @@ def train_scorers(folder: Path, model: Path, seeds: Sequence[int] = (0, 1, 2), *
     encoder = dataclasses.replace(load_encoder(model), name="tiny-clip")
     found = []
     for seed in seeds:
-        sets = tiny_dcsm.training_sets(seed, SCENES)
+        config, scenes = scorer_size(scorer_config(seed), steps)
+        sets = tiny_dcsm.training_sets(seed, scenes)
         out = folder / f"scorer-{seed}"
-        scorer = training.train(out, encoder, sets, scorer_config(seed), save_every=save_every)
+        scorer = training.train(out, encoder, sets, config, save_every=save_every)
         found.append(evaluate(encoder, scorer))
     shutil.copyfile(folder / f"scorer-{seeds[0]}" / SCORER_FILE, model / SCORER_FILE)
     table: dict[str, Any] = {}

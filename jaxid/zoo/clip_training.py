@@ -1,6 +1,7 @@
 """How tiny-clip is trained: pictures against captions, and patches against the words for what they show."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxid.models.clip import CLIP
 from jaxid.training import Metrics, Stage, adamw
 from jaxid.zoo import tiny_clip as recipe
 from jaxid.zoo.export import write_clip
-from jaxid.zoo.sampling import normalize
+from jaxid.zoo.sampling import check_recipe, normalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,14 @@ class TrainingConfig:
     clip_norm: float = 1.0  # of the whole gradient
     patch_weight: float = 0.5  # of the auxiliary loss on patches and words
     seed: int = 0  # of parameters and data
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            InputError: naming the first one that is out of range.
+        """
+        check_recipe(self)
 
 
 COLUMNS = ("step", "stage", "loss", "accuracy", "object", "color")
@@ -123,6 +132,15 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
     Raises:
         CheckpointError: if the folder holds a run with other settings.
     """
+    with training.begun(folder, _settings(config)):
+        return _fit(folder, config, save_every=save_every, progress=progress)
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
+
+
+def _fit(folder: Path, config: TrainingConfig, *, save_every: int, progress: bool = True) -> dict[str, Any]:
     definition, initial = nnx.split(CLIP(recipe.config(), rngs=nnx.Rngs(config.seed)))
     auxiliary = {"scale": jnp.array(2.3), "nothing": jnp.zeros(2)}
     stage = Stage(
@@ -139,11 +157,8 @@ def train(folder: Path, config: TrainingConfig, *, save_every: int = 100, progre
             clip_norm=config.clip_norm,
         ),
     )
-    settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
     parameters = {"network": nnx.to_pure_dict(initial), "auxiliary": auxiliary}
-    trained = training.train(
-        folder, settings, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress
-    )
+    trained = training.fit(folder, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress)
     return trained["network"]
 
 
@@ -151,17 +166,28 @@ def _arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
     return {"pixels": normalize(batch.pictures), "token_ids": batch.token_ids, "patches": batch.patches}
 
 
-def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 100) -> Path:
+def train_and_export(
+    folder: Path,
+    config: TrainingConfig,
+    *,
+    save_every: int = 100,
+    finish: Callable[[Path], Any] | None = None,
+) -> Path:
     """Trains tiny-clip and writes its checkpoint folder in Hugging Face layout.
 
     Args:
         folder: of the run.
         config: the run's settings.
         save_every: steps between saves.
+        finish: is given the checkpoint folder while the run's folder is still kept for this process.
 
     Returns:
         The checkpoint folder, `folder / "model"`.
     """
-    parameters = train(folder, config, save_every=save_every)
-    write_clip(folder / "model", recipe.config(), parameters, recipe.VOCABULARY)
-    return folder / "model"
+    model_folder = folder / "model"
+    with training.begun(folder, _settings(config)):
+        parameters = _fit(folder, config, save_every=save_every)
+        write_clip(model_folder, recipe.config(), parameters, recipe.VOCABULARY)
+        if finish is not None:
+            finish(model_folder)
+    return model_folder

@@ -24,7 +24,7 @@ from jaxid.training import Metrics, Stage, adamw
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
-from jaxid.zoo.sampling import normalize
+from jaxid.zoo.sampling import check_recipe, normalize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,14 @@ class TrainingConfig:
     clip_norm: float = 1.0  # of the whole gradient
     patch_weight: float = 0.3  # of the auxiliary loss on the tower's patches
     seed: int = 0  # of parameters and data
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            InputError: naming the first one that is out of range.
+        """
+        check_recipe(self)
 
 
 PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS))
@@ -208,7 +216,22 @@ def train(
     Raises:
         CheckpointError: if the folder holds a run with other settings.
     """
-    settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
+    with training.begun(folder, _settings(config)):
+        return _fit(folder, config, save_every=save_every, progress=progress, weak=weak)
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
+
+
+def _fit(
+    folder: Path,
+    config: TrainingConfig,
+    *,
+    save_every: int,
+    progress: bool = True,
+    weak: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
     definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
     kept_at = config.sight_steps + config.weak_steps
 
@@ -216,16 +239,15 @@ def train(
         if weak is not None and step == kept_at:
             weak(parameters["network"])
 
-    parameters = training.train(
+    parameters = training.fit(
         folder,
-        settings,
         nnx.to_pure_dict(initial),
         stages(definition, config),
         columns=COLUMNS,
         save_every=save_every,
         progress=progress,
         check=check,
-        check_every=kept_at,
+        check_every=max(kept_at, 1),
     )
     return parameters["network"]
 
@@ -253,12 +275,13 @@ def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 
         The checkpoint folder, `folder / "model"`.
     """
     model_folder = folder / "model"
-    parameters = train(
-        folder, config, save_every=save_every, weak=lambda parameters: _export(folder / "model-weak", parameters)
-    )
-    _export(model_folder, parameters)
-    results = evaluation.evaluate(load(model_folder), count=512)
-    write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
+    with training.begun(folder, _settings(config)):
+        parameters = _fit(
+            folder, config, save_every=save_every, weak=lambda parameters: _export(folder / "model-weak", parameters)
+        )
+        _export(model_folder, parameters)
+        results = evaluation.evaluate(load(model_folder), count=512)
+        write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
     return model_folder
 
 

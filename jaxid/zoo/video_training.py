@@ -26,6 +26,7 @@ from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video
 from jaxid.zoo.packing import Layout
+from jaxid.zoo.sampling import check_recipe
 from jaxid.zoo.training import SEEING_BLOCKS, cross_entropy, shallow
 
 
@@ -48,6 +49,14 @@ class TrainingConfig:
     frame_weight: float = 0.3  # of the auxiliary loss on the frames' tokens
     blur: float = 1.5  # frames: standard deviation of what is asked for in the place of one frame's name
     seed: int = 0  # of parameters and data
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            InputError: naming the first one that is out of range.
+        """
+        check_recipe(self)
 
 
 CLASSES = (len(OBJECTS) + 1, FRAMES)
@@ -232,17 +241,17 @@ def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 
     """
     settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
     definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
-    parameters = training.train(
-        folder,
-        settings,
-        nnx.to_pure_dict(initial),
-        stages(definition, config),
-        columns=COLUMNS,
-        save_every=save_every,
-        progress=progress,
-    )
-    model_folder = folder / "model"
-    write_video(model_folder, recipe.config(), jax.device_get(parameters["network"]), recipe.VOCABULARY)
-    results = video_evaluation.evaluate(load(model_folder), count=512)
-    write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
+    with training.begun(folder, settings):
+        parameters = training.fit(
+            folder,
+            nnx.to_pure_dict(initial),
+            stages(definition, config),
+            columns=COLUMNS,
+            save_every=save_every,
+            progress=progress,
+        )
+        model_folder = folder / "model"
+        write_video(model_folder, recipe.config(), jax.device_get(parameters["network"]), recipe.VOCABULARY)
+        results = video_evaluation.evaluate(load(model_folder), count=512)
+        write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
     return model_folder
