@@ -16,10 +16,13 @@ from jaxtyping import Float
 from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.scenes import OBJECTS, Scenes, render
 from jaxid.errors import DataError, InputError
+from jaxid.reading import read_json
 
 CAPTIONS_FILE = "coco_qa_two_obj.json"
 INSTANCES_FILE = "instances_val2017.json"
 PICTURES_FOLDER = "val2017"
+MOST_IDS = 10**12
+"""Ids of pictures are below, so that they have twelve digits."""
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 """Every relation and the one that the wrong caption states."""
@@ -137,9 +140,7 @@ def read_coco_spatial(
         DataError: The file is missing or no JSON list; and without `bad`, a row is malformed (named by index and
             content), or a picture is missing (named by path).
     """
-    rows = read_json(Path(json_path))
-    if not isinstance(rows, list):
-        raise DataError(f"{json_path} holds a {type(rows).__name__}; expected a list of {_EXPECTED}.")
+    rows = read_json(json_path, DataError, expected=list)
     items = []
     for index, row in enumerate(rows):
         try:
@@ -152,7 +153,7 @@ def read_coco_spatial(
 
 
 def _item(index: int, row: object, json_path: Path, image_dir: Path) -> SpatialItem:
-    subject, relation, object, image_id = _parse_row(row, f"{json_path}, row {index}: {row!r}")
+    subject, relation, object, image_id = _parse_row(row, f"{json_path}, row {index}: {row!r:.300}")
     path = image_dir / picture_name(image_id)
     if not path.is_file():
         raise DataError(
@@ -163,7 +164,7 @@ def _item(index: int, row: object, json_path: Path, image_dir: Path) -> SpatialI
 
 def _parse_row(row: object, where: str) -> tuple[str, str, str, int]:
     """Subject, relation, object and picture of one row; `where` begins the error messages."""
-    fits = isinstance(row, list) and len(row) == 3 and type(row[0]) is int and row[0] >= 0
+    fits = isinstance(row, list) and len(row) == 3 and type(row[0]) is int and 0 <= row[0] < MOST_IDS
     if not isinstance(row, list) or not fits or not all(isinstance(text, str) for text in row[1:]):
         raise DataError(f"{where} is malformed; expected {_EXPECTED}.")
     right, wrong = (_CAPTION.fullmatch(text.strip()) for text in row[1:])
@@ -176,20 +177,6 @@ def _parse_row(row: object, where: str) -> tuple[str, str, str, int]:
     if not (same or swapped):
         raise DataError(f"{where}: the wrong caption does not contradict the right one; expected {_EXPECTED}.")
     return right[1], relation, right[3], row[0]
-
-
-def read_json(path: Path) -> object:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: The file cannot be read or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}. Give the path of the published file.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON file: {error}. Download or write it again.") from error
 
 
 def write_coco_spatial(

@@ -1,5 +1,6 @@
-"""Atomic writing of files and pictures, and the files that manifests name."""
+"""Atomic writing of files and pictures, tables of text, and the files that they name."""
 
+import csv
 import io
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.errors import DataError, OutputError
+from jaxid.reading import reading
 from jaxid.results import whole_file
 
 
@@ -37,6 +39,16 @@ def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, kind, **options)
     save_bytes(path, buffer.getvalue())
+
+
+def read_csv(path: str | Path) -> list[Any]:
+    """The rows of a CSV file, each by the names of its first line; with or without a byte-order mark.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    with reading(path, "a CSV file", DataError), open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def inside(folder: str | Path, name: Any, where: str) -> Path:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxid.data.coco_spatial import PICTURES_FOLDER, find_pictures, picture_name, read_json
+from jaxid.data.coco_spatial import MOST_IDS, PICTURES_FOLDER, find_pictures, picture_name
 from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.grid import GRID
 from jaxid.data.scenes import OBJECTS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
+from jaxid.reading import read_json
 
 FILE = "three_objects.json"
 _EXPECTED = '[image_id, A, B, C, "yes" or "no"], three different names'
@@ -54,9 +55,7 @@ def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] |
             malformed or lacks its picture.
     """
     folder = Path(folder)
-    rows = read_json(folder / FILE)
-    if not isinstance(rows, list):
-        raise DataError(f"{folder / FILE} holds a {type(rows).__name__}; expected a list of {_EXPECTED}.")
+    rows = read_json(folder / FILE, DataError, expected=list)
     pictures, items = find_pictures(folder) if rows else folder, []
     for index, row in enumerate(rows):
         try:
@@ -73,13 +72,13 @@ def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectIte
         isinstance(row, list)
         and len(row) == 5
         and type(row[0]) is int
-        and row[0] >= 0
+        and 0 <= row[0] < MOST_IDS
         and all(isinstance(text, str) and text.strip() for text in row[1:])
         and row[4] in ("yes", "no")
         and len(set(row[1:4])) == 3
     )
     if not isinstance(row, list) or not fits:
-        raise DataError(f"{path}, row {index}: {row!r} is malformed; expected {_EXPECTED}.")
+        raise DataError(f"{path}, row {index}: {row!r:.300} is malformed; expected {_EXPECTED}.")
     image_id, a, b, c, answer = row
     picture = pictures / picture_name(image_id)
     if not picture.is_file():

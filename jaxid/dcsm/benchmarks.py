@@ -19,7 +19,6 @@ Where everything lies below the data folder; of two places, the first that exist
 The published evaluation words captions in its own way: see `published_caption`.
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -29,9 +28,12 @@ from typing import Literal, NamedTuple, overload
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxid.data.coco_spatial import picture_name, read_json
+from jaxid.data.coco_boxes import upright_boxes
+from jaxid.data.coco_spatial import picture_name
+from jaxid.data.files import read_csv
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import open_picture
+from jaxid.processing.pictures import MOST_PIXELS, open_picture, stored
+from jaxid.reading import read_json
 
 _ON_THE_PAGE = ((" behind ", " above "), (" in front of ", " below "), (" bottom", " below"), (" top", " above"))
 """Words for depth and edges, and the functional words that the scorer knows instead."""
@@ -40,6 +42,8 @@ _OF_TABLES = ((" on", " above"), (" under", " below"))
 """Words of What'sUp, likewise."""
 
 _SUFFIXES = (".png", ".jpeg", ".jpg")
+_LARGEST = 10**12
+"""Above all numbers of pictures, and of pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +102,10 @@ class _Row(NamedTuple):
     def integer(self, field: str) -> int:
         """A field that must hold a whole number, or its digits."""
         value = self.value(field)
-        if type(value) is int:
+        if type(value) is int and abs(value) < _LARGEST:
             return value
-        if not isinstance(value, str) or not value.strip().isdecimal():
-            raise _BadRow(f"field {field!r} is no whole number, in {self.shown}")
+        if not isinstance(value, str) or not value.strip().isdecimal() or len(value.strip()) >= len(str(_LARGEST)):
+            raise _BadRow(f"field {field!r} is no whole number below {_LARGEST}, in {self.shown}")
         return int(value)
 
     @property
@@ -150,19 +154,8 @@ class Benchmark:
 # --- rows of files --------------------------------------------------------------------------------------------------
 
 
-def _csv_rows(path: Path) -> list[object]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no readable CSV file ({error}). Download it again.") from error
-
-
 def _json_rows(path: Path) -> list[object]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds a {type(rows).__name__} instead of a list of questions. Download it again.")
-    return rows
+    return read_json(path, DataError, expected=list)
 
 
 def _json_triples(path: Path) -> list[object]:
@@ -254,7 +247,7 @@ def _clevr_bind_split(split: str) -> Benchmark:
         files=(f"clevr_bind/two_object/{split}.csv",),
         pictures=(f"clevr_bind/two_object/images/{split}",),
         row="file_name, pos, neg_0, neg_1, neg_2, neg_3",
-        rows=_csv_rows,
+        rows=read_csv,
         parse=_clevr_bind,
         prefix="An image of a ",
     )
@@ -297,7 +290,7 @@ def _negbench_set(name: str, stem: str, pictures: tuple[str, ...]) -> Benchmark:
         files=(f"NegBench/evaluation data/images/{file}", f"images/{file}"),
         pictures=pictures,
         row="image_path, correct_answer (0 to 3), caption_0 to caption_3, correct_answer_template",
-        rows=_csv_rows,
+        rows=read_csv,
         parse=_negbench,
     )
 
@@ -403,13 +396,23 @@ def published_caption(name: str, caption: str, *, flat: bool = True) -> str:
 
 
 def load_picture(question: Question) -> UInt8[np.ndarray, "Y X 3"]:
-    """The picture of a question in colour, cropped; parts of the box outside the picture are black.
+    """The picture of a question, upright and in colour, cropped; parts of the box outside the picture are black.
 
     Raises:
-        InputError: the picture is missing or not readable.
+        InputError: the picture is missing or not readable, or the box has no part of it or is too large.
     """
     picture = open_picture(question.picture)
-    return np.asarray(picture if question.crop is None else picture.crop(question.crop))
+    if question.crop is None:
+        return np.asarray(picture)
+    corners = np.array([question.crop], np.float64)
+    box = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    left, top, width, height = upright_boxes(box, stored(question.picture), str(question.picture))[0].tolist()
+    inside = left < picture.width and top < picture.height and left + width > 0 and top + height > 0
+    if not inside or width * height > MOST_PIXELS:
+        raise InputError(
+            f"{question.picture} has no part to show in the box {question.crop}; correct it or leave it out."
+        )
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 
 def _benchmark(name: str) -> Benchmark:

@@ -243,14 +243,14 @@ def test_malformed_rows_are_named(tmp_path: Path, row: object):
 def test_missing_and_broken_files_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"000000000001\.jpg"):
         read_coco_spatial(write_rows(tmp_path, [GOOD]), tmp_path)
-    with pytest.raises(DataError, match="holds a dict"):
+    with pytest.raises(DataError, match="holds dict where a JSON array"):
         read_coco_spatial(write_rows(tmp_path, {}), tmp_path)
-    with pytest.raises(DataError, match=r"absent\.json cannot be read"):
+    with pytest.raises(DataError, match=r"absent\.json is missing"):
         read_coco_spatial(tmp_path / "absent.json", tmp_path)
     (tmp_path / "broken.json").write_text("[1,")
-    with pytest.raises(DataError, match="is no JSON file"):
+    with pytest.raises(DataError, match=r"broken\.json cannot be read as a JSON file"):
         read_coco_spatial(tmp_path / "broken.json", tmp_path)
-    for content in ([], {"images": []}, {"images": [], "categories": [], "annotations": [{"image_id": 1}]}):
+    for content in ({"images": []}, {"images": [], "categories": [], "annotations": [{"image_id": 1}]}):
         with pytest.raises(DataError, match="instances format"):
             read_instances(write_rows(tmp_path, content))
 

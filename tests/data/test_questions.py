@@ -53,7 +53,7 @@ def test_bad_rows_are_noted_and_the_others_keep_their_keys(tmp_path: Path):
 
 
 def test_a_file_that_is_no_list_is_an_error_even_with_bad_rows(tmp_path: Path):
-    with pytest.raises(DataError, match="holds a dict"):
+    with pytest.raises(DataError, match="holds dict where a JSON array"):
         read_coco_spatial(rows(tmp_path / "file.json", {}), tmp_path, bad=[])
 
 
@@ -221,10 +221,10 @@ def test_malformed_three_object_rows_are_named_or_noted(row: object, tmp_path: P
 
 
 def test_three_object_folder_failures(tmp_path: Path):
-    with pytest.raises(DataError, match=r"three_objects\.json cannot be read"):
+    with pytest.raises(DataError, match=r"three_objects\.json is missing"):
         read_three_objects(tmp_path)
     rows(tmp_path / "three_objects.json", {})
-    with pytest.raises(DataError, match="holds a dict"):
+    with pytest.raises(DataError, match="holds dict where a JSON array"):
         read_three_objects(tmp_path, bad=[])
     rows(tmp_path / "three_objects.json", [[1, "cup", "key", "star", "no"]])
     with pytest.raises(DataError, match="holds pictures such as"):

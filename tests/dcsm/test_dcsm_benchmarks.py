@@ -1,12 +1,13 @@
 """The evaluation sets, written out as they are published and read back."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import layouts_benchmarks as layouts
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxid.dcsm.benchmarks import BENCHMARKS, Question, Skipped, find, load_picture, published_caption, read
 from jaxid.errors import DataError, InputError
@@ -218,6 +219,41 @@ def test_a_crop_beyond_the_edge_is_black_there(folder: Path) -> None:
     assert not shown[:, 0].any()
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_crop_follows_a_turned_picture(orientation: int, tmp_path: Path) -> None:
+    """Stored as 40 x 20: one box fits these pixels alone, one the upright picture alone, one both."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = Image.open(tmp_path / "a.png")
+    upright = np.asarray(ImageOps.exif_transpose(upright))
+
+    def shown(*box: Any) -> np.ndarray:
+        return load_picture(Question("one", tmp_path / "a.png", ("right", "wrong"), box))
+
+    marked = Image.fromarray(pixels).crop((25, 2, 38, 9))
+    marked.getexif()[274] = orientation
+    np.testing.assert_array_equal(shown(25, 2, 38, 9), np.asarray(ImageOps.exif_transpose(marked)))
+    np.testing.assert_array_equal(shown(2, 25, 9, 38), upright[25:38, 2:9])
+    with pytest.warns(UserWarning, match=r"a\.png: the picture's orientation tag"):
+        np.testing.assert_array_equal(shown(1, 2, 4, 9), upright[2:9, 1:4])
+
+
+@pytest.mark.parametrize("box", [(-9, 0, 0, 3), (0, 9, 3, 12), (0, 0, 10**9, 10**9)])
+def test_a_crop_of_nothing_or_of_gigabytes_is_refused(box: tuple[int, int, int, int], folder: Path) -> None:
+    (question,) = read(folder, ["vg-attribution"])["vg-attribution"]
+    with pytest.raises(InputError, match="no part to show in the box"):
+        load_picture(dataclasses.replace(question, crop=box))
+
+
+def test_numbers_that_are_too_large_are_bad_rows(folder: Path) -> None:
+    for value in (10**400, "9" * 5000):
+        layouts.save(folder / "visual_genome_attribution.json", [layouts.attribution(bbox_x=value)])
+        with pytest.raises(DataError, match="'bbox_x' is no whole number below"):
+            read(folder, ["vg-attribution"])
+
+
 def test_grey_pictures_become_coloured(tmp_path: Path) -> None:
     Image.fromarray(layouts.pixels()[:, :, 0]).save(tmp_path / "grey.png")
     shown = load_picture(Question("one", tmp_path / "grey.png", ("right", "wrong"), (0, 1, 2, 4)))
@@ -254,12 +290,17 @@ def test_a_set_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("whatsup-a", "controlled_images_dataset.json", b"[", "no JSON"),
-        ("whatsup-a", "controlled_images_dataset.json", b"{}", "a dict instead of a list"),
+        ("whatsup-a", "controlled_images_dataset.json", b"[", "cannot be read as a JSON file"),
+        ("whatsup-a", "controlled_images_dataset.json", b"{}", "holds dict where a JSON array"),
         ("whatsup-a", "controlled_images_dataset.json", b"[]", "holds no question"),
         ("negbench-coco", COCO, layouts.NEGBENCH.encode(), "holds no question"),
-        ("negbench-coco", COCO, b"caption_0\n\xff\xfe", "no readable CSV"),
-        ("clevr-bind-gen", "clevr_bind/two_object/gen.csv", b'file_name\n"' + b"x" * 200_000, "no readable CSV"),
+        ("negbench-coco", COCO, b"caption_0\n\xff\xfe", "cannot be read as a CSV file"),
+        (
+            "clevr-bind-gen",
+            "clevr_bind/two_object/gen.csv",
+            b'file_name\n"' + b"x" * 200_000,
+            "cannot be read as a CSV file",
+        ),
     ],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
