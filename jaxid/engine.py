@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.inputs import Prompts
-from jaxid.interventions import Edit, as_pytree, sweep_shape
+from jaxid.interventions import Edit, as_pytree, check_layers, sweep_shape
 from jaxid.kernels.logprobs import log_probs
 from jaxid.models.base import Model
 from jaxid.models.inputs import Inputs
-from jaxid.models.sites import SITES, Capture, Intervention, clean
+from jaxid.models.sites import SITES, AnyArray, Capture, Intervention, as_integers, as_positions, clean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,11 @@ class Output:
         Raises:
             PromptError: for a word that is not a single token of its own.
         """
-        ids = self.model.processor.answer_ids(answers) if isinstance(answers, list) else np.asarray(answers)
+        if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+            answers = self.model.processor.answer_ids(answers)
+        ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
+        if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():
+            raise InputError(f"answers must be token ids from 0 to {entries - 1}, not {ids.tolist()}.")
         return _answer_log_probs(self.model.definition, self.model.parameters, self.hidden, jnp.asarray(ids))
 
 
@@ -121,7 +125,8 @@ def forward(
         The output, with sweep axes leading.
 
     Raises:
-        InputError: for an unknown site, or an edit whose layers or prompts do not fit the model and the batch.
+        InputError: for an unknown site, or an edit or capture whose layers, positions or prompts do not fit the model
+            and the batch. Where layers and positions are traced, those that do not exist change nothing.
     """
     capture = capture or Capture()
     unknown = set(capture.sites) - set(SITES)
@@ -129,10 +134,55 @@ def forward(
         raise InputError(f"capture names unknown sites {sorted(unknown)}; known: {', '.join(SITES)}.")
     check(model, prompts, intervention)
     intervention = as_pytree(intervention)
+    at = None if capture.at is None else checked_positions(prompts, capture.at)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
     depth = len(sweep_shape(intervention))
-    hidden, captured = _run(model.definition, model.parameters, inputs, intervention, capture, depth=depth, chunk=chunk)
-    return Output(hidden=hidden, captured=captured, model=model)
+    wanted = Capture(capture.sites, at)
+    hidden, captured = _run(model.definition, model.parameters, inputs, intervention, wanted, depth=depth, chunk=chunk)
+    return Output(
+        hidden=hidden, captured={name: nan_outside(prompts, at, value) for name, value in captured.items()}, model=model
+    )
+
+
+def checked_positions(prompts: Prompts, at: Any, new_tokens: int = 0) -> Int[AnyArray, "B P"]:
+    """Positions in every prompt of a batch.
+
+    Args:
+        prompts: the batch.
+        at: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
+        new_tokens: how many tokens may follow the prompts.
+
+    Returns:
+        Int[B, P], on the host unless it is traced.
+
+    Raises:
+        InputError: for another shape or kind, or a known position that a prompt does not have.
+    """
+    at = as_positions(at)
+    count = len(prompts)
+    if at.shape[0] not in (1, count):
+        raise InputError(f"`at` names positions of {at.shape[0]} prompts, the batch holds {count}.")
+    if isinstance(at, Tracer):
+        return jnp.broadcast_to(at, (count, at.shape[1]))
+    at = np.broadcast_to(at, (count, at.shape[1]))
+    beyond = np.argwhere(at > prompts.last()[:, None] + new_tokens)
+    if beyond.size:
+        row, place = beyond[0]
+        raise InputError(
+            f"position {at[row, place]} lies outside prompt {row}, which ends at {prompts.last()[row]}"
+            + (f" before {new_tokens} new tokens." if new_tokens else "; what follows is padding.")
+        )
+    return at
+
+
+def nan_outside(
+    prompts: Prompts, at: Int[AnyArray, "B P"] | None, values: Float[Array, "*S B P D"]
+) -> Float[Array, "*S B P D"]:
+    """Values read at positions; NaN at traced ones that a prompt does not have."""
+    if not isinstance(at, Tracer):  # checked
+        return values
+    inside = (at >= 0) & (at <= prompts.last()[:, None])
+    return jnp.where(inside[..., None], values, jnp.nan)
 
 
 def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0) -> None:
@@ -153,19 +203,14 @@ def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0
             continue
         if hasattr(part, "refusal"):
             raise InputError(part.refusal)
-        if not isinstance(part, Edit) or isinstance(part.layer, Tracer):
+        if not isinstance(part, Edit):
             continue
-        layers = np.asarray(part.layer)
-        lowest, highest = (-1, -1) if part.site == "embed" else (0, model.num_layers - 1)
-        wrong = layers[(layers < lowest) | (layers > highest)]
-        if wrong.size:
-            known = "the embedding is layer -1" if part.site == "embed" else f"{model.name} has blocks 0..{highest}"
-            raise InputError(f"layer {wrong.flat[0]} is out of range for site {part.site!r}: {known}.")
-        tokens = prompts.offsets.shape[1] + new_tokens
-        if not isinstance(part.at, Tracer) and np.asarray(part.at).max(initial=-1) >= tokens:
-            raise InputError(f"position {np.asarray(part.at).max()} lies outside the prompts of {tokens} tokens.")
+        check_layers(part.layer, part.site, model.num_layers, model.name)
         rows, width = part.at.shape[-2], part.vector.shape[-1]
         if rows not in (1, len(prompts)):
             raise InputError(f"the edit is for {rows} prompts, the batch holds {len(prompts)}.")
         if width != model.width and part.operation != "scale":
             raise InputError(f"the edit's vector has width {width}, the model's residual stream {model.width}.")
+        if not isinstance(part.at, Tracer):
+            by_prompt = np.moveaxis(np.asarray(part.at), -2, 0).reshape(rows, -1)
+            checked_positions(prompts, by_prompt, new_tokens)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jaxid.engine import Output, check
@@ -16,8 +17,8 @@ from jaxid.inputs import Prompts
 from jaxid.interventions import Reach, as_pytree, sweep_shape
 from jaxid.models import decode, reuse
 from jaxid.models.base import Model
-from jaxid.models.sites import Intervention, clean
-from jaxid.tracing import Trace, check_trace, plan, suffix_of, trace
+from jaxid.models.sites import AnyArray, Intervention, clean
+from jaxid.tracing import Trace, check_trace, plan, record, suffix_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,13 +26,13 @@ class Generation:
     """What a model writes; S are the intervention's sweep axes.
 
     Attributes:
-        tokens: new tokens, filled up after the stop token, Int[S..., B, N].
+        tokens: new tokens, padded after the stop token, Int[S..., B, N]; on the host unless they are traced.
         lengths: how many of them there are, stop token included, Int[S..., B].
         first: where the first new token is read: its logits and log-probabilities.
     """
 
-    tokens: Int[np.ndarray, "*S B N"]
-    lengths: Int[np.ndarray, "*S B"]
+    tokens: Int[AnyArray, "*S B N"]
+    lengths: Int[AnyArray, "*S B"]
     first: Output
 
     @property
@@ -114,7 +115,7 @@ def generate(
     edits = as_pytree(intervention)
     reach: Reach | None = getattr(intervention, "reach", None)
     if recorded is None and (reach is not None or intervention is clean):
-        recorded = trace(model, batch)
+        recorded = record(model, batch)
     known = None if reach is None or recorded is None else plan(recorded, reach.position)
     count = int(np.prod(leading, dtype=int))
     flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), edits)
@@ -143,15 +144,17 @@ def generate(
             parts.append(write(shared, start, some))
             continue
         single = jax.tree.map(lambda leaf: leaf[0], some)
-        whole = recorded if intervention is clean and recorded is not None else trace(model, batch, single)
+        whole = recorded if intervention is clean and recorded is not None else record(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
         none = jnp.zeros((blocks, 1, prompts_, 0, kv_heads, head_width), whole.keys.dtype)
         start = decode.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
         prefix = decode.Prefix(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))
     hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    if not isinstance(tokens, Tracer):
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
     return Generation(
-        tokens=np.asarray(tokens).reshape(*leading, *tokens.shape[1:]),
-        lengths=np.asarray(lengths).reshape(*leading, *lengths.shape[1:]),
+        tokens=tokens.reshape(*leading, *tokens.shape[1:]),
+        lengths=lengths.reshape(*leading, *lengths.shape[1:]),
         first=Output(hidden=hidden.reshape(*leading, *hidden.shape[1:]), captured={}, model=model),
     )

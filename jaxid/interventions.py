@@ -6,7 +6,7 @@ Layers, positions, vectors and strengths are arrays inside the pytree, so one co
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,11 +15,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxid.checks import check_finite
 from jaxid.errors import InputError
-from jaxid.models.sites import SITES, Intervention, Site
-
-AnyArray = Any
-"""On a device (`jax.Array`) or still on the host (`np.ndarray`)."""
+from jaxid.models.sites import SITES, AnyArray, Intervention, Site, as_integers, as_positions
+from jaxid.reading import first_line
 
 Operation = Literal["add", "replace", "scale", "project_out"]
 
@@ -49,8 +48,9 @@ class Edit:
     Attributes:
         operation: what is done with `vector` and `strength`.
         site: name of the site.
-        layer: decoder block, 0-based, Int[S...]; the sweep axes S come first in every field.
-        at: positions in the prompt, Int[S..., B or 1, P]; negative ones match nothing.
+        layer: decoder block, 0-based, Int[S...], or -1 at the site "embed"; the sweep axes S come first in every
+            field. A traced layer or position that does not exist changes nothing.
+        at: positions in the prompt, Int[S..., B or 1, P].
         vector: Float[S..., B or 1, P or 1, D].
         strength: Float[S...].
     """
@@ -73,7 +73,6 @@ class Edit:
         if isinstance(self.at, Tracer):
             return None
         positions = np.asarray(self.at)
-        positions = np.where(positions < 0, NOWHERE, positions)
         first = positions.min(axis=(*range(positions.ndim - 2), positions.ndim - 1), initial=NOWHERE)
         if self.site == "embed":
             return Reach(self.layer * 0, first)
@@ -85,26 +84,31 @@ class Edit:
             return value
         matches: Bool[Array, "B T P"] = site.positions[:, :, None] == self.at[:, None, :]
         here = matches.any(axis=-1) & (site.layer == self.layer)
-        strength = self.strength.astype(value.dtype)
+        # In float32, rounded once: products overflow in float16 where their sum does not.
+        wide = _wide(value.dtype)
+        exact, strength = value.astype(wide), self.strength.astype(wide)
         if self.operation == "scale":
-            edited = value * strength
+            edited = exact * strength
         else:
-            vector = self._at_rows(matches).astype(value.dtype)
+            vector = self._at_rows(matches).astype(wide)
             if self.operation == "add":
-                edited = value + strength * vector
+                edited = exact + strength * vector
             elif self.operation == "replace":
-                edited = value + strength * (vector - value)
+                edited = (1 - strength) * exact + strength * vector
             else:
-                length = jnp.maximum((vector * vector).sum(axis=-1, keepdims=True), jnp.finfo(value.dtype).tiny)
-                along = (value * vector).sum(axis=-1, keepdims=True) / length
-                edited = value - strength * along * vector
+                # Divided by its largest entry first, so that no square overflows or vanishes.
+                largest = jax.lax.stop_gradient(jnp.abs(vector).max(axis=-1, keepdims=True))
+                vector = vector / jnp.where(largest > 0, largest, 1)
+                squares = jnp.where(largest > 0, (vector * vector).sum(axis=-1, keepdims=True), 1)
+                edited = exact - strength * ((exact * vector).sum(axis=-1, keepdims=True) / squares) * vector
+        edited = edited.astype(value.dtype)
         return jnp.where(here[..., None], edited, value)
 
     def _at_rows(self, matches: Bool[Array, "B T P"]) -> Float[Array, "Bv Tv D"]:
         """The vector that belongs to every row of a value."""
         if self.vector.shape[1] == 1:
             return self.vector
-        # The first matching position wins, as positions may be filled up by repetition.
+        # The first matching position wins, as rows may be padded by repetition.
         chosen = jnp.argmax(matches, axis=-1)
         return jnp.take_along_axis(
             jnp.broadcast_to(self.vector, (matches.shape[0], *self.vector.shape[1:])),
@@ -135,6 +139,8 @@ class Chain:
     @property
     def reach(self) -> Reach | None:
         """What all parts leave untouched; None where one of them does not say."""
+        if not self.parts:
+            return Reach(np.asarray(NOWHERE), np.array([NOWHERE]))
         found = [getattr(part, "reach", None) for part in self.parts]
         known = [reach for reach in found if reach is not None]
         if not known or len(known) < len(found):
@@ -164,7 +170,15 @@ def sweep_shape(intervention: Any) -> tuple[int, ...]:
 
 
 def as_pytree(intervention: Intervention) -> Any:
-    """The intervention itself, or a plain Python function in a pytree without leaves."""
+    """The intervention itself, or a plain Python function in a pytree without leaves.
+
+    Raises:
+        InputError: if it cannot be called.
+    """
+    if not callable(intervention):
+        raise InputError(
+            f"an intervention is called as (site, value) -> value; {intervention!r:.100} cannot be called."
+        )
     plain = jax.tree_util.all_leaves([intervention])
     return jax.tree_util.Partial(intervention) if plain else intervention
 
@@ -220,24 +234,13 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
     # Left on the host where they are known: what a rerun can leave out is decided there, also while tracing.
-    layer, at = (value if isinstance(value, Tracer) else np.asarray(value) for value in (layer, at))
-    for name, array in (("layer", layer), ("at", at)):
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise InputError(f"`{name}` must hold integers, not {array.dtype}.")
-    # One dtype, and not the weak one of Python numbers: either would compile the forward pass once more.
-    layer, at = layer.astype(jnp.int32), at.astype(jnp.int32)
-    if at.ndim not in (1, 2):
-        raise InputError(
-            f"`at` must have shape [B] or [B, P], not {list(at.shape)}; sweep over positions with jax.vmap."
-        )
+    layer, at = as_integers("layer", layer), as_positions(at)
     sweep = layer.shape
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
-    vector = jnp.zeros((*sweep, 1)) if vector is None else jnp.asarray(vector)
-    if not jnp.issubdtype(vector.dtype, jnp.floating):
-        vector = vector.astype(jnp.float32)
-    strength = jnp.asarray(strength, vector.dtype)
-    at = at[:, None] if at.ndim == 1 else at
+    check_layers(layer, site)
+    vector = jnp.zeros((*sweep, 1)) if vector is None else _numbers("vector", vector)
+    strength = _numbers("strength", strength).astype(_wide(vector.dtype))
     inner = vector.ndim - len(sweep)
     if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
         raise InputError(
@@ -264,6 +267,104 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     )
 
 
-def stack(interventions: Sequence[Any]) -> Any:
-    """Interventions of the same structure as one, with a new leading sweep axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *interventions)
+def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int | None = None, where: str = "the model") -> None:
+    """Refuses layers that a site does not have; traced ones pass, and change nothing.
+
+    Args:
+        layer: the layers.
+        site: the site.
+        layers: number of the model's blocks, where it is known.
+        where: the model's name.
+
+    Raises:
+        InputError: naming the layer, and what to write instead.
+    """
+    if isinstance(layer, Tracer):
+        return
+    layer = np.asarray(layer)
+    lowest, highest = (-1, -1) if site == "embed" else (0, NOWHERE if layers is None else layers - 1)
+    wrong = layer[(layer < lowest) | (layer > highest)]
+    if wrong.size:
+        blocks = "blocks from 0 on" if layers is None else f"blocks 0..{highest}"
+        known = "the embedding is layer -1" if site == "embed" else f"{where} has {blocks}, the last is num_layers - 1"
+        raise InputError(f"layer {wrong.flat[0]} is out of range for site {site!r}: {known}.")
+
+
+def _wide(dtype: Any) -> Any:
+    """What values of a floating kind are computed in: float32, or their own kind if that is wider."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+
+
+def _numbers(name: str, value: Any) -> Float[Array, "..."]:
+    """A vector or strength as floating-point numbers of its own kind, float32 if it has none.
+
+    Raises:
+        InputError: for anything but finite real numbers.
+    """
+    try:
+        if type(value).__module__.partition(".")[0] == "torch" and not value.is_complex():
+            value = value.detach().cpu().float()  # NumPy knows neither its bfloat16 nor its gradients
+        if not isinstance(value, jax.Array):
+            traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+            value = jnp.asarray(value) if traced else np.asarray(value)
+    except Exception as problem:  # ragged lists, tensors without values
+        raise InputError(f"`{name}` cannot be read as an array of numbers: {first_line(problem)}.") from problem
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    if not floating and not jnp.issubdtype(value.dtype, jnp.integer):
+        raise InputError(f"`{name}` must hold real numbers, not {value.dtype}.")
+    with np.errstate(over="ignore"):  # what float32 does not hold is refused as infinite
+        array = jnp.asarray(value if floating else value.astype(np.float32))
+    if not isinstance(array, Tracer):
+        with jax.ensure_compile_time_eval():  # one number to the host, also within a traced function
+            finite = bool(jnp.isfinite(array).all())
+        if not finite:
+            check_finite(f"`{name}`", array)
+    return array
+
+
+def stack(interventions: Iterable[Any]) -> Any:
+    """Interventions that differ in the values of their arrays alone, as one with a new leading sweep axis.
+
+    Raises:
+        InputError: if there are none, or they differ in more: operation, site, shapes, sweep axes; or if one holds no
+            arrays, or a trace.
+    """
+    every = [as_pytree(one) for one in interventions] if isinstance(interventions, Iterable) else []
+    if not every:
+        raise InputError("stack takes a list of one or more interventions.")
+    for number, one in enumerate(every):
+        if any(hasattr(part, "refusal") for part in _parts(one)):
+            raise InputError("an image swap cannot be stacked: give jaxid.swap all layers at once.")
+        if not jax.tree.leaves(one):
+            raise InputError(f"intervention {number} of the stack holds no arrays, so it has no sweep axes to stack.")
+        ours, theirs = _outline(every[0]), _outline(one)
+        if ours != theirs:
+            raise InputError(
+                f"only interventions of the same kind and shapes can be stacked: the first is {ours}, number {number} "
+                f"(from 0) is {theirs}."
+            )
+        if jax.tree.structure(one) != jax.tree.structure(every[0]):
+            raise InputError(f"intervention {number} of the stack has another function or structure than the first.")
+
+    def join(*leaves: Any) -> Any:
+        known = all(isinstance(leaf, np.ndarray) for leaf in leaves)  # stays on the host, as constructors leave it
+        return (np if known else jnp).stack(leaves)
+
+    return jax.tree.map(join, *every)
+
+
+def _parts(intervention: Any) -> list[Any]:
+    """The intervention, or all parts of a chain."""
+    if not isinstance(intervention, Chain):
+        return [intervention]
+    return [inner for part in intervention.parts for inner in _parts(part)]
+
+
+def _outline(intervention: Any) -> str:
+    """An intervention's kinds and shapes, in words."""
+    if isinstance(intervention, Chain):
+        return f"chain({', '.join(_outline(part) for part in intervention.parts)})"
+    shapes = ", ".join(str(list(jnp.shape(leaf))) for leaf in jax.tree.leaves(intervention))
+    if isinstance(intervention, Edit):
+        return f"{intervention.operation} at {intervention.site} (layer, at, vector, strength of shapes {shapes})"
+    return f"{type(intervention).__name__} ({shapes or 'no arrays'})"

@@ -16,16 +16,16 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxid.engine import Output, check, forward
+from jaxid.engine import Output, check, checked_positions, forward, nan_outside
 from jaxid.errors import InputError
 from jaxid.inputs import Prompts
-from jaxid.interventions import AnyArray, Chain, Reach, as_pytree, chain, replace, sweep_shape
+from jaxid.interventions import NOWHERE, Chain, Reach, as_pytree, chain, check_layers, replace, sweep_shape
 from jaxid.models import reuse
 from jaxid.models.base import Model
 from jaxid.models.common import take_tokens
 from jaxid.models.decoder import Memory
 from jaxid.models.inputs import Inputs
-from jaxid.models.sites import Intervention, Site, clean
+from jaxid.models.sites import AnyArray, Intervention, Site, as_integers, clean
 
 _TOKENS_TOGETHER = 2048
 """Tokens that go through a block together, over all rows of a chunk."""
@@ -77,21 +77,23 @@ class Trace:
         """Log-probabilities of the clean pass; see `Output.logprobs`."""
         return self.output.logprobs(answers)
 
-    def at(self, positions: Int[np.ndarray, "B P"] | Int[np.ndarray, "B"]) -> Float[Array, "L1 B P D"]:
-        """Residual stream at chosen places: index 0 the embeddings, k + 1 what leaves block k.
+    def at(self, positions: Any) -> Float[Array, "L1 B P D"]:
+        """Residual stream at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
+
+        Args:
+            positions: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
 
         Raises:
-            InputError: for a place that was not recorded, such as a picture's token.
+            InputError: for a position that was not recorded, such as a picture's token; traced ones give NaN.
         """
-        positions = np.asarray(positions)
-        positions = positions[:, None] if positions.ndim == 1 else positions
-        places = positions - self.prompts.text_start()[:, None]
-        if (places < 0).any() or (places >= self.residuals.shape[2]).any():
+        positions = checked_positions(self.prompts, positions)
+        start = self.prompts.text_start()[:, None]
+        if not isinstance(positions, Tracer) and (positions < start).any():
             raise InputError(
-                f"position {positions[(places < 0) | (places >= self.residuals.shape[2])].flat[0]} is not among the "
-                "text tokens after the picture that a trace records; use jaxid.forward with capture=."
+                f"position {positions[positions < start].flat[0]} is not among the text tokens after the picture that "
+                "a trace records; use jaxid.forward with capture=."
             )
-        return take_tokens(self.residuals, jnp.asarray(places))
+        return nan_outside(self.prompts, positions, take_tokens(self.residuals, jnp.asarray(positions - start)))
 
 
 @jax.tree_util.register_dataclass
@@ -123,9 +125,14 @@ class ImageSwap:
         return tuple(self.layer.shape)
 
     @property
+    def last_own(self) -> Int[AnyArray, "*S"]:
+        """The last block that reads its own picture: of a traced layer that does not exist, every block does."""
+        return jnp.where(self.layer < 0, NOWHERE - 1, self.layer) if isinstance(self.layer, Tracer) else self.layer
+
+    @property
     def reach(self) -> Reach:
         """Everything after the block, from the picture's end on."""
-        return Reach(self.layer + 1, self.source.prompts.text_start())
+        return Reach(self.last_own + 1, self.source.prompts.text_start())
 
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Refuses.
@@ -150,10 +157,8 @@ def swap(source: Trace, layer: Any, at: Any) -> Any:
     Raises:
         InputError: for a layer that the model does not have, a place that was not recorded, or pictures apart.
     """
-    layer = np.asarray(layer)
-    blocks = source.model.num_layers
-    if layer.dtype.kind not in "iu" or ((layer < 0) | (layer >= blocks)).any():
-        raise InputError(f"layer {layer.tolist()} is out of range: {source.model.name} has blocks 0..{blocks - 1}.")
+    layer = as_integers("layer", layer)
+    check_layers(layer, "resid_post", source.model.num_layers, source.model.name)
     if isinstance(at, str):
         if at not in ("image", "text"):
             raise InputError(f'`at` is "image", "text" or positions, not {at!r}.')
@@ -164,10 +169,13 @@ def swap(source: Trace, layer: Any, at: Any) -> Any:
                     "the prompts' pictures do not stand next to each other, and what stands between them depends on "
                     "them too: use jaxid.forward with jaxid.replace at prompts.image_tokens()."
                 )
-            return ImageSwap(layer=layer.astype(np.int32), source=source)
+            return ImageSwap(layer=layer, source=source)
         at = source.prompts.text_tokens()
-    at = np.asarray(at)
-    return replace(layer, at[:, None] if at.ndim == 1 else at, source.at(at)[1:][layer])
+    at = checked_positions(source.prompts, at)
+    values = source.at(at)[1:]
+    if isinstance(at, Tracer):  # values that are not there must reach no token, not even of the padding
+        at = jnp.where(at <= source.prompts.last()[:, None], at, -1)
+    return replace(layer, at, values[layer])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -194,16 +202,18 @@ def _residuals(definition: Any, parameters: Any, inputs: Inputs, at: Array) -> A
     return _record(definition, parameters, inputs, at, as_pytree(clean)).residuals
 
 
-def residuals_at(
-    model: Model, prompts: Prompts, at: Int[np.ndarray, "B P"] | Int[np.ndarray, "B"]
-) -> Float[Array, "L1 B P D"]:
-    """Residual stream of a clean pass at chosen places: index 0 the embeddings, k + 1 what leaves block k.
+def residuals_at(model: Model, prompts: Prompts, at: Any) -> Float[Array, "L1 B P D"]:
+    """Residual stream of a clean pass at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
 
-    Cheaper than `forward` with a capture: the last block computes these places only.
+    Cheaper than `forward` with a capture: the last block computes these positions only. Positions as in `Trace.at`.
+
+    Raises:
+        InputError: for a position that a prompt does not have; traced ones give NaN.
     """
-    at = np.asarray(at)
-    at = at[:, None] if at.ndim == 1 else at
-    return _residuals(model.definition, model.parameters, jax.tree.map(jnp.asarray, prompts.inputs), jnp.asarray(at))
+    at = checked_positions(prompts, at)
+    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
+    inside = jnp.clip(at, 0, prompts.inputs.token_ids.shape[1] - 1)
+    return nan_outside(prompts, at, _residuals(model.definition, model.parameters, inputs, inside))
 
 
 def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
@@ -222,6 +232,11 @@ def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) ->
     check(model, prompts, intervention)
     if sweep_shape(intervention):
         raise InputError(f"a trace is of one pass; the intervention has sweep axes {sweep_shape(intervention)}.")
+    return record(model, prompts, intervention)
+
+
+def record(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
+    """`trace` without its checks: the intervention may name tokens that are yet to follow the prompts."""
     start = prompts.text_start()
     tokens = prompts.inputs.token_ids.shape[1]
     suffix = np.minimum(start[:, None] + np.arange(tokens - start.min()), tokens - 1)
@@ -329,6 +344,7 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
     swaps, edits = _split(intervention)
     check(model, trace.prompts, edits)
     for part in swaps:
+        check_layers(part.layer, "resid_post", model.num_layers, model.name)
         _check_source(trace, part.source)
     reach: Reach | None = getattr(intervention, "reach", None)
     plan_ = None if reach is None else plan(trace, reach.position)
@@ -338,7 +354,7 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
         return forward(model, trace.prompts, intervention)
     leading = sweep_shape(intervention)
     start = reach.block if isinstance(reach.block, Tracer) else np.asarray(reach.block)
-    start = start.astype(np.int32).reshape(-1)
+    start = start.astype(np.int32).reshape(-1).clip(0, model.num_layers)  # traced ones may lie outside
     flat = jax.tree.map(lambda leaf: leaf.reshape(start.size, *leaf.shape[len(leading) :]), as_pytree(edits))
     own, other, swapped = trace, None, None
     if swaps:
@@ -348,7 +364,7 @@ def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chu
             own = dataclasses.replace(trace, keys=other.keys, values=other.values, memory=other.memory)
             other = None
         else:
-            swapped = jnp.asarray(swaps[0].layer.reshape(-1))
+            swapped = jnp.asarray(swaps[0].last_own.reshape(-1))
     suffix = suffix_of(own, plan_, other, swapped)
     if chunk is None:
         chunk = rows_together(start, len(trace.prompts) * plan_.length, model.num_layers)
@@ -362,12 +378,41 @@ def check_trace(model: Model, trace: Trace, intervention: Intervention) -> None:
 
     What is run again would be run without the trace's own edit.
     """
-    if trace.model.definition != model.definition or trace.model.fingerprint != model.fingerprint:
-        raise InputError(f"the trace was made by {trace.model.name}, not by {model.name} ({model.fingerprint}).")
+    _check_model(trace, model)
     if trace.edited and intervention is not clean:
         raise InputError(
             "the trace is of an edited pass; chain its edit and this one, and use a trace of the clean pass."
         )
+
+
+def _check_model(trace: Trace, model: Model) -> None:
+    """Refuses a trace of another model, or of the same model with other parameters."""
+    theirs = trace.model
+    named = theirs.fingerprint and model.fingerprint
+    if theirs.definition != model.definition or (named and theirs.fingerprint != model.fingerprint):
+        raise InputError(f"the trace was made by {theirs.name}, not by {model.name} ({model.fingerprint}).")
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves((trace, model.parameters))):
+        raise InputError("arrays of the trace or its model have been deleted (donated); trace again.")
+    ours, old = jax.tree.flatten(model.parameters), jax.tree.flatten(theirs.parameters)
+    pairs = [pair for pair in zip(ours[0], old[0], strict=False) if pair[0] is not pair[1]]
+    alike = ours[1] == old[1] and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+    # Traced values cannot be looked at.
+    if alike and (any(isinstance(leaf, Tracer) for pair in pairs for leaf in pair) or _equal(pairs)):
+        return
+    raise InputError(f"the parameters of {model.name} have changed since the trace was made; trace again.")
+
+
+def _equal(pairs: list[tuple[Array, Array]]) -> bool:
+    """Whether two lists of parameters hold the same values; nothing but the answer comes to the host."""
+    # Under a user's own jit too; parameters that lie on other devices are brought together.
+    with jax.ensure_compile_time_eval():
+        return not pairs or bool(_all_equal([(a, jax.device_put(b, getattr(a, "sharding", None))) for a, b in pairs]))
+
+
+@jax.jit
+def _all_equal(pairs: list[tuple[Array, Array]]) -> Array:
+    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]  # NaN equals NaN
+    return jnp.stack(same).all()
 
 
 def _split(intervention: Any) -> tuple[list[ImageSwap], Any]:
@@ -394,8 +439,12 @@ def _check_source(trace: Trace, source: Trace) -> None:
     for row, end in enumerate(start if same else ()):
         for name in ("token_ids", "positions"):
             same = same and np.array_equal(getattr(ours, name)[row, :end], getattr(theirs, name)[row, :end])
-    if not same or trace.model.fingerprint != source.model.fingerprint:
+    ours, theirs = trace.model, source.model
+    if not same or (ours.definition, ours.fingerprint) != (theirs.definition, theirs.fingerprint):
         raise InputError("an image swap needs two traces of one model whose prompts are alike up to the picture's end.")
+    if ours.config.text_config.reads_length and trace.prompts.last().max() != source.prompts.last().max():
+        raise InputError("an image swap needs prompts of one length here: the model's rotary embedding depends on it.")
+    _check_model(source, ours)
 
 
 def rows_together(start: Any, tokens: int, layers: int) -> int:

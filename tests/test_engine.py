@@ -71,8 +71,7 @@ def in_torch(
 
     def change(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
-        for prompt, position in np.argwhere(at >= 0):
-            place = at[prompt, position]
+        for prompt, place in {(prompt, place) for prompt, row in enumerate(at.tolist()) for place in row}:
             value[prompt, place] = OPERATIONS[operation][1](
                 value[prompt, place], torch.tensor(vector[prompt]), strength
             )
@@ -96,10 +95,10 @@ REACHED = [(case, "resid_post") for case in CASES] + [
 
 @pytest.mark.parametrize(("case", "site"), REACHED, ids=[f"{case.name}-{site}" for case, site in REACHED])
 def test_every_operation_and_site_equals_a_pytorch_hook(case: Case, site: str) -> None:
-    """All four operations in one run, in layers and at places of their own; the second prompt's are padded with -1."""
+    """All four operations in one run, in layers and at places of their own; the second prompt's are padded."""
     prompts = fixtures.prompts(case)
     places = prompts.text_tokens()[:, :8].reshape(2, 4, 2)
-    places[1, :, 1] = -1
+    places[1, :, 1] = places[1, :, 0]
     layers = [-1] * 4 if site == "embed" else [0, 1, 1, 2]
     edits, hooks = [], []
     for number, (name, (make, _)) in enumerate(OPERATIONS.items()):
@@ -129,7 +128,6 @@ def test_identity_is_the_clean_run_and_capturing_changes_nothing(case: Case) -> 
     nothing = chain(
         chain(),
         add(1, at, vectors(case), 0.0),
-        add(1, np.full_like(at, -1), vectors(case)),
         scale(2, at, 1.0, site="attn_out"),
         replace(0, at, vectors(case), 0.0, site="mlp_out"),
         project_out(1, at, 0 * vectors(case)),
@@ -293,7 +291,7 @@ def test_gradient_with_respect_to_a_steering_vector() -> None:
         (lambda at, v: add(1, [at[0]] * 3, v), "the edit is for 3 prompts, the batch holds 2"),
         (lambda at, v: add(1, at, v[:-1]), "the edit's vector has width 31, the model's residual stream 32"),
         (lambda at, v: add(1, at, v[:1]), "the edit's vector has width 1, the model's residual stream 32"),
-        (lambda at, v: add(1, at + 1000, v), "position 10.. lies outside the prompts of .. tokens"),
+        (lambda at, v: add(1, at + 1000, v), "position 10.. lies outside prompt 0, which ends at 26"),
     ],
 )
 def test_edits_that_do_not_fit(make: Callable[..., Any], named: str) -> None:

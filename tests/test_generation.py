@@ -23,7 +23,7 @@ from jaxid.engine import forward
 from jaxid.errors import CheckpointError, InputError
 from jaxid.generation import Generation, generate
 from jaxid.inputs import Processor, Prompts
-from jaxid.interventions import add, chain, replace, scale
+from jaxid.interventions import Chain, Edit, add, chain, replace, scale
 from jaxid.models.base import Model
 from jaxid.models.sites import Site, clean
 from jaxid.processing.llava import LlavaSide
@@ -155,13 +155,23 @@ def by_full_passes(model: Model, prompts: Prompts, edit: Any = clean, steps: int
     """A pass over everything for every new token, under the edit each time."""
     tokens = np.zeros((len(prompts), 0), np.int32)
     for _ in range(steps):
-        logits = np.asarray(forward(model, grown(prompts, tokens, STEPS), edit).logits)
+        longer = grown(prompts, tokens, STEPS)
+        logits = np.asarray(forward(model, longer, inside(edit, longer.last())).logits)
         tokens = np.concatenate([tokens, logits.argmax(axis=-1)[:, None].astype(np.int32)], axis=1)
     return tokens
 
 
 def at_row(edit: Any, row: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[row], edit)
+
+
+def inside(edit: Any, last: np.ndarray) -> Any:
+    """The edit without the tokens after the last one: their positions repeat the first."""
+    if isinstance(edit, Chain):
+        return chain(*(inside(part, last) for part in edit.parts))
+    if not isinstance(edit, Edit):
+        return edit
+    return dataclasses.replace(edit, at=np.where(edit.at <= last[:, None], edit.at, edit.at[..., :1]))
 
 
 @functools.cache
@@ -171,14 +181,15 @@ def steered() -> Any:
     word, last = prompts.word(["star", "fish"]), prompts.last()
     pushed = add([0, 2, 1], np.stack([word, last + 1, last + 4], axis=1), vectors(3), [3.0, 5.0, 4.0])
     damped = scale([1, 0, 2], np.stack([last, last + 2], axis=1), [-2.0, 3.0, 0.0], site="mlp_out")
-    embedded = add([-1] * 3, np.stack([last + 2, last + 5], axis=1), vectors(3, seed=8), 2.0, site="embed")
+    embedded = add([-1] * 3, np.stack([word, last + 2, last + 5], axis=1), vectors(3, seed=8), 2.0, site="embed")
     return chain(pushed, damped, embedded)
 
 
 @functools.cache
 def written(every_step: bool, chunk: int = 64) -> Generation:
     prompts = fixtures.prompts(WRITER)
-    return generate(writer(), prompts, steered(), max_new_tokens=STEPS, every_step=every_step, chunk=chunk)
+    edit = steered() if every_step else inside(steered(), prompts.last())
+    return generate(writer(), prompts, edit, max_new_tokens=STEPS, every_step=every_step, chunk=chunk)
 
 
 def test_edits_at_every_step() -> None:
@@ -193,14 +204,7 @@ def test_edits_at_every_step() -> None:
 
 def test_edits_of_the_prompt_alone() -> None:
     prompts = fixtures.prompts(WRITER)
-    tokens, last = prompts.offsets.shape[1], prompts.last()
-
-    def inside(edit: Any) -> Any:
-        at = np.where(edit.at <= last[:, None], edit.at, -1)
-        return dataclasses.replace(edit, at=at)
-
-    kept = chain(*(inside(part) for part in steered().parts))
-    assert (tokens > last).all()
+    kept = inside(steered(), prompts.last())
     same(written(False), [by_full_passes(writer(), prompts, at_row(kept, row)) for row in range(3)])
     assert (written(False).tokens != written(True).tokens).any()
 
@@ -215,7 +219,7 @@ def test_a_sweep_equals_a_loop_whatever_the_chunk(prompts: Prompts) -> None:
 
 
 def test_the_first_token_is_read_as_in_a_full_pass(prompts: Prompts) -> None:
-    full = forward(writer(), prompts, steered())
+    full = forward(writer(), prompts, inside(steered(), prompts.last()))
     for every_step in (False, True):
         first = written(every_step).first
         assert first.logits.shape == (3, 2, 40) and first.captured == {}
@@ -226,7 +230,7 @@ def test_the_first_token_is_read_as_in_a_full_pass(prompts: Prompts) -> None:
 
 def test_sweep_axes_and_texts(prompts: Prompts) -> None:
     """Axes of the sweep lead everywhere; a text holds what stands before the stop token."""
-    grid = jax.tree.map(lambda leaf: np.asarray(leaf)[:, None], steered())
+    grid = jax.tree.map(lambda leaf: np.asarray(leaf)[:, None], inside(steered(), prompts.last()))
     model = stopping(fixtures.model(WRITER), 2, *np.unique(written(False).tokens[:, :, 2]).tolist())
     found = generate(model, prompts, grid, max_new_tokens=STEPS)
     assert found.tokens.shape == (3, 1, 2, STEPS)
@@ -330,7 +334,7 @@ def test_no_pass_is_run_once_all_rows_have_ended(prompts: Prompts) -> None:
 
 
 def test_a_single_token(prompts: Prompts) -> None:
-    found = generate(writer(), prompts, steered(), max_new_tokens=1, every_step=True)
+    found = generate(writer(), prompts, inside(steered(), prompts.last()), max_new_tokens=1, every_step=True)
     same(found, written(True).tokens[:, :, :1])
 
 
@@ -380,11 +384,12 @@ def test_numbers_that_make_no_sense(prompts: Prompts) -> None:
 
 
 def test_edits_that_do_not_fit(prompts: Prompts) -> None:
-    tokens = prompts.offsets.shape[1]
-    beyond = add(1, np.array([tokens + STEPS - 1, 19]), vectors())
-    with pytest.raises(InputError, match=f"position {tokens + STEPS - 1} lies outside the prompts of {tokens} tokens"):
+    last = prompts.last()
+    beyond = add(1, last + np.array([0, STEPS]), vectors())
+    named = f"position {last[1] + STEPS} lies outside prompt 1, which ends at {last[1]}"
+    with pytest.raises(InputError, match=f"{named}; what follows is padding"):
         generate(writer(), prompts, beyond, max_new_tokens=STEPS)
-    with pytest.raises(InputError, match=f"outside the prompts of {tokens + STEPS - 1} tokens"):
+    with pytest.raises(InputError, match=f"{named} before {STEPS - 1} new tokens"):
         generate(writer(), prompts, beyond, max_new_tokens=STEPS - 1, every_step=True)
     with pytest.raises(InputError, match="layer 3 is out of range"):
         generate(writer(), prompts, scale(3, prompts.last(), 1.0), max_new_tokens=STEPS)

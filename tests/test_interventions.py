@@ -74,12 +74,12 @@ def test_only_the_named_site_and_layer() -> None:
 
 
 def test_several_positions_and_padding() -> None:
-    edit = add(3, [[1, 4], [2, -1]], VECTOR)
+    edit = add(3, [[1, 4], [2, 2]], VECTOR)  # once, however often it is named
     wanted = {(0, 1): VALUE[0, 1] + VECTOR, (0, 4): VALUE[0, 4] + VECTOR, (1, 2): VALUE[1, 2] + VECTOR}
     np.testing.assert_allclose(apply(edit), expected(wanted), atol=1e-6)
-    repeated = add(3, [[1, 4], [2, 2]], VECTOR)  # once, however often it is named
-    np.testing.assert_array_equal(apply(repeated), apply(edit))
-    np.testing.assert_array_equal(apply(add(3, [-1, -7], VECTOR)), VALUE)
+    traced = jax.jit(lambda at: add(3, at, VECTOR)(site(), jnp.asarray(VALUE)))
+    np.testing.assert_allclose(traced(np.array([[1, 4], [2, -1]])), apply(edit), atol=1e-6)
+    np.testing.assert_array_equal(traced(np.array([[-1, -7], [T, 10**6]])), VALUE)
 
 
 def test_positions_are_places_in_the_prompt_not_rows() -> None:
@@ -148,7 +148,7 @@ def test_sweep_axes() -> None:
 def test_operation_and_site_are_static_everything_else_is_an_array() -> None:
     structures = {jax.tree.structure(add(layer, [at, 0], VECTOR, s)) for layer, at, s in ((0, 1, 1), (5, 2, 0.5))}
     assert len(structures) == 1
-    assert structures.isdisjoint({jax.tree.structure(add(0, [1, 0], VECTOR, site="embed"))})
+    assert structures.isdisjoint({jax.tree.structure(add(-1, [1, 0], VECTOR, site="embed"))})
     assert structures.isdisjoint({jax.tree.structure(replace(0, [1, 0], VECTOR))})
 
 

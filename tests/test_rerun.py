@@ -139,13 +139,14 @@ def test_all_sites_and_operations_are_drawn() -> None:
 @given(st.sampled_from(FRAMES), st.data())
 @settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_a_rerun_is_the_full_pass(frame: Frame, data: st.DataObject) -> None:
-    """Rows with layers, places, vectors and strengths of their own; -1 and padding among the places."""
+    """Rows with layers, places, vectors and strengths of their own."""
     prompts, layers = recorded(frame.case, frame.batch).prompts, fixtures.model(frame.case).num_layers
-    batch, tokens = prompts.offsets.shape[:2]
+    batch, last = len(prompts), prompts.last().tolist()
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
 
     def places(row: int, part: int) -> list[list[int]]:
-        drawn = [[data.draw(st.just(-1) | st.integers(first, tokens - 1)) for _ in "ab"] for first in frame.firsts]
+        ranges = zip(frame.firsts, last, strict=True)
+        drawn = [[data.draw(st.integers(first, end)) for _ in "ab"] for first, end in ranges]
         if (row, part) == pinned:
             drawn = [[other, first] for (_, other), first in zip(drawn, frame.firsts, strict=True)]
         return drawn
@@ -254,7 +255,7 @@ def test_what_does_not_say_where_it_begins_falls_back(full_passes: list[Any]) ->
     assert distance(rerun(model, recorded(GQA), near).hidden, full(GQA, near)) < 1e-6
     assert len(full_passes) == 4
     assert distance(rerun(model, recorded(GQA), clean).hidden, recorded(GQA).hidden) == 0
-    assert distance(rerun(model, recorded(GQA), add(1, [-1, -1], vectors())).hidden, recorded(GQA).hidden) < 1e-6
+    assert distance(rerun(model, recorded(GQA), chain()).hidden, recorded(GQA).hidden) < 1e-6
     assert len(full_passes) == 4
 
 

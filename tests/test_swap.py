@@ -127,12 +127,16 @@ def test_one_word_and_one_layer(ours: Trace) -> None:
 @pytest.mark.parametrize(
     ("layer", "at", "named"),
     [
-        (3, "image", r"layer 3 is out of range: .* has blocks 0\.\.2"),
-        ([0, -1], "text", r"layer \[0, -1\] is out of range"),
-        (1.0, "image", "layer 1.0 is out of range"),
+        (
+            3,
+            "image",
+            r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is num_layers - 1",
+        ),
+        ([0, -1], "text", "layer -1 is out of range"),
+        (1.0, "image", "`layer` must hold integers, not float64"),
         (1, "picture", '`at` is "image", "text" or positions, not \'picture\''),
         (1, np.array([4, 14]), "position 4 is not among the text tokens after the picture"),
-        (1, np.array([[14, 40], [14, 15]]), "position 40 is not among the text tokens"),
+        (1, np.array([[14, 40], [14, 15]]), "position 40 lies outside prompt 0, which ends at 26"),
     ],
 )
 def test_what_a_swap_cannot_take(layer: Any, at: Any, named: str, ours: Trace) -> None:

@@ -273,12 +273,13 @@ def test_gradients_are_those_of_the_full_pass(model: Model, prompts: Prompts, re
 
 def test_places_that_were_not_recorded(recorded: Trace, prompts: Prompts) -> None:
     for at, named in (
-        (prompts.image_tokens(), 3),
-        (np.array([14, 12]), 12),
-        (np.array([[14, -1], [14, 14]]), -1),
-        (np.array([32, 14]), 32),
+        (prompts.image_tokens(), "position 3 is not among the text tokens after the picture"),
+        (np.array([14, 12]), "position 12 is not among"),
+        (np.array([[14, -1], [14, 14]]), "position -1 is negative"),
+        (np.array([14, 20]), "position 20 lies outside prompt 1, which ends at 19; what follows is padding"),
+        (np.array([32, 14]), "position 32 lies outside prompt 0"),
     ):
-        with pytest.raises(InputError, match=rf"position {named} is not among the text tokens after the picture"):
+        with pytest.raises(InputError, match=named):
             recorded.at(at)
 
 
@@ -301,7 +302,7 @@ def test_traces_of_another_model(prompts: Prompts, recorded: Trace) -> None:
         (lambda at, v: chain(scale(0, at, 1.0), chain(scale(7, at, 1.0))), "layer 7 is out of range"),
         (lambda at, v: add(1, [at[0]] * 3, v), "the edit is for 3 prompts, the batch holds 2"),
         (lambda at, v: add(1, at, v[:-1]), "the edit's vector has width 31, the model's residual stream 32"),
-        (lambda at, v: add(1, at + 1000, v), "position 10.. lies outside the prompts of 32 tokens"),
+        (lambda at, v: add(1, at + 1000, v), "position 10.. lies outside prompt 0, which ends at 26"),
     ],
 )
 def test_edits_that_do_not_fit(make: Callable[..., Any], named: str, model: Model, recorded: Trace) -> None:

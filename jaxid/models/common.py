@@ -165,9 +165,10 @@ def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
 
 
 def take_tokens(values: Float[Array, "*layers B T D"], at: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
-    """Every prompt's tokens at its own places."""
+    """Every prompt's tokens at its own positions; NaN where there is no such position."""
     shape = (1,) * (values.ndim - 3) + (*at.shape, 1)
-    return jnp.take_along_axis(values, at.reshape(shape), axis=-2)
+    at = jnp.where(at < 0, values.shape[-2], at)  # or negative positions would count from the end
+    return jnp.take_along_axis(values, at.reshape(shape), axis=-2, mode="fill")
 
 
 def layer_of(parameters: Any, layer: Any) -> Any:

@@ -92,7 +92,7 @@ def record(
         rope_positions: positions along several axes, for families that turn heads by them.
         memory: what cross-attention layers read.
     """
-    rotation = decoder.rotations(positions if rope_positions is None else rope_positions)
+    rotation = decoder.rotations(positions if rope_positions is None else rope_positions, last)
     blocks = Blocks(decoder)
     final = decoder.config.num_hidden_layers - 1
     suffix_positions = jnp.take_along_axis(positions, suffix, axis=1)
@@ -153,7 +153,7 @@ def resume(
         decoder: the decoder.
         suffix: the tokens and what they read.
         edits: a pytree of interventions with a leading axis R, or one without leaves.
-        start: the first block that each of them changes (L: it only changes what leaves the last block).
+        start: the first block that each of them changes, 0 to L (L: it only changes what leaves the last block).
         chunk: rows that go through a block together.
 
     Returns:
@@ -177,9 +177,13 @@ def resume(
     def enter(arguments: tuple[Any, Array]) -> Array:
         """What the rows of a chunk start from: the recorded values, with edits between two blocks applied."""
         edits, first = arguments
-        number = first - 1
-        x = runner.at_site("embed", jnp.where(first == 0, -1, -2), edits, suffix.residuals[first])
-        return runner.at_site("resid_post", number, edits, x)
+
+        def where(entered: Array, name: str, layer: Any, x: Array) -> Array:
+            # Not by a layer that does not exist: an edit may name any, where it is traced.
+            return jnp.where(entered[:, None, None, None], runner.at_site(name, layer, edits, x), x)
+
+        x = where(first == 0, "embed", -1, suffix.residuals[first])
+        return where(first > 0, "resid_post", first - 1, x)
 
     x = jax.lax.map(enter, (edits, first))
 
@@ -224,7 +228,7 @@ class Runner:
         self.blocks = Blocks(decoder)
         self.suffix = suffix
         turned = suffix.positions if suffix.rope_positions is None else suffix.rope_positions
-        self.rotation = decoder.rotations(turned)
+        self.rotation = decoder.rotations(turned, suffix.last)
         length = suffix.positions.shape[1]
         # By place in the suffix: its padding stands on the right, where nothing that counts reads it.
         self.causal = jnp.tril(jnp.ones((length, length), bool))[None]
