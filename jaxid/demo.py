@@ -24,7 +24,7 @@ from jaxid.ids import FULL_SIZE, SpatialIDs
 from jaxid.kernels import probing
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture
-from jaxid.results import confidence_interval, ensure_output_folder, tidy, write_json, write_table
+from jaxid.results import confidence_interval, ensure_output_folder, mean_interval, tidy, write_json, write_table
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 
@@ -142,6 +142,9 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
     def figure(name: str, make: Callable[[], Any]) -> None:
         plots.save(make(), out / "figures" / f"{name}.png")
 
+    def about(items: int | None, strength: float | None = None, note: str = "", unit: str = "items") -> Any:
+        return plots.About(model=model.name, items=items, unit=unit, strength=strength, note=note)
+
     stage("loading")
     model = load(config.model)
     stages.update()
@@ -161,7 +164,7 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
     questions = [item.query for item, _ in samples]
     given = evaluation.answers(model, pictures, questions)
     truths = [item.relation for item, _ in samples]
-    figure("scenes", lambda: plots.scenes_with_answers(pictures, questions, given, truths))
+    figure("scenes", lambda: plots.scenes_with_answers(pictures, questions, given, truths, about=about(None)))
     stages.update()
 
     stage("spatial IDs")
@@ -253,12 +256,15 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
     summary = summarise(
         model, config, accuracy, probes, swaps, rates, steered, scores, best_layer, best_factor, selection
     )
-    figure("id_plane", lambda: _id_plane(plots, model, ids, summary))
-    figure("variance", lambda: _variance(plots, probes))
-    figure("belief_swap", lambda: _belief_figure(plots, summary, rates, best_factor, config))
-    figure("steering", lambda: _steering_figure(plots, steered["horizontal"], layers))
-    figure("steering_map", lambda: _steering_map(plots, steered["horizontal"], best_layer))
-    figure("mirror_swap", lambda: plots.swap_scores(scores, ANSWERS["horizontal"]))
+    figure("id_plane", lambda: _id_plane(plots, model, ids, summary, about(240 * config.partners, unit="pictures")))
+    figure("variance", lambda: _variance(plots, probes, about(total, unit="pictures")))
+    chosen = f"block and factor chosen on {selection} other items of each"
+    of_swap = about(config.swap_items - selection, note=chosen, unit="items of each relation")
+    figure("belief_swap", lambda: _belief_figure(plots, summary, rates, best_factor, config, of_swap))
+    of_steering = about(config.steer_items, config.multiplier)
+    figure("steering", lambda: _steering_figure(plots, steered["horizontal"], layers, of_steering))
+    figure("steering_map", lambda: _steering_map(plots, steered["horizontal"], best_layer, of_steering))
+    figure("mirror_swap", lambda: plots.swap_scores(scores, ANSWERS["horizontal"], robust=True, about=about(None)))
     summary["seconds"] = round(time.perf_counter() - started, 1)
     report.write(out / "report.md", summary)
     write_json(out / "summary.json", summary)
@@ -322,6 +328,7 @@ def summarise(
             "correlation": rounded([_correlation(layer) for layer in along]),
             "monotone": [bool((np.diff(layer) < 0).all()) for layer in along],
         }
+    mirror = activation_swap.statistics(scores)
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -343,7 +350,10 @@ def summarise(
         "swap_items": {"choosing": selection, "reported": counted, "per": "relation"},
         "control_accuracy": {"_".join(ANSWERS[axis]): rounded(swap.correct.mean()) for axis, swap in swaps.items()},
         "steering": steering_correlation,
-        "mirror_swap": {name: rounded(score.mean(axis=(1, 2))) for name, score in scores.items()},
+        # The mean of the two words' medians over items.
+        "mirror_swap": {name: rounded(median.mean(axis=1)) for name, median in mirror["score_median"].items()},
+        "mirror_swap_by_word": {name: rounded(median) for name, median in mirror["score_median"].items()},
+        "mirror_swap_items": mirror["score_items"],
         "seeds": {"demo": config.seed},
         "versions": versions(),
     }
@@ -361,21 +371,23 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
 
 
-def _id_plane(plots: Any, model: Model, ids: SpatialIDs, summary: dict[str, Any]) -> Any:
+def _id_plane(plots: Any, model: Model, ids: SpatialIDs, summary: dict[str, Any], about: Any) -> Any:
     layer = summary["best_layer"]
     name = "star" if "star" in ids.objects else ids.objects[0]
     coordinates = np.asarray(ids.plane_coordinates(ids.for_object(name)))[layer]
     words = ["left", "right", "above", "below"]
     projected = word_coordinates(model, ids, words)[layer]
-    return plots.id_plane(coordinates, dict(zip(words, projected, strict=True)), f"{name}, block {layer}")
+    return plots.id_plane(coordinates, dict(zip(words, projected, strict=True)), f"{name}, block {layer}", about=about)
 
 
-def _variance(plots: Any, probes: dict[str, list[float]]) -> Any:
+def _variance(plots: Any, probes: dict[str, list[float]], about: Any) -> Any:
     names = ("explained_variance", "row_share", "column_share", "id_agreement")
-    return plots.variance_by_layer(*(np.array(probes[name]) for name in names))
+    return plots.variance_by_layer(*(np.array(probes[name]) for name in names), about=about)
 
 
-def _belief_figure(plots: Any, summary: dict[str, Any], rates: np.ndarray, best_factor: int, config: DemoConfig) -> Any:
+def _belief_figure(
+    plots: Any, summary: dict[str, Any], rates: np.ndarray, best_factor: int, config: DemoConfig, about: Any
+) -> Any:
     by_relation = summary["swap_by_relation"]
     intervals = [
         np.array([entry[condition]["interval"] for entry in by_relation.values()])
@@ -394,13 +406,20 @@ def _belief_figure(plots: Any, summary: dict[str, Any], rates: np.ndarray, best_
         factors=np.array(config.factors),
         belief_by_factor=mean[0],
         noise_by_factor=mean[1],
+        about=about,
     )
 
 
-def _steering_figure(plots: Any, change: Float[np.ndarray, "L X Y B 2"], layers: list[int]) -> Any:
-    by_column = change.mean(axis=(2, 3))
-    return plots.steering_by_column(np.array(layers), by_column[..., 0], by_column[..., 1], words=ANSWERS["horizontal"])
+def _steering_figure(plots: Any, change: Float[np.ndarray, "L X Y B 2"], layers: list[int], about: Any) -> Any:
+    by_item = change.mean(axis=2)
+    by_column = by_item.mean(axis=2)
+    about = dataclasses.replace(about, note=plots.means_note(mean_interval(by_item, axis=2)))
+    return plots.steering_by_column(
+        np.array(layers), by_column[..., 0], by_column[..., 1], words=ANSWERS["horizontal"], about=about
+    )
 
 
-def _steering_map(plots: Any, change: Float[np.ndarray, "L X Y B 2"], layer: int) -> Any:
-    return plots.steering_map(change.mean(axis=3)[layer], ANSWERS["horizontal"], layer)
+def _steering_map(plots: Any, change: Float[np.ndarray, "L X Y B 2"], layer: int, about: Any) -> Any:
+    preference = change[layer, ..., 0] - change[layer, ..., 1]
+    about = dataclasses.replace(about, note=plots.means_note(mean_interval(preference, axis=2)))
+    return plots.steering_map(change.mean(axis=3)[layer], ANSWERS["horizontal"], layer, about=about)

@@ -141,7 +141,8 @@ Change of the answers' log-probabilities when the subject's word is steered to e
 
 ## Where the place sits: mirror swap
 
-How far the answers follow when activations of the mirrored picture replace those of the control run (Figure 4).
+How far the answers follow when activations of the mirrored picture replace those of the control run (Figure 4):
+medians over items, and the mean of both words' medians below.
 
 ![Mirror swap](figures/mirror_swap.png)
 

@@ -318,6 +318,17 @@ def centre_and_spread(values: Any, axis: int = 0, *, robust: bool = True) -> tup
     return mean, mean - deviation, mean + deviation
 
 
+def mean_interval(values: Any, axis: int = 0) -> np.ndarray:
+    """Half of Student's 95 % interval of a mean along an axis; NaN for a single value."""
+    from scipy import stats
+
+    sample = np.asarray(values, np.float64)
+    count = sample.shape[axis]
+    if count < 2:
+        return np.full(sample.mean(axis=axis).shape, np.nan)
+    return np.asarray(stats.t.ppf(0.975, count - 1) * sample.std(axis=axis, ddof=1) / np.sqrt(count))
+
+
 def confidence_interval(successes: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share.
 

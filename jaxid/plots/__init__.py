@@ -11,7 +11,7 @@ from jaxid.plots.geometry import attainable_margins
 from jaxid.plots.ids import id_plane, variance_by_layer
 from jaxid.plots.scenes import scenes_with_answers
 from jaxid.plots.steering import depth_by_row, steering_by_column, steering_by_layer, steering_map, steering_maps
-from jaxid.plots.style import About, save
+from jaxid.plots.style import About, means_note, save
 from jaxid.plots.swaps import accuracy_against_steerability, belief_swap_bars, belief_swap_by_layer, swap_scores
 from jaxid.plots.temporal import temporal_line, temporal_steering
 
@@ -29,6 +29,7 @@ __all__ = [
     "id_plane",
     "margin_histogram",
     "margins_by_layer",
+    "means_note",
     "occlusion_example",
     "save",
     "scenes_with_answers",

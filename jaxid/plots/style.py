@@ -164,6 +164,12 @@ def finite_items(axis: int, /, **arrays: Any) -> tuple[np.ndarray, str]:
     return known, f"{lost} of {len(known)} items not finite, left out" if lost else ""
 
 
+def means_note(half_widths: Any) -> str:
+    """The widest 95 % interval of the means in a figure, given half of each; empty if none is known."""
+    known = np.asarray(half_widths)[np.isfinite(half_widths)]
+    return f"95 % intervals of the means within ±{known.max():.2g}" if known.size else ""
+
+
 def last(values: np.ndarray) -> float:
     """The last value that is finite."""
     return float(values[np.isfinite(values)][-1])
