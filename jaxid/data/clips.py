@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxid.data.files import save_bytes
+from jaxid.data.files import inside, read_csv, save_bytes
 from jaxid.data.scenes import OBJECTS, Scenes, render, sample_free
 from jaxid.data.videos import FRAMES, VIDEO_ENDINGS, read_video, write_video
 from jaxid.errors import DataError, InputError
 from jaxid.processing.pictures import Clip
+from jaxid.reading import read_json, reading
 
 MANIFEST = "manifest.csv"
 _FIELDS = ("video_path", "scene1", "scene2", "query", "correct_order", "query_order")
@@ -198,9 +199,9 @@ def _write(path: Path, scene: Scenes, present: np.ndarray, size: int, rate: int)
 def read_mvbench(path: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[OrderItem]:
     """Reads a manifest of questions of order and checks that every video is there.
 
-    Rows hold video_path (from the manifest's folder), scene1 and scene2 (the words of what happens), query,
-    correct_order (in which the scenes happen) and query_order (in which the query names them), both as "scene1,scene2"
-    or "1,2". The answer is "before" if the two orders agree, else "after".
+    Rows hold video_path (from the manifest's folder, which it must not leave), scene1 and scene2 (the words of what
+    happens), query, correct_order (in which the scenes happen) and query_order (in which the query names them), both as
+    "scene1,scene2" or "1,2". The answer is "before" if the two orders agree, else "after".
 
     Args:
         path: the manifest (.csv, .json, .jsonl), or the folder that holds `manifest.csv`, `.json` or `.jsonl`.
@@ -234,20 +235,13 @@ def _manifest(path: Path) -> Path:
 
 
 def _rows(path: Path) -> list[Any]:
-    try:
-        if path.suffix.lower() == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
-        text = path.read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
-        found = json.loads(text) if found is None else found
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); it must be CSV, a JSON list, or a JSON object a line."
-        ) from error
-    if not isinstance(found, list):
-        raise DataError(f"{path} is not a list of rows with {', '.join(_FIELDS)}.")
-    return found
+    ending = path.suffix.lower()
+    if ending == ".csv":
+        return read_csv(path)
+    if ending != ".jsonl":
+        return read_json(path, DataError, expected=list)
+    with reading(path, "a JSON value a line", DataError):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def _order_item(row: Any, number: int, path: Path) -> OrderItem:
@@ -256,16 +250,19 @@ def _order_item(row: Any, number: int, path: Path) -> OrderItem:
     missing = [name for name in _FIELDS if not fields.get(name)]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; rows hold {', '.join(_FIELDS)}.")
-    scenes = {"1": str(fields["scene1"]).strip(), "2": str(fields["scene2"]).strip()}
+    wrong = [name for name in _FIELDS if not isinstance(fields[name], str if "order" not in name else str | list)]
+    if wrong:
+        raise DataError(f"{where} has no text in {', '.join(wrong)}: {[fields[name] for name in wrong]!r:.300}.")
+    scenes = {"1": fields["scene1"].strip(), "2": fields["scene2"].strip()}
     named, happened = (_order(fields[name], scenes, f"{name} in {where}") for name in ("query_order", "correct_order"))
-    video = path.parent / str(fields["video_path"])
+    video = inside(path.parent, fields["video_path"], where)
     if not video.exists():
         raise DataError(f"{where}: there is no video {video}.")
     return OrderItem(
         video=video,
         scene1=scenes[named[0]],
         scene2=scenes[named[1]],
-        query=str(fields["query"]).strip(),
+        query=fields["query"].strip(),
         answer="before" if named == happened else "after",
         row=number,
     )
@@ -273,14 +270,14 @@ def _order_item(row: Any, number: int, path: Path) -> OrderItem:
 
 def _order(value: Any, scenes: Mapping[str, str], where: str) -> tuple[str, str]:
     """("1", "2") or ("2", "1"), from a list or a text of the scenes' names, numbers or words."""
-    parts = value if isinstance(value, (list, tuple)) else re.split(r"\s*(?:,|;|->|<|\|)\s*", str(value).strip("[]() "))
+    parts = value if isinstance(value, list) else re.split(r"\s*(?:,|;|->|<|\|)\s*", value.strip("[]() "))
     numbers = {words: number for number, words in scenes.items()}
     order = tuple(
         numbers.get(text) or text.lower().removeprefix("scene").strip(" _")
         for text in (str(part).strip("'\" ") for part in parts)
     )
     if sorted(order) != ["1", "2"]:
-        raise DataError(f"{where} is {value!r}, not an order of the two scenes such as 'scene1,scene2'.")
+        raise DataError(f"{where} is {value!r:.300}, not an order of the two scenes such as 'scene1,scene2'.")
     return order[0], order[1]
 
 

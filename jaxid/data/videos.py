@@ -1,6 +1,7 @@
 """Video files and folders of frames: a few frames spread evenly over the video, with their times."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import Clip, first_line
+from jaxid.processing.pictures import MOST_PIXELS, Clip
+from jaxid.reading import reading
 from jaxid.results import whole_file
 
 FRAMES = 8
@@ -45,6 +47,8 @@ def spread(total: int, count: int = FRAMES) -> Int[np.ndarray, "count"]:
 def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> Clip:
     """Reads a clip from a video file, or from a folder of pictures in the order of the numbers in their names.
 
+    Frames are turned upright: those of a file by its display matrix, as phones write it, pictures by their tag.
+
     Args:
         path: the file or folder.
         frames: how many frames are taken, evenly spread.
@@ -54,17 +58,20 @@ def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> 
         The frames, their times and the video's length.
 
     Raises:
-        DataError: if it is missing, unreadable, or has fewer frames.
-        InputError: for a file, where PyAV is not installed.
+        DataError: if it is missing, unreadable, has fewer frames, or is to be shown aslant.
+        InputError: for a number of frames or a rate that is not above 0; for a file, where PyAV is not installed.
     """
     path = Path(path)
+    if frames < 1 or not (math.isfinite(rate) and rate > 0):
+        raise InputError(f"a clip needs at least one frame and a rate above 0, not {frames} frames at {rate} a second.")
     if path.is_dir():
         found = sorted((file for file in path.iterdir() if file.suffix.lower() in _PICTURES), key=_numbers)
         chosen = _chosen(path, len(found), frames)
         pictures: list[Any] = [found[number] for number in chosen]
     elif path.is_file():
         pictures, chosen, total, rate = _read_file(path, frames)
-        return Clip(np.stack(pictures), _times(chosen, rate), total / rate)
+        with reading(path, "a video", DataError):  # whose size may change within
+            return Clip(np.stack(pictures), _times(chosen, rate), total / rate)
     else:
         raise DataError(f"there is no video at {path}; give a video file, or a folder of its frames.")
     return Clip(pictures, _times(chosen, rate), len(found) / rate)
@@ -76,7 +83,7 @@ def _times(chosen: Int[np.ndarray, "F"], rate: float) -> tuple[float, ...]:
 
 def _numbers(path: Path) -> list[Any]:
     """Sorts "frame10" behind "frame9"."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.stem)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.stem)]
 
 
 def _chosen(path: Path, total: int, count: int) -> Int[np.ndarray, "count"]:
@@ -97,7 +104,7 @@ def _read_file(path: Path, count: int) -> tuple[list[UInt8[np.ndarray, "Y X 3"]]
     with _opened(path) as (_, decoded):
         for number, frame in enumerate(decoded):
             if number in wanted:
-                kept[number] = frame.to_ndarray(format="rgb24")
+                kept[number] = _upright(frame)
     return [kept[number] for number in chosen.tolist()], chosen, total, rate
 
 
@@ -109,15 +116,36 @@ def _opened(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
         DataError: if the file cannot be read, here or while it is decoded.
     """
     av = _av()
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path} holds no video.")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield stream, container.decode(stream)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable video ({first_line(error)}).") from error
+    with reading(path, "a video", DataError), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise DataError(f"{path} holds no video.")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > MOST_PIXELS:
+            raise DataError(
+                f"{path} has {stream.width} x {stream.height} pixels, more than {MOST_PIXELS}; make it smaller."
+            )
+        stream.thread_type = "AUTO"
+        yield stream, container.decode(stream)
+
+
+def _upright(frame: Any) -> UInt8[np.ndarray, "Y X 3"]:
+    """A decoded frame as it is to be shown.
+
+    Raises:
+        ValueError: if it is to be turned by no quarter of a turn.
+    """
+    pixels = frame.to_ndarray(format="rgb24")
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            # Column x and row y are shown at (a x + c y, b x + d y).
+            matrix = np.frombuffer(data, np.int32)[[0, 1, 3, 4]].astype(float)
+            a, b, c, d = np.where(abs(matrix) > abs(matrix).max() / 1000, np.sign(matrix), 0).tolist()
+            if a * d == 0:
+                pixels, a, b, c, d = pixels.swapaxes(0, 1), c, d, a, b
+            if a * d == 0 or b or c:
+                raise ValueError("its frames are to be shown aslant; rotate them with a video editor")
+            pixels = np.ascontiguousarray(pixels[:: int(d), :: int(a)])
+    return pixels
 
 
 def write_video(path: str | Path, frames: UInt8[np.ndarray, "F Y X 3"], *, rate: int) -> None:

@@ -130,6 +130,62 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
         read_mvbench(tmp_path / "nowhere")
 
 
+GOOD = {
+    "video_path": "a.mp4",
+    "scene1": "one",
+    "scene2": "two",
+    "query": "?",
+    "correct_order": "1,2",
+    "query_order": ["2", "1"],
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_a_manifest(form: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    write(tmp_path, form, [{**GOOD, "query_order": "2,1", "scene1": "\u00e9t\u00e9\u2028"}])
+    path = tmp_path / f"manifest.{form}"
+    path.write_text(path.read_text(), encoding=encoding)
+    (item,) = read_mvbench(tmp_path)
+    assert (item.answer, item.video, item.scene2) == ("after", tmp_path / "a.mp4", "\u00e9t\u00e9")
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize(
+    "damaged",
+    [b"\xff\xfea\0b\0", b"\x80\x81", b"[" * 50_000, b"null", b"3", b'{"a": 1', b'a,b\n"' + b"x" * 200_000, b"{}"],
+)
+def test_damaged_manifests(form: str, damaged: bytes, tmp_path: Path) -> None:
+    (tmp_path / f"manifest.{form}").write_bytes(damaged)
+    with pytest.raises(DataError, match=f"manifest.{form}") as caught:
+        read_mvbench(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"video_path": "../a.mp4"}, "leads out of"),
+        ({"video_path": "/etc/hostname"}, "leads out of"),
+        ({"video_path": "x" * 5000}, "cannot be the name"),
+        ({"video_path": "a\0.mp4"}, "cannot be the name"),
+        ({"video_path": 3}, "no text in video_path"),
+        ({"scene1": {"a": 1}}, "no text in scene1"),
+        ({"query": ["a"]}, "no text in query"),
+        ({"query_order": 12}, "no text in query_order"),
+        ({"query_order": [[1], 2]}, "not an order"),
+        ({"correct_order": float("nan")}, "no text in correct_order|JSON does not have"),
+    ],
+)
+def test_fields_of_another_kind(changed: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    write(tmp_path, "jsonl", [GOOD, {**GOOD, **changed}])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"row 1 of .*manifest\.jsonl.*({reason})") as caught:
+        read_mvbench(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
 def test_clips_that_cannot_be_used(tmp_path: Path) -> None:
     for name in ("appear_star1_fish1.mp4", "appear_star0_fish3.mp4", "other.mp4"):
         (tmp_path / name).write_bytes(b"")
