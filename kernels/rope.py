@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+AnyArray = np.ndarray | Array
+"""Known when the program is traced, or computed by it."""
+
 
 def inverse_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "F"]:
     """Angular step per position of each of the head_width / 2 rotated pairs."""
@@ -31,16 +34,83 @@ def llama3_frequencies(
     return (frequencies * ((1 - ramp) / factor + ramp)).astype(np.float32)
 
 
+def dynamic_frequencies(
+    length: Int[Array, ""], head_width: int, theta: float, *, factor: float, max_position_embeddings: int
+) -> Float[Array, "F"]:
+    """NTK scaling: the base grows with the sequence length, once that exceeds `max_position_embeddings`.
+
+    Source: `transformers.modeling_rope_utils`, kind "dynamic".
+    """
+    growth = factor * length.astype(jnp.float32) / max_position_embeddings - (factor - 1)
+    base = theta * jnp.maximum(growth, 1.0) ** (head_width / (head_width - 2))
+    return 1.0 / base ** (np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width))
+
+
+def yarn_frequencies(
+    head_width: int,
+    theta: float,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Float[np.ndarray, "F"]:
+    """YaRN: pairs with few turns over the original context are slowed by `factor`, fast ones kept, a ramp between.
+
+    Args:
+        head_width: of a head.
+        theta: base of the geometric series of wavelengths.
+        factor: by how much the context is stretched.
+        original_max_position_embeddings: context length before stretching.
+        beta_fast: turns above which a pair is kept.
+        beta_slow: turns below which a pair is slowed in full.
+        truncate: the ramp's ends are rounded outwards to whole pairs.
+
+    Source: `transformers.modeling_rope_utils`, kind "yarn".
+    """
+
+    def pair(turns: float) -> float:
+        return head_width * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(beta_fast), pair(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_width - 1)
+    high += 0.001 if low == high else 0
+    plain = inverse_frequencies(head_width, theta)
+    ramp = np.clip((np.arange(head_width // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    return (plain / np.float32(factor) * ramp + plain * (1 - ramp)).astype(np.float32)
+
+
+def yarn_scaling(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
+    """What YaRN multiplies cosine and sine by; `mscale` and `mscale_all_dim` count if neither is 0."""
+
+    def grown(slope: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
+
+    return grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1.0)
+
+
+def longrope_scaling(factor: float, original_max_position_embeddings: int) -> float:
+    """What LongRoPE multiplies cosine and sine by."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_max_position_embeddings))
+
+
 def rotations(
-    positions: Int[Array, "B T"], frequencies: Float[np.ndarray, "F"]
+    positions: Int[Array, "B T"], frequencies: Float[AnyArray, "F"], scaling: float = 1.0
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """Cosine and sine of every token's angles, float32."""
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine of every token's angles, float32, times `scaling`."""
+    return _scaled(positions.astype(jnp.float32)[..., None] * frequencies, scaling)
+
+
+def _scaled(angles: Float[Array, "B T F"], scaling: float) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    return (cosine, sine) if scaling == 1.0 else (cosine * scaling, sine * scaling)
 
 
 def multimodal_rotations(
-    positions: Int[Array, "B A T"], frequencies: Float[np.ndarray, "F"], sections: tuple[int, ...]
+    positions: Int[Array, "B A T"], frequencies: Float[AnyArray, "F"], sections: tuple[int, ...], scaling: float = 1.0
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
     """Cosine and sine where every pair turns by one of a token's positions in time, height and width (M-RoPE).
 
@@ -48,12 +118,12 @@ def multimodal_rotations(
         positions: of every token along the A axes, Int[B, A, T].
         frequencies: angular step of every pair, Float[F].
         sections: how many neighbouring pairs turn by axis 0, 1, ..., A - 1, 0, ...; F in all.
+        scaling: cosine and sine are multiplied by it.
 
     Source: `apply_multimodal_rotary_pos_emb` of `transformers.models.qwen2_vl`.
     """
     axis = np.repeat(np.arange(len(sections)) % positions.shape[1], sections)
-    angles = positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return _scaled(positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies, scaling)
 
 
 def axial_rotations(

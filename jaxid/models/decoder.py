@@ -28,7 +28,7 @@ from jaxid.models.common import (
     stacked,
     take_tokens,
 )
-from jaxid.models.decoder_config import DecoderConfig
+from jaxid.models.decoder_config import DecoderConfig, RopeConfig
 from jaxid.models.sites import DECODER_SITES, Capture, Intervention, Site
 
 Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
@@ -306,17 +306,34 @@ class Decoder(nnx.Module):
         """The map from the normed residual stream to logits."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.unembedding[...]
 
-    def rotations(self, positions: Int[Array, "B T"] | Int[Array, "B A T"]) -> Rotation:
-        """Rotary angles of tokens by their positions, or their positions along several axes."""
-        config = self.config
-        frequencies = config.rope.frequencies(config.head_dim)
-        if positions.ndim == 3:
-            return rope.multimodal_rotations(positions, frequencies, config.rope.mrope_section)
-        full = rope.rotations(positions, frequencies)
-        if config.sliding_rope is None:
+    def rotations(
+        self, positions: Int[Array, "B T"] | Int[Array, "B A T"], last: Int[Array, "B"] | None = None
+    ) -> Rotation:
+        """Rotary angles of tokens by their positions, or their positions along several axes.
+
+        Args:
+            positions: of the tokens.
+            last: which of them is its prompt's last, for frequencies that depend on the length of the longest prompt;
+                by default the highest position counts, padding or not.
+        """
+        config, length = self.config, None
+        if config.reads_length:
+            counted = positions
+            if last is not None:
+                counted = jnp.take_along_axis(positions, last.reshape(-1, *[1] * (positions.ndim - 1)), axis=-1)
+            length = counted.max() + 1
+
+        def rotated(settings: RopeConfig) -> Rotation:
+            frequencies = settings.frequencies(config.head_dim, length)
+            if positions.ndim == 3:
+                sections = settings.mrope_section
+                return rope.multimodal_rotations(positions, frequencies, sections, settings.attention_factor)
+            return rope.rotations(positions, frequencies, settings.attention_factor)
+
+        full = rotated(config.rope)
+        if config.sliding_rope is None or positions.ndim == 3:
             return full
-        sliding = rope.rotations(positions, config.sliding_rope.frequencies(config.head_dim))
-        cosine, sine = (jnp.stack(pair) for pair in zip(full, sliding, strict=True))
+        cosine, sine = (jnp.stack(pair) for pair in zip(full, rotated(config.sliding_rope), strict=True))
         return cosine, sine
 
     def window(self, tokens: int) -> int | None:
@@ -391,6 +408,7 @@ class Decoder(nnx.Module):
         rope_positions: Int[Array, "B A T"] | None = None,
         memory: Memory | None = None,
         wanted: Int[Array, "B S"] | None = None,
+        last: Int[Array, "B"] | None = None,
     ) -> DecoderOutput:
         """Runs the stack.
 
@@ -404,11 +422,12 @@ class Decoder(nnx.Module):
             memory: what cross-attention layers read.
             wanted: the tokens whose final hidden states are returned, by place; all by default. The last block is then
                 run for them, and for the captured ones, alone, unless blocks are trained or all tokens captured.
+            last: place of every prompt's last token, as in `rotations`.
 
         Returns:
             The normed final hidden states and the captured values.
         """
-        rotation = self.rotations(positions if rope_positions is None else rope_positions)
+        rotation = self.rotations(positions if rope_positions is None else rope_positions, last)
         before = Site("embed", jnp.asarray(-1), positions)
         x = intervention(before, embeddings)
         captured = {"embed": capture.take(x)} if "embed" in capture.sites else {}

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import rope
@@ -15,40 +16,99 @@ from jaxid.models.keys import LINEAR, Key, heads_in, heads_out, linear, prefixed
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of self-attention, in Hugging Face's names."""
 
+ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": (),
+    "dynamic": (),
+    "llama3": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("attention_factor", "short_factor", "long_factor"),
+}
+"""Kinds of rotary embedding, and the settings that only they read."""
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""What a file must say of a kind."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig(Config):
-    """How positions turn queries and keys (HF `rope_parameters`)."""
+    """How positions rotate queries and keys (HF `rope_parameters`)."""
 
-    rope_type: str = "default"  # "default", "linear", "llama3" or "dynamic"
+    rope_type: str = "default"  # one of ROPE_TYPES
     rope_theta: float = 10000.0  # base of the geometric series of wavelengths
-    factor: float = 1.0  # how far positions are stretched ("linear", "llama3")
+    factor: float = 1.0  # how far positions are stretched
     low_freq_factor: float = 1.0  # "llama3": turns below which the full stretch applies
     high_freq_factor: float = 4.0  # "llama3": turns above which none applies
-    original_max_position_embeddings: int = 8192  # "llama3": context length before stretching
+    original_max_position_embeddings: int = 8192  # "llama3", "yarn", "longrope": context length before stretching
     mrope_section: tuple[int, ...] = ()  # pairs that turn by time, height, width; empty: all by one position
+    max_position_embeddings: int = 0  # "dynamic": length beyond which the base grows
+    attention_factor: float = 1.0  # "yarn", "longrope": cosine and sine are multiplied by it
+    beta_fast: float = 32.0  # "yarn": turns above which no stretch applies
+    beta_slow: float = 1.0  # "yarn": turns below which the full stretch applies
+    truncate: bool = True  # "yarn": the ramp between them begins and ends at whole pairs
+    short_factor: tuple[float, ...] = ()  # "longrope": stretch of every pair up to the original context length
+    long_factor: tuple[float, ...] = ()  # "longrope": and beyond it
 
     def __post_init__(self) -> None:
         """Refuses a kind of scaling that is not implemented, when the checkpoint is loaded."""
-        known = ("default", "linear", "llama3", "dynamic")
-        if self.rope_type not in known:
-            raise CheckpointError(f"rope_type {self.rope_type!r} is not implemented; known: {', '.join(known)}.")
+        if self.rope_type not in ROPE_TYPES:
+            raise CheckpointError(f"rope_type {self.rope_type!r} is not implemented; known: {', '.join(ROPE_TYPES)}.")
+        if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise CheckpointError(f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}.")
+        stretched = self.rope_type in ("yarn", "longrope")
+        if stretched and (self.rope_theta <= 1 or self.original_max_position_embeddings < 2):
+            raise CheckpointError(f"{self.rope_type!r} needs rope_theta and original_max_position_embeddings above 1.")
 
-    def frequencies(self, head_width: int) -> Float[np.ndarray, "F"]:
-        """The angular steps per position."""
+    @property
+    def reads_length(self) -> bool:
+        """Whether the frequencies depend on the length of the prompt."""
+        return self.rope_type in ("dynamic", "longrope")
+
+    def frequencies(self, head_width: int, length: Int[Array, ""] | None = None) -> Float[np.ndarray | Array, "F"]:
+        """The angular steps per position.
+
+        Args:
+            head_width: of a head.
+            length: tokens of the batch's longest prompt, for kinds that read it; by default no more than the model
+                was trained on.
+        """
         plain = rope.inverse_frequencies(head_width, self.rope_theta)
-        # "dynamic" stretches nothing up to the context length, which no prompt here comes near.
-        if self.rope_type in ("default", "dynamic"):
-            return plain
         if self.rope_type == "linear":
             return (plain / np.float32(self.factor)).astype(np.float32)
-        return rope.llama3_frequencies(
-            plain,
-            factor=self.factor,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            original_max_position_embeddings=self.original_max_position_embeddings,
-        )
+        if self.rope_type == "dynamic" and length is not None:
+            context = self.max_position_embeddings
+            grown = rope.dynamic_frequencies(
+                length, head_width, self.rope_theta, factor=self.factor, max_position_embeddings=context
+            )
+            return jnp.where(length > context, grown, plain)
+        if self.rope_type == "longrope":
+            short, long = (plain / np.array(factors, np.float32) for factors in (self.short_factor, self.long_factor))
+            return short if length is None else jnp.where(length > self.original_max_position_embeddings, long, short)
+        if self.rope_type == "yarn":
+            return rope.yarn_frequencies(
+                head_width,
+                self.rope_theta,
+                factor=self.factor,
+                original_max_position_embeddings=self.original_max_position_embeddings,
+                beta_fast=self.beta_fast,
+                beta_slow=self.beta_slow,
+                truncate=self.truncate,
+            )
+        if self.rope_type == "llama3":
+            return rope.llama3_frequencies(
+                plain,
+                factor=self.factor,
+                low_freq_factor=self.low_freq_factor,
+                high_freq_factor=self.high_freq_factor,
+                original_max_position_embeddings=self.original_max_position_embeddings,
+            )
+        return plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +153,19 @@ class DecoderConfig(Config):
         if not all(0 <= layer < self.num_hidden_layers for layer in self.cross_attention_layers):
             raise CheckpointError(f"cross_attention_layers {self.cross_attention_layers} are not all layers.")
         half = self.head_dim // 2
+        for one in filter(None, (self.rope, self.sliding_rope)):
+            if self.head_dim % 2 or (one.rope_type == "dynamic" and half < 2):
+                raise CheckpointError(f"heads of width {self.head_dim} cannot be rotated in pairs.")
+            factors = {len(one.short_factor), len(one.long_factor)}
+            if one.rope_type == "longrope" and factors != {half}:
+                raise CheckpointError(f"short_factor and long_factor have {sorted(factors)} entries, not {half}.")
         if self.rope.mrope_section and sum(self.rope.mrope_section) != half:
             raise CheckpointError(f"mrope_section {self.rope.mrope_section} does not sum up to {half} pairs.")
+
+    @property
+    def reads_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the prompt."""
+        return self.rope.reads_length or (self.sliding_rope is not None and self.sliding_rope.reads_length)
 
     @property
     def slides(self) -> tuple[bool, ...]:
@@ -104,6 +175,7 @@ class DecoderConfig(Config):
 
 # What Hugging Face's config classes assume where a file says nothing, beyond LlamaConfig's defaults.
 _QWEN2 = {
+    "max_position_embeddings": 32768,
     "vocab_size": 151936,
     "hidden_size": 4096,
     "intermediate_size": 22016,
@@ -125,6 +197,7 @@ _QWEN_VL = _QWEN2 | {
     "max_window_layers": 80,
 }
 _GEMMA3 = {
+    "max_position_embeddings": 131072,
     "vocab_size": 262208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -142,6 +215,7 @@ _GEMMA3 = {
     "bidirectional_pictures": True,
 }
 _MLLAMA = {
+    "max_position_embeddings": 131072,
     "vocab_size": 128256,
     "intermediate_size": 14336,
     "num_hidden_layers": 40,
@@ -152,7 +226,7 @@ _MLLAMA = {
     "cross_attention_layers": (3, 8, 13, 18, 23, 28, 33, 38),
 }
 KINDS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {},
+    "llama": {"max_position_embeddings": 2048},
     "qwen2": _QWEN2,
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
@@ -218,32 +292,59 @@ def _read_layer_types(fields: dict[str, Any], kind: str) -> None:
 
 
 def _read_rope(fields: dict[str, Any], kind: str) -> tuple[RopeConfig, RopeConfig | None]:
-    """Takes the rotary settings out of the fields: of all layers, or of full and of sliding ones."""
-    parameters = dict(fields.pop("rope_parameters", None) or {})
-    scaling = dict(fields.pop("rope_scaling", None) or {})
+    """Takes the rotary settings out of the fields: of all layers, or of full and of sliding ones.
+
+    What counts where a setting stands in several places is what Hugging Face's configs make of it
+    (`convert_rope_params_to_dict`).
+    """
+    scaling, parameters = fields.pop("rope_scaling", None) or {}, fields.pop("rope_parameters", None) or {}
     theta, local = fields.pop("rope_theta", None), fields.pop("rope_local_base_freq", None)
-    context = fields.get("max_position_embeddings") or 2048
-    two = FULL in parameters or SLIDING in parameters or kind == "gemma3_text"
-    sections = (16, 24, 24) if kind in ("qwen2_vl_text", "qwen2_5_vl_text") else ()
-    thetas = {FULL: theta or 1000000.0, SLIDING: local or 10000.0} if two else {FULL: theta}
-    found = []
-    for attention, base in thetas.items():
-        own = dict(parameters.get(attention) or {}) if two else parameters
-        scaled = scaling if attention == FULL else {}
-        settings = {**({} if base is None else {"rope_theta": base}), **scaled, **own}
-        old = settings.pop("type", None)
-        settings.setdefault("rope_type", old or "default")
-        if settings["rope_type"] == "mrope":
+    original, context = fields.pop("original_max_position_embeddings", None), fields["max_position_embeddings"]
+    if kind == "gemma3_text":
+        full = {"rope_theta": theta or 1000000.0, **(parameters.get(FULL) or {"rope_type": "default"}), **scaling}
+        sliding = {"rope_theta": local or 10000.0, **(parameters.get(SLIDING) or {})}
+        for settings in (full, sliding):
+            settings.pop("truncate", None)  # Hugging Face reads it where settings are not given by kind of layer
+        return _rope_config(full, context), _rope_config(sliding, context)
+    settings = dict(scaling or parameters)
+    if kind in ("qwen2_vl_text", "qwen2_5_vl_text"):
+        if settings.get("rope_type", settings.get("type")) == "mrope":
             settings["rope_type"] = "default"
-        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-        missing = [name for name in needed.get(settings["rope_type"], ()) if name not in settings]
-        if missing:
-            raise CheckpointError(f"rope_parameters of kind {settings['rope_type']!r} lack {', '.join(missing)}.")
-        if settings["rope_type"] == "llama3":
-            settings.setdefault("original_max_position_embeddings", context)
-        settings["mrope_section"] = tuple(settings.get("mrope_section") or sections)
-        found.append(RopeConfig.from_fields(settings, where="rope_parameters"))
-    return found[0], found[1] if two else None
+        settings["mrope_section"] = settings.get("mrope_section") or (16, 24, 24)
+    if original is not None:
+        settings["original_max_position_embeddings"] = original
+    return _rope_config({"rope_theta": theta, **settings}, context), None
+
+
+def _rope_config(settings: dict[str, Any], context: int) -> RopeConfig:
+    """Reads the rotary settings of one kind of layer, in a model for so many positions."""
+    old = settings.pop("type", None)
+    kind = settings.setdefault("rope_type", old or "default")
+    missing = [name for name in _NEEDED.get(kind, ()) if name not in settings]
+    if missing:
+        raise CheckpointError(f"rope_parameters of kind {kind!r} lack {', '.join(missing)}.")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings.pop("partial_rotary_factor", 1) != 1:
+        raise CheckpointError("partial_rotary_factor: heads that are rotated in part are not implemented.")
+    foreign = {name for names in ROPE_TYPES.values() for name in names} - set(ROPE_TYPES.get(kind, ()))
+    for name in foreign & set(settings):
+        raise CheckpointError(f"rope_parameters of kind {kind!r} do not read {name}={settings[name]!r}.")
+    if kind == "dynamic":
+        settings["max_position_embeddings"] = context
+    if kind in ("llama3", "yarn", "longrope"):
+        original = settings.setdefault("original_max_position_embeddings", context)
+        stretch = settings.setdefault("factor", context / original)
+        slopes = settings.pop("mscale", 0.0), settings.pop("mscale_all_dim", 0.0)
+        if kind != "llama3" and "attention_factor" not in settings:
+            yarn = kind == "yarn"
+            scaling = rope.yarn_scaling(stretch, *slopes) if yarn else rope.longrope_scaling(stretch, original)
+            settings["attention_factor"] = scaling
+    for name in ("mrope_section", "short_factor", "long_factor"):
+        settings[name] = tuple(settings.get(name, ()))
+    for name in ("beta_fast", "beta_slow"):
+        if not settings.get(name):
+            settings.pop(name, None)
+    return RopeConfig.from_fields(settings, where="rope_parameters")
 
 
 def _refuse(fields: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -77,5 +77,6 @@ class Network(nnx.Module):
             rope_positions=inputs.rope_positions,
             memory=self.memory(inputs),
             wanted=wanted,
+            last=inputs.last,
         )
         return NetworkOutput(*output)

@@ -139,7 +139,7 @@ def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
 def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     """Only the fields that the kind of scaling reads: Hugging Face warns of others."""
     fields = dataclasses.asdict(rope)
-    kept = {"default": 2, "linear": 3}.get(rope.rope_type, len(fields))
+    kept = {"default": 2, "linear": 3}.get(rope.rope_type, 6)
     return dict(list(fields.items())[:kept])
 
 
