@@ -21,7 +21,7 @@ from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig, Task
 from jaxid.ids import SpatialIDs
 from jaxid.models.base import Model
-from jaxid.results import ensure_output_folder, whole_file, write_json
+from jaxid.results import confidence_interval, ensure_output_folder, whole_file, write_json
 from jaxid.runs.trackers import Trackers
 
 COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
@@ -160,11 +160,17 @@ def _finish(options: FinetuneRun, job: Task, items: int, folder: Path, seconds: 
     metrics = training.read_metrics(options.out / "metrics.csv")
     evaluations = training.read_metrics(options.out / "evaluations.csv")
     write_json(options.out / "metrics.json", {"training": metrics, "evaluations": evaluations})
-    named = {name: f"{name.replace('_', ' ')}" for name in _SETS if name in evaluations[0]}
+    questions = {name: int(evaluations[0][f"{name}_questions"]) for name in _SETS if name in evaluations[0]}
+    named = {name: f"{name.replace('_', ' ')} (n = {count})" for name, count in questions.items()}
     figure = plots.finetune_curves(
         {name: np.array([[row["step"], row[name]] for row in metrics]) for name in ("answer_loss", "id_loss")},
         {shown: np.array([[row["step"], row[name]] for row in evaluations]) for name, shown in named.items()},
         title=f"{job.model.name}, weight of the ID loss {job.config.id_weight:g}",
+        intervals={
+            shown: np.array([confidence_interval(int(row[f"{name}_right"]), questions[name]) for row in evaluations])
+            for name, shown in named.items()
+        },
+        about=plots.About(model=job.model.name, items=items, unit="pictures, held-out ones included"),
     )
     plots.save(figure, options.out / "curves.png")
     every = sum(int(leaf.size) for leaf in jax.tree.leaves(job.model.parameters))
@@ -246,7 +252,17 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
             lines.append(f"{name},{kind},{numbers},{' '.join(f'{value:.4f}' for value in entry['values'])}")
     with whole_file(out / "comparison.csv") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-    plots.save(plots.finetune_comparison(steps, curves), out / "comparison.png")
+    runs_of = {kind: len(of_kind) for kind, of_kind in kinds.items()}
+    questions = {
+        row[f"{name}_questions"] for run in runs for row in run["evaluations"] for name in _SETS if name in row
+    }
+    about = plots.About(
+        model=str(runs[0]["model"]),
+        items=f"{runs_of['with_ids']} and {runs_of['without_ids']}",
+        unit="runs",
+        note=f"{' to '.join(f'{count:g}' for count in sorted({min(questions), max(questions)}))} questions a point",
+    )
+    plots.save(plots.finetune_comparison(steps, curves, about=about), out / "comparison.png")
     return found
 
 
