@@ -1,20 +1,94 @@
-"""Files of IDs: safetensors whose metadata names every axis, written whole or not at all."""
+"""What containers of IDs share: checks of arrays and indices, and files whose metadata names every axis."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
 
 from jaxid import __version__
-from jaxid.errors import CheckpointError, OutputError
+from jaxid.checks import check_finite
+from jaxid.errors import CheckpointError, InputError, OutputError
+from jaxid.reading import reading, reporting
 
 VERSION = "1"
 
 Axes = Mapping[str, Sequence[str]]
 """Names of every array's axes."""
+
+
+def check(values: Any, counts: Any, embeddings: Any) -> None:
+    """Checks that IDs are finite real numbers and that nothing is counted less than 0 times.
+
+    Raises:
+        InputError: naming the array.
+    """
+    for name, array in (("values", values), ("embeddings", embeddings)):
+        if array is None or isinstance(array, Tracer):
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"{name} must hold floating-point numbers, not {array.dtype}.")
+        check_finite(name, array)
+    if np.asarray(counts).dtype.kind not in "iu" or (np.asarray(counts) < 0).any():
+        raise InputError("counts must be integers of 0 or more.")
+
+
+def entries(name: str, index: Any, length: int, note: str = "") -> Any:
+    """An index, checked where it is known; a slice as integers.
+
+    Args:
+        name: what is indexed, in the message.
+        index: integers, or a slice of them.
+        length: how many entries there are.
+        note: ends the message.
+
+    Raises:
+        InputError: for anything but integers from 0 to the last entry.
+    """
+    if isinstance(index, slice):
+        bounds = [bound for bound in (index.start, index.stop) if bound is not None]
+        known = all(isinstance(bound, int | np.integer) and 0 <= bound <= length for bound in bounds)
+        if known and isinstance(index.step, int | np.integer | None) and index.step != 0:
+            return np.arange(length)[index]
+        raise InputError(f"a slice of {name}s lies between 0 and {length}, not {index}{note}.")
+    if isinstance(index, Tracer):
+        if jnp.issubdtype(index.dtype, jnp.integer):
+            return index
+        raise InputError(f"a {name} is an integer from 0 to {length - 1}, not {index.dtype}{note}.")
+    array = np.asarray(index)
+    if array.dtype.kind not in "iu" or (array < 0).any() or (array >= length).any():
+        raise InputError(f"a {name} is an integer from 0 to {length - 1}, not {index}{note}.")
+    return array
+
+
+def take(values: Float[Array, "..."], *indices: Any) -> Float[Array, "..."]:
+    """Values at checked indices of the leading axes; NaN at traced ones out of range."""
+    places = []
+    for axis, index in enumerate(indices):
+        traced = isinstance(index, Tracer)
+        places.append(jnp.where(index < 0, values.shape[axis], index) if traced else index)
+    return values.at[tuple(places)].get(mode="fill", fill_value=jnp.nan)
+
+
+@contextlib.contextmanager
+def loading(path: str | Path, shown: str) -> Iterator[None]:
+    """Turns whatever is wrong with what a file holds into an error that names it.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    message = f"{path} is an incomplete file of {shown}"
+    with reporting(message, CheckpointError):
+        try:
+            yield
+        except InputError as problem:  # of the container that is made of it
+            raise CheckpointError(f"{message}: {problem}") from problem
 
 
 def write(
@@ -60,24 +134,19 @@ def read(path: str | Path, kind: str, shown: str, axes: Axes) -> tuple[dict[str,
     Raises:
         CheckpointError: The file is missing, damaged, or not of this kind and version.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as a file of {shown}: {error}") from error
+    with reading(path, f"a file of {shown}"), safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     found = (metadata.get("format"), metadata.get("format_version"))
     if found != (kind, VERSION):
         raise CheckpointError(
             f"{path} is not a file of {shown} that this version reads: its format is {found}, not {(kind, VERSION)}."
         )
-    try:
+    with loading(path, shown):
         if json.loads(metadata["axes"]) != {name: list(axes[name]) for name in tensors}:
             raise CheckpointError(f"{path} has axes {metadata['axes']}, not {dict(axes)}.")
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is an incomplete file of {shown}: {error}") from error
     for name, tensor in tensors.items():
         expected: Any = np.int32 if name == "counts" else np.float32
         if tensor.dtype != expected or not np.isfinite(tensor).all():

@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxid import id_files
 from jaxid.checkpoints.torch_files import Size, read_authors_ids
-from jaxid.errors import CheckpointError, InputError
+from jaxid.checks import check_finite
+from jaxid.errors import InputError
 from jaxid.kernels import probing
+from jaxid.models.sites import as_integers
 
 GRID = 4  # columns and rows of the published scenes
 FULL_SIZE = 224  # pixels: the published size of an object that fills its cell
@@ -41,7 +43,8 @@ class SpatialIDs:
     """Spatial IDs of one model, by layer, object, object size and cell.
 
     `ids[k, x, y]` is the universal ID (the mean over objects) of layer k at column x and row y, at the
-    largest size; indices broadcast as in numpy: `ids[layers, 0, 0]` is [len(layers), D].
+    largest size; indices broadcast as in numpy: `ids[layers, 0, 0]` is [len(layers), D]. They count from 0; traced
+    ones out of range give NaN.
 
     Raises:
         InputError: The arrays and names do not fit each other.
@@ -57,6 +60,7 @@ class SpatialIDs:
     fingerprint: str = ""  # of the model's parameters
 
     def __post_init__(self) -> None:
+        id_files.check(self.values, self.counts, self.embeddings)
         if self.values.ndim != 6 or self.values.shape[3] < 2 or self.values.shape[4] < 2:
             raise InputError(
                 "values must be [layer, object, size, column, row, width] on a grid of at least 2 x 2, "
@@ -70,6 +74,7 @@ class SpatialIDs:
         ):
             if not length or len(entries) != length or len(set(entries)) != length:
                 raise InputError(f"{name} must name {length} different entries, not {list(entries)}.")
+        check_finite("sizes", self.sizes)
         if self.counts.shape != self.values.shape[1:5]:
             raise InputError(f"counts is {list(self.counts.shape)}; values asks for {list(self.values.shape[1:5])}.")
         if self.embeddings is not None and self.embeddings.shape != self.values.shape[1:]:
@@ -95,7 +100,8 @@ class SpatialIDs:
         index = self._size_index(size)
         present = self.counts[:, index] > 0
         self._require_cells(present.any(axis=0), "any object", index)
-        mean = np.einsum("loxyd,oxy->lxyd", self.values[:, :, index], present.astype(np.float32))
+        values = np.asarray(self.values[:, :, index], np.float32)
+        mean = np.einsum("loxyd,oxy->lxyd", values, present.astype(np.float32))
         mean /= present.sum(axis=0, dtype=np.float32)[..., None]
         # The property keeps the array: one made inside a traced function would leak its tracer.
         with jax.ensure_compile_time_eval():
@@ -117,7 +123,8 @@ class SpatialIDs:
         if not isinstance(key, tuple) or len(key) != 3:
             raise InputError("Index spatial IDs by layer, column and row: ids[k, x, y].")
         names = ("layer", "column", "row")
-        return self.universal[tuple(map(_checked_index, names, key, self.universal.shape))]
+        universal = self.universal
+        return id_files.take(universal, *map(_checked_index, names, key, universal.shape))
 
     def at_box(
         self,
@@ -142,6 +149,8 @@ class SpatialIDs:
         """
         layers = _checked_index("layer", layer, len(self.layer_names))
         boxes = jnp.asarray(box, jnp.float32)
+        if not isinstance(boxes, Tracer):
+            check_finite("boxes", boxes)
         width, height = (float(side) for side in image_size)
         if boxes.shape[-1:] != (4,) or min(width, height) <= 0:
             raise InputError(
@@ -151,7 +160,7 @@ class SpatialIDs:
         columns, rows = self.universal.shape[1:3]
         x = (boxes[..., 0] + boxes[..., 2] / 2) * (columns / width)
         y = (boxes[..., 1] + boxes[..., 3] / 2) * (rows / height)
-        return probing.bilinear(self.universal[layers], x, y, half_cell=half_cell)
+        return probing.bilinear(id_files.take(self.universal, layers), x, y, half_cell=half_cell)
 
     def axes(self, *, include_diagonal: bool = False) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
         """The x axis (rightwards) and the y axis (downwards) of each layer's universal IDs.
@@ -209,7 +218,7 @@ class SpatialIDs:
             CheckpointError: The file is missing, damaged, or not a file of spatial IDs of this version.
         """
         tensors, metadata = id_files.read(path, _FORMAT, "spatial IDs", _AXES)
-        try:
+        with id_files.loading(path, "spatial IDs"):
             return cls(
                 values=tensors["values"],
                 counts=tensors["counts"],
@@ -220,8 +229,6 @@ class SpatialIDs:
                 model=metadata["model"],
                 fingerprint=metadata["fingerprint"],
             )
-        except (KeyError, TypeError, ValueError, InputError) as error:
-            raise CheckpointError(f"{path} is an incomplete file of spatial IDs: {error}") from error
 
     @classmethod
     def from_torch(cls, path: str | Path, size: Size | None = None, layer_key: str = "hf") -> "SpatialIDs":
@@ -243,14 +250,15 @@ class SpatialIDs:
                 the key.
         """
         values, embeddings, objects, sizes = read_authors_ids(path, size, layer_key)
-        return cls(
-            values=values,
-            counts=np.ones(values.shape[1:5], np.int32),
-            embeddings=embeddings,
-            objects=objects,
-            sizes=sizes,
-            layer_names=_layer_names(len(values)),
-        )
+        with id_files.loading(path, "spatial IDs"):
+            return cls(
+                values=values,
+                counts=np.ones(values.shape[1:5], np.int32),
+                embeddings=embeddings,
+                objects=objects,
+                sizes=sizes,
+                layer_names=_layer_names(len(values)),
+            )
 
     def _size_index(self, size: Size | None) -> int:
         """Position of a size, of the largest by default."""
@@ -384,7 +392,7 @@ def _batch_indices(
         "b_cell": GRID * GRID,
         "size_index": sizes,
     }
-    index = {name: np.asarray(getattr(batch, name)) for name in limits}
+    index = {name: as_integers(name, getattr(batch, name)) for name in limits}
     for name, limit in limits.items():
         if index[name].shape != batch.activations.shape[:1]:
             raise InputError(
@@ -409,11 +417,5 @@ def _layer_names(layers: int) -> tuple[str, ...]:
 
 
 def _checked_index(name: str, index: Any, length: int) -> Any:
-    """Refuses an index out of range, which JAX would silently clamp; traced ones cannot be looked at."""
-    if isinstance(index, slice | Tracer):
-        return index
-    array = np.asarray(index)
-    if array.dtype.kind not in "iu" or (array < 0).any() or (array >= length).any():
-        note = " (the embeddings' IDs are `.embeddings`)" if name == "layer" else ""
-        raise InputError(f"A {name} is a whole number from 0 to {length - 1}, not {index}{note}.")
-    return array
+    note = " (the embeddings' IDs are `.embeddings`)" if name == "layer" else ""
+    return id_files.entries(name, index, length, note)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxid import id_files
-from jaxid.errors import CheckpointError, InputError
+from jaxid.errors import InputError
 from jaxid.kernels import probing
+from jaxid.models.sites import as_integers
 
 FRAMES = tuple(range(1, 8))
 """Frames at which objects come in the published clips."""
@@ -38,6 +40,7 @@ class TemporalIDs:
     """Temporal IDs of one model, by layer, object and frame.
 
     `ids[k, f]` is the universal ID (the mean over objects) of layer k for things that come at frame f.
+    Traced layers and frames that do not exist give NaN.
 
     Raises:
         InputError: The arrays and names do not fit each other.
@@ -46,13 +49,16 @@ class TemporalIDs:
     values: Float[np.ndarray, "L O F D"]  # float32; zero where counts is zero
     counts: Int[np.ndarray, "O F"]  # words read behind each ID; zero: there is none
     objects: tuple[str, ...]
-    frames: tuple[int, ...]  # rising
+    frames: tuple[int, ...]  # ascending
     layer_names: tuple[str, ...]
     embeddings: Float[np.ndarray, "O F D"] | None = None  # the same before the first block
     model: str = ""  # name of the model
     fingerprint: str = ""  # of the model's parameters
 
     def __post_init__(self) -> None:
+        id_files.check(self.values, self.counts, self.embeddings)
+        if self.values.ndim != 4:
+            raise InputError(f"values must be [layer, object, frame, width], not {list(self.values.shape)}.")
         layers, objects, frames = self.values.shape[:3]
         for name, entries, length in (
             ("objects", self.objects, objects),
@@ -61,8 +67,10 @@ class TemporalIDs:
         ):
             if not length or len(entries) != length or len(set(entries)) != length:
                 raise InputError(f"{name} must name {length} different entries, not {list(entries)}.")
+        if not all(isinstance(frame, int | np.integer) for frame in self.frames):
+            raise InputError(f"frames must be integers, not {list(self.frames)}.")
         if frames < 2 or list(self.frames) != sorted(self.frames):
-            raise InputError(f"temporal IDs need two or more rising frames, not {list(self.frames)}.")
+            raise InputError(f"temporal IDs need two or more ascending frames, not {list(self.frames)}.")
         if self.counts.shape != self.values.shape[1:3]:
             raise InputError(f"counts is {list(self.counts.shape)}; values asks for {list(self.values.shape[1:3])}.")
         if self.embeddings is not None and self.embeddings.shape != self.values.shape[1:]:
@@ -81,7 +89,7 @@ class TemporalIDs:
         missing = np.array(self.frames)[~np.asarray(present.any(axis=0))].tolist()
         if missing:
             raise InputError(f"There is no ID at frames {missing}: extract from clips of every frame.")
-        mean = np.einsum("lofd,of->lfd", self.values, present.astype(np.float32))
+        mean = np.einsum("lofd,of->lfd", np.asarray(self.values, np.float32), present.astype(np.float32))
         mean /= present.sum(axis=0, dtype=np.float32)[:, None]
         # The property keeps the array: one made inside a traced function would leak its tracer.
         with jax.ensure_compile_time_eval():
@@ -90,13 +98,16 @@ class TemporalIDs:
     def __getitem__(self, key: Any) -> Float[Array, "..."]:
         if not isinstance(key, tuple) or len(key) != 2:
             raise InputError("Index temporal IDs by layer and frame: ids[k, f].")
-        layer, frame = np.asarray(key[0]), np.asarray(key[1])
-        layers = len(self.layer_names)
-        if layer.dtype.kind not in "iu" or ((layer < 0) | (layer >= layers)).any():
-            raise InputError(f"A layer is a whole number from 0 to {layers - 1}, not {key[0]}.")
-        if not np.isin(frame, self.frames).all():
+        layer = id_files.entries("layer", key[0], len(self.layer_names))
+        frame, frames = as_integers("frame", key[1]), np.array(self.frames)
+        if isinstance(frame, Tracer):
+            place = jnp.searchsorted(frames, frame)
+            place = jnp.where(jnp.isin(frame, frames), place, len(frames))
+        elif np.isin(frame, frames).all():
+            place = np.searchsorted(frames, frame)
+        else:
             raise InputError(f"There are no IDs of frame {key[1]}; the frames are {list(self.frames)}.")
-        return self.universal[layer, np.searchsorted(self.frames, frame)]
+        return id_files.take(self.universal, layer, place)
 
     def line(self) -> "Line":
         """The direction along which each layer's universal IDs vary most, from early to late."""
@@ -128,7 +139,7 @@ class TemporalIDs:
             CheckpointError: The file is missing, damaged, or not a file of temporal IDs of this version.
         """
         tensors, metadata = id_files.read(path, _FORMAT, "temporal IDs", _AXES)
-        try:
+        with id_files.loading(path, "temporal IDs"):
             return cls(
                 values=tensors["values"],
                 counts=tensors["counts"],
@@ -139,8 +150,6 @@ class TemporalIDs:
                 model=metadata["model"],
                 fingerprint=metadata["fingerprint"],
             )
-        except (KeyError, TypeError, ValueError, InputError) as error:
-            raise CheckpointError(f"{path} is an incomplete file of temporal IDs: {error}") from error
 
 
 class Line(NamedTuple):
@@ -307,7 +316,7 @@ def _checked(batch: TemporalBatch, number: int, pairs: int, objects: int, frames
     used = np.asarray(batch.pair_index) != -1
     limits = {"object_index": objects, "pair_index": pairs, "frame": frames, "other": frames}
     for name, limit in limits.items():
-        index = np.asarray(getattr(batch, name))
+        index = as_integers(name, getattr(batch, name))
         if index.shape != batch.activations.shape[:1]:
             raise InputError(f"Batch {number}: {name} is {list(index.shape)}, not one of every row.")
         if ((index < 0) | (index >= limit))[used].any():

@@ -38,6 +38,8 @@ def log_probs(
     """
     if hidden.dtype != unembedding.dtype:
         hidden, unembedding = hidden.astype(jnp.float32), unembedding.astype(jnp.float32)
+    # Or negative ids would count from the end.
+    token_ids = jnp.where(token_ids < 0, unembedding.shape[1], token_ids)
     chosen_columns = jnp.take(unembedding, token_ids, axis=1)  # [D, n] or [D, *batch, n]
     pattern = "...d,dn->...n" if token_ids.ndim == 1 else "...d,d...n->...n"
     chosen = _cap(_contract(pattern, hidden, chosen_columns), soft_cap)

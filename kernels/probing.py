@@ -322,6 +322,8 @@ def _dot(left: Float[Array, "*batch D"], right: Float[Array, "*batch D"]) -> Flo
 
 def _unit(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """Vectors of length one; a zero vector stays zero."""
-    squared = _dot(vectors, vectors)[..., None]
-    positive = squared > 0
-    return jnp.where(positive, vectors / jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+    # Divided by their largest entry first, so that no square overflows or vanishes.
+    largest = jax.lax.stop_gradient(jnp.abs(vectors).max(axis=-1, keepdims=True))
+    positive = largest > 0
+    scaled = vectors / jnp.where(positive, largest, 1.0)
+    return jnp.where(positive, scaled / jnp.sqrt(jnp.where(positive, _dot(scaled, scaled)[..., None], 1.0)), 0.0)

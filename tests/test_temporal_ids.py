@@ -138,7 +138,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit() -> None:
-    with pytest.raises(InputError, match="rising frames"):
+    with pytest.raises(InputError, match="ascending frames"):
         ids(frames=(7, 6, 5, 4, 3, 2, 1))
     with pytest.raises(InputError, match="objects must name 3"):
         ids(objects=("star", "star", "cup"))

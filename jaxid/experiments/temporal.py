@@ -105,8 +105,8 @@ def word_coordinates(
 ) -> dict[str, Float[np.ndarray, "L"]]:
     """Words without a clip, less their mean, on each layer's line from early to late."""
     prompts = model.prepare(None, list(words))
-    states = np.asarray(residuals_at(model, prompts, prompts.word(list(words))))[1:, :, 0]
-    centred = (states - states.mean(axis=1, keepdims=True)).astype(np.float32)
+    states = np.asarray(residuals_at(model, prompts, prompts.word(list(words))), np.float32)[1:, :, 0]
+    centred = states - states.mean(axis=1, keepdims=True)
     return dict(zip(words, ids.line().coordinates(centred, centred=True).T, strict=True))
 
 
