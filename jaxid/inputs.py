@@ -1,9 +1,8 @@
 """Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word sits."""
 
 import dataclasses
+import functools
 import itertools
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from jaxtyping import Float, Int
 
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.models.inputs import Inputs
+from jaxid.processing import templates, words
 from jaxid.processing.base import PictureSide
-from jaxid.processing.pictures import Picture, first_line
-
-_STAND_IN = "\ue000"  # a private character
+from jaxid.processing.pictures import Picture
+from jaxid.processing.words import shown
+from jaxid.reading import read_json, reading, reporting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +29,7 @@ class Prompts:
         texts: the rendered prompts, image tokens expanded, length B.
         spans: first and last + 1 character of the question in the text, Int[B, 2].
         offsets: first and last + 1 character of every token in the text, Int[B, T, 2].
+        unknown: the words of every question that the vocabulary does not hold, length B.
     """
 
     inputs: Inputs
@@ -36,59 +37,91 @@ class Prompts:
     texts: tuple[str, ...]
     spans: Int[np.ndarray, "B 2"]
     offsets: Int[np.ndarray, "B T 2"]
+    unknown: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         """Number of prompts, B."""
         return len(self.questions)
 
-    def word(self, word: str | Sequence[str], *, occurrence: int | None = None) -> Int[np.ndarray, "B"]:
+    def words(self, names: Sequence[Sequence[str]], *, occurrence: int | None = 0) -> Int[np.ndarray, "B N"]:
+        """Positions of the last sub-token of several names in each question, all located together.
+
+        Longer names come first and no two overlap: beside "hot dog", "dog" is a dog of its own.
+
+        Args:
+            names: of each prompt, as many for all.
+            occurrence: which one, 0-based, where a name stands more than once; None refuses such names.
+
+        Returns:
+            Int[B, N], positions in the prompt.
+
+        Raises:
+            InputError: if two names of a prompt are the same, or prompts have different numbers of them.
+            PromptError: if a prompt's question does not hold a name.
+        """
+        if len({len(own) for own in names}) > 1:
+            raise InputError(f"every prompt needs as many names, not {sorted({len(own) for own in names})}.")
+        columns = zip(*names, strict=True)
+        return np.stack([self.word(column, beside=names, occurrence=occurrence) for column in columns], axis=1)
+
+    def word(
+        self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
+    ) -> Int[np.ndarray, "B"]:
         """Position of the last sub-token of a word of the question.
 
         Args:
             word: the word, the same for all prompts or one per prompt; matched whole, case-sensitively.
+            beside: other names in each prompt's question; the word is not looked for inside longer ones of them. May
+                hold the word itself.
             occurrence: which one, 0-based, where the word stands more than once.
 
         Returns:
             Int[B], positions in the prompt.
 
         Raises:
+            InputError: if two names of a prompt are the same.
             PromptError: if a prompt's question does not hold the word, or holds it several times and
                 `occurrence` is not given.
         """
-        words = self._per_prompt(word)
-        return np.array([tokens[-1] for tokens in self._word_tokens(words, occurrence)], np.int32)
+        return np.array([tokens[-1] for tokens in self._word_tokens(word, beside, occurrence)], np.int32)
 
-    def word_tokens(self, word: str | Sequence[str], *, occurrence: int | None = None) -> Int[np.ndarray, "B P"]:
-        """Positions of all sub-tokens of a word, shorter rows filled up with their last position."""
-        rows = self._word_tokens(self._per_prompt(word), occurrence)
+    def word_tokens(
+        self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
+    ) -> Int[np.ndarray, "B P"]:
+        """Positions of all sub-tokens of a word, see `word`; shorter rows are padded with their last position."""
+        rows = self._word_tokens(word, beside, occurrence)
         longest = max(len(row) for row in rows)
         return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32)
 
-    def _per_prompt(self, word: str | Sequence[str]) -> list[str]:
-        words = [word] * len(self) if isinstance(word, str) else list(word)
-        if len(words) != len(self):
-            raise InputError(f"{len(words)} words were given for {len(self)} prompts.")
-        return words
-
-    def _word_tokens(self, words: list[str], occurrence: int | None) -> list[list[int]]:
+    def _word_tokens(
+        self, word: str | Sequence[str], beside: Sequence[Sequence[str]], occurrence: int | None
+    ) -> list[list[int]]:
+        wanted = [word] * len(self) if isinstance(word, str) else list(word)
+        others = list(beside) or [()] * len(self)
+        for given in (wanted, others):
+            if len(given) != len(self):
+                raise InputError(f"{len(given)} words were given for {len(self)} prompts.")
         found = []
-        for row, word in enumerate(words):
-            question = self.questions[row]
-            # An accent may be a letter of its own, which Python counts to no word.
-            whole = rf"(?<!\w){re.escape(word)}(?![\w\u0300-\u036f])"
-            places = [match.span() for match in re.finditer(whole, question)]
-            if not word.strip() or not places:
-                raise PromptError(f"prompt {row} ({question!r}) does not hold the word {word!r}.")
+        for row, (word, names) in enumerate(zip(wanted, others, strict=True)):
+            if len(set(names)) < len(names):
+                raise InputError(f"prompt {row} asks for two objects of the same name: {', '.join(names)}.")
+            question = shown(self.questions[row])
+            places = words.places(self.questions[row], [word, *(name for name in names if name != word)])[0]
+            if not places:
+                inside = " on its own, outside its other names" if words.places(self.questions[row], [word])[0] else ""
+                raise PromptError(f"prompt {row} ({question}) does not hold the word {word!r}{inside}.")
             if occurrence is None and len(places) > 1:
                 raise PromptError(
-                    f"prompt {row} ({question!r}) holds the word {word!r} {len(places)} times; "
+                    f"prompt {row} ({question}) holds the word {word!r} {len(places)} times; "
                     f"say which one with occurrence=0..{len(places) - 1}."
                 )
             if not 0 <= (occurrence or 0) < len(places):
-                raise PromptError(f"prompt {row} ({question!r}) has no occurrence {occurrence} of {word!r}.")
+                raise PromptError(f"prompt {row} ({question}) has no occurrence {occurrence} of {word!r}.")
             first, end = (place + int(self.spans[row, 0]) for place in places[occurrence or 0])
             starts, ends = self.offsets[row, :, 0], self.offsets[row, :, 1]
             tokens = np.flatnonzero((starts < end) & (ends > first) & (ends > starts))
+            if not len(tokens):
+                raise PromptError(f"prompt {row} ({question}): the tokenizer makes no token of the word {word!r}.")
             found.append([int(token) for token in tokens])
         return found
 
@@ -187,26 +220,32 @@ class Processor:
         Raises:
             CheckpointError: naming the part that is missing or unreadable.
         """
-        from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoConfig, PreTrainedTokenizerFast
 
         # Of a kind of model that it does not know, transformers would read the config.json and warn of what it finds.
         known = {"config": AutoConfig.for_model(side.tokenizer_of)} if side.tokenizer_of else {}
         # Of a kind that it knows, it would cut words that kind's way, though the folder asks for tokenizer.json alone.
-        kind: Any = PreTrainedTokenizerFast if known and _takes_any(folder) else AutoTokenizer
-        try:
-            tokenizer = kind.from_pretrained(
-                folder, local_files_only=True, **({} if kind is not AutoTokenizer else known)
-            )
-        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+        if known and _takes_any(folder):
+            tokenizer = words.read_tokenizer(folder, PreTrainedTokenizerFast)
+        else:
+            tokenizer = words.read_tokenizer(folder, **known)
         image_processor = side.load_image_processor(folder, config)
         token = side.token_id(tokenizer, config)
-        if tokenizer.convert_ids_to_tokens([token]) in ([None], [tokenizer.unk_token]):
+        with reading(folder, "a tokenizer"):
+            missing = tokenizer.convert_ids_to_tokens([token]) in ([None], [tokenizer.unk_token])
+        if missing:
             raise CheckpointError(
                 f"the tokenizer in {folder} has no token of id {token}, which config.json names as the image token."
             )
-        tokenizer.chat_template = _chat_template(folder, tokenizer, side)
-        return cls(tokenizer, side(tokenizer, image_processor, config), stop_ids=_stop_ids(folder, tokenizer))
+        loaded = side(tokenizer, image_processor, config)
+        loaded.check(folder)
+        tokenizer.chat_template = _chat_template(folder, tokenizer, loaded)
+        return cls(tokenizer, loaded, stop_ids=_stop_ids(folder, tokenizer, config))
+
+    @functools.cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The tokenizer's special tokens, which no question may hold."""
+        return words.special_tokens(self.tokenizer)
 
     def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N ..."]:
         """Pictures as the family's tower takes them, each in a prompt of its own.
@@ -227,38 +266,33 @@ class Processor:
         Raises:
             PromptError: for an empty question, or one that the template does not keep as it is.
         """
-        question = question.strip()
-        placeholder = self.side.placeholder
+        words.check_text(question, "the question", (), PromptError)
+        question, placeholder = question.strip(), self.side.placeholder
         if not question:
             raise PromptError("the question is empty.")
         if placeholder in question:
-            raise PromptError(f"the question {question!r} holds the image token {placeholder!r}: leave it out.")
-        rendered = self._rendered(question, pictures=len(pictures), chat=chat)
-        # A stand-in that no template holds: the question itself may also stand in the template ("USER").
-        start = self._rendered(_STAND_IN, pictures=len(pictures), chat=chat).find(_STAND_IN)
-        if start < 0 or rendered[start : start + len(question)] != question:
-            raise PromptError(f"the chat template changes the question {question!r}; its words cannot be located.")
+            raise PromptError(f"the question {shown(question)} holds the image token {placeholder!r}: leave it out.")
+        words.check_text(question, "the question", self.specials, PromptError)
+        rendered, start = templates.render(
+            self.tokenizer.chat_template,
+            question,
+            placeholder=placeholder,
+            pictures=len(pictures),
+            chat=chat,
+            variables=self.tokenizer.special_tokens_map,
+        )
         if not chat:
             rendered = rendered[: start + len(question)]
         pieces = rendered[:start].split(placeholder)
-        if len(pieces) != len(pictures) + 1:
-            raise PromptError(
-                f"the chat template places {len(pieces) - 1} pictures as {placeholder!r} instead of {len(pictures)}: "
-                "it must place every picture once, before the question."
-            )
         before = pieces[0] + "".join(text + piece for text, piece in zip(pictures, pieces[1:], strict=True))
         return before + rendered[start:], len(before)
-
-    def _rendered(self, text: str, *, pictures: int, chat: bool) -> str:
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=chat)
 
     def _encode(self, texts: Sequence[str]) -> Any:
         """Token ids and offsets of prompts, whose template may have written the first token itself."""
         first = self.tokenizer.bos_token
         written = first is not None and texts[0].startswith(first)
-        return self.tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=not written)
+        with reporting("the tokenizer cannot take the prompt", PromptError):
+            return self.tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=not written)
 
     def prepare(
         self,
@@ -317,7 +351,15 @@ class Processor:
             token_ids[row, : len(ids)] = ids
             offsets[row, : len(ids)] = tokens["offset_mapping"][row]
         valid = np.arange(total) < np.array(lengths)[:, None]
-        spans = [(start, start + len(question.strip())) for start, question in zip(starts, asked, strict=True)]
+        asked = [question.strip() for question in asked]
+        spans = [(start, start + len(question)) for start, question in zip(starts, asked, strict=True)]
+        unknown = tuple(
+            words.unknown(question, ids, np.array(places).reshape(-1, 2) - start, self.tokenizer.unk_token_id)
+            for question, start, ids, places in zip(
+                asked, starts, tokens["input_ids"], tokens["offset_mapping"], strict=True
+            )
+        )
+        words.warn_unknown(unknown, "questions", self.tokenizer.unk_token, stacklevel=3)
         return Prompts(
             inputs=Inputs(
                 token_ids=token_ids,
@@ -329,10 +371,11 @@ class Processor:
                 rope_positions=self.side.rope_positions(token_ids, valid, shown),
                 extras=encoded.extras if encoded else {},
             ),
-            questions=tuple(question.strip() for question in asked),
+            questions=tuple(asked),
             texts=tuple(texts),
             spans=np.array(spans, np.int32),
             offsets=offsets,
+            unknown=unknown,
         )
 
     def answer_tokens(self, words: Sequence[str]) -> list[list[int]]:
@@ -379,39 +422,46 @@ class Processor:
 
 def _takes_any(folder: Path) -> bool:
     """Whether a folder names the tokenizer class that is made of tokenizer.json alone."""
-    try:
-        named = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):  # the tokenizer's own loader will say what is wrong
-        return False
+    named = read_json(folder / "tokenizer_config.json", missing={}).get("tokenizer_class")
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def _chat_template(folder: Path, tokenizer: Any, side: type[PictureSide]) -> str:
-    """The template that places pictures: the processor's, else the tokenizer's, else the family's own."""
+def _chat_template(folder: Path, tokenizer: Any, side: PictureSide) -> str:
+    """The template that places pictures: the processor's, else the family's own, else the tokenizer's."""
     path = folder / "chat_template.json"
-    if path.exists():
-        try:
-            return json.loads(path.read_text())["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} holds no chat template ({error!r}).") from error
-    template = side.template or tokenizer.chat_template
-    if template is None:
+    fields = read_json(path, missing={})
+    template = fields.get("chat_template") if path.exists() else side.template or tokenizer.chat_template
+    if template is None and not path.exists():
         raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
-    return template
+    where = path if path.exists() else folder / "chat_template.jinja"
+    return templates.check(
+        template,
+        str(where if where.exists() else folder),
+        placeholder=side.placeholder,
+        variables=tokenizer.special_tokens_map,
+    )
 
 
-def _stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer, from where Hugging Face's `generate` takes them; else the tokenizer's own."""
+def _stop_ids(folder: Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, from where Hugging Face's `generate` takes them; else the tokenizer's own.
+
+    Raises:
+        CheckpointError: for a value that is no token of the vocabulary, or no list of such.
+    """
+    size = max(len(tokenizer), config.text_config.vocab_size)
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        try:
-            fields = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
-        for part in (fields, fields.get("text_config") or {}):
-            ids = part.get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+        fields = read_json(path, missing={})
+        for part in (fields, fields.get("text_config")):
+            ids = part.get("eos_token_id") if isinstance(part, dict) else None
+            if ids is None:
+                continue
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(token) is int and 0 <= token < size for token in ids):
+                raise CheckpointError(
+                    f"{path} has eos_token_id {shown(str(ids))}; it must be a token from 0 to {size - 1}, or a list."
+                )
+            return tuple(ids)
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 

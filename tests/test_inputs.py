@@ -223,7 +223,6 @@ def test_pictures_that_cannot_be_opened(processor: Processor, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "array",
     [
-        np.zeros((8, 8), np.uint8),
         np.zeros((8, 8, 4), np.uint8),
         np.zeros((3, 8, 8), np.uint8),
         np.zeros((8, 8, 3), np.float32),

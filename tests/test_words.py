@@ -1,5 +1,6 @@
 """Where words of a question sit, and which tokens begin answers, with tokenizers of words and of all sub-words."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -17,7 +18,7 @@ from processors import (
     with_template,
 )
 
-from jaxid.errors import InputError, PromptError
+from jaxid.errors import InputError, PromptError, UnknownWordsWarning
 from jaxid.inputs import Processor, Prompts
 
 ASKED = "Is the star to the left or right of the fish?"
@@ -69,11 +70,11 @@ def test_as_many_words_as_prompts(processor: Processor) -> None:
 
 @pytest.mark.parametrize("question", ["USER", "ASSISTANT", "A", "S", ":", "USER: star ASSISTANT:"])
 def test_a_question_that_also_stands_in_the_template(processor: Processor, question: str) -> None:
-    prompts = processor.prepare(fixtures.pictures()[0], question)
+    prompts = prepared(processor, fixtures.pictures()[0], question)
     (text,), (start, end) = prompts.texts, prompts.spans[0]
     assert text[start:end] == question
     assert text[:start].endswith("<image>\n") and text[end:] == " ASSISTANT:"
-    assert processor.prepare(None, question, chat=False).texts[0].endswith(f"USER: {question}")
+    assert processor.render(question, chat=False)[0].endswith(f"USER: {question}")
 
 
 def test_text_tokens_and_the_last(processor: Processor) -> None:
@@ -111,6 +112,20 @@ def subword(request: pytest.FixtureRequest) -> Processor:
 def anything(request: pytest.FixtureRequest) -> Processor:
     """Processors with tokenizers of words, and of all kinds of sub-words."""
     return fixtures.model(PLAIN).processor if request.param is None else processor_of(request.param)
+
+
+def prepared(processor: Processor, pictures: Any, questions: str | list[str]) -> Prompts:
+    """Prompts of words that the tokenizer of words may not know, which is warned of then and only then."""
+    tokenizer = processor.tokenizer.backend_tokenizer
+    asked = [questions] if isinstance(questions, str) else questions
+    lost: list[set[str]] = [set() for _ in asked]
+    if type(tokenizer.model).__name__ == "WordLevel":
+        pieces = [[piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] for text in asked]
+        lost = [{letter for one in own if not tokenizer.token_to_id(one) for letter in one} for own in pieces]
+    with pytest.warns(UnknownWordsWarning) if any(lost) else contextlib.nullcontext():
+        prompts = processor.prepare(pictures, questions)
+    assert [{letter for word in own for letter in word} for own in prompts.unknown] == lost
+    return prompts
 
 
 def spoken(processor: Processor, prompts: Prompts, word: str, occurrence: int | None = None) -> str:
@@ -161,7 +176,7 @@ def spoken(processor: Processor, prompts: Prompts, word: str, occurrence: int | 
 def test_where_words_sit_in_every_tokenizer(
     anything: Processor, question: str, word: str, occurrence: int | None, before: str
 ) -> None:
-    prompts = anything.prepare(fixtures.pictures()[0], question)
+    prompts = prepared(anything, fixtures.pictures()[0], question)
     covered = spoken(anything, prompts, word, occurrence)
     (tokens,) = prompts.word_tokens(word, occurrence=occurrence)
     first = prompts.spans[0, 0] + len(before)
@@ -172,16 +187,16 @@ def test_where_words_sit_in_every_tokenizer(
     inside = (starts < first + len(word)) & (ends > first)
     np.testing.assert_array_equal(np.flatnonzero(inside), tokens)
     assert word in covered
-    alone = anything.prepare(None, question)
+    alone = prepared(anything, None, question)
     assert prompts.word(word, occurrence=occurrence) - alone.word(word, occurrence=occurrence) > 15
 
 
 def test_words_of_prompts_of_unequal_length(anything: Processor) -> None:
     questions = ["frog", "Is the frog near the starfish?", "the left hourglasses, the right frog"]
-    prompts = anything.prepare(fixtures.pictures()[0], questions)
+    prompts = prepared(anything, fixtures.pictures()[0], questions)
     together, rows = prompts.word("frog"), prompts.word_tokens("frog")
     for row, question in enumerate(questions):
-        alone = anything.prepare(fixtures.pictures()[0], question).word_tokens("frog")[0]
+        alone = prepared(anything, fixtures.pictures()[0], question).word_tokens("frog")[0]
         assert together[row] == alone[-1] and sorted(set(rows[row].tolist())) == alone.tolist()
     mixed = prompts.word(["frog", "starfish", "hourglasses"])
     assert mixed[0] == together[0] and mixed[1] > together[1] and mixed[2] < together[2]
@@ -202,7 +217,7 @@ def test_words_of_prompts_of_unequal_length(anything: Processor) -> None:
 )
 def test_parts_of_words_are_no_words(anything: Processor, question: str, word: str) -> None:
     with pytest.raises(PromptError, match=f"does not hold the word {word!r}"):
-        anything.prepare(None, question).word(word)
+        prepared(anything, None, question).word(word)
 
 
 def test_words_of_extended_prompts(processor: Processor) -> None:

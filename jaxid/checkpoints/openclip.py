@@ -2,7 +2,6 @@
 
 import hashlib
 import html
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ from jaxid.checkpoints.tensors import TensorFolder
 from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.errors import CheckpointError
 from jaxid.models.openclip import ARCHITECTURES
-from jaxid.processing.dual import read_tokenizer
 from jaxid.processing.pictures import first_line
+from jaxid.processing.words import read_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
@@ -99,16 +98,16 @@ def read_openclip_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return dict(fields["model_cfg"]), dict(fields.get("preprocess_cfg") or {})
-    except FileNotFoundError as error:
+    if not path.exists():
         raise CheckpointError(
             f"{path.parent} is no checkpoint folder: it has neither config.json nor {CONFIG_FILE}. "
             "A weight file without a config is opened by its own path and the name of its architecture."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an OpenCLIP config ({error!r}).") from error
+        )
+    fields = read_json(path)
+    parts = [fields.get("model_cfg"), fields.get("preprocess_cfg") or {}]
+    if not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(f"{path} is not an OpenCLIP config: model_cfg and preprocess_cfg must be objects.")
+    return parts[0], parts[1]
 
 
 def architecture(name: str | None, path: Path) -> dict[str, Any]:
@@ -135,6 +134,8 @@ class OpenCLIPWords:
     def __init__(self, tokenizer: Any):
         """Takes a fast tokenizer of transformers."""
         self.tokenizer = tokenizer
+        self.unk_token, self.unk_token_id = tokenizer.unk_token, tokenizer.unk_token_id
+        self.added_tokens_decoder = tokenizer.added_tokens_decoder
 
     def __call__(self, text: str, return_offsets_mapping: bool = True) -> dict[str, list[Any]]:
         """Ids of a caption, and which of its characters, as it was given, every token stands for."""
@@ -200,11 +201,15 @@ def _downloaded(repository: str) -> Path:
         ) from error
 
 
-def fingerprint(files: str, config: Any) -> str:
-    """Identifies a model by its files and its config: the same weights are another model under another activation.
+def fingerprint(files: str, config: Any, words: OpenCLIPWords) -> str:
+    """Identifies a model by its files, its config and its tokenizer, which a file does not bring.
+
+    The same weights are another model under another activation.
 
     Args:
-        files: what `checkpoints.tensors.fingerprint` made of the files.
+        files: what `checkpoints.identity.fingerprint` made of the files.
         config: the network's config.
+        words: the tokenizer.
     """
-    return hashlib.sha256(f"{files} {config}".encode()).hexdigest()[:16]
+    tokens = words.tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(f"{files} {config} {tokens}".encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Pictures and captions to arrays, for CLIP-like models."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxid.errors import CheckpointError, InputError
-from jaxid.processing.base import PictureSide
-from jaxid.processing.pictures import Picture, first_line, open_picture
+from jaxid.errors import InputError
+from jaxid.processing import words
+from jaxid.processing.base import SMALL, PictureSide, check_trial, processed
+from jaxid.processing.pictures import Picture, open_picture
+from jaxid.processing.words import shown
+from jaxid.reading import reporting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +29,7 @@ class Captions:
         offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal where a token stands
             for no characters.
         lost: what the window cuts off of every caption; empty where nothing.
+        unknown: the words of every caption that the vocabulary does not hold.
     """
 
     texts: tuple[str, ...]
@@ -32,6 +37,7 @@ class Captions:
     valid: Bool[np.ndarray, "N T"]
     offsets: Int[np.ndarray, "N T 2"]
     lost: tuple[str, ...]
+    unknown: tuple[tuple[str, ...], ...]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -44,6 +50,7 @@ class Captions:
             valid=self.valid[chosen],
             offsets=self.offsets[chosen],
             lost=tuple(self.lost[row] for row in chosen),
+            unknown=tuple(self.unknown[row] for row in chosen),
         )
 
     def cut(self, length: int) -> "Captions":
@@ -74,6 +81,7 @@ class DualProcessor:
         self.context: int = config.text_config.context
         self.whole_window: bool = config.text_config.whole_window
         vision = config.vision_config
+        self.side: int = vision.image_size
         self.grid = (int(vision.class_token), vision.image_size // vision.patch_size)
         """First patch among a picture's tokens, and patches a side."""
         self.padding: int = tokenizer.pad_token_id if padding is None else padding
@@ -85,7 +93,20 @@ class DualProcessor:
         Raises:
             CheckpointError: if either is missing or unreadable.
         """
-        return cls(read_tokenizer(folder), PictureSide.load_image_processor(folder, config), config)
+        found = cls(words.read_tokenizer(folder), PictureSide.load_image_processor(folder, config), config)
+        found.check(folder)
+        return found
+
+    def check(self, path: Path) -> None:
+        """Tries the image processor, so that what no picture can be read with is found before weights are loaded.
+
+        Args:
+            path: where it is from.
+
+        Raises:
+            CheckpointError: if it fails, or makes what the tower does not take.
+        """
+        check_trial(lambda: self.pixels([SMALL]), path, (3, self.side, self.side))
 
     def pixels(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
         """Pictures as the tower reads them.
@@ -99,7 +120,7 @@ class DualProcessor:
         if not len(pictures):
             raise InputError("give at least one picture.")
         opened = [open_picture(picture) for picture in pictures]
-        return np.asarray(self.image_processor(opened, return_tensors="np")["pixel_values"], np.float32)
+        return np.asarray(processed(self.image_processor, opened)["pixel_values"], np.float32)
 
     def shown(self, picture: Picture) -> UInt8[np.ndarray, "Y X 3"]:
         """A picture as the tower sees it, resized and cropped."""
@@ -112,10 +133,21 @@ class DualProcessor:
 
     def longest(self, texts: Sequence[str]) -> int:
         """Tokens of the longest of some captions, uncut."""
-        return max((len(self.tokenizer(text)["input_ids"]) for text in texts), default=0)
+        return max((len(self._encoded(text)["input_ids"]) for text in texts), default=0)
+
+    def _encoded(self, text: str) -> Any:
+        """Ids and offsets of a caption."""
+        words.check_text(text, "the caption", self.specials, InputError)
+        with reporting(f"the tokenizer cannot take the caption {shown(text)}", InputError):
+            return self.tokenizer(text, return_offsets_mapping=True)
+
+    @functools.cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The tokenizer's special tokens, which no caption may hold."""
+        return words.special_tokens(self.tokenizer)
 
     def captions(self, texts: Sequence[str], length: int | None = None) -> Captions:
-        """Captions as arrays of one length, filled up or cut; a cut warns and names the lost words.
+        """Captions as arrays of one length, padded or cut; lost and unknown words are named in warnings.
 
         Args:
             texts: the captions.
@@ -123,18 +155,20 @@ class DualProcessor:
                 matters always get the whole window.
 
         Raises:
-            InputError: if there are none, one is blank, or the length does not fit the encoder.
+            InputError: if there are none, one is blank or no text, or the length does not fit the encoder.
         """
         texts = tuple(texts)
         if not texts:
             raise InputError("the list of captions is empty; give at least one.")
+        for row, text in enumerate(texts):
+            words.check_text(text, f"caption {row}", (), InputError)
         blank = [row for row, text in enumerate(texts) if not text.strip()]
         if blank:
             raise InputError(f"caption {blank[0]} is blank.")
         length = self.context if length is None or self.whole_window else length
         if not 2 < length <= self.context:
             raise InputError(f"captions of {length} tokens do not fit the encoder, which takes 3 to {self.context}.")
-        rows = [self.tokenizer(text, return_offsets_mapping=True) for text in texts]
+        rows = [self._encoded(text) for text in texts]
         token_ids = np.full((len(texts), length), self.padding, np.int32)
         offsets = np.zeros((len(texts), length, 2), np.int32)
         valid, lost = np.zeros((len(texts), length), bool), []
@@ -147,25 +181,15 @@ class DualProcessor:
                 ids, places = [*ids[: length - 1], ids[-1]], [*places[: length - 1], (0, 0)]
             token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, places, True
             lost.append(left)
+        unknown = tuple(
+            words.unknown(text, found["input_ids"], np.array(found["offset_mapping"]), self.tokenizer.unk_token_id)
+            for text, found in zip(texts, rows, strict=True)
+        )
+        words.warn_unknown(unknown, "captions", self.tokenizer.unk_token, stacklevel=2)
         if any(lost):
-            named = [f"caption {row} loses {words!r}" for row, words in enumerate(lost) if words]
+            named = [f"caption {row} loses {shown(left)}" for row, left in enumerate(lost) if left]
             more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
             warnings.warn(f"captions longer than {length} tokens are cut: {'; '.join(named[:5])}{more}", stacklevel=2)
-        return Captions(texts=texts, token_ids=token_ids, valid=valid, offsets=offsets, lost=tuple(lost))
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        CheckpointError: if it is missing, unreadable, or cannot tell where its tokens stand.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens stand.")
-    return tokenizer
+        return Captions(
+            texts=texts, token_ids=token_ids, valid=valid, offsets=offsets, lost=tuple(lost), unknown=unknown
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxid.errors import CheckpointError, JaxidError, UnknownWordsWarning
 from jaxid.reading import read_json, reading
@@ -50,20 +51,21 @@ def places(text: str, names: Sequence[str], *, ignore_case: bool = False) -> lis
 
 
 def unknown(
-    text: str, token_ids: Sequence[int], offsets: Sequence[tuple[int, int]], unknown_id: int | None
+    text: str, token_ids: Sequence[int], offsets: Int[np.ndarray, "T 2"], unknown_id: int | None
 ) -> tuple[str, ...]:
     """The words of a text that become the unknown token, or of which the tokenizer drops letters; each once.
 
     Args:
         text: the text.
         token_ids: its tokens.
-        offsets: first and last + 1 character of every token; equal where it stands for no characters.
+        offsets: first and last + 1 character of every token, also of those before and after the text; equal where it
+            stands for no characters.
         unknown_id: id of the unknown token, None if the tokenizer has none.
     """
     lost, kept = np.zeros(len(text), bool), np.zeros(len(text), bool)
-    for token, (start, stop) in zip(token_ids, offsets, strict=True):
-        part = slice(max(start, 0), max(stop, 0))
-        (lost if token == unknown_id else kept)[part] = True
+    for index in np.flatnonzero((offsets[:, 1] > 0) & (offsets[:, 0] < len(text))).tolist():
+        start, stop = offsets[index]
+        (lost if token_ids[index] == unknown_id else kept)[max(start, 0) : stop] = True
     found = {}
     for match in _PIECE.finditer(text):
         part = slice(*match.span())
