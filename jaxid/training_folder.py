@@ -2,8 +2,11 @@
 
 import contextlib
 import csv
+import gc
 import json
+import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,29 +70,34 @@ class States:
     """The saved states of a run, each with a checksum: Orbax restores flipped bits as if they were numbers."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.absolute()
         self.manager: Any = None
 
     def __enter__(self) -> "States":
-        import orbax.checkpoint as ocp
-
-        self.kinds = ocp.args
-        with self._writing():
-            options = ocp.CheckpointManagerOptions(max_to_keep=2)
-            self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self._quiet = _orbax_silenced()
+        self._quiet.__enter__()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        with self._writing() if kind is None else contextlib.suppress(Exception):
-            self.manager.wait_until_finished()
-        with contextlib.suppress(Exception):
-            self.manager.close()
+        try:
+            if self.manager is not None:
+                with self._writing() if kind is None else contextlib.suppress(Exception):
+                    self.manager.wait_until_finished()
+                with contextlib.suppress(Exception):
+                    self.manager.close()
+        finally:
+            self._quiet.__exit__(None, None, None)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes a state in the background, and waits for the one before."""
+        """Writes a state in the background, once the one before is written; the last two are kept."""
+        import orbax.checkpoint as ocp
+
         checksum = int(_checksum(state))
         with self._writing():
-            self.manager.save(step, args=self.kinds.StandardSave(state), custom_metadata={"checksum": checksum})
+            if self.manager is None:
+                options = ocp.CheckpointManagerOptions(max_to_keep=2)
+                self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self.manager.save(step, args=ocp.args.StandardSave(state), custom_metadata={"checksum": checksum})
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -110,36 +118,61 @@ class States:
         Raises:
             CheckpointError: if states were saved, but none is whole.
         """
-        damaged: list[tuple[int, CheckpointError]] = []
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        damaged: list[tuple[Path, str]] = []
+        steps = [path for path in self.folder.glob("*") if path.name.isdecimal()]
+        for path in sorted(steps, key=lambda path: -int(path.name)):
             try:
-                state = self._read(step, abstract(step))
+                state = self._read(path, abstract(int(path.name)))
             except CheckpointError as error:
-                damaged.append((step, error))
+                damaged.append((path, first_line(error)))
                 continue
-            for worse, error in damaged:
-                warnings.warn(f"{first_line(error)}; training resumes from step {step}.", JaxidWarning, stacklevel=2)
+            for worse, reason in damaged:
+                warnings.warn(f"{reason}; training resumes from step {path.name}.", JaxidWarning, stacklevel=2)
                 with self._writing():
-                    shutil.rmtree(self.folder / str(worse))
-            self.manager.reload()
-            return step, state
+                    shutil.rmtree(worse) if worse.is_dir() else worse.unlink()
+            return int(path.name), state
         if damaged:
             raise CheckpointError(
-                f"{first_line(damaged[0][1])}, and no earlier state is whole; give another --out, or delete "
-                f"{self.folder} to start over."
+                f"{damaged[0][1]}, and no earlier state is whole; give another --out, or delete {self.folder} to "
+                f"start over."
             )
         return 0, None
 
-    def _read(self, step: int, expected: Any) -> Any:
-        path = self.folder / str(step)
+    def _read(self, path: Path, expected: Any) -> Any:
+        import orbax.checkpoint as ocp
+
         if expected is None:
             raise CheckpointError(f"{path} is no state of this run, which has no such step.")
         with reading(path, "a training state"):
-            state = self.manager.restore(step, args=self.kinds.StandardRestore(expected))
-            checksum = (self.manager.metadata(step).custom_metadata or {}).get("checksum")
-        if checksum is not None and checksum != int(_checksum(state)):
+            state = ocp.StandardCheckpointer().restore(path / "default", expected)
+            noted = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"] or {}
+        if noted.get("checksum") not in (None, int(_checksum(state))):
             raise CheckpointError(f"{path} is damaged: its checksum is wrong.")
         return state
+
+
+@contextlib.contextmanager
+def _orbax_silenced() -> Iterator[None]:
+    """Drops the tracebacks that Orbax logs, and its threads leave, for failures that are raised as errors besides."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def tell(problem: Any) -> None:
+        if str(problem.exc_value) != "Event loop is closed":
+            hook(problem)
+
+    logger.addFilter(wanted)
+    sys.unraisablehook = tell
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            gc.collect()
+        sys.unraisablehook = hook
+        logger.removeFilter(wanted)
 
 
 @jax.jit

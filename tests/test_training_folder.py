@@ -1,0 +1,346 @@
+"""A training run's folder: damaged states, full disks, two processes, gradients that are not finite."""
+
+import contextlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxid import training
+from jaxid.errors import CheckpointError, InputError, JaxidWarning, OutputError
+from jaxid.training import Stage
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SETTINGS = {"seed": 3, "rates": (0.1, 0.2)}
+START = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2, np.float32)}
+
+
+def batch(step: int) -> dict[str, np.ndarray]:
+    x = np.random.default_rng((3, step)).standard_normal((8, 3)).astype(np.float32)
+    return {"x": x, "y": x[:, :2] - 2 * x[:, 1:] + 1}
+
+
+def loss(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    value = ((batch["x"] @ parameters["w"] + parameters["b"] - batch["y"]) ** 2).mean()
+    return value, {"loss": value}
+
+
+def stages(draw: Callable[[int], Any] = batch, *, rate: float = 0.1, steps: int = 6) -> list[Stage]:
+    """Two stages of equal length with rules of their own."""
+    optimizers = (optax.adam(rate), optax.adam(rate / 2))
+    return [
+        Stage(name=f"stage {number}", first=number * steps, steps=steps, loss=loss, batch=draw, optimizer=rule)
+        for number, rule in enumerate(optimizers)
+    ]
+
+
+def run(folder: Path, made: list[Stage] | None = None, **options: Any) -> Any:
+    options = {"columns": ("step", "stage", "loss"), "save_every": 2, "record_every": 1, "progress": False} | options
+    with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
+        return training.train(folder, SETTINGS, START, made or stages(), **options)
+
+
+class Stopped(BaseException):
+    """As good as a kill: nothing catches it."""
+
+
+def stopped(folder: Path, step: int) -> Path:
+    """A run that ended after some steps, between two saves."""
+
+    def stop(done: int, _: Any) -> None:
+        if done == step:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(folder, check=stop, check_every=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    np.savez(folder.parent / "whole.npz", **run(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stopped in the second stage, with states of steps 6 and 8."""
+    folder = stopped(tmp_path_factory.mktemp("runs") / "killed", 9)
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["6", "8"]
+    return folder
+
+
+def assert_like(found: Any, whole: Path, folder: Path) -> None:
+    with np.load(whole.parent / "whole.npz") as expected:
+        for name in START:
+            np.testing.assert_array_equal(found[name], expected[name])
+    assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["10", "12"]
+
+
+# --- damaged states --------------------------------------------------------------------------------------------------
+
+
+def damages(rng: np.random.Generator, path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Ways of damaging a file."""
+    data = bytearray(path.read_bytes())
+    yield "missing", path.unlink
+    yield "empty", lambda: path.write_bytes(b"")
+    yield "cut", lambda: path.write_bytes(data[: len(data) // 2])
+    if data:
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    yield "flipped", lambda: path.write_bytes(data)
+
+
+def test_a_damaged_state_is_never_taken_for_a_whole_one(killed: Path, whole: Path, tmp_path: Path) -> None:
+    """Of whatever file of the last state: the run ends as if undisturbed, from that state or the one before."""
+    rng, fallen_back = np.random.default_rng(0), set()
+    files = sorted(path.relative_to(killed) for path in (killed / "state" / "8").rglob("*") if path.is_file())
+    numbers = max((name for name in files if "d" in name.parts), key=lambda name: (killed / name).stat().st_size)
+    for name in files:
+        kinds = [kind for kind, _ in damages(rng, killed / name)]
+        for kind in kinds if name == numbers else [kinds[rng.integers(len(kinds))]]:
+            folder = tmp_path / "run"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(killed, folder)
+            dict(damages(rng, folder / name))[kind]()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", JaxidWarning)
+                assert_like(run(folder), whole, folder)
+            lines = [str(one.message) for one in told if issubclass(one.category, JaxidWarning)]
+            assert all("state/8" in line and "resumes from step 6" in line for line in lines)
+            if lines:
+                fallen_back.add((name, kind))
+    assert {(numbers, kind) for kind in ("missing", "empty", "cut", "flipped")} <= fallen_back
+
+
+def empty(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def of_another_tree(step: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    shutil.rmtree(step)
+    with ocp.CheckpointManager(step.parent.absolute()) as manager:
+        manager.save(int(step.name), args=ocp.args.StandardSave({"parameters": jnp.ones(3)}), force=True)
+
+
+@pytest.mark.parametrize("damage", [empty, of_another_tree, lambda step: step.rename(step.with_name("999"))])
+def test_the_last_whole_state_is_resumed(
+    damage: Callable[[Path], Any], killed: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    damage(folder / "state" / "8")
+    with pytest.warns(JaxidWarning, match="training resumes from step 6"):
+        found = run(folder)
+    assert_like(found, whole, folder)
+
+
+def test_without_a_whole_state_nothing_is_touched(killed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    for step in (folder / "state").iterdir():
+        empty(step)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"state/8 cannot be read.*no earlier state is whole.*--out, or delete"):
+        run(folder)
+    assert [path for path in sorted(folder.rglob("*")) if path.name != ".lock"] == [
+        path for path in before if path.name != ".lock"
+    ]
+
+
+# --- settings and metrics --------------------------------------------------------------------------------------------
+
+ODD = [b"", b"[]", b"null", b"7", b'{"seed": 3', b"\xff\xfe\x00", b"[" * 100_000, b'{"seed": NaN}']
+
+
+@pytest.mark.parametrize("content", ODD, ids=range(len(ODD)))
+def test_a_damaged_record_of_settings(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(OutputError, match=r"run.json .*; give another --out, or delete") as caught:
+        run(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run.json").read_bytes() == content
+
+
+def test_settings_with_a_byte_order_mark_and_other_ones(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(SETTINGS), encoding="utf-8-sig")
+    run(tmp_path, stages(steps=1))
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 4, "rates": [0.1, 0.2]}))
+    with pytest.raises(CheckpointError, match=r"other settings; choose another folder \(seed differ"):
+        run(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(OutputError, match=r"whose run\.json is gone"):
+        run(tmp_path)
+
+
+HEAD = "step,stage,loss,skipped\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\x00",
+        "a,b\n1,2\n",
+        "step,gain\n1,2\n",
+        HEAD + "2,stage 0\n",
+        HEAD + "2,stage 0,1.0,0,5\n",
+        HEAD + "two,stage 0,1.0,0\n",
+        HEAD + "²,stage 0,1.0,0\n",
+        HEAD + "2,stage 0,1.x,0\n",
+        HEAD + '2,"stage 0\n',
+    ],
+    ids=range(9),
+)
+def test_damaged_metrics(content: str | bytes, killed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    (folder / "metrics.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        OutputError, match=r"metrics.csv cannot be read.*; delete it to go on without its rows"
+    ) as caught:
+        run(folder)
+    assert "\n" not in str(caught.value)
+    (folder / "metrics.csv").unlink()
+    run(folder)
+    assert [row["step"] for row in training.read_metrics(folder / "metrics.csv")] == [9, 10, 11, 12]
+
+
+# --- leftovers, full disks, two processes ----------------------------------------------------------------------------
+
+
+def test_what_a_killed_run_left_half_written_is_removed(killed: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    (folder / "model").mkdir()
+    left = [".metrics.csv.77.tmp", ".run.json.8.tmp", "model/.config.json.9.tmp"]
+    for name in left:
+        (folder / name).write_text("half")
+    shutil.copytree(folder / "state" / "8", folder / "state" / "10.orbax-checkpoint-tmp")
+    (folder / ".mine.tmp").write_text("not jaxid's")
+    assert_like(run(folder), whole, folder)
+    assert not any((folder / name).exists() for name in left)
+    assert (folder / ".mine.tmp").exists()
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up(killed: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    # States hold larger files than metrics and settings.
+    with largest_file(450), pytest.raises(OutputError, match=r"cannot write the training state.*resumes") as caught:
+        run(folder)
+    assert "\n" not in str(caught.value)
+    assert (folder / "state" / "8" / "_CHECKPOINT_METADATA").exists()
+    assert_like(run(folder), whole, folder)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_training_folder import batch, run, stages
+def slow(step):
+    time.sleep(0.5)
+    return batch(step)
+run(Path(sys.argv[1]), stages(slow, steps=200))
+"""
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    first = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), here])
+    try:
+        while not (tmp_path / "metrics.csv").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        before = (tmp_path / "run.json").stat().st_mtime_ns
+        with pytest.raises(OutputError, match="another process is working in"):
+            run(tmp_path)
+        assert (tmp_path / "run.json").stat().st_mtime_ns == before
+    finally:
+        first.kill()
+        first.wait()
+    run(tmp_path, stages(steps=200))  # the lock of a dead process is free
+
+
+# --- what is not finite ----------------------------------------------------------------------------------------------
+
+
+def bad_at(*steps: int, value: float = np.nan) -> Callable[[int], Any]:
+    def draw(step: int) -> dict[str, np.ndarray]:
+        drawn = batch(step)
+        if step in steps:
+            drawn["y"][3, 1] = value
+        return drawn
+
+    return draw
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_steps_that_are_not_finite_are_skipped_and_counted(value: float, tmp_path: Path) -> None:
+    seen = {}
+
+    def keep(step: int, parameters: Any) -> None:
+        seen[step] = jax.device_get(parameters)
+
+    with pytest.warns(JaxidWarning, match="2 of the 6 steps of stage 0 had a gradient that is NaN or infinite"):
+        run(tmp_path, stages(bad_at(2, 3, value=value)), check=keep, check_every=1)
+    assert [row["skipped"] for row in training.read_metrics(tmp_path / "metrics.csv")] == [0, 0, 1, 2, 2, 2] + [0] * 6
+    for name, leaf in seen[2].items():
+        np.testing.assert_array_equal(seen[4][name], leaf)
+        assert (seen[5][name] != leaf).any()
+
+
+@pytest.mark.parametrize(
+    ("draw", "steps", "message"),
+    [
+        (bad_at(*range(6)), 6, r"all of the steps 1 to 6 \(stage 0\)"),
+        (bad_at(*range(6, 12)), 6, r"all of the steps 7 to 12 \(stage 1\)"),
+        (bad_at(*range(5, 60)), 60, r"all of the steps 6 to 25 \(stage 0\)"),
+    ],
+)
+def test_a_run_without_finite_gradients_ends(draw: Any, steps: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"diverges: in {message} the gradient is NaN or infinite; lower the"):
+        run(tmp_path, stages(draw, steps=steps))
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    huge = {"w": np.full((3, 2), -3e38, np.float32)}
+    stage = Stage(
+        name="one",
+        first=0,
+        steps=4,
+        loss=lambda parameters, batch: (parameters["w"].sum(), {}),
+        batch=batch,
+        optimizer=optax.sgd(1e38),
+    )
+    with pytest.raises(InputError, match=r"after step 2 \(one\) parameters are NaN or infinite"):
+        training.train(tmp_path, {}, huge, [stage], columns=("step", "stage"), save_every=2, progress=False)
+    assert not list((tmp_path / "state").glob("*[0-9]"))
