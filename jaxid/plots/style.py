@@ -176,13 +176,19 @@ def last(values: np.ndarray) -> float:
 
 
 def chance_line(axes: Axes, *, chance: float = 0.5, across: bool = True) -> None:
-    """A dotted line at the share that guessing gives, across a panel or, for accuracies on the x-axis, up it."""
+    """A dotted line at the share that guessing gives, across a panel or, for accuracies on the x-axis, up it.
+
+    The panel's limits are set before; a line across is always in them.
+    """
     ends = [(0.0, chance), (1.0, chance)] if across else [(chance, 0.0), (chance, 1.0)]
     transform = axes.get_yaxis_transform() if across else axes.get_xaxis_transform()
     # A patch: the lines of a panel are its data.
     line = Polygon(ends, closed=False, fill=False, edgecolor=GREY, linewidth=0.9, linestyle=":", transform=transform)
     line.set_zorder(0.8)
     axes.add_artist(line)
+    if across:
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, chance - 0.02), max(high, chance + 0.02))
 
 
 CHANCE = "dotted: chance, 50 %"
