@@ -18,7 +18,7 @@ from jaxid.cli_dcsm import dcsm_app
 from jaxid.cli_finetune import compare_finetune, finetune, zoo_app
 from jaxid.cli_run import run_app
 from jaxid.cli_temporal import ids_temporal
-from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
+from jaxid.errors import DataError, InputError, JaxidError, JaxidWarning, OutputError
 from jaxid.results import ensure_output_folder
 
 app = typer.Typer(
@@ -253,16 +253,26 @@ def ask(
     import jax
     import numpy as np
 
-    from jaxid.checkpoints.loading import load
+    from jaxid.checkpoints.loading import open_checkpoint
     from jaxid.engine import forward
 
-    loaded = load(model, dtype=dtype)
-    logits = forward(loaded, loaded.prepare([picture], question)).logits[0]
+    checkpoint = open_checkpoint(model, dtype=dtype)
+    prompts = checkpoint.model.prepare([picture], question)  # before the weights, which may take minutes
+    loaded = checkpoint.load()
+    _tell("compiling ...")
+    logits = forward(loaded, prompts).logits[0]
+    check_finite(f"the numbers that {model} computes in {dtype}", logits, DataError)
     probabilities = np.asarray(jax.nn.softmax(logits))
     for token in np.argsort(-probabilities)[:top]:
         # An unembedding may have more rows than the tokenizer has tokens.
         word = loaded.processor.tokenizer.convert_ids_to_tokens(int(token)) or f"(no token, id {token})"
         typer.echo(f"{probabilities[token]:8.3%}  {word}")
+
+
+def _tell(text: str) -> None:
+    """Says what a command is waiting for, on terminals."""
+    if sys.stderr.isatty():
+        typer.echo(text, err=True)
 
 
 ids_app = typer.Typer(help="Spatial and temporal IDs.", no_args_is_help=True)
@@ -279,22 +289,13 @@ def ids_extract(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Extract spatial IDs from a folder of grid pictures."""
-    from tqdm import tqdm
+    from jaxid.runs import spatial_ids as job
 
-    from jaxid.checkpoints.loading import load
-    from jaxid.data.grid import read_finetune_folder, read_grid_folder
-    from jaxid.experiments.grid import extract
-
-    ensure_output_folder(out.parent)
-    items = read_finetune_folder(data) if any(data.glob("*.png")) else read_grid_folder(data)
-    pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
-    sizes = sorted({item.size for item in items}, reverse=True)
-    found = extract(
-        load(model, dtype=dtype), iter(tqdm(items, unit="picture")), pairs=pairs, sizes=sizes, batch_size=batch_size
+    summary = job.extract(data, out, model=model, batch_size=batch_size, dtype=dtype)
+    variance = ", ".join(f"{float(share):.2f}" for share in summary["explained_variance"])
+    typer.echo(
+        f"{out}: {summary['pictures']} pictures, {summary['pairs']} pairs; two axes explain, by block: {variance}"
     )
-    found.save(out)
-    variance = ", ".join(f"{float(share):.2f}" for share in found.explained_variance())
-    typer.echo(f"{out}: {len(items)} pictures, {len(pairs)} pairs; two axes explain, by block: {variance}")
 
 
 @app.command("demo")

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxid.checkpoints.loading import load
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checks import check_finite, check_options
 from jaxid.data import scenes as drawn
 from jaxid.data.grid import GridItem, placements
 from jaxid.data.scenes import OBJECTS
 from jaxid.engine import forward
+from jaxid.errors import DataError
 from jaxid.experiments import activation_swap, belief_swap, grid, relations, steering
 from jaxid.experiments.relations import ANSWERS, RelationBatch
 from jaxid.ids import FULL_SIZE, SpatialIDs
@@ -42,6 +44,14 @@ class DemoConfig:
     factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 2.0, 5.0)
     multiplier: float = 1.0  # of the steering vectors
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            InputError: for one that is not finite, or a seed that generators do not take.
+        """
+        check_options(self)
 
 
 def grid_items(partners: int, seed: int) -> tuple[list[tuple[str, str]], int, Iterator[GridItem]]:
@@ -146,7 +156,12 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
         return plots.About(model=model.name, items=items, unit=unit, strength=strength, note=note)
 
     stage("loading")
-    model = load(config.model)
+    checkpoint = open_checkpoint(config.model)
+    for axis in ANSWERS:  # what the questions need, before the weights are read
+        sample, _ = evaluation.relation_items(np.random.default_rng(0), 4, axis)
+        asked = relations.prepare(checkpoint.model, sample)
+        relations.answer_forms(checkpoint.model.processor, asked.answers, asked.case)
+    model = checkpoint.load()
     stages.update()
 
     stage("answers on unseen scenes")
@@ -184,6 +199,8 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
     stage("belief swap")
     batches = {axis: relations.prepare(model, axis_items) for axis, (axis_items, _) in items.items()}
     swaps = swap_rates(model, ids, batches, config)
+    for swap in swaps.values():
+        check_finite(f"the log-probabilities of {model.name}", swap.steered, DataError)
     selection = config.swap_items // 4
     best_layer, best_factor = choose_best(swaps, selection)
     tables: list[dict[str, np.ndarray]] = [
@@ -222,6 +239,7 @@ def _run(out: Path, config: DemoConfig, stages: Any, hidden: bool | None) -> dic
         for axis, batch in steer_batches.items()
     }
     for axis, change in steered.items():
+        check_finite(f"the log-probabilities of {model.name}", change, DataError)
         axes = {
             "layer": layers,
             "x": range(4),

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxid import results
 from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
+from jaxid.reading import read_json
 
 if TYPE_CHECKING:
     import pyarrow
 
 Item = TypeVar("Item")
 
-_ITEM_ERRORS = (InputError, PromptError, DataError)
+ITEM_ERRORS = (InputError, PromptError, DataError)
+"""What may be wrong with a single item."""
+
 _METADATA = "jaxid"
 
 
@@ -61,6 +64,7 @@ def run(
     skip_bad: bool = False,
     progress: bool = True,
     unit: str = "item",
+    first: str = "",
 ) -> Finished:
     """Computes the rows of all items, chunk by chunk, or goes on where an earlier process was stopped.
 
@@ -79,6 +83,7 @@ def run(
         skip_bad: leave out items for which `compute` raises InputError, PromptError or DataError.
         progress: show a progress bar, on terminals only.
         unit: what the progress bar calls an item.
+        first: what the progress bar says until a chunk is done, such as that programs are compiled.
 
     Returns:
         The rows and the items left out.
@@ -104,16 +109,41 @@ def run(
         for part in finished:
             schema = _joint_schema(schema, part.read()[0], part)
         resumed = sum(len(part.keys) for part in finished)
-        with tqdm(total=len(keys), initial=resumed, unit=unit, disable=None if progress else True) as bar:
+        hidden = None if progress else True
+        with tqdm(total=len(keys), initial=resumed, unit=unit, disable=hidden, desc=first if pending else None) as bar:
             for part in pending:
                 chunk = list(items[part.start : part.start + len(part.keys)])
                 columns, skipped = _computed(chunk, part.keys, compute, skip_bad)
                 table = _part_table(columns, part)
                 schema = _joint_schema(schema, table, part)
                 part.write(table, skipped)
+                bar.set_description(refresh=False)
                 bar.update(len(part.keys))
         table, skipped = _merged(parts)
     return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"])
+
+
+def check(
+    out: Path, *, settings: Mapping[str, Any], items: Sequence[Item], key: Callable[[Item], str], resume: bool
+) -> None:
+    """Refuses what `run` would refuse of a folder, before anything slow is done.
+
+    Args:
+        out: the job's folder.
+        settings: those that are known already; others are not compared.
+        items: as `run` takes them.
+        key: likewise.
+        resume: likewise.
+
+    Raises:
+        InputError: if there are no items, or two have one key.
+        OutputError: if the folder holds another job, a damaged one, is in use by another process, or cannot be
+            written to.
+    """
+    keys = _checked_keys(items, key)
+    results.ensure_output_folder(out)
+    with results.locked(out):
+        _compared(out, _described(settings, keys, 0), resume, only=settings)
 
 
 def write_merged(out: Path, finished: Finished) -> Path:
@@ -181,38 +211,62 @@ def _checked_keys(items: Sequence[Item], key: Callable[[Item], str]) -> list[str
 
 def _begin(out: Path, settings: Mapping[str, Any], keys: list[str], chunk_size: int, resume: bool) -> dict[str, Any]:
     """Writes `settings.json`, or reads and compares the one that is there."""
-    path = out / "settings.json"
     results.remove_temporary(out)
+    now = _described(settings, keys, chunk_size)
+    then = _compared(out, now, resume)
+    if then is None:
+        results.write_json(out / "settings.json", now)
+    return then or now
+
+
+def _described(settings: Mapping[str, Any], keys: list[str], chunk_size: int) -> dict[str, Any]:
+    """What `settings.json` holds."""
     # Escaped by JSON, as file names may hold bytes that UTF-8 cannot.
     digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
     now = {"settings": settings, "chunk_size": chunk_size, "items": {"count": len(keys), "digest": digest}}
-    now = json.loads(results.to_json(now))
+    return json.loads(results.to_json(now))
+
+
+def _compared(
+    out: Path, now: dict[str, Any], resume: bool, only: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The folder's `settings.json`, None if there is none; of its settings, `only` some are compared."""
+    path = out / "settings.json"
     if not path.exists():
         if any((out / "parts").glob("*.parquet")):
             raise OutputError(f"{out} holds parts of a run whose {path.name} is gone; give another --out.")
-        results.write_json(path, now)
-        return now
+        return None
     if not resume:
         raise OutputError(f"{out} holds a run already; give --resume to go on with it, or another --out.")
     then = _read_settings(path)
-    differences = _differences(then, now)
+    old = (
+        then["settings"]
+        if only is None
+        else {name: then["settings"][name] for name in only if name in then["settings"]}
+    )
+    differences = _differences(then | {"settings": old}, now)
     if differences:
         raise OutputError(
             f"{out} holds a run with other settings: {'; '.join(differences)}. "
-            f"Go on with the settings it was begun with, or give another --out."
+            f"Resume with the settings it was begun with, or give another --out."
         )
     return then
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        count, digest = stored["items"]["count"], stored["items"]["digest"]
-        size, settings = stored["chunk_size"], stored["settings"]
-        kinds = ((count, int), (digest, str), (size, int), (settings, dict))
-        whole = all(isinstance(value, kind) for value, kind in kinds) and size >= 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} cannot be read or is damaged; give another --out.") from error
+        stored = read_json(path, OutputError)
+    except OutputError as error:
+        raise OutputError(f"{_one_line(error)}: it is damaged; give another --out.") from error
+    items, size = stored.get("items"), stored.get("chunk_size")
+    whole = (
+        isinstance(items, dict)
+        and isinstance(items.get("count"), int)
+        and isinstance(items.get("digest"), str)
+        and isinstance(stored.get("settings"), dict)
+        and isinstance(size, int)
+        and size >= 1
+    )
     if not whole:
         raise OutputError(f"{path} is damaged; give another --out.")
     return stored
@@ -255,16 +309,21 @@ def _computed(
     """The chunk's columns, and the items that had to be left out."""
     try:
         return compute(list(chunk)), ()
-    except _ITEM_ERRORS as error:
+    except ITEM_ERRORS as error:
         bad = {0: error} if len(chunk) == 1 else _bad_items(chunk, compute, first_only=not skip_bad)
         if not bad:
             raise
     if not skip_bad:
         number, error = next(iter(bad.items()))
-        raise type(error)(f"item {keys[number]!r}: {_one_line(error)}; --skip-bad leaves such items out.") from error
+        raise bad_item(keys[number], error) from error
     good = [item for number, item in enumerate(chunk) if number not in bad]
     skipped = tuple(Skipped(key=keys[number], reason=_one_line(error)) for number, error in bad.items())
     return (compute(good) if good else {}), skipped
+
+
+def bad_item(key: str, error: JaxidError) -> JaxidError:
+    """The error of an item, naming it."""
+    return type(error)(f"item {key!r}: {_one_line(error)}; --skip-bad leaves such items out.")
 
 
 def _bad_items(
@@ -275,7 +334,7 @@ def _bad_items(
     for number, item in enumerate(chunk):
         try:
             compute([item])
-        except _ITEM_ERRORS as error:
+        except ITEM_ERRORS as error:
             bad[number] = error
             if first_only:
                 break

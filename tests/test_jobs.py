@@ -143,7 +143,7 @@ def test_each_setting_that_differs_is_named_with_both_values(tmp_path: Path) -> 
         f"{tmp_path} holds a run with other settings: "
         'model fingerprint was "1f2e", is now "9a"; layers was [0, 1], is now [0, 2]; limit was null, is now not set; '
         'data was "coco", is now not set; seed was not set, is now 1; items were 7, are now 6. '
-        "Go on with the settings it was begun with, or give another --out."
+        "Resume with the settings it was begun with, or give another --out."
     )
     same = {"limit": None, "data": "coco", **SETTINGS, "layers": np.arange(2)}
     assert start(tmp_path, resume=True, settings=same).resumed == 7

@@ -29,13 +29,14 @@ def run(config: RunConfig, change: Literal["mirror", "attribute"]) -> dict[str, 
         The summary.
     """
     job = Run(config, f"{change}-swap")
-    model = job.model
-    layers = job.layers(range(model.num_layers))
+    layers = job.layers(range(job.model.num_layers))
     template = config.text("{query}" + PUBLISHED_SUFFIX)
     items = job.spatial_items("horizontal")
     if config.limit is None and len(items) > PUBLISHED_ITEMS:
         chosen = np.random.default_rng(config.seed).choice(len(items), PUBLISHED_ITEMS, replace=False)
         items = [items[row] for row in sorted(chosen)]
+    settings = {"layers": layers, "template": template, "change": change}
+    model = job.begin_spatial(items, settings, template)
     batch_size = job.batch_size(len(layers))
 
     def changed(item: SpatialItem) -> np.ndarray:
@@ -66,8 +67,7 @@ def run(config: RunConfig, change: Literal["mirror", "attribute"]) -> dict[str, 
             "score": (np.nan_to_num(found) if config.compat == "reference" else found)[:, :, :count].ravel(),
         }
 
-    settings = {"layers": layers, "template": template, "change": change}
-    table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
+    table, summary = job.finish(compute, batch_size=batch_size)
     words = list(dict.fromkeys(table["word"].tolist()))
     scores = {name: _scores(table, name, layers, words) for name in activation_swap.TOKEN_SETS}
     summary |= {

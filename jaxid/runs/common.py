@@ -4,21 +4,27 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxid import jobs, zoo
-from jaxid.checkpoints.loading import load
+from jaxid import jobs, plots, zoo
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checks import check_options
 from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
-from jaxid.errors import DataError, InputError, PromptError
-from jaxid.experiments.relations import Case, Compat, RelationBatch, axis_of
+from jaxid.errors import DataError, InputError, JaxidWarning, OutputError, PromptError
+from jaxid.experiments.belief_swap import require_same_model
+from jaxid.experiments.relations import Case, Compat, RelationBatch, answer_forms, axis_of, prepare
 from jaxid.ids import SpatialIDs
 from jaxid.models.base import Model
-from jaxid.results import ensure_output_folder, write_json
+from jaxid.results import ensure_output_folder, locked, write_json
+from jaxid.temporal_ids import TemporalIDs
 
 Item = TypeVar("Item")
 Columns = dict[str, Any]
@@ -84,6 +90,7 @@ class RunConfig:
         Raises:
             InputError: for an option out of its range.
         """
+        check_options(self)
         for name, known in (
             ("compat", ("none", "reference")),
             ("case", ("lower", "capital", "both", "published")),
@@ -104,33 +111,104 @@ class RunConfig:
 
 
 class Run:
-    """One run: the loaded model, and the way from items to a folder of results."""
+    """One run: the model, and the way from items to a folder of results.
+
+    Whatever is quick to check comes before the model's weights are read.
+
+    Attributes:
+        model: without its parameters, until `load` has read them.
+    """
 
     def __init__(self, config: RunConfig, experiment: str):
-        """Checks that results can be written, then loads the model.
+        """Checks that results can be written, then reads all of the model but its weights.
 
         Raises:
             OutputError: if they cannot.
-            CheckpointError: if the model cannot be loaded.
+            CheckpointError: if the model's config, tokenizer or image processor cannot be read.
         """
         self.config, self.experiment = config, experiment
         self.started = time.perf_counter()
         ensure_output_folder(config.out)
-        self.model: Model = load(config.model, dtype=config.dtype)
+        self._checkpoint = open_checkpoint(config.model, dtype=config.dtype)
+        self.model: Model = self._checkpoint.model
+        self._ids: SpatialIDs | TemporalIDs | None = None
         self.bad: list[tuple[str, DataError]] = []
         self.split = 0
+        self.unknown: Counter[str] = Counter()
 
     def ids(self) -> SpatialIDs:
         """The spatial IDs.
 
         Raises:
-            InputError: if no file was given.
+            InputError: if no file was given, or they are of another model.
             CheckpointError: if it cannot be read.
         """
         path = self.config.ids
         if path is None:
             raise InputError("give the model's spatial IDs with --ids; make them with jaxid ids extract.")
-        return SpatialIDs.from_torch(path) if path.suffix == ".pt" else SpatialIDs.load(path)
+        self._ids = ids = SpatialIDs.from_torch(path) if path.suffix == ".pt" else SpatialIDs.load(path)
+        require_same_model(self.model, ids)
+        return ids
+
+    def temporal_ids(self) -> TemporalIDs:
+        """The temporal IDs.
+
+        Raises:
+            InputError: if no file was given, or they are of another model.
+            CheckpointError: if it cannot be read.
+        """
+        if self.config.ids is None:
+            raise InputError("give the model's temporal IDs with --ids; make them with jaxid ids temporal.")
+        self._ids = ids = TemporalIDs.load(self.config.ids)
+        require_same_model(self.model, ids)
+        return ids
+
+    def load(self) -> Model:
+        """The model with its parameters.
+
+        Raises:
+            CheckpointError: if the weights cannot be read.
+            InputError: if the IDs were extracted from other weights.
+        """
+        self.model = self._checkpoint.load()
+        if self._ids is not None:
+            require_same_model(self.model, self._ids)
+        return self.model
+
+    def begin(
+        self,
+        items: Sequence[Item],
+        key: Callable[[Item], str],
+        settings: Mapping[str, Any],
+        prepare: Callable[[Item], Sequence[RelationBatch]],
+        samples: Sequence[Item],
+    ) -> Model:
+        """Checks the folder and the prompts of some items, then loads the model.
+
+        Args:
+            items: all items of the run.
+            key: an item's name, unlike all others.
+            settings: what the rows depend on besides the options that all runs have.
+            prepare: makes the prompts of one item.
+            samples: items whose prompts are tried, one of each kind.
+
+        Raises:
+            OutputError: if the folder holds another run, or is in use.
+            PromptError: for answers without a token of their own.
+            JaxidError: for a sample that cannot be used, unless bad items are skipped.
+        """
+        self._items, self._key, self._settings = items, key, self._all_settings(settings)
+        jobs.check(self.config.out, settings=self._settings, items=items, key=key, resume=self.config.resume)
+        for item in samples:
+            try:
+                batches = prepare(item)
+            except jobs.ITEM_ERRORS as error:
+                if self.config.skip_bad:
+                    continue
+                raise jobs.bad_item(key(item), error) from error
+            for batch in batches:
+                answer_forms(self.model.processor, batch.answers, batch.case)
+        return self.load()
 
     def layers(self, default: Sequence[int]) -> list[int]:
         """The chosen blocks, rising."""
@@ -186,7 +264,7 @@ class Run:
         """
         prompts = batch.prompts
         for column, words in enumerate(zip(*names, strict=True)):
-            tokens = prompts.word_tokens(list(words), occurrence=0)
+            tokens = prompts.word_tokens(words, beside=names, occurrence=0)
             lengths = (tokens != tokens[:, -1:]).sum(axis=1)[:count] + 1
             if self.config.split_words == "refuse" and (lengths > 1).any():
                 row = int(np.argmax(lengths > 1))
@@ -195,62 +273,91 @@ class Run:
                     "at its last one."
                 )
             self.split += int((lengths > 1).sum())
+        self.note_unknown(prompts.unknown[:count])
         return batch
 
-    def finish(
-        self,
-        items: Sequence[Item],
-        key: Callable[[Item], str],
-        compute: Callable[[list[Item]], Columns],
-        *,
-        batch_size: int,
-        settings: Mapping[str, Any],
-    ) -> tuple[Columns, dict[str, Any]]:
-        """Runs the job, chunk by chunk, and writes the table.
+    def note_unknown(self, unknown: Sequence[Sequence[str]]) -> None:
+        """Counts the items that each unknown word stands in, given every item's unknown words."""
+        self.unknown.update(word for own in unknown for word in own)
 
-        Returns:
-            The table's columns, and what every summary says.
-        """
+    def begin_spatial(self, items: Sequence[SpatialItem], settings: Mapping[str, Any], template: str) -> Model:
+        """`begin` for questions of COCO-Spatial, of which one of each axis is tried."""
+        return self.begin(
+            items,
+            lambda item: item.key,
+            settings,
+            lambda item: [prepare(self.model, [item], template=template, case=self.case)],
+            [group[0] for group in by_axis(items)],
+        )
+
+    def _all_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         config = self.config
         files = {name: str(path.resolve()) for name in ("data", "ids") if (path := getattr(config, name)) is not None}
+        return {
+            "experiment": self.experiment,
+            "model": config.model,
+            **files,
+            **({} if config.ids is None else {"ids_digest": _digest(config.ids)}),
+            "dtype": config.dtype,
+            "limit": config.limit,
+            "seed": config.seed,
+            "compat": config.compat,
+            "case": self.case,
+            "split_words": config.split_words,
+            **settings,
+        }
+
+    def finish(self, compute: Callable[[list[Any]], Columns], *, batch_size: int) -> tuple[Columns, dict[str, Any]]:
+        """Runs the job that `begin` checked, chunk by chunk, and writes the table.
+
+        Returns:
+            The table's columns, without items that have a number which is not finite, and what every summary says.
+
+        Raises:
+            DataError: if no item is left.
+        """
+        config = self.config
+        counts: dict[frozenset[str], tuple[int, Counter[str]]] = {}
+
+        def counted(chunk: list[Any]) -> Columns:
+            self.split, self.unknown = 0, Counter()
+            columns = compute(chunk)
+            keys = frozenset(map(self._key, chunk))
+            for own in [own for own in counts if own <= keys]:  # items that were tried alone count once
+                del counts[own]
+            counts[keys] = self.split, self.unknown
+            return columns
+
         done = jobs.run(
             config.out,
-            settings={
-                "experiment": self.experiment,
-                "model": config.model,
-                "fingerprint": self.model.fingerprint,
-                **files,
-                **({} if config.ids is None else {"ids_digest": _digest(config.ids)}),
-                "dtype": config.dtype,
-                "limit": config.limit,
-                "seed": config.seed,
-                "compat": config.compat,
-                "case": self.case,
-                "split_words": config.split_words,
-                **settings,
-            },
-            items=items,
-            key=key,
-            compute=compute,
+            settings=self._settings | {"fingerprint": self.model.fingerprint},
+            items=self._items,
+            key=self._key,
+            compute=counted,
             chunk_size=batch_size,
             resume=config.resume,
             skip_bad=config.skip_bad,
             progress=config.progress,
+            first=f"compiling for batches of {batch_size}",
         )
         jobs.write_merged(config.out, done)
         table = {name: done.table[name].to_numpy(zero_copy_only=False) for name in done.table.column_names}
         if not table or not len(next(iter(table.values()))):
             reason = done.skipped[0].reason if done.skipped else "there are none"
             raise DataError(f"no item of {config.data} could be used: {reason}")
+        table, lost = finite_items(table)
         skipped = [*(jobs.Skipped(key=key, reason=str(error)) for key, error in self.bad), *done.skipped]
         return table, {
             "experiment": self.experiment,
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
-            "items": len(items) - len(done.skipped),
+            "items": len(self._items) - len(done.skipped) - len(lost),
             "skipped": {"count": len(skipped), "items": [dataclasses.asdict(entry) for entry in skipped]},
+            "not_finite": {"count": len(lost), "items": lost},
             "resumed_items": done.resumed,
-            "words_of_several_tokens": self.split,
+            # Of the items that this call computed, not of those that it resumed.
+            "words_of_several_tokens": sum(split for split, _ in counts.values()),
+            "unknown_words": dict(sum((unknown for _, unknown in counts.values()), Counter())),
             "settings": done.settings,
         }
 
@@ -261,7 +368,8 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "seconds": round(time.perf_counter() - self.started, 1),
         }
-        write_json(self.config.out / "summary.json", summary)
+        with locked(self.config.out):
+            write_json(self.config.out / "summary.json", summary)
         return summary
 
     def batch_size(self, rows: int) -> int:
@@ -296,6 +404,33 @@ def free_memory() -> int:
         return 4 * 2**30
 
 
+def check_extraction(out: Path, batch_size: int) -> None:
+    """Checks where IDs are to be written, and how many pictures or clips are read together.
+
+    Raises:
+        OutputError: if the file's name or place cannot be.
+        InputError: if the batch is empty.
+    """
+    if out.suffix != ".safetensors":
+        raise OutputError(f"{out} cannot hold IDs: the name must end in .safetensors.")
+    if out.is_dir():
+        raise OutputError(f"cannot write {out}: a folder is in the way; choose another name.")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, not {batch_size}.")
+    ensure_output_folder(out.parent)
+
+
+def with_bar(items: Sequence[Item], batch_size: int, unit: str) -> Iterator[Item]:
+    """The items, counted by a progress bar on terminals, which says what the first batch waits for."""
+    from tqdm import tqdm
+
+    with tqdm(items, unit=unit, disable=None, desc=f"compiling for batches of {batch_size}") as bar:
+        for number, item in enumerate(bar):
+            if number == batch_size:
+                bar.set_description(refresh=False)
+            yield item
+
+
 def filled(items: Sequence[Item], size: int) -> list[Item]:
     """The items and, up to `size`, the first one again: batches of one shape share their programs."""
     return [*items, *[items[0]] * (size - len(items))]
@@ -312,29 +447,66 @@ def joined(parts: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
+def about(summary: Mapping[str, Any], strength: float | None = None, note: str = "") -> plots.About:
+    """What a figure says of a run, given what `finish` returned."""
+    lost = summary["not_finite"]["count"]
+    left_out = f"{lost} of {summary['items'] + lost} items not finite, left out" if lost else ""
+    text = "; ".join(part for part in (left_out, note) if part)
+    return plots.About(model=summary["model"], items=summary["items"], strength=strength, note=text)
+
+
+def finite_items(table: Columns) -> tuple[Columns, list[str]]:
+    """A table without the items that have a number which is not finite, and the keys of those items.
+
+    Args:
+        table: columns, `item` among them.
+
+    Raises:
+        DataError: if no item is left.
+    """
+    columns = [values for values in table.values() if values.dtype.kind == "f"]
+    bad = ~np.logical_and.reduce([np.isfinite(values) for values in columns])
+    lost = list(dict.fromkeys(table["item"][bad].tolist()))
+    if not lost:
+        return table, []
+    kept = ~np.isin(table["item"], lost)
+    count = len(set(table["item"].tolist()))
+    if not kept.any():
+        raise DataError(
+            f"the model's numbers are NaN or infinite for all {count} items; look at table.parquet, and try "
+            "--dtype float32 or another --factor."
+        )
+    warnings.warn(
+        f"{len(lost)} of {count} items are left out, as numbers of theirs are NaN or infinite: "
+        f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}.",
+        JaxidWarning,
+        stacklevel=2,
+    )
+    return {name: values[kept] for name, values in table.items()}, lost
+
+
+_RANGE = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
+
+
 def parse_layers(text: str | None, model: Model, default: Sequence[int]) -> list[int]:
     """Decoder blocks from "3,5-8".
 
     Raises:
         InputError: if it is not of that form, or the model lacks a block.
     """
-    if text is None:
-        chosen = sorted(set(default))
-    else:
-        chosen = []
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()):
-                raise InputError(f"layers are blocks and ranges of them, such as 3,5-8; got {text!r}.")
-            chosen += range(int(first), int(last if dash else first) + 1)
-        chosen = sorted(set(chosen))
-    wrong = [layer for layer in chosen if not 0 <= layer < model.num_layers]
-    if wrong or not chosen:
+    ranges = [(layer, layer) for layer in default]
+    if text is not None:
+        found = [_RANGE.fullmatch(part) for part in text.split(",")]
+        ranges = [(int(one[1]), int(one[2] or one[1])) for one in found if one]
+        if None in found or any(first > last for first, last in ranges):
+            raise InputError(f"layers are blocks and ascending ranges of them, such as 3,5-8; got {text!r}.")
+    wrong = [layer for pair in ranges for layer in pair if not 0 <= layer < model.num_layers]
+    if wrong or not ranges:
         raise InputError(
             f"layer {wrong[0] if wrong else text!r} is out of range: {model.name} has blocks "
             f"0..{model.num_layers - 1}; choose others with --layers."
         )
-    return chosen
+    return sorted({layer for first, last in ranges for layer in range(first, last + 1)})
 
 
 def _digest(path: Path) -> str:

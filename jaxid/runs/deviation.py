@@ -10,7 +10,6 @@ from jaxid import plots
 from jaxid.data.coco_boxes import PlacedItem, find_instances, read_instances
 from jaxid.errors import DataError
 from jaxid.experiments import deviation
-from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import axis_of, prepare
 from jaxid.models.registry import ALIASES
 from jaxid.results import confidence_interval, tidy, write_json
@@ -43,13 +42,21 @@ def run(config: DeviationConfig) -> dict[str, Any]:
         The summary.
     """
     job = Run(config, "deviation")
-    model, ids = job.model, job.ids()
-    require_same_model(model, ids)
-    default = default_layer(config.model, model.num_layers) if config.layer is None else config.layer
-    (layer,) = parse_layers(str(default), model, ())
-    layers = sorted({*job.layers(range(model.num_layers)), layer})
+    ids = job.ids()
+    blocks = job.model.num_layers
+    default = default_layer(config.model, blocks) if config.layer is None else config.layer
+    (layer,) = parse_layers(str(default), job.model, ())
+    layers = sorted({*job.layers(range(blocks)), layer})
     template = config.text("{query}" + PUBLISHED_SUFFIX)
     items = placed_items(job)
+    settings = {"layers": layers, "template": template}
+    model = job.begin(
+        items,
+        lambda placed: placed.key,
+        settings,
+        lambda placed: [prepare(job.model, [placed.item], template=template, case=job.case)],
+        [group[0] for group in placed_by_axis(items)],
+    )
     batch_size = job.batch_size(0)
 
     def compute(chunk: list[PlacedItem]) -> Columns:
@@ -64,8 +71,7 @@ def run(config: DeviationConfig) -> dict[str, Any]:
             tables.append(deviation_rows(found, group, model.name))
         return joined(tables)
 
-    settings = {"layers": layers, "template": template}
-    table, summary = job.finish(items, lambda placed: placed.key, compute, batch_size=batch_size, settings=settings)
+    table, summary = job.finish(compute, batch_size=batch_size)
     rows = _per_item(table, layer)
     halves = deviation.easy(rows["margin"])
     for name, chosen in (("easy", halves), ("hard", ~halves)):

@@ -15,7 +15,7 @@ from jaxid.data.coco_boxes import PlacedItem
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments import occlusion
 from jaxid.experiments.deviation import rank_test
-from jaxid.experiments.relations import axis_of
+from jaxid.experiments.relations import axis_of, prepare
 from jaxid.processing.pictures import open_picture
 from jaxid.results import read_table
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, filled, joined
@@ -74,9 +74,19 @@ def run(config: OcclusionConfig) -> dict[str, Any]:
     """
     margins = None if config.deviation is None else read_margins(config.deviation)
     job = Run(config, "occlusion")
-    model = job.model
     template = config.text("{query}" + PUBLISHED_SUFFIX)
     items = usable(job, placed_items(job), lambda placed: placed.key, lambda placed: occluded(placed, config.seed))
+    settings = {"template": template, "radius": config.radius}
+    model = job.begin(
+        items,
+        lambda one: one.key,
+        settings,
+        lambda one: [prepare(job.model, [one.placed.item], template=template, case=job.case)],
+        [
+            next(one for one in items if one.placed is group[0])
+            for group in placed_by_axis([one.placed for one in items])
+        ],
+    )
     together = job.batch_size(0)
     batch_size = max(1, together // VARIANTS)
 
@@ -95,11 +105,11 @@ def run(config: OcclusionConfig) -> dict[str, Any]:
                 together=min(together, batch_size * VARIANTS),
                 compat=config.compat,
             )
+            job.note_unknown(found.unknown[: len(group)])
             tables.append(occlusion_rows(found, group, model.name))
         return joined(tables)
 
-    settings = {"template": template, "radius": config.radius}
-    table, summary = job.finish(items, lambda one: one.key, compute, batch_size=batch_size, settings=settings)
+    table, summary = job.finish(compute, batch_size=batch_size)
     rows = {name: values[table["variant"] == 0] for name, values in table.items()}
     del summary["words_of_several_tokens"]  # no word's activation is read
     summary |= statistics(table)

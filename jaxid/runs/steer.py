@@ -10,12 +10,12 @@ import numpy as np
 from jaxid import plots
 from jaxid.data.grid import near_far_items
 from jaxid.data.three_objects import read_three_objects
-from jaxid.errors import DataError, InputError
+from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import steering
-from jaxid.experiments.relations import ANSWERS, RelationBatch, fill, prepare_questions
+from jaxid.experiments.relations import ANSWERS, RelationBatch, answer_forms, fill, prepare_questions
 from jaxid.processing.pictures import open_picture
-from jaxid.results import tidy, write_table
-from jaxid.runs.common import PUBLISHED_TEMPLATE, Columns, Run, RunConfig, filled
+from jaxid.results import mean_interval, tidy, write_table
+from jaxid.runs.common import PUBLISHED_TEMPLATE, Columns, Run, RunConfig, about, filled, parse_layers
 
 RELATIONS = ("left-right", "above-below", "near-far", "between")
 _ANSWERS = {
@@ -47,7 +47,8 @@ class SteerConfig(RunConfig):
         picture: a single picture instead of a data set.
         subject: in the single picture.
         object: likewise.
-        cells: two cells; the single picture's subject gets the difference of their IDs.
+        cells: those of subject and object in the single picture, (column, row) from the upper left: the subject gets
+            the ID of its own cell minus that of the object's, the object the opposite.
         id_layer: the block whose IDs are added in the single picture.
     """
 
@@ -67,8 +68,8 @@ class SteerConfig(RunConfig):
         super().__post_init__()
         if self.relation not in RELATIONS:
             raise InputError(f"relation is one of {', '.join(RELATIONS)}, not {self.relation!r}.")
-        if any(not 0 <= place <= 3 for cell in self.cells for place in cell):
-            raise InputError(f"cells have columns and rows from 0 to 3, not {self.cells}.")
+        if any(not 0 <= place <= 3 for cell in self.cells for place in cell) or self.cells[0] == self.cells[1]:
+            raise InputError(f"cells are two different ones, columns and rows from 0 to 3, not {self.cells}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,11 +150,19 @@ def run(config: SteerConfig) -> dict[str, Any]:
     if config.picture is not None:
         return run_single(config)
     job = Run(config, f"steer-{config.relation}")
-    model, ids = job.model, job.ids()
-    layers = job.layers(scaled(PUBLISHED_LAYERS, model.num_layers))
+    ids = job.ids()
+    layers = job.layers(scaled(PUBLISHED_LAYERS, job.model.num_layers))
     factor = 5.0 if config.factor is None else config.factor
     template = config.text(PUBLISHED_TEMPLATE)
     questions = read_questions(job, config.relation)
+    settings = {"layers": layers, "factor": factor, "template": template, "relation": config.relation}
+    model = job.begin(
+        questions,
+        lambda question: question.key,
+        settings,
+        lambda question: [prepare(job, config.relation, [question], template)],
+        questions[:1],
+    )
     batch_size = job.batch_size(16 * len(layers))
 
     def compute(chunk: list[Question]) -> Columns:
@@ -163,15 +172,14 @@ def run(config: SteerConfig) -> dict[str, Any]:
         found = steering.run(model, batch, ids, layers=layers, multiplier=factor, compat=config.compat)
         return steering_rows(found, layers, [question.key for question in chunk], batch.answers, model.name)
 
-    settings = {"layers": layers, "factor": factor, "template": template, "relation": config.relation}
-    table, summary = job.finish(
-        questions, lambda question: question.key, compute, batch_size=batch_size, settings=settings
-    )
-    change, words = mean_change(table, layers)
-    summary |= {"layers": layers, "words": words, "change": change}
+    table, summary = job.finish(compute, batch_size=batch_size)
+    change, words, within = mean_change(table, layers)
+    summary |= {"layers": layers, "words": words, "change": change, "change_interval": within}
     asked = _QUESTIONS[config.relation].format("subject", "object", "other")
     title = f"{asked}\n{model.name}, mean of blocks {', '.join(map(str, layers))}"
-    figure = plots.steering_maps(change.mean(axis=0), words, title)
+    figure = plots.steering_maps(
+        change.mean(axis=0), words, title, about=about(summary, factor, plots.means_note(within))
+    )
     plots.save(figure, config.out / f"steering_{config.relation.replace('-', '_')}.png")
     return job.write_summary(summary)
 
@@ -190,22 +198,23 @@ def steering_rows(
     }
 
 
-def mean_change(table: Columns, layers: Sequence[int], **chosen: str) -> tuple[np.ndarray, list[str]]:
-    """Mean change of log-probability over items, Float[L, 4, 4, 2], and the words."""
+def mean_change(table: Columns, layers: Sequence[int], **chosen: str) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Mean change of log-probability over items, Float[L, 4, 4, 2], the words, and half of the means' 95 % intervals."""
     rows = np.ones(len(table["change"]), bool)
     for name, value in chosen.items():
         rows &= table[name] == value
     words = list(dict.fromkeys(table["word"][rows].tolist()))
+    items, item = np.unique(table["item"][rows], return_inverse=True)
     places = (
+        item,
         np.searchsorted(layers, table["layer"][rows]),
         table["x"][rows],
         table["y"][rows],
         np.array([words.index(word) for word in table["word"][rows]]),
     )
-    total, count = np.zeros((len(layers), 4, 4, 2)), np.zeros((len(layers), 4, 4, 2))
-    np.add.at(total, places, table["change"][rows])
-    np.add.at(count, places, 1)
-    return (total / count).astype(np.float32), words
+    changes = np.zeros((len(items), len(layers), 4, 4, 2))
+    changes[places] = table["change"][rows]
+    return changes.mean(axis=0).astype(np.float32), words, mean_interval(changes)
 
 
 def run_single(config: SteerConfig) -> dict[str, Any]:
@@ -216,15 +225,22 @@ def run_single(config: SteerConfig) -> dict[str, Any]:
 
     Raises:
         InputError: if the objects are not named, or the relation has none of two.
+        OutputError: if the folder holds a run over a data set.
     """
     if config.subject is None or config.object is None or config.relation == "between":
         raise InputError("a single picture needs --subject and --object, and a relation of two objects.")
+    if (config.out / "settings.json").exists():
+        raise OutputError(f"{config.out} holds a run over a data set; give another --out.")
     job = Run(config, "steer-single")
-    model, ids = job.model, job.ids()
-    layers = job.layers(scaled(PUBLISHED_SINGLE[0], model.num_layers))
-    id_layer = scaled([PUBLISHED_SINGLE[1]], model.num_layers)[0] if config.id_layer is None else config.id_layer
-    question = Question(key="single", picture=config.picture, names=(config.subject, config.object), truth=-1)
+    ids, blocks = job.ids(), job.model.num_layers
+    layers = job.layers(scaled(PUBLISHED_SINGLE[0], blocks))
+    id_layer = scaled([PUBLISHED_SINGLE[1]], blocks)[0] if config.id_layer is None else config.id_layer
+    parse_layers(str(id_layer), job.model, ())
+    picture = np.asarray(open_picture(config.picture))
+    question = Question(key="single", picture=picture, names=(config.subject, config.object), truth=-1)
     batch = prepare(job, config.relation, [question], config.text(PUBLISHED_TEMPLATE))
+    answer_forms(job.model.processor, batch.answers, batch.case)
+    model = job.load()
     factor = 5.0 if config.factor is None else config.factor
     found = steering.single(
         model, batch, ids, layers=layers, cells=config.cells, id_layer=id_layer, multiplier=factor, compat=config.compat
@@ -235,14 +251,29 @@ def run_single(config: SteerConfig) -> dict[str, Any]:
         "model": np.full(change.size, model.name),
         "control": np.broadcast_to(found.control[0], change.shape).ravel(),
         "change": change.ravel(),
+        **{
+            f"{role}_{axis}": np.full(change.size, place)
+            for role, cell in zip(("subject", "object"), config.cells, strict=True)
+            for axis, place in zip("xy", cell, strict=True)
+        },
     }
+    if not np.isfinite(columns["change"]).all():
+        raise DataError(f"the model's numbers for {config.picture} are NaN or infinite; try --dtype float32.")
     write_table(config.out / "table.parquet", columns)
     figure = plots.steering_by_layer(
         np.array(layers),
         change,
         batch.answers,
-        picture=np.asarray(open_picture(config.picture)),
+        picture=picture,
         title=batch.prompts.questions[0],
+        about=plots.About(
+            model=model.name,
+            items="1 picture,",
+            unit="no interval",
+            strength=factor,
+            note=f"{config.subject} gets the ID of cell {config.cells[0]} less that of {config.cells[1]}, block {id_layer}; "
+            f"{config.object} the opposite; cells: (column, row) from the upper left",
+        ),
     )
     plots.save(figure, config.out / "steering_single.png")
     return job.write_summary(
@@ -256,6 +287,8 @@ def run_single(config: SteerConfig) -> dict[str, Any]:
             "layers": layers,
             "id_layer": id_layer,
             "cells": config.cells,
+            "subject": {"name": config.subject, "cell": config.cells[0]},
+            "object": {"name": config.object, "cell": config.cells[1]},
             "factor": factor,
             "change": change,
         }

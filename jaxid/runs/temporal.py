@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from jaxid import plots
-from jaxid.checkpoints.loading import load
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checks import check_finite
 from jaxid.data.clips import AppearItem, OrderItem, read_appear_folder, read_mvbench
 from jaxid.errors import DataError, InputError
 from jaxid.experiments import activation_swap, temporal
 from jaxid.experiments.activation_swap import TOKEN_SETS
+from jaxid.experiments.relations import RelationBatch
+from jaxid.models.base import Model
 from jaxid.processing.pictures import Clip
-from jaxid.results import ensure_output_folder, tidy, write_json
-from jaxid.runs.common import Columns, Run, RunConfig, filled
-from jaxid.temporal_ids import FRAMES, TemporalIDs, rank_correlation
+from jaxid.results import tidy, write_json
+from jaxid.runs.common import Columns, Run, RunConfig, check_extraction, filled, with_bar
+from jaxid.temporal_ids import FRAMES, rank_correlation
 
 PUBLISHED_LAYER, PUBLISHED_BLOCKS = 13, 28
 """Block of the published steering, of the model's 28."""
@@ -49,20 +52,21 @@ def extract(
     Raises:
         DataError: for a bad clip, unless those are skipped; or if none is left.
     """
-    from tqdm import tqdm
-
     if compat not in ("none", "reference"):
         raise InputError(f"compat is none or reference, not {compat!r}.")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be 1 or more, not {batch_size}.")
-    ensure_output_folder(out.parent)
+    check_extraction(out, batch_size)
     bad: list[tuple[str, DataError]] = []
     items = read_appear_folder(data, bad=bad if skip_bad else None)
     misnamed = len(bad)
-    loaded = load(model, dtype=dtype)
+    checkpoint = open_checkpoint(model, dtype=dtype)
+    for item in _readable(items[:1], [] if skip_bad else None, or_none=True):
+        question = temporal.QUESTION.format(a=item.object_a, b=item.object_b)
+        checkpoint.model.prepare([item.video], question).word(item.object_a)
+    loaded = checkpoint.load()
     pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
-    clips = _readable(tqdm(items, unit="clip", disable=None), bad if skip_bad else None)
+    clips = _readable(with_bar(items, batch_size, "clip"), bad if skip_bad else None)
     ids = temporal.extract(loaded, clips, pairs=pairs, batch_size=batch_size, compat=compat)
+    check_finite(f"the IDs of {model} in {dtype}", np.asarray(ids.values), DataError)
     ids.save(out)
     line, words = ids.line(), temporal.word_coordinates(loaded, ids)
     coordinates = line.coordinates(np.asarray(ids.universal))
@@ -91,11 +95,13 @@ def extract(
     return summary
 
 
-def _readable(items: Iterable[AppearItem], bad: list[tuple[str, DataError]] | None) -> Iterator[AppearItem]:
+def _readable(
+    items: Iterable[AppearItem], bad: list[tuple[str, DataError]] | None, *, or_none: bool = False
+) -> Iterator[AppearItem]:
     """The items with their clips opened; those that cannot be are noted where they are to be skipped.
 
     Raises:
-        DataError: for the first of them else, and if none is left.
+        DataError: for the first of them else, and if none is left, unless that is allowed.
     """
     count = 0
     for item in items:
@@ -108,12 +114,19 @@ def _readable(items: Iterable[AppearItem], bad: list[tuple[str, DataError]] | No
             continue
         count += 1
         yield dataclasses.replace(item, video=clip)
-    if not count:
+    if not count and not or_none:
         raise DataError(f"no clip could be used: {bad[-1][1] if bad else 'there are none'}")
 
 
 def _items(job: Run) -> list[OrderItem]:
     return job.sample(read_mvbench(job.data_folder(), bad=job.bad_rows()))
+
+
+def _begin(job: Run, items: list[OrderItem], settings: dict[str, Any], template: str) -> Model:
+    def prepared(item: OrderItem) -> list[RelationBatch]:
+        return [temporal.prepare(job.model, [item], clips=[item.open()], template=template, case=job.case).asked]
+
+    return job.begin(items, lambda item: item.key, settings, prepared, items[:1])
 
 
 def run_swap(config: RunConfig) -> dict[str, Any]:
@@ -123,10 +136,10 @@ def run_swap(config: RunConfig) -> dict[str, Any]:
         The summary.
     """
     job = Run(config, "temporal-swap")
-    model = job.model
-    layers = job.layers(range(model.num_layers))
+    layers = job.layers(range(job.model.num_layers))
     template = config.template or "{query}"
     items = _items(job)
+    model = _begin(job, items, {"layers": layers, "template": template}, template)
     batch_size = job.batch_size(len(layers))
 
     def compute(chunk: list[OrderItem]) -> Columns:
@@ -153,8 +166,7 @@ def run_swap(config: RunConfig) -> dict[str, Any]:
             "score": (np.nan_to_num(found) if config.compat == "reference" else found)[:, :, :count].ravel(),
         }
 
-    settings = {"layers": layers, "template": template}
-    table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
+    table, summary = job.finish(compute, batch_size=batch_size)
     words = list(temporal.ANSWERS)
     scores = {}
     for tokens in TOKEN_SETS:
@@ -207,14 +219,12 @@ def run_steering(config: RunConfig) -> dict[str, Any]:
         InputError: if no file of IDs was given.
     """
     job = Run(config, "temporal-steer")
-    model = job.model
-    if config.ids is None:
-        raise InputError("give the model's temporal IDs with --ids; make them with jaxid ids temporal.")
-    ids = TemporalIDs.load(config.ids)
-    layers = job.layers([min(model.num_layers - 1, round(PUBLISHED_LAYER * model.num_layers / PUBLISHED_BLOCKS))])
+    ids, blocks = job.temporal_ids(), job.model.num_layers
+    layers = job.layers([min(blocks - 1, round(PUBLISHED_LAYER * blocks / PUBLISHED_BLOCKS))])
     factor = 5.0 if config.factor is None else config.factor
     template = config.template or "{query}"
     items = _items(job)
+    model = _begin(job, items, {"layers": layers, "factor": factor, "template": template}, template)
     batch_size = job.batch_size(len(FRAMES) * len(layers))
 
     def compute(chunk: list[OrderItem]) -> Columns:
@@ -236,8 +246,7 @@ def run_steering(config: RunConfig) -> dict[str, Any]:
             "change": change.ravel(),
         }
 
-    settings = {"layers": layers, "factor": factor, "template": template}
-    table, summary = job.finish(items, lambda item: item.key, compute, batch_size=batch_size, settings=settings)
+    table, summary = job.finish(compute, batch_size=batch_size)
     words = list(temporal.ANSWERS)
     changes = _changes(table, layers, ids.frames)
     means = changes.mean(axis=2)
