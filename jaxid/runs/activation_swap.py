@@ -13,7 +13,7 @@ from jaxid.experiments import activation_swap
 from jaxid.experiments.relations import prepare
 from jaxid.processing.pictures import open_picture
 from jaxid.results import tidy
-from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, filled
+from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, filled
 
 PUBLISHED_ITEMS = 100
 
@@ -81,7 +81,7 @@ def run(config: RunConfig, change: Literal["mirror", "attribute"]) -> dict[str, 
         words,
         layers=np.array(layers),
         robust=config.compat != "reference",
-        about=plots.About(model=model.name, note=f"{change} swap"),
+        about=about(summary, note=f"{change} swap"),
     )
     plots.save(figure, config.out / f"{change}_swap.png")
     return job.write_summary(summary)

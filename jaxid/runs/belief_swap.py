@@ -15,7 +15,7 @@ from jaxid.experiments import belief_swap
 from jaxid.experiments.relations import answer_of, axis_of, prepare
 from jaxid.models.registry import ALIASES
 from jaxid.results import confidence_interval, ensure_output_folder, write_json
-from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, by_axis, filled, joined
+from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, by_axis, filled, joined
 
 PUBLISHED_LAYERS = {
     "llava-7b": (8, 20),
@@ -251,7 +251,7 @@ def _by_layer(summary: dict[str, Any], layers: Sequence[int], factor: float) -> 
         belief_intervals=belief[1],
         noise_intervals=noise[1],
         factor=factor,
-        about=plots.About(model=summary["model"], items=summary["answered_items"]),
+        about=dataclasses.replace(about(summary), items=summary["answered_items"]),
     )
 
 
@@ -267,14 +267,18 @@ def _bars(best: Mapping[str, Mapping[str, Any]], strength: float | str) -> Any:
             f"{part}_interval": np.array([entry[f"{part}_interval"] for entry in best.values()])
             for part in belief_swap.CONDITIONS
         }
-        note = f"best blocks of {', '.join(same)} chosen on the same items" if same else "best blocks chosen on others"
-    about = plots.About(
+        note = (
+            f"best blocks of {', '.join(same)} chosen on the same items"
+            if same
+            else "best blocks chosen on other items"
+        )
+    said = plots.About(
         model=", ".join(best) if len(best) == 1 else "",
         items=_spread(entry["items"] for entry in best.values()),
         strength=strength,
         note=note,
     )
-    return plots.belief_swap_bars(list(best), *values, **bounds, about=about)
+    return plots.belief_swap_bars(list(best), *values, **bounds, about=said)
 
 
 def _spread(counts: Iterable[Any]) -> str:

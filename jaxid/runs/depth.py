@@ -8,7 +8,7 @@ from jaxid import plots
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.experiments import depth
 from jaxid.experiments.relations import RelationBatch
-from jaxid.runs.common import PUBLISHED_TEMPLATE, Columns, Run, RunConfig, filled, joined
+from jaxid.runs.common import PUBLISHED_TEMPLATE, Columns, Run, RunConfig, about, filled, joined
 from jaxid.runs.steer import PUBLISHED_LAYERS, mean_change, scaled, steering_rows
 
 
@@ -51,7 +51,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     by_row = {name: change.mean(axis=1) for name, change in changes.items()}  # over columns: Float[L, 4, 2]
     sides = {name: values[..., 0] - values[..., 1] for name, values in by_row.items()}
     agreement = float(np.corrcoef(sides["height"].ravel(), sides["depth"].ravel())[0, 1])
-    summary |= {"layers": layers, "words": words, "change": changes, "height_depth_correlation": agreement}
+    summary |= {
+        "layers": layers,
+        "words": words,
+        "change": changes,
+        "change_interval": within,
+        "height_depth_correlation": agreement,
+    }
     # The published figure swaps the labels of its two questions.
     shown = (
         {"height": "depth", "depth": "height"}

@@ -13,7 +13,7 @@ from jaxid.experiments import deviation
 from jaxid.experiments.relations import axis_of, prepare
 from jaxid.models.registry import ALIASES
 from jaxid.results import confidence_interval, tidy, write_json
-from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Item, Run, RunConfig, filled, joined, parse_layers
+from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Item, Run, RunConfig, about, filled, joined, parse_layers
 from jaxid.runs.steer import scaled
 
 Made = TypeVar("Made")
@@ -211,7 +211,9 @@ def _draw(config: DeviationConfig, summary: dict[str, Any], rows: Columns, layer
     note = (
         f"AUC {tested['auc']:.2f}, Mann-Whitney U p = {tested['p_two_sided']:.2g}" if tested["auc"] is not None else ""
     )
-    figure = plots.margin_histogram(rows["margin"], rows["correct"].astype(bool), note, layer=summary["layer"])
+    figure = plots.margin_histogram(
+        rows["margin"], rows["correct"].astype(bool), note, layer=summary["layer"], about=about(summary)
+    )
     plots.save(figure, config.out / "deviation.png")
     halves = {name: [entry["halves"][name] for entry in summary["by_layer"]] for name in ("easy", "hard")}
     if any(half["accuracy"] is None for half in [*halves["easy"], *halves["hard"]]):
@@ -224,5 +226,6 @@ def _draw(config: DeviationConfig, summary: dict[str, Any], rows: Columns, layer
         easy_intervals=np.array([half["interval"] for half in halves["easy"]]),
         hard_intervals=np.array([half["interval"] for half in halves["hard"]]),
         layer=summary["layer"],
+        about=about(summary),
     )
     plots.save(figure, config.out / "deviation_by_layer.png")

@@ -18,7 +18,7 @@ from jaxid.experiments.deviation import rank_test
 from jaxid.experiments.relations import axis_of, prepare
 from jaxid.processing.pictures import open_picture
 from jaxid.results import read_table
-from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, filled, joined
+from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, filled, joined
 from jaxid.runs.deviation import placed_by_axis, placed_items, usable
 
 VARIANTS = len(occlusion.KINDS)
@@ -118,7 +118,7 @@ def run(config: OcclusionConfig) -> dict[str, Any]:
         own = np.array([margins.get(key, np.nan) for key in rows["item"]])
         summary["margins"] = correlation(rows["sensitivity"], own)
     _draw(config, rows, own, summary)
-    summary["example"] = _draw_example(config, items, table, rows)
+    summary["example"] = _draw_example(config, items, table, rows, about(summary))
     return job.write_summary(summary)
 
 
@@ -241,11 +241,14 @@ def _draw(config: OcclusionConfig, rows: Columns, margins: np.ndarray | None, su
         rows["correct"].astype(bool),
         margins=margins if margins is not None and np.isfinite(margins).any() else None,
         note=note,
+        about=about(summary, note=f"blurred by {config.radius:g} pixels"),
     )
     plots.save(figure, config.out / "occlusion.png")
 
 
-def _draw_example(config: OcclusionConfig, items: Sequence[Occluded], table: Columns, rows: Columns) -> str:
+def _draw_example(
+    config: OcclusionConfig, items: Sequence[Occluded], table: Columns, rows: Columns, shown: plots.About
+) -> str:
     """Draws the most sensitive item, of those answered rightly where there are any; returns its key."""
     chosen = np.flatnonzero(rows["correct"].astype(bool)) if rows["correct"].any() else np.arange(len(rows["item"]))
     key = rows["item"][chosen[rows["sensitivity"][chosen].argmax()]]
@@ -261,6 +264,7 @@ def _draw_example(config: OcclusionConfig, items: Sequence[Occluded], table: Col
         table["logp_correct"][own],
         (item.subject, item.object),
         f"{item.query} {item.relation.capitalize()}. The most sensitive item, by {sensitivity:.2f} nats",
+        about=dataclasses.replace(shown, items=f"1 of {shown.items}", note=f"blurred by {config.radius:g} pixels"),
     )
     plots.save(figure, config.out / "occlusion_example.png")
     return key

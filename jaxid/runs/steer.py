@@ -199,7 +199,7 @@ def steering_rows(
 
 
 def mean_change(table: Columns, layers: Sequence[int], **chosen: str) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Mean change of log-probability over items, Float[L, 4, 4, 2], the words, and half of the means' 95 % intervals."""
+    """Mean change of log-probability over items, Float[L, 4, 4, 2], the words, half of the means' 95 % intervals."""
     rows = np.ones(len(table["change"]), bool)
     for name, value in chosen.items():
         rows &= table[name] == value
@@ -268,11 +268,11 @@ def run_single(config: SteerConfig) -> dict[str, Any]:
         title=batch.prompts.questions[0],
         about=plots.About(
             model=model.name,
-            items="1 picture,",
-            unit="no interval",
+            items=1,
+            unit="picture",
             strength=factor,
-            note=f"{config.subject} gets the ID of cell {config.cells[0]} less that of {config.cells[1]}, block {id_layer}; "
-            f"{config.object} the opposite; cells: (column, row) from the upper left",
+            note=f"{config.subject}: ID of cell {config.cells[0]} less that of {config.cells[1]}, block {id_layer}; "
+            f"{config.object}: the opposite; cells: (column, row) from the upper left",
         ),
     )
     plots.save(figure, config.out / "steering_single.png")

@@ -18,7 +18,7 @@ from jaxid.experiments.relations import RelationBatch
 from jaxid.models.base import Model
 from jaxid.processing.pictures import Clip
 from jaxid.results import tidy, write_json
-from jaxid.runs.common import Columns, Run, RunConfig, check_extraction, filled, with_bar
+from jaxid.runs.common import Columns, Run, RunConfig, about, check_extraction, filled, with_bar
 from jaxid.temporal_ids import FRAMES, rank_correlation
 
 PUBLISHED_LAYER, PUBLISHED_BLOCKS = 13, 28
@@ -187,7 +187,7 @@ def run_swap(config: RunConfig) -> dict[str, Any]:
         words,
         layers=np.array(layers),
         robust=config.compat != "reference",
-        about=plots.About(model=model.name, note="clips played backwards"),
+        about=about(summary, note="clips played backwards"),
     )
     plots.save(figure, config.out / "temporal_swap.png")
     return job.write_summary(summary)
@@ -265,7 +265,7 @@ def run_steering(config: RunConfig) -> dict[str, Any]:
         changes[shown],
         words,
         f"{model.name}, block {layers[shown]}",
-        about=plots.About(strength=factor),
+        about=about(summary, factor),
     )
     plots.save(figure, config.out / "temporal_steering.png")
     return job.write_summary(summary)
