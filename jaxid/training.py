@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxid.errors import InputError, JaxidWarning
 from jaxid.training_folder import States, begun, metrics_rows
 from jaxid.training_folder import append_metrics as append_metrics
+from jaxid.training_folder import check_folder as check_folder
 from jaxid.training_folder import read_metrics as read_metrics
 
 Metrics = dict[str, Array]

@@ -34,13 +34,12 @@ def begun(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         CheckpointError: if the folder holds a run with other settings.
         OutputError: if it is in use by another process, cannot be written to, or its `run.json` is damaged or gone.
     """
-    ensure_output_folder(folder)
-    _check_settings(folder, settings)
+    check_folder(folder, settings)
     record = folder / "run.json"
     if not record.exists():
         write_json(record, settings)
     with locked(folder):
-        _check_settings(folder, settings)  # another process may have come first
+        check_folder(folder, settings)  # another process may have come first
         for inner in (folder, *folder.iterdir()):
             remove_temporary(inner)
         for half in folder.glob("state/*.orbax-checkpoint-tmp*"):
@@ -49,7 +48,18 @@ def begun(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, settings: Mapping[str, Any], *, unknown: Sequence[str] = ()) -> None:
+    """Refuses what `begun` would refuse of a folder that no process is working in.
+
+    Args:
+        folder: of the run; made if need be.
+        settings: all that decides the outcome.
+        unknown: names of settings that cannot be compared yet.
+
+    Raises:
+        CheckpointError, OutputError: as `begun`.
+    """
+    ensure_output_folder(folder)
     record, now = folder / "run.json", json.loads(to_json(settings))
     if not record.exists():
         if (folder / "state").exists():
@@ -59,7 +69,8 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         then = read_json(record, OutputError)
     except OutputError as error:
         raise OutputError(f"{str(error).rstrip('.')}; give another --out, or delete {folder} to start over.") from error
-    other = sorted(name for name in {**then, **now} if name not in then or name not in now or then[name] != now[name])
+    names = {**then, **now}.keys() - set(unknown)
+    other = sorted(name for name in names if name not in then or name not in now or then[name] != now[name])
     if other:
         raise CheckpointError(
             f"{folder} holds a training run with other settings; choose another folder ({', '.join(other)} differ)."

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxid.checks import check_finite, check_options
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.grid import GridItem
 from jaxid.engine import forward
@@ -28,7 +29,7 @@ from jaxid.models.base import Model
 from jaxid.models.common import Recompute
 from jaxid.models.inputs import Inputs
 from jaxid.models.sites import Capture, clean
-from jaxid.trainable import Selection, choose, for_learning, tensors
+from jaxid.trainable import Selection, Tensor, choose, for_learning, tensors
 from jaxid.training import Metrics, Stage
 
 QUESTIONS = {
@@ -67,8 +68,10 @@ class FinetuneConfig:
         Raises:
             InputError: naming the field.
         """
-        for name in ("steps", "groups", "batch_size"):
-            if getattr(self, name) < 1:
+        check_options(self)
+        for name in ("steps", "groups", "batch_size", "vision_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
         if self.batch_size < 2 and self.id_weight:
             raise InputError("the ID loss needs batches of 2 or more: activations are compared with their mean.")
@@ -78,8 +81,12 @@ class FinetuneConfig:
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, not {getattr(self, name)}.")
-        if self.id_weight < 0 or self.weight_decay < 0:
-            raise InputError("id_weight and weight_decay must not be below 0.")
+        if self.id_weight < 0 or self.weight_decay < 0 or self.id_layer < 0:
+            raise InputError("id_weight, weight_decay and id_layer must not be below 0.")
+        if not 0 < self.budget <= 1:
+            raise InputError(f"budget is a share of all parameters, above 0 and at most 1, not {self.budget}.")
+        if "{query}" not in self.template:
+            raise InputError(f"the template {self.template!r} has no place for the {{query}}.")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise InputError(f"schedule is linear, cosine or constant, not {self.schedule!r}.")
         if self.recompute not in get_args(Recompute):
@@ -180,7 +187,7 @@ def group_batch(
         "inputs": {field.name: getattr(prompts.inputs, field.name) for field in dataclasses.fields(Inputs)},
         "places": places,
         "labels": labels,
-        "word": prompts.word([item.object_b for item in full], occurrence=0),
+        "word": prompts.words([(item.object_b, item.object_a) for item in full])[:, 0],
         "target": np.asarray(ids.universal)[config.id_layer, cells[:, 0], cells[:, 1]],
         "weight": (np.arange(len(full)) < count).astype(np.float32),
     }
@@ -363,6 +370,20 @@ class Task:
         return dataclasses.replace(self.model, parameters=self.selection.merge(self.model.parameters, trained))
 
 
+def trained_tensors(model: Model, config: FinetuneConfig) -> tuple[Tensor, ...]:
+    """What is trained of a model, whose parameters may be shapes alone.
+
+    Raises:
+        InputError: if no tensor fits the budget, or the layer is out of range.
+    """
+    if not 0 <= config.id_layer < model.num_layers:
+        raise InputError(
+            f"id_layer {config.id_layer} is out of range: {model.name} has blocks 0..{model.num_layers - 1}."
+        )
+    every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
+    return choose(every, config.selectors, budget=config.budget, vision_blocks=config.vision_blocks, seed=config.seed)
+
+
 def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: FinetuneConfig) -> Task:
     """Chooses what is trained and groups the data.
 
@@ -378,15 +399,12 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
     """
     if config.id_weight:
         require_same_model(model, ids)
-    if not 0 <= config.id_layer < model.num_layers:
-        raise InputError(
-            f"id_layer {config.id_layer} is out of range: {model.name} has blocks 0..{model.num_layers - 1}."
-        )
-    every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
-    chosen = choose(every, config.selectors, budget=config.budget, vision_blocks=config.vision_blocks, seed=config.seed)
+    chosen = trained_tensors(model, config)
     groups = groups_of(items)
     if not groups:
         raise DataError("no two pictures show the same pair with the first object in one place: nothing to train on.")
+    if config.id_weight:
+        check_finite(f"the universal IDs of layer {config.id_layer}", np.asarray(ids.universal)[config.id_layer])
     selection = Selection.of(chosen)
     return Task(
         model=model,
@@ -428,5 +446,6 @@ def evaluate(
             full = part + part[:1] * (batch_size - len(part))
             batch = prepare(model, full, template=template, case="both")
             found = np.asarray(batch.read(forward(model, batch.prompts)))[: len(part)]
+            check_finite(f"log-probabilities of {model.name}'s answers", found)
             right += int((found.argmax(axis=-1) == batch.truth[: len(part)]).sum())
     return right, len(items)

@@ -13,20 +13,24 @@ import numpy as np
 
 from jaxid import plots, training
 from jaxid.checkpoints.export import export
-from jaxid.checkpoints.loading import load
+from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, check_dtype, open_checkpoint
+from jaxid.checkpoints.tensors import unflatten
+from jaxid.checks import check_finite, check_seed
 from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
 from jaxid.data.grid import GridItem, read_finetune_folder
-from jaxid.errors import DataError, InputError
+from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig, Task
 from jaxid.ids import SpatialIDs
 from jaxid.models.base import Model
-from jaxid.results import confidence_interval, ensure_output_folder, whole_file, write_json
+from jaxid.reading import first_line, read_json, reading
+from jaxid.results import confidence_interval, ensure_output_folder, locked, to_json, whole_file, write_json
 from jaxid.runs.trackers import Trackers
 
 COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
 _SETS = ("held_out", "coco_spatial")
-CHECKED = ("step", *(f"{name}{part}" for name in _SETS for part in ("", "_right", "_questions")))
+_PARTS = ("", "_right", "_questions")
+CHECKED = ("step", *(f"{name}{part}" for name in _SETS for part in _PARTS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ class FinetuneRun:
         Raises:
             InputError: naming the option.
         """
+        check_dtype(self.dtype)
         for name in ("questions", "save_every", "check_every", "record_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
@@ -90,37 +95,61 @@ def run(options: FinetuneRun) -> dict[str, Any]:
     """
     started = time.perf_counter()
     ensure_output_folder(options.out)
-    model = load(options.model, dtype=options.dtype)
+    checkpoint = open_checkpoint(options.model, dtype=options.dtype)
     ids = SpatialIDs.from_torch(options.ids) if options.ids.suffix == ".pt" else SpatialIDs.load(options.ids)
     items = read_finetune_folder(options.data)
     train_items, held = finetune.split_pairs(items, options.config.held_out, options.config.seed)
-    job = finetune.task(model, train_items, ids, options.config)
     sets = _evaluation_sets(options, held)
     settings = {
         "experiment": "finetune",
         "model": options.model,
-        "fingerprint": model.fingerprint,
+        "fingerprint": "",
         "dtype": options.dtype,
         "items": len(items),
         "items_digest": _digest(items),
         "ids_digest": hashlib.sha256(np.asarray(ids.universal).tobytes()).hexdigest()[:16],
+        "evaluated": {name: len(questions) for name, questions in sets.items()},
         "config": dataclasses.asdict(options.config),
     }
+    board = options.out / "tensorboard" if options.tensorboard else None
+    trackers = Trackers(settings, wandb=options.wandb, tensorboard=board)
+    training.check_folder(options.out, settings, unknown=["fingerprint"])
+    with locked(options.out):  # all that is wrong shows before the weights are read
+        finetune.task(unloaded(checkpoint), train_items, ids, options.config).stage().batch(0)
+
+    model = checkpoint.load()
+    settings["fingerprint"] = model.fingerprint
+    job = finetune.task(model, train_items, ids, options.config)
+    with training.begun(options.out, settings):
+        return _trained(options, job, sets, trackers, len(items), started)
+
+
+def unloaded(checkpoint: Checkpoint) -> Model:
+    """A model with the shapes of its parameters in their place."""
+    definition, shapes = abstract_parameters(checkpoint.kind, checkpoint.model.config)
+    return dataclasses.replace(checkpoint.model, definition=definition, parameters=unflatten(shapes))
+
+
+def _trained(
+    options: FinetuneRun,
+    job: Task,
+    sets: Mapping[str, Sequence[SpatialItem]],
+    trackers: Trackers,
+    items: int,
+    started: float,
+) -> dict[str, Any]:
     checked = options.out / "evaluations.csv"
 
     def check(step: int, trained: Mapping[str, Any]) -> None:
         row = {"step": step, **_evaluate(job.model_with(trained), sets, options.config.template)}
         training.append_metrics(checked, CHECKED, row)
 
-    initial = job.selection.split(model.parameters)
-    if not checked.exists():
+    initial = job.selection.split(job.model.parameters)
+    if not training.read_metrics(checked):
         check(0, initial)
-    with Trackers(
-        settings, wandb=options.wandb, tensorboard=options.out / "tensorboard" if options.tensorboard else None
-    ) as log:
-        trained = training.train(
+    with trackers as log:
+        trained = training.fit(
             options.out,
-            settings,
             initial,
             [job.stage()],
             columns=COLUMNS,
@@ -132,7 +161,7 @@ def run(options: FinetuneRun) -> dict[str, Any]:
             check_every=options.check_every,
         )
     folder = export(job.model_with(trained), options.out / "model", {path for path, _ in job.selection.rows})
-    return _finish(options, job, len(items), folder, time.perf_counter() - started)
+    return _finish(options, job, items, folder, time.perf_counter() - started)
 
 
 def _evaluation_sets(options: FinetuneRun, held: Sequence[GridItem]) -> dict[str, list[SpatialItem]]:
@@ -182,6 +211,7 @@ def _finish(options: FinetuneRun, job: Task, items: int, folder: Path, seconds: 
         "groups": len(job.groups),
         "trained_parameters": job.trained,
         "trained_share": job.trained / every,
+        "skipped_steps": int(metrics[-1]["skipped"]),
         "trained_tensors": [path if rows is None else f"{path}{list(rows)}" for path, rows in job.selection.rows],
         "evaluations": evaluations,
         "exported": str(folder),
@@ -220,6 +250,10 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     for folder, other in zip(folders, runs, strict=True):
         if _shared(other) != first:
             raise InputError(f"{folder} differs from {folders[0]} in more than seed and weight of the ID loss.")
+    given = [(run["config"]["seed"], bool(run["config"]["id_weight"])) for run in runs]
+    for row, (folder, one) in enumerate(zip(folders, given, strict=True)):
+        if one in given[:row]:
+            raise InputError(f"{folder} and {folders[given.index(one)]} are runs of one kind with the same seed.")
     kinds = {
         "with_ids": {run["config"]["seed"]: run for run in runs if run["config"]["id_weight"]},
         "without_ids": {run["config"]["seed"]: run for run in runs if not run["config"]["id_weight"]},
@@ -266,20 +300,38 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     return found
 
 
+def is_finished(folder: Path, config: FinetuneConfig) -> bool:
+    """Whether a folder holds the summary of a run with these settings."""
+    try:
+        return _read_summary(folder)["config"] == json.loads(to_json(config))
+    except DataError:
+        return False
+
+
 def _read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     try:
-        found = json.loads(path.read_text())
-        if found["experiment"] != "finetune" or not found["evaluations"]:
-            raise ValueError("of another experiment")
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} holds no finished fine-tuning run ({error}).") from error
+        found = read_json(path, DataError)
+        with reading(path, "the summary of a fine-tuning run", DataError):
+            if found["experiment"] != "finetune" or not found["evaluations"]:
+                raise ValueError("it is of another experiment, or holds no evaluation")
+            check_seed(found["config"]["seed"])
+            check_finite("id_weight", float(found["config"]["id_weight"]))
+            for row in found["evaluations"]:
+                numbers = [row["step"], *(row[f"{name}{part}"] for name in _sets_of(found) for part in _PARTS)]
+                check_finite("an evaluation", np.array(numbers, np.float64))
+    except JaxidError as error:
+        raise DataError(f"{folder} holds no finished fine-tuning run ({first_line(error)}).") from error
+    return found
+
+
+def _sets_of(summary: Mapping[str, Any]) -> list[str]:
+    return [name for name in _SETS if name in summary["evaluations"][0]]
 
 
 def _shared(summary: Mapping[str, Any]) -> Any:
     config = {name: value for name, value in summary["config"].items() if name not in ("seed", "id_weight")}
-    return summary["model"], config, [row["step"] for row in summary["evaluations"]]
+    return summary["model"], config, [row["step"] for row in summary["evaluations"]], _sets_of(summary)
 
 
 def _interval(values: np.ndarray) -> dict[str, Any]:

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxid.checkpoints.loading import load
+from jaxid.checkpoints.loading import load, open_checkpoint
 from jaxid.data.coco_spatial import write_coco_spatial
 from jaxid.data.grid import read_finetune_folder, write_finetune_folder
 from jaxid.data.scenes import OBJECTS, VARIED, sample_free
-from jaxid.experiments.finetune import FinetuneConfig
+from jaxid.errors import InputError
+from jaxid.experiments.finetune import FinetuneConfig, trained_tensors
 from jaxid.experiments.grid import extract
-from jaxid.results import ensure_output_folder
 from jaxid.runs import finetune
+from jaxid.training_folder import begun
 from jaxid.zoo.tiny_llava import IMAGE_SIZE
 
 CONFIG = FinetuneConfig(
@@ -54,46 +55,58 @@ def run(
 
     Returns:
         What `finetune.compare` returns.
+
+    Raises:
+        InputError: for a number out of its range, before anything is drawn.
+        CheckpointError, OutputError: if the folder holds a study with other settings, or is in use.
     """
-    ensure_output_folder(out)
-    data, coco, ids = out / "data", out / "coco", out / "ids.safetensors"
-    if not ids.exists():
-        rng = np.random.default_rng(31)
-        first, second = np.triu_indices(len(OBJECTS), 1)
-        chosen = rng.choice(len(first), pairs, replace=False)
-        named = [
-            tuple(OBJECTS[number] for number in rng.permutation([first[row], second[row]])) for row in sorted(chosen)
-        ]
-        write_finetune_folder(
-            data,
-            [(a, b) for a, b in named],
-            picture_size=IMAGE_SIZE,
-            backgrounds=VARIED,
-            jitter_size=0.1,
-            jitter_angle=15.0,
+    most = len(OBJECTS) * (len(OBJECTS) - 1) // 2
+    if not seeds or not 2 <= pairs <= most or questions < 1 or check_every < 1 or not config.id_weight:
+        raise InputError(
+            f"a study needs seeds, 2 to {most} pairs, questions, steps between checks and a weight of the ID loss."
         )
-        scenes = sample_free(np.random.default_rng(32), questions, num_objects=(2, 2))
-        write_coco_spatial(coco, scenes, IMAGE_SIZE)
-        found = extract(load(model), read_finetune_folder(data), pairs=[(a, b) for a, b in named])
-        found.save(ids)
-    folders = []
-    for seed in seeds:
-        for weight in (config.id_weight, 0.0):
-            folder = out / f"{'with' if weight else 'without'}-ids-{seed}"
-            folders.append(folder)
-            if not (folder / "summary.json").exists():
-                own = dataclasses.replace(config, seed=seed, id_weight=weight)
-                finetune.run(
-                    finetune.FinetuneRun(
-                        out=folder,
-                        data=data,
-                        ids=ids,
-                        model=model,
-                        coco=coco,
-                        questions=questions,
-                        check_every=check_every,
-                        progress=progress,
-                        config=own,
-                    )
+    own = {
+        out / f"{'with' if weight else 'without'}-ids-{seed}": dataclasses.replace(config, seed=seed, id_weight=weight)
+        for seed in seeds
+        for weight in (config.id_weight, 0.0)
+    }
+    trained_tensors(finetune.unloaded(open_checkpoint(model)), config)
+    settings = {"experiment": "finetune-study", "model": model, "config": dataclasses.asdict(config)}
+    with begun(out, settings | {"pairs": pairs, "questions": questions, "check_every": check_every}):
+        if not (out / "ids.safetensors").exists():
+            _draw(out, model, pairs, questions)
+        for folder, one in own.items():
+            if not finetune.is_finished(folder, one):
+                options = finetune.FinetuneRun(
+                    out=folder,
+                    data=out / "data",
+                    ids=out / "ids.safetensors",
+                    model=model,
+                    coco=out / "coco",
+                    questions=questions,
+                    check_every=check_every,
+                    progress=progress,
+                    config=one,
                 )
-    return finetune.compare(folders, out / "comparison")
+                finetune.run(options)
+        return finetune.compare(list(own), out / "comparison")
+
+
+def _draw(out: Path, model: str, pairs: int, questions: int) -> None:
+    """Makes the pictures of all runs and, last, the model's IDs."""
+    rng = np.random.default_rng(31)
+    first, second = np.triu_indices(len(OBJECTS), 1)
+    chosen = rng.choice(len(first), pairs, replace=False)
+    named = [tuple(OBJECTS[number] for number in rng.permutation([first[row], second[row]])) for row in sorted(chosen)]
+    write_finetune_folder(
+        out / "data",
+        [(a, b) for a, b in named],
+        picture_size=IMAGE_SIZE,
+        backgrounds=VARIED,
+        jitter_size=0.1,
+        jitter_angle=15.0,
+    )
+    scenes = sample_free(np.random.default_rng(32), questions, num_objects=(2, 2))
+    write_coco_spatial(out / "coco", scenes, IMAGE_SIZE)
+    found = extract(load(model), read_finetune_folder(out / "data"), pairs=[(a, b) for a, b in named])
+    found.save(out / "ids.safetensors")

@@ -12,21 +12,23 @@ class Trackers:
     """A context whose value takes rows of metrics, or None if there is no place for them.
 
     Raises:
-        InputError: on entering, where a package is missing.
+        InputError: where a package is missing.
     """
 
     def __init__(self, settings: Mapping[str, Any], *, wandb: str | None = None, tensorboard: Path | None = None):
         """Takes the run's settings, a project of Weights & Biases, and a folder for TensorBoard."""
-        self.settings, self.project, self.folder = dict(settings), wandb, tensorboard
+        self.settings, self.project, self.folder = settings, wandb, tensorboard
+        self.wandb = None if wandb is None else _package("wandb", "--wandb", "Weights & Biases")
+        self.tensorboard = None if tensorboard is None else _package("tensorboardX", "--tensorboard", "tensorboardX")
         self.run: Any = None
         self.writer: Any = None
 
     def __enter__(self) -> Callable[[dict[str, Any]], None] | None:
         """Begins."""
-        if self.project is not None:
-            self.run = _package("wandb", "--wandb", "Weights & Biases").init(project=self.project, config=self.settings)
-        if self.folder is not None:
-            self.writer = _package("tensorboardX", "--tensorboard", "tensorboardX").SummaryWriter(str(self.folder))
+        if self.wandb is not None:
+            self.run = self.wandb.init(project=self.project, config=dict(self.settings))
+        if self.tensorboard is not None:
+            self.writer = self.tensorboard.SummaryWriter(str(self.folder))
         return None if self.run is None and self.writer is None else self.log
 
     def log(self, row: dict[str, Any]) -> None:
