@@ -26,7 +26,11 @@ from jaxid.results import read_table
 from jaxid.runs import activation_swap, belief_swap, depth, steer
 from jaxid.runs.common import RunConfig, parse_layers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # The tiny model knows few of the drawn objects by name.
+    pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
+]
 
 CASE = CASES[0]
 ITEMS = 12
@@ -74,6 +78,7 @@ def test_belief_swap_writes_what_the_experiment_computes(place: Path) -> None:
     summary, table = swapped(place), columns(place / "swap")
     items = read_coco_spatial(*find_coco_spatial(place / "data"))
     assert summary["items"] == ITEMS and summary["skipped"]["count"] == 0
+    assert summary["not_finite"] == {"count": 0, "items": []}
     assert len(table["item"]) == ITEMS * 2 * 2
     model = fixtures.model(CASE)
     for axis, words in (("horizontal", ("left", "right")), ("vertical", ("above", "below"))):
@@ -226,8 +231,19 @@ def test_single_picture(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["run", "steer", "--picture", picture, "--subject", "star", "--object", "fish", "--template", "{query}"]
     arguments += ["--model", fixtures.folder(CASE), "--ids", place / "ids.safetensors", "--out", place / "single"]
     assert command(*arguments, "--layers", "0-1", "--cells", "0,0:3,1") == 0
-    assert capsys.readouterr().out.count("block") == 2
-    assert json.loads((place / "single" / "summary.json").read_text())["cells"] == [[0, 0], [3, 1]]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith("block")] == ["0", "1"]
+    assert "star to cell 0,0, fish to cell 3,1" in printed[0]
+    summary, table = json.loads((place / "single" / "summary.json").read_text()), columns(place / "single")
+    assert summary["cells"] == [[0, 0], [3, 1]]
+    assert (summary["subject"], summary["object"]) == (
+        {"name": "star", "cell": [0, 0]},
+        {"name": "fish", "cell": [3, 1]},
+    )
+    for name, value in (("subject_x", 0), ("subject_y", 0), ("object_x", 3), ("object_y", 1)):
+        assert set(table[name].tolist()) == {value}
+    assert command(*arguments, "--cells", "1,1:1,1") == 2
+    assert "different" in capsys.readouterr().err
     assert command(*arguments, "--cells", "0,0") == 2
     assert "0,0:3,0" in capsys.readouterr().err
 
@@ -275,7 +291,31 @@ def test_options_that_cannot_be(place: Path) -> None:
         steer.SteerConfig(**options(place, "x", relation="over"))
 
 
-@pytest.mark.parametrize("text", ["3", "-1", "0-3", "a", "1,,2", "2-1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *[
+            "3",
+            "-1",
+            "0-3",
+            "a",
+            "1,,2",
+            "2-1",
+            "",
+            " ",
+            ",",
+            "\u00b2",
+            "\u0661",
+            "1-",
+            "-",
+            "1-2-3",
+            "1.0",
+            "+1",
+            "0x1",
+        ],
+        *["0-99999999", "0-999999999999", "9" * 5000, "nan"],
+    ],
+)
 def test_layers_out_of_range(text: str) -> None:
     with pytest.raises(InputError, match="layer"):
         parse_layers(text, fixtures.model(CASE), [0])
@@ -284,6 +324,7 @@ def test_layers_out_of_range(text: str) -> None:
 def test_layers_are_blocks_and_ranges() -> None:
     assert parse_layers("2,0-1,1", fixtures.model(CASE), [0]) == [0, 1, 2]
     assert parse_layers(None, fixtures.model(CASE), [2, 0]) == [0, 2]
+    assert parse_layers(" 1 - 2 , 0-0", fixtures.model(CASE), []) == [0, 1, 2]
 
 
 def test_an_answer_without_a_token_is_refused(place: Path) -> None:

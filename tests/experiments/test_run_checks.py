@@ -1,0 +1,182 @@
+"""What the runs check before they read a model's weights, and what they do with numbers that are not finite."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import numpy as np
+import pytest
+from families import CASES
+from test_cli import run as command
+from test_runs import columns, ids, options
+from test_runs import place as place
+
+from jaxid import results
+from jaxid.checkpoints import tensors
+from jaxid.errors import DataError, InputError, JaxidError, JaxidWarning, OutputError, PromptError
+from jaxid.runs import activation_swap, belief_swap, depth, deviation, occlusion, steer
+from jaxid.runs.common import RunConfig
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # The tiny model knows few of the drawn objects by name.
+    pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
+]
+
+CASE = CASES[0]
+ITEMS = 12
+
+
+def start(place: Path, kind: str, changed: dict[str, Any]) -> Any:
+    """Starts a run of a kind."""
+    made = options(place, "early") | changed
+    if kind == "belief-swap":
+        return belief_swap.run(belief_swap.BeliefSwapConfig(**made))
+    if kind in ("mirror", "attribute"):
+        return activation_swap.run(RunConfig(**made), "mirror" if kind == "mirror" else "attribute")
+    if kind == "single":
+        picture = next((place / "data" / "val2017").glob("*.jpg"))
+        return steer.run(steer.SteerConfig(**({"picture": picture, "subject": "star", "object": "fish"} | made)))
+    if kind == "deviation":
+        return deviation.run(deviation.DeviationConfig(**made))
+    if kind == "occlusion":
+        return occlusion.run(occlusion.OcclusionConfig(**made))
+    return depth.run(RunConfig(**made)) if kind == "depth" else steer.run(steer.SteerConfig(**made))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights cannot be read."""
+    ids()  # of a model that is loaded before
+
+    def read(*_: Any, **__: Any) -> None:
+        pytest.fail("the weights were read")
+
+    monkeypatch.setattr(tensors, "load_parameters", read)
+
+
+WITH_IDS = ("belief-swap", "steer", "single", "depth", "deviation")
+ALL = (*WITH_IDS, "mirror", "attribute", "occlusion")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changed", "error", "named"),
+    [
+        (ALL, {"dtype": "float8"}, InputError, "float8"),
+        (tuple(kind for kind in ALL if kind != "occlusion"), {"layers": "0-99999999"}, InputError, "layer"),
+        (("deviation",), {"layer": -1}, InputError, "layer"),
+        (("single",), {"id_layer": 3}, InputError, "layer 3"),
+        (WITH_IDS, {"ids": Path("missing.safetensors")}, JaxidError, "missing.safetensors"),
+        (WITH_IDS, {"ids": Path("narrow.safetensors")}, InputError, "width 4"),
+        (tuple(kind for kind in ALL if kind != "single"), {"data": Path("missing")}, DataError, "missing"),
+        (("single",), {"picture": Path("missing.png")}, InputError, "missing.png"),
+        (("single",), {"subject": "fish"}, InputError, "same name"),
+        (tuple(kind for kind in ALL if kind != "depth"), {"case": "capital"}, PromptError, "Left"),
+        (("depth",), {}, PromptError, "front"),
+        (ALL, {"out": Path("another")}, OutputError, "another"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_is_quick_to_check_comes_before_the_weights(
+    place: Path,
+    kinds: tuple[str, ...],
+    changed: dict[str, Any],
+    error: type[Exception],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_weights: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    narrow = ids()
+    dataclasses.replace(narrow, values=narrow.values[..., :4]).save("narrow.safetensors")
+    Path("another").mkdir()
+    Path("another", "settings.json").write_text("{}")
+    for kind in kinds:
+        with pytest.raises(error, match=named):
+            start(place, kind, {"out": tmp_path / "out"} | changed)
+
+
+def test_a_bad_first_item_is_found_before_the_weights(place: Path, tmp_path: Path, no_weights: None) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "val2017").glob("*.jpg"):
+        path.write_bytes(b"no picture")
+    for kind in ("belief-swap", "mirror", "deviation", "occlusion", "steer"):
+        with pytest.raises(JaxidError, match=r"item '0000.*--skip-bad"):
+            start(place, kind, {"data": tmp_path / "data", "out": tmp_path / kind})
+
+
+def test_a_run_with_other_settings_is_found_before_the_weights(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_weights: None
+) -> None:
+    settings = {
+        "settings": {"factor": 2.0, "fingerprint": "unknown so far", "seed": 0},
+        "chunk_size": 4,
+        "items": {"count": 1, "digest": ""},
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    for resume, named in ((False, "--resume"), (True, "factor was 2.0, is now 3.0")):
+        with pytest.raises(OutputError, match=named) as caught:
+            start(place, "belief-swap", {"out": tmp_path, "factor": 3.0, "resume": resume})
+        assert "fingerprint" not in str(caught.value) and "seed" not in str(caught.value)
+    with results.locked(tmp_path), pytest.raises(OutputError, match="another process"):
+        start(place, "mirror", {"out": tmp_path})
+
+
+# --- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, module: Any, rows: slice) -> None:
+    """Gives the first items of every batch log-probabilities of NaN."""
+    whole = module.run
+
+    def run(*arguments: Any, **more: Any) -> Any:
+        found = whole(*arguments, **more)
+        control = np.array(found.control)
+        control[rows] = np.nan
+        return dataclasses.replace(found, control=control)
+
+    monkeypatch.setattr(module, "run", run)
+
+
+def test_items_that_are_not_finite_are_named_and_left_out(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = belief_swap.BeliefSwapConfig(
+        **options(place, "", factor=2.0, layers="0-1", max_new_tokens=0, batch_size=ITEMS) | {"out": tmp_path}
+    )
+    poisoned(monkeypatch, belief_swap.belief_swap, slice(0, 1))
+    with pytest.warns(JaxidWarning, match=r"2 of 12 items are left out.*NaN or infinite: 0000"):
+        summary = belief_swap.run(config)
+    table = columns(tmp_path)
+    bad = list(dict.fromkeys(table["item"][np.isnan(table["control_correct"])].tolist()))
+    assert summary["not_finite"] == {"count": 2, "items": bad} and len(bad) == 2  # one of either axis
+    assert summary["items"] == ITEMS - 2 and summary["answered_items"] + summary["unanswered_items"] == ITEMS - 2
+    kept = ~np.isin(table["item"], bad) & (table["condition"] == "belief") & (table["layer"] == 0)
+    assert kept.sum() == ITEMS - 2
+    assert summary["swapped"]["belief"][0] == pytest.approx(table["swapped"][kept].mean())
+
+
+def test_a_run_without_a_finite_number_is_an_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(monkeypatch, steer.steering, slice(None))
+    arguments = ["--data", place / "data", "--ids", place / "ids.safetensors", "--template", "{query}"]
+    assert (
+        command("run", "steer", *arguments, "--model", fixtures.folder(CASE), "--out", tmp_path, "--layers", "1") == 2
+    )
+    line = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert len(line) == 1 and line[0].startswith("error: the model's numbers are NaN or infinite for all")
+    assert not (tmp_path / "summary.json").exists() and not list(tmp_path.glob("*.png"))
+
+
+def test_options_that_are_not_numbers(place: Path) -> None:
+    for changed in ({"factor": float("nan")}, {"factor": float("-inf")}, {"seed": -1}, {"seed": 2**32}):
+        (name,) = changed
+        with pytest.raises(InputError, match=name):
+            RunConfig(**options(place, "x", **changed))
+    with pytest.raises(InputError, match="radius"):
+        occlusion.OcclusionConfig(**options(place, "x", radius=float("nan")))
