@@ -2,8 +2,10 @@
 
 The tiled form follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
 channels is nine (or 36) multiply-adds of whole vectors with a number. (2) Rows one column longer than the map, the
-last column zero, make every shift of a map one shift of flat memory. (3) The borders' zeros come out of the matrix
-product that makes the maps, whose picture tokens have zero rows around them, and caption tokens a zero column.
+last column zero, make every shift of a map one shift of flat memory. (3) The borders come out of the matrix product
+that makes the maps, whose picture tokens have rows around them, and caption tokens a column behind. Both sides are
+centred, so that maps of nearly equal numbers keep their differences; what the means add lies in the borders
+(`score_tile`).
 Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxid.kernels.similarity import Moments
+from jaxid.kernels.similarity import Moments, centred
 
 CHANNELS = 4
 HIDDEN = 128
@@ -130,6 +132,8 @@ def score(
 ) -> Float[Array, "N M"]:
     """Scores of every picture with every caption, in memory that does not grow with their number.
 
+    Constant maps have no score: it is NaN.
+
     Args:
         network: the scorer.
         images: tokens of pictures, as `similarity.with_functional_rows` gives them.
@@ -140,25 +144,25 @@ def score(
     width = min(captions, PAIRS)
     height = min(max(1, PAIRS // width), count)
     rows, columns = -(-count // height), -(-captions // width)
-    mean, deviation = (jnp.broadcast_to(value, (count, captions)) for value in moments)
-    tiles = _blocks(mean, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
+    offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
+    tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
     images = _filled(images, rows * height).reshape(rows, height, *images.shape[1:])
     texts = _filled(texts, columns * width).reshape(columns, width, *texts.shape[1:])
     texts = jax.vmap(_caption_side)(texts)
     weights = _weights(network)
 
     def row(given: tuple[Array, Array, Array]) -> Float[Array, "c p q"]:
-        pictures, means, deviations = given
-        padded = jnp.pad(pictures, ((0, 0), (BORDER, BORDER), (0, 0)))
+        pictures, offsets, deviations = given
+        padded = _picture_side(pictures)
 
         def tile(given: tuple[Array, Array, Array]) -> Float[Array, "p q"]:
-            captions, mean, deviation = given
+            captions, offset, deviation = given
             maps = padded.reshape(-1, padded.shape[-1]) @ captions
             # [picture, row and column of the map, caption] -> pairs last
             maps = jnp.moveaxis(maps.reshape(height, -1, width), 0, 1).reshape(-1, height * width)
-            return score_tile(network, weights, maps, mean.reshape(-1), deviation.reshape(-1)).reshape(height, width)
+            return score_tile(network, weights, maps, offset.reshape(-1), deviation.reshape(-1)).reshape(height, width)
 
-        return jax.lax.map(tile, (texts, means, deviations))
+        return jax.lax.map(tile, (texts, offsets, deviations))
 
     found = jax.lax.map(row, (images, *tiles))  # [rows, columns, height, width]
     return jnp.moveaxis(found, 2, 1).reshape(rows * height, columns * width)[:count, :captions]
@@ -181,28 +185,27 @@ def score_rows(
     count, captions = texts.shape[:2]
     height = min(max(1, PAIRS // captions), count)
     rows = -(-count // height)
-    mean, deviation = (jnp.broadcast_to(value, (count, captions)) for value in moments)
-    mean = _filled(mean, rows * height).reshape(rows, -1)
+    offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
+    offset = _filled(offset, rows * height).reshape(rows, -1)
     deviation = jnp.pad(deviation, ((0, rows * height - count), (0, 0)), constant_values=1).reshape(rows, -1)
     images = _filled(images, rows * height).reshape(rows, height, *images.shape[1:])
     texts = _filled(texts, rows * height).reshape(rows, height, *texts.shape[1:])
     weights = _weights(network)
 
     def row(given: tuple[Array, Array, Array, Array]) -> Float[Array, "p"]:
-        pictures, captions_of, mean, deviation = given
-        padded = jnp.pad(pictures, ((0, 0), (BORDER, BORDER), (0, 0)))
-        maps = jnp.einsum("pie,pej->pij", padded, jax.vmap(_caption_side)(captions_of))
+        pictures, captions_of, offset, deviation = given
+        maps = jnp.einsum("pie,pej->pij", _picture_side(pictures), jax.vmap(_caption_side)(captions_of))
         maps = jnp.moveaxis(maps.reshape(height, -1, captions), 0, 1).reshape(-1, height * captions)
-        return score_tile(network, weights, maps, mean, deviation)
+        return score_tile(network, weights, maps, offset, deviation)
 
-    return jax.lax.map(row, (images, texts, mean, deviation)).reshape(rows * height, captions)[:count]
+    return jax.lax.map(row, (images, texts, offset, deviation)).reshape(rows * height, captions)[:count]
 
 
 def score_tile(
     network: Network,
     weights: Float[Array, "H K"],
     maps: Float[Array, "S B"],
-    mean: Float[Array, "B"],
+    offset: Float[Array, "B"],
     deviation: Float[Array, "B"],
 ) -> Float[Array, "B"]:
     """Scores of the pairs of one tile.
@@ -210,12 +213,16 @@ def score_tile(
     Args:
         network: the scorer.
         weights: its first wide layer, as `_weights` lays it out.
-        maps: raw maps, flat, with `BORDER` zero rows above and below and a zero column behind each row.
-        mean: of every pair's group.
+        maps: products of centred tokens, flat, with `BORDER` rows above and below and a column behind each row. The
+            first row is that of the picture's mean token, the column that of the caption's: added to all others, they
+            make the products maps about their own mean.
+        offset: of every pair, from its group's mean.
         deviation: of every pair's group.
     """
     inside = _inside(*map_shape(network))
-    return _head(network, weights, jnp.where(inside[:, None], (maps - mean) / deviation, 0))
+    grid = maps.reshape(-1, map_shape(network)[1] + 1, maps.shape[1])
+    whole = (grid + grid[:1] + grid[:, -1:] + offset) / deviation
+    return _head(network, weights, jnp.where(inside[:, None], whole.reshape(maps.shape), 0))
 
 
 def _head(
@@ -325,9 +332,17 @@ def _inside(image_tokens: int, text_tokens: int) -> np.ndarray:
     return np.pad(np.ones((image_tokens, text_tokens), bool), ((BORDER, BORDER), (0, 1))).reshape(-1)
 
 
+def _picture_side(pictures: Float[Array, "p I E"]) -> Float[Array, "p R E"]:
+    """Pictures as the left side of the product: tokens less their mean, which stands in the first row of the border."""
+    mean, rest = centred(pictures, 1)
+    padded = jnp.pad(rest, ((0, 0), (BORDER - 1, BORDER), (0, 0)))
+    return jnp.concatenate([mean, padded], axis=1)
+
+
 def _caption_side(texts: Float[Array, "m T E"]) -> Float[Array, "E J"]:
-    """Captions as the right side of the product: a zero token behind each, captions fastest."""
-    padded = jnp.pad(texts, ((0, 0), (0, 1), (0, 0)))
+    """Captions as the right side of the product: tokens less their mean, which stands behind each; captions fastest."""
+    mean, rest = centred(texts, 1)
+    padded = jnp.concatenate([rest, mean], axis=1)
     return jnp.transpose(padded, (2, 1, 0)).reshape(texts.shape[-1], -1)
 
 

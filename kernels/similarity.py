@@ -9,17 +9,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 GROUPS = ("pair", "row", "call")
 """What maps are standardised over: each map by itself, a picture's maps with all captions, or all maps of a call."""
 
 
+_RIGHT_ANGLE = 1e-4
+"""Mean squared cosine below which second moments are not precise enough; it is 1 / E between random vectors."""
+
+
 class Moments(NamedTuple):
-    """Mean and standard deviation of the maps of a group, for every pair of it or broadcast over them."""
+    """What the maps of a group are standardised with, for every pair of it or broadcast over them."""
 
     mean: Float[Array, "#N #M"]
-    deviation: Float[Array, "#N #M"]  # over count - 1
+    deviation: Float[Array, "#N #M"]  # over count - 1; zero where float32 cannot tell the numbers apart
+    offset: Float[Array, "#N #M"]  # of each map's own mean from the group's
 
 
 def unit(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
@@ -47,11 +52,12 @@ def with_functional_rows(
         vectors: of every functional word.
 
     Returns:
-        Both with W further coordinates, F = E + W.
+        Both in float32 with W further coordinates, F = E + W.
     """
+    images, texts, vectors = (side.astype(jnp.float32) for side in (images, texts, vectors))
     marks = jax.nn.one_hot(words, len(vectors), dtype=texts.dtype)
     kept = jnp.where((words < 0)[..., None], texts, 0)
-    rows = jnp.broadcast_to(vectors.T, (*images.shape[:-1], len(vectors))).astype(images.dtype)
+    rows = jnp.broadcast_to(vectors.T, (*images.shape[:-1], len(vectors)))
     return jnp.concatenate([images, rows], axis=-1), jnp.concatenate([kept, marks], axis=-1)
 
 
@@ -60,40 +66,85 @@ def similarity_maps(images: Float[Array, "N I E"], texts: Float[Array, "M T E"])
     return jnp.einsum("nie,mte->nmit", images, texts)
 
 
+def centred(x: Float[Array, "*B"], axis: int | tuple[int, ...]) -> tuple[Float[Array, "*M"], Float[Array, "*B"]]:
+    """The mean along axes, which are kept, and what is left without it.
+
+    The mean of what is left is subtracted once more: rounding of a large mean would otherwise remain in it.
+    """
+    mean = x.mean(axis=axis, keepdims=True)
+    rest = x - mean
+    again = rest.mean(axis=axis, keepdims=True)
+    return mean + again, rest - again
+
+
 def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: str = "call") -> Moments:
     """Mean and unbiased standard deviation of maps, without making the maps of more than one picture.
 
-    The mean of all products is the product of sums; the mean of their squares needs the captions' second moments
-    [E, E], or the products themselves where captions have fewer tokens than tokens have coordinates.
+    With p = a + d and q = b + e, where a and b are the mean tokens of a picture and of a caption, a map's entries are
+    p q = a b + d b + a e + d e. The four parts are orthogonal over the map, so that the squares of the last three,
+    and those of a b less the group's mean, add up to the variance: nothing large is subtracted from anything large.
+    The squares of d e need the captions' second moments [E, E], or the products themselves where captions have fewer
+    tokens than tokens have coordinates, or d and e are so nearly at right angles that the moments are too coarse.
 
     Args:
         images: tokens of pictures.
         texts: tokens of captions.
         group: see `GROUPS`.
     """
-    sums = jnp.einsum("ne,me->nm", images.sum(axis=1), texts.sum(axis=1))
-    count = images.shape[1] * texts.shape[1]
-    width, tokens = texts.shape[-1], texts.shape[0] * texts.shape[1]
-    if group == "pair":
-        squares = jax.lax.map(lambda picture: jnp.square(jnp.einsum("ie,mte->mit", picture, texts)).sum((1, 2)), images)
-    else:
-        flat = texts.reshape(tokens, width)
-        if tokens > width:
-            second = flat.T @ flat
-            squares = jax.lax.map(lambda picture: ((picture @ second) * picture).sum(), images)
+    (captions, text_tokens, width), image_tokens = texts.shape, images.shape[1]
+    text_means, text_rest = centred(texts, 1)
+    text_means, flat = text_means[:, 0], text_rest.reshape(-1, width)
+    spread = jnp.square(flat).sum()
+
+    def of_picture(
+        picture: Float[Array, "I E"], second: Float[Array, "E E"] | None = None
+    ) -> tuple[Float[Array, "E"], Float[Array, "m"], Float[Array, ""], Bool[Array, ""]]:
+        mean, rest = centred(picture, 0)
+        squares = text_tokens * jnp.square(rest @ text_means.T).sum(axis=0)
+        squares += image_tokens * jnp.square(text_rest @ mean[0]).sum(axis=1)
+        rounded = jnp.array(False)
+        if group == "pair":
+            squares += jnp.square(jnp.einsum("ie,mte->mit", rest, text_rest)).sum((1, 2))
+        elif second is None:
+            squares = (squares.sum() + jnp.square(rest @ flat.T).sum())[None]
         else:
-            squares = jax.lax.map(lambda picture: jnp.square(picture @ flat.T).sum(), images)
-        sums, squares, count = sums.sum(axis=1, keepdims=True), squares[:, None], count * len(texts)
+            both = ((rest @ second) * rest).sum()
+            squares, rounded = (squares.sum() + both)[None], both < _RIGHT_ANGLE * jnp.square(rest).sum() * spread
+        return mean[0], squares, jnp.square(picture).sum(), rounded
+
+    if group == "pair" or captions * text_tokens <= width:
+        found = jax.lax.map(of_picture, images)
+    else:
+        second = flat.T @ flat
+        found = jax.lax.map(lambda picture: of_picture(picture, second), images)
+        found = jax.lax.cond(found[-1].any(), lambda: jax.lax.map(of_picture, images), lambda: found)
+    image_means, squares, lengths, _ = found
+    count, limit = image_tokens * text_tokens, lengths[:, None] * jnp.square(texts).sum(axis=(1, 2))
+    if group == "pair":
+        return Moments(image_means @ text_means.T, _deviation(squares, limit, count), jnp.zeros((1, 1)))
+    (image_mean, image_rest), (text_mean, text_rest) = centred(image_means, 0), centred(text_means, 0)
+    offset, mean = image_means @ text_rest.T, image_means @ text_mean.T
     if group == "call":
-        sums, squares, count = sums.sum(keepdims=True), squares.sum(keepdims=True), count * len(images)
-    mean = sums / count
-    variance = (squares - sums * mean) / (count - 1)
-    return Moments(mean, jnp.sqrt(jnp.maximum(variance, 0)))
+        offset, mean = offset + image_rest @ text_mean.T, image_mean @ text_mean.T
+    axes = 1 if group == "row" else (0, 1)
+    squares = squares.sum(axes, keepdims=True) + count * jnp.square(offset).sum(axes, keepdims=True)
+    count *= captions * (1 if group == "row" else len(images))
+    return Moments(mean, _deviation(squares, limit.sum(axes, keepdims=True), count), offset)
 
 
 def standardise(maps: Float[Array, "N M I T"], group: str = "call") -> Float[Array, "N M I T"]:
-    """Maps less their group's mean, over its unbiased standard deviation; the plain form of `moments`."""
+    """Maps less their group's mean, over its unbiased standard deviation; the plain form of `moments`.
+
+    Constant maps become NaN.
+    """
     axes = {"pair": (2, 3), "row": (1, 2, 3), "call": (0, 1, 2, 3)}[group]
-    centred = maps - maps.mean(axis=axes, keepdims=True)
+    _, rest = centred(maps, axes)
     count = maps.size // (1 if group == "call" else maps.shape[0] * (maps.shape[1] if group == "pair" else 1))
-    return centred / jnp.sqrt(jnp.square(centred).sum(axis=axes, keepdims=True) / (count - 1))
+    squares, limit = (jnp.square(x).sum(axis=axes, keepdims=True) for x in (rest, maps))
+    return rest / _deviation(squares, limit, count)
+
+
+def _deviation(squares: Float[Array, "*B"], limit: Float[Array, "*B"], count: int) -> Float[Array, "*B"]:
+    """From the sum of squares about the mean; zero where that is rounding, beside the sum of the squares themselves."""
+    least = jnp.finfo(jnp.float32).eps ** 2 * limit
+    return jnp.sqrt(jnp.where(squares > least, squares, 0) / (count - 1))

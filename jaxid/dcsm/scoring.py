@@ -263,16 +263,13 @@ def _score_sharded(
     )
     found = similarity.moments(left, right, group)
     count, gap = len(images), -len(images) % mesh.shape["data"]
-    mean, deviation = (jnp.broadcast_to(value, (count, value.shape[1])) for value in found)
-    filled = (
-        jnp.pad(left, ((0, gap), (0, 0), (0, 0))),
-        jnp.pad(mean, ((0, gap), (0, 0))),
-        jnp.pad(deviation, ((0, gap), (0, 0)), constant_values=1),
-    )
+    left = jnp.pad(left, ((0, gap), (0, 0), (0, 0)))
+    spread = [jnp.broadcast_to(value, (count, value.shape[1])) for value in found]
+    spread = similarity.Moments(*(jnp.pad(value, ((0, gap), (0, 0)), constant_values=1) for value in spread))
     split, whole = PartitionSpec("data"), PartitionSpec()
-    left, mean, deviation = (jax.device_put(value, NamedSharding(mesh, split)) for value in filled)
+    left, spread = jax.device_put((left, spread), NamedSharding(mesh, split))
     network, right = jax.device_put((scorer.network, right), NamedSharding(mesh, whole))
     tiles = jax.shard_map(
         kernels.score, mesh=mesh, in_specs=(whole, split, whole, split), out_specs=split, check_vma=False
     )
-    return np.asarray(jax.jit(tiles)(network, left, right, similarity.Moments(mean, deviation)))[:count]
+    return np.asarray(jax.jit(tiles)(network, left, right, spread))[:count]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jaxid.kernels import similarity
 
@@ -50,3 +51,90 @@ def test_moments_are_those_of_the_maps(group: str, captions: int) -> None:
 
 def test_unit_keeps_zero() -> None:
     np.testing.assert_array_equal(similarity.unit(jnp.zeros((2, 3))), 0)
+
+
+# --- maps of nearly equal numbers -----------------------------------------------------------------------------------
+
+
+def near_constant(kind: str, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of 5 pictures and 9 captions whose maps have a large mean beside their deviation."""
+    rng = np.random.default_rng(11)
+    images, texts = rng.standard_normal((5, 7, 24)), rng.standard_normal((9, 5, 24))
+    if kind == "one coordinate":
+        images[..., 0] = texts[..., 0] = 2 * size**-0.5
+    elif kind == "one vector":
+        base = rng.standard_normal(24)
+        images, texts = base + images * size, base + texts * size
+    elif kind == "one each":
+        images = rng.standard_normal((5, 1, 24)) + 1 + images * size
+        texts = rng.standard_normal((9, 1, 24)) + 1 + texts * size
+    else:  # at right angles but for one coordinate
+        images[..., 12:], texts[..., :12] = images[..., 12:] * size, texts[..., :12] * size
+        images[..., 0] = texts[..., 0] = 1
+    if kind.startswith("one "):
+        images, texts = (side / np.linalg.norm(side, axis=-1, keepdims=True) for side in (images, texts))
+    return images.astype(np.float32), texts.astype(np.float32)
+
+
+def two_pass(images: np.ndarray, texts: np.ndarray, group: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Maps standardised in float64, and their groups' mean and deviation."""
+    maps = np.einsum("nie,mte->nmit", images.astype(np.float64), texts.astype(np.float64))
+    axes = {"pair": (2, 3), "row": (1, 2, 3), "call": (0, 1, 2, 3)}[group]
+    mean, deviation = maps.mean(axis=axes, keepdims=True), maps.std(axis=axes, ddof=1, keepdims=True)
+    return (maps - mean) / deviation, mean[..., 0, 0], deviation[..., 0, 0]
+
+
+@pytest.mark.parametrize("group", similarity.GROUPS)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "most"),
+    [
+        ("one coordinate", (1.0, 1e-2, 1e-3, 5e-5), 10_000),
+        ("one vector", (1.0, 0.1, 0.05, 0.02), 5_000),
+        ("one each", (1.0, 1e-2, 1e-3), 0),  # only single pairs are nearly constant
+        ("right angles", (1.0, 1e-2, 1e-3, 1e-4), 1_500),
+    ],
+)
+def test_nearly_constant_maps(kind: str, sizes: tuple[float, ...], most: float, group: str) -> None:
+    found = jax.jit(similarity.moments, static_argnums=2)
+    for size in sizes:
+        images, texts = near_constant(kind, size)
+        whole, mean, deviation = two_pass(images, texts, group)
+        own = found(images, texts, group)
+        np.testing.assert_allclose(own.deviation, deviation, rtol=2e-4)
+        np.testing.assert_allclose(own.mean, mean, rtol=1e-5, atol=1e-6)
+        apart = whole.mean(axis=(2, 3)) * deviation
+        np.testing.assert_allclose(own.offset + 0 * apart, apart, atol=1e-3 * float(deviation.min()))
+        ratio = float(np.abs(mean / deviation).min())
+        plain = similarity.standardise(similarity.similarity_maps(jnp.asarray(images), jnp.asarray(texts)), group)
+        np.testing.assert_allclose(plain, whole, atol=1e-5 + 1e-6 * float(np.abs(mean / deviation).max()))
+    assert ratio > most
+
+
+@pytest.mark.parametrize("group", similarity.GROUPS)
+def test_gradients_of_nearly_constant_maps(group: str) -> None:
+    """Against float64 in PyTorch."""
+    images, texts = near_constant("one coordinate", 1e-3)
+    weights = np.random.default_rng(0).standard_normal((5, 9, 1, 1)).astype(np.float32)
+
+    def ours(images: jax.Array, texts: jax.Array) -> jax.Array:
+        own = similarity.moments(images, texts, group)
+        return (weights[..., 0, 0] * (own.deviation + own.offset)).sum()
+
+    found = jax.grad(ours, argnums=(0, 1))(jnp.asarray(images), jnp.asarray(texts))
+    given = [torch.tensor(side, dtype=torch.float64, requires_grad=True) for side in (images, texts)]
+    maps = torch.einsum("nie,mte->nmit", *given)
+    axes = {"pair": (2, 3), "row": (1, 2, 3), "call": (0, 1, 2, 3)}[group]
+    deviation = maps.std(dim=axes, keepdim=True)
+    apart = maps.mean(dim=(2, 3), keepdim=True) - maps.mean(dim=axes, keepdim=True)
+    (torch.from_numpy(weights) * (deviation + apart)).sum().backward()
+    for own, side in zip(found, given, strict=True):
+        assert side.grad is not None
+        np.testing.assert_allclose(own, side.grad, atol=2e-4 * float(side.grad.abs().max()))
+
+
+@pytest.mark.parametrize("group", similarity.GROUPS)
+def test_constant_maps_have_no_deviation(group: str) -> None:
+    images, texts = np.ones((3, 7, 6), np.float32) * 0.3, np.ones((40, 5, 6), np.float32) * np.float32(0.7)
+    np.testing.assert_array_equal(similarity.moments(jnp.asarray(images), jnp.asarray(texts), group).deviation, 0)
+    maps = similarity.similarity_maps(jnp.asarray(images), jnp.asarray(texts))
+    assert not np.isfinite(similarity.standardise(maps, group)).any()
