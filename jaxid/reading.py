@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,16 @@ def read_json(
     return value
 
 
+def redacted(text: str) -> str:
+    """A text without the passwords of its URLs and without access tokens of Hugging Face."""
+    return re.sub(r"\bhf_\w{8,}", "hf_...", re.sub(r"(?<=://)[^/\s]+@", "", text))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    lines = redacted(str(error)).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 

@@ -75,6 +75,7 @@ def _open_clip(
     config = parsed(kind, fields, weights.parent / openclip.CONFIG_FILE)
     words = openclip.load_words(weights.parent, tokenizer, config.text_config.vocab_size)
     processor = DualProcessor(words, OpenCLIPImages(config.vision_config.image_size, settings), config, padding=0)
+    processor.check(weights.parent)
     loaded = load_network(kind, config, openclip.open_weights(weights), dtype)
-    loaded["fingerprint"] = openclip.fingerprint(loaded["fingerprint"], config)
+    loaded["fingerprint"] = openclip.fingerprint(loaded["fingerprint"], config, words)
     return Encoder(**loaded, processor=processor, name=name)

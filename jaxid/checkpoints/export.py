@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxid.checkpoints.loading import find_folder, parsed, read_config
+from jaxid.checkpoints.loading import as_stored, find_folder, parsed, read_config
 from jaxid.checkpoints.tensors import TensorFolder, flatten, published_name
 from jaxid.errors import CheckpointError, OutputError
 from jaxid.models.base import Model
@@ -41,7 +41,7 @@ def export(model: Model, folder: str | Path, paths: set[str] | None = None) -> P
         raise OutputError(f"{folder} would overwrite the checkpoint {source}; choose another folder.")
     fields = read_config(source)
     kind = family(kind_of(fields), str(source / "config.json"))
-    config = parsed(kind, fields, source / "config.json")
+    config, renames, _ = as_stored(kind, parsed(kind, fields, source / "config.json"), TensorFolder(source))
     if config != model.config:
         raise CheckpointError(f"{source} holds another model than {model.name}, which was loaded from there.")
     temporary = target.with_name(f".{target.name}.tmp")
@@ -52,7 +52,7 @@ def export(model: Model, folder: str | Path, paths: set[str] | None = None) -> P
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, temporary / file.name)
-        _write_over(TensorFolder(temporary), kind.keys(config), kind.renames, flatten(model.parameters), paths)
+        _write_over(TensorFolder(temporary), kind.keys(config), renames, flatten(model.parameters), paths)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     except OSError as error:

@@ -1,7 +1,7 @@
 """From a name to a model: alias, Hugging Face id or local folder."""
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ from flax import nnx
 
 from jaxid import zoo
 from jaxid.checkpoints import tensors
+from jaxid.checkpoints.identity import fingerprint
 from jaxid.errors import CheckpointError, InputError
 from jaxid.inputs import Processor
 from jaxid.models.base import Model
+from jaxid.models.fields import check_fields
 from jaxid.models.registry import ALIASES, Family, family, kind_of
 from jaxid.processing.families import SIDES
+from jaxid.reading import first_line, read_json, reading, redacted
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""
@@ -39,7 +42,9 @@ def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: boo
     repository = ALIASES.get(str(name), str(name))
     if path.exists() or path.is_absolute() or repository.count("/") != 1 or repository.startswith("."):
         known = ", ".join([*zoo.SHIPPED, *ALIASES])
-        raise CheckpointError(f"no model folder at {name}; give a folder, a Hugging Face id or one of: {known}.")
+        raise CheckpointError(
+            f"no model folder at {redacted(str(name))}; give a folder, a Hugging Face id or one of: {known}."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -48,10 +53,9 @@ def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: boo
         # Some repositories hold the weights once more, in folders or as consolidated files of another layout.
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
+        reason = first_line(error)
         if isinstance(error, GatedRepoError):
             reason = f"accept its terms at https://huggingface.co/{repository}, and log in with `hf auth login`"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{repository} is neither in the Hugging Face cache nor reachable: {reason}") from error
 
 
@@ -62,15 +66,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: if it is missing or not a JSON object.
     """
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no checkpoint folder: it has no config.json.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
-    return fields
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint folder: it has no config.json.")
+    return read_json(path)
 
 
 def abstract_parameters(kind: Family, config: Any) -> tuple[Any, tensors.Leaves]:
@@ -159,9 +157,13 @@ def parsed(kind: Family, fields: dict[str, Any], path: Path) -> Any:
         CheckpointError: if it cannot be read.
     """
     try:
-        return kind.config(fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a config that jaxid can read: {error!r}") from error
+        check_fields(fields)
+        with reading(path, "a config"):
+            return kind.config(fields)
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_network(kind: Family, config: Any, files: tensors.Tensors, dtype: str) -> dict[str, Any]:
@@ -170,10 +172,45 @@ def load_network(kind: Family, config: Any, files: tensors.Tensors, dtype: str) 
     Raises:
         CheckpointError: if the tensors do not fit the config.
     """
-    definition, abstract = abstract_parameters(kind, config)
-    keys = kind.keys(config)
-    parameters = tensors.load_parameters(
-        files, abstract, keys, renames=kind.renames, unused=kind.unused, dtype=DTYPES[dtype]
+    config, renames, unused = as_stored(kind, config, files)
+    with reading(files.folder / "config.json", "the config of a network that can be built"):
+        definition, abstract = abstract_parameters(kind, config)
+    parameters, digest = tensors.read_parameters(
+        files, abstract, kind.keys(config), renames=renames, unused=unused, dtype=DTYPES[dtype]
     )
-    fingerprint = tensors.fingerprint(files.folder, files.files)
-    return {"parameters": parameters, "definition": definition, "config": config, "fingerprint": fingerprint}
+    mark = fingerprint(files.folder, digest)
+    return {"parameters": parameters, "definition": definition, "config": config, "fingerprint": mark}
+
+
+Patterns = tuple[str, ...]
+Renames = tuple[tuple[str, str], ...]
+
+
+def as_stored(kind: Family, config: Any, files: tensors.Tensors) -> tuple[Any, Renames, Patterns]:
+    """The config that the tensors obey, and how they are then to be read.
+
+    Where a config ties the unembedding to the embedding, Hugging Face's `tie_weights` looks at the tensors: two of
+    other values are two, and one that stands alone serves as both. So does this.
+
+    Returns:
+        The config, and the family's renames and unused tensors, extended.
+    """
+    renames, unused = kind.renames, kind.unused
+    names = {tensors.published_name(name, renames): name for name in files.entries}
+    with reading(files.folder / "config.json", "the config of a network that can be built"):
+        keys = kind.keys(config)
+    sources = {key.target: key.source for key in keys if not key.copy}
+    for key in keys:
+        if not key.copy or key.source not in names:
+            continue
+        original, copy = sources[key.target], names[key.source]
+        if original not in names:
+            renames = (*renames, (f"^{re.escape(key.source)}$", original))
+        elif not (files.readable(copy) and files.readable(names[original])):
+            continue  # which is refused when they are read
+        elif tensors.same_numbers(files, copy, names[original]):
+            unused = (*unused, f"^{re.escape(copy)}$")
+        else:
+            text = dataclasses.replace(config.text_config, tie_word_embeddings=False)
+            return dataclasses.replace(config, text_config=text), renames, unused
+    return config, renames, unused

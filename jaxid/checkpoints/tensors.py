@@ -1,7 +1,6 @@
 """Reading and writing of safetensors folders, strict in both directions."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import mmap
@@ -17,8 +16,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from jaxid.checkpoints.identity import Seen, combined, look
 from jaxid.errors import CheckpointError
 from jaxid.models.keys import Key
+from jaxid.reading import first_line, read_json, reading
 
 Leaves = dict[str, Any]
 
@@ -27,10 +28,8 @@ _FLOATS = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-"""Number formats of parameters, by their names in safetensors files."""
+"""Number formats of parameters, by their names in safetensors files; those of 8 bits mean nothing without scales."""
 
 _PIECE_BYTES = 1 << 23
 """What one thread reads at a time: small beside any model, large beside the cost of a call."""
@@ -131,11 +130,10 @@ class TensorFolder:
         problems: list[str] = []
         for file in self.files:
             try:
-                found = _entries(file)
-            except (OSError, ValueError) as error:
-                problems.append(
-                    f"{file} cannot be read as safetensors ({error}); it is truncated or corrupt: copy it again"
-                )
+                with reading(file, "safetensors"):
+                    found = _entries(file)
+            except CheckpointError as error:
+                problems.append(f"{first_line(error)}; it is truncated or corrupt: copy it again")
                 continue
             problems += [
                 f"tensor {name!r} stands in more than one file of {folder}" for name in found if name in entries
@@ -156,13 +154,11 @@ class TensorFolder:
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         promised: dict[str, list[str]] = {}
         if index.exists():
-            try:
-                for tensor, name in json.loads(index.read_text())["weight_map"].items():
+            with reading(index, "a safetensors index"):
+                for tensor, name in read_json(index)["weight_map"].items():
                     if Path(name).name != name:
-                        raise ValueError(f"{name!r} is no file of the folder")
+                        raise CheckpointError(f"{index} is not a safetensors index: {name!r} is no file of the folder.")
                     promised.setdefault(name, []).append(tensor)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
             if not promised:
                 raise CheckpointError(f"{index} is not a safetensors index (it lists no tensor).")
         files = [folder / name for name in sorted(promised)] or [single]
@@ -208,18 +204,11 @@ class TensorFolder:
 
 
 def _entries(file: Path) -> dict[str, _Entry]:
-    """The tensors of a file by name.
+    """The tensors of a file by name; raises whatever the library does if it is truncated or corrupt."""
+    from safetensors import safe_open
 
-    Raises:
-        ValueError, OSError: for a truncated or corrupt file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):  # checks the header and that the tensors fill the file
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    with safe_open(file, framework="numpy"):  # checks the header and that the tensors fill the file
+        pass
     with file.open("rb") as stream:
         mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(mapping[:8], "little")
@@ -284,7 +273,7 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _equal(tensors: Tensors, one: str, other: str) -> bool:
+def same_numbers(tensors: Tensors, one: str, other: str) -> bool:
     """Whether two tensors have the same values, compared piece by piece."""
     first, second = tensors.read(one), tensors.read(other)
     if first.shape != second.shape:
@@ -316,6 +305,20 @@ def load_parameters(
     dtype: Any = np.float32,
     place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
+    """What `read_parameters` reads, without its digest."""
+    return read_parameters(tensors, abstract, keys, renames=renames, unused=unused, dtype=dtype, place=place)[0]
+
+
+def read_parameters(
+    tensors: Tensors,
+    abstract: Leaves,
+    keys: Sequence[Key],
+    *,
+    renames: Sequence[tuple[str, str]] = (),
+    unused: Sequence[str] = (),
+    dtype: Any = np.float32,
+    place: Callable[[str, np.ndarray], Any] | None = None,
+) -> tuple[dict[str, Any], str]:
     """Reads a checkpoint into parameters stacked over layers, tensor by tensor.
 
     Args:
@@ -329,11 +332,12 @@ def load_parameters(
             `jax.device_put`, one call per parameter.
 
     Returns:
-        Nested dictionaries of arrays.
+        Nested dictionaries of arrays, and a digest of every number in the tensors that they were made of, whatever
+        files these stand in.
 
     Raises:
         CheckpointError: listing every unknown key, missing tensor, double assignment, wrong shape, tensor of no
-            floating-point numbers and tied tensor of other values.
+            floating-point numbers and tied tensor of other values; or every tensor with NaN or infinity in it.
     """
     available: dict[str, str] = {}
     problems: list[str] = []
@@ -386,24 +390,31 @@ def load_parameters(
     numbers = dict.fromkeys([name for rows in plan.values() for *_, name in rows] + [name for _, name in copies])
     unreadable = [name for name in numbers if not tensors.readable(name)]
     problems += [
-        f"tensor {name!r} holds {tensors.entries[name].dtype}, no floating-point numbers" for name in unreadable
+        f"tensor {name!r} holds {tensors.entries[name].dtype}, no floating-point numbers of 16 bits or more"
+        for name in unreadable
     ]
     for key, name in copies:
         originals = [original for *_, original in plan[key.target]]
-        if originals and not {name, originals[0]} & set(unreadable) and not _equal(tensors, name, originals[0]):
+        if originals and not {name, originals[0]} & set(unreadable) and not same_numbers(tensors, name, originals[0]):
             problems.append(f"tensor {name!r} differs from {originals[0]!r}, to which the config ties it")
     if problems:
         raise CheckpointError(f"{tensors.files[0].parent} does not fit its config: {_listed(problems)}.")
 
     leaves: Leaves = {}
+    seen: list[Seen] = []
     put = place or (lambda _, array: jax.device_put(array))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # Large ones first: where `place` copies, little is held twice once most of the memory is taken.
         for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
             host = _empty(tuple(abstract[path].shape), dtype)
-            _fill(host, plan[path], tensors, pool)
+            seen += _fill(host, plan[path], tensors, pool)
             leaves[path] = put(path, host)
-    return unflatten(leaves)
+    spoilt = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.finite})]
+    if spoilt:
+        raise CheckpointError(
+            f"{tensors.files[0].parent} holds NaN or infinite numbers in {_listed(spoilt)}; copy or train it again."
+        )
+    return unflatten(leaves), combined(seen)
 
 
 def _fill(
@@ -411,19 +422,24 @@ def _fill(
     rows: Sequence[tuple[Key, int | None, str]],
     tensors: Tensors,
     pool: ThreadPoolExecutor,
-) -> None:
+) -> list[Seen]:
     """Writes the tensors of a parameter to it."""
 
-    def move(target: np.ndarray, source: np.ndarray, name: str) -> None:
+    def move(target: np.ndarray, source: np.ndarray, key: Key, layer: int, number: int, name: str) -> Seen:
+        seen = look(source)
         _copy(target, source)
         tensors.release(name, source)
+        return Seen(key.source.format(layer=layer), key.part or (0, 1), number, name, *seen)
 
     moves = []
     for key, row, name in rows:
         target, source = host if row is None else host[row, ...], key.to_parameter(tensors.read(name))
-        moves += [pool.submit(move, target[piece], source[piece], name) for piece in _pieces(source)]
-    for one in moves:
-        one.result()
+        layer = 0 if row is None else next(layer for layer, own in key.places(len(host)) if own == row)
+        moves += [
+            pool.submit(move, target[piece], source[piece], key, layer, number, name)
+            for number, piece in enumerate(_pieces(source))
+        ]
+    return [one.result() for one in moves]
 
 
 def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Key]) -> None:
@@ -453,17 +469,3 @@ def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Ke
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
-
-
-def fingerprint(folder: Path, files: Sequence[Path]) -> str:
-    """Identifies a checkpoint by its config, if it has one, and by sizes, heads and tails of its weight files."""
-    config = folder / "config.json"
-    digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]

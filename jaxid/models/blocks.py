@@ -22,6 +22,7 @@ from jaxid.models.common import (
     normal,
     scan_stack,
 )
+from jaxid.models.fields import check_parts
 from jaxid.models.keys import Key, heads_in, heads_out, layer_norm, linear
 
 
@@ -43,6 +44,10 @@ class BlockConfig(Config):
     gated_mlp: bool = False  # down(act(gate(x)) * up(x)) in place of down(act(up(x)))
     tanh_gates: bool = False  # what attention and MLP add is multiplied by the tanh of learned numbers
     norms_behind: bool = False  # norms stand behind each sum, as in BERT, not before attention and MLP
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        check_parts("a tower", ("its width", self.hidden_size), ("num_attention_heads", self.num_attention_heads))
 
 
 def block_keys(heads: int) -> list[Key]:

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
+from jaxid.models.fields import check_types
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -71,6 +72,7 @@ class Config:
         for name, value in kept.items():
             if name.endswith("_act") and value not in ACTIVATIONS:
                 raise CheckpointError(f"{where}: {name}={value!r} is not one of {', '.join(ACTIVATIONS)}.")
+        check_types(cls, kept, where)
         return cls(**kept)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxid.errors import CheckpointError
 from jaxid.kernels import rope
 from jaxid.models.common import Config
+from jaxid.models.fields import check_parts
 from jaxid.models.keys import LINEAR, Key, heads_in, heads_out, linear, prefixed
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -143,6 +144,9 @@ class DecoderConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
+        heads = ("num_attention_heads", self.num_attention_heads)
+        check_parts("text_config", ("hidden_size", self.hidden_size), heads)
+        check_parts("text_config", heads, ("num_key_value_heads", self.num_key_value_heads))
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
             raise CheckpointError(f"layer_types names {len(self.layer_types)} layers, not {self.num_hidden_layers}.")
         strange = set(self.layer_types) - {FULL, SLIDING}
@@ -150,7 +154,8 @@ class DecoderConfig(Config):
             raise CheckpointError(f"layer_types {sorted(strange)} are not implemented; known: {FULL}, {SLIDING}.")
         if SLIDING in self.layer_types and self.sliding_window < 1:
             raise CheckpointError("layer_types names sliding_attention, and sliding_window is missing.")
-        if not all(0 <= layer < self.num_hidden_layers for layer in self.cross_attention_layers):
+        crossing = self.cross_attention_layers
+        if not all(0 <= layer < self.num_hidden_layers for layer in crossing) or len(set(crossing)) < len(crossing):
             raise CheckpointError(f"cross_attention_layers {self.cross_attention_layers} are not all layers.")
         half = self.head_dim // 2
         for one in filter(None, (self.rope, self.sliding_rope)):

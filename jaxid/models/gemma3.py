@@ -42,9 +42,8 @@ class Gemma3Config(Config):
         ):
             if (part.get("model_type") or kind) != kind:
                 raise CheckpointError(f"{name}.model_type {part['model_type']!r} is not {kind!r}.")
-        tied = fields.pop("tie_word_embeddings", None)
-        if tied is not None:
-            text["tie_word_embeddings"] = tied
+        # Hugging Face's class reads the top level alone.
+        text["tie_word_embeddings"] = bool(fields.pop("tie_word_embeddings", True))
         parts = {
             "text_config": decoder_config(text, "gemma3_text"),
             "vision_config": vision_config(vision, "siglip_vision_model"),

@@ -79,9 +79,8 @@ class InternVLConfig(Config):
         text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
         if vision.get("model_type", "internvl_vision") != "internvl_vision":
             raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'internvl_vision'.")
-        tied = fields.pop("tie_word_embeddings", None)
-        # Published files say nothing and hold both tensors.
-        text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) if tied is None else tied
+        # As in Hugging Face's class, which reads the top level alone. Published files are silent and hold both tensors.
+        text["tie_word_embeddings"] = bool(fields.pop("tie_word_embeddings", True))
         layer = fields.get("vision_feature_layer", -1)
         if not isinstance(layer, int):
             raise CheckpointError(f"vision_feature_layer {layer} is a list, which is not implemented here.")

@@ -15,6 +15,7 @@ from jaxid.models.blocks import Block, BlockConfig, run_blocks
 from jaxid.models.common import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
 from jaxid.models.decoder import Decoder, Memory
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.models.fields import check_parts, check_patches
 from jaxid.models.inputs import Inputs
 from jaxid.models.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.models.network import Network
@@ -40,6 +41,14 @@ class MllamaVisionConfig(Config):
     max_num_tiles: int = 4  # most tiles of a picture
     intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)  # local blocks whose outputs are read too
     aspect_ratios: int = 8  # number of ways to arrange tiles
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        check_patches(self.image_size, self.patch_size)
+        check_parts("vision_config", ("hidden_size", self.hidden_size), ("attention_heads", self.attention_heads))
+        wrong = [layer for layer in self.intermediate_layers_indices if layer >= self.num_hidden_layers]
+        if wrong or len(set(self.intermediate_layers_indices)) < len(self.intermediate_layers_indices):
+            raise CheckpointError(f"intermediate_layers_indices {self.intermediate_layers_indices} are not all layers.")
 
     @property
     def num_patches(self) -> int:
@@ -102,8 +111,9 @@ class MllamaConfig(Config):
         text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
         if vision.get("model_type", "mllama_vision_model") != "mllama_vision_model":
             raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'mllama_vision_model'.")
-        if fields.pop("tie_word_embeddings", None):
-            raise CheckpointError("tie_word_embeddings: this family's embedding has more rows than its vocabulary.")
+        # Its embedding has more rows than its vocabulary: Hugging Face's class never ties it, whatever the file says.
+        fields.pop("tie_word_embeddings", None)
+        text["tie_word_embeddings"] = False
         parts = {"text_config": decoder_config(text, "mllama_text_model"), "vision_config": _vision_config(vision)}
         return cls.from_fields(fields | parts, where="the top level")
 

@@ -168,11 +168,12 @@ def _mllama() -> Json:
 def _internvl(text: Json) -> Json:
     """InternVL3 with the 300M tower.
 
-    No level of the file says whether the embeddings are tied: they are not (`Qwen2Config`'s default), although
-    `InternVLConfig` of transformers 5 presumes so until it meets both tensors in the checkpoint.
+    No level of the file says whether the embeddings are tied; `InternVLConfig` of transformers 5 presumes so until it
+    meets both tensors in the checkpoint, as does the loader here. They are not, which is said here.
     """
     return {
         "model_type": "internvl",
+        "tie_word_embeddings": False,
         "downsample_ratio": 0.5,
         "image_seq_length": 256,
         "image_token_id": 151667,

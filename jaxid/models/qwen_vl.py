@@ -26,6 +26,7 @@ from jaxid.models.common import (
 )
 from jaxid.models.decoder import Decoder
 from jaxid.models.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.models.fields import check_parts
 from jaxid.models.inputs import Inputs
 from jaxid.models.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.models.network import Network
@@ -51,6 +52,13 @@ class QwenVisionConfig(Config):
     gated: bool = True  # Qwen2.5: gated MLP and root-mean-square norms; Qwen2: plain MLP and layer norms
     window_size: int = 0  # side of the windows that attention stays in, pixels; 0: none
     fullatt_block_indexes: tuple[int, ...] = ()  # blocks whose attention knows no windows
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        # Queries and keys are rotated in pairs, half of them by rows and half by columns.
+        check_parts("vision_config: width", ("embed_dim", self.embed_dim), ("4 num_heads", 4 * self.num_heads))
+        if self.window_size and not self.window_side:
+            raise CheckpointError(f"vision_config: window_size {self.window_size} is smaller than a merged patch.")
 
     @property
     def blocks(self) -> BlockConfig:
@@ -83,10 +91,12 @@ def _vision_config(fields: Mapping[str, Any], *, old: bool) -> QwenVisionConfig:
     channels = fields.pop("in_chans", None)
     if channels is not None:
         fields.setdefault("in_channels", channels)
-    turning = dict(fields.pop("rope_parameters", None) or {})
-    if turning.pop("rope_type", "axial") != "axial":
+    rotary = dict(fields.pop("rope_scaling", None) or fields.pop("rope_parameters", None) or {})
+    kind = rotary.pop("type", "axial")
+    if rotary.pop("rope_type", kind) not in ("axial", "default"):
         raise CheckpointError("vision_config.rope_parameters: only rope_type 'axial' is implemented.")
-    fields |= turning
+    fields.pop("rope_parameters", None)
+    fields |= rotary
     for name in ("patch_size", "temporal_patch_size"):
         if isinstance(fields.get(name), list):
             fields[name] = fields[name][0]

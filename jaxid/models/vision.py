@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxid.errors import CheckpointError, InputError
 from jaxid.models.blocks import Block, BlockConfig, block_keys, run_blocks
 from jaxid.models.common import LayerNorm, filled, normal, stacked
+from jaxid.models.fields import check_patches
 from jaxid.models.keys import Key, layer_norm, prefixed
 
 
@@ -26,6 +27,11 @@ class VisionConfig(BlockConfig):
     patch_bias: bool = False  # bias of the patch embedding
     pre_norm: bool = True  # a norm before the first block
     post_norm: bool = True  # a norm behind the last block, for what reads the tower's end
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        super().__post_init__()
+        check_patches(self.image_size, self.patch_size)
 
     @property
     def num_patches(self) -> int:

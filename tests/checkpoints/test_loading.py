@@ -17,6 +17,7 @@ from families import CASES
 from safetensors.torch import load_file, save_file
 
 from jaxid.checkpoints import tensors
+from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import find_folder, load
 from jaxid.errors import CheckpointError, InputError
 from jaxid.models.registry import ALIASES, FAMILIES
@@ -178,7 +179,16 @@ def test_the_fingerprint_tells_checkpoints_apart(copy: Callable[..., Path]) -> N
         weights["multi_modal_projector.linear_2.bias"][0] += 1
         return weights
 
-    assert load(copy(nudged)).fingerprint not in marks
+    folder = copy(nudged)
+    marks.add(load(folder).fingerprint)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        if (folder / name).exists():  # blanks: nothing else changes
+            (folder / name).write_text((folder / name).read_text() + "\n")
+            marks.add(load(folder).fingerprint)
+    assert len(marks) >= len(CASES) + 4
+    before = load(folder).fingerprint
+    shard(folder)
+    assert load(folder).fingerprint == before
 
 
 # --- what does not --------------------------------------------------------------------------------------------------
@@ -249,14 +259,19 @@ def test_fewer_layers_in_the_config_than_in_the_file(copy: Callable[..., Path]) 
         load(copy(text_config=text))
 
 
-def test_tied_weights_that_differ(copy: Callable[..., Path]) -> None:
+def test_tied_weights_that_differ_are_two(copy: Callable[..., Path]) -> None:
     def differing(weights: Weights) -> Weights:
         other = weights["language_model.model.embed_tokens.weight"].clone()
         other[3, 4] += 1e-3
         return {**weights, "language_model.lm_head.weight": other}
 
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight' differs from 'language_model\.model\.embed_tokens"):
-        load(copy(differing, TIED))
+    folder = copy(differing, TIED)
+    model = load(folder)
+    assert not model.config.text_config.tie_word_embeddings
+    unembedding = model.network().decoder.unembed_matrix()
+    np.testing.assert_array_equal(unembedding, load_file(folder / "model.safetensors")[HEAD].numpy().T)
+    again = load(export(model, folder.with_name("exported")))
+    assert same(again.parameters, model.parameters)
 
 
 def test_a_tensor_in_two_shards(copy: Callable[..., Path]) -> None:
@@ -322,7 +337,7 @@ def test_configs_that_do_not_fit(copy: Callable[..., Path], fields: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("{", "readable JSON"), ("[1]", "not a JSON object"), (None, "no config.json")]
+    ("text", "named"), [("{", "as a JSON file"), ("[1]", "a JSON object is expected"), (None, "no config.json")]
 )
 def test_broken_config_file(copy: Callable[..., Path], text: str | None, named: str) -> None:
     path = copy() / "config.json"

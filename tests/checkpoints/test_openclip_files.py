@@ -197,7 +197,9 @@ def test_incomplete_folders_say_what_they_lack(tiny: Path) -> None:
         load_encoder(tiny)
     for text in ("{", "[]", '{"model": 3}', '{"model_cfg": 3}'):
         (tiny / "open_clip_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"open_clip_config.json is not an OpenCLIP config"):
+        with pytest.raises(
+            CheckpointError, match=r"open_clip_config.json (cannot be read|holds list|is not an OpenCLIP config)"
+        ):
             load_encoder(tiny)
     (tiny / "open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}')
     (tiny / "open_clip_model.safetensors").touch()
