@@ -104,7 +104,8 @@ class Prompts:
         found = []
         for row, (word, names) in enumerate(zip(wanted, others, strict=True)):
             if len(set(names)) < len(names):
-                raise InputError(f"prompt {row} asks for two objects of the same name: {', '.join(names)}.")
+                same = next(name for name in names if list(names).count(name) > 1)
+                raise InputError(f"item {row} asks for two objects of the same name, {same!r}.")
             question = shown(self.questions[row])
             places = words.places(self.questions[row], [word, *(name for name in names if name != word)])[0]
             if not places:

@@ -116,8 +116,7 @@ def run(
     words = batch.words[:, :2]
     shown = forward(model, batch.prompts, capture=Capture(("resid_post",), at=jnp.asarray(words)))
     text = model.prepare(None, list(batch.prompts.questions))
-    places = np.stack([text.word(list(column), occurrence=0) for column in zip(*names, strict=True)], axis=1)
-    alone = residuals_at(model, text, places)[1:]
+    alone = residuals_at(model, text, text.words(names))[1:]
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)
     u, v = (direction[chosen] for direction in ids.plane())
     return Deviation(

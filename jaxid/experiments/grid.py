@@ -5,6 +5,7 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxid.data.grid import GridItem
 from jaxid.errors import InputError
@@ -26,9 +27,9 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def activations_at(model: Model, prompts: Prompts, words: Sequence[str]) -> np.ndarray:
-    """Residual stream at each prompt's word: Float[B, L + 1, D], index 0 the embeddings."""
-    return np.asarray(residuals_at(model, prompts, prompts.word(words)))[:, :, 0].swapaxes(0, 1)
+def activations_at(model: Model, prompts: Prompts, positions: Int[np.ndarray, "B"]) -> np.ndarray:
+    """Residual stream at a position of each prompt: Float[B, L + 1, D], index 0 the embeddings."""
+    return np.asarray(residuals_at(model, prompts, positions))[:, :, 0].swapaxes(0, 1)
 
 
 def extract(
@@ -54,7 +55,7 @@ def extract(
         IDs of every object that stands second in a pair.
 
     Raises:
-        InputError: if an item's pair or size is not among those announced.
+        InputError: if an item's pair or size is not among those announced, or its objects have the same name.
         PromptError: if the question does not hold the object's word exactly once.
     """
     pair_numbers = {pair: number for number, pair in enumerate(pairs)}
@@ -74,9 +75,11 @@ def extract(
             prompts = model.prepare(
                 [item.picture for item in full], [question.format(a=item.object_a, b=item.object_b) for item in full]
             )
+            names = [(item.object_a, item.object_b) for item in full]
+            word = prompts.word([item.object_b for item in full], beside=names)
             pair = [pair_numbers[item.object_a, item.object_b] for item in batch] + [-1] * padding
             yield IDBatch(
-                activations=activations_at(model, prompts, [item.object_b for item in full]),
+                activations=activations_at(model, prompts, word),
                 object_index=np.array([objects.index(item.object_b) for item in full]),
                 pair_index=np.array(pair),
                 a_cell=np.array([item.cell_a[1] * 4 + item.cell_a[0] for item in full]),

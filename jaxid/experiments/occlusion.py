@@ -38,11 +38,13 @@ class Occlusion:
         right: of the true answer, Float[B, 12].
         wrong: of the other one, Float[B, 12].
         compat: which random blurs `sensitivity` looks at.
+        unknown: the words of every item's question that the vocabulary does not hold, length B.
     """
 
     right: Float[np.ndarray, "B V"]
     wrong: Float[np.ndarray, "B V"]
     compat: Compat = "none"
+    unknown: tuple[tuple[str, ...], ...] = ()
 
     @property
     def drop(self) -> Float[np.ndarray, "B"]:
@@ -172,16 +174,22 @@ def run(
         dataclasses.replace(item, picture=picture) for item, own in zip(items, pictures, strict=True) for picture in own
     ]
     size = len(shown) if together is None else together
-    found, truth = [], []
+    found, truth, unknown = [], [], []
     for start in range(0, len(shown), size):
         some = shown[start : start + size]
         # A short last pass is filled up, so that all run the same program.
         batch = prepare(model, [*some, *some[:1] * (size - len(some))], template=template, case=case)
         found.append(read(model, batch)[: len(some)])
         truth.append(batch.truth[: len(some)])
+        unknown += batch.prompts.unknown[: len(some)]
     logs, right = np.concatenate(found), np.concatenate(truth)
     rows, shape = np.arange(len(shown)), (len(items), len(KINDS))
-    return Occlusion(right=logs[rows, right].reshape(shape), wrong=logs[rows, 1 - right].reshape(shape), compat=compat)
+    return Occlusion(
+        right=logs[rows, right].reshape(shape),
+        wrong=logs[rows, 1 - right].reshape(shape),
+        compat=compat,
+        unknown=tuple(unknown[:: len(KINDS)]),
+    )
 
 
 def read(model: Model, batch: RelationBatch) -> Float[np.ndarray, "B 2"]:

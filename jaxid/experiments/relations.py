@@ -1,7 +1,6 @@
 """What the two-object experiments share: items, their prompts, the words of each relation, and how answers are read."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxid.engine import Output
 from jaxid.errors import InputError, PromptError
 from jaxid.inputs import Processor, Prompts
 from jaxid.models.base import Model
+from jaxid.processing.words import places
 from jaxid.tracing import Trace
 
 ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
@@ -88,7 +88,7 @@ def answer_forms(processor: Processor, answers: Sequence[str], case: Case) -> li
 
 def answer_of(text: str, words: Sequence[str]) -> int:
     """Index of the answer word that a generated text holds, -1 unless it is exactly one of them."""
-    found = [number for number, word in enumerate(words) if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)]
+    found = [index for index, spans in enumerate(places(text, words, ignore_case=True)) if spans]
     return found[0] if len(found) == 1 else -1
 
 
@@ -151,7 +151,9 @@ def prepare_questions(
     truth: Sequence[int],
     case: Case = "lower",
 ) -> RelationBatch:
-    """Prepares questions about named objects; each name's first occurrence in its question is located.
+    """Prepares questions about named objects; the first place of each name in its question is located.
+
+    A name inside a longer one ("dog" in "hot dog") is not a place of its own.
 
     Args:
         model: the model.
@@ -167,14 +169,10 @@ def prepare_questions(
         PromptError: if a question does not hold a name.
         InputError: if two objects of a question have the same name.
     """
-    for row, own in enumerate(names):
-        if len(set(own)) < len(own):
-            raise InputError(f"item {row} asks for two objects of the same name, {own[0]!r}.")
     prompts = model.prepare(list(pictures), list(questions))
-    words = [prompts.word(list(column), occurrence=0) for column in zip(*names, strict=True)]
     return RelationBatch(
         prompts=prompts,
-        words=np.stack(words, axis=1),
+        words=prompts.words(names),
         truth=np.asarray(truth, np.int64),
         axis=axis,
         answers=list(answers),

@@ -79,11 +79,12 @@ def extract(
             ]
             prompts = model.prepare(clips, texts)
             pair = np.array([numbers[item.object_a, item.object_b] for item in batch] + [-1] * padding)
+            pairs_named = [(item.object_a, item.object_b) for item in full]
             ours = ([item.object_a for item in full], [item.frame_a for item in full])
             theirs = ([item.object_b for item in full], [item.frame_b for item in full])
             for role, ((names, own), (_, other)) in enumerate(((ours, theirs), (theirs, ours))):
                 yield TemporalBatch(
-                    activations=activations_at(model, prompts, names),
+                    activations=activations_at(model, prompts, prompts.word(names, beside=pairs_named)),
                     object_index=np.array([objects.index(name) for name in names]),
                     pair_index=np.where(pair < 0, -1, 2 * pair + role),
                     frame=np.array(own) - FRAMES[0],
@@ -157,8 +158,8 @@ def prepare(
     clips = [item.open() for item in items] if clips is None else list(clips)
     texts = [with_times(clip, fill(template, item.query, ANSWERS)) for clip, item in zip(clips, items, strict=True)]
     prompts = model.prepare(clips, texts)
-    first = prompts.word_tokens([item.scene1 for item in items], occurrence=0)
-    second = prompts.word_tokens([item.scene2 for item in items], occurrence=0)
+    scenes = [(item.scene1, item.scene2) for item in items]
+    first, second = (prompts.word_tokens(column, beside=scenes, occurrence=0) for column in zip(*scenes, strict=True))
     asked = RelationBatch(
         prompts=prompts,
         words=np.stack([first[:, -1], second[:, -1]], axis=1),

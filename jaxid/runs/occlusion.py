@@ -1,7 +1,6 @@
 """`jaxid run occlusion`: how much answers need the subject's pixels (Figure 8 b)."""
 
 import dataclasses
-import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from jaxid.experiments import occlusion
 from jaxid.experiments.deviation import rank_test
 from jaxid.experiments.relations import axis_of, prepare
 from jaxid.processing.pictures import open_picture
+from jaxid.reading import read_json, reading
 from jaxid.results import read_table
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, filled, joined
 from jaxid.runs.deviation import placed_by_axis, placed_items, usable
@@ -206,15 +206,17 @@ def read_margins(folder: Path) -> dict[str, float]:
         DataError: if the folder does not hold one.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if summary["experiment"] != "deviation":
-            raise ValueError(f"it is of a run of {summary['experiment']}")
-        table = read_table(folder / "table.parquet")
-        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in ("layer", "role", "item", "margin")}
-    except (OSError, ValueError, KeyError, TypeError, JaxidError) as error:
-        raise DataError(f"{folder} holds no finished jaxid run deviation: {error}.") from error
-    chosen = (columns["layer"] == summary["layer"]) & (columns["role"] == "subject")
-    return dict(zip(columns["item"][chosen].tolist(), columns["margin"][chosen].tolist(), strict=True))
+        with reading(folder, "one", DataError):
+            summary = read_json(folder / "summary.json", DataError)
+            if summary["experiment"] != "deviation":
+                raise ValueError(f"it is of a run of {summary['experiment']}")
+            table = read_table(folder / "table.parquet")
+            columns = {name: table[name].to_numpy(zero_copy_only=False) for name in ("layer", "role", "item", "margin")}
+            chosen = (columns["layer"] == summary["layer"]) & (columns["role"] == "subject")
+            pairs = zip(columns["item"][chosen].tolist(), columns["margin"][chosen].astype(float), strict=True)
+            return {str(item): margin for item, margin in pairs}
+    except JaxidError as error:
+        raise DataError(f"{folder} holds no finished jaxid run deviation: {error}") from error
 
 
 def correlation(sensitivity: np.ndarray, margins: np.ndarray) -> dict[str, Any]:
