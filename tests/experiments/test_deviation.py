@@ -33,7 +33,11 @@ from jaxid.runs import deviation as job
 
 assert jaxid.cli_diagnosis  # its commands are tested here
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # The random models' vocabulary lacks most of what the drawn pictures hold.
+    pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
+]
 
 CASE = CASES[0]
 BOXES = np.random.default_rng(3).uniform(0.05, 0.45, (4, 2, 4))

@@ -29,7 +29,11 @@ from jaxid.runs import occlusion as job
 
 assert jaxid.cli_diagnosis  # its commands are tested here
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # The random models' vocabulary lacks most of what the drawn pictures hold.
+    pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
+]
 
 CASE = CASES[0]
 ITEMS = 6

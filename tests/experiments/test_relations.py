@@ -10,7 +10,7 @@ import pytest
 from families import VOCABULARY
 
 from jaxid.engine import forward
-from jaxid.errors import InputError, PromptError
+from jaxid.errors import InputError, PromptError, UnknownWordsWarning
 from jaxid.experiments import relations
 
 
@@ -99,7 +99,8 @@ def test_words_that_cannot_be_told(change: dict[str, Any], error: type[Exception
     first, *rest = oracle.items("horizontal")
     items = [dataclasses.replace(first, **change), *rest]
     if error is None:  # an unknown word is still a word of its own
-        words = relations.prepare(fixtures.model(oracle.CASE), items).words
+        with pytest.warns(UnknownWordsWarning, match=r"<unk>: 'st'\.$"):
+            words = relations.prepare(fixtures.model(oracle.CASE), items).words
         np.testing.assert_array_equal(words, oracle.batch("horizontal").words)
     else:
         with pytest.raises(error, match=message):
