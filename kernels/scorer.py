@@ -10,7 +10,7 @@ Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,22 @@ def _uniform(key: Array, shapes: dict[str, tuple[tuple[int, ...], int]]) -> dict
         name: jax.random.uniform(own, shape, jnp.float32, -1, 1) * inputs**-0.5
         for own, (name, (shape, inputs)) in zip(keys, shapes.items(), strict=True)
     }
+
+
+def misfit(network: Network) -> str | None:
+    """What is wrong with the shapes of a scorer's arrays, which must fit each other; None if nothing is."""
+    sizes: dict[str, int] = {}
+    for name, value in network._asdict().items():
+        axes = get_type_hints(type(network))[name].dim_str.split()
+        shape = jnp.shape(value)
+        fits = len(shape) == len(axes) and all(
+            size > 0 and size == (int(axis) if axis.isdecimal() else sizes.setdefault(axis, size))
+            for axis, size in zip(axes, shape, strict=True)
+        )
+        if not fits:
+            known = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes)
+            return f"{name} has the shape {shape} instead of ({', '.join(axes)}){' with ' * bool(known)}{known}"
+    return None
 
 
 def map_shape(network: Network) -> tuple[int, int]:

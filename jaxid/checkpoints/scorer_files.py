@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxid.checkpoints.torch_files import read_torch_file
+from jaxid.checks import check_finite
 from jaxid.errors import CheckpointError
 from jaxid.kernels.scorer import CHANNELS, CNN, MLP
 from jaxid.results import whole_file
@@ -42,9 +43,9 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
                 raise CheckpointError(
                     f"{path} holds {layer}.{kind} twice, again as {name}; keep one scorer in the file."
                 )
-            layers[f"{layer}.{kind}"] = array.astype(np.float32)
+            layers[f"{layer}.{kind}"] = _real(array, f"{path}: {name}")
         elif array.ndim == 2 and any(word in name.lower() for word in ("func", "embed")):
-            vectors.append(array.astype(np.float32))
+            vectors.append(_real(array, f"{path}: {name}"))
     kind = "cnn" if "conv1.weight" in layers else "mlp"
     names = ("conv1", "conv2", "fc1", "fc2") if kind == "cnn" else ("fc1", "fc2", "fc3")
     missing = [f"{name}.{part}" for name in names for part in ("weight", "bias") if f"{name}.{part}" not in layers]
@@ -53,6 +54,8 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
             f"{path} is no scorer: missing {', '.join(missing) or 'nothing'}; {len(vectors)} tables of functional "
             f"vectors instead of one; it holds {', '.join(sorted(arrays)[:12])}."
         )
+    for name, array in [*layers.items(), ("the functional vectors", vectors[0])]:
+        check_finite(f"{path}: {name}", array, CheckpointError)
     image_tokens = vectors[0].shape[1]
     channels = CHANNELS if kind == "cnn" else 1
     flat = channels * image_tokens * text_tokens
@@ -82,9 +85,19 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
     )
 
 
+def _real(array: np.ndarray, where: str) -> np.ndarray:
+    if array.dtype.kind not in "fV":  # V: bfloat16
+        raise CheckpointError(f"{where} holds {array.dtype}, not floating-point numbers.")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
+
+
 def _check_shapes(layers: Mapping[str, np.ndarray], path: str) -> None:
     """Refuses layers that do not follow one another; how many numbers the first wide one reads is left open."""
     convolved = "conv1.weight" in layers
+    scalar = next((name for name, value in layers.items() if not value.ndim), None)
+    if scalar is not None:
+        raise CheckpointError(f"{path}: {scalar} is a single number.")
     outputs = {name: value.shape[:1] for name, value in layers.items() if name.endswith(".weight")}
     hidden = ("fc1", "fc2") if convolved else ("fc1", "fc2", "fc3")
     expected: dict[str, tuple[int, ...]] = {f"{hidden[-1]}.weight": (1, *outputs[f"{hidden[-2]}.weight"])}

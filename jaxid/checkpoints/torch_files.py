@@ -3,6 +3,7 @@
 The only module that imports torch, and only when a file is read.
 """
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jaxtyping import Float
 
 from jaxid.errors import CheckpointError, InputError
 
+_REPEATED = 2**26  # bytes that a tensor with repeated numbers may take in any file
 _GRID = 4  # columns and rows of the published scenes
 _UNNAMED_SIZE = 224  # of files that are keyed by (x, y) alone
 
@@ -42,6 +44,8 @@ def read_torch_file(path: str | Path) -> Any:
 
     def to_numpy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
+            if value.numel() * value.element_size() > max(size, _REPEATED):
+                raise ValueError("a tensor repeats its numbers beyond the file's size")
             value = value.detach().contiguous()
             if value.dtype == torch.bfloat16:  # numpy has no such type of its own
                 return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -55,6 +59,8 @@ def read_torch_file(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise CheckpointError(f"There is no file {path}.")
     try:
+        size = Path(path).stat().st_size
+        _refuse_compressed(path)
         with torch.serialization.safe_globals(_numpy_numbers()):
             return to_numpy(torch.load(path, map_location="cpu", weights_only=True))
     # A damaged file can fail in any way: the unpickler raises KeyError, EOFError, ... on foreign bytes.
@@ -64,6 +70,14 @@ def read_torch_file(path: str | Path) -> Any:
             f"another kind, or holds Python objects ({type(error).__name__}). In the last case save it again "
             "as plain dictionaries of tensors: jaxid loads no objects."
         ) from error
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """PyTorch never compresses; a file that is compressed may unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ValueError("the file is compressed")
 
 
 def _numpy_numbers() -> list[Any]:

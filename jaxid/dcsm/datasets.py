@@ -8,10 +8,10 @@
 | COCO | COCO-Spatial's rows [id, right caption, wrong caption] | none |
 
 Every item has its caption in two versions. Names of several words are joined by hyphens or further underscores.
+Several pictures of the same things are told apart by a number behind a full stop, as in `star_above_fish.2.png`.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.data import coco_spatial
-from jaxid.data.files import save_picture
+from jaxid.data.files import inside, save_picture
 from jaxid.errors import DataError
+from jaxid.reading import read_json
 from jaxid.results import write_json
 
 ENDINGS = (".png", ".jpg", ".jpeg")
@@ -56,6 +57,11 @@ class Item:
     opposite_captions: tuple[str, str]
 
 
+def named(stem: str) -> str:
+    """What a picture's name says, without the number of a further picture of the same things."""
+    return re.sub(r"\.[0-9]+$", "", stem)
+
+
 def article(name: str) -> str:
     """The name with "a" or "an"."""
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
@@ -69,7 +75,7 @@ def read_spatial(folder: str | Path) -> list[Item]:
     """
     items = []
     for path, opposite in _pairs(Path(folder), "CUTMIX_"):
-        match = _SPATIAL.fullmatch(path.stem)
+        match = _SPATIAL.fullmatch(named(path.stem))
         if match is None:
             raise DataError(f"{path}: the name must be A_{{{'|'.join(RELATIONS)}}}_B, such as star_above_fish.")
         first, second = article(_words(match["first"])), article(_words(match["second"]))
@@ -96,11 +102,10 @@ def read_attributes(folder: str | Path) -> list[Item]:
         DataError: for a name that cannot be told apart, a missing opposite, or a folder without pictures.
     """
     pairs = list(_pairs(Path(folder), "MIRROR_"))
-    known = {path.stem.split("_")[0] for path, _ in pairs}
-    known |= {path.stem.split("_")[2] for path, _ in pairs if path.stem.count("_") == 3}
+    split = [named(path.stem).split("_") for path, _ in pairs]
+    known = {parts[0] for parts in split} | {parts[2] for parts in split if len(parts) == 4}
     items = []
-    for path, opposite in pairs:
-        parts = path.stem.split("_")
+    for (path, opposite), parts in zip(pairs, split, strict=True):
         places = [2] if len(parts) == 4 else [k for k in range(2, len(parts) - 1) if parts[k] in known]
         if len(parts) < 4 or len(places) != 1:
             raise DataError(f"{path}: the name must be c1_A_c2_B, such as red_star_blue_fish, c2 an attribute.")
@@ -131,17 +136,20 @@ def read_negation(path: str | Path) -> list[Item]:
     """
     path = Path(path)
     items = []
-    for number, row in enumerate(_json_list(path)):
+    for number, row in enumerate(read_json(path, DataError, expected=list)):
         where = f"{path}, row {number}"
         fields = ("image_1", "image_2", "object_1", "object_2")
-        missing = [name for name in fields if not isinstance(row, dict) or not str(row.get(name) or "").strip()]
+        values = [row.get(name) if isinstance(row, dict) else None for name in fields]
+        missing = [
+            name for name, value in zip(fields, values, strict=True) if not isinstance(value, str) or not value.strip()
+        ]
         if missing:
-            raise DataError(f"{where} lacks {', '.join(missing)}.")
-        pictures = [path.parent / str(row[name]) for name in ("image_1", "image_2")]
+            raise DataError(f"{where} lacks {', '.join(missing)}; each must be a text.")
+        pictures = [inside(path.parent, row[name], where) for name in ("image_1", "image_2")]
         for picture in pictures:
             if not picture.is_file():
                 raise DataError(f"{where}: there is no picture {picture}.")
-        here, there = str(row["object_1"]).strip(), str(row["object_2"]).strip()
+        here, there = row["object_1"].strip(), row["object_2"].strip()
         words = [NEGATIONS[(number + shift) % len(NEGATIONS)] for shift in range(2)]
         items.append(
             Item(
@@ -207,7 +215,7 @@ def write_pair(
     Raises:
         OutputError: if they cannot be written.
     """
-    prefix = "CUTMIX_" if _SPATIAL.fullmatch(name) else "MIRROR_"
+    prefix = "CUTMIX_" if _SPATIAL.fullmatch(named(name)) else "MIRROR_"
     save_picture(Path(folder) / f"{prefix}{name}.png", opposite)  # first, so that no picture ever lacks its opposite
     save_picture(Path(folder) / f"{name}.png", picture)
 
@@ -241,7 +249,7 @@ def _pairs(folder: Path, prefix: str) -> list[tuple[Path, Path]]:
     """Pictures and their opposites, by name."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}.")
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS}
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS and path.is_file()}
     pairs = []
     for name, path in files.items():
         if name.startswith(prefix):
@@ -256,13 +264,3 @@ def _pairs(folder: Path, prefix: str) -> list[tuple[Path, Path]]:
 
 def _words(part: str) -> str:
     return part.replace("_", " ").replace("-", " ").strip()
-
-
-def _json_list(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path} is not a JSON list.")
-    return rows

@@ -42,7 +42,8 @@ def answer(
         group: what maps are standardised over: "row", a question's captions, as published, or "pair".
 
     Raises:
-        InputError: if there are no questions, one has no wrong caption, or numbers do not fit.
+        InputError: if there are no questions, one has no wrong caption, numbers do not fit, or scores are not finite:
+            it names the questions.
     """
     shown = range(len(pictures)) if shown is None else shown
     if not len(captions) or len(captions) != len(shown):
@@ -58,6 +59,10 @@ def answer(
     known = _Captions(encoder, captions, length if fits else context)
     for rows, texts in known.by_count(captions):
         scores = np.einsum("ne,nce->nc", encoded.pooled[[shown[row] for row in rows]], texts.pooled)
+        bad = [rows[place] for place in np.flatnonzero(~np.isfinite(scores).all(axis=1))]
+        if bad:
+            named = f"{', '.join(map(str, bad[:5]))}{' and others' if len(bad) > 5 else ''}"
+            raise InputError(f"questions {named} have no cosine: the encoder gives NaN or infinity for them.")
         cosine[rows] = _first_is_best(scores)
     if scorer is None:
         return Answers(cosine, None)
@@ -66,7 +71,15 @@ def answer(
     dcsm = np.zeros(len(captions), bool)
     for rows, texts in known.by_count(asked):
         own = encoded[[shown[row] for row in rows]]
-        dcsm[rows] = _first_is_best(score_own(scorer, own, texts.flat, texts.pooled.shape[1], group=group))
+        scores = score_own(
+            scorer,
+            own,
+            texts.flat,
+            texts.pooled.shape[1],
+            group=group,
+            name=lambda at, rows=rows: f"question {rows[at]}",
+        )
+        dcsm[rows] = _first_is_best(scores)
     return Answers(cosine, dcsm)
 
 
@@ -109,7 +122,8 @@ def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Shares of right answers by method and benchmark, with 95 % intervals.
 
     Args:
-        rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm".
+        rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm"; and "chance", the share of right answers
+            that guessing would give, if it is to be told.
     """
     from jaxid.results import confidence_interval
 
@@ -121,5 +135,7 @@ def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
             own = right[names == name]
             low, high = confidence_interval(int(own.sum()), len(own))
             entry = {"accuracy": float(own.mean()), "low": low, "high": high, "questions": len(own)}
+            if "chance" in rows:
+                entry["chance"] = float(np.asarray(rows["chance"])[names == name].mean())
             found.setdefault(method, {})[name] = entry
     return found

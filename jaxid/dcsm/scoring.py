@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Pictures, Texts
 from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED, place
-from jaxid.errors import CheckpointError, InputError, OutputError
+from jaxid.errors import CheckpointError, InputError, JaxidError, OutputError
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
 from jaxid.kernels.scorer import CNN, MLP
+from jaxid.reading import reading
 from jaxid.results import whole_file
 
 KINDS = {"cnn": CNN, "mlp": MLP}
@@ -43,9 +45,14 @@ class Scorer:
     encoder: str = ""
 
     def __post_init__(self) -> None:
-        """Refuses vectors that do not fit."""
+        """Refuses a placement or a vocabulary that is none; arrays may be traced, and are checked where they are used.
+
+        Raises:
+            InputError: saying which.
+        """
         if self.placement not in PLACEMENTS:
             raise InputError(f"placement {self.placement!r} is not one of {', '.join(PLACEMENTS)}.")
+        check_vocabulary(self.vocabulary)
 
     @property
     def map_shape(self) -> tuple[int, int]:
@@ -71,8 +78,7 @@ class Scorer:
         """
         if kind not in KINDS:
             raise InputError(f"the scorer {kind!r} is not one of {', '.join(KINDS)}.")
-        if not vocabulary:
-            raise InputError("the list of functional words is empty.")
+        check_vocabulary(vocabulary)
         first, second = jax.random.split(key)
         make = kernels.init_cnn if kind == "cnn" else kernels.init_mlp
         return cls(
@@ -112,26 +118,60 @@ class Scorer:
             from jaxid.checkpoints.scorer_files import read_authors_scorer
 
             network, vectors = read_authors_scorer(path)
-            return cls(network=network, vectors=jnp.asarray(vectors), placement="replace")
-        from safetensors import SafetensorError, safe_open
+            found = cls(network=network, vectors=jnp.asarray(vectors), placement="replace")
+            _check_arrays(found, f"{path} tells no words, so that the published list is taken", CheckpointError)
+            return found
+        from safetensors import safe_open
 
-        try:
+        with reading(path, "a scorer that jaxid wrote"):
             with safe_open(path, framework="numpy") as file:
                 described = json.loads((file.metadata() or {})["scorer"])
-                arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-            vectors, kind = arrays.pop("vectors"), KINDS[described["kind"]]
-            network = kind(**{name.removeprefix("network."): value for name, value in arrays.items()})
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no scorer at {path}.") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is no scorer that jaxid wrote ({error!r}).") from error
-        return cls(
-            network=network,
-            vectors=vectors,
-            vocabulary=tuple(described["vocabulary"]),
-            placement=described["placement"],
-            encoder=described["encoder"],
-        )
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name, value in arrays.items():
+                if not jnp.issubdtype(value.dtype, jnp.floating):
+                    raise CheckpointError(f"{path}: {name} holds {value.dtype}, not floating-point numbers.")
+                with np.errstate(over="ignore"):
+                    arrays[name] = value.astype(np.float32)
+                check_finite(f"{path}: {name}", arrays[name], CheckpointError)
+            vectors, kind = jnp.asarray(arrays.pop("vectors")), KINDS[described["kind"]]
+            network = kind(**{name.removeprefix("network."): jnp.asarray(value) for name, value in arrays.items()})
+            vocabulary, placement, encoder = (described[name] for name in ("vocabulary", "placement", "encoder"))
+            if not isinstance(vocabulary, list) or not isinstance(encoder, str):
+                raise CheckpointError(f"{path}: the vocabulary must be a list and the encoder's name a text.")
+            try:
+                found = cls(
+                    network=network, vectors=vectors, vocabulary=tuple(vocabulary), placement=placement, encoder=encoder
+                )
+            except InputError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        _check_arrays(found, str(path), CheckpointError)
+        return found
+
+
+def check_vocabulary(words: Sequence[str]) -> None:
+    """Refuses functional words that a scorer cannot have.
+
+    Raises:
+        InputError: if there are none, one is no word, or one is there twice.
+    """
+    if not words:
+        raise InputError("the list of functional words is empty.")
+    for number, word in enumerate(words):
+        if not isinstance(word, str) or not word.strip():
+            raise InputError(f"functional word {number} is {word!r:.80}, not a text.")
+    twice = next((word for number, word in enumerate(words) if word in words[:number]), None)
+    if twice is not None:
+        raise InputError(f"the functional word {twice!r:.80} is there twice; keep it once.")
+
+
+def _check_arrays(scorer: Scorer, what: str, error: type[JaxidError] = InputError) -> None:
+    """Refuses arrays that do not fit each other or the vocabulary."""
+    wrong = kernels.misfit(scorer.network)
+    rows, expected = scorer.vectors.shape, (len(scorer.vocabulary), scorer.network.fc1.shape[-2])
+    if wrong is None and rows != expected:
+        wrong = f"{expected[0]} functional words at {expected[1]} image tokens need vectors {expected}, not {rows}"
+    if wrong is not None:
+        raise error(f"{what}: {wrong}.")
 
 
 jax.tree_util.register_dataclass(
@@ -145,7 +185,8 @@ def score(
     """Scores of every picture with every caption.
 
     A score depends on what its map is standardised over: "pair" (the map alone), "row" (the picture's maps with all
-    these captions), or "call" (all maps of the call, as published).
+    these captions), or "call" (all maps of the call, as published). Maps all of whose numbers are alike have no
+    deviation, and so no score.
 
     Args:
         scorer: the trained scorer.
@@ -155,17 +196,26 @@ def score(
         mesh: splits the pictures over the devices of its axis "data".
 
     Raises:
-        InputError: for an unknown group, or maps of another size than the scorer's.
+        InputError: for an unknown group, maps of another size than the scorer's, or scores that are not finite: it
+            names the pictures and captions that hold NaN, or whose maps are constant.
     """
     check_fit(scorer, pictures.tokens.shape[1], texts.tokens.shape[1], group)
     words, tokens = caption_columns(scorer, texts)
     if mesh is not None:
-        return _score_sharded(scorer, pictures.tokens, tokens, words, group, mesh)
-    return np.asarray(score_tokens(scorer, jnp.asarray(pictures.tokens), tokens, words, group))
+        scores = _score_sharded(scorer, pictures.tokens, tokens, words, group, mesh)
+    else:
+        scores = np.asarray(score_tokens(scorer, jnp.asarray(pictures.tokens), tokens, words, group))
+    return _finite(scores, scorer, pictures, texts, lambda _, column: column, "picture {}".format)
 
 
 def score_own(
-    scorer: Scorer, pictures: Pictures, texts: Texts, captions: int, *, group: str = "row"
+    scorer: Scorer,
+    pictures: Pictures,
+    texts: Texts,
+    captions: int,
+    *,
+    group: str = "row",
+    name: Callable[[int], str] = "picture {}".format,
 ) -> Float[np.ndarray, "N C"]:
     """Scores of every picture with captions of its own, C in a row for each picture.
 
@@ -175,18 +225,51 @@ def score_own(
         texts: encoded, N * C.
         captions: of each picture, C.
         group: "pair" or "row": a picture's maps with its captions, which is one call as published.
+        name: how messages call a picture, by its index.
 
     Raises:
-        InputError: for an unknown group, maps of another size, or a number of texts that is not N * C.
+        InputError: for an unknown group, maps of another size, a number of texts that is not N * C, or scores that are
+            not finite, as in `score`.
     """
     check_fit(scorer, pictures.tokens.shape[1], texts.tokens.shape[1], group)
     if group == "call" or len(texts) != len(pictures) * captions:
         raise InputError(f"{len(pictures)} pictures need {captions} captions each, and a group 'pair' or 'row'.")
     words, tokens = caption_columns(scorer, texts)
     shape = (len(pictures), captions)
-    return np.asarray(
-        _score_own(scorer, pictures.tokens, tokens.reshape(*shape, *tokens.shape[1:]), words.reshape(*shape, -1), group)
+    own = tokens.reshape(*shape, *tokens.shape[1:]), words.reshape(*shape, -1)
+    scores = np.asarray(_score_own(scorer, pictures.tokens, *own, group))
+    return _finite(scores, scorer, pictures, texts, lambda row, column: row * captions + column, name)
+
+
+def _finite(
+    scores: Float[np.ndarray, "N C"],
+    scorer: Scorer,
+    pictures: Pictures,
+    texts: Texts,
+    caption: Callable[[int, int], int],
+    name: Callable[[int], str],
+) -> Float[np.ndarray, "N C"]:
+    """The scores, unless some are not finite: then it says why."""
+    bad = np.argwhere(~np.isfinite(scores)).tolist()
+    if not bad:
+        return scores
+    for part, value in [*scorer.network._asdict().items(), ("vectors", scorer.vectors)]:
+        check_finite(f"the scorer's {part}", value)
+    for side, label in ((pictures, name), (texts, lambda row: repr(texts.captions.texts[row]))):
+        rows = np.flatnonzero(~np.isfinite(side.tokens).all(axis=(1, 2))).tolist()
+        if rows:
+            raise InputError(f"the tokens of {_listed([label(row) for row in rows])} hold NaN or infinity.")
+    shown = [f"{name(row)} with {texts.captions.texts[caption(row, column)]!r}" for row, column in bad]
+    raise InputError(
+        f"the scores of {_listed(shown)} are not finite: where all numbers of the maps are alike, there is nothing to "
+        "standardise; else the scorer's parameters are too large."
     )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message, the first few and a count of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def caption_columns(scorer: Scorer, texts: Texts) -> tuple[Int[np.ndarray, "M T"], Float[np.ndarray, "M T E"]]:
@@ -199,8 +282,9 @@ def check_fit(scorer: Scorer, image_tokens: int, text_tokens: int, group: str) -
     """Refuses maps of another size than the scorer's.
 
     Raises:
-        InputError: naming both sizes, or the unknown group.
+        InputError: naming both sizes, the unknown group, or arrays of the scorer that do not fit each other.
     """
+    _check_arrays(scorer, "the scorer")
     if group not in similarity.GROUPS:
         raise InputError(f"group {group!r} is not one of {', '.join(similarity.GROUPS)}.")
     if scorer.map_shape != (image_tokens, text_tokens):
@@ -222,7 +306,7 @@ def score_tokens(
 ) -> Float[Array, "N M"]:
     """Scores of every picture with every caption, from their tokens; works under `jit`, `vmap` and `grad`.
 
-    Memory does not grow with the number of pairs.
+    Memory does not grow with the number of pairs. Maps all of whose numbers are alike have the score NaN.
 
     Args:
         scorer: the scorer.

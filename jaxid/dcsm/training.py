@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxid import training
+from jaxid.checks import check_finite, check_options
 from jaxid.dcsm import augment
 from jaxid.dcsm.datasets import Item
 from jaxid.dcsm.embedding import TEXT_TOKENS, embed_images, embed_pixels, embed_texts
-from jaxid.dcsm.placement import PUBLISHED
-from jaxid.dcsm.scoring import Scorer, caption_columns
+from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED
+from jaxid.dcsm.scoring import KINDS, Scorer, caption_columns, check_vocabulary
 from jaxid.errors import InputError
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
@@ -55,6 +56,15 @@ class TrainingConfig:
         Raises:
             InputError: naming the setting.
         """
+        check_options(self)
+        if self.kind not in KINDS or self.placement not in PLACEMENTS:
+            raise InputError(
+                f"the scorer {self.kind!r} is not one of {', '.join(KINDS)}, or the placement {self.placement!r} not "
+                f"one of {', '.join(PLACEMENTS)}."
+            )
+        check_vocabulary(self.vocabulary)
+        if self.text_tokens < 1:
+            raise InputError(f"maps need at least one caption token, not {self.text_tokens}.")
         if self.epochs < 1 or self.batch_size < 2:
             raise InputError(f"{self.epochs} epochs of batches of {self.batch_size}: at least 1 and 2 are needed.")
         if not 0 <= self.dropout < 1 or not self.learning_rate > 0:
@@ -111,6 +121,9 @@ class Table:
         texts = embed_texts(encoder, list(captions), scorer.map_shape[1])
         self.words, self.texts = caption_columns(scorer, texts)
         self.images = embed_images(encoder, self.paths, progress=True).tokens if pictures else None
+        check_finite("the encoder's caption tokens", self.texts)
+        if self.images is not None:
+            check_finite("the encoder's image tokens", self.images)
 
     def batch(self, number: int, chosen: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]]:
         """Numbers of the pictures of some items of a data set, and the arrays of their captions.
@@ -148,10 +161,11 @@ def train(
         log: is also given every row of metrics.
 
     Raises:
-        InputError: if there are no data sets, one has fewer items than a batch, or mixes both kinds.
+        InputError: if there are no data sets, one has fewer items than a batch, or mixes both kinds; or if the encoder
+            gives NaN, or training diverges.
         CheckpointError: if the folder holds a run with other settings.
     """
-    _check(sets, config)
+    check_sets(sets, config)
     key = jax.random.key(config.seed)
     image_tokens = jax.eval_shape(lambda: encoder.network().image(_blank(encoder))).tokens.shape[1]
     scorer = Scorer.init(
@@ -267,7 +281,12 @@ def _blank(encoder: Encoder) -> Float[Array, "1 C Y X"]:
     return jnp.zeros((1, config.num_channels, config.image_size, config.image_size))
 
 
-def _check(sets: Mapping[str, Sequence[Item]], config: TrainingConfig) -> None:
+def check_sets(sets: Mapping[str, Sequence[Item]], config: TrainingConfig) -> None:
+    """Refuses data sets that training cannot use.
+
+    Raises:
+        InputError: if there are none, one has fewer items than a batch, or mixes both kinds.
+    """
     if not sets:
         raise InputError("training needs at least one data set.")
     for name, items in sets.items():

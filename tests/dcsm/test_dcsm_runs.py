@@ -127,7 +127,7 @@ def test_geometry_writes_table_and_figure(tmp_path: Path, capsys: pytest.Capture
         (["score", "PICTURE", "a star", "--model", "clip-z99"], "no model folder at clip-z99"),
         (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),
         (["score", "PICTURE", "a star", "--group", "all"], "'all' is not one of pair, row, call"),
-        (["score", "PICTURE", "a star", "--scorer", "nowhere.safetensors"], "no scorer at nowhere.safetensors"),
+        (["score", "PICTURE", "a star", "--scorer", "nowhere.safetensors"], "nowhere.safetensors is missing"),
         (["train", "--data", "EMPTY", "--out", "OUT"], "holds no data set"),
         (["eval", "--data", "EMPTY", "--out", "OUT"], "holds no evaluation set"),
         (["eval", "--data", "EMPTY", "--out", "OUT", "--benchmark", "imagenet"], "imagenet"),

@@ -130,7 +130,7 @@ def test_files(kind: str, tmp_path: Path) -> None:
     )
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(scorer))
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
-    for name, message in (("none.safetensors", "no scorer at"), ("other.safetensors", "is no scorer that jaxid wrote")):
+    for name, message in (("none.safetensors", "is missing; expected a scorer"), ("other.safetensors", "a scorer that jaxid wrote")):
         with pytest.raises(CheckpointError, match=message):
             Scorer.load(tmp_path / name)
 
@@ -162,10 +162,10 @@ def test_files_that_are_no_scorers(change: Any, tmp_path: Path) -> None:
     rewritten(path, lambda arrays, described: None)
     assert Scorer.load(path).encoder == "tiny"
     rewritten(path, change)
-    with pytest.raises(CheckpointError, match=r"scorer\.safetensors is no scorer that jaxid wrote"):
+    with pytest.raises(CheckpointError, match=r"scorer\.safetensors cannot be read as a scorer"):
         Scorer.load(path)
     save_file({"vectors": np.ones(2, np.float32)}, path)
-    with pytest.raises(CheckpointError, match=r"scorer\.safetensors is no scorer that jaxid wrote"):
+    with pytest.raises(CheckpointError, match=r"scorer\.safetensors cannot be read as a scorer"):
         Scorer.load(path)
     with pytest.raises(OutputError, match=r"must end in \.safetensors"):
         scorer.save(tmp_path / "scorer.npz")
