@@ -1,7 +1,6 @@
 """`jaxid run belief-swap`: beliefs swapped by IDs and by noise, layer by layer (Figure 2), and against accuracy (9)."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ import numpy as np
 
 from jaxid import plots
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.errors import DataError
+from jaxid.errors import DataError, JaxidError, OutputError
 from jaxid.experiments import belief_swap
 from jaxid.experiments.relations import answer_of, axis_of, prepare
 from jaxid.models.registry import ALIASES
+from jaxid.reading import read_json, reading
 from jaxid.results import confidence_interval, ensure_output_folder, write_json
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, by_axis, filled, joined
 
@@ -255,6 +255,9 @@ def _by_layer(summary: dict[str, Any], layers: Sequence[int], factor: float) -> 
     )
 
 
+_PARTS = ("belief", "noise", "belief_std", "noise_std")
+
+
 def _bars(best: Mapping[str, Mapping[str, Any]], strength: float | str) -> Any:
     """Figure 2 of the best layers of models: as published only if all of them were chosen on the same items."""
     values = [
@@ -287,16 +290,45 @@ def _spread(counts: Iterable[Any]) -> str:
     return f"{ranked[0]:g}" if len(ranked) == 1 else f"{ranked[0]:g} to {ranked[-1]:g}"
 
 
-def _with_intervals(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What older summaries do not say: their best layers were chosen on the items that are reported."""
-    count = int(entry["answered_items"])
+def _entry(folder: Path) -> dict[str, Any]:
+    """What a finished run's summary says of it.
 
-    def interval(share: float) -> tuple[float, float]:
-        return confidence_interval(round(share * count), count)
-
-    best = {"items": count, "chosen_on": "same items"}
-    best |= {f"{part}_interval": interval(entry["best"][part]) for part in belief_swap.CONDITIONS}
-    return {"accuracy_interval": interval(entry["accuracy"]), "best": best | entry["best"]}
+    Raises:
+        DataError: if it is none.
+    """
+    path = folder / "summary.json"
+    try:
+        with reading(path, "its summary", DataError):
+            summary = read_json(path, DataError)
+            name, count, best = str(summary["model"]), int(summary["answered_items"]), dict(summary["best"])
+            shares = {"accuracy": float(summary["accuracy"])} | {part: float(best[part]) for part in _PARTS}
+            # Older summaries say no intervals; their best layers were chosen on the items that are reported.
+            bounds = {
+                part: confidence_interval(round(shares[part] * count), count) for part in ("accuracy", *_PARTS[:2])
+            }
+            given = {part: best[f"{part}_interval"] for part in _PARTS[:2] if f"{part}_interval" in best}
+            bounds |= {part: (float(low), float(high)) for part, (low, high) in given.items()}
+            drop, factor = float(summary["mean_accuracy_drop"]), float(summary["settings"]["factor"])
+            numbers = np.array([*shares.values(), *(bound for pair in bounds.values() for bound in pair), abs(drop)])
+            if not ((numbers >= 0) & (numbers <= 1)).all() or any(low > high for low, high in bounds.values()):
+                raise ValueError("a share is not one from 0 to 1")
+            return {
+                "model": name,
+                "accuracy": shares["accuracy"],
+                "accuracy_interval": bounds["accuracy"],
+                "mean_accuracy_drop": drop,
+                "answered_items": count,
+                "factor": factor,
+                "best": {
+                    **best,
+                    **{part: shares[part] for part in _PARTS},
+                    **{f"{part}_interval": bounds[part] for part in _PARTS[:2]},
+                    "items": int(best.get("items", count)),
+                    "chosen_on": str(best.get("chosen_on", "same items")),
+                },
+            }
+    except JaxidError as error:
+        raise DataError(f"{folder} holds no summary of a finished jaxid run belief-swap: {error}") from error
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -311,19 +343,17 @@ def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
     Raises:
         DataError: for a folder without a belief-swap summary.
+        OutputError: if `out` is the folder of a run, or cannot be written to.
     """
+    if (out / "settings.json").exists():
+        raise OutputError(f"{out} holds a run, whose figure would be replaced; give another --out.")
     ensure_output_folder(out)
     found: dict[str, Any] = {}
     for folder in folders:
-        path = folder / "summary.json"
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            entry = {name: summary[name] for name in ("accuracy", "mean_accuracy_drop", "best", "answered_items")}
-            entry |= {"factor": float(summary["settings"]["factor"])} | _with_intervals(entry)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no summary of a finished jaxid run belief-swap: {error!r}.") from error
-        name = summary["model"] if summary["model"] not in found else f"{summary['model']} ({folder.name})"
-        found[name] = entry
+        entry = _entry(folder)
+        name = entry.pop("model")
+        labels = (name, f"{name} ({folder.name})", f"{name} ({folder.resolve()})")
+        found[next((label for label in labels if label not in found), name)] = entry
     names = list(found)
     strength = _spread(entry["factor"] for entry in found.values())
     bars = _bars({name: entry["best"] for name, entry in found.items()}, strength)
