@@ -214,9 +214,10 @@ def options_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_scores(summary: dict[str, Any], meaning: str) -> None:
-    """Prints what the figure of a swap draws: a line of medians for each token set and word."""
-    typer.echo(f"median score of {summary['score_items']} items by block: {meaning}")
-    for tokens, scores in summary["score_median"].items():
+    """Prints what the figure of a swap draws: for each token set and word, medians, or the published means."""
+    statistic = "mean" if summary["settings"]["compat"] == "reference" else "median"
+    typer.echo(f"{statistic} score of {summary['score_items']} items by block: {meaning}")
+    for tokens, scores in summary[f"score_{statistic}"].items():
         for word, by_block in zip(summary["words"], scores.T, strict=True):
             typer.echo(
                 f"{tokens:6s} {word:7s} {', '.join(f'{round(float(value), 2) + 0.0:.2f}' for value in by_block)}"
