@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,21 @@ def reporting(message: str, error: type[JaxidError]) -> Iterator[None]:
         if not isinstance(problem, Exception) and type(problem).__name__ != _RUST_PANIC:
             raise
         raise error(f"{message}: {first_line(problem)}.") from problem
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """Keeps transformers, while it is imported for the first time, from advising PyTorch, which nothing here needs."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("PyTorch was not found")
+
+    logger = logging.getLogger("transformers")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def read_json(

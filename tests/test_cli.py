@@ -291,3 +291,14 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert done.stderr == b"" and done.returncode in (0, 1)
+
+
+def test_nothing_is_said_of_a_missing_pytorch() -> None:
+    code = f"""{fixtures.WITHOUT_TORCH}
+import jaxid
+from jaxid.checkpoints.encoders import load_encoder
+jaxid.load("tiny-llava").prepare(None, "left")
+load_encoder("tiny-clip")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

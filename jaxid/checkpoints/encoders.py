@@ -11,8 +11,10 @@ from jaxid.models.encoders import ENCODER_ALIASES, ENCODERS
 from jaxid.models.openclip import kind_of
 from jaxid.processing.dual import DualProcessor
 from jaxid.processing.openclip import OpenCLIPImages
+from jaxid.reading import without_advice
 
 
+@without_advice()
 def load_encoder(
     name: str | Path, *, dtype: str = "float32", architecture: str | None = None, tokenizer: str | Path | None = None
 ) -> Encoder:

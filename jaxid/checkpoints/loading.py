@@ -17,7 +17,7 @@ from jaxid.models.base import Model
 from jaxid.models.fields import check_fields
 from jaxid.models.registry import ALIASES, Family, family, kind_of
 from jaxid.processing.families import SIDES
-from jaxid.reading import first_line, read_json, reading, redacted
+from jaxid.reading import first_line, read_json, reading, redacted, without_advice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""
@@ -101,6 +101,7 @@ class Checkpoint:
         return dataclasses.replace(self.model, **load_network(self.kind, self.model.config, files, self.dtype))
 
 
+@without_advice()
 def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
     """Reads all of a vision-language model but its weights, which may take minutes.
 
