@@ -40,16 +40,16 @@ class Output:
         """Next-token logits at the last position, float32."""
         return _unembed(self.model.definition, self.model.parameters, self.hidden)
 
-    def logprobs(self, answers: list[str] | Int[np.ndarray, "n"]) -> Float[Array, "*S B n"]:
+    def logprobs(self, answers: Any) -> Float[Array, "*S B n"]:
         """Log-probabilities of answers as the next token, over the full vocabulary.
 
         Args:
-            answers: answer words, each a single token after the prompt, or token ids.
+            answers: answer words, list[str], each a single token after the prompt; or token ids, Int[n].
 
         Raises:
             PromptError: for a word that is not a single token of its own.
         """
-        if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        if isinstance(answers, list | tuple) and all(isinstance(answer, str) for answer in answers):
             answers = self.model.processor.answer_ids(answers)
         ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
         if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():

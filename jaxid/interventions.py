@@ -169,7 +169,7 @@ def sweep_shape(intervention: Any) -> tuple[int, ...]:
     return getattr(intervention, "sweep_shape", ())
 
 
-def as_pytree(intervention: Intervention) -> Any:
+def as_pytree(intervention: Any) -> Any:
     """The intervention itself, or a plain Python function in a pytree without leaves.
 
     Raises:
@@ -239,7 +239,7 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
     check_layers(layer, site)
-    vector = jnp.zeros((*sweep, 1)) if vector is None else _numbers("vector", vector)
+    vector = jnp.zeros((*sweep, 1)) if operation == "scale" else _numbers("vector", vector)
     strength = _numbers("strength", strength).astype(_wide(vector.dtype))
     inner = vector.ndim - len(sweep)
     if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
@@ -313,16 +313,17 @@ def _numbers(name: str, value: Any) -> Float[Array, "..."]:
     if not floating and not jnp.issubdtype(value.dtype, jnp.integer):
         raise InputError(f"`{name}` must hold real numbers, not {value.dtype}.")
     with np.errstate(over="ignore"):  # what float32 does not hold is refused as infinite
-        array = jnp.asarray(value if floating else value.astype(np.float32))
-    if not isinstance(array, Tracer):
+        value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype) if floating else jnp.float32)
+    finite = isinstance(value, Tracer)
+    if isinstance(value, jax.Array) and not finite:
         with jax.ensure_compile_time_eval():  # one number to the host, also within a traced function
-            finite = bool(jnp.isfinite(array).all())
-        if not finite:
-            check_finite(f"`{name}`", array)
-    return array
+            finite = bool(jnp.isfinite(value).all())
+    if not finite:
+        check_finite(f"`{name}`", value)
+    return jnp.asarray(value)
 
 
-def stack(interventions: Iterable[Any]) -> Any:
+def stack(interventions: Any) -> Any:
     """Interventions that differ in the values of their arrays alone, as one with a new leading sweep axis.
 
     Raises:

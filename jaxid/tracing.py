@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxid.engine import Output, check, checked_positions, forward, nan_outside
 from jaxid.errors import InputError
 from jaxid.inputs import Prompts
-from jaxid.interventions import NOWHERE, Chain, Reach, as_pytree, chain, check_layers, replace, sweep_shape
+from jaxid.interventions import Chain, Reach, as_pytree, chain, check_layers, replace, sweep_shape
 from jaxid.models import reuse
 from jaxid.models.base import Model
 from jaxid.models.common import take_tokens
@@ -73,7 +73,7 @@ class Trace:
         """Next-token logits of the clean pass, float32."""
         return self.output.logits
 
-    def logprobs(self, answers: list[str] | Int[np.ndarray, "n"]) -> Float[Array, "B n"]:
+    def logprobs(self, answers: Any) -> Float[Array, "B n"]:
         """Log-probabilities of the clean pass; see `Output.logprobs`."""
         return self.output.logprobs(answers)
 
@@ -127,7 +127,10 @@ class ImageSwap:
     @property
     def last_own(self) -> Int[AnyArray, "*S"]:
         """The last block that reads its own picture: of a traced layer that does not exist, every block does."""
-        return jnp.where(self.layer < 0, NOWHERE - 1, self.layer) if isinstance(self.layer, Tracer) else self.layer
+        if not isinstance(self.layer, Tracer):
+            return self.layer
+        end = self.source.model.num_layers
+        return jnp.where(self.layer < 0, end, jnp.minimum(self.layer, end))
 
     @property
     def reach(self) -> Reach:
@@ -402,7 +405,7 @@ def _check_model(trace: Trace, model: Model) -> None:
     raise InputError(f"the parameters of {model.name} have changed since the trace was made; trace again.")
 
 
-def _equal(pairs: list[tuple[Array, Array]]) -> bool:
+def _equal(pairs: list[tuple[AnyArray, AnyArray]]) -> bool:
     """Whether two lists of parameters hold the same values; nothing but the answer comes to the host."""
     # Under a user's own jit too; parameters that lie on other devices are brought together.
     with jax.ensure_compile_time_eval():
@@ -410,7 +413,7 @@ def _equal(pairs: list[tuple[Array, Array]]) -> bool:
 
 
 @jax.jit
-def _all_equal(pairs: list[tuple[Array, Array]]) -> Array:
+def _all_equal(pairs: list[tuple[AnyArray, AnyArray]]) -> Array:
     same = [((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]  # NaN equals NaN
     return jnp.stack(same).all()
 

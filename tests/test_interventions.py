@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jaxtyping import TypeCheckError
 
 from jaxid.errors import InputError
-from jaxid.interventions import Edit, add, chain, project_out, replace, scale, stack, sweep_shape
+from jaxid.interventions import Edit, add, as_pytree, chain, project_out, replace, scale, stack, sweep_shape
 from jaxid.models.sites import SITES, Site
 
 B, T, D = 2, 6, 4
@@ -158,6 +159,167 @@ def test_bfloat16_values_stay_bfloat16() -> None:
         changed = edit(site(), value)
         assert changed.dtype == jnp.bfloat16 and not np.array_equal(changed, value)
         np.testing.assert_allclose(np.asarray(changed, np.float32), apply(edit), atol=0.1)
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+ORACLES: dict[str, Any] = {
+    "add": (add, lambda value, vector, s: value + s * vector),
+    "replace": (replace, lambda value, vector, s: (1 - s) * value + s * vector),
+    "scale": (lambda layer, at, _, s: scale(layer, at, s), lambda value, _, s: s * value),
+    "project_out": (project_out, lambda v, u, s: v - s * (v * u).sum(-1, keepdims=True) / (u * u).sum() * u),
+}
+
+
+@pytest.mark.parametrize("operation", ORACLES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("width", [7, 4096])
+def test_results_are_exact_to_the_rounding_of_their_dtype(operation: str, dtype: str, width: int) -> None:
+    """Against float64, at norms from 1e-6 (and below what a square in float32 holds) to 1e4."""
+    make, oracle = ORACLES[operation]
+    rng = np.random.default_rng(width)
+    value = jnp.asarray(30 * rng.standard_normal((1, 6, width)), dtype)
+    at = Site("resid_post", jnp.asarray(3), jnp.arange(6)[None])
+    unit = rng.standard_normal(width) / np.sqrt(width)
+    for norm in (1e-30, 1e-6, 1e-2, 1.0, 256.0, 1e4) + (1e25,) * (operation == "project_out"):
+        for strength in (1.0, 0.3):
+            vector = (norm * unit).astype(np.float32)
+            edit = make(3, [list(range(6))], vector, strength)
+            exact = oracle(np.asarray(value, np.float64), vector.astype(np.float64), float(np.float32(strength)))
+            found = np.asarray(edit(at, value), np.float64)
+            largest = np.abs(np.asarray(value, np.float64)).max() + np.abs(exact).max()
+            rounding = float(jnp.finfo(dtype).eps) / 2 * np.abs(exact) * 1.001 + 2e-6 * largest
+            rounding += float(jnp.finfo(dtype).smallest_subnormal)
+            assert (np.abs(found - exact) <= rounding).all(), (norm, strength)
+
+
+def test_a_product_may_overflow_where_its_sum_does_not() -> None:
+    value = jnp.full((1, 1, 2), -6e4, jnp.float16)
+    edit = add(3, [[0]], np.full(2, 6e4, np.float16), 2.0)
+    at = Site("resid_post", jnp.asarray(3), jnp.zeros((1, 1), jnp.int32))
+    np.testing.assert_array_equal(edit(at, value), np.full((1, 1, 2), 6e4, np.float16))
+
+
+def test_strengths_are_not_rounded_to_the_vectors_dtype() -> None:
+    for dtype in (jnp.float16, jnp.bfloat16):
+        assert add(3, [0], jnp.ones(4, dtype), 0.1).strength == np.float32(0.1)
+
+
+@pytest.mark.parametrize("vector", [VECTOR, np.array([0, 2.0, 0, 0], np.float32), 1e-25 * VECTOR])
+def test_gradients_of_projections(vector: np.ndarray) -> None:
+    """Also of a direction along one axis; they are inversely proportional to its length."""
+
+    def loss(vector: jax.Array) -> jax.Array:
+        return jnp.sin(project_out(3, [1, 4], vector)(site(), jnp.asarray(VALUE))).sum()
+
+    length = np.linalg.norm(vector.astype(np.float64))
+    found = np.asarray(jax.grad(loss)(jnp.asarray(vector))) * length
+    unit = (vector / length).astype(np.float32)
+    for axis in np.eye(D, dtype=np.float32):
+        finite = (loss(jnp.asarray(unit + 1e-2 * axis)) - loss(jnp.asarray(unit - 1e-2 * axis))) / 2e-2
+        assert found @ axis == pytest.approx(float(finite), abs=2e-3)
+
+
+# --- what vectors and strengths may be ------------------------------------------------------------------------------
+
+
+def test_tensors_of_pytorch_are_vectors() -> None:
+    for tensor in (
+        torch.tensor(VECTOR),
+        torch.tensor(VECTOR, dtype=torch.bfloat16),
+        torch.tensor(VECTOR, dtype=torch.float64, requires_grad=True),
+        torch.nn.Parameter(torch.tensor(VECTOR, dtype=torch.float16)),
+        torch.tensor(VECTOR.tolist()).repeat(2)[:D],
+    ):
+        np.testing.assert_array_equal(add(3, [1], tensor).vector[0, 0], VECTOR)
+        np.testing.assert_array_equal(scale(3, [1], tensor[0]).strength, VECTOR[0])
+    assert add(torch.tensor(3), torch.tensor([1]), VECTOR).at.tolist() == [[1]]
+
+
+def test_lists_of_traced_numbers_are_strengths() -> None:
+    found = jax.jit(lambda s: scale([1, 2], [1], [s, 2 * s]).strength)(1.5)
+    np.testing.assert_array_equal(found, [1.5, 3.0])
+
+
+NAN, INF = float("nan"), float("inf")
+NO_NUMBERS: list[tuple[Any, str]] = [
+    (VECTOR * NAN, "must be finite, but 4 of its 4 entries are NaN or infinite"),
+    ([1.0, INF, 0, 0], "must be finite, but 1 of its 4 entries"),
+    (jnp.array([1, NAN, 0, 0]), "must be finite"),
+    (jnp.array([1, NAN, 0, 0], jnp.bfloat16), "must be finite"),
+    (np.full(D, 1e300), "must be finite"),
+    (VECTOR * 1j, "must hold real numbers, not complex64"),
+    (jnp.asarray(VECTOR, jnp.complex64), "must hold real numbers, not complex64"),
+    (torch.tensor(VECTOR) * 1j, "must hold real numbers, not complex64"),
+    (torch.tensor(VECTOR * NAN), "must be finite"),
+    (torch.empty(D, device="meta"), "cannot be read as an array of numbers"),
+    (["a"] * D, "must hold real numbers, not <U1"),
+    (VECTOR.astype(object), "must hold real numbers, not object"),
+    (None, "must hold real numbers, not object"),
+    ([True] * D, "must hold real numbers, not bool"),
+    ([[1.0], [1.0, 2.0]], "cannot be read as an array of numbers"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "named"), NO_NUMBERS)
+def test_what_is_no_number_is_refused(numbers: Any, named: str) -> None:
+    with pytest.raises(InputError, match=f"`vector` {re.escape(named)}"):
+        project_out(3, [1], numbers)
+    with pytest.raises(InputError, match=f"`strength` {re.escape(named)}"):
+        scale([0] * D, [1], numbers)
+
+    def within(scale: jax.Array) -> jax.Array:
+        return scale * add(3, [1], numbers).vector
+
+    if numbers is not None:
+        with pytest.raises(InputError, match=f"`vector` {re.escape(named)}"):
+            jax.jit(within)(1.0)
+
+
+def test_traced_vectors_are_not_looked_at() -> None:
+    found = jax.jit(lambda vector: add(3, [1, 4], vector)(site(), jnp.asarray(VALUE)))(VECTOR * NAN)
+    assert np.isnan(found).any(axis=-1).sum() == 2
+    with pytest.raises(InputError, match="must hold real numbers, not complex64"):
+        jax.jit(lambda vector: add(3, [1], vector).vector)(VECTOR * 1j)
+
+
+EDIT = add(3, [1, 4], VECTOR)
+
+
+@pytest.mark.parametrize(
+    ("edits", "named"),
+    [
+        ([], "one or more interventions"),
+        (EDIT, "one or more interventions"),
+        (3, "one or more interventions"),
+        ([EDIT, 3], "3 cannot be called"),
+        ([EDIT, replace(3, [1, 4], VECTOR)], "the first is add at resid_post .*number 1 .* is replace at resid_post"),
+        ([EDIT, EDIT, add(3, [1, 4], VECTOR, site="mlp_out")], "number 2 .* is add at mlp_out"),
+        ([EDIT, add(3, [[1, 2], [1, 4]], VECTOR)], r"\[2, 1\], .* is add .*\[2, 2\]"),
+        ([EDIT, add([3], [1, 4], VECTOR[None])], r"shapes \[\].* is add .*shapes \[1\]"),
+        ([EDIT, add(3, [1, 4], np.ones((2, D), np.float32))], "the first is add at resid_post"),
+        ([EDIT, chain(EDIT)], r"number 1 .* is chain\(add at resid_post"),
+        ([chain(EDIT, EDIT), chain(EDIT)], "chain"),
+        ([EDIT, lambda site, value: value], r"intervention 1 of the stack holds no arrays"),
+        ([lambda site, value: value] * 2, "intervention 0 of the stack holds no arrays"),
+        ([chain(EDIT, lambda s, v: v), chain(EDIT, lambda s, v: 2 * v)], "intervention 1 .* another function"),
+    ],
+)
+def test_what_cannot_be_stacked(edits: Any, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        stack(edits)
+
+
+def test_stacks_stay_on_the_host_where_they_are_known() -> None:
+    whole = stack(add(layer, [1, 4], VECTOR) for layer in (2, 3))
+    assert isinstance(whole.at, np.ndarray) and whole.layer.tolist() == [2, 3]
+    assert whole.reach is not None and whole.reach.position.tolist() == [1, 4]
+
+
+def test_chains_of_what_is_no_intervention() -> None:
+    with pytest.raises(InputError, match="'add' cannot be called"):
+        as_pytree("add")
+    assert chain().reach is not None
 
 
 @pytest.mark.parametrize(

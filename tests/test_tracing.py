@@ -15,13 +15,15 @@ from families import CASES, Case
 from fixtures import distance
 
 import jaxid.tracing
+from jaxid.checkpoints.loading import load
 from jaxid.engine import Output, forward
 from jaxid.errors import InputError
+from jaxid.generation import generate
 from jaxid.inputs import Prompts
 from jaxid.interventions import add, chain, project_out, scale
 from jaxid.models.base import Model
 from jaxid.models.sites import Capture, clean
-from jaxid.tracing import Trace, rerun, residuals_at, trace
+from jaxid.tracing import Trace, rerun, residuals_at, swap, trace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
@@ -291,6 +293,67 @@ def test_traces_of_another_model(prompts: Prompts, recorded: Trace) -> None:
     foreign = dataclasses.replace(fixtures.model(GQA), fingerprint="another")
     with pytest.raises(InputError, match=r"not by .* \(another\)"):
         rerun(foreign, recorded)
+
+
+def changed(model: Model, change: Callable[[jax.Array], jax.Array], which: int = -1) -> Model:
+    """The model with one parameter changed."""
+    leaves, structure = jax.tree.flatten(model.parameters)
+    leaves[which] = change(leaves[which])
+    return dataclasses.replace(model, parameters=jax.tree.unflatten(structure, leaves))
+
+
+@pytest.mark.parametrize("name", ["one value", "all values", "dtype", "NaN"])
+def test_traces_of_other_parameters(name: str, model: Model, recorded: Trace) -> None:
+    changes: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "one value": lambda leaf: leaf.at[(0,) * leaf.ndim].add(1e-3),
+        "all values": lambda leaf: leaf * 1.01,
+        "dtype": lambda leaf: leaf.astype(jnp.bfloat16),
+        "NaN": lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan),
+    }
+    other = changed(model, changes[name])
+    edit, image = add(1, recorded.prompts.last(), vectors()), swap(recorded, 1, "image")
+    foreign = dataclasses.replace(recorded, model=other)
+    for run in (
+        lambda: rerun(other, recorded, edit),
+        lambda: rerun(other, recorded),
+        lambda: rerun(other, recorded, image),
+        lambda: rerun(other, foreign, image),
+        lambda: rerun(model, foreign, edit),
+        lambda: generate(other, recorded, edit),
+        lambda: generate(other, recorded),
+        lambda: jax.jit(lambda vector: rerun(other, recorded, add(1, recorded.prompts.last(), vector)).hidden)(
+            vectors()
+        ),
+    ):
+        with pytest.raises(
+            InputError, match=r"the parameters of .* have changed since the trace was made; trace again"
+        ):
+            run()
+
+
+def test_traces_of_equal_parameters(model: Model, recorded: Trace) -> None:
+    """Read again, copied, on the host, half of them the same; NaN is equal to NaN."""
+    edit = add(1, recorded.prompts.last(), vectors())
+    expected = rerun(model, recorded, edit).hidden
+    again = load(fixtures.folder(GQA))
+    half = changed(model, lambda leaf: leaf + 0)
+    host = dataclasses.replace(model, parameters=jax.tree.map(np.asarray, model.parameters))
+    for same in (again, half, host):
+        assert distance(rerun(same, recorded, edit).hidden, expected) < EXACT
+    broken = changed(model, lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan))
+    copy = changed(broken, lambda leaf: leaf + 0)
+    rerun(copy, dataclasses.replace(recorded, model=broken), edit)
+    passed = jax.jit(lambda model, vector: rerun(model, recorded, add(1, recorded.prompts.last(), vector)).hidden)
+    assert distance(passed(half, vectors()), expected) < EXACT
+
+
+def test_traces_of_deleted_parameters(model: Model, recorded: Trace) -> None:
+    copy = changed(model, lambda leaf: leaf + 0)
+    old = dataclasses.replace(recorded, model=copy)
+    jax.tree.leaves(copy.parameters)[-1].delete()
+    for run in (lambda: rerun(model, old), lambda: rerun(copy, old), lambda: rerun(copy, recorded)):
+        with pytest.raises(InputError, match=r"have been deleted \(donated\); trace again"):
+            run()
 
 
 @pytest.mark.parametrize(
