@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxid.processing.base import Encoded, PictureSide, PictureTokens, bucketed
+from jaxid.processing.base import Encoded, PictureSide, PictureTokens, bucketed, processed
 from jaxid.processing.pictures import Clip, Picture
 
 
@@ -26,7 +26,7 @@ class InternVLSide(PictureSide):
         del members
         opened = [self.open(picture) for picture in pictures]
         # Pictures are cut whatever the image processor's own setting, as the published processor does.
-        found = self.image_processor(opened, crop_to_patches=True, return_tensors="np")
+        found = processed(self.image_processor, opened, crop_to_patches=True)
         pixels, counts = np.asarray(found["pixel_values"], np.float32), np.asarray(found["num_patches"])
         extra = bucketed(len(pixels)) - len(pixels)
         own, ends = self.config.image_tokens, np.cumsum(counts)

@@ -1,6 +1,5 @@
 """LLaVA-Video and LLaVA-OneVision: clips frame by frame, pictures cut into squares (HF LlavaOnevisionProcessor)."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxid.errors import CheckpointError, InputError
-from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, bucketed
+from jaxid.processing.base import SMALL, Encoded, PictureSide, PictureTokens, Shown, bucketed, check_settings, processed
 from jaxid.processing.pictures import Clip, Picture, open_picture
+from jaxid.reading import read_json, reading
 
 IMAGE_TOKEN = "<image>"
 
@@ -108,6 +108,7 @@ class VideoSide(PictureSide):
     """Clips in LLaVA-NeXT's own layout, which reads pictures only in a way that is not implemented here."""
 
     template = QWEN_TEMPLATE
+    trial = (Clip([SMALL]),)
     tokenizer_of = "qwen2"
 
     @staticmethod
@@ -153,7 +154,7 @@ class VideoSide(PictureSide):
     def frames(self, clip: Clip, processor: Any) -> Float[np.ndarray, "M C Y X"]:
         """A clip's frames through an image processor."""
         opened = [open_picture(frame) for frame in clip.frames]
-        return np.asarray(processor(opened, return_tensors="np")["pixel_values"], np.float32)
+        return np.asarray(processed(processor, opened)["pixel_values"], np.float32)
 
 
 def frame_processor(**settings: Any) -> Any:
@@ -179,6 +180,7 @@ class OnevisionSide(VideoSide):
     """Pictures and clips in Hugging Face's layout."""
 
     template = tokenizer_of = None
+    trial = (SMALL, Clip([SMALL]))
     token_id = staticmethod(PictureSide.token_id)
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: Any):
@@ -201,12 +203,15 @@ class OnevisionSide(VideoSide):
         """
         pictures = PictureSide.load_image_processor.__func__(cls, folder, config)
         settings = _video_settings(folder) or pictures.to_dict()
-        size = dict(settings.get("size") or {})
+        check_settings(settings, folder)
         side = config.vision_config.image_size
+        with reading(folder, "a video processor"):
+            size = dict(settings.get("size") or {})
         if (size.get("height"), size.get("width")) != (side, side) or settings.get("do_center_crop"):
             raise CheckpointError(f"the video processor in {folder} does not resize frames to {side} x {side} pixels.")
         names = "size resample do_resize do_rescale rescale_factor do_normalize image_mean image_std".split()
-        return Processors(pictures, frame_processor(**{name: settings[name] for name in names if name in settings}))
+        with reading(folder, "a video processor"):
+            return Processors(pictures, frame_processor(**{name: settings[name] for name in names if name in settings}))
 
     @property
     def usual_tokens(self) -> int:
@@ -277,12 +282,12 @@ class OnevisionSide(VideoSide):
         processor, squares = self.image_processor.pictures, {}
         if together:
             # One list within a list stands for one prompt of several pictures.
-            made = processor([[opened[number] for number in together]], return_tensors="np")["pixel_values"]
+            made = processed(processor, [[opened[number] for number in together]])["pixel_values"]
             squares = dict(zip(together, made, strict=True))
         cut = {}
         for number, image in opened.items():
             if alone[number]:
-                squares[number] = processor([image], return_tensors="np")["pixel_values"][0]
+                squares[number] = processed(processor, [image])["pixel_values"][0]
             layout = picture_layout(image.height, image.width, self.config, alone=alone[number])
             if len(squares[number]) != layout.squares:
                 raise CheckpointError(
@@ -303,12 +308,10 @@ class OnevisionSide(VideoSide):
 def _video_settings(folder: Path) -> dict[str, Any] | None:
     """Settings of the checkpoint's video processor, from where Hugging Face's processors keep them."""
     for name, part in (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")):
-        path = folder / name
-        try:
-            found = json.loads(path.read_text()) if path.exists() else {}
-            found = found if part is None else found.get(part)
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+        found = read_json(folder / name, missing={})
+        found = found if part is None else found.get(part)
+        if not isinstance(found, dict | None):
+            raise CheckpointError(f"{folder / name} holds {found!r:.100} where {part} should hold settings.")
         if found:
             return found
     return None

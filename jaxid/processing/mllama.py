@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxid.errors import PromptError
-from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown
+from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, processed
 from jaxid.processing.pictures import Clip, Picture
 
 
@@ -27,7 +27,7 @@ class MllamaSide(PictureSide):
         Raises:
             InputError: for a picture that cannot be opened.
         """
-        found = self.image_processor([[self.open(picture)] for picture in pictures], return_tensors="np")
+        found = processed(self.image_processor, [[self.open(picture)] for picture in pictures])
         shown = np.full((len(members), max(map(len, members))), -1, np.int32)
         for row, own in enumerate(members):
             shown[row, : len(own)] = own

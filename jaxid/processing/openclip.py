@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxid.errors import CheckpointError
+from jaxid.processing.base import check_settings
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -22,19 +23,20 @@ class OpenCLIPImages:
             settings: mean, std, interpolation and resize mode; OpenAI's where it is silent.
 
         Raises:
-            CheckpointError: for a way of resizing that is not implemented.
+            CheckpointError: for a way of resizing that is not implemented, or for settings of another kind.
         """
         from PIL import Image
 
         size = settings.get("size", side)
-        if (size if isinstance(size, int) else set(size)) not in (side, {side}):
+        if not size or any(one != side for one in (size if isinstance(size, list | tuple) else [size])):
             raise CheckpointError(f"preprocess_cfg.size {size} is not the tower's {side}.")
         ways = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
         way, mode = settings.get("interpolation") or "bicubic", settings.get("resize_mode") or "shortest"
-        if way not in ways or mode != "shortest":
+        if str(way) not in ways or mode != "shortest":
             raise CheckpointError(f"preprocess_cfg resizes by {way!r}, {mode!r}, which is not implemented.")
         self.side, self.way = side, ways[way]
         self.image_mean, self.image_std = settings.get("mean") or MEAN, settings.get("std") or STD
+        check_settings({"image_mean": self.image_mean, "image_std": self.image_std}, "preprocess_cfg")
 
     def __call__(self, pictures: Sequence[Any], return_tensors: str = "np") -> dict[str, Float[np.ndarray, "N 3 Y X"]]:
         """PIL pictures as pixels."""

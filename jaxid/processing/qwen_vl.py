@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxid.errors import CheckpointError, InputError
-from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, bucketed
+from jaxid.errors import CheckpointError
+from jaxid.processing.base import Encoded, PictureSide, PictureTokens, Shown, bucketed, processed
 from jaxid.processing.pictures import Clip, Picture
 
 
@@ -32,6 +32,14 @@ def token_places(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
 
 class QwenVLSide(PictureSide):
     """Pictures of any size; a decoder token for every square of patches."""
+
+    most_size = 2**24  # of a picture in pixels
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Last axis of the pixels: those of a patch."""
+        vision = self.config.vision_config
+        return (3 * vision.temporal_patch_size * vision.patch_size**2,)
 
     @classmethod
     def load_image_processor(cls, folder: Path, config: Any) -> Any:
@@ -59,10 +67,7 @@ class QwenVLSide(PictureSide):
         return int(grid[1] * grid[2]) // self.config.vision_config.spatial_merge_size**2
 
     def _grids(self, opened: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            found = self.image_processor(list(opened), return_tensors="np")
-        except ValueError as error:
-            raise InputError(f"a picture cannot be read: {error}.") from error
+        found = processed(self.image_processor, opened)
         return np.asarray(found["pixel_values"], np.float32), np.asarray(found["image_grid_thw"])
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
