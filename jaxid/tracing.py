@@ -394,7 +394,8 @@ def _check_model(trace: Trace, model: Model) -> None:
     named = theirs.fingerprint and model.fingerprint
     if theirs.definition != model.definition or (named and theirs.fingerprint != model.fingerprint):
         raise InputError(f"the trace was made by {theirs.name}, not by {model.name} ({model.fingerprint}).")
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves((trace, model.parameters))):
+    arrays = [leaf for leaf in jax.tree.leaves((trace, model.parameters)) if not isinstance(leaf, Tracer)]
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in arrays):
         raise InputError("arrays of the trace or its model have been deleted (donated); trace again.")
     ours, old = jax.tree.flatten(model.parameters), jax.tree.flatten(theirs.parameters)
     pairs = [pair for pair in zip(ours[0], old[0], strict=False) if pair[0] is not pair[1]]
