@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 from jaxid.plots.style import GREY
 
@@ -38,6 +39,7 @@ def place_names(axes: Axes, names: Sequence[str], points: Float[np.ndarray, "M 2
     for label, mark, (offset, end) in zip(labels, marks, offsets(marks, halves, frame), strict=True):
         label.set_position(_pair(offset))
         label.set_in_layout(False)
+        label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # whiskers may run behind
         if end.any():
             line = axes.transData.inverted().transform(np.stack([mark, mark + end]) * unit)
             axes.plot(*line.T, color=GREY, linewidth=0.7, zorder=1, scalex=False, scaley=False)
