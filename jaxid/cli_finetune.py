@@ -56,7 +56,7 @@ def finetune(
     from jaxid.runs.common import PLAIN, PUBLISHED_SUFFIX
     from jaxid.zoo import SHIPPED
 
-    folder = find_folder(model)
+    folder = find_folder(model, weights=False)
     fields = read_config(folder)
     name = kind_of(fields)
     where = str(folder / "config.json")
@@ -179,7 +179,8 @@ def zoo_evaluate(
     from jaxid.checkpoints.loading import find_folder, load, read_config
     from jaxid.zoo import evaluation, video_evaluation
 
-    kind_of_model = read_config(find_folder(model)).get("model_type")
+    check_seed(seed)
+    kind_of_model = read_config(find_folder(model, weights=False)).get("model_type")
     if kind_of_model == "clip":
         _evaluate_clip(model, count, seed)
         return
@@ -194,7 +195,7 @@ def zoo_evaluate(
 def zoo_finetune_study(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and comparison.")],
     model: Annotated[str, typer.Option(help="What all runs begin with.")] = "tiny-llava-weak",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Of every run; the study's by default.")] = None,
     train: Annotated[str | None, typer.Option(help="Kinds of tensors, as in jaxid finetune.")] = None,
 ) -> None:

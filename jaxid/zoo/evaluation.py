@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxid.checks import check_finite
 from jaxid.data import scenes as drawn
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.scenes import OBJECTS, Scenes
@@ -66,7 +67,9 @@ def answers(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: lis
     found: list[str] = []
     for start in range(0, len(questions), 128):
         prompts = model.prepare(list(pictures[start : start + 128]), questions[start : start + 128])
-        best = np.asarray(forward(model, prompts).logits).argmax(-1)
+        logits = np.asarray(forward(model, prompts).logits)
+        check_finite(f"logits of {model.name}", logits)
+        best = logits.argmax(-1)
         found += [model.processor.decode([int(token)]) for token in best]
     return found
 

@@ -35,9 +35,11 @@ def check_recipe(config: Any) -> None:
     """
     check_options(config)
     for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), 1 if field.name.endswith("batch_size") else 0
-        if value < least or (field.name.endswith("learning_rate") and not value):
-            raise InputError(f"{field.name} must be {'1 or more' if least else 'above 0'}, not {value}.")
+        value = getattr(config, field.name)
+        if field.name.endswith(("batch_size", "learning_rate")) and not value > 0:
+            raise InputError(f"{field.name} must be above 0, not {value}.")
+        if value < 0:
+            raise InputError(f"{field.name} must be 0 or more, not {value}.")
     if not sum(_stages(config).values()):
         raise InputError("a recipe needs at least one step.")
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxid.checks import check_finite
 from jaxid.data.clips import draw_clip
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import spread, time_text
@@ -32,7 +33,9 @@ def accuracy(model: Model, clips: list[Clip], questions: list[str], truths: list
     right = 0
     for start in range(0, len(texts), 64):
         prompts = model.prepare(clips[start : start + 64], texts[start : start + 64])
-        best = np.asarray(forward(model, prompts).logits).argmax(-1)
+        logits = np.asarray(forward(model, prompts).logits)
+        check_finite(f"logits of {model.name}", logits)
+        best = logits.argmax(-1)
         words = [model.processor.decode([int(token)]) for token in best]
         right += sum(word == truth for word, truth in zip(words, truths[start : start + 64], strict=True))
     low, high = confidence_interval(right, len(texts))

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -446,10 +447,23 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
         ({"schedule": "steps"}, "linear, cosine or constant"),
         ({"case": "both"}, "lower or capital"),
         ({"recompute": "some"}, "nothing, cheap, all"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
+        ({"id_weight": float("inf")}, "id_weight must be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        ({"clip_norm": float("inf")}, "clip_norm must be a finite number"),
+        ({"warmup": float("nan")}, "warmup must be a finite number"),
+        ({"budget": float("nan")}, "budget must be a finite number"),
+        ({"budget": 1.5}, "budget is a share"),
+        ({"budget": 0.0}, "budget is a share"),
+        ({"vision_blocks": 0}, "vision_blocks must be 1 or more"),
+        ({"id_layer": -1}, "id_layer must not be below 0"),
+        ({"seed": -5}, "the seed must be an integer from 0"),
+        ({"seed": 10**20}, "the seed must be an integer from 0"),
+        ({"template": "What?"}, "has no place for the {query}"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=re.escape(message)):
         dataclasses.replace(QUICK, **change)
 
 

@@ -21,10 +21,11 @@ from flax import nnx
 from jaxid import training as loop
 from jaxid.checkpoints.loading import load
 from jaxid.engine import forward
-from jaxid.errors import CheckpointError
+from jaxid.errors import CheckpointError, InputError
+from jaxid.zoo import clip_evaluation, clip_training, training, video_training
 from jaxid.zoo import tiny_llava as recipe
-from jaxid.zoo import training
 from jaxid.zoo.export import write_llava
+from jaxid.zoo.sampling import limited
 from jaxid.zoo.training import TrainingConfig
 
 DEFINITION = nnx.graphdef(training.Learner(rngs=nnx.Rngs(0)))
@@ -137,6 +138,58 @@ def test_polishing_asks_for_existence_most() -> None:
     often, seldom = (int((stage.batch(50)["token_ids"] == there).sum()) for stage in (polish, language))
     questions = 64 * recipe.QUESTIONS
     assert often > 0.5 * questions and 0 < seldom < 0.4 * questions
+
+
+RECIPES = (training.TrainingConfig, clip_training.TrainingConfig, video_training.TrainingConfig)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__module__)
+def test_limits_hold_in_every_stage(recipe: Any) -> None:
+    whole = recipe()
+    assert limited(whole, None, None) == whole == limited(whole, 10**6, None)
+    short = limited(whole, 4, 16)
+    for field in dataclasses.fields(recipe):
+        old, new = getattr(whole, field.name), getattr(short, field.name)
+        if field.name.endswith("batch_size"):
+            assert new == 16
+        else:
+            counts = field.name.endswith("steps") and field.name != "warmup_steps"
+            assert new == (4 if counts else old), field.name
+    if recipe is not clip_training.TrainingConfig:
+        learner = training.Learner if recipe is training.TrainingConfig else video_training.Learner
+        module = training if recipe is training.TrainingConfig else video_training
+        made = module.stages(nnx.graphdef(learner(rngs=nnx.Rngs(0))), short)
+        assert [(stage.first, stage.steps) for stage in made] == [(4 * row, 4) for row in range(len(made))]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 249, 250, 251, 4999, 10**6])
+def test_a_scorer_has_at_most_so_many_steps(steps: int) -> None:
+    config = clip_evaluation.scorer_config(0)
+    short, scenes = clip_evaluation.scorer_size(config, steps)
+    done = short.epochs * -(-scenes // short.batch_size)
+    assert 1 <= done <= steps and done > 0.5 * min(steps, 5000)
+    assert clip_evaluation.scorer_size(config, None) == (config, 2000)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__module__)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -5}, "seed"),
+        ({"seed": 10**20}, "seed"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"clip_norm": float("inf")}, "clip_norm must be a finite number"),
+        ({"batch_size": 0}, "batch_size must be above 0"),
+        ({"steps": -1}, "steps must be 0 or more"),
+    ],
+)
+def test_recipes_out_of_range(recipe: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe(**change)
+    with pytest.raises(InputError, match="at least one step"):
+        recipe(**{field.name: 0 for field in dataclasses.fields(recipe) if field.name.endswith("steps")})
 
 
 def test_weight_decay_acts_on_block_matrices_alone() -> None:
