@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxid.checks import check_seed
 from jaxid.errors import InputError
 
 dcsm_app = typer.Typer(help="Dense similarity maps of CLIP-like models.", no_args_is_help=True)
@@ -52,6 +53,7 @@ def data(
     """Draw the three training sets and an evaluation set (WhatsUp's, NCD's and COCO-Spatial's layouts)."""
     from jaxid.zoo import tiny_dcsm
 
+    check_seed(seed)
     tiny_dcsm.write(out, seed, count)
     typer.echo(str(out))
 
@@ -147,12 +149,16 @@ def geometry(
 
     from jaxid import plots
     from jaxid.dcsm import geometry as study
-    from jaxid.results import write_table
+    from jaxid.results import ensure_output_folder, write_table
 
+    check_seed(seed)
+    ensure_output_folder(out)
     rows = study.study(jax.random.key(seed), seeds=seeds, dimension=dimension, steps=steps)
     write_table(out / "geometry.parquet", rows)
     columns = [np.asarray(rows[name]) for name in ("law", "conditions", "margin")]
-    plots.save(plots.attainable_margins(*columns, resolution=study.RESOLUTION), out / "geometry.png")
+    about = plots.About(items=seeds, unit="searches of each set", note=f"{dimension} coordinates, seed {seed}")
+    figure = plots.attainable_margins(*columns, resolution=study.RESOLUTION, about=about)
+    plots.save(figure, out / "geometry.png")
     for law in study.LAWS:
         chosen = columns[0] == law
         best = {name: columns[2][chosen & (columns[1] == name)].max() for name in dict.fromkeys(columns[1].tolist())}

@@ -3,6 +3,7 @@
 The only module that imports torch, and only when a file is read.
 """
 
+import importlib.util
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -183,6 +184,16 @@ def _cells(cells: Any, size: Size | None, where: str) -> dict[Cell, np.ndarray]:
     if not chosen:
         raise CheckpointError(f"{where} has no size {size}; it has {sorted({key[2] for key in found})}.")
     return chosen
+
+
+def check_torch(purpose: str) -> None:
+    """Refuses what needs PyTorch, such as "Writing scorer.pt", where it is not installed.
+
+    Raises:
+        CheckpointError: torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise CheckpointError(f"{purpose} needs PyTorch, which is not installed: pip install 'jaxid-vlm[torch]'.")
 
 
 def write_torch_file(path: Path, tree: Mapping[str, Any]) -> None:

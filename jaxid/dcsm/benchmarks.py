@@ -30,7 +30,8 @@ from jaxtyping import UInt8
 
 from jaxid.data.coco_boxes import upright_boxes
 from jaxid.data.coco_spatial import picture_name
-from jaxid.data.files import read_csv
+from jaxid.data.files import inside, read_csv
+from jaxid.dcsm.datasets import named
 from jaxid.errors import DataError, InputError
 from jaxid.processing.pictures import MOST_PIXELS, open_picture, stored
 from jaxid.reading import read_json
@@ -40,6 +41,9 @@ _ON_THE_PAGE = ((" behind ", " above "), (" in front of ", " below "), (" bottom
 
 _OF_TABLES = ((" on", " above"), (" under", " below"))
 """Words of What'sUp, likewise."""
+
+_MOST = 10**12
+"""Whole numbers in files are smaller."""
 
 _SUFFIXES = (".png", ".jpeg", ".jpg")
 _LARGEST = 10**12
@@ -113,8 +117,12 @@ class _Row(NamedTuple):
         """The row in messages."""
         return f"{self.content!r:.300}"
 
-    def question(self, picture: Path, captions: Iterable[str], *, kind: str = "") -> Question:
-        """The row's question, if its picture exists."""
+    def question(self, pictures: Path, name: str, captions: Iterable[str], *, kind: str = "") -> Question:
+        """The row's question, if its picture exists, and below its folder."""
+        try:
+            picture = inside(pictures, name, "picture")
+        except DataError as error:
+            raise _BadRow(str(error).rstrip(".")) from error
         if not picture.is_file():
             raise _BadRow(f"there is no picture {picture}")
         key = f"{self.number:05d}-{picture.stem}"
@@ -174,12 +182,12 @@ def _picture_rows(folder: Path) -> list[object]:
 
 def _clevr_bind(row: _Row, pictures: Path) -> Question:
     captions = row.texts("pos", "neg_0", "neg_1", "neg_2", "neg_3")
-    return row.question(pictures / row.text("file_name"), captions)
+    return row.question(pictures, row.text("file_name"), captions)
 
 
 def _composite(row: _Row, pictures: Path, *, reverse: bool) -> Question:
     name = row.text("name")
-    parts = Path(name).stem.split("_")
+    parts = named(Path(name).stem).split("_")
     if len(parts) < 4 or not all(parts[:4]):
         raise _BadRow(f"the picture's name {name!r} has not the form colour_object_colour_object")
     one, first, other, second = parts[:4]
@@ -187,7 +195,7 @@ def _composite(row: _Row, pictures: Path, *, reverse: bool) -> Question:
         captions = (f"a {other} {second} and a {one} {first}", f"a {one} {second} and a {other} {first}")
     else:
         captions = (f"a {one} {first} and a {other} {second}", f"a {other} {first} and a {one} {second}")
-    return row.question(pictures / name, (f"A picture of {caption}" for caption in captions))
+    return row.question(pictures, name, (f"A picture of {caption}" for caption in captions))
 
 
 def _ncd(row: _Row, pictures: Path) -> Question:
@@ -202,7 +210,7 @@ def _vg_attribution(row: _Row, pictures: Path) -> Question:
     left, top, width, height = (row.integer(f"bbox_{name}") for name in "xywh")
     if width <= 0 or height <= 0:
         raise _BadRow(f"fields 'bbox_w' and 'bbox_h' give an empty box of {width} x {height} pixels")
-    question = row.question(pictures / row.text("image_path"), row.texts("true_caption", "false_caption"))
+    question = row.question(pictures, row.text("image_path"), row.texts("true_caption", "false_caption"))
     return dataclasses.replace(question, crop=(left, top, left + width, top + height))
 
 
@@ -214,18 +222,23 @@ def _whatsup(row: _Row, pictures: Path) -> Question:
         or not all(isinstance(c, str) and c.strip() for c in captions)
     ):
         raise _BadRow(f"field 'caption_options' is no list of two or more texts, in {row.shown}")
-    picture = pictures / PurePosixPath(row.text("image_path")).name
+    name = PurePosixPath(row.text("image_path")).name
     # The published evaluation renames the files in place, so a folder that it has seen holds other names.
-    renamed = picture.with_name(picture.name.replace("_on_", "_above_").replace("_under_", "_below_"))
-    return row.question(next((path for path in (picture, renamed) if path.is_file()), picture), captions)
+    renamed = name.replace("_on_", "_above_").replace("_under_", "_below_")
+    try:
+        return row.question(pictures, name, captions)
+    except _BadRow:
+        if renamed == name:
+            raise
+    return row.question(pictures, renamed, captions)
 
 
 def _coco_spatial(row: _Row, pictures: Path) -> Question:
-    return row.question(pictures / picture_name(row.integer("id")), row.texts("right", "wrong"))
+    return row.question(pictures, picture_name(row.integer("id")), row.texts("right", "wrong"))
 
 
 def _vg_spatial(row: _Row, pictures: Path) -> Question:
-    return row.question(pictures / f"{row.integer('id')}.jpg", row.texts("right", "wrong"))
+    return row.question(pictures, f"{row.integer('id')}.jpg", row.texts("right", "wrong"))
 
 
 def _negbench(row: _Row, pictures: Path) -> Question:
@@ -234,8 +247,9 @@ def _negbench(row: _Row, pictures: Path) -> Question:
     if not 0 <= right < 4:
         raise _BadRow(f"field 'correct_answer' is {right} instead of 0 to 3")
     captions = (captions[right], *captions[:right], *captions[right + 1 :])
-    picture = pictures / PurePosixPath(row.text("image_path")).name
-    return row.question(picture, captions, kind=row.text("correct_answer_template"))
+    return row.question(
+        pictures, PurePosixPath(row.text("image_path")).name, captions, kind=row.text("correct_answer_template")
+    )
 
 
 # --- the sets -------------------------------------------------------------------------------------------------------

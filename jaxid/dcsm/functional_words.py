@@ -4,13 +4,17 @@ Three steps of the model, one request each: every caption is simplified; its fun
 the list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
 import os
+import queue
 import re
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -18,9 +22,11 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxid.checks import check_finite
 from jaxid.data.files import save_bytes
 from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
+from jaxid.reading import first_line, read_json
 
 SIMPLIFY = (
     "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "
@@ -46,6 +52,9 @@ RULES = (
     *("never", "none", "nor", "neither", "except", "lacks", "missing", "nothing", "isn't", "aren't", "doesn't"),
 )
 """Functional words that the rules know, longer ones found first."""
+
+_MOST_BYTES = 8 * 2**20
+"""Length of an answer beyond which it is none."""
 
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """HTTP answers after which a request is worth repeating."""
@@ -97,13 +106,13 @@ def by_model(
     simple, marked = [], {}
     for number, caption in enumerate(captions):
         prompt = SIMPLIFY.format(caption=caption)
-        simplified = " ".join(ask(prompt).split()).strip('"')
+        simplified = _line(ask(prompt)).strip('"')
         if not simplified:
             _forget(ask, prompt)
             raise DataError(f"step 1 (simplify) gave an empty answer for caption {number}: {caption!r}.")
         simple.append(simplified)
         answer = ask(MARK.format(caption=simplified))
-        marked |= {word.lower().strip(): None for word in re.findall(r"<([^<>]+)>", answer) if word.strip()}
+        marked |= {_line(word).lower(): None for word in re.findall(r"<([^<>]+)>", answer) if word.strip()}
         if progress is not None:
             progress(number + 1)
     words = dict.fromkeys(word.lower() for word in vocabulary)
@@ -130,15 +139,23 @@ def _cleaned(answer: str) -> list[str]:
     start, stop = answer.find("["), answer.rfind("]")
     try:
         words = json.loads(answer[start : stop + 1]) if start >= 0 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(f"step 3 (clean) did not give a JSON list of words: {answer[:80]!r}.")
-    return [word.lower().strip() for word in words if word.strip()]
+    return [_line(word).lower() for word in words if word.strip()]
+
+
+def _line(text: str) -> str:
+    """Text in one line, as it is written to files that hold one a line."""
+    return " ".join(text.split())
 
 
 class Endpoint:
-    """An OpenAI-compatible chat endpoint; answers are kept on disk, so that nothing is asked twice."""
+    """An OpenAI-compatible chat endpoint; answers are kept on disk, so that nothing is asked twice.
+
+    Messages name the endpoint's host alone, so that they show nothing secret that its URL may hold.
+    """
 
     def __init__(
         self,
@@ -154,19 +171,22 @@ class Endpoint:
         """Prepares requests; sends none.
 
         Args:
-            base_url: such as "http://localhost:8000/v1".
+            base_url: such as "http://localhost:8000/v1"; without user name, password, query or fragment.
             model: the model's name there.
             cache: folder of the answers.
             key_variable: environment variable that holds the key; None for endpoints without one.
             attempts: requests before giving up on one answer.
-            timeout: seconds to wait for one.
+            timeout: seconds that one request may take in all.
             sleep: waits between attempts.
 
         Raises:
-            InputError: for an address that is none, or a missing or unusable key.
+            InputError: for an address that is none or holds a password, a missing or unusable key, or numbers that
+                make no sense.
         """
-        if not re.match(r"https?://", base_url):
-            raise InputError(f"the base URL {base_url!r} must begin with http:// or https://.")
+        check_finite("the timeout", timeout)
+        if attempts < 1 or timeout <= 0:
+            raise InputError(f"{attempts} attempts of {timeout} seconds: at least one is needed, and some time.")
+        self.host = _host(base_url)
         self.url, self.model, self.cache = f"{base_url.rstrip('/')}/chat/completions", model, cache
         self.attempts, self.timeout, self.sleep = attempts, timeout, sleep
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
@@ -184,8 +204,10 @@ class Endpoint:
             DataError: the endpoint refuses, cannot be reached, or answers in another form.
         """
         body, path = self._body(prompt), self._path(prompt)
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["answer"]
+        with contextlib.suppress(DataError):  # a damaged answer is asked for again
+            kept = read_json(path, DataError, missing={}).get("answer")
+            if isinstance(kept, str):
+                return kept
         answer = self._answer(self._sent(json.dumps(body).encode()))
         save_bytes(path, json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False).encode())
         return answer
@@ -209,32 +231,109 @@ class Endpoint:
                 request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
                 if self._key:  # not for hosts that a redirect leads to
                     request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.loads(response.read())
+                return json.loads(self._read(request))
             except urllib.error.HTTPError as error:
                 with error:
                     reason, again = f"HTTP {error.code}", error.code in _AGAIN
                     wait = _retry_after(error.headers, wait)
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-                reason, again = str(getattr(error, "reason", error)), True
-            except ValueError as error:
-                raise DataError(f"{self.url} does not answer in JSON.") from error
+            except http.client.HTTPException as error:  # its text may hold parts of an address
+                reason, again = type(error).__name__, True
+            except OSError as error:
+                cause = getattr(error, "reason", error)
+                reason, again = first_line(cause) if isinstance(cause, OSError) else type(error).__name__, True
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{self.host} does not answer in JSON.") from error
             if not again or attempt == self.attempts:
                 hint = "; is the key right?" if reason in ("HTTP 401", "HTTP 403") else ""
                 raise DataError(
-                    f"{self.url} gave no answer ({reason}, attempt {attempt}{hint}); finished ones are kept."
+                    f"{self.host} gave no answer ({reason}, attempt {attempt}{hint}); finished ones are kept."
                 )
             self.sleep(wait)
         raise AssertionError("unreachable")
+
+    def _read(self, request: urllib.request.Request) -> bytes:
+        """The answer's bytes, of bounded number and in bounded time.
+
+        The request runs in a thread: timeouts of sockets bound the wait for the next byte, not for the last one.
+        """
+        begun, outcome = threading.Event(), queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                with _OPENER.open(request, timeout=self.timeout) as response:
+                    begun.set()
+                    found = response.read(_MOST_BYTES + 1)
+                    if len(found) <= _MOST_BYTES and response.length:
+                        raise http.client.IncompleteRead(found)
+                    outcome.put(found)
+            except BaseException as error:
+                outcome.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            found = outcome.get(timeout=self.timeout)
+        except queue.Empty:
+            if begun.is_set():
+                raise DataError(f"{self.host} sends too slowly: no whole answer in {self.timeout:g} s.") from None
+            raise TimeoutError(f"nothing came in {self.timeout:g} s") from None
+        if isinstance(found, BaseException):
+            raise found
+        if len(found) > _MOST_BYTES:
+            raise DataError(f"{self.host} sends more than {_MOST_BYTES // 2**20} MB; is it a chat endpoint?")
+        return found
 
     def _answer(self, response: Any) -> str:
         try:
             answer = response["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
-            raise DataError(f"{self.url} answers in another form than OpenAI's chat completions.") from error
-        if not isinstance(answer, str):
-            raise DataError(f"{self.url} gave an answer without text.")
+            raise DataError(f"{self.host} answers in another form than OpenAI's chat completions.") from error
+        if not isinstance(answer, str) or not _is_unicode(answer):
+            raise DataError(f"{self.host} gave an answer without text.")
         return answer
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to web addresses alone."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not re.match(r"https?://", newurl, re.IGNORECASE):
+            raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_Redirects)
+
+
+def _host(url: str) -> str:
+    """Scheme and host of an address that can be used.
+
+    Raises:
+        InputError: which does not show the address, as it may hold a password.
+    """
+    if not re.match(r"https?://", url, re.IGNORECASE):
+        raise InputError("the base URL must begin with http:// or https://.")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError("the base URL is not an address such as http://localhost:8000/v1.")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise InputError(
+            f"the base URL at {host} holds a user name, a password, a query or a fragment; leave them out, and give "
+            "the key in an environment variable."
+        )
+    return f"{parts.scheme}://{host}{'' if port is None else f':{port}'}"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _retry_after(headers: Any, default: float) -> float:
@@ -245,6 +344,6 @@ def _retry_after(headers: Any, default: float) -> float:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(asked).astimezone(UTC) - datetime.now(UTC)).total_seconds()
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             seconds = default
-    return min(60.0, max(0.0, seconds))
+    return min(60.0, max(0.0, seconds)) if seconds == seconds else default

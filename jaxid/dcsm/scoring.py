@@ -167,9 +167,10 @@ def check_vocabulary(words: Sequence[str]) -> None:
 def _check_arrays(scorer: Scorer, what: str, error: type[JaxidError] = InputError) -> None:
     """Refuses arrays that do not fit each other or the vocabulary."""
     wrong = kernels.misfit(scorer.network)
-    rows, expected = scorer.vectors.shape, (len(scorer.vocabulary), scorer.network.fc1.shape[-2])
-    if wrong is None and rows != expected:
-        wrong = f"{expected[0]} functional words at {expected[1]} image tokens need vectors {expected}, not {rows}"
+    if wrong is None:
+        rows, expected = scorer.vectors.shape, (len(scorer.vocabulary), scorer.map_shape[0])
+        if rows != expected:
+            wrong = f"{expected[0]} functional words at {expected[1]} image tokens need vectors {expected}, not {rows}"
     if wrong is not None:
         raise error(f"{what}: {wrong}.")
 

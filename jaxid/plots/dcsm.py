@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import rc_context
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from jaxid.checks import check_finite
 from jaxid.errors import InputError
 from jaxid.plots.style import (
     BLUE,
@@ -17,8 +20,11 @@ from jaxid.plots.style import (
     PURPLE,
     STYLE,
     VERMILLION,
+    WILSON,
+    About,
+    captioned,
     check_shapes,
-    finished,
+    finite,
     new_figure,
     wrapped,
 )
@@ -34,6 +40,8 @@ def caption_maps(
     tokens: Sequence[Sequence[tuple[int, str, bool]]],
     scores: Sequence[Mapping[str, Any]],
     grid: tuple[int, int],
+    *,
+    about: About | None = None,
 ) -> Figure:
     """Heat maps of the picture for every caption token ([DCSM] arXiv 2503.08723, Figure 1).
 
@@ -45,9 +53,10 @@ def caption_maps(
         tokens: of every caption: column, text, and whether the word is functional.
         scores: of every caption: "caption", "cosine" and "score".
         grid: first patch among the image tokens, and patches a side.
+        about: what was measured on what.
 
     Raises:
-        InputError: The arrays do not fit each other, or there is no grid of patches.
+        InputError: The arrays do not fit each other, hold NaN, or there is no grid of patches.
     """
     check_shapes(maps=(maps, "M I T"), tokens=([""] * len(tokens), "M"))
     first, side = grid
@@ -57,9 +66,12 @@ def caption_maps(
     patches = maps[:, first:].reshape(len(maps), side, side, -1)
     shown = [[column for column, _, functional in row[:columns] if not functional] for row in tokens]
     values = np.concatenate([patches[row][..., chosen].ravel() for row, chosen in enumerate(shown)])
-    low, high = float(values.min()), float(values.max())
+    check_finite("the maps", values)
+    check_finite("the scores", [entry["score"] for entry in scores])
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     figure = new_figure(1.75 + 0.85 * columns, 0.2 + 0.98 * len(maps))
     axes = figure.subplots(len(maps), columns + 1, squeeze=False, width_ratios=[1.7] + [1.0] * columns)
+    heat = ScalarMappable(Normalize(low, high), "magma")
     best = int(np.argmax([entry["score"] for entry in scores]))
     for row, (line, entry) in enumerate(zip(axes, scores, strict=True)):
         for panel in line:
@@ -75,18 +87,22 @@ def caption_maps(
                 panel.text(0.5, 0.5, "fixed\nvector", ha="center", va="center", fontsize=6.5, color=GREY)
                 continue
             panel.imshow(picture, extent=(0, side, side, 0))
-            heat = panel.imshow(
+            panel.imshow(
                 patches[row, :, :, column], extent=(0, side, side, 0), cmap="magma", vmin=low, vmax=high, alpha=0.72
             )
     bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.12, pad=0.04, aspect=28)
     bar.set_label("cosine of patch and word")
     bar.outline.set_visible(False)
-    return finished(figure)
+    return captioned(figure, about, "bold: the greatest score")
 
 
 @rc_context(STYLE)
 def training_curves(
-    epoch: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"], accuracy: Float[np.ndarray, "N"]
+    epoch: Float[np.ndarray, "N"],
+    loss: Float[np.ndarray, "N"],
+    accuracy: Float[np.ndarray, "N"],
+    *,
+    about: About | None = None,
 ) -> Figure:
     """Loss and accuracy of a scorer's training, as recorded and as running means.
 
@@ -94,11 +110,13 @@ def training_curves(
         epoch: passes over the largest data set.
         loss: both directions' cross-entropy.
         accuracy: share of pictures whose caption scores highest in the batch.
+        about: what was trained on what.
 
     Raises:
-        InputError: The arrays do not fit each other.
+        InputError: The arrays do not fit each other, or nothing of one is finite.
     """
     check_shapes(epoch=(epoch, "N"), loss=(loss, "N"), accuracy=(accuracy, "N"))
+    (loss, accuracy), lost = finite(loss=loss, accuracy=accuracy)
     figure = new_figure(6.6, 2.6)
     window = max(1, len(epoch) // 25)
     for axes, values, title, color in zip(
@@ -108,14 +126,16 @@ def training_curves(
         (BLUE, GREEN),
         strict=True,
     ):
-        axes.plot(epoch, values, color=color, alpha=0.25, linewidth=0.8)
+        # A line of few points is hard to see, and one point is no line.
+        axes.plot(epoch, values, ".-" if len(epoch) < 25 else "-", color=color, alpha=0.4, linewidth=0.8)
         mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
         axes.plot(epoch[window - 1 :], mean, color=color)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_ylim(0, 1 if values is accuracy else None)
-        axes.set_xlim(0, float(epoch.max()))
-    return finished(figure)
+        axes.set_xlim(0, 1.02 * float(epoch.max()))
+    means = f"dark: running means of {window} records" if window > 1 else ""
+    return captioned(figure, about, f"{len(epoch)} records, each of one batch", means, lost)
 
 
 @rc_context(STYLE)
@@ -124,6 +144,9 @@ def benchmark_bars(
     benchmarks: Sequence[str],
     accuracy: Float[np.ndarray, "R B"],
     interval: Float[np.ndarray, "R 2 B"],
+    *,
+    chance: Sequence[float] | None = None,
+    about: About | None = None,
 ) -> Figure:
     """Shares of right answers, a group of bars for every benchmark, with 95 % intervals.
 
@@ -132,6 +155,8 @@ def benchmark_bars(
         benchmarks: of the columns.
         accuracy: NaN where there is none.
         interval: lower and upper ends.
+        chance: what guessing would give in each benchmark.
+        about: what was measured on what.
 
     Raises:
         InputError: The arrays do not fit each other.
@@ -154,8 +179,13 @@ def benchmark_bars(
             yerr=error,
             error_kw={"elinewidth": 0.8, "ecolor": INK},
         )
+    if chance is not None:
+        check_shapes(chance=(np.asarray(chance), "B"), benchmarks=(benchmarks, "B"))
+        places = np.arange(len(benchmarks))
+        axes.hlines(chance, places - 0.47, places + 0.47, colors=INK, linestyles="dotted", linewidth=1.2)
     axes.set_xticks(np.arange(len(benchmarks)), [wrapped(name.replace("-", " "), 12) for name in benchmarks])
     axes.set_ylim(0, 1)
     axes.set_ylabel("right answers")
-    figure.legend(loc="outside lower center", ncols=min(2, len(names)), frameon=False)
-    return finished(figure)
+    figure.legend(loc="outside upper center", ncols=min(2, len(names)), frameon=False)
+    guess = "" if chance is None else "dotted: chance"
+    return captioned(figure, about, "bars: share of questions answered rightly", f"whiskers: {WILSON}", guess)

@@ -6,8 +6,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxid.checks import check_finite
 from jaxid.errors import InputError
-from jaxid.plots.style import BLUE, GREY, INK, RULE, STYLE, VERMILLION, check_shapes, finished, new_figure
+from jaxid.plots.style import BLUE, GREY, INK, RULE, STYLE, VERMILLION, About, captioned, check_shapes, new_figure
 
 _NOTES = {
     "free": "any vectors",
@@ -24,6 +25,7 @@ def attainable_margins(
     margin: Float[np.ndarray, "N"],
     *,
     resolution: float = 0.01,
+    about: About | None = None,
 ) -> Figure:
     """Best margins of sets of conditions under composition laws ([DCSM] arXiv 2503.08723).
 
@@ -34,11 +36,13 @@ def attainable_margins(
         conditions: its conditions, joined by " + ".
         margin: what it reached.
         resolution: best margins up to this are drawn as not attained.
+        about: how the searches were made.
 
     Raises:
         InputError: The arrays do not fit each other, or not every law has every set.
     """
     check_shapes(law=(law, "N"), conditions=(conditions, "N"), margin=(margin, "N"))
+    check_finite("margin", margin)
     laws, groups = list(dict.fromkeys(law.tolist())), list(dict.fromkeys(conditions.tolist()))
     found = {(one, group): margin[(law == one) & (conditions == group)] for one in laws for group in groups}
     missing = [f"{group} under {one}" for (one, group), values in found.items() if not len(values)]
@@ -76,7 +80,7 @@ def attainable_margins(
         for row in range(1, len(groups)):
             if len(members[row]) != len(members[row - 1]):
                 axes.axhline(row - 0.5, color=RULE, linewidth=0.8, zorder=0)
-    return finished(figure)
+    return captioned(figure, about, "bars and numbers: the best search", "dots: every search")
 
 
 def _members_table(axes: Axes, members: list[list[str]], names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jaxid import jobs, plots
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.loading import find_folder
+from jaxid.checks import check_finite
 from jaxid.data.files import save_bytes
 from jaxid.dcsm import benchmarks, datasets, evaluate
 from jaxid.dcsm import training as scorer_training
@@ -18,9 +20,12 @@ from jaxid.dcsm.embedding import embed_images, embed_texts
 from jaxid.dcsm.placement import find, place
 from jaxid.dcsm.scoring import Scorer, score
 from jaxid.dcsm.training import TrainingConfig
-from jaxid.errors import DataError, InputError
+from jaxid.errors import DataError, InputError, OutputError
+from jaxid.kernels import similarity
 from jaxid.models.base import Encoder
 from jaxid.models.encoders import ENCODER_ALIASES
+from jaxid.processing.pictures import open_picture
+from jaxid.reading import read_json, reading
 from jaxid.results import ensure_output_folder, write_json, write_text
 from jaxid.runs.trackers import Trackers
 
@@ -63,11 +68,21 @@ def score_picture(
     Returns:
         One row a caption: "caption", "cosine", "score".
     """
-    encoder = load_encoder(model)
+    if not captions or not all(caption.strip() for caption in captions):
+        raise InputError("the list of captions is empty, or one of them is; give at least one.")
+    if group not in similarity.GROUPS:
+        raise InputError(f"group {group!r} is not one of {', '.join(similarity.GROUPS)}.")
+    if out is not None:
+        if out.suffix.lower() != ".png":
+            raise OutputError(f"{out} cannot be written: figures are PNG files, so the name must end in .png.")
+        ensure_output_folder(out.parent)
+    open_picture(picture)
     own = find_scorer(model, scorer)
+    encoder = load_encoder(model)
     pictures = embed_images(encoder, [picture])
     texts = embed_texts(encoder, captions, own.map_shape[1])
     scores, cosine = score(own, pictures, texts, group=group)[0], pictures.pooled[0] @ texts.pooled.T
+    check_finite("the cosine of picture and captions", cosine)
     rows = [
         {"caption": caption, "cosine": float(near), "score": float(value)}
         for caption, near, value in zip(captions, cosine, scores, strict=True)
@@ -75,7 +90,12 @@ def score_picture(
     if out is not None:
         maps = np.einsum("ie,mte->mit", pictures.tokens[0], texts.tokens)
         names = [_token_names(own, texts, row) for row in range(len(captions))]
-        figure = plots.caption_maps(encoder.processor.shown(picture), maps, names, rows, encoder.processor.grid)
+        over = {"call": "all these captions", "row": "all these captions", "pair": "each map alone"}[group]
+        about = plots.About(
+            model=model, items=len(captions), unit="captions of one picture", note=f"scores standardised over {over}"
+        )
+        shown = encoder.processor.shown(picture)
+        figure = plots.caption_maps(shown, maps, names, rows, encoder.processor.grid, about=about)
         plots.save(figure, out)
     return rows
 
@@ -148,6 +168,13 @@ def train(
     """
     config = config or TrainingConfig()
     sets = read_sets(data)
+    scorer_training.check_sets(sets, config)
+    ensure_output_folder(out)
+    if torch_file is not None:
+        from jaxid.checkpoints.torch_files import check_torch
+
+        check_torch(f"Writing {torch_file}")
+        ensure_output_folder(torch_file.parent)
     encoder = load_encoder(model)
     with Trackers(dataclasses.asdict(config) | {"model": model}, wandb=wandb) as log:
         found = scorer_training.train(out, encoder, sets, config, save_every=save_every, log=log)
@@ -155,12 +182,12 @@ def train(
         from jaxid.checkpoints.scorer_files import write_authors_scorer
 
         write_authors_scorer(torch_file, found.network, np.asarray(found.vectors))
-    import json
-
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = read_json(out / "metrics.json", DataError, expected=list)
     if metrics:
         columns = {name: np.array([row[name] for row in metrics]) for name in ("epoch", "loss", "accuracy")}
-        plots.save(plots.training_curves(**columns), out / "curves.png")
+        counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
+        about = plots.About(model=model, items=counts, note=f"seed {config.seed}")
+        plots.save(plots.training_curves(**columns, about=about), out / "curves.png")
     return {"rows": metrics, "sets": {name: len(items) for name, items in sets.items()}}
 
 
@@ -188,7 +215,14 @@ def evaluate_all(config: EvalConfig) -> dict[str, Any]:
 
     Returns:
         The summary, as `summary.json` holds it.
+
+    Raises:
+        InputError: for an unknown group, or a scorer that belongs to none of the encoders.
+        DataError: if benchmarks cannot be read.
+        CheckpointError: if a scorer or an encoder cannot.
     """
+    if config.group not in ("row", "pair"):
+        raise InputError(f"group {config.group!r} is not one of row, pair.")
     ensure_output_folder(config.out)
     names = None if config.names is None else list(config.names)
     # Captions are worded below: the cosine and the scorer are shown different ones.
@@ -197,22 +231,37 @@ def evaluate_all(config: EvalConfig) -> dict[str, Any]:
     asked = [(name, question) for name, questions in read.items() for question in questions]
     # Questions about one picture stand together, so that it is encoded once.
     asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
-    scorers = [Scorer.load(path) for path in config.scorers]
+    chances = {(name, question.key): 1 / len(question.captions) for name, question in asked}
+    scorers = _scorers(config)
     summary: dict[str, Any] = {"models": {}, "skipped": []}
     summary["skipped"] += [{"item": f"{row.file}, row {row.row}", "reason": row.reason} for row in bad_rows]
     for model in config.models:
-        encoder = load_encoder(model)
-        own = next((scorer for scorer in scorers if scorer.encoder == model), None)
-        path = own_scorer(model) if own is None else None
-        own = Scorer.load(path) if path is not None else own
-        finished = _run_model(config, encoder, own, asked)
+        finished = _run_model(config, load_encoder(model), scorers[model], asked)
         columns = finished.table.to_pydict()
-        entry = evaluate.summary(columns)
+        keys = zip(columns["benchmark"], columns["question"], strict=True)
+        entry = evaluate.summary(columns | {"chance": [chances[key] for key in keys]})
         summary["models"][model] = entry
         summary["skipped"] += [{"item": f"{model}: {bad.key}", "reason": bad.reason} for bad in finished.skipped]
     _write_tables(config.out, summary)
     write_json(config.out / "summary.json", summary)
     return summary
+
+
+def _scorers(config: EvalConfig) -> dict[str, Scorer | None]:
+    """Every encoder's scorer: one that was given, or else the one in its folder."""
+    given = {path: Scorer.load(path) for path in config.scorers}
+    found: dict[str, Scorer | None] = {}
+    for model in config.models:
+        # The authors' files do not tell the encoder.
+        own = [path for path, scorer in given.items() if scorer.encoder in (model, "")]
+        if len(own) > 1:
+            raise InputError(f"{own[0]} and {own[1]} are both for {model}; give one of them.")
+        path = own[0] if own else own_scorer(model)
+        found[model] = None if path is None else given.get(path) or Scorer.load(path)
+    for path, scorer in given.items():
+        if scorer.encoder not in ("", *config.models):
+            raise InputError(f"{path} was trained on {scorer.encoder}, which is none of {', '.join(config.models)}.")
+    return found
 
 
 def _run_model(config: EvalConfig, encoder: Encoder, scorer: Scorer | None, asked: list[Any]) -> jobs.Finished:
@@ -284,27 +333,45 @@ def _write_tables(out: Path, summary: Mapping[str, Any]) -> None:
     ]
     columns = list(dict.fromkeys(name for _, _, found in entries for name in found))
     labels = {"cosine": "pooled cosine", "dcsm": "dense maps"}
-    rows = [
-        [model, labels[method], *(f"{found[name]['accuracy']:.4f}" if name in found else "" for name in columns)]
-        for model, method, found in entries
-    ]
-    head = ["model", "method", *columns]
-    import io
-
+    chance = {name: found[name]["chance"] for _, _, found in entries for name in found}
+    told = ("accuracy", "low", "high", "questions", "chance")
+    cells = [[model, labels[method]] for model, method, _ in entries]
+    lines = [list(row) for row in cells]
+    for row, line, (_, _, found) in zip(cells, lines, entries, strict=True):
+        for name in columns:
+            own = found.get(name)
+            row.append(
+                "{accuracy:.4f} ({low:.3f} to {high:.3f}, n = {questions})".format(**own) if own is not None else ""
+            )
+            line += ["" if own is None else f"{own[part]:.6g}" for part in told]
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
+    head = ["model", "method", *(name if part == "accuracy" else f"{name} {part}" for name in columns for part in told)]
+    csv.writer(buffer, lineterminator="\n").writerows([head, *lines])
     save_bytes(out / "table.csv", buffer.getvalue().encode())
-    lines = [head, ["---"] * len(head), *rows]
-    write_text(out / "table.md", "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    accuracy = np.array([[found.get(name, {}).get("accuracy", np.nan) for name in columns] for _, _, found in entries])
-    interval = np.array(
-        [
-            [[found.get(name, {}).get(side, np.nan) for name in columns] for side in ("low", "high")]
-            for _, _, found in entries
-        ]
+    head = ["model", "method", *columns]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *cells])
+    guesses = ", ".join(f"{name} {chance[name]:.3g}" for name in columns)
+    write_text(
+        out / "table.md", f"{text}\nShares of right answers, 95 % Wilson intervals, n questions. Chance: {guesses}.\n"
+    )
+    accuracy, low, high = (
+        np.array([[found.get(name, {}).get(part, np.nan) for name in columns] for _, _, found in entries])
+        for part in ("accuracy", "low", "high")
     )
     names = [f"{model}, {labels[method]}" for model, method, _ in entries]
-    plots.save(plots.benchmark_bars(names, columns, accuracy, interval), out / "table.png")
+    about = plots.About(model=", ".join(summary["models"]))
+    figure = plots.benchmark_bars(
+        names,
+        [
+            f"{name}\nn = {max(found[name]['questions'] for _, _, found in entries if name in found)}"
+            for name in columns
+        ],
+        accuracy,
+        np.stack([low, high], axis=1),
+        chance=[chance[name] for name in columns],
+        about=about,
+    )
+    plots.save(figure, out / "table.png")
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -316,10 +383,9 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: if it cannot be read or holds none.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as lines of text ({error}).") from error
+    with reading(path, "lines of text", DataError):
+        text = path.read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{path} holds no lines.")
     return lines

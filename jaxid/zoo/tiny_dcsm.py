@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -250,13 +251,13 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
 def write(folder: Path, seed: int, count: int) -> None:
     """Writes the training sets in their published layouts, and held-out questions in `evaluation/`.
 
-    File names tell what is in a picture, so of scenes alike the first is kept.
+    File names tell what is in a picture; of scenes alike all but the first are numbered.
 
     Args:
         folder: gets `spatial/`, `attributes/`, `negation.json`, and in `evaluation/` the layouts of What'sUp A (two
             objects and their relation), NCD (their colours) and NegBench on COCO (what is missing).
         seed: of the scenes.
-        count: scenes drawn for each set.
+        count: items of each set.
 
     Raises:
         OutputError: if they cannot be written.
@@ -269,12 +270,13 @@ def write(folder: Path, seed: int, count: int) -> None:
             rows = [(item.picture, item.opposite, here, there) for item, here, there in named]
             datasets.write_negation(folder / "negation.json", rows)
             continue
-        for item in {item.key: item for item in reversed(items)}.values():
-            datasets.write_pair(folder / kind, item.key, item.picture, item.opposite)
+        for stem, item in zip(_numbered(items), items, strict=True):
+            datasets.write_pair(folder / kind, stem, item.picture, item.opposite)
     rng = np.random.default_rng((seed, 9))
     out = folder / "evaluation"
-    for item in attributes(rng, count, lambda scenes: is_held_out(scenes)[0]):
-        save_picture(out / "NCD_colorful_composite_squares" / f"{item.key}.png", item.picture)
+    items = attributes(rng, count, lambda scenes: is_held_out(scenes)[0])
+    for stem, item in zip(_numbered(items), items, strict=True):
+        save_picture(out / "NCD_colorful_composite_squares" / f"{stem}.png", item.picture)
     rows = []
     for number, item in enumerate(spatial(rng, count, lambda scenes: is_held_out(scenes)[1])):
         name = f"{number:05d}_{item.key}.png"
@@ -296,3 +298,13 @@ def write(folder: Path, seed: int, count: int) -> None:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *lines])
     save_bytes(out / "images" / "COCO_val_mcq_llama3.1_rephrased.csv", buffer.getvalue().encode())
+
+
+def _numbered(items: Sequence[Item]) -> list[str]:
+    """The items' names, each unlike all others."""
+    seen = Counter[str]()
+    names = []
+    for item in items:
+        seen[item.key] += 1
+        names.append(item.key if seen[item.key] == 1 else f"{item.key}.{seen[item.key]}")
+    return names

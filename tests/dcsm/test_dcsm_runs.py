@@ -1,7 +1,9 @@
 """`jaxid dcsm ...` as users run it: data, training, scores, evaluation, geometry, words; and what it refuses."""
 
+import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,11 @@ from PIL import Image
 
 from jaxid.cli import main
 from jaxid.data.files import save_picture
+from jaxid.dcsm import benchmarks
+from jaxid.dcsm.scoring import Scorer
+from jaxid.results import confidence_interval
+from jaxid.runs import dcsm as runs
+from jaxid.runs.dcsm import read_sets
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -77,6 +84,14 @@ def test_evaluation_is_one_table_and_goes_on(drawn: Path, tmp_path: Path, capsys
     table = (out / "table.md").read_text()
     assert table.splitlines()[0] == "| model | method | ncd | ncd-reversed | whatsup-a | negbench-coco |"
     assert len((out / "table.csv").read_text().splitlines()) == 3 and size(out / "table.png")[0] > 500
+    with (out / "table.csv").open() as file:
+        row = next(csv.DictReader(file))
+    for name, chance in (("ncd", 1 / 2), ("whatsup-a", 1 / 4), ("negbench-coco", 1 / 4)):
+        low, high = confidence_interval(round(12 * float(row[name])), 12)
+        told = [float(row[f"{name} {part}"]) for part in ("low", "high", "questions", "chance")]
+        np.testing.assert_allclose(told, [low, high, 12, chance], atol=1e-5)
+        assert f"{row['model']} | {row['method']} |" in table and f"{low:.3f} to {high:.3f}, n = 12)" in table
+    assert "95 % Wilson intervals" in table and "Chance: ncd 0.5, ncd-reversed 0.5, whatsup-a 0.25" in table
     summary = json.loads((out / "summary.json").read_text())
     counts = {name: entry["questions"] for name, entry in summary["models"]["tiny-clip"]["dcsm"].items()}
     assert counts["whatsup-a"] == 12 and counts["negbench-coco"] == 12
@@ -119,6 +134,72 @@ def test_geometry_writes_table_and_figure(tmp_path: Path, capsys: pytest.Capture
     assert "free:" in capsys.readouterr().out
 
 
+def test_exactly_as_many_items_as_asked(tmp_path: Path) -> None:
+    main_ok(["dcsm", "data", "--out", str(tmp_path), "--count", "40"])
+    sets = read_sets(tmp_path)
+    assert {name: len(items) for name, items in sets.items()} == {"spatial": 40, "attributes": 40, "negation": 40}
+    numbered = [item for item in sets["spatial"] if "." in item.key]
+    assert numbered, "no two scenes are alike: nothing is tested"
+    for item in numbered:
+        assert item.captions[0].split() == item.captions[0].replace(".", "").split()
+    asked = benchmarks.read(tmp_path / "evaluation")
+    assert {name: len(questions) for name, questions in asked.items()} == dict.fromkeys(asked, 40) and len(asked) == 4
+
+
+def test_weights_come_last(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(runs, "load_encoder", reached)
+    picture, out = str(next((drawn / "spatial").glob("*.png"))), str(tmp_path / "out")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    damaged = ["--scorer", str(tmp_path / "damaged.safetensors")]
+    train, evaluation = ["train", "--data", str(drawn), "--out", out], ["eval", "--data", str(drawn / "evaluation")]
+    for arguments, message in [
+        (["score", "nowhere.png", "a"], "nowhere.png"),
+        (["score", picture, " "], "list of captions is empty"),
+        (["score", picture, "a", *damaged], "damaged.safetensors"),
+        (["score", picture, "a", "--out", f"{out}.jpg"], "must end in .png"),
+        ([*train, "--kind", "tree"], "'tree' is not one of cnn, mlp"),
+        ([*train, "--placement", "left"], "'left'"),
+        ([*train, "--learning-rate", "nan"], "learning_rate must be a finite number"),
+        ([*train, "--learning-rate", "inf"], "learning_rate must be a finite number"),
+        ([*train, "--dropout", "nan"], "dropout must be a finite number"),
+        ([*train, "--seed", "-5"], "the seed must be an integer"),
+        ([*train, "--seed", "99999999999999999999"], "the seed must be an integer"),
+        ([*train, "--batch-size", "500"], "a batch 500"),
+        ([*evaluation, "--out", out, *damaged], "damaged.safetensors"),
+        ([*evaluation, "--out", out, "--group", "call"], "'call' is not one of row, pair"),
+    ]:
+        assert message in refused(["dcsm", *arguments], capsys), arguments
+
+
+def test_scorers_of_other_encoders_are_not_passed_over(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Scorer.init(jax.random.key(0), 17, 30, encoder="other").save(tmp_path / "other.safetensors")
+    arguments = [
+        "--data",
+        str(drawn / "evaluation"),
+        "--out",
+        str(tmp_path),
+        "--scorer",
+        str(tmp_path / "other.safetensors"),
+    ]
+    assert "was trained on other, which is none of tiny-clip" in refused(["dcsm", "eval", *arguments], capsys)
+
+
+@pytest.mark.parametrize("seed", ["-5", "99999999999999999999"])
+@pytest.mark.parametrize("command", ["data", "geometry"])
+def test_seeds_that_are_none(command: str, seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "seed must be an integer from 0" in refused(
+        ["dcsm", command, "--out", str(tmp_path), "--seed", seed], capsys
+    )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,7 +212,7 @@ def test_geometry_writes_table_and_figure(tmp_path: Path, capsys: pytest.Capture
         (["train", "--data", "EMPTY", "--out", "OUT"], "holds no data set"),
         (["eval", "--data", "EMPTY", "--out", "OUT"], "holds no evaluation set"),
         (["eval", "--data", "EMPTY", "--out", "OUT", "--benchmark", "imagenet"], "imagenet"),
-        (["words", "nowhere.txt", "--out", "OUT"], "nowhere.txt cannot be read"),
+        (["words", "nowhere.txt", "--out", "OUT"], "nowhere.txt is missing"),
     ],
 )
 def test_bad_input_is_one_line(
