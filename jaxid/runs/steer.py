@@ -176,7 +176,7 @@ def run(config: SteerConfig) -> dict[str, Any]:
     change, words, within = mean_change(table, layers)
     summary |= {"layers": layers, "words": words, "change": change, "change_interval": within}
     asked = _QUESTIONS[config.relation].format("subject", "object", "other")
-    title = f"{asked}\n{model.name}, mean of blocks {', '.join(map(str, layers))}"
+    title = f"{asked}\n{model.name}, {'mean of blocks' if len(layers) > 1 else 'block'} {', '.join(map(str, layers))}"
     figure = plots.steering_maps(
         change.mean(axis=0), words, title, about=about(summary, factor, plots.means_note(within))
     )
