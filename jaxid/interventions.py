@@ -238,7 +238,6 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     sweep = layer.shape
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
-    check_layers(layer, site)
     vector = jnp.zeros((*sweep, 1)) if operation == "scale" else _numbers("vector", vector)
     strength = _numbers("strength", strength).astype(_wide(vector.dtype))
     inner = vector.ndim - len(sweep)
@@ -267,13 +266,13 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     )
 
 
-def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int | None = None, where: str = "the model") -> None:
+def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str) -> None:
     """Refuses layers that a site does not have; traced ones pass, and change nothing.
 
     Args:
         layer: the layers.
         site: the site.
-        layers: number of the model's blocks, where it is known.
+        layers: number of the model's blocks.
         where: the model's name.
 
     Raises:
@@ -282,11 +281,11 @@ def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int | None = No
     if isinstance(layer, Tracer):
         return
     layer = np.asarray(layer)
-    lowest, highest = (-1, -1) if site == "embed" else (0, NOWHERE if layers is None else layers - 1)
+    lowest, highest = (-1, -1) if site == "embed" else (0, layers - 1)
     wrong = layer[(layer < lowest) | (layer > highest)]
     if wrong.size:
-        blocks = "blocks from 0 on" if layers is None else f"blocks 0..{highest}"
-        known = "the embedding is layer -1" if site == "embed" else f"{where} has {blocks}, the last is num_layers - 1"
+        blocks = f"{where} has blocks 0..{highest}, the last is model.num_layers - 1"
+        known = "the embedding is layer -1" if site == "embed" else blocks
         raise InputError(f"layer {wrong.flat[0]} is out of range for site {site!r}: {known}.")
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jaxid.checkpoints.tensors import flatten, unflatten
+from jaxid.checks import check_seed
 from jaxid.errors import InputError
 from jaxid.models.common import Learning, Recompute
 
@@ -139,6 +140,9 @@ def choose(
         raise InputError(f"selectors {unknown or 'are missing'}: give one or more of {', '.join(known)}.")
     if not 0 < budget <= 1:
         raise InputError(f"the budget is a share of all parameters, above 0 and at most 1, not {budget}.")
+    if vision_blocks is not None and vision_blocks < 0:
+        raise InputError(f"vision_blocks counts the tower's last blocks: 0 or more, not {vision_blocks}.")
+    check_seed(seed)
     room = budget * sum(tensor.size for tensor in every)
     depth = 1 + max((tensor.depth for tensor in every if tensor.group.startswith("vision")), default=-1)
     first = 0 if vision_blocks is None else depth - vision_blocks
@@ -189,8 +193,12 @@ class Selection:
         return cls(tuple(sorted(found.items())))
 
     def split(self, parameters: Mapping[str, Any]) -> Trained:
-        """The trained tensors as float32 copies, whatever the model's number format."""
-        flat = flatten(parameters)
+        """The trained tensors as float32 copies, whatever the model's number format.
+
+        Raises:
+            InputError: for a parameter or a row that the network does not have.
+        """
+        flat = self._checked(parameters)
         return {
             path: jnp.array(flat[path] if rows is None else jnp.take(flat[path], np.array(rows), axis=0), jnp.float32)
             for path, rows in self.rows
@@ -198,7 +206,7 @@ class Selection:
 
     def merge(self, parameters: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters with the trained tensors in place, in the parameters' own number format."""
-        flat = dict(flatten(parameters))
+        flat = self._checked(parameters)
         for path, rows in self.rows:
             leaf, new = flat[path], jnp.asarray(trained[path], flat[path].dtype)
             if rows is None or rows == tuple(range(leaf.shape[0])):
@@ -208,6 +216,17 @@ class Selection:
             else:
                 flat[path] = leaf.at[np.array(rows)].set(new)
         return unflatten(flat)
+
+    def _checked(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The network's parameters by path, in which all selected rows exist."""
+        flat = dict(flatten(parameters))
+        for path, rows in self.rows:
+            if path not in flat:
+                raise InputError(f"the network has no parameter {path}.")
+            wrong = [row for row in rows or () if not 0 <= row < flat[path].shape[0]]
+            if wrong:
+                raise InputError(f"{path} has rows 0..{flat[path].shape[0] - 1}, not {wrong[0]}.")
+        return flat
 
     def lowest(self, prefix: str) -> int | None:
         """The first trained row of the stack below a prefix; None if it has none."""

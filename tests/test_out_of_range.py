@@ -211,7 +211,7 @@ def test_positions_that_a_prompt_does_not_have(at: Any, named: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "named"),
     [
-        (-1, "layer -1 is out of range for site 'resid_post': .*the last is num_layers - 1"),
+        (-1, "layer -1 is out of range for site 'resid_post': .*the last is model.num_layers - 1"),
         (3, "layer 3 is out of range"),
         ([0, 9], "layer 9 is out of range"),
         (2**32, "out of range"),

@@ -130,7 +130,7 @@ def test_one_word_and_one_layer(ours: Trace) -> None:
         (
             3,
             "image",
-            r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is num_layers - 1",
+            r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is model.num_layers - 1",
         ),
         ([0, -1], "text", "layer -1 is out of range"),
         (1.0, "image", "`layer` must hold integers, not float64"),

@@ -367,7 +367,7 @@ class Task:
 
     def model_with(self, trained: Mapping[str, Any]) -> Model:
         """The model with trained tensors in place."""
-        return dataclasses.replace(self.model, parameters=self.selection.merge(self.model.parameters, trained))
+        return self.model.with_parameters(self.selection.merge(self.model.parameters, trained))
 
 
 def trained_tensors(model: Model, config: FinetuneConfig) -> tuple[Tensor, ...]:

@@ -1,10 +1,12 @@
 """Loaded models: static description plus a pytree of parameters."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+
+LoadedT = TypeVar("LoadedT", bound="Loaded")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -17,7 +19,7 @@ class Loaded:
         config: the family's config.
         processor: turns pictures and text into arrays.
         name: how the user called it.
-        fingerprint: identifies the checkpoint's files.
+        fingerprint: identifies the checkpoint's files; empty for parameters of no checkpoint, see `with_parameters`.
     """
 
     parameters: Any
@@ -30,6 +32,10 @@ class Loaded:
     def network(self) -> Any:
         """The Flax module with these parameters."""
         return nnx.merge(self.definition, nnx.State(self.parameters))
+
+    def with_parameters(self: LoadedT, parameters: Any) -> LoadedT:
+        """The same network with other parameters, of which no checkpoint is known: it has no fingerprint."""
+        return dataclasses.replace(self, parameters=parameters, fingerprint="")
 
 
 class Model(Loaded):
