@@ -20,6 +20,7 @@ from processors import (
 
 from jaxid.errors import InputError, PromptError, UnknownWordsWarning
 from jaxid.inputs import Processor, Prompts
+from jaxid.processing.words import unknown
 
 ASKED = "Is the star to the left or right of the fish?"
 
@@ -100,6 +101,128 @@ def test_padding(processor: Processor) -> None:
     np.testing.assert_array_equal(short.last(), long.last())
 
 
+# --- several names together -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [
+        ("Is the dog left of the hot dog?", ("dog", "hot dog")),
+        ("Is the hot dog left of the dog?", ("dog", "hot dog")),
+        ("Is the teddy bear above or below the bear?", ("teddy bear", "bear")),
+        ("Is the light near the traffic light? The light.", ("light", "traffic light")),
+        ("Is the left star between the star and the far left star?", ("star", "left star", "far left star")),
+        ("Is the fish tank left of the tank?", ("tank", "fish tank")),
+        ("Is the sea-horse left of the horse?", ("horse", "sea-horse")),
+        ("Is the bears' den left of the bear?", ("bear", "bears' den")),
+    ],
+)
+def test_names_inside_names(anything: Processor, question: str, names: tuple[str, ...]) -> None:
+    """Found by taking out the longer names first, letter by letter."""
+    prompts = prepared(anything, fixtures.pictures()[0], question)
+    left, expected = question, {}
+    for name in sorted(names, key=len, reverse=True):
+        found = re.search(rf"\b{name}\b", left)
+        assert found is not None
+        expected[name] = found.end()
+        left = left.replace(name, "#" * len(name))
+    for order in (names, names[::-1]):
+        (places,) = prompts.words([order])
+        ends = prompts.offsets[0, places, 1] - prompts.spans[0, 0]
+        assert ends.tolist() == [expected[name] for name in order]
+        for number, name in enumerate(order):
+            alone = prompts.word_tokens(name, beside=[order], occurrence=0)[0]
+            assert alone[-1] == places[number] == prompts.word([name], beside=[order], occurrence=0)[0]
+
+
+def test_every_prompt_has_names_of_its_own(anything: Processor) -> None:
+    prompts = prepared(anything, None, ["the star, the left star", "the left star, the star"])
+    places = prompts.words([("star", "left star"), ("star", "left star")])
+    assert places[0, 0] < places[0, 1] and places[1, 0] > places[1, 1]
+    np.testing.assert_array_equal(prompts.words([("left star", "star")] * 2), places[:, ::-1])
+
+
+def test_names_that_cannot_be_told_apart(processor: Processor) -> None:
+    prompts = processor.prepare(None, "Is the left star near the fish?")
+    with pytest.raises(PromptError, match="does not hold the word 'star' on its own, outside its other names"):
+        prompts.words([("star", "left star")])
+    assert prompts.word("star") == prompts.word("left star")
+    with pytest.raises(InputError, match="item 0 asks for two objects of the same name, 'star'"):
+        prompts.words([("star", "star")])
+    with pytest.raises(InputError, match=r"as many names, not \[1, 2\]"):
+        processor.prepare(None, ["star", "the star"]).words([("star",), ("star", "the")])
+    with pytest.raises(InputError, match="2 words were given for 1 prompts"):
+        prompts.words([("star",), ("star",)])
+
+
+# --- unknown words ----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_words_are_named_once(processor: Processor) -> None:
+    questions = ["Is the zebra left of the giraffe?", "Is the zebra left of the star?", ASKED, "Is the café; the star?"]
+    with pytest.warns(UnknownWordsWarning) as told:
+        prompts = processor.prepare(fixtures.pictures()[0], questions)
+    assert prompts.unknown == (("zebra", "giraffe"), ("zebra",), (), ("café", ";"))
+    assert [str(one.message) for one in told] == [
+        "the questions hold words that are not in the model's vocabulary, which reads them as <unk>: "
+        "'zebra', 'giraffe', 'café', ';'."
+    ]
+    assert told[0].filename == __file__
+
+
+def test_many_unknown_words_are_counted(processor: Processor) -> None:
+    words = [f"word{chr(97 + number)}" for number in range(13)]
+    with pytest.warns(UnknownWordsWarning, match=r"'worda', .*'wordj' and 3 more\.$"):
+        assert processor.prepare(None, " ".join(words)).unknown == (tuple(words),)
+
+
+def test_subword_tokenizers_know_every_word(subword: Processor) -> None:
+    assert subword.prepare(None, "Is the zebra ♞ left of the 長頸鹿?").unknown == ((),)
+
+
+def test_words_that_a_tokenizer_drops() -> None:
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # no unknown token: other letters vanish
+    found = tokenizer.encode("ab éa c a")
+    offsets = np.array(found.offsets)
+    assert found.tokens == ["a", "b", "a", "a"]
+    assert unknown("ab éa c a", found.ids, offsets, None) == ("éa", "c")
+    assert unknown("ab éa c a", found.ids, offsets, 1) == ("ab", "éa", "c")
+
+
+# --- texts that are none ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "named"),
+    [
+        ("Is the star </s> left?", "special token '</s>'"),
+        ("<s>", "special token '<s>'"),
+        ("a <unk> b", "special token '<unk>'"),
+        ("<image>", "image token '<image>'"),
+        ("the \0 star", "NUL or lone surrogates"),
+        ("the \ud83d star", "NUL or lone surrogates"),
+        ("\udcff", "NUL or lone surrogates"),
+        (3, "must be text, not int"),
+        (None, "must be text, not NoneType"),
+    ],
+)
+def test_questions_that_are_no_text(anything: Processor, question: Any, named: str) -> None:
+    with pytest.raises(PromptError, match=named) as raised:
+        anything.prepare(None, [question])
+    assert "\n" not in str(raised.value)
+
+
+def test_very_long_questions(subword: Processor) -> None:
+    long = "star " * 40_000
+    prompts = subword.prepare(None, f"{long}fish")
+    assert prompts.inputs.token_ids.shape[1] > 40_000 and prompts.word("fish")[0] > 40_000
+    with pytest.raises(PromptError, match="does not hold") as raised:
+        prompts.word("cat")
+    assert len(str(raised.value)) < 400
+
+
 # --- tokenizers of sub-words -----------------------------------------------------------------------------------------
 
 
@@ -136,8 +259,8 @@ def spoken(processor: Processor, prompts: Prompts, word: str, occurrence: int | 
     ids = np.asarray(prompts.inputs.token_ids)[0]
     starts, ends = prompts.offsets[0, tokens, 0], prompts.offsets[0, tokens, 1]
     found = prompts.texts[0][starts.min() : ends.max()]
-    unknown = processor.tokenizer.unk_token_id
-    if unknown not in ids[tokens]:
+    unk = processor.tokenizer.unk_token_id
+    if unk not in ids[tokens]:
         assert processor.tokenizer.decode(ids[tokens].tolist()).strip() == found.strip()
     return found.strip()
 
