@@ -126,7 +126,7 @@ def data_preview(
 def data_grid(
     out: Annotated[Path, typer.Option(help="Folder for {A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png.")],
     pair: Annotated[list[str], typer.Option(help="An ordered pair of objects, A,B; may be given several times.")],
-    size: Annotated[list[int] | None, typer.Option(help="Object sizes of 224; 224 by default.")] = None,
+    size: Annotated[list[int] | None, typer.Option(min=1, max=224, help="Object sizes of 224; 224 by default.")] = None,
     picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 896,
     seed: Annotated[int, typer.Option(help="Seed of colours.")] = 0,
     near_far: Annotated[bool, typer.Option("--near-far", help="Only both ends of the top row.")] = False,
