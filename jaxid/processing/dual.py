@@ -141,6 +141,12 @@ class DualProcessor:
         with reporting(f"the tokenizer cannot take the caption {shown(text)}", InputError):
             return self.tokenizer(text, return_offsets_mapping=True)
 
+    def unknown(self, text: str) -> tuple[str, ...]:
+        """The words of a caption that the vocabulary does not hold."""
+        found = self._encoded(text)
+        offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        return words.unknown(text, found["input_ids"], offsets, self.tokenizer.unk_token_id)
+
     @functools.cached_property
     def specials(self) -> tuple[str, ...]:
         """The tokenizer's special tokens, which no caption may hold."""

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,14 +234,17 @@ def evaluate_all(config: EvalConfig) -> dict[str, Any]:
     asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
     chances = {(name, question.key): 1 / len(question.captions) for name, question in asked}
     scorers = _scorers(config)
-    summary: dict[str, Any] = {"models": {}, "skipped": []}
+    summary: dict[str, Any] = {"models": {}, "skipped": [], "unknown_words": {}}
     summary["skipped"] += [{"item": f"{row.file}, row {row.row}", "reason": row.reason} for row in bad_rows]
     for model in config.models:
-        finished = _run_model(config, load_encoder(model), scorers[model], asked)
+        encoder = load_encoder(model)
+        finished = _run_model(config, encoder, scorers[model], asked)
         columns = finished.table.to_pydict()
         keys = zip(columns["benchmark"], columns["question"], strict=True)
         entry = evaluate.summary(columns | {"chance": [chances[key] for key in keys]})
         summary["models"][model] = entry
+        lost = ({word for caption in one.captions for word in encoder.processor.unknown(caption)} for _, one in asked)
+        summary["unknown_words"][model] = dict(Counter(word for own in lost for word in sorted(own)))
         summary["skipped"] += [{"item": f"{model}: {bad.key}", "reason": bad.reason} for bad in finished.skipped]
     _write_tables(config.out, summary)
     write_json(config.out / "summary.json", summary)
