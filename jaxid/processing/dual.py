@@ -143,7 +143,9 @@ class DualProcessor:
 
     def unknown(self, text: str) -> tuple[str, ...]:
         """The words of a caption that the vocabulary does not hold."""
-        found = self._encoded(text)
+        return self._unknown(text, self._encoded(text))
+
+    def _unknown(self, text: str, found: Any) -> tuple[str, ...]:
         offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
         return words.unknown(text, found["input_ids"], offsets, self.tokenizer.unk_token_id)
 
@@ -187,10 +189,7 @@ class DualProcessor:
                 ids, places = [*ids[: length - 1], ids[-1]], [*places[: length - 1], (0, 0)]
             token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, places, True
             lost.append(left)
-        unknown = tuple(
-            words.unknown(text, found["input_ids"], np.array(found["offset_mapping"]), self.tokenizer.unk_token_id)
-            for text, found in zip(texts, rows, strict=True)
-        )
+        unknown = tuple(self._unknown(text, found) for text, found in zip(texts, rows, strict=True))
         words.warn_unknown(unknown, "captions", self.tokenizer.unk_token, stacklevel=2)
         if any(lost):
             named = [f"caption {row} loses {shown(left)}" for row, left in enumerate(lost) if left]
