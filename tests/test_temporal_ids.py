@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -135,6 +136,29 @@ def test_files(tmp_path: Path) -> None:
         TemporalIDs.load(path)
     with pytest.raises(OutputError, match="Temporal IDs cannot be written"):
         found.save(tmp_path / "nowhere" / "ids.safetensors")
+
+
+def test_traced_layers_and_frames_that_do_not_exist_give_nan() -> None:
+    found = ids()
+    read = jax.jit(lambda layer, frame: found[layer, frame])
+    for layer, frame in ((0, 1), (2, 7), (-1, 3), (3, 3), (1, 0), (1, 8), (1, -7), (2**31 - 1, 4)):
+        known = 0 <= layer < LAYERS and 1 <= frame <= 7
+        expected = found[layer, frame] if known else np.full(WIDTH, np.nan)
+        np.testing.assert_allclose(read(layer, frame), expected, rtol=1e-6)
+        if not known:
+            with pytest.raises(InputError, match=r"a layer is an integer from 0 to 2|no IDs of frame"):
+                found[layer, frame]
+    for key in ((1, 1.0), (True, 1), ("1", 1)):
+        with pytest.raises(InputError):
+            found[key]
+
+
+def test_what_is_not_finite() -> None:
+    for number in (np.nan, np.inf):
+        values = ids().values.copy()
+        values[1, 1, 1, 1] = number
+        with pytest.raises(InputError, match="values must be finite, but 1 of its"):
+            ids(values=values)
 
 
 def test_what_does_not_fit() -> None:
