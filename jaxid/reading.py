@@ -13,6 +13,9 @@ from jaxid.errors import CheckpointError, JaxidError
 _RUST_PANIC = "PanicException"
 """What extensions in Rust (tokenizers, safetensors) raise when they fail; not an `Exception`."""
 
+_LONGEST = 400
+"""Characters of a foreign library's message that are shown; some list all that they know."""
+
 
 @contextlib.contextmanager
 def reading(path: str | Path, what: str, error: type[JaxidError] = CheckpointError) -> Iterator[None]:
@@ -108,11 +111,11 @@ def redacted(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, or its kind if it has none."""
+    """The first line of an error's message, cut and without its full stop, or its kind if it has none."""
     if isinstance(error, KeyError):
         return f"it has no {error}"
     lines = redacted(str(error)).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    return f"{lines[0].strip():.{_LONGEST}}".rstrip(".") if lines else type(error).__name__
 
 
 def _refuse(constant: str) -> Any:

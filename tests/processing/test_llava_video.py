@@ -284,13 +284,31 @@ def test_folders_that_cannot_show_clips_are_refused(files: dict[str, Any], named
 
 
 def test_an_image_processor_that_cuts_otherwise_is_refused(tmp_path: Path) -> None:
-    model = load(changed(PICTURES, tmp_path, preprocessor_config={"image_grid_pinpoints": [[30, 30]]}))
-    with pytest.raises(CheckpointError, match=r"cuts a picture into 2 squares, where .* make 5"):
-        model.prepare(fixtures.pictures()[0], QUESTION)
+    folder = changed(PICTURES, tmp_path, preprocessor_config={"image_grid_pinpoints": [[30, 30]]})
+    with pytest.raises(CheckpointError, match=r"cuts a picture into 2 squares, where .* make 3"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"image_std": [0, 0, 0]}, "image_std"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"resample": 99}, "resample"),
+        ({"size": "x"}, "size"),
+        ({"size": 30}, "video processor"),
+        ({"size": {"height": 10**9, "width": 10**9}}, "size"),
+        ({"rescale_factor": None, "image_std": "x"}, "image_std"),
+    ],
+)
+def test_settings_of_frames_are_checked(fields: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load(changed(CLIPS, tmp_path, video_preprocessor_config=fields))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_tokens_of_clips_may_not_be_written() -> None:
-    with pytest.raises(PromptError, match="picture tokens instead of"):
+    with pytest.raises(PromptError, match="holds the tokenizer's special token '<video>'"):
         fixtures.model(PICTURES).prepare(fixtures.pictures()[0], "Where is the <video>?")
 
 
@@ -427,7 +445,9 @@ def test_full_size_features_trace(
     family: str, fields: dict[str, Any], extras: dict[str, tuple[int, ...]], rows: int
 ) -> None:
     kind = FAMILIES[family]
-    config = kind.config(fields or {"text_config": {"hidden_size": 64, "num_attention_heads": 4}})
+    config = kind.config(
+        fields or {"text_config": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}}
+    )
     definition, state = nnx.split(nnx.eval_shape(lambda: kind.network(config, rngs=nnx.Rngs(0))))
     none = jnp.zeros((1, 1), jnp.int32)
     dtypes = {"frames": jnp.int32, "taps": jnp.int32, "weights": jnp.float32}
