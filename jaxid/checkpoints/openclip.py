@@ -15,7 +15,7 @@ from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.errors import CheckpointError
 from jaxid.models.openclip import ARCHITECTURES
 from jaxid.processing.words import read_tokenizer
-from jaxid.reading import first_line, read_json
+from jaxid.reading import first_line, read_json, redacted
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
@@ -196,8 +196,8 @@ def _downloaded(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES, "config.json"]))
     except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
         raise CheckpointError(
-            f"the tokenizer {repository} is neither in the Hugging Face cache nor reachable: {first_line(error)}; "
-            "give a folder that holds CLIP's tokenizer as `tokenizer`."
+            f"the tokenizer {redacted(repository)} is neither in the Hugging Face cache nor reachable: "
+            f"{first_line(error)}; give a folder that holds CLIP's tokenizer as `tokenizer`."
         ) from error
 
 

@@ -48,7 +48,7 @@ class RopeConfig(Config):
     high_freq_factor: float = 4.0  # "llama3": turns above which none applies
     original_max_position_embeddings: int = 8192  # "llama3", "yarn", "longrope": context length before stretching
     mrope_section: tuple[int, ...] = ()  # pairs that turn by time, height, width; empty: all by one position
-    max_position_embeddings: int = 0  # "dynamic": length beyond which the base grows
+    context: int = 0  # "dynamic": length beyond which the base grows
     attention_factor: float = 1.0  # "yarn", "longrope": cosine and sine are multiplied by it
     beta_fast: float = 32.0  # "yarn": turns above which no stretch applies
     beta_slow: float = 1.0  # "yarn": turns below which the full stretch applies
@@ -83,7 +83,7 @@ class RopeConfig(Config):
         if self.rope_type == "linear":
             return (plain / np.float32(self.factor)).astype(np.float32)
         if self.rope_type == "dynamic" and length is not None:
-            context = self.max_position_embeddings
+            context = self.context
             grown = rope.dynamic_frequencies(
                 length, head_width, self.rope_theta, factor=self.factor, max_position_embeddings=context
             )
@@ -335,7 +335,7 @@ def _rope_config(settings: dict[str, Any], context: int) -> RopeConfig:
     for name in foreign & set(settings):
         raise CheckpointError(f"rope_parameters of kind {kind!r} do not read {name}={settings[name]!r}.")
     if kind == "dynamic":
-        settings["max_position_embeddings"] = context
+        settings["context"] = context
     if kind in ("llama3", "yarn", "longrope"):
         original = settings.setdefault("original_max_position_embeddings", context)
         stretch = settings.setdefault("factor", context / original)

@@ -19,9 +19,11 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
-def _list_of(rule: Rule) -> Rule:
-    allowed, words = rule
-    return lambda value: isinstance(value, list | tuple) and all(map(allowed, value)), f"a list, each {words}"
+def _list_of(rule: Rule, least: int = 0) -> Rule:
+    def allowed(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) >= least and all(map(rule[0], value))
+
+    return allowed, f"a list, each {rule[1]}"
 
 
 def _either(one: Rule, other: Rule) -> Rule:
@@ -50,7 +52,7 @@ _GROUPS: Mapping[str, Rule] = {
     "num_hidden_layers num_global_layers depth layers num_attention_heads num_heads attention_heads heads head_width "
     "num_channels in_channels spatial_patch_size spatial_merge_size max_num_tiles "
     "attn_pooler_heads attn_pooler_queries type_vocab_size mm_tokens_per_image": _COUNT,
-    "image_size patch_size temporal_patch_size": _either(_COUNT, _list_of(_COUNT)),
+    "image_size patch_size temporal_patch_size": _either(_COUNT, _list_of(_COUNT, 1)),
     "vocab_size hidden_size intermediate_size embed_dim out_hidden_size image_text_hidden_size width "
     "context_length": _SIZE,
     "max_position_embeddings": _LENGTH,
@@ -61,7 +63,7 @@ _GROUPS: Mapping[str, Rule] = {
     "attentional_pool embed_cls quick_gelu use_absolute_position_embeddings use_mask_token": _FLAG,
     "image_token_index image_token_id video_token_index video_token_id boi_token_index boi_token_id eoi_token_index "
     "eoi_token_id": _ID,
-    "vision_feature_layer": _either(_INDEX, _list_of(_INDEX)),
+    "vision_feature_layer": _either(_INDEX, _list_of(_INDEX, 1)),
 }
 _OPTIONAL: Mapping[str, Rule] = {
     "num_key_value_heads in_chans spatial_patch_size": _COUNT,

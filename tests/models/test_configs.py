@@ -184,7 +184,7 @@ def changed(part: str | None, **fields: Any) -> dict[str, Any]:
         ("vision_config", {"model_type": "dinov2"}, "vision_config.*'dinov2'"),
         ("text_config", {"hidden_act": "swish9"}, "text_config.*hidden_act='swish9'"),
         (None, {"projector_hidden_act": "swish9"}, "projector_hidden_act='swish9'"),
-        ("text_config", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("text_config", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "'ntk'"),
         ("text_config", {"rope_scaling": {"type": "linear"}}, "'linear' lack factor"),
         ("text_config", {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 8]}}, "mrope_section"),
         (None, {"vision_feature_layer": -26}, "vision_feature_layer"),

@@ -28,7 +28,7 @@ ALWAYS: dict[str, dict[str, Any]] = {
 def rope_config(parameters: dict[str, Any], kind: str, context: int) -> RopeConfig:
     kept = {name: value for name, value in parameters.items() if name != "type"}
     if kept["rope_type"] == "dynamic":
-        kept["max_position_embeddings"] = context
+        kept["context"] = context
     if "mrope_section" in kept or kind in ("qwen2_vl_text", "qwen2_5_vl_text"):
         kept["mrope_section"] = tuple(kept.get("mrope_section", (16, 24, 24)))
     return RopeConfig(**kept)
