@@ -461,3 +461,27 @@ def test_merged_table_holds_the_rows_and_what_was_left_out(tmp_path: Path) -> No
     assert table.equals(finished.table)
     assert json.loads(table.schema.metadata[b"jaxid"]) == {"skipped": [{"key": "2", "reason": "bad"}]}
     assert results.read_table(tmp_path / "parts").equals(finished.table)
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
+    import resource
+
+    def rows(chunk: list[int]) -> dict[str, Any]:
+        size = 2000 if 3 in chunk else 1
+        return {"item": np.repeat(chunk, size), "value": np.random.default_rng(chunk[0]).random(size * len(chunk))}
+
+    def go(out: Path, **more: Any) -> jobs.Finished:
+        items = list(range(6))
+        return jobs.run(out, settings={}, items=items, key=str, compute=rows, chunk_size=3, progress=False, **more)
+
+    whole, soft = go(tmp_path / "whole"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, soft[1]))
+    try:
+        with pytest.raises(OutputError, match=r"00001\.parquet: .*File too large; free some space"):
+            go(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    parts = [path.name for path in (tmp_path / "run" / "parts").iterdir()]
+    assert parts == ["00000.parquet"]  # nothing half written
+    resumed = go(tmp_path / "run", resume=True)
+    assert resumed.resumed == 3 and resumed.table.equals(whole.table)

@@ -180,3 +180,45 @@ def test_options_that_are_not_numbers(place: Path) -> None:
             RunConfig(**options(place, "x", **changed))
     with pytest.raises(InputError, match="radius"):
         occlusion.OcclusionConfig(**options(place, "x", radius=float("nan")))
+
+
+# --- folders of other runs -------------------------------------------------------------------------------------------
+
+SUMMARY = {
+    "experiment": "belief-swap",
+    "model": "tiny",
+    "accuracy": 0.9,
+    "mean_accuracy_drop": 0.25,
+    "answered_items": 40,
+    "settings": {"factor": 5.0},
+    "best": {"layers": [1], "belief": 0.5, "belief_std": 0.1, "noise": 0.25, "noise_std": 0.0},
+}
+
+
+def test_damaged_folders_are_not_compared(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "summary.json"
+    path.parent.mkdir()
+    path.write_text("\ufeff" + json.dumps(SUMMARY), encoding="utf-8")
+    assert belief_swap.compare([path.parent], tmp_path / "out")["tiny"]["best"]["belief"] == 0.5
+    texts = ["", "{", "[]", "null", "\x00", "[" * 100_000, json.dumps(SUMMARY).replace("0.9", "NaN")]
+    odd: list[Any] = [None, [], {}, "x", -1, 7.5, [[1]], True]
+    for name in ("accuracy", "mean_accuracy_drop", "answered_items", "settings", "best"):
+        texts += [json.dumps({key: value for key, value in SUMMARY.items() if key != name})]
+        texts += [
+            json.dumps(SUMMARY | {name: value}) for value in odd if not (name == "answered_items" and value == 7.5)
+        ]
+    good = {
+        ("accuracy", "true"),
+        ("mean_accuracy_drop", "true"),
+        ("mean_accuracy_drop", "-1"),
+        ("answered_items", "true"),
+    }
+    for text in texts:
+        path.write_text(text, encoding="utf-8")
+        if any(f'"{name}": {value}' in text for name, value in good):
+            continue
+        with pytest.raises(DataError, match=r"run holds no summary of a finished jaxid run belief-swap"):
+            belief_swap.compare([path.parent], tmp_path / "out")
+    with pytest.raises(OutputError, match="holds a run"):
+        (tmp_path / "run" / "settings.json").write_text("{}")
+        belief_swap.compare([path.parent], path.parent)
