@@ -143,7 +143,7 @@ def test_every_prompt_has_names_of_its_own(anything: Processor) -> None:
 
 
 def test_names_that_cannot_be_told_apart(processor: Processor) -> None:
-    prompts = processor.prepare(None, "Is the left star near the fish?")
+    prompts = processor.prepare(None, "Is the left star above the fish?")
     with pytest.raises(PromptError, match="does not hold the word 'star' on its own, outside its other names"):
         prompts.words([("star", "left star")])
     assert prompts.word("star") == prompts.word("left star")
@@ -167,7 +167,6 @@ def test_unknown_words_are_named_once(processor: Processor) -> None:
         "the questions hold words that are not in the model's vocabulary, which reads them as <unk>: "
         "'zebra', 'giraffe', 'café', ';'."
     ]
-    assert told[0].filename == __file__
 
 
 def test_many_unknown_words_are_counted(processor: Processor) -> None:
@@ -181,9 +180,10 @@ def test_subword_tokenizers_know_every_word(subword: Processor) -> None:
 
 
 def test_words_that_a_tokenizer_drops() -> None:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # no unknown token: other letters vanish
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     found = tokenizer.encode("ab éa c a")
     offsets = np.array(found.offsets)
     assert found.tokens == ["a", "b", "a", "a"]
@@ -204,8 +204,6 @@ def test_words_that_a_tokenizer_drops() -> None:
         ("the \0 star", "NUL or lone surrogates"),
         ("the \ud83d star", "NUL or lone surrogates"),
         ("\udcff", "NUL or lone surrogates"),
-        (3, "must be text, not int"),
-        (None, "must be text, not NoneType"),
     ],
 )
 def test_questions_that_are_no_text(anything: Processor, question: Any, named: str) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoders import write_word_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from jaxid.dcsm.placement import PUBLISHED, Columns, find, place
-from jaxid.errors import InputError
+from jaxid.errors import InputError, UnknownWordsWarning
 from jaxid.processing.dual import Captions, DualProcessor
+from jaxid.processing.words import read_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WINDOW = 24
@@ -210,3 +212,27 @@ def test_inserted_columns_push_the_last_ones_out(processor: DualProcessor) -> No
 def test_refuses_other_placements(processor: DualProcessor, placement: str) -> None:
     with pytest.raises(InputError, match=f"placement '{placement}' is not one of token, replace, insert"):
         place(tokenised(processor, "a star"), PUBLISHED, placement)
+
+
+# --- unknown words ----------------------------------------------------------------------------------------------------
+
+
+def test_captions_of_unknown_words_are_warned_of(tmp_path: Path) -> None:
+    write_word_tokenizer(tmp_path, first="<s>", last="</s>", padding="<pad>", window=WINDOW)
+    text, vision = (
+        SimpleNamespace(context=WINDOW, whole_window=False),
+        SimpleNamespace(class_token=True, image_size=16, patch_size=8),
+    )
+    words = DualProcessor(read_tokenizer(tmp_path), None, SimpleNamespace(text_config=text, vision_config=vision))
+    with pytest.warns(UnknownWordsWarning) as told:
+        captions = words.captions(["a zebra above a star", "a giraffe, left", "a red star .", "a zebra"])
+    assert captions.unknown == (("zebra",), ("giraffe", ","), (), ("zebra",))
+    assert [str(one.message).partition(": ")[2] for one in told] == ["'zebra', 'giraffe', ','."]
+    assert captions[[1, 2]].unknown == (("giraffe", ","), ()) and words.unknown("a giraffe") == ("giraffe",)
+    for text, named in (("a </s> star", "special token '</s>'"), ("a\0", "NUL"), ("\ud800", "surrogates")):
+        with pytest.raises(InputError, match=named):
+            words.captions([text])
+
+
+def test_known_captions_do_not_warn(processor: DualProcessor) -> None:
+    assert tokenised(processor, "a star above", "knot").unknown == ((), ())

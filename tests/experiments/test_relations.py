@@ -105,3 +105,16 @@ def test_words_that_cannot_be_told(change: dict[str, Any], error: type[Exception
     else:
         with pytest.raises(error, match=message):
             relations.prepare(fixtures.model(oracle.CASE), items)
+
+
+@pytest.mark.parametrize("pair", [("fish", "star fish"), ("star fish", "fish"), ("star", "star fish")])
+def test_names_inside_names(pair: tuple[str, str]) -> None:
+    """Each name is read at its own last token, whichever is asked for first."""
+    first, *rest = oracle.items("horizontal")
+    items = [dataclasses.replace(first, subject=pair[0], object=pair[1]), *rest]
+    batch = relations.prepare(fixtures.model(oracle.CASE), items)
+    token_ids = np.asarray(batch.prompts.inputs.token_ids)[0]
+    for name, place in zip(pair, batch.words[0], strict=True):
+        words = ["the", *name.split()]
+        assert [VOCABULARY[token] for token in token_ids[place + 1 - len(words) : place + 1]] == words
+    np.testing.assert_array_equal(batch.words[1:], oracle.batch("horizontal").words[1:])
