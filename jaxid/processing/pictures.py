@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxid.errors import InputError, JaxidError
-from jaxid.reading import first_line as first_line
 from jaxid.reading import reading
 
 Picture = Any
