@@ -1,5 +1,6 @@
 """Extraction of IDs from grid pictures, against the published means taken picture by picture from PyTorch."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -131,3 +132,22 @@ def test_question_must_hold_the_word_once() -> None:
             grid.extract(
                 fixtures.model(oracle.CASE), items()[:2], pairs=PAIRS, sizes=SIZES, question=question, batch_size=2
             )
+
+
+@pytest.mark.parametrize("pair", [("star fish", "fish"), ("fish", "star fish")])
+def test_names_inside_names(pair: tuple[str, str]) -> None:
+    """The asked word is read at its own token, not inside the other name."""
+    model = fixtures.model(oracle.CASE)
+    chosen = [item for item in items() if item.cell_a == (0, 0) and item.size == 224][:2]
+    made = [dataclasses.replace(item, object_a=pair[0], object_b=pair[1]) for item in chosen]
+    ids = grid.extract(model, made, pairs=[pair], sizes=(224,), batch_size=2)
+    prompts = model.prepare([item.picture for item in made], grid.QUESTION.format(a=pair[0], b=pair[1]))
+    token_ids = np.asarray(prompts.inputs.token_ids)
+    # The asked object stands first in the question: "Is the {b} to the left ..."
+    at = np.array([list(row).index(VOCABULARY.index("to")) - 1 for row in token_ids])
+    assert ids.objects == (pair[1],)
+    expected = np.asarray(residuals_at(model, prompts, at))[1:, :, 0]
+    found = [np.asarray(ids.values)[:, 0, 0, x, y] for x, y in (item.cell_b for item in made)]
+    # IDs are activations less their mean over the pictures of A's cell.
+    assert made[0].cell_b != made[1].cell_b
+    np.testing.assert_allclose(found[0] - found[1], expected[:, 0] - expected[:, 1], rtol=1e-4, atol=1e-5)
