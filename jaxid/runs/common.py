@@ -8,7 +8,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from jaxid import jobs, plots, zoo
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.checks import check_options
 from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
-from jaxid.errors import DataError, InputError, JaxidWarning, OutputError, PromptError
+from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
 from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import Case, Compat, RelationBatch, answer_forms, axis_of, prepare
 from jaxid.ids import SpatialIDs
@@ -402,33 +402,6 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 4 * 2**30
-
-
-def check_extraction(out: Path, batch_size: int) -> None:
-    """Checks where IDs are to be written, and how many pictures or clips are read together.
-
-    Raises:
-        OutputError: if the file's name or place cannot be.
-        InputError: if the batch is empty.
-    """
-    if out.suffix != ".safetensors":
-        raise OutputError(f"{out} cannot hold IDs: the name must end in .safetensors.")
-    if out.is_dir():
-        raise OutputError(f"cannot write {out}: a folder is in the way; choose another name.")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be 1 or more, not {batch_size}.")
-    ensure_output_folder(out.parent)
-
-
-def with_bar(items: Sequence[Item], batch_size: int, unit: str) -> Iterator[Item]:
-    """The items, counted by a progress bar on terminals, which says what the first batch waits for."""
-    from tqdm import tqdm
-
-    with tqdm(items, unit=unit, disable=None, desc=f"compiling for batches of {batch_size}") as bar:
-        for number, item in enumerate(bar):
-            if number == batch_size:
-                bar.set_description(refresh=False)
-            yield item
 
 
 def filled(items: Sequence[Item], size: int) -> list[Item]:

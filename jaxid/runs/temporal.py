@@ -18,7 +18,8 @@ from jaxid.experiments.relations import RelationBatch
 from jaxid.models.base import Model
 from jaxid.processing.pictures import Clip
 from jaxid.results import tidy, write_json
-from jaxid.runs.common import Columns, Run, RunConfig, about, check_extraction, filled, with_bar
+from jaxid.runs.common import Columns, Run, RunConfig, about, filled
+from jaxid.runs.spatial_ids import check_extraction, with_bar
 from jaxid.temporal_ids import FRAMES, rank_correlation
 
 PUBLISHED_LAYER, PUBLISHED_BLOCKS = 13, 28
