@@ -135,7 +135,7 @@ class Prompts:
         return self._where(np.asarray(self.inputs.image_slots) >= 0, "picture tokens", equal=True)
 
     def text_tokens(self) -> Int[np.ndarray, "B P"]:
-        """Positions of all tokens after the picture, shorter rows filled up with their last position."""
+        """Positions of all tokens after the picture, shorter rows padded with their last position."""
         valid = np.asarray(self.inputs.valid)
         after = np.arange(valid.shape[1]) >= self.text_start()[:, None]
         return self._where(after & valid, "text tokens", equal=False)

@@ -47,7 +47,7 @@ class Texts:
     """Encoded captions, every vector of length one.
 
     Attributes:
-        captions: texts, ids, and where every token stands in its text; `TEXT_TOKENS` long, filled up or cut.
+        captions: texts, ids, and where every token stands in its text; `TEXT_TOKENS` long, padded or cut.
         tokens: all caption tokens, padding too.
         pooled: whole captions.
     """
@@ -136,7 +136,7 @@ def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TO
 
 
 def _in_full(run: Any, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Runs a batch filled up to a power of two, so that few programs are compiled, and cuts what it gives."""
+    """Runs a batch padded to a power of two, so that few programs are compiled, and cuts what it gives."""
     count = len(arrays[0])
     size = 1 << (count - 1).bit_length()
     filled = [np.concatenate([array, np.repeat(array[-1:], size - count, axis=0)]) for array in arrays]
