@@ -141,7 +141,7 @@ def _cleaned(answer: str) -> list[str]:
         words = json.loads(answer[start : stop + 1]) if start >= 0 else None
     except (ValueError, RecursionError):
         words = None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+    if not isinstance(words, list) or not all(isinstance(word, str) and _is_unicode(word) for word in words):
         raise DataError(f"step 3 (clean) did not give a JSON list of words: {answer[:80]!r}.")
     return [_line(word).lower() for word in words if word.strip()]
 

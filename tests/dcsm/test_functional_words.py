@@ -31,6 +31,8 @@ class Stub(http.server.ThreadingHTTPServer):
     retry_after: str = "7"
     redirect: str | None = None
     cut: int = 0  # answers that end too early
+    stream: bytes = b""  # sent again and again, if there is one
+    pause: float = 0.0  # between times
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,6 +57,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "500")
             self.end_headers()
             self.wfile.write(b"{")
+            return
+        if self.server.stream:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader has gone
+                while self.server.stream:
+                    self.wfile.write(self.server.stream)
+                    time.sleep(self.server.pause)
             return
         prompt = body["messages"][0]["content"]
         self.server.prompts.append(prompt)
@@ -208,3 +218,74 @@ def test_offsets_are_those_of_whole_words(parts: list[str], between: str, loud: 
     caption = between.join(part.upper() if loud else part for part in parts)
     known = [(part, start) for part, start in zip(parts, starts, strict=True) if part in RULES]
     assert find(caption, RULES) == [(RULES.index(part), start, start + len(part)) for part, start in known]
+
+
+def test_answers_are_bounded_in_size_and_time(stub: Stub, tmp_path: Path) -> None:
+    ask = endpoint(stub, tmp_path, key_variable=None, timeout=0.5)
+    stub.stream, stub.pause = b" ", 0.05  # each byte comes in time
+    started = time.monotonic()
+    with pytest.raises(DataError, match="sends too slowly"):
+        ask("hello")
+    stub.stream, stub.pause = b" " * 2**20, 0.0
+    with pytest.raises(DataError, match="sends more than 8 MB"):
+        endpoint(stub, tmp_path, key_variable=None)("hello")
+    assert time.monotonic() - started < 20
+    stub.stream = b""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("clean", ["[" * 100_000, '["\\ud800"]', "\ud800"], ids=["deep", "half", "half, bare"])
+def test_answers_that_no_file_can_hold(stub: Stub, tmp_path: Path, clean: str) -> None:
+    stub.clean = clean
+    with pytest.raises(DataError):
+        by_model(CAPTIONS, endpoint(stub, tmp_path, key_variable=None))
+
+
+def test_redirects_lead_to_web_addresses_alone(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    for target in (f"file://{tmp_path / 'secret'}", "ftp://127.0.0.1/secret"):
+        stub.redirect = target
+        with pytest.raises(DataError, match="HTTP 302"):
+            endpoint(stub, tmp_path / "cache", key_variable=None)("hello")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@127.0.0.1:9/v1",
+        "http://hunter2@127.0.0.1:9/v1",
+        "http://127.0.0.1:9/v1?key=hunter2",
+        "http://127.0.0.1:9/v1#hunter2",
+        "http://user:hunter2@127.0.0.1:port/v1",
+        "ftp://user:hunter2@127.0.0.1/v1",
+        "user:hunter2@127.0.0.1/v1",
+        "http://[hunter2",
+    ],
+)
+def test_secrets_in_addresses_are_not_shown(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        Endpoint(url, "tiny", tmp_path, key_variable=None)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_failures_name_the_host_alone(tmp_path: Path) -> None:
+    ask = Endpoint("http://127.0.0.1:9/hunter2/v1", "tiny", tmp_path, key_variable=None, attempts=1)
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9 gave no answer") as caught:
+        ask("hello")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{", b'{"answer": 5}', b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_answer_is_asked_for_again(stub: Stub, tmp_path: Path, damage: bytes) -> None:
+    ask = endpoint(stub, tmp_path, key_variable=None)
+    found = by_model(CAPTIONS, ask)
+    kept = sorted(tmp_path.iterdir())
+    kept[0].write_bytes(damage)
+    assert by_model(CAPTIONS, ask) == found and len(stub.prompts) == 6
+    assert sorted(tmp_path.iterdir()) == kept and "answer" in json.loads(kept[0].read_text())
+
+
+@pytest.mark.parametrize("wrong", [{"timeout": float("nan")}, {"timeout": 0.0}, {"attempts": 0}])
+def test_numbers_that_make_no_sense(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Endpoint("http://127.0.0.1:9/v1", "tiny", tmp_path, key_variable=None, **wrong)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxid.checkpoints.scorer_files import read_authors_scorer, write_authors_scorer
-from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
+from jaxid.dcsm.embedding import Pictures, Texts, embed_images, embed_texts
 from jaxid.dcsm.evaluate import answer, summary
 from jaxid.dcsm.placement import find, place
 from jaxid.dcsm.scoring import Scorer, score, score_own
@@ -130,7 +130,10 @@ def test_files(kind: str, tmp_path: Path) -> None:
     )
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(scorer))
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
-    for name, message in (("none.safetensors", "is missing; expected a scorer"), ("other.safetensors", "a scorer that jaxid wrote")):
+    for name, message in (
+        ("none.safetensors", "is missing; expected a scorer"),
+        ("other.safetensors", "a scorer that jaxid wrote"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             Scorer.load(tmp_path / name)
 
@@ -170,6 +173,60 @@ def test_files_that_are_no_scorers(change: Any, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"must end in \.safetensors"):
         scorer.save(tmp_path / "scorer.npz")
     assert [found.name for found in tmp_path.iterdir()] == ["scorer.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, told: arrays.update({"network.fc1": arrays["network.fc1"] * np.nan}), "fc1 must be finite"),
+        (lambda arrays, told: arrays.update(vectors=arrays["vectors"] / np.float32(1e-45)), "vectors must be finite"),
+        (lambda arrays, told: arrays.update({"network.fc2": np.ones(7, np.float32)}), "fc2 has the shape"),
+        (lambda arrays, told: arrays.update({"network.fc2": np.ones(128, np.int32)}), "fc2 holds int32"),
+        (lambda arrays, told: arrays.update({"network.fc1": np.array(1, np.float32)}), "fc1 has the shape"),
+        (lambda arrays, told: told.update(vocabulary=[]), "list of functional words is empty"),
+        (lambda arrays, told: told.update(vocabulary="above"), "vocabulary must be a list"),
+        (lambda arrays, told: told.update(vocabulary=[1, 2]), "functional word 0 is 1"),
+        (lambda arrays, told: told.update(vocabulary=["no"] * 11), "'no' is there twice"),
+        (lambda arrays, told: told.update(vocabulary=["no"]), "1 functional words"),
+        (lambda arrays, told: told.update(placement=[]), "placement"),
+        (lambda arrays, told: told.update(encoder=5), "encoder's name"),
+        (lambda arrays, told: told.update(kind=[]), "cannot be read"),
+    ],
+)
+def test_damaged_scorers(change: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "scorer.safetensors"
+    a_scorer().save(path)
+    with np.errstate(all="ignore"):
+        rewritten(path, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Scorer.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def handmade(pictures: np.ndarray, captions: np.ndarray) -> tuple[Pictures, Texts]:
+    texts = embed_texts(encoder(CASE), CAPTIONS[: len(captions)], LENGTH)
+    return Pictures(tokens=pictures, pooled=pictures[:, 0]), dataclasses.replace(texts, tokens=captions)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_scores_that_are_not_finite_are_refused(group: str) -> None:
+    """No word of the vocabulary stands in the captions, as its column would differ from the others."""
+    rng = np.random.default_rng(0)
+    images, captions = (rng.standard_normal((2, tokens, 8)).astype(np.float32) for tokens in (17, LENGTH))
+    scorer = dataclasses.replace(a_scorer(), vocabulary=tuple(f"word{number}" for number in range(11)))
+    assert np.isfinite(score(scorer, *handmade(images, captions), group=group)).all()
+    for side, message in ((images, "picture 1 hold NaN"), (captions, "fish but no star' hold NaN")):
+        kept = side[1, 3, 2]
+        side[1, 3, 2] = np.nan
+        with pytest.raises(InputError, match=message):
+            score(scorer, *handmade(images, captions), group=group)
+        side[1, 3, 2] = kept
+    images[:], captions[:] = images[:1, :1], captions[:1, :1]
+    with pytest.raises(InputError, match=r"picture 0 with 'red star above a fish', .* alike"):
+        score(scorer, *handmade(images, captions), group=group)
+    broken = dataclasses.replace(scorer, network=scorer.network._replace(fc2=scorer.network.fc2 * np.nan))
+    with pytest.raises(InputError, match="the scorer's fc2 must be finite"):
+        score(broken, *handmade(images, captions), group=group)
 
 
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])
