@@ -154,6 +154,8 @@ class States:
 
         if expected is None:
             raise CheckpointError(f"{path} is no state of this run, which has no such step.")
+        if not (path / "default").is_dir():
+            raise CheckpointError(f"{path} cannot be read as a training state: its folder default is missing.")
         with reading(path, "a training state"):
             state = ocp.StandardCheckpointer().restore(path / "default", expected)
             noted = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"] or {}
