@@ -136,8 +136,9 @@ class Scorer:
             vectors, kind = jnp.asarray(arrays.pop("vectors")), KINDS[described["kind"]]
             network = kind(**{name.removeprefix("network."): jnp.asarray(value) for name, value in arrays.items()})
             vocabulary, placement, encoder = (described[name] for name in ("vocabulary", "placement", "encoder"))
-            if not isinstance(vocabulary, list) or not isinstance(encoder, str):
-                raise CheckpointError(f"{path}: the vocabulary must be a list and the encoder's name a text.")
+            words = vocabulary if isinstance(vocabulary, list) else [None]
+            if not all(isinstance(text, str) for text in (*words, placement, encoder)):
+                raise CheckpointError(f"{path}: the vocabulary must be a list of texts, placement and encoder texts.")
             try:
                 found = cls(
                     network=network, vectors=vectors, vocabulary=tuple(vocabulary), placement=placement, encoder=encoder

@@ -185,11 +185,11 @@ def test_files_that_are_no_scorers(change: Any, tmp_path: Path) -> None:
         (lambda arrays, told: arrays.update({"network.fc1": np.array(1, np.float32)}), "fc1 has the shape"),
         (lambda arrays, told: told.update(vocabulary=[]), "list of functional words is empty"),
         (lambda arrays, told: told.update(vocabulary="above"), "vocabulary must be a list"),
-        (lambda arrays, told: told.update(vocabulary=[1, 2]), "functional word 0 is 1"),
+        (lambda arrays, told: told.update(vocabulary=[1, 2]), "vocabulary must be a list"),
         (lambda arrays, told: told.update(vocabulary=["no"] * 11), "'no' is there twice"),
         (lambda arrays, told: told.update(vocabulary=["no"]), "1 functional words"),
-        (lambda arrays, told: told.update(placement=[]), "placement"),
-        (lambda arrays, told: told.update(encoder=5), "encoder's name"),
+        (lambda arrays, told: told.update(placement=[]), "placement and encoder texts"),
+        (lambda arrays, told: told.update(encoder=5), "encoder texts"),
         (lambda arrays, told: told.update(kind=[]), "cannot be read"),
     ],
 )
@@ -212,7 +212,7 @@ def handmade(pictures: np.ndarray, captions: np.ndarray) -> tuple[Pictures, Text
 def test_scores_that_are_not_finite_are_refused(group: str) -> None:
     """No word of the vocabulary stands in the captions, as its column would differ from the others."""
     rng = np.random.default_rng(0)
-    images, captions = (rng.standard_normal((2, tokens, 8)).astype(np.float32) for tokens in (17, LENGTH))
+    images, captions = (rng.standard_normal((2, tokens, 16)).astype(np.float32) for tokens in (17, LENGTH))
     scorer = dataclasses.replace(a_scorer(), vocabulary=tuple(f"word{number}" for number in range(11)))
     assert np.isfinite(score(scorer, *handmade(images, captions), group=group)).all()
     for side, message in ((images, "picture 1 hold NaN"), (captions, "fish but no star' hold NaN")):
