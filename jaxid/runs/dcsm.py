@@ -21,10 +21,10 @@ from jaxid.dcsm.embedding import embed_images, embed_texts
 from jaxid.dcsm.placement import find, place
 from jaxid.dcsm.scoring import Scorer, score
 from jaxid.dcsm.training import TrainingConfig
-from jaxid.errors import DataError, InputError, OutputError
+from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.kernels import similarity
 from jaxid.models.base import Encoder
-from jaxid.models.encoders import ENCODER_ALIASES
+from jaxid.models.encoders import ENCODER_ALIASES, ENCODERS
 from jaxid.processing.pictures import open_picture
 from jaxid.reading import read_json, reading
 from jaxid.results import ensure_output_folder, write_json, write_text
@@ -45,9 +45,14 @@ def find_scorer(model: str, path: Path | None) -> Scorer:
 
     Raises:
         InputError: if there is neither.
+        CheckpointError: if the scorer cannot be read, or the model is of a kind that has none.
     """
     found = own_scorer(model) if path is None else path
     if found is None:
+        folder = find_folder(ENCODER_ALIASES.get(model, model))
+        kind = read_json(folder / "config.json", CheckpointError, missing={}).get("model_type")
+        if kind is not None and kind not in ENCODERS:
+            raise CheckpointError(f"{folder}: model_type {kind!r} is no CLIP-like model; give one.")
         raise InputError(f"{model} has no scorer of its own; give --scorer, or train one with `jaxid dcsm train`.")
     return Scorer.load(found)
 
