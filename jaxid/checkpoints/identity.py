@@ -34,6 +34,7 @@ class Seen(NamedTuple):
         tensor: its name in the file.
         digest: of its numbers and their format.
         finite: whether none of them is NaN or infinite.
+        fits: whether the parameters' format holds all of them.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Seen(NamedTuple):
     tensor: str
     digest: str
     finite: bool
+    fits: bool
 
 
 def look(part: Shaped[np.ndarray, "..."]) -> tuple[str, bool]:

@@ -414,6 +414,12 @@ def read_parameters(
         raise CheckpointError(
             f"{tensors.files[0].parent} holds NaN or infinite numbers in {_listed(spoilt)}; copy or train it again."
         )
+    large = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.fits})]
+    if large:
+        raise CheckpointError(
+            f"{tensors.files[0].parent} holds numbers too large for {np.dtype(dtype).name} in {_listed(large)}; "
+            "load it as bfloat16 or float32."
+        )
     return unflatten(leaves), combined(seen)
 
 
@@ -426,10 +432,12 @@ def _fill(
     """Writes the tensors of a parameter to it."""
 
     def move(target: np.ndarray, source: np.ndarray, key: Key, layer: int, number: int, name: str) -> Seen:
-        seen = look(source)
-        _copy(target, source)
+        digest, finite = look(source)
+        with np.errstate(over="ignore"):
+            _copy(target, source)
         tensors.release(name, source)
-        return Seen(key.source.format(layer=layer), key.part or (0, 1), number, name, *seen)
+        fits = target.dtype != np.float16 or bool(np.isfinite(target).all()) or not finite
+        return Seen(key.source.format(layer=layer), key.part or (0, 1), number, name, digest, finite, fits)
 
     moves = []
     for key, row, name in rows:

@@ -16,8 +16,8 @@ from jaxid.reading import reading
 Picture = Any
 """A path, a PIL image, or an array UInt8[Y, X, 3] or, in grey, UInt8[Y, X]."""
 
-MOST_PIXELS = 80_000_000
-"""Pixels of the largest file that is opened; a little below what Pillow warns of."""
+MOST_PIXELS = 178_000_000
+"""Pixels of the largest file that is opened; a little below what Pillow refuses."""
 
 MOST_STRETCHED = 200
 """Longest side of a picture in units of its shortest; a longer strip would be resized to one of gigabytes."""
