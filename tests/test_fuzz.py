@@ -239,13 +239,13 @@ READERS: tuple[Reader, ...] = (
             name=case.name,
             make=copied(functools.partial(folder, case)),
             read=lambda place, case=case: prepared(place, shown(case)),
-            cases=100,
+            cases=60,
         )
         for case in EVERY
         if case.name in EACH
     ),
     *(
-        Reader(name=case.name, make=copied(functools.partial(encoder_folder, case)), read=embedded)
+        Reader(name=case.name, make=copied(functools.partial(encoder_folder, case)), read=embedded, cases=40)
         for case in ENCODER_CASES
     ),
     Reader(name="openclip", make=openclip_folder, read=embedded),
@@ -253,22 +253,45 @@ READERS: tuple[Reader, ...] = (
         name="spatial-ids",
         make=lambda place: spatial_ids().save(place / "ids.safetensors"),
         read=lambda place: finite(SpatialIDs.load(place / "ids.safetensors")),
+        cases=120,
     ),
     Reader(
         name="temporal-ids",
         make=lambda place: temporal_ids().save(place / "ids.safetensors"),
         read=lambda place: finite(TemporalIDs.load(place / "ids.safetensors")),
+        cases=120,
     ),
-    Reader(name="authors-ids", make=authors_ids, read=lambda place: finite(SpatialIDs.from_torch(place / "ids.pt"))),
-    Reader(name="scorer", make=scorer_file, read=lambda place: Scorer.load(place / "scorer.safetensors")),
-    Reader(name="authors-scorer", make=authors_scorer, read=lambda place: read_authors_scorer(place / "scorer.pt", 7)),
-    Reader(name="pictures", make=picture_files, read=opened, cases=150),
+    Reader(
+        name="authors-ids",
+        make=authors_ids,
+        read=lambda place: finite(SpatialIDs.from_torch(place / "ids.pt")),
+        cases=120,
+    ),
+    Reader(name="scorer", make=scorer_file, read=lambda place: Scorer.load(place / "scorer.safetensors"), cases=120),
+    Reader(
+        name="authors-scorer",
+        make=authors_scorer,
+        read=lambda place: read_authors_scorer(place / "scorer.pt", 7),
+        cases=120,
+    ),
+    Reader(name="pictures", make=picture_files, read=opened, cases=250),
     Reader(name="video", make=video_file, read=lambda place: videos.read_video(place / "clip.mp4", frames=4)),
     Reader(name="coco", make=coco_folder, read=coco_read, cases=120, damaged=("*.json", "*.jpg")),
-    Reader(name="three-objects", make=three_objects_folder, read=three_objects.read_three_objects, damaged=("*.json",)),
+    Reader(
+        name="three-objects",
+        make=three_objects_folder,
+        read=three_objects.read_three_objects,
+        cases=120,
+        damaged=("*.json",),
+    ),
     Reader(name="manifest", make=clips_folder, read=manifest_read, cases=50, damaged=("manifest*",)),
     Reader(name="grid", make=grid_folder, read=grid.read_grid_folder, cases=10),
-    Reader(name="negation", make=negation_file, read=lambda place: datasets.read_negation(place / "negation.json")),
+    Reader(
+        name="negation",
+        make=negation_file,
+        read=lambda place: datasets.read_negation(place / "negation.json"),
+        cases=120,
+    ),
     Reader(
         name="benchmarks",
         make=layouts_benchmarks.everything,
@@ -276,8 +299,8 @@ READERS: tuple[Reader, ...] = (
         cases=150,
         damaged=("*.csv", "*.json", "*.jpg", "*.jpeg"),
     ),
-    Reader(name="job", make=job_folder, read=job),
-    Reader(name="table", make=table_file, read=lambda place: results.read_table(place / "table.parquet")),
+    Reader(name="job", make=job_folder, read=job, cases=100),
+    Reader(name="table", make=table_file, read=lambda place: results.read_table(place / "table.parquet"), cases=120),
 )
 
 
@@ -316,7 +339,7 @@ def complaint(reader: Reader, place: Path, name: str) -> str | None:
         message = str(error)
         if len(message.splitlines()) != 1 or len(message) > 2000:
             return f"the message is not one line: {message!r:.300}"
-        known = (Path(name).name, Path(name).stem, place.name)
+        known = (Path(name).name, Path(name).stem.replace("_", " "), place.name)
         return None if any(part in message for part in known) else f"the message names no file: {message}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):

@@ -368,7 +368,7 @@ def test_where_stop_tokens_are_found(tmp_path: Path, files: dict[str, Any], stop
 def test_an_unreadable_generation_config_is_named(tmp_path: Path) -> None:
     folder = shutil.copytree(fixtures.folder(CASES[0]), tmp_path / "model")
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json is not readable JSON"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read as a JSON file"):
         Processor.from_folder(folder, fixtures.model(CASES[0]).config, LlavaSide)
 
 

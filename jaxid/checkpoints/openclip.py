@@ -185,6 +185,8 @@ def load_words(folder: Path, tokenizer: str | Path | None, vocabulary: int) -> O
     words = read_tokenizer(place if place.is_dir() else _downloaded(str(tokenizer or TOKENIZER)))
     if len(words) != vocabulary:
         raise CheckpointError(f"the tokenizer in {place} has {len(words)} tokens, the model {vocabulary}.")
+    if max(words.get_vocab().values()) >= vocabulary:
+        raise CheckpointError(f"the tokenizer in {place} has ids beyond the model's {vocabulary} tokens.")
     return OpenCLIPWords(words)
 
 

@@ -93,7 +93,10 @@ class DualProcessor:
         Raises:
             CheckpointError: if either is missing or unreadable.
         """
-        found = cls(words.read_tokenizer(folder), PictureSide.load_image_processor(folder, config), config)
+        tokenizer = words.read_tokenizer(folder)
+        if tokenizer.pad_token_id is None:
+            raise CheckpointError(f"the tokenizer in {folder} names no padding token in tokenizer_config.json.")
+        found = cls(tokenizer, PictureSide.load_image_processor(folder, config), config)
         found.check(folder)
         return found
 

@@ -150,4 +150,6 @@ def read_tokenizer(folder: Path, kind: Any = None, **options: Any) -> Any:
             raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens stand.")
         # A damaged file may be readable and fail at the first text.
         tokenizer.decode(tokenizer(tokenizer.unk_token or "a", return_offsets_mapping=True)["input_ids"])
+        for role in ("unk", "pad", "bos", "eos"):  # looked up in the vocabulary, endlessly if that lacks "unk"
+            getattr(tokenizer, f"{role}_token_id")
     return tokenizer

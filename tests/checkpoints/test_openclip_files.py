@@ -203,7 +203,7 @@ def test_incomplete_folders_say_what_they_lack(tiny: Path) -> None:
             load_encoder(tiny)
     (tiny / "open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}')
     (tiny / "open_clip_model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"open_clip_config.json is not a config that jaxid can read: .*width"):
+    with pytest.raises(CheckpointError, match=r"open_clip_config.json cannot be read as a config: .*width"):
         load_encoder(tiny)
 
 

@@ -20,6 +20,8 @@ from jaxid.errors import InputError, UnknownWordsWarning
 from jaxid.processing.dual import Captions, DualProcessor
 from jaxid.processing.words import read_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the captions hold words")  # of letters alone
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WINDOW = 24
 """Tokens of a caption: start, end, and 22 letters."""

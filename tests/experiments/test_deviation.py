@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import fixtures
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -139,10 +138,9 @@ def test_other_families(case: Case) -> None:
     batch, ids = prepare(model, items), oracle.ids(model.num_layers, model.width)
     result = deviation.run(model, batch, ids, oracle.PAIRS[:2], BOXES[:2])
     text = model.prepare(None, list(batch.prompts.questions))
-    every = [jnp.asarray(np.tile(np.arange(p.inputs.token_ids.shape[1]), (2, 1))) for p in (batch.prompts, text)]
     shown, alone = (
-        np.asarray(forward(model, prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"])
-        for prompts, at in zip((batch.prompts, text), every, strict=True)
+        np.asarray(forward(model, prompts, capture=Capture(("resid_post",))).captured["resid_post"])
+        for prompts in (batch.prompts, text)
     )
     universal = ids.values[:, :, 0].astype(float).mean(axis=1)
     for row, pair in enumerate(oracle.PAIRS[:2]):
@@ -327,7 +325,7 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "data").mkdir()
     shutil.copytree(place / "data", tmp_path / "data", dirs_exist_ok=True)
     (tmp_path / "data" / INSTANCES_FILE).write_text("{")
-    assert "instances format" in refused(capsys, *arguments, "--data", tmp_path / "data")
+    assert "cannot be read as a JSON file" in refused(capsys, *arguments, "--data", tmp_path / "data")
     (tmp_path / "data" / INSTANCES_FILE).unlink()
     assert f"no {INSTANCES_FILE}" in refused(capsys, *arguments, "--data", tmp_path / "data")
     assert command(*arguments, "--data", place / "data", "--layer", "0", "--layers", "2") == 0

@@ -46,7 +46,7 @@ def test_what_is_wrong_shows_before_the_weights_are_read(
     (folder / "broken" / "run.json").write_text("[1")
     (folder / "state" / "state").mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr(files, "load_parameters", reached)
+        patched.setattr(files, "read_parameters", reached)
         for out, further, message in (
             ("run", ["--id-layer", "9"], "id_layer 9 is out of range"),
             ("run", ["--ids", str(folder / "wide.safetensors")], "width 7"),

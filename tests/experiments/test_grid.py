@@ -16,6 +16,8 @@ from jaxid.errors import InputError, PromptError
 from jaxid.experiments import grid
 from jaxid.tracing import residuals_at
 
+pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
+
 PAIRS = (("star", "fish"), ("cat", "fish"), ("fish", "star"))
 SIZES = (224, 74)
 A_CELLS = ((0, 0), (2, 1), (3, 3))

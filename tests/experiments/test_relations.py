@@ -13,6 +13,8 @@ from jaxid.engine import forward
 from jaxid.errors import InputError, PromptError, UnknownWordsWarning
 from jaxid.experiments import relations
 
+pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
+
 
 @pytest.mark.parametrize(
     ("relation", "axis"),

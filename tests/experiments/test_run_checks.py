@@ -55,7 +55,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         pytest.fail("the weights were read")
 
-    monkeypatch.setattr(tensors, "load_parameters", read)
+    monkeypatch.setattr(tensors, "read_parameters", read)
 
 
 WITH_IDS = ("belief-swap", "steer", "single", "depth", "deviation")

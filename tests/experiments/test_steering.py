@@ -9,6 +9,8 @@ import pytest
 
 from jaxid.experiments import steering
 
+pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
+
 
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 def test_vectors_are_differences_of_mirrored_cells(axis: str) -> None:

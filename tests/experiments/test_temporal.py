@@ -168,7 +168,7 @@ def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "manifest.csv").write_text(f'{header}short.mp4,star,fish,"{QUERY}","1,2","1,2"\n')
     (tmp_path / "lacking.csv").write_text(f"{header}short.mp4,star,fish,,1,2\n")
     for arguments, message in (
-        (("ids", "temporal", "--data", str(tmp_path), "--out", str(tmp_path / "x"), "--model", folder), "does not fit"),
+        (("ids", "temporal", "--data", str(tmp_path), "--out", str(tmp_path / "x"), "--model", folder), ".safetensors"),
         (
             ("run", "temporal-swap", "--data", str(tmp_path), "--out", str(tmp_path / "a"), "--model", folder),
             "5 frames",
@@ -191,7 +191,7 @@ def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
                 "--model",
                 folder,
             ),
-            "cannot be read as a file of temporal IDs",
+            "expected a file of temporal IDs",
         ),
     ):
         with pytest.raises(SystemExit) as ended:
