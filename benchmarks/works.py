@@ -222,7 +222,7 @@ def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
         }
 
     def extract() -> Found:
-        return {"states": grid.activations_at(model, batch.prompts, words)}
+        return {"states": grid.activations_at(model, batch.prompts, batch.prompts.word(words))}
 
     return {
         "control": control,

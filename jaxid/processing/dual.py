@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxid.errors import InputError
+from jaxid.errors import CheckpointError, InputError
 from jaxid.processing import words
 from jaxid.processing.base import SMALL, PictureSide, check_trial, processed
 from jaxid.processing.pictures import Picture, open_picture

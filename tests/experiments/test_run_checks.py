@@ -145,9 +145,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, module: Any, rows: slice) -> None:
 def test_items_that_are_not_finite_are_named_and_left_out(
     place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = belief_swap.BeliefSwapConfig(
-        **options(place, "", factor=2.0, layers="0-1", max_new_tokens=0, batch_size=ITEMS) | {"out": tmp_path}
-    )
+    chosen: dict[str, Any] = options(place, "", factor=2.0, layers="0-1", max_new_tokens=0, batch_size=ITEMS)
+    config = belief_swap.BeliefSwapConfig(**{**chosen, "out": tmp_path})
     poisoned(monkeypatch, belief_swap.belief_swap, slice(0, 1))
     with pytest.warns(JaxidWarning, match=r"2 of 12 items are left out.*NaN or infinite: 0000"):
         summary = belief_swap.run(config)
