@@ -1,6 +1,7 @@
 """What the tests of the experiments share: questions about noise pictures, random IDs, and PyTorch's answers."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 
 import fixtures
@@ -9,6 +10,7 @@ import torch
 from families import CASES, VOCABULARY
 
 from jaxid.data.coco_spatial import SpatialItem
+from jaxid.errors import UnknownWordsWarning
 from jaxid.experiments import relations
 from jaxid.experiments.relations import ANSWERS, RelationBatch
 from jaxid.ids import SpatialIDs
@@ -43,7 +45,9 @@ def batch(axis: str) -> RelationBatch:
     """The items of one axis, prepared."""
     # As many tokens on both axes, and so one program.
     suffix = " Above or below?" if axis == "vertical" else ""
-    return relations.prepare(fixtures.model(CASE), items(axis), suffix=suffix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownWordsWarning)  # of the tiny vocabulary
+        return relations.prepare(fixtures.model(CASE), items(axis), suffix=suffix)
 
 
 @functools.cache
