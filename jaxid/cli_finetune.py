@@ -144,7 +144,7 @@ def zoo_train(
     from jaxid.zoo import RECIPES
 
     if name not in RECIPES:
-        raise InputError(f"{name!r} is no model with a recipe; there is {', '.join(RECIPES)}.")
+        raise InputError(f"{name!r} has no recipe; recipes exist for {', '.join(RECIPES)}.")
     check_seed(seed)
     from jaxid.zoo.sampling import limited
 

@@ -132,8 +132,8 @@ def check(
         out: the job's folder.
         settings: those that are known already; others are not compared.
         items: as `run` takes them.
-        key: likewise.
-        resume: likewise.
+        key: as in `run`.
+        resume: as in `run`.
 
     Raises:
         InputError: if there are no items, or two have one key.

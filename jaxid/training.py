@@ -174,7 +174,7 @@ def _guarded(stage: Stage, parameters: Any) -> optax.GradientTransformation:
 
 def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer that skips, and counts, steps whose gradient is not finite."""
-    # Beyond so many skipped steps in a row optax would go on with what is not finite.
+    # After this many skipped steps in a row, optax would apply updates that are not finite.
     return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
 
 

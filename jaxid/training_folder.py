@@ -249,7 +249,7 @@ def metrics_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[
                 for name, text in row.items():
                     _value(name, text)
     except OutputError as error:
-        raise OutputError(f"{first_line(error)}; delete it to go on without its rows.") from error
+        raise OutputError(f"{first_line(error)}; delete it to resume without its rows.") from error
     return rows
 
 

@@ -214,7 +214,7 @@ def test_damaged_metrics(content: str | bytes, killed: Path, tmp_path: Path) -> 
     shutil.copytree(killed, folder)
     (folder / "metrics.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(
-        OutputError, match=r"metrics.csv cannot be read.*; delete it to go on without its rows"
+        OutputError, match=r"metrics.csv cannot be read.*; delete it to resume without its rows"
     ) as caught:
         run(folder)
     assert "\n" not in str(caught.value)

@@ -67,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} is no checkpoint folder: it has no config.json.")
+        raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json.")
     return read_json(path)
 
 

@@ -100,7 +100,7 @@ def read_openclip_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not path.exists():
         raise CheckpointError(
-            f"{path.parent} is no checkpoint folder: it has neither config.json nor {CONFIG_FILE}. "
+            f"{path.parent} is not a checkpoint folder: it has neither config.json nor {CONFIG_FILE}. "
             "A weight file without a config is opened by its own path and the name of its architecture."
         )
     fields = read_json(path)

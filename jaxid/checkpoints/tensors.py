@@ -157,7 +157,9 @@ class TensorFolder:
             with reading(index, "a safetensors index"):
                 for tensor, name in read_json(index)["weight_map"].items():
                     if Path(name).name != name:
-                        raise CheckpointError(f"{index} is not a safetensors index: {name!r} is no file of the folder.")
+                        raise CheckpointError(
+                            f"{index} is not a safetensors index: {name!r} is not a file in the folder."
+                        )
                     promised.setdefault(name, []).append(tensor)
             if not promised:
                 raise CheckpointError(f"{index} is not a safetensors index (it lists no tensor).")

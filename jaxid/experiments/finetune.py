@@ -314,7 +314,7 @@ def learning_rates(config: FinetuneConfig) -> Callable[[Any], Any]:
 
 def optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     """AdamW behind clipping; a step whose gradient is not finite is left out."""
-    # Beyond so many skipped steps in a row optax would go on with what is not finite.
+    # After this many skipped steps in a row, optax would apply updates that are not finite.
     never = np.iinfo(np.int32).max
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -116,7 +116,7 @@ def open_picture(image: Picture) -> Any:
         image: a file of at most `MOST_PIXELS` pixels, a PIL image, or an array, uint8 of shape [Y, X, 3] or [Y, X].
 
     Raises:
-        InputError: if it cannot be opened, is no picture, or is longer than `MOST_STRETCHED` times its other side.
+        InputError: if it cannot be opened, is not a picture, or is longer than `MOST_STRETCHED` times its other side.
     """
     from PIL import Image
 
