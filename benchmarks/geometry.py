@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 
 from jaxid.errors import InputError
-from jaxid.models.decoder_config import DecoderConfig, RopeConfig
-from jaxid.models.llava import Llava, LlavaConfig
-from jaxid.models.vision import VisionConfig
-from jaxid.results import ensure_output_folder
+from jaxid.families.llava import Llava, LlavaConfig
+from jaxid.io import ensure_output_folder
+from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
+from jaxid.nn.vision import VisionConfig
 from jaxid.zoo import tiny_llava
 from jaxid.zoo.export import hf_config, write_llava
 

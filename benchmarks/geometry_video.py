@@ -10,10 +10,10 @@ from pathlib import Path
 
 from geometry import parameters
 
-from jaxid.models.decoder_config import DecoderConfig, RopeConfig
-from jaxid.models.llava_video import LlavaVideo, LlavaVideoConfig
-from jaxid.models.vision import KINDS, VisionConfig
-from jaxid.results import write_json
+from jaxid.families.llava_video import LlavaVideo, LlavaVideoConfig
+from jaxid.io import write_json
+from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
+from jaxid.nn.vision import KINDS, VisionConfig
 from jaxid.zoo import tiny_video
 from jaxid.zoo.export import write_video
 

@@ -42,7 +42,7 @@ import works
 from works import Found, Setting, System, Work
 
 from jaxid.errors import JaxidError
-from jaxid.results import ensure_output_folder, write_json
+from jaxid.io import ensure_output_folder, write_json
 
 TOLERANCE = 1e-4
 """Largest difference that counts as agreement: nats of log-probabilities, or a share of the largest hidden state."""
@@ -260,8 +260,8 @@ def measure(work: Work, peak: float, shared: Mapping[str, float], rounds: int) -
 
 def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] = (1, 8, 64, 512)) -> dict[str, float]:
     """What an edit of the steering costs, beyond the shared trace, over its own operations at the peak."""
-    from jaxid.interventions import add
-    from jaxid.tracing import rerun, trace
+    from jaxid.interp.interventions import add
+    from jaxid.interp.trace import rerun, trace
 
     work = works.setting(model, folder, 1)
     recorded, word = trace(model, work.batch.prompts), work.batch.words[:, 0]

@@ -62,7 +62,7 @@ def write_folder(folder: Path, fields: dict[str, Any]) -> int:
     from safetensors.numpy import save_file
 
     from jaxid.checkpoints.loading import abstract_parameters
-    from jaxid.models.registry import family
+    from jaxid.families.registry import family
 
     kind = family(fields["model_type"], "the benchmark")
     config = kind.config(fields)
@@ -235,7 +235,7 @@ def main() -> None:
     if arguments.out is None:
         parser.error("--out is needed")
 
-    from jaxid.models.published import CONFIGS
+    from jaxid.families.published import CONFIGS
 
     fields = dict(CONFIGS["qwen2-2b"])
     if arguments.layers is not None:

@@ -24,7 +24,7 @@ def distances(case: Any, dtype: str) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from jaxid.engine import forward
+    from jaxid.interp.forward import forward
 
     fixtures: Any = importlib.import_module("fixtures")
     prompts = fixtures.prompts(case)

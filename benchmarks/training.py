@@ -39,7 +39,7 @@ from interventions import MAX_DISTURBANCE, Disagreement
 from loading import status
 
 from jaxid.errors import JaxidError
-from jaxid.results import ensure_output_folder, write_json
+from jaxid.io import ensure_output_folder, write_json
 
 TORCH = {
     "torch": {},
@@ -98,7 +98,7 @@ def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
     """A run on random pictures of one pair of objects, and random IDs, whose content costs no time."""
     from jaxid.data.grid import GridItem
     from jaxid.experiments.finetune import FinetuneConfig, task
-    from jaxid.ids import FULL_SIZE, GRID, SpatialIDs
+    from jaxid.ids.spatial import FULL_SIZE, GRID, SpatialIDs
 
     rng = np.random.default_rng(SEED)
     side, layers = model.config.vision_config.image_size, model.num_layers
@@ -134,7 +134,7 @@ class JaxidSteps:
         """Puts everything that a step reads on the device."""
         import jax
 
-        from jaxid import training
+        from jaxid.train import loop as training
 
         stage = task.stage()
         self.task = task
@@ -174,7 +174,7 @@ class JaxidSteps:
 def trained_names(task: Any) -> Iterator[tuple[str, Any, int | None]]:
     """Every trained tensor: the checkpoint's name, its key, and its place among the parameter's trained rows."""
     from jaxid.checkpoints.tensors import flatten
-    from jaxid.models.llava import llava_keys
+    from jaxid.families.llava import llava_keys
 
     rows, parameters = dict(task.selection.rows), flatten(task.model.parameters)
     for key in llava_keys(task.model.config):
@@ -233,7 +233,7 @@ def torch_steps(folder: Path, inputs: Path, systems: Sequence[str]) -> dict[str,
     import torch
 
     from jaxid.checkpoints.tensors import published_name
-    from jaxid.models.llava import RENAMES
+    from jaxid.families.llava import RENAMES
 
     torch.set_num_threads(timing.THREADS)
     network = published_training.load(folder)
@@ -250,7 +250,7 @@ def torch_steps(folder: Path, inputs: Path, systems: Sequence[str]) -> dict[str,
 def published_names(found: Mapping[str, Any]) -> dict[str, Any]:
     """Hugging Face's names in memory as the checkpoint's."""
     from jaxid.checkpoints.tensors import published_name
-    from jaxid.models.llava import RENAMES
+    from jaxid.families.llava import RENAMES
 
     return {published_name(name, RENAMES): value for name, value in found.items()}
 

@@ -142,7 +142,7 @@ def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setti
     from jaxid.data.scenes import OBJECTS
     from jaxid.data.videos import time_text
     from jaxid.experiments.relations import prepare_questions
-    from jaxid.processing.pictures import Clip
+    from jaxid.prompts.pictures import Clip
 
     rng = np.random.default_rng(SEED)
     side = model.config.vision_config.image_size
@@ -170,8 +170,8 @@ def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setti
 
 def _random_ids(model: Any, batch: Any) -> Any:
     """IDs in random directions, as long as the words' activations at each layer."""
-    from jaxid.ids import FULL_SIZE, GRID, SpatialIDs
-    from jaxid.tracing import trace
+    from jaxid.ids.spatial import FULL_SIZE, GRID, SpatialIDs
+    from jaxid.interp.trace import trace
 
     lengths = np.linalg.norm(trace(model, batch.prompts).at(batch.words)[1:], axis=-1).mean(axis=(1, 2))
     shape = (model.num_layers, 1, 1, GRID, GRID, model.width)
@@ -196,7 +196,7 @@ def steering_layers(model: Any) -> list[int]:
 def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
     """The tasks, as jaxid's experiments do them."""
     from jaxid.experiments import activation_swap, belief_swap, grid, steering
-    from jaxid.tracing import trace
+    from jaxid.interp.trace import trace
 
     model, batch, count = work.model, work.batch, work.count
     words = [batch.prompts.questions[row].split()[2] for row in range(count)]

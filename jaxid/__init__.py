@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from jaxid.dcsm.scoring import Scorer as Scorer
     from jaxid.dcsm.scoring import score as score
     from jaxid.dcsm.scoring import score_own as score_own
-    from jaxid.engine import Output as Output
-    from jaxid.engine import forward as forward
     from jaxid.errors import CheckpointError as CheckpointError
     from jaxid.errors import DataError as DataError
     from jaxid.errors import InputError as InputError
@@ -26,77 +24,79 @@ if TYPE_CHECKING:
     from jaxid.errors import OutputError as OutputError
     from jaxid.errors import PromptError as PromptError
     from jaxid.errors import UnknownWordsWarning as UnknownWordsWarning
-    from jaxid.generation import Generation as Generation
-    from jaxid.generation import generate as generate
-    from jaxid.ids import IDBatch as IDBatch
-    from jaxid.ids import SpatialIDs as SpatialIDs
-    from jaxid.ids import accumulate_ids as accumulate_ids
-    from jaxid.inputs import Processor as Processor
-    from jaxid.inputs import Prompts as Prompts
-    from jaxid.interventions import add as add
-    from jaxid.interventions import chain as chain
-    from jaxid.interventions import project_out as project_out
-    from jaxid.interventions import replace as replace
-    from jaxid.interventions import scale as scale
-    from jaxid.interventions import stack as stack
-    from jaxid.models.base import Encoder as Encoder
-    from jaxid.models.base import Model as Model
-    from jaxid.models.sites import Capture as Capture
-    from jaxid.models.sites import Intervention as Intervention
-    from jaxid.models.sites import Site as Site
-    from jaxid.processing.pictures import Clip as Clip
-    from jaxid.temporal_ids import TemporalIDs as TemporalIDs
-    from jaxid.tracing import Trace as Trace
-    from jaxid.tracing import rerun as rerun
-    from jaxid.tracing import swap as swap
-    from jaxid.tracing import trace as trace
+    from jaxid.families.base import Encoder as Encoder
+    from jaxid.families.base import Model as Model
+    from jaxid.ids.spatial import IDBatch as IDBatch
+    from jaxid.ids.spatial import SpatialIDs as SpatialIDs
+    from jaxid.ids.spatial import accumulate_ids as accumulate_ids
+    from jaxid.ids.temporal import TemporalIDs as TemporalIDs
+    from jaxid.interp.forward import Output as Output
+    from jaxid.interp.forward import forward as forward
+    from jaxid.interp.generate import Generation as Generation
+    from jaxid.interp.generate import generate as generate
+    from jaxid.interp.interventions import add as add
+    from jaxid.interp.interventions import chain as chain
+    from jaxid.interp.interventions import project_out as project_out
+    from jaxid.interp.interventions import replace as replace
+    from jaxid.interp.interventions import scale as scale
+    from jaxid.interp.interventions import stack as stack
+    from jaxid.interp.trace import Trace as Trace
+    from jaxid.interp.trace import rerun as rerun
+    from jaxid.interp.trace import swap as swap
+    from jaxid.interp.trace import trace as trace
+    from jaxid.nn.sites import Capture as Capture
+    from jaxid.nn.sites import Intervention as Intervention
+    from jaxid.nn.sites import Site as Site
+    from jaxid.prompts.pictures import Clip as Clip
+    from jaxid.prompts.processor import Processor as Processor
+    from jaxid.prompts.processor import Prompts as Prompts
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Add a name here and, for static checkers, to the block above.
 _HOME = {
-    "Capture": "jaxid.models.sites",
+    "Capture": "jaxid.nn.sites",
     "CheckpointError": "jaxid.errors",
-    "Clip": "jaxid.processing.pictures",
+    "Clip": "jaxid.prompts.pictures",
     "DataError": "jaxid.errors",
-    "Encoder": "jaxid.models.base",
-    "Generation": "jaxid.generation",
-    "IDBatch": "jaxid.ids",
+    "Encoder": "jaxid.families.base",
+    "Generation": "jaxid.interp.generate",
+    "IDBatch": "jaxid.ids.spatial",
     "InputError": "jaxid.errors",
-    "Intervention": "jaxid.models.sites",
+    "Intervention": "jaxid.nn.sites",
     "JaxidError": "jaxid.errors",
-    "Model": "jaxid.models.base",
-    "Output": "jaxid.engine",
+    "Model": "jaxid.families.base",
+    "Output": "jaxid.interp.forward",
     "OutputError": "jaxid.errors",
-    "Processor": "jaxid.inputs",
+    "Processor": "jaxid.prompts.processor",
     "PromptError": "jaxid.errors",
-    "Prompts": "jaxid.inputs",
+    "Prompts": "jaxid.prompts.processor",
     "Scorer": "jaxid.dcsm.scoring",
-    "Site": "jaxid.models.sites",
-    "SpatialIDs": "jaxid.ids",
-    "TemporalIDs": "jaxid.temporal_ids",
-    "Trace": "jaxid.tracing",
+    "Site": "jaxid.nn.sites",
+    "SpatialIDs": "jaxid.ids.spatial",
+    "TemporalIDs": "jaxid.ids.temporal",
+    "Trace": "jaxid.interp.trace",
     "UnknownWordsWarning": "jaxid.errors",
-    "accumulate_ids": "jaxid.ids",
-    "add": "jaxid.interventions",
-    "chain": "jaxid.interventions",
+    "accumulate_ids": "jaxid.ids.spatial",
+    "add": "jaxid.interp.interventions",
+    "chain": "jaxid.interp.interventions",
     "embed_images": "jaxid.dcsm.embedding",
     "embed_texts": "jaxid.dcsm.embedding",
     "export": "jaxid.checkpoints.export",
-    "forward": "jaxid.engine",
-    "generate": "jaxid.generation",
+    "forward": "jaxid.interp.forward",
+    "generate": "jaxid.interp.generate",
     "load": "jaxid.checkpoints.loading",
     "load_encoder": "jaxid.checkpoints.encoders",
-    "project_out": "jaxid.interventions",
+    "project_out": "jaxid.interp.interventions",
     "read_video": "jaxid.data.videos",
-    "replace": "jaxid.interventions",
-    "rerun": "jaxid.tracing",
-    "scale": "jaxid.interventions",
+    "replace": "jaxid.interp.interventions",
+    "rerun": "jaxid.interp.trace",
+    "scale": "jaxid.interp.interventions",
     "score": "jaxid.dcsm.scoring",
     "score_own": "jaxid.dcsm.scoring",
-    "stack": "jaxid.interventions",
-    "swap": "jaxid.tracing",
-    "trace": "jaxid.tracing",
+    "stack": "jaxid.interp.interventions",
+    "swap": "jaxid.interp.trace",
+    "trace": "jaxid.interp.trace",
 }
 
 if not TYPE_CHECKING:  # or static checkers would take every misspelt name for a public one

@@ -19,7 +19,7 @@ from jaxid.cli_finetune import compare_finetune, finetune, zoo_app
 from jaxid.cli_run import run_app
 from jaxid.cli_temporal import ids_temporal
 from jaxid.errors import DataError, InputError, JaxidError, JaxidWarning, OutputError
-from jaxid.results import ensure_output_folder
+from jaxid.io import ensure_output_folder
 
 app = typer.Typer(
     name="jaxid",
@@ -254,7 +254,7 @@ def ask(
     import numpy as np
 
     from jaxid.checkpoints.loading import open_checkpoint
-    from jaxid.engine import forward
+    from jaxid.interp.forward import forward
 
     checkpoint = open_checkpoint(model, dtype=dtype)
     prompts = checkpoint.model.prepare([picture], question)  # before the weights, which may take minutes

@@ -149,7 +149,7 @@ def geometry(
 
     from jaxid import plots
     from jaxid.dcsm import geometry as study
-    from jaxid.results import ensure_output_folder, write_table
+    from jaxid.io import ensure_output_folder, write_table
 
     check_seed(seed)
     ensure_output_folder(out)
@@ -185,7 +185,7 @@ def words(
 
     from jaxid.dcsm import functional_words as found_words
     from jaxid.dcsm.placement import PUBLISHED
-    from jaxid.results import write_text
+    from jaxid.io import write_text
     from jaxid.runs import dcsm as job
 
     lines = job.read_lines(captions)

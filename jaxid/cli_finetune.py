@@ -50,8 +50,8 @@ def finetune(
     """Fine-tune on grid scenes with a loss on spatial IDs; run again after a kill, it goes on."""
     from jaxid.checkpoints.loading import find_folder, parsed, read_config
     from jaxid.experiments.finetune import FinetuneConfig
-    from jaxid.models.registry import family, kind_of
-    from jaxid.processing.families import SIDES
+    from jaxid.families.registry import family, kind_of
+    from jaxid.prompts.families import SIDES
     from jaxid.runs import finetune as job
     from jaxid.runs.common import PLAIN, PUBLISHED_SUFFIX
     from jaxid.zoo import SHIPPED

@@ -18,15 +18,16 @@ from jaxid.checks import check_finite, check_options
 from jaxid.data import scenes as drawn
 from jaxid.data.grid import GridItem, placements
 from jaxid.data.scenes import OBJECTS
-from jaxid.engine import forward
 from jaxid.errors import DataError
 from jaxid.experiments import activation_swap, belief_swap, grid, relations, steering
 from jaxid.experiments.relations import ANSWERS, RelationBatch
-from jaxid.ids import FULL_SIZE, SpatialIDs
+from jaxid.families.base import Model
+from jaxid.ids.spatial import FULL_SIZE, SpatialIDs
+from jaxid.interp.forward import forward
+from jaxid.io import ensure_output_folder, tidy, write_json, write_table
 from jaxid.kernels import probing
-from jaxid.models.base import Model
-from jaxid.models.sites import Capture
-from jaxid.results import confidence_interval, ensure_output_folder, mean_interval, tidy, write_json, write_table
+from jaxid.nn.sites import Capture
+from jaxid.stats import confidence_interval, mean_interval
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxid import results
+from jaxid import io as results
 from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
-from jaxid.reading import read_json
+from jaxid.io import read_json
 
 if TYPE_CHECKING:
     import pyarrow

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxid.results import write_text
+from jaxid.io import write_text
 
 
 def write(path: Path, summary: dict[str, Any]) -> None:

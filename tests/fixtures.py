@@ -19,10 +19,10 @@ import torch
 from families import Case
 
 from jaxid.checkpoints.loading import load
-from jaxid.inputs import Prompts
-from jaxid.models.base import Model
-from jaxid.processing.pictures import Clip
-from jaxid.tracing import Trace, trace
+from jaxid.families.base import Model
+from jaxid.interp.trace import Trace, trace
+from jaxid.prompts.pictures import Clip
+from jaxid.prompts.processor import Prompts
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
 """Gone when the test run ends."""

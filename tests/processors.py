@@ -12,8 +12,8 @@ import numpy as np
 from families import CASES
 from tokenizers import AddedToken
 
-from jaxid.inputs import Processor, Prompts
-from jaxid.processing.llava import LlavaSide
+from jaxid.prompts.llava import LlavaSide
+from jaxid.prompts.processor import Processor, Prompts
 from jaxid.zoo.tiny_llava import CHAT_TEMPLATE
 
 PLAIN = CASES[0]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxid.models.llava import Llava
+from jaxid.families.llava import Llava
 from jaxid.zoo import tiny_llava
 from jaxid.zoo.export import write_llava
 

@@ -15,16 +15,16 @@ from fixtures import distance
 from flax import nnx
 from transformers import GenerationConfig
 
-import jaxid.engine
-import jaxid.tracing
-from jaxid.engine import forward
+import jaxid.interp.forward
+import jaxid.interp.trace
 from jaxid.experiments import belief_swap, grid
 from jaxid.experiments.relations import prepare_questions
-from jaxid.generation import generate
-from jaxid.interventions import add, chain, replace, scale
-from jaxid.models.base import Model
-from jaxid.models.sites import SITES, Capture
-from jaxid.tracing import rerun, residuals_at, swap, trace
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
+from jaxid.interp.generate import generate
+from jaxid.interp.interventions import add, chain, replace, scale
+from jaxid.interp.trace import rerun, residuals_at, swap, trace
+from jaxid.nn.sites import SITES, Capture
 
 EXACT = 1e-5
 STEPS = 20
@@ -199,7 +199,7 @@ def test_one_program_for_any_layer_place_and_strength(case: Case) -> None:
         edit = add(layers, at, vectors(case, 2, seed=number), float(number + 1))
         forward(model, prompts, edit)
         rerun(model, recorded, edit, chunk=1)
-        programs = (jaxid.engine._run, jaxid.tracing._resume)
+        programs = (jaxid.interp.forward._run, jaxid.interp.trace._resume)
         sizes.append([getattr(program, "_cache_size")() for program in programs])  # noqa: B009 - not in jax.jit's type
     assert sizes[0] == sizes[1] == sizes[2]
 

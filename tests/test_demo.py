@@ -17,8 +17,8 @@ from jaxid.data.grid import placements
 from jaxid.data.objects import OBJECTS
 from jaxid.experiments.belief_swap import BeliefSwap
 from jaxid.experiments.relations import ANSWERS
-from jaxid.ids import SpatialIDs
-from jaxid.results import read_table
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.io import read_table
 
 FIGURES = ("scenes", "id_plane", "variance", "belief_swap", "steering", "steering_map", "mirror_swap")
 GEOMETRY = (

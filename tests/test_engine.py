@@ -15,11 +15,11 @@ import torch
 from families import CASES, Case
 from fixtures import distance
 
-import jaxid.engine
-from jaxid.engine import Output, forward
+import jaxid.interp.forward
 from jaxid.errors import InputError
-from jaxid.interventions import Edit, add, chain, project_out, replace, scale, stack
-from jaxid.models.sites import DECODER_SITES, SITES, Capture, Site, clean
+from jaxid.interp.forward import Output, forward
+from jaxid.interp.interventions import Edit, add, chain, project_out, replace, scale, stack
+from jaxid.nn.sites import DECODER_SITES, SITES, Capture, Site, clean
 
 EXACT = 1e-5
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -239,7 +239,7 @@ def test_plain_functions() -> None:
 
 
 def compiled_passes() -> int:
-    return getattr(jaxid.engine._run, "_cache_size")()  # noqa: B009 - jax.jit's type does not list it
+    return getattr(jaxid.interp.forward._run, "_cache_size")()  # noqa: B009 - jax.jit's type does not list it
 
 
 def test_one_compile_for_any_layer_position_vector_and_strength() -> None:

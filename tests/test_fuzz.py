@@ -24,7 +24,8 @@ from families import EACH, EVERY
 from fixtures import QUESTIONS, folder, shown
 from PIL import Image
 
-from jaxid import jobs, results
+from jaxid import io as results
+from jaxid import jobs
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.scorer_files import read_authors_scorer, write_authors_scorer
@@ -32,10 +33,10 @@ from jaxid.data import clips, coco_boxes, coco_spatial, grid, scenes, three_obje
 from jaxid.dcsm import benchmarks, datasets
 from jaxid.dcsm.scoring import Scorer
 from jaxid.errors import JaxidError
-from jaxid.ids import SpatialIDs
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.ids.temporal import FRAMES, TemporalIDs
 from jaxid.kernels.scorer import init_cnn
-from jaxid.processing.pictures import open_picture
-from jaxid.temporal_ids import FRAMES, TemporalIDs
+from jaxid.prompts.pictures import open_picture
 
 pytestmark = pytest.mark.slow
 

@@ -19,15 +19,15 @@ import torch
 from families import CASES, Case
 from fixtures import distance
 
-from jaxid.engine import forward
 from jaxid.errors import CheckpointError, InputError
-from jaxid.generation import Generation, generate
-from jaxid.inputs import Processor, Prompts
-from jaxid.interventions import Chain, Edit, add, chain, replace, scale
-from jaxid.models.base import Model
-from jaxid.models.sites import Site, clean
-from jaxid.processing.llava import LlavaSide
-from jaxid.tracing import swap, trace
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
+from jaxid.interp.generate import Generation, generate
+from jaxid.interp.interventions import Chain, Edit, add, chain, replace, scale
+from jaxid.interp.trace import swap, trace
+from jaxid.nn.sites import Site, clean
+from jaxid.prompts.llava import LlavaSide
+from jaxid.prompts.processor import Processor, Prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from jaxid.errors import CheckpointError, InputError, OutputError
-from jaxid.ids import IDBatch, SpatialIDs, accumulate_ids
+from jaxid.ids.spatial import IDBatch, SpatialIDs, accumulate_ids
 from jaxid.kernels import probing
 
 LAYERS, WIDTH = 3, 20

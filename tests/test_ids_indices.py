@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxid.errors import InputError
-from jaxid.ids import SpatialIDs
+from jaxid.ids.spatial import SpatialIDs
 
 LAYERS, WIDTH = 3, 20
 

@@ -19,61 +19,33 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-DOORS = {"errors", "reading", "checks"}
-MODELS = {*DOORS, "kernels", "sharding"}
-LOADERS = {*MODELS, "models", "processing", "zoo", "inputs"}
-ENGINE = {*LOADERS, "checkpoints", "interventions"}
-METHODS = {*ENGINE, "engine", "tracing", "generation"}
-EXPERIMENTS = {*METHODS, "data", "ids", "temporal_ids", "dcsm", "results", "training", "training_folder", "trainable"}
-TOP = {*EXPERIMENTS, "experiments", "zoo recipes"}
+DOORS = {"errors", "io", "checks", "stats"}
+NETWORKS = {*DOORS, "kernels", "nn"}
+LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
+METHODS = {*LOADERS, "checkpoints", "interp"}
+STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots"}
+TOP = {*STUDIES, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
-    "reading": {"errors"},
+    "io": {"errors"},
     "checks": {"errors"},
+    "stats": {"errors"},
     "zoo": set(),
     "kernels": set(),
-    "data": {*DOORS, "results", "processing"},
-    "results": DOORS,
-    "sharding": {"errors"},
-    "models": MODELS,
-    "processing": DOORS,
-    "inputs": LOADERS,
-    "checkpoints": {*LOADERS, "results"},
-    "interventions": ENGINE,
-    "engine": ENGINE,
-    "tracing": {*ENGINE, "engine"},
-    "generation": {*ENGINE, "engine", "tracing"},
-    "id_files": DOORS,
-    "ids": {*METHODS, "id_files"},
-    "temporal_ids": {*METHODS, "id_files"},
-    "trainable": ENGINE,
-    "training_folder": {*DOORS, "results"},
-    "training": {*DOORS, "results", "training_folder"},
-    "dcsm": {*METHODS, "data", "results", "training"},
-    "experiments": EXPERIMENTS,
-    "zoo recipes": TOP,
-    "plots": TOP,
-    "report": {*DOORS, "results"},
-    "jobs": {*DOORS, "results"},
-    "demo": {*TOP, "plots", "report"},
-    "runs": {*TOP, "plots", "jobs"},
-    "cli_run": {*DOORS, "runs"},
-    "cli_dcsm": {*TOP, "plots", "runs"},
-    "cli_finetune": {*TOP, "runs"},
-    "cli_diagnosis": {*DOORS, "runs", "cli_run"},
-    "cli_temporal": {*TOP, "plots", "runs", "cli_run"},
-    "cli": {
-        *TOP,
-        "plots",
-        "report",
-        "demo",
-        "runs",
-        "cli_run",
-        "cli_dcsm",
-        "cli_finetune",
-        "cli_diagnosis",
-        "cli_temporal",
-    },
+    "nn": {*DOORS, "kernels"},
+    "prompts": {*DOORS, "nn"},
+    "families": {*NETWORKS, "prompts"},
+    "checkpoints": LOADERS,
+    "interp": {*LOADERS, "checkpoints"},
+    "data": {*DOORS, "prompts"},
+    "jobs": DOORS,
+    "plots": DOORS,
+    "ids": METHODS,
+    "train": METHODS,
+    "dcsm": {*METHODS, "data", "train"},
+    "experiments": {*STUDIES, "zoo recipes"},
+    "zoo recipes": {*METHODS, "data", "ids", "dcsm", "train"},
+    "cli": TOP,
 }
 
 HEAVY = ("transformers", "flax", "matplotlib", "pyarrow", "torch")
@@ -143,13 +115,13 @@ def test_imports_run_one_way(module: str) -> None:
     ("module", "line"),
     [
         ("jaxid.kernels.rope", "from jaxid.errors import InputError"),
-        ("jaxid.models.base", "from jaxid import engine"),
-        ("jaxid.models.base", "def f():\n    import jaxid.engine"),
-        ("jaxid.engine", "from jaxid.results import tidy"),
-        ("jaxid.engine", "from .models import base"),
-        ("jaxid.engine", "from jaxid import InputError"),
+        ("jaxid.families.base", "from jaxid import engine"),
+        ("jaxid.families.base", "def f():\n    import jaxid.interp.forward"),
+        ("jaxid.interp.forward", "from jaxid.experiments import relations"),
+        ("jaxid.interp.forward", "from .models import base"),
+        ("jaxid.interp.forward", "from jaxid import InputError"),
         ("jaxid.checkpoints.loading", "from jaxid.zoo import export"),
-        ("jaxid.data.objects", "from jaxid.models.base import Model"),
+        ("jaxid.data.objects", "from jaxid.families.base import Model"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, line: str) -> None:
@@ -230,7 +202,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_tests_run_on_eight_devices_with_strict_dtypes_and_shapes() -> None:
-    from jaxid.results import confidence_interval
+    from jaxid.stats import confidence_interval
 
     assert jax.device_count() == 8
     with pytest.raises(TypePromotionError):

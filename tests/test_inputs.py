@@ -15,9 +15,9 @@ from PIL import Image
 from processors import read, with_template
 
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.inputs import Processor, Prompts
-from jaxid.processing.llava import LlavaSide
-from jaxid.processing.pictures import Clip, open_picture
+from jaxid.prompts.llava import LlavaSide
+from jaxid.prompts.pictures import Clip, open_picture
+from jaxid.prompts.processor import Processor, Prompts
 
 FULL, PLAIN = CASES[1], CASES[0]
 ASKED = "Is the star to the left or right of the fish?"
@@ -160,7 +160,7 @@ print("logits", *np.asarray(output.logits)[0, :3])
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     values = [float(value) for value in run.stdout.split("logits")[1].split()]
-    from jaxid.engine import forward
+    from jaxid.interp.forward import forward
 
     model = fixtures.model(PLAIN)
     picture = np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3)

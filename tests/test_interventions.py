@@ -11,8 +11,8 @@ import torch
 from jaxtyping import TypeCheckError
 
 from jaxid.errors import InputError
-from jaxid.interventions import Edit, add, as_pytree, chain, project_out, replace, scale, stack, sweep_shape
-from jaxid.models.sites import SITES, Site
+from jaxid.interp.interventions import Edit, add, as_pytree, chain, project_out, replace, scale, stack, sweep_shape
+from jaxid.nn.sites import SITES, Site
 
 B, T, D = 2, 6, 4
 RNG = np.random.default_rng(5)

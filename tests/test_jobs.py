@@ -14,7 +14,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from jaxid import jobs, results
+from jaxid import io as results
+from jaxid import jobs
 from jaxid.errors import CheckpointError, DataError, InputError, JaxidError, OutputError, PromptError
 
 SETTINGS = {"experiment": "squares", "model_fingerprint": "1f2e", "layers": [0, 1], "factor": 5.0}

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxid import jobs, results
+from jaxid import io as results
+from jaxid import jobs
 from jaxid.errors import OutputError
 
 CHILD = '''

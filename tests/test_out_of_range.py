@@ -11,12 +11,12 @@ import pytest
 from families import CASES
 from fixtures import distance
 
-from jaxid.engine import forward
 from jaxid.errors import InputError
-from jaxid.generation import generate
-from jaxid.interventions import Edit, add, chain, replace
-from jaxid.models.sites import SITES, Capture, clean
-from jaxid.tracing import ImageSwap, rerun, residuals_at, swap, trace
+from jaxid.interp.forward import forward
+from jaxid.interp.generate import generate
+from jaxid.interp.interventions import Edit, add, chain, replace
+from jaxid.interp.trace import ImageSwap, rerun, residuals_at, swap, trace
+from jaxid.nn.sites import SITES, Capture, clean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5

@@ -16,12 +16,12 @@ from fixtures import distance
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import jaxid.tracing
-from jaxid.engine import forward
-from jaxid.inputs import Prompts
-from jaxid.interventions import Reach, add, chain, project_out, replace, scale, stack
-from jaxid.models.sites import SITES, Site, clean
-from jaxid.tracing import Trace, rerun, rows_together, trace
+import jaxid.interp.trace
+from jaxid.interp.forward import forward
+from jaxid.interp.interventions import Reach, add, chain, project_out, replace, scale, stack
+from jaxid.interp.trace import Trace, rerun, rows_together, trace
+from jaxid.nn.sites import SITES, Site, clean
+from jaxid.prompts.processor import Prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
@@ -84,7 +84,7 @@ def vectors(*shape: int, seed: int = 3) -> np.ndarray:
 @pytest.fixture
 def no_full_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rerun that falls back fails."""
-    monkeypatch.setattr(jaxid.tracing, "forward", None)
+    monkeypatch.setattr(jaxid.interp.trace, "forward", None)
 
 
 # --- drawn at random ------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def full_passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(intervention)
         return forward(model, prompts, intervention)
 
-    monkeypatch.setattr(jaxid.tracing, "forward", counted)
+    monkeypatch.setattr(jaxid.interp.trace, "forward", counted)
     return found
 
 

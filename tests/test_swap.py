@@ -10,13 +10,13 @@ import pytest
 from families import CASES
 from fixtures import distance
 
-import jaxid.tracing
-from jaxid.engine import forward
+import jaxid.interp.trace
 from jaxid.errors import InputError, PromptError
-from jaxid.interventions import add, chain, replace, scale
-from jaxid.models.base import Model
-from jaxid.models.sites import Capture, clean
-from jaxid.tracing import Trace, rerun, swap, trace
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
+from jaxid.interp.interventions import add, chain, replace, scale
+from jaxid.interp.trace import Trace, rerun, swap, trace
+from jaxid.nn.sites import Capture, clean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
@@ -92,7 +92,7 @@ def test_pictures_beside_edits(model: Model, ours: Trace, monkeypatch: pytest.Mo
     after = scale(np.array([2, 0, 2, 1, 2]), ours.prompts.last(), 0.3, site="mlp_out")
     image, places = swap(mirrored(), layers, "image"), ours.prompts.image_tokens()
     wanted = full(chain(before, by_hand(layers, places), after))
-    monkeypatch.setattr(jaxid.tracing, "forward", None)  # nothing falls back
+    monkeypatch.setattr(jaxid.interp.trace, "forward", None)  # nothing falls back
     for together in (chain(before, image, after), chain(image, before, after), chain(chain(before, after), image)):
         found = rerun(model, ours, together, chunk=2).hidden
         assert distance(found[:4], wanted[:4]) < EXACT

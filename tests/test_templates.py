@@ -14,7 +14,7 @@ from processors import PLAIN, with_template
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, PromptError
-from jaxid.inputs import Processor
+from jaxid.prompts.processor import Processor
 
 ASKED = "Is the star to the left or right of the fish?"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxid.errors import CheckpointError, InputError, OutputError
-from jaxid.temporal_ids import FRAMES, TemporalBatch, TemporalIDs, accumulate_temporal_ids, early_to_late
+from jaxid.ids.temporal import FRAMES, TemporalBatch, TemporalIDs, accumulate_temporal_ids, early_to_late
 
 LAYERS, WIDTH, OBJECTS = 3, 5, ("star", "fish", "cup")
 PAIRS = [(a, b) for a in range(3) for b in range(3) if a != b]
@@ -120,7 +120,7 @@ def test_files(tmp_path: Path) -> None:
     for field in dataclasses.fields(TemporalIDs):
         one, other = getattr(found, field.name), getattr(again, field.name)
         assert np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
-    from jaxid.ids import SpatialIDs
+    from jaxid.ids.spatial import SpatialIDs
 
     with pytest.raises(CheckpointError, match="not a file of spatial IDs"):
         SpatialIDs.load(path)
@@ -130,7 +130,7 @@ def test_files(tmp_path: Path) -> None:
         TemporalIDs.load(path)
     from safetensors.numpy import save_file
 
-    metadata = {"format": "jaxid.temporal_ids", "format_version": "1", "axes": json.dumps({"values": ["layer"]})}
+    metadata = {"format": "jaxid.ids.temporal", "format_version": "1", "axes": json.dumps({"values": ["layer"]})}
     save_file({"values": np.zeros(2, np.float32)}, path, metadata)
     with pytest.raises(CheckpointError, match="has axes"):
         TemporalIDs.load(path)

@@ -14,16 +14,16 @@ import torch
 from families import CASES, Case
 from fixtures import distance
 
-import jaxid.tracing
+import jaxid.interp.trace
 from jaxid.checkpoints.loading import load
-from jaxid.engine import Output, forward
 from jaxid.errors import InputError
-from jaxid.generation import generate
-from jaxid.inputs import Prompts
-from jaxid.interventions import add, chain, project_out, scale
-from jaxid.models.base import Model
-from jaxid.models.sites import Capture, clean
-from jaxid.tracing import Trace, rerun, residuals_at, swap, trace
+from jaxid.families.base import Model
+from jaxid.interp.forward import Output, forward
+from jaxid.interp.generate import generate
+from jaxid.interp.interventions import add, chain, project_out, scale
+from jaxid.interp.trace import Trace, rerun, residuals_at, swap, trace
+from jaxid.nn.sites import Capture, clean
+from jaxid.prompts.processor import Prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
@@ -66,7 +66,7 @@ def vectors(*shape: int, seed: int = 3) -> np.ndarray:
 @pytest.fixture
 def no_full_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rerun that falls back fails."""
-    monkeypatch.setattr(jaxid.tracing, "forward", None)
+    monkeypatch.setattr(jaxid.interp.trace, "forward", None)
 
 
 quickly = pytest.mark.usefixtures("no_full_pass")
@@ -157,7 +157,7 @@ def test_bfloat16_reruns_stay_as_close_as_full_passes() -> None:
 
 
 def compiled() -> int:
-    return getattr(jaxid.tracing._resume, "_cache_size")()  # noqa: B009 - jax.jit's type does not list it
+    return getattr(jaxid.interp.trace._resume, "_cache_size")()  # noqa: B009 - jax.jit's type does not list it
 
 
 @quickly
@@ -199,12 +199,12 @@ def test_few_shapes_for_all_places() -> None:
     """Lengths are even and prefixes multiples of 8, so that the places of a text need few programs."""
     recorded = fixtures.recorded(CASES[0])
     start, last = recorded.prompts.text_start()[0], recorded.prompts.last()
-    plans = [jaxid.tracing.plan(recorded, np.array([place])) for place in range(start, last[0] + 5)]
+    plans = [jaxid.interp.trace.plan(recorded, np.array([place])) for place in range(start, last[0] + 5)]
     shapes = {(found.prefix, found.length) for found in plans if found is not None}
     assert None not in plans and len(shapes) <= 8
     assert all(found.prefix >= found.first.max() for found in plans if found is not None)
     assert all((found.first + found.length > last).all() for found in plans if found is not None)
-    assert jaxid.tracing.plan(recorded, np.array([start, start - 1])) is None
+    assert jaxid.interp.trace.plan(recorded, np.array([start, start - 1])) is None
 
 
 # --- jit, vmap, grad ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxid.errors import InputError
-from jaxid.trainable import Selection, choose, tensors
+from jaxid.train.trainable import Selection, choose, tensors
 
 PARAMETERS = {"decoder": {"layers": {"mlp": {"kernel": jnp.arange(12.0).reshape(3, 4)}}, "norm": jnp.ones(2)}}
 PATH = "decoder.layers.mlp.kernel"

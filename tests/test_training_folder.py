@@ -18,9 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxid import training
 from jaxid.errors import CheckpointError, InputError, JaxidWarning, OutputError
-from jaxid.training import Stage
+from jaxid.train import loop as training
+from jaxid.train.loop import Stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

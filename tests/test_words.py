@@ -19,8 +19,8 @@ from processors import (
 )
 
 from jaxid.errors import InputError, PromptError, UnknownWordsWarning
-from jaxid.inputs import Processor, Prompts
-from jaxid.processing.words import unknown
+from jaxid.prompts.processor import Processor, Prompts
+from jaxid.prompts.words import unknown
 
 ASKED = "Is the star to the left or right of the fish?"
 

@@ -6,12 +6,12 @@ from typing import Any
 from jaxid.checkpoints import openclip, tensors
 from jaxid.checkpoints.loading import check_dtype, find_folder, load_network, parsed, read_config
 from jaxid.errors import CheckpointError, InputError
-from jaxid.models.base import Encoder
-from jaxid.models.encoders import ENCODER_ALIASES, ENCODERS
-from jaxid.models.openclip import kind_of
-from jaxid.processing.dual import DualProcessor
-from jaxid.processing.openclip import OpenCLIPImages
-from jaxid.reading import without_advice
+from jaxid.families.base import Encoder
+from jaxid.families.encoders import ENCODER_ALIASES, ENCODERS
+from jaxid.families.openclip import kind_of
+from jaxid.io import without_advice
+from jaxid.prompts.dual import DualProcessor
+from jaxid.prompts.openclip import OpenCLIPImages
 
 
 @without_advice()

@@ -10,9 +10,9 @@ import numpy as np
 from jaxid.checkpoints.loading import as_stored, find_folder, parsed, read_config
 from jaxid.checkpoints.tensors import TensorFolder, flatten, published_name
 from jaxid.errors import CheckpointError, OutputError
-from jaxid.models.base import Model
-from jaxid.models.keys import Key
-from jaxid.models.registry import family, kind_of
+from jaxid.families.base import Model
+from jaxid.families.registry import family, kind_of
+from jaxid.nn.keys import Key
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*", "*.md")
 """Files of a checkpoint folder that a changed copy keeps."""

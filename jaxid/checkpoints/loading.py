@@ -12,12 +12,12 @@ from jaxid import zoo
 from jaxid.checkpoints import tensors
 from jaxid.checkpoints.identity import fingerprint
 from jaxid.errors import CheckpointError, InputError
-from jaxid.inputs import Processor
-from jaxid.models.base import Model
-from jaxid.models.fields import check_fields
-from jaxid.models.registry import ALIASES, Family, family, kind_of
-from jaxid.processing.families import SIDES
-from jaxid.reading import first_line, read_json, reading, redacted, without_advice
+from jaxid.families.base import Model
+from jaxid.families.registry import ALIASES, Family, family, kind_of
+from jaxid.io import first_line, read_json, reading, redacted, without_advice
+from jaxid.nn.fields import check_fields
+from jaxid.prompts.families import SIDES
+from jaxid.prompts.processor import Processor
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""

@@ -13,9 +13,9 @@ from jaxtyping import Shaped
 from jaxid.checkpoints.tensors import TensorFolder
 from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.errors import CheckpointError
-from jaxid.models.openclip import ARCHITECTURES
-from jaxid.processing.words import read_tokenizer
-from jaxid.reading import first_line, read_json, redacted
+from jaxid.families.openclip import ARCHITECTURES
+from jaxid.io import first_line, read_json, redacted
+from jaxid.prompts.words import read_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.checks import check_finite
 from jaxid.errors import CheckpointError
+from jaxid.io import whole_file
 from jaxid.kernels.scorer import CHANNELS, CNN, MLP
-from jaxid.results import whole_file
 
 _FUNCTIONAL = "functional"
 

@@ -18,8 +18,8 @@ from jaxtyping import Shaped, UInt8
 
 from jaxid.checkpoints.identity import Seen, combined, look
 from jaxid.errors import CheckpointError
-from jaxid.models.keys import Key
-from jaxid.reading import first_line, read_json, reading
+from jaxid.io import first_line, read_json, reading
+from jaxid.nn.keys import Key
 
 Leaves = dict[str, Any]
 

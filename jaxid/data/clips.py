@@ -20,8 +20,8 @@ from jaxid.data.files import inside, read_csv, save_bytes
 from jaxid.data.scenes import OBJECTS, Scenes, render, sample_free
 from jaxid.data.videos import FRAMES, VIDEO_ENDINGS, read_video, write_video
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import Clip
-from jaxid.reading import read_json, reading
+from jaxid.io import read_json, reading
+from jaxid.prompts.pictures import Clip
 
 MANIFEST = "manifest.csv"
 _FIELDS = ("video_path", "scene1", "scene2", "query", "correct_order", "query_order")

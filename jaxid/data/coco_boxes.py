@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from jaxid.data.coco_spatial import INSTANCES_FILE, SpatialItem
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import Stored, stored
-from jaxid.reading import read_json, reading
+from jaxid.io import read_json, reading
+from jaxid.prompts.pictures import Stored, stored
 
 _SIGNS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
 _ROUNDING = 1.0

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.scenes import OBJECTS, Scenes, render
 from jaxid.errors import DataError, InputError
-from jaxid.reading import read_json
+from jaxid.io import read_json
 
 CAPTIONS_FILE = "coco_qa_two_obj.json"
 INSTANCES_FILE = "instances_val2017.json"

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.errors import DataError, OutputError
-from jaxid.reading import reading
-from jaxid.results import whole_file
+from jaxid.io import reading, whole_file
 
 
 def save_bytes(path: str | Path, data: bytes) -> None:

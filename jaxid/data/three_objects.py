@@ -19,7 +19,7 @@ from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.grid import GRID
 from jaxid.data.scenes import OBJECTS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
-from jaxid.reading import read_json
+from jaxid.io import read_json
 
 FILE = "three_objects.json"
 _EXPECTED = '[image_id, A, B, C, "yes" or "no"], three different names'

@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import MOST_PIXELS, Clip
-from jaxid.reading import reading
-from jaxid.results import whole_file
+from jaxid.io import reading, whole_file
+from jaxid.prompts.pictures import MOST_PIXELS, Clip
 
 FRAMES = 8
 """Frames of a clip, as published."""

@@ -33,8 +33,8 @@ from jaxid.data.coco_spatial import picture_name
 from jaxid.data.files import inside, read_csv
 from jaxid.dcsm.datasets import named
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import MOST_PIXELS, open_picture, stored
-from jaxid.reading import read_json
+from jaxid.io import read_json
+from jaxid.prompts.pictures import MOST_PIXELS, open_picture, stored
 
 _ON_THE_PAGE = ((" behind ", " above "), (" in front of ", " below "), (" bottom", " below"), (" top", " above"))
 """Words for depth and edges, and the functional words that the scorer knows instead."""

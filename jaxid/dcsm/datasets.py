@@ -23,8 +23,7 @@ from jaxtyping import UInt8
 from jaxid.data import coco_spatial
 from jaxid.data.files import inside, save_picture
 from jaxid.errors import DataError
-from jaxid.reading import read_json
-from jaxid.results import write_json
+from jaxid.io import read_json, write_json
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 RELATIONS = {"above": "above", "below": "below", "leftof": "to the left of", "rightof": "to the right of"}

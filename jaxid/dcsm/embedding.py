@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import InputError
+from jaxid.families.base import Encoder
 from jaxid.kernels.similarity import unit
-from jaxid.models.base import Encoder
-from jaxid.processing.dual import Captions
-from jaxid.processing.pictures import Picture
+from jaxid.prompts.dual import Captions
+from jaxid.prompts.pictures import Picture
 
 TEXT_TOKENS = 30
 """Caption tokens of a map, T, as published."""

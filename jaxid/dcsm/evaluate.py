@@ -9,8 +9,8 @@ from jaxtyping import Bool
 from jaxid.dcsm.embedding import TEXT_TOKENS, Texts, embed_images, embed_texts
 from jaxid.dcsm.scoring import Scorer, score_own
 from jaxid.errors import InputError
-from jaxid.models.base import Encoder
-from jaxid.processing.pictures import Picture
+from jaxid.families.base import Encoder
+from jaxid.prompts.pictures import Picture
 
 
 class Answers(NamedTuple):
@@ -125,7 +125,7 @@ def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
         rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm"; and "chance", the share of right answers
             that guessing would give, if it is to be told.
     """
-    from jaxid.results import confidence_interval
+    from jaxid.stats import confidence_interval
 
     names = np.asarray(rows["benchmark"])
     found: dict[str, dict[str, dict[str, Any]]] = {}

@@ -26,7 +26,7 @@ from jaxid.checks import check_finite
 from jaxid.data.files import save_bytes
 from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
-from jaxid.reading import first_line, read_json
+from jaxid.io import first_line, read_json
 
 SIMPLIFY = (
     "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "

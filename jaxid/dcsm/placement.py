@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxid.errors import InputError
-from jaxid.processing.dual import Captions
-from jaxid.processing.words import places
+from jaxid.prompts.dual import Captions
+from jaxid.prompts.words import places
 
 PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
 """The published functional words ([DCSM] arXiv 2503.08723)."""

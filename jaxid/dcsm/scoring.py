@@ -16,11 +16,10 @@ from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Pictures, Texts
 from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED, place
 from jaxid.errors import CheckpointError, InputError, JaxidError, OutputError
+from jaxid.io import reading, whole_file
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
 from jaxid.kernels.scorer import CNN, MLP
-from jaxid.reading import reading
-from jaxid.results import whole_file
 
 KINDS = {"cnn": CNN, "mlp": MLP}
 """Kinds of scorers by name."""

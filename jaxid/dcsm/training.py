@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxid import training
 from jaxid.checks import check_finite, check_options
 from jaxid.dcsm import augment
 from jaxid.dcsm.datasets import Item
@@ -23,11 +22,12 @@ from jaxid.dcsm.embedding import TEXT_TOKENS, embed_images, embed_pixels, embed_
 from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED
 from jaxid.dcsm.scoring import KINDS, Scorer, caption_columns, check_vocabulary
 from jaxid.errors import InputError
+from jaxid.families.base import Encoder
+from jaxid.io import write_json
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
-from jaxid.models.base import Encoder
-from jaxid.results import write_json
-from jaxid.training import Batch, Metrics, Stage
+from jaxid.train import loop as training
+from jaxid.train.loop import Batch, Metrics, Stage
 
 COLUMNS = ("step", "stage", "epoch", "loss", "accuracy")
 VERSIONS = 2

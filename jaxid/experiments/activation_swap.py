@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import DataError
 from jaxid.experiments.relations import RelationBatch
-from jaxid.inputs import Prompts
-from jaxid.models.base import Model
-from jaxid.results import centre_and_spread
-from jaxid.tracing import rerun, swap, trace
+from jaxid.families.base import Model
+from jaxid.interp.trace import rerun, swap, trace
+from jaxid.prompts.processor import Prompts
+from jaxid.stats import centre_and_spread
 
 TOKEN_SETS = ("image", "text", "words")
 """What is swapped: all image tokens, all text tokens after the picture, the two objects' words."""

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.engine import forward
 from jaxid.errors import InputError
 from jaxid.experiments.relations import Compat, RelationBatch, answer_of
-from jaxid.generation import Generation, generate
-from jaxid.ids import SpatialIDs
-from jaxid.interventions import Edit, add
-from jaxid.models.base import Model
-from jaxid.models.sites import Capture
-from jaxid.temporal_ids import TemporalIDs
-from jaxid.tracing import rerun, trace
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.ids.temporal import TemporalIDs
+from jaxid.interp.forward import forward
+from jaxid.interp.generate import Generation, generate
+from jaxid.interp.interventions import Edit, add
+from jaxid.interp.trace import rerun, trace
+from jaxid.nn.sites import Capture
 
 CONDITIONS = ("belief", "noise")
 """What is added: the ID difference, or Gaussian noise of the same norm."""

@@ -7,8 +7,8 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.errors import InputError
 from jaxid.experiments import steering
 from jaxid.experiments.relations import ANSWERS, Case, Compat, RelationBatch, axis_of, fill, prepare_questions
-from jaxid.ids import SpatialIDs
-from jaxid.models.base import Model
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
 
 QUESTIONS = {
     "height": ("Is the {subject} above or below the {object}?", ANSWERS["vertical"]),

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxid.engine import forward
 from jaxid.errors import InputError
 from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import Compat, RelationBatch
-from jaxid.ids import SpatialIDs
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.interp.forward import forward
+from jaxid.interp.trace import residuals_at
 from jaxid.kernels import probing
-from jaxid.models.base import Model
-from jaxid.models.sites import Capture
-from jaxid.tracing import residuals_at
+from jaxid.nn.sites import Capture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

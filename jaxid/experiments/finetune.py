@@ -19,18 +19,18 @@ from jaxtyping import Array, Float, Int
 from jaxid.checks import check_finite, check_options
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.grid import GridItem
-from jaxid.engine import forward
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import ANSWERS, Case, fill, prepare
-from jaxid.ids import SpatialIDs
-from jaxid.inputs import Prompts
-from jaxid.models.base import Model
-from jaxid.models.common import Recompute
-from jaxid.models.inputs import Inputs
-from jaxid.models.sites import Capture, clean
-from jaxid.trainable import Selection, Tensor, choose, for_learning, tensors
-from jaxid.training import Metrics, Stage
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.interp.forward import forward
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.layers import Recompute
+from jaxid.nn.sites import Capture, clean
+from jaxid.prompts.processor import Prompts
+from jaxid.train.loop import Metrics, Stage
+from jaxid.train.trainable import Selection, Tensor, choose, for_learning, tensors
 
 QUESTIONS = {
     "horizontal": "Is the {b} to the left or right of the {a}?",
@@ -346,7 +346,7 @@ class Task:
     ids: SpatialIDs
 
     def stage(self) -> Stage:
-        """The whole run as one stage of `jaxid.training`; its parameters are the trained tensors alone."""
+        """The whole run as one stage of `jaxid.train.loop`; its parameters are the trained tensors alone."""
 
         def of_trained(trained: Any, batch: dict[str, Any]) -> tuple[Array, Metrics]:
             parameters = self.selection.merge(batch["frozen"], trained)

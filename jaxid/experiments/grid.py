@@ -9,10 +9,10 @@ from jaxtyping import Int
 
 from jaxid.data.grid import GridItem
 from jaxid.errors import InputError
-from jaxid.ids import FULL_SIZE, IDBatch, SpatialIDs, accumulate_ids
-from jaxid.inputs import Prompts
-from jaxid.models.base import Model
-from jaxid.tracing import residuals_at
+from jaxid.families.base import Model
+from jaxid.ids.spatial import FULL_SIZE, IDBatch, SpatialIDs, accumulate_ids
+from jaxid.interp.trace import residuals_at
+from jaxid.prompts.processor import Prompts
 
 QUESTION = "Is the {b} to the left or right of the {a}?"
 """The published question; its word {b} is the one whose activations are read."""

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.engine import forward
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.relations import Case, Compat, RelationBatch, prepare
-from jaxid.models.base import Model
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
 
 RADIUS = 20.0
 """Of the published blur, in pixels of COCO's pictures."""

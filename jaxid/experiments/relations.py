@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.engine import Output
 from jaxid.errors import InputError, PromptError
-from jaxid.inputs import Processor, Prompts
-from jaxid.models.base import Model
-from jaxid.processing.words import places
-from jaxid.tracing import Trace
+from jaxid.families.base import Model
+from jaxid.interp.forward import Output
+from jaxid.interp.trace import Trace
+from jaxid.prompts.processor import Processor, Prompts
+from jaxid.prompts.words import places
 
 ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 """Answer words of each kind of relation; the first one is at the smaller coordinate."""

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 
 from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import Compat, RelationBatch
-from jaxid.ids import SpatialIDs
-from jaxid.interventions import add
-from jaxid.models.base import Model
-from jaxid.tracing import Trace, rerun, trace
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.interp.interventions import add
+from jaxid.interp.trace import Trace, rerun, trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

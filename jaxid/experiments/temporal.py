@@ -16,12 +16,12 @@ from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.grid import activations_at, in_batches
 from jaxid.experiments.relations import Case, Compat, RelationBatch, fill
 from jaxid.experiments.steering import Steering
-from jaxid.inputs import Prompts
-from jaxid.interventions import add
-from jaxid.models.base import Model
-from jaxid.processing.pictures import Clip
-from jaxid.temporal_ids import FRAMES, TemporalBatch, TemporalIDs, accumulate_temporal_ids
-from jaxid.tracing import Trace, rerun, residuals_at, swap, trace
+from jaxid.families.base import Model
+from jaxid.ids.temporal import FRAMES, TemporalBatch, TemporalIDs, accumulate_temporal_ids
+from jaxid.interp.interventions import add
+from jaxid.interp.trace import Trace, rerun, residuals_at, swap, trace
+from jaxid.prompts.pictures import Clip
+from jaxid.prompts.processor import Prompts
 
 QUESTION = (
     "In this video, two objects appear at different times. Does the {a} come before or after the {b}? "

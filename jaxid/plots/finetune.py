@@ -9,18 +9,7 @@ from matplotlib.figure import Figure
 
 from jaxid.checks import check_finite
 from jaxid.errors import InputError
-from jaxid.plots.style import (
-    BLUE,
-    CHANCE,
-    STYLE,
-    VERMILLION,
-    WILSON,
-    About,
-    captioned,
-    chance_line,
-    finite,
-    new_figure,
-)
+from jaxid.plots.style import BLUE, CHANCE, STYLE, VERMILLION, WILSON, About, captioned, chance_line, finite, new_figure
 
 _COLORS = (BLUE, VERMILLION)
 

@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from jaxid.errors import InputError, OutputError
-from jaxid.results import whole_file
+from jaxid.io import whole_file
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, in the order in which it is used.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b5578f"

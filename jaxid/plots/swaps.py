@@ -34,7 +34,7 @@ from jaxid.plots.style import (
     label_ends,
     new_figure,
 )
-from jaxid.results import centre_and_spread
+from jaxid.stats import centre_and_spread
 
 
 @rc_context(STYLE)

@@ -11,8 +11,8 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.pictures import mirrored, recoloured
 from jaxid.experiments import activation_swap
 from jaxid.experiments.relations import prepare
-from jaxid.processing.pictures import open_picture
-from jaxid.results import tidy
+from jaxid.io import tidy
+from jaxid.prompts.pictures import open_picture
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, filled
 
 PUBLISHED_ITEMS = 100

@@ -12,10 +12,10 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.errors import DataError, JaxidError, OutputError
 from jaxid.experiments import belief_swap
 from jaxid.experiments.relations import answer_of, axis_of, prepare
-from jaxid.models.registry import ALIASES
-from jaxid.reading import read_json, reading
-from jaxid.results import confidence_interval, ensure_output_folder, write_json
+from jaxid.families.registry import ALIASES
+from jaxid.io import ensure_output_folder, read_json, reading, write_json
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, by_axis, filled, joined
+from jaxid.stats import confidence_interval
 
 PUBLISHED_LAYERS = {
     "llava-7b": (8, 20),

@@ -21,10 +21,10 @@ from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_sp
 from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
 from jaxid.experiments.belief_swap import require_same_model
 from jaxid.experiments.relations import Case, Compat, RelationBatch, answer_forms, axis_of, prepare
-from jaxid.ids import SpatialIDs
-from jaxid.models.base import Model
-from jaxid.results import ensure_output_folder, locked, write_json
-from jaxid.temporal_ids import TemporalIDs
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.ids.temporal import TemporalIDs
+from jaxid.io import ensure_output_folder, locked, write_json
 
 Item = TypeVar("Item")
 Columns = dict[str, Any]

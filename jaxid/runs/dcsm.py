@@ -22,13 +22,12 @@ from jaxid.dcsm.placement import find, place
 from jaxid.dcsm.scoring import Scorer, score
 from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import CheckpointError, DataError, InputError, OutputError
+from jaxid.families.base import Encoder
+from jaxid.families.encoders import ENCODER_ALIASES, ENCODERS
+from jaxid.io import ensure_output_folder, read_json, reading, write_json, write_text
 from jaxid.kernels import similarity
-from jaxid.models.base import Encoder
-from jaxid.models.encoders import ENCODER_ALIASES, ENCODERS
-from jaxid.processing.pictures import open_picture
-from jaxid.reading import read_json, reading
-from jaxid.results import ensure_output_folder, write_json, write_text
-from jaxid.runs.trackers import Trackers
+from jaxid.prompts.pictures import open_picture
+from jaxid.train.trackers import Trackers
 
 SCORER_FILE = "scorer.safetensors"
 """Name of the scorer that lies in a model's folder."""

@@ -11,10 +11,11 @@ from jaxid.data.coco_boxes import PlacedItem, find_instances, read_instances
 from jaxid.errors import DataError
 from jaxid.experiments import deviation
 from jaxid.experiments.relations import axis_of, prepare
-from jaxid.models.registry import ALIASES
-from jaxid.results import confidence_interval, tidy, write_json
+from jaxid.families.registry import ALIASES
+from jaxid.io import tidy, write_json
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Item, Run, RunConfig, about, filled, joined, parse_layers
 from jaxid.runs.steer import scaled
+from jaxid.stats import confidence_interval
 
 Made = TypeVar("Made")
 

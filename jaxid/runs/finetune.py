@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxid import plots, training
+from jaxid import plots
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, check_dtype, open_checkpoint
 from jaxid.checkpoints.tensors import unflatten
@@ -21,11 +21,12 @@ from jaxid.data.grid import GridItem, read_finetune_folder
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig, Task
-from jaxid.ids import SpatialIDs
-from jaxid.models.base import Model
-from jaxid.reading import first_line, read_json, reading
-from jaxid.results import confidence_interval, ensure_output_folder, locked, to_json, whole_file, write_json
-from jaxid.runs.trackers import Trackers
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.io import ensure_output_folder, first_line, locked, read_json, reading, to_json, whole_file, write_json
+from jaxid.stats import confidence_interval
+from jaxid.train import loop as training
+from jaxid.train.trackers import Trackers
 
 COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
 _SETS = ("held_out", "coco_spatial")

@@ -15,7 +15,7 @@ from jaxid.errors import InputError
 from jaxid.experiments.finetune import FinetuneConfig, trained_tensors
 from jaxid.experiments.grid import extract
 from jaxid.runs import finetune
-from jaxid.training_folder import begun
+from jaxid.train.folder import begun
 from jaxid.zoo.tiny_llava import IMAGE_SIZE
 
 CONFIG = FinetuneConfig(

@@ -15,9 +15,8 @@ from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments import occlusion
 from jaxid.experiments.deviation import rank_test
 from jaxid.experiments.relations import axis_of, prepare
-from jaxid.processing.pictures import open_picture
-from jaxid.reading import read_json, reading
-from jaxid.results import read_table
+from jaxid.io import read_json, read_table, reading
+from jaxid.prompts.pictures import open_picture
 from jaxid.runs.common import PUBLISHED_SUFFIX, Columns, Run, RunConfig, about, filled, joined
 from jaxid.runs.deviation import placed_by_axis, placed_items, usable
 

@@ -11,7 +11,7 @@ from jaxid.checks import check_finite
 from jaxid.data.grid import read_finetune_folder, read_grid_folder
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import grid
-from jaxid.results import ensure_output_folder
+from jaxid.io import ensure_output_folder
 
 Item = TypeVar("Item")
 

@@ -13,9 +13,10 @@ from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import steering
 from jaxid.experiments.relations import ANSWERS, RelationBatch, answer_forms, fill, prepare_questions
-from jaxid.processing.pictures import open_picture
-from jaxid.results import mean_interval, tidy, write_table
+from jaxid.io import tidy, write_table
+from jaxid.prompts.pictures import open_picture
 from jaxid.runs.common import PUBLISHED_TEMPLATE, Columns, Run, RunConfig, about, filled, parse_layers
+from jaxid.stats import mean_interval
 
 RELATIONS = ("left-right", "above-below", "near-far", "between")
 _ANSWERS = {

@@ -15,12 +15,12 @@ from jaxid.errors import DataError, InputError
 from jaxid.experiments import activation_swap, temporal
 from jaxid.experiments.activation_swap import TOKEN_SETS
 from jaxid.experiments.relations import RelationBatch
-from jaxid.models.base import Model
-from jaxid.processing.pictures import Clip
-from jaxid.results import tidy, write_json
+from jaxid.families.base import Model
+from jaxid.ids.temporal import FRAMES, rank_correlation
+from jaxid.io import tidy, write_json
+from jaxid.prompts.pictures import Clip
 from jaxid.runs.common import Columns, Run, RunConfig, about, filled
 from jaxid.runs.spatial_ids import check_extraction, with_bar
-from jaxid.temporal_ids import FRAMES, rank_correlation
 
 PUBLISHED_LAYER, PUBLISHED_BLOCKS = 13, 28
 """Block of the published steering, of the model's 28."""

@@ -12,8 +12,9 @@ from jaxid.checkpoints.encoders import load_encoder
 from jaxid.dcsm import training
 from jaxid.dcsm.evaluate import answer
 from jaxid.dcsm.scoring import Scorer
-from jaxid.models.base import Encoder
-from jaxid.results import confidence_interval, write_json
+from jaxid.families.base import Encoder
+from jaxid.io import write_json
+from jaxid.stats import confidence_interval
 from jaxid.zoo import tiny_dcsm
 
 SCENES = 2000

@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxid import training
+from jaxid.families.clip import CLIP
 from jaxid.kernels.similarity import unit
-from jaxid.models.clip import CLIP
-from jaxid.training import Metrics, Stage, adamw
+from jaxid.train import loop as training
+from jaxid.train.loop import Metrics, Stage, adamw
 from jaxid.zoo import tiny_clip as recipe
 from jaxid.zoo.export import write_clip
 from jaxid.zoo.sampling import check_recipe, normalize

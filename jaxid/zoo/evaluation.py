@@ -9,10 +9,10 @@ from jaxid.checks import check_finite
 from jaxid.data import scenes as drawn
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.scenes import OBJECTS, Scenes
-from jaxid.engine import forward
 from jaxid.experiments.relations import ANSWERS
-from jaxid.models.base import Model
-from jaxid.results import confidence_interval
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
+from jaxid.stats import confidence_interval
 from jaxid.zoo import tiny_llava as recipe
 
 

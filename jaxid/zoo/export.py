@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxid.checkpoints.tensors import save_parameters
-from jaxid.models.clip import CLIPConfig, clip_keys
-from jaxid.models.decoder_config import RopeConfig
-from jaxid.models.llava import LlavaConfig, llava_keys
-from jaxid.models.llava_video import LlavaVideoConfig, original_keys
-from jaxid.models.vision import VisionConfig
-from jaxid.results import write_json
+from jaxid.families.clip import CLIPConfig, clip_keys
+from jaxid.families.llava import LlavaConfig, llava_keys
+from jaxid.families.llava_video import LlavaVideoConfig, original_keys
+from jaxid.io import write_json
+from jaxid.nn.decoder_config import RopeConfig
+from jaxid.nn.vision import VisionConfig
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.data import scenes as drawn
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes
-from jaxid.models.clip import CLIPConfig
-from jaxid.models.text import TextConfig
-from jaxid.models.vision import VisionConfig
+from jaxid.families.clip import CLIPConfig
+from jaxid.nn.text import TextConfig
+from jaxid.nn.vision import VisionConfig
 from jaxid.zoo.tiny_llava import IMAGE_SIZE, PATCH_SIZE, cells, held_out_places, patch_labels
 
 COLOR_NAMES = tuple(COLORS)

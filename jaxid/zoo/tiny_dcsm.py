@@ -15,7 +15,7 @@ from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.scenes import Scenes
 from jaxid.dcsm import datasets
 from jaxid.dcsm.datasets import Item
-from jaxid.results import write_json
+from jaxid.io import write_json
 from jaxid.zoo.tiny_clip import COLOR_NAMES, RELATIONS, SHAPES, article, is_held_out, relation, sample, seen
 from jaxid.zoo.tiny_llava import IMAGE_SIZE
 

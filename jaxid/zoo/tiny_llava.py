@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.data import scenes as drawn
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes
-from jaxid.models.decoder_config import DecoderConfig, RopeConfig
-from jaxid.models.llava import LlavaConfig
-from jaxid.models.vision import VisionConfig
+from jaxid.families.llava import LlavaConfig
+from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
+from jaxid.nn.vision import VisionConfig
 from jaxid.zoo.packing import Layout, packed
 from jaxid.zoo.sampling import symmetric_sample
 

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from jaxid.data import clips
 from jaxid.data.scenes import OBJECTS, Scenes, concatenate, render
 from jaxid.data.videos import FRAMES, spread, time_text
-from jaxid.models.decoder_config import DecoderConfig, RopeConfig
-from jaxid.models.llava_video import LlavaVideoConfig
-from jaxid.models.vision import KINDS, VisionConfig
-from jaxid.processing.pictures import Clip
+from jaxid.families.llava_video import LlavaVideoConfig
+from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
+from jaxid.nn.vision import KINDS, VisionConfig
+from jaxid.prompts.pictures import Clip
 from jaxid.zoo.packing import Layout, packed
 from jaxid.zoo.sampling import normalize, symmetric_sample
 

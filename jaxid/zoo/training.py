@@ -12,15 +12,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxid import training
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import COLORS, OBJECTS
-from jaxid.models.common import Linear
-from jaxid.models.decoder import Decoder
-from jaxid.models.llava import Llava
-from jaxid.models.sites import Capture, clean
-from jaxid.results import write_json
-from jaxid.training import Metrics, Stage, adamw
+from jaxid.families.llava import Llava
+from jaxid.io import write_json
+from jaxid.nn.decoder import Decoder
+from jaxid.nn.layers import Linear
+from jaxid.nn.sites import Capture, clean
+from jaxid.train import loop as training
+from jaxid.train.loop import Metrics, Stage, adamw
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava

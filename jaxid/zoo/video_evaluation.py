@@ -6,10 +6,10 @@ from jaxid.checks import check_finite
 from jaxid.data.clips import draw_clip
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import spread, time_text
-from jaxid.engine import forward
-from jaxid.models.base import Model
-from jaxid.processing.pictures import Clip
-from jaxid.results import confidence_interval
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
+from jaxid.prompts.pictures import Clip
+from jaxid.stats import confidence_interval
 from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo.evaluation import Accuracy
 

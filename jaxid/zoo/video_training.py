@@ -13,15 +13,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxid import training
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import FRAMES
-from jaxid.models.common import Linear
-from jaxid.models.llava_video import LlavaVideo
-from jaxid.models.sites import Capture, clean
-from jaxid.results import write_json
-from jaxid.training import Metrics, Stage, adamw
+from jaxid.families.llava_video import LlavaVideo
+from jaxid.io import write_json
+from jaxid.nn.layers import Linear
+from jaxid.nn.sites import Capture, clean
+from jaxid.train import loop as training
+from jaxid.train.loop import Metrics, Stage, adamw
 from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video

@@ -20,7 +20,7 @@ from jaxid.checkpoints import tensors
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import find_folder, load
 from jaxid.errors import CheckpointError, InputError
-from jaxid.models.registry import ALIASES, FAMILIES
+from jaxid.families.registry import ALIASES, FAMILIES
 
 PLAIN, TIED = CASES[0], CASES[1]
 Weights = dict[str, torch.Tensor]

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from jaxid.checkpoints.loading import abstract_parameters, as_stored, find_folder, load, parsed
 from jaxid.checkpoints.tensors import TensorFolder, load_parameters
 from jaxid.errors import CheckpointError, JaxidError
-from jaxid.models.encoders import ENCODERS
-from jaxid.models.openclip import ARCHITECTURES
-from jaxid.models.registry import FAMILIES
-from jaxid.reading import reading
+from jaxid.families.encoders import ENCODERS
+from jaxid.families.openclip import ARCHITECTURES
+from jaxid.families.registry import FAMILIES
+from jaxid.io import reading
 
 BY_NAME = {case.name: case for case in EVERY}
 HEAD = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")

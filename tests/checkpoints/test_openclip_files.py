@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from jaxid.checkpoints import encoders, openclip
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.errors import CheckpointError, InputError
-from jaxid.models.base import Encoder
-from jaxid.results import write_json
+from jaxid.families.base import Encoder
+from jaxid.io import write_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

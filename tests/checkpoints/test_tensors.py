@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from jaxid.checkpoints.loading import find_folder
 from jaxid.checkpoints.tensors import TensorFolder, load_parameters, read_parameters, save_parameters
 from jaxid.errors import CheckpointError
-from jaxid.models.keys import LINEAR, Key
+from jaxid.nn.keys import LINEAR, Key
 
 Weights = dict[str, torch.Tensor]
 
@@ -406,7 +406,7 @@ import sys
 from pathlib import Path
 import jax, ml_dtypes
 from jaxid.checkpoints.tensors import TensorFolder, load_parameters
-from jaxid.models.keys import LINEAR, Key
+from jaxid.nn.keys import LINEAR, Key
 
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

@@ -13,7 +13,7 @@ from jaxid.data.coco_boxes import best_pair, find_instances, read_instances, upr
 from jaxid.data.coco_spatial import SpatialItem, write_coco_spatial
 from jaxid.data.scenes import sample_free
 from jaxid.errors import DataError, InputError
-from jaxid.processing.pictures import Stored, open_picture
+from jaxid.prompts.pictures import Stored, open_picture
 
 
 def content() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from jaxid.data import videos
 from jaxid.data.videos import read_video, spread, time_text, write_video
 from jaxid.errors import DataError, InputError, OutputError
-from jaxid.processing.pictures import Clip, open_picture
+from jaxid.prompts.pictures import Clip, open_picture
 
 
 def moving(frames: int, size: int = 32) -> np.ndarray:

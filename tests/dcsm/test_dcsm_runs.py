@@ -14,9 +14,9 @@ from jaxid.cli import main
 from jaxid.data.files import save_picture
 from jaxid.dcsm import benchmarks
 from jaxid.dcsm.scoring import Scorer
-from jaxid.results import confidence_interval
 from jaxid.runs import dcsm as runs
 from jaxid.runs.dcsm import read_sets
+from jaxid.stats import confidence_interval
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

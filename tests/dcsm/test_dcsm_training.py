@@ -18,12 +18,12 @@ import pytest
 import torch
 from encoders import ENCODER_CASES, encoder, folder
 
-from jaxid import training as loop
 from jaxid.dcsm import training
 from jaxid.dcsm.datasets import Item
 from jaxid.dcsm.scoring import Scorer
 from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import CheckpointError, InputError
+from jaxid.train import loop
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -17,8 +17,8 @@ from transformers import CLIPTokenizer
 
 from jaxid.dcsm.placement import PUBLISHED, Columns, find, place
 from jaxid.errors import InputError, UnknownWordsWarning
-from jaxid.processing.dual import Captions, DualProcessor
-from jaxid.processing.words import read_tokenizer
+from jaxid.prompts.dual import Captions, DualProcessor
+from jaxid.prompts.words import read_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the captions hold words")  # of letters alone
 

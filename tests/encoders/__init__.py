@@ -13,8 +13,8 @@ import transformers
 from families.base import randomized
 
 from jaxid.checkpoints.encoders import load_encoder
-from jaxid.models.base import Encoder
-from jaxid.results import write_json
+from jaxid.families.base import Encoder
+from jaxid.io import write_json
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-encoders-")
 WORDS = """a an image of red blue star fish above below to the left right and not without but no small big .""".split()

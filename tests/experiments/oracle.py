@@ -13,7 +13,7 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.errors import UnknownWordsWarning
 from jaxid.experiments import relations
 from jaxid.experiments.relations import ANSWERS, RelationBatch
-from jaxid.ids import SpatialIDs
+from jaxid.ids.spatial import SpatialIDs
 
 CASE = CASES[0]
 LAYERS, WIDTH = 3, 32

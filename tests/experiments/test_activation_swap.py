@@ -10,12 +10,12 @@ import oracle
 import pytest
 from families import VOCABULARY
 
-from jaxid.engine import forward
 from jaxid.experiments import activation_swap
 from jaxid.experiments.activation_swap import swap_score
-from jaxid.inputs import Prompts
-from jaxid.interventions import replace
-from jaxid.models.sites import Capture
+from jaxid.interp.forward import forward
+from jaxid.interp.interventions import replace
+from jaxid.nn.sites import Capture
+from jaxid.prompts.processor import Prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,7 +11,7 @@ import pytest
 from jaxid.errors import InputError
 from jaxid.experiments import belief_swap
 from jaxid.experiments.belief_swap import BeliefSwap
-from jaxid.tracing import rerun
+from jaxid.interp.trace import rerun
 
 
 def published_direction(axis: str, truth: int, layer: int) -> np.ndarray:

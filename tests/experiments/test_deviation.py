@@ -21,13 +21,13 @@ import jaxid.cli_diagnosis
 from jaxid.data.coco_boxes import find_instances, read_instances
 from jaxid.data.coco_spatial import INSTANCES_FILE, find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.scenes import sample_free
-from jaxid.engine import forward
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import deviation
 from jaxid.experiments.deviation import easy, gap, rank_test
 from jaxid.experiments.relations import prepare
-from jaxid.models.sites import Capture
-from jaxid.results import read_table
+from jaxid.interp.forward import forward
+from jaxid.io import read_table
+from jaxid.nn.sites import Capture
 from jaxid.runs import deviation as job
 
 assert jaxid.cli_diagnosis  # its commands are tested here

@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 from families import CASES, EACH, Case, over
 
-from jaxid import training
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.tensors import flatten
 from jaxid.data.grid import FinetuneItem, GridItem, finetune_name, placements, read_finetune_folder
 from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
-from jaxid.ids import SpatialIDs
-from jaxid.models.base import Model
-from jaxid.models.common import Recompute
-from jaxid.trainable import GROUPS, Selection, Tensor, choose, for_learning, tensors
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.nn.layers import Recompute
+from jaxid.train import loop as training
+from jaxid.train.trainable import GROUPS, Selection, Tensor, choose, for_learning, tensors
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

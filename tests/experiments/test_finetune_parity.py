@@ -19,10 +19,10 @@ from families import EACH, Case, over
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.tensors import flatten, published_name
-from jaxid.engine import forward
 from jaxid.experiments.finetune import FinetuneConfig, loss, optimizer
-from jaxid.models.registry import family, kind_of
-from jaxid.trainable import Selection, Trained, choose, for_learning, tensors
+from jaxid.families.registry import family, kind_of
+from jaxid.interp.forward import forward
+from jaxid.train.trainable import Selection, Trained, choose, for_learning, tensors
 
 ID_LAYER, ID_WEIGHT, RATE = 1, 0.7, 5e-5
 CONFIG = FinetuneConfig(learning_rate=RATE, warmup=0.0, schedule="constant", clip_norm=1.0, weight_decay=0.01)

@@ -11,7 +11,7 @@ import pytest
 from test_finetune import command, ids, model, process, write_data
 
 from jaxid.errors import JaxidError
-from jaxid.results import locked
+from jaxid.io import locked
 from jaxid.runs import finetune_study
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

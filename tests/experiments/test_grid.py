@@ -14,7 +14,7 @@ from families import VOCABULARY
 from jaxid.data.grid import GridItem, placements
 from jaxid.errors import InputError, PromptError
 from jaxid.experiments import grid
-from jaxid.tracing import residuals_at
+from jaxid.interp.trace import residuals_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
 

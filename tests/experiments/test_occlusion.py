@@ -20,11 +20,11 @@ from test_cli import run as command
 import jaxid.cli_diagnosis
 from jaxid.data.coco_spatial import INSTANCES_FILE, write_coco_spatial
 from jaxid.data.scenes import sample_free
-from jaxid.engine import forward
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import occlusion
 from jaxid.experiments.occlusion import KINDS, blurred, pixels, random_boxes, variants
-from jaxid.results import read_table, write_json, write_table
+from jaxid.interp.forward import forward
+from jaxid.io import read_table, write_json, write_table
 from jaxid.runs import occlusion as job
 
 assert jaxid.cli_diagnosis  # its commands are tested here

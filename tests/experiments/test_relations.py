@@ -9,9 +9,9 @@ import oracle
 import pytest
 from families import VOCABULARY
 
-from jaxid.engine import forward
 from jaxid.errors import InputError, PromptError, UnknownWordsWarning
 from jaxid.experiments import relations
+from jaxid.interp.forward import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
 

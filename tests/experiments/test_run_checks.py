@@ -14,7 +14,7 @@ from test_cli import run as command
 from test_runs import columns, ids, options
 from test_runs import place as place
 
-from jaxid import results
+from jaxid import io as results
 from jaxid.checkpoints import tensors
 from jaxid.errors import DataError, InputError, JaxidError, JaxidWarning, OutputError, PromptError
 from jaxid.runs import activation_swap, belief_swap, depth, deviation, occlusion, steer

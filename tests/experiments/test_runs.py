@@ -21,8 +21,8 @@ from jaxid.data.three_objects import write_three_objects
 from jaxid.errors import DataError, InputError, OutputError, PromptError
 from jaxid.experiments import belief_swap as experiment
 from jaxid.experiments.relations import prepare
-from jaxid.models.base import Model
-from jaxid.results import read_table
+from jaxid.families.base import Model
+from jaxid.io import read_table
 from jaxid.runs import activation_swap, belief_swap, depth, steer
 from jaxid.runs.common import RunConfig, parse_layers
 

@@ -12,15 +12,15 @@ from families import EVERY
 
 from jaxid.data.clips import AppearItem, OrderItem, write_appear_folder
 from jaxid.data.videos import write_video
-from jaxid.engine import forward
 from jaxid.errors import DataError, InputError, PromptError
 from jaxid.experiments import temporal
-from jaxid.interventions import add, replace
-from jaxid.models.base import Model
-from jaxid.models.sites import Capture
-from jaxid.processing.pictures import Clip
+from jaxid.families.base import Model
+from jaxid.ids.temporal import TemporalIDs
+from jaxid.interp.forward import forward
+from jaxid.interp.interventions import add, replace
+from jaxid.nn.sites import Capture
+from jaxid.prompts.pictures import Clip
 from jaxid.runs import temporal as runs
-from jaxid.temporal_ids import TemporalIDs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

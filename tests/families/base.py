@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxid.inputs import Prompts
-from jaxid.results import write_json
+from jaxid.io import write_json
+from jaxid.prompts.processor import Prompts
 
 VOCABULARY = tuple(
     """<unk> <s> </s> <pad> <image> USER ASSISTANT : ? . , " Is the star to left or right of fish Where is picture

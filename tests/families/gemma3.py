@@ -7,8 +7,8 @@ from typing import Any
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
 from families.base import DECODER_PARTS, Case, randomized, tensors, write_words
-from jaxid.inputs import Prompts
-from jaxid.results import write_json
+from jaxid.io import write_json
+from jaxid.prompts.processor import Prompts
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
 SPECIAL += ("<image_soft_token>",)

@@ -9,8 +9,8 @@ import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from families.base import DECODER_PARTS, Case, randomized, tensors, write_words
-from jaxid.inputs import Prompts
-from jaxid.results import write_json
+from jaxid.io import write_json
+from jaxid.prompts.processor import Prompts
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 TEMPLATE = (

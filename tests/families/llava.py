@@ -13,9 +13,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import jaxid.models.llava
+import jaxid.families.llava
 from families.base import DECODER_PARTS, LLAMA3, VOCABULARY, Case, randomized
-from jaxid.results import write_json
+from jaxid.io import write_json
 from jaxid.zoo.export import write_processor, write_tokenizer
 from jaxid.zoo.tiny_llava import CHAT_TEMPLATE
 
@@ -39,7 +39,7 @@ def llava(name: str, *, text: Mapping[str, Any] = {}, vision: Mapping[str, Any] 
 
     def describe(folder: Path) -> None:
         fields = config.to_dict()
-        ours = jaxid.models.llava.LlavaConfig.from_hf(fields)
+        ours = jaxid.families.llava.LlavaConfig.from_hf(fields)
         write_tokenizer(folder, VOCABULARY, CHAT_TEMPLATE)
         write_processor(folder, ours, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 

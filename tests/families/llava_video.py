@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from families.base import DECODER_PARTS, Case, randomized
-from jaxid.inputs import Prompts
-from jaxid.models.published import CONFIGS
-from jaxid.results import write_json
+from jaxid.families.published import CONFIGS
+from jaxid.io import write_json
+from jaxid.prompts.processor import Prompts
 
 WORDS = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",

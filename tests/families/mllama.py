@@ -14,8 +14,8 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from families.base import DECODER_PARTS, LLAMA3, Case, randomized, tensors, write_words
-from jaxid.inputs import Prompts
-from jaxid.results import write_json
+from jaxid.io import write_json
+from jaxid.prompts.processor import Prompts
 
 SPECIAL = ("<|finetune_right_pad_id|>", "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
 SPECIAL += ("<|image|>",)

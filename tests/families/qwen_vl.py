@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from families.base import DECODER_PARTS, Case, randomized, tensors, write_words
-from jaxid.inputs import Prompts
-from jaxid.results import write_json
+from jaxid.io import write_json
+from jaxid.prompts.processor import Prompts
 
 SPECIAL = (
     "<|endoftext|>",

@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 
 from jaxid.kernels import attention
-from jaxid.kernels.attention import (
-    Part,
-    attend,
-    merge,
-    prefix_part,
-    shared_prefix_attention,
-    suffix_part,
-)
+from jaxid.kernels.attention import Part, attend, merge, prefix_part, shared_prefix_attention, suffix_part
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

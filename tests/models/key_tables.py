@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from jaxid.checkpoints.tensors import flatten, unflatten
-from jaxid.models.keys import Key
+from jaxid.nn.keys import Key
 
 
 def abstract_of(build: Callable[[], nnx.Module]) -> dict[str, Any]:

@@ -25,25 +25,25 @@ from families import EVERY, LLAMA3, VOCABULARY, Case, llava_config
 from flax import nnx
 from key_tables import assert_table_fits
 
-import jaxid.inputs
-import jaxid.models
-import jaxid.processing
+import jaxid.families
+import jaxid.nn
+import jaxid.prompts
 from jaxid.checkpoints.loading import abstract_parameters
 from jaxid.errors import CheckpointError
-from jaxid.models.common import BOOKKEEPING, Config
-from jaxid.models.decoder_config import FULL, DecoderConfig, RopeConfig, decoder_config
-from jaxid.models.inputs import Inputs
-from jaxid.models.llava import LlavaConfig
-from jaxid.models.registry import FAMILIES
-from jaxid.models.sites import SITES, Capture, clean
-from jaxid.models.vision import VisionConfig
+from jaxid.families.llava import LlavaConfig
+from jaxid.families.registry import FAMILIES
+from jaxid.nn.decoder_config import FULL, DecoderConfig, RopeConfig, decoder_config
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.layers import BOOKKEEPING, Config
+from jaxid.nn.sites import SITES, Capture, clean
+from jaxid.nn.vision import VisionConfig
 from jaxid.zoo.export import hf_config
 
-PACKAGES = [Path(str(package.__file__)).parent for package in (jaxid.models, jaxid.processing)]
-SOURCES = [*itertools.chain(*(sorted(folder.glob("*.py")) for folder in PACKAGES)), Path(jaxid.inputs.__file__)]
+PACKAGES = [Path(str(package.__file__)).parent for package in (jaxid.families, jaxid.nn, jaxid.prompts)]
+SOURCES = list(itertools.chain(*(sorted(folder.glob("*.py")) for folder in PACKAGES)))
 
 for found in pkgutil.iter_modules([str(PACKAGES[0])]):  # a family's configs count before it is registered
-    importlib.import_module(f"jaxid.models.{found.name}")
+    importlib.import_module(f"jaxid.families.{found.name}")
 
 
 def below(base: type[Config]) -> Iterator[type[Config]]:

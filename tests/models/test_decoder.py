@@ -21,18 +21,10 @@ from transformers.models.mllama.modeling_mllama import MllamaTextModel, _prepare
 from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import CheckpointError
 from jaxid.kernels.attention import causal_mask
-from jaxid.models.common import RMSNorm, rms_norm
-from jaxid.models.decoder import Decoder, Memory
-from jaxid.models.decoder_config import (
-    FULL,
-    KINDS,
-    SLIDING,
-    DecoderConfig,
-    RopeConfig,
-    decoder_config,
-    decoder_keys,
-)
-from jaxid.models.sites import DECODER_SITES, Capture, clean
+from jaxid.nn.decoder import Decoder, Memory
+from jaxid.nn.decoder_config import FULL, KINDS, SLIDING, DecoderConfig, RopeConfig, decoder_config, decoder_keys
+from jaxid.nn.layers import RMSNorm, rms_norm
+from jaxid.nn.sites import DECODER_SITES, Capture, clean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

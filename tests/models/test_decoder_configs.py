@@ -9,7 +9,7 @@ import transformers
 from families.base import LLAMA3
 
 from jaxid.errors import CheckpointError
-from jaxid.models.decoder_config import FULL, KINDS, SLIDING, DecoderConfig, RopeConfig, decoder_config
+from jaxid.nn.decoder_config import FULL, KINDS, SLIDING, DecoderConfig, RopeConfig, decoder_config
 
 DIRECT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
 rms_norm_eps""".split()

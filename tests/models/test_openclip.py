@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from jaxid.checkpoints.loading import abstract_parameters, load_network
 from jaxid.checkpoints.openclip import open_weights
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Encoder
+from jaxid.families.encoders import ENCODERS
+from jaxid.families.openclip import ARCHITECTURES, kind_of
 from jaxid.kernels.similarity import unit
-from jaxid.models.base import Encoder
-from jaxid.models.encoders import ENCODERS
-from jaxid.models.openclip import ARCHITECTURES, kind_of
-from jaxid.models.text import TextConfig
+from jaxid.nn.text import TextConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

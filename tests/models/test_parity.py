@@ -11,8 +11,8 @@ import pytest
 from families import CASES, QUICK, Case, over
 from fixtures import distance
 
-from jaxid.engine import forward
-from jaxid.models.sites import DECODER_SITES, SITES, Capture, clean
+from jaxid.interp.forward import forward
+from jaxid.nn.sites import DECODER_SITES, SITES, Capture, clean
 
 EXACT = 2e-5  # relative to the largest activation; float32 rounding gives 1e-6 to 1e-5
 

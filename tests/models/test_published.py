@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from jaxid.checkpoints.loading import abstract_parameters
 from jaxid.checkpoints.tensors import unflatten
-from jaxid.models.inputs import Inputs
-from jaxid.models.mllama import MllamaConfig
-from jaxid.models.published import CONFIGS
-from jaxid.models.qwen_vl import QwenVLConfig
-from jaxid.models.registry import ALIASES, FAMILIES, family
-from jaxid.models.sites import Capture, clean
+from jaxid.families.mllama import MllamaConfig
+from jaxid.families.published import CONFIGS
+from jaxid.families.qwen_vl import QwenVLConfig
+from jaxid.families.registry import ALIASES, FAMILIES, family
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.sites import Capture, clean
 
 PARAMETERS = {
     # Found as published or as counted from the checkpoint's own tensors.

@@ -24,9 +24,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 
 import jaxid
 from jaxid.kernels.attention import causal_mask
-from jaxid.models.decoder import Decoder
-from jaxid.models.decoder_config import FULL, SLIDING, decoder_config, decoder_keys
-from jaxid.models.sites import Capture, clean
+from jaxid.nn.decoder import Decoder
+from jaxid.nn.decoder_config import FULL, SLIDING, decoder_config, decoder_keys
+from jaxid.nn.sites import Capture, clean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -19,15 +19,8 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import CheckpointError, InputError
 from jaxid.kernels import rope
-from jaxid.models.blocks import Block, BlockConfig, read_all, run_blocks
-from jaxid.models.vision import (
-    KINDS,
-    VisionConfig,
-    VisionTower,
-    patches,
-    vision_config,
-    vision_keys,
-)
+from jaxid.nn.transformer import Block, BlockConfig, read_all, run_blocks
+from jaxid.nn.vision import KINDS, VisionConfig, VisionTower, patches, vision_config, vision_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,12 +18,12 @@ from fixtures import distance
 from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma3ImageProcessorPil
 
 from jaxid.checkpoints.loading import load
-from jaxid.engine import forward
 from jaxid.errors import CheckpointError, PromptError
-from jaxid.models.base import Model
-from jaxid.models.gemma3 import Gemma3Config
-from jaxid.models.published import CONFIGS
-from jaxid.processing.gemma3 import Gemma3Side
+from jaxid.families.base import Model
+from jaxid.families.gemma3 import Gemma3Config
+from jaxid.families.published import CONFIGS
+from jaxid.interp.forward import forward
+from jaxid.prompts.gemma3 import Gemma3Side
 
 CASE = cases.EVERY[0]
 QUESTIONS = ("Is the starfish to the left or right of the fish?", "  Where is the fish, below or in the hourglass?\n")

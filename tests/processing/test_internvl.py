@@ -16,12 +16,12 @@ from fixtures import distance
 from transformers import AutoImageProcessor, GotOcr2ImageProcessorPil, InternVLProcessor
 
 from jaxid.checkpoints.loading import load
-from jaxid.engine import forward
 from jaxid.errors import CheckpointError
-from jaxid.models.internvl import InternVLConfig
-from jaxid.models.published import CONFIGS
-from jaxid.processing.base import bucketed
-from jaxid.processing.internvl import InternVLSide
+from jaxid.families.internvl import InternVLConfig
+from jaxid.families.published import CONFIGS
+from jaxid.interp.forward import forward
+from jaxid.prompts.base import bucketed
+from jaxid.prompts.internvl import InternVLSide
 
 CASE, _, LARGE_SQUARES = cases.EVERY
 QUESTIONS = ("Is the star to the left or right of the fish?", "Where is the fish?", "yes")

@@ -25,15 +25,15 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from jaxid.checkpoints.loading import abstract_parameters, load
 from jaxid.checkpoints.tensors import flatten
-from jaxid.engine import forward
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.models.inputs import Inputs
-from jaxid.models.llava_video import LlavaVideoConfig, pooling, taps
-from jaxid.models.published import CONFIGS
-from jaxid.models.registry import FAMILIES
-from jaxid.processing.base import bucketed
-from jaxid.processing.llava_video import VideoSide, clip_rows, picture_layout
-from jaxid.processing.pictures import Clip
+from jaxid.families.llava_video import LlavaVideoConfig, pooling, taps
+from jaxid.families.published import CONFIGS
+from jaxid.families.registry import FAMILIES
+from jaxid.interp.forward import forward
+from jaxid.nn.inputs import Inputs
+from jaxid.prompts.base import bucketed
+from jaxid.prompts.llava_video import VideoSide, clip_rows, picture_layout
+from jaxid.prompts.pictures import Clip
 
 PICTURES, CLIPS, GRID, FRAME = cases.EVERY
 QUESTION = fixtures.QUESTIONS[0]

@@ -10,7 +10,7 @@ from families import EVERY, Case
 from transformers import AutoProcessor
 
 from jaxid.errors import InputError
-from jaxid.processing.pictures import Clip, open_picture
+from jaxid.prompts.pictures import Clip, open_picture
 
 NAMES = ("gemma3", "mllama", "internvl")
 GEMMA, MLLAMA, INTERNVL = (next(case for case in EVERY if case.name == name) for name in NAMES)

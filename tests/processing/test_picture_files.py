@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 
 from jaxid.errors import InputError
-from jaxid.processing import pictures
-from jaxid.processing.pictures import Stored, open_picture, stored
+from jaxid.prompts import pictures
+from jaxid.prompts.pictures import Stored, open_picture, stored
 
 GREY = np.random.default_rng(0).integers(0, 256, (20, 30)).astype(np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (20, 30, 3)).astype(np.uint8)

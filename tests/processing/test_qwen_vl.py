@@ -25,16 +25,16 @@ from safetensors.numpy import load_file, save_file
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from jaxid.checkpoints.loading import load
-from jaxid.engine import forward
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.inputs import Processor, Prompts
-from jaxid.models.inputs import Inputs
-from jaxid.models.published import CONFIGS
-from jaxid.models.qwen_vl import QwenVLConfig
-from jaxid.models.registry import FAMILIES
-from jaxid.processing.base import Encoded
-from jaxid.processing.pictures import Clip
-from jaxid.processing.qwen_vl import QwenVLSide, token_places
+from jaxid.families.published import CONFIGS
+from jaxid.families.qwen_vl import QwenVLConfig
+from jaxid.families.registry import FAMILIES
+from jaxid.interp.forward import forward
+from jaxid.nn.inputs import Inputs
+from jaxid.prompts.base import Encoded
+from jaxid.prompts.pictures import Clip
+from jaxid.prompts.processor import Processor, Prompts
+from jaxid.prompts.qwen_vl import QwenVLSide, token_places
 
 PLAIN, _, WINDOWS, WIDE_WINDOWS = cases.EVERY
 QUESTION = fixtures.QUESTIONS[0]

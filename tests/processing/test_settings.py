@@ -10,7 +10,7 @@ import pytest
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.loading import find_folder, load
 from jaxid.errors import CheckpointError, InputError
-from jaxid.processing.openclip import OpenCLIPImages
+from jaxid.prompts.openclip import OpenCLIPImages
 
 NAN = float("nan")
 

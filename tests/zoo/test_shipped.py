@@ -10,8 +10,8 @@ from fixtures import distance
 
 import jaxid
 from jaxid import zoo
-from jaxid.engine import forward
-from jaxid.models.base import Model
+from jaxid.families.base import Model
+from jaxid.interp.forward import forward
 from jaxid.zoo import evaluation
 
 

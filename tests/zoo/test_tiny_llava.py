@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes, concatenate, mirror, render
-from jaxid.inputs import Processor
-from jaxid.models.base import Model
-from jaxid.processing.llava import LlavaSide
+from jaxid.families.base import Model
+from jaxid.prompts.llava import LlavaSide
+from jaxid.prompts.processor import Processor
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_processor, write_tokenizer

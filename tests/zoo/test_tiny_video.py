@@ -15,8 +15,8 @@ from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import time_text
 from jaxid.experiments import temporal
-from jaxid.models.base import Model
-from jaxid.models.llava_video import LlavaVideo
+from jaxid.families.base import Model
+from jaxid.families.llava_video import LlavaVideo
 from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxid import training as loop
 from jaxid.checkpoints.loading import load
-from jaxid.engine import forward
 from jaxid.errors import CheckpointError, InputError
+from jaxid.interp.forward import forward
+from jaxid.train import loop
 from jaxid.zoo import clip_evaluation, clip_training, training, video_training
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava

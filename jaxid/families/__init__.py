@@ -1,0 +1,1 @@
+"""One model family a file: config, network, key table and processor."""

@@ -1,0 +1,130 @@
+"""BLIP's contrastive side: BERT's blocks over captions, a ViT over pictures (HF BlipForImageTextRetrieval)."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.nn.dual import DualEncoder, Encoded, part
+from jaxid.nn.keys import Key, fused_heads_in, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.layers import Config, Linear
+from jaxid.nn.text import TextConfig, TextEncoder
+from jaxid.nn.vision import VisionConfig, VisionTower
+
+_TEXT = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+}
+"""HF's BlipTextConfig where it differs from CLIP's."""
+
+_VISION = {"image_size": 384, "patch_size": 16, "hidden_act": "gelu"}
+"""HF's BlipVisionConfig where it differs from CLIP's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlipConfig(Config):
+    """Shape of a BLIP model; names and defaults as in HF's BlipConfig."""
+
+    text_config: TextConfig  # the text encoder
+    vision_config: VisionConfig  # the tower
+    image_text_hidden_size: int = 256  # E
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "BlipConfig":
+        """Reads a BLIP config.json.
+
+        Raises:
+            CheckpointError: for a field that is not implemented.
+        """
+        text = {**_TEXT, **part(fields, "text_config")}
+        text |= {"causal": False, "first_norm": True, "final_norm": False, "norms_behind": True}
+        vision = {**_VISION, **part(fields, "vision_config"), "patch_bias": True, "pre_norm": False}
+        # What only decoding, cross-attention and training read.
+        ignored = {"encoder_hidden_size", "hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"}
+        ignored |= {"encoder_width", "fusion_layer", "text_config_dict", "vision_config_dict", "logit_scale_init_value"}
+        ignored |= {"tie_word_embeddings"}
+        parts = {
+            "text_config": TextConfig.from_fields(text, where="text_config", ignored=ignored),
+            "vision_config": VisionConfig.from_fields(vision, where="vision_config", ignored=ignored),
+        }
+        return cls.from_fields({**fields, **parts}, where="the top level", ignored=ignored)
+
+
+def blip_keys(config: BlipConfig) -> list[Key]:
+    """The key table of what the contrastive side reads."""
+    heads = config.vision_config.num_attention_heads
+    block = [
+        *layer_norm("layer_norm1", "attention_norm"),
+        *fused_heads_in("self_attn.qkv.", "attention", heads),
+        *heads_out("self_attn.projection", "attention.out", heads, bias=True),
+        *layer_norm("layer_norm2", "mlp_norm"),
+        *linear("mlp.fc1", "up", bias=True),
+        *linear("mlp.fc2", "down", bias=True),
+    ]
+    tower = [
+        Key("embeddings.class_embedding", "class_token", "1 1 d -> d"),
+        Key("embeddings.position_embedding", "position", "1 i d -> i d"),
+        Key("embeddings.patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("embeddings.patch_embedding.bias", "patch_bias"),
+        *prefixed(block, "encoder.layers.{layer}.", "layers."),
+        *layer_norm("post_layernorm", "post_norm"),
+    ]
+    return [
+        *prefixed(tower, "vision_model.", "tower."),
+        *prefixed(bert_keys(config.text_config), "text_encoder.", "text_encoder."),
+        *linear("vision_proj", "image_projection", bias=True),
+        *linear("text_proj", "text_projection", bias=True),
+    ]
+
+
+def bert_keys(config: TextConfig) -> list[Key]:
+    """Key table of a text encoder in BERT's names."""
+    heads = config.num_attention_heads
+    block = [
+        *heads_in("attention.self.query", "attention.query", heads, bias=True),
+        *heads_in("attention.self.key", "attention.key", heads, bias=True),
+        *heads_in("attention.self.value", "attention.value", heads, bias=True),
+        *heads_out("attention.output.dense", "attention.out", heads, bias=True),
+        *layer_norm("attention.output.LayerNorm", "attention_norm"),
+        *linear("intermediate.dense", "up", bias=True),
+        *linear("output.dense", "down", bias=True),
+        *layer_norm("output.LayerNorm", "mlp_norm"),
+    ]
+    return [
+        Key("embeddings.word_embeddings.weight", "embedding"),
+        Key("embeddings.position_embeddings.weight", "position"),
+        *layer_norm("embeddings.LayerNorm", "first_norm"),
+        *prefixed(block, "encoder.layer.{layer}.", "layers."),
+    ]
+
+
+UNUSED = (r"\.position_ids$", r"\.crossattention\.", r"^itm_head\.", r"^text_decoder\.", r"^logit_scale$")
+"""Tensors of the matching head, of cross-attention to pictures, and of the captioner."""
+
+
+class Blip(DualEncoder):
+    """The network."""
+
+    def __init__(self, config: BlipConfig, *, rngs: nnx.Rngs):
+        """Builds both towers and their projections."""
+        self.config = config
+        width = config.image_text_hidden_size
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
+        self.image_projection = Linear(config.vision_config.hidden_size, width, bias=True, rngs=rngs)
+        self.text_projection = Linear(config.text_config.hidden_size, width, bias=True, rngs=rngs)
+
+    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
+        """Pictures in the joint space; pooled at the class token."""
+        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
+        return Encoded(tokens, tokens[:, 0])
+
+    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
+        """Captions in the joint space; pooled at the first token."""
+        tokens = self.text_projection(self.text_encoder(token_ids, valid)[-1])
+        return Encoded(tokens, tokens[:, 0])

@@ -1,0 +1,145 @@
+"""CoCa's contrastive side: an attentional pooler over patches, a class token behind captions (`open_clip.CoCa`)."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import CheckpointError
+from jaxid.families import openclip
+from jaxid.kernels import attention
+from jaxid.nn.dual import DualEncoder, Encoded
+from jaxid.nn.keys import Key, heads_out, layer_norm
+from jaxid.nn.layers import Config, LayerNorm, Linear, filled, join_heads, normal
+from jaxid.nn.text import TextConfig, TextEncoder
+from jaxid.nn.vision import VisionConfig, VisionTower
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoCaConfig(Config):
+    """Shape of a CoCa model, after OpenCLIP's `model_cfg`."""
+
+    text_config: TextConfig  # the text encoder
+    vision_config: VisionConfig  # the tower
+    projection_dim: int  # E
+    queries: int = 256  # of the pooler; the first one is compared with captions
+    pooler_heads: int = 8  # H of the pooler
+
+    @classmethod
+    def from_openclip(cls, fields: dict[str, Any]) -> "CoCaConfig":
+        """Reads the `model_cfg` of a CoCa.
+
+        Raises:
+            CheckpointError: for a field that is not implemented.
+        """
+        known = {"embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text"}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
+        text, vision = openclip.parts(fields)
+        tower = fields["vision_cfg"]
+        if tower.get("attentional_pool") is not True or not text.class_token:
+            raise CheckpointError("a CoCa without vision_cfg.attentional_pool or text_cfg.embed_cls is unknown.")
+        return cls(
+            text_config=text,
+            vision_config=vision,
+            projection_dim=fields["embed_dim"],
+            queries=tower.get("attn_pooler_queries", 256),
+            pooler_heads=tower.get("attn_pooler_heads", 8),
+        )
+
+
+def coca_keys(config: CoCaConfig) -> list[Key]:
+    """The key table of what the contrastive side reads."""
+    pooler, heads = "visual.attn_pool", {"h": config.pooler_heads}
+    projections = [
+        key
+        for number, name in enumerate(("query", "key", "value"))
+        for key in (
+            Key(f"{pooler}.attn.{name[0]}_proj_weight", f"pooler.{name}", "(h e) d -> d h e", heads),
+            Key(f"{pooler}.attn.in_proj_bias", f"pooler.{name}_bias", "(h e) -> h e", heads, part=(number, 3)),
+        )
+    ]
+    return [
+        *openclip.tower_keys(config.vision_config),
+        Key(f"{pooler}.query", "pooler.queries"),
+        *layer_norm(f"{pooler}.ln_q", "pooler.query_norm"),
+        *layer_norm(f"{pooler}.ln_k", "pooler.key_norm"),
+        *projections,
+        *heads_out(f"{pooler}.attn.out_proj", "pooler.out", config.pooler_heads, bias=True),
+        *layer_norm("visual.ln_post", "pooler.post_norm"),
+        Key("visual.proj", "image_projection.kernel"),
+        *openclip.text_keys(config.text_config, "text."),
+        Key("logit_scale", "logit_scale"),
+    ]
+
+
+UNUSED = (r"^text_decoder\.",)
+"""Tensors of the caption writer."""
+
+
+class Pooler(nnx.Module):
+    """Learned queries read the tower's tokens (`open_clip`'s AttentionalPooler), and the norm behind it."""
+
+    def __init__(self, config: CoCaConfig, *, rngs: nnx.Rngs):
+        """Builds the pooler."""
+        width, embed, heads = config.vision_config.hidden_size, config.projection_dim, config.pooler_heads
+        shape, epsilon = (heads, embed // heads), config.vision_config.layer_norm_eps
+        self.queries = normal(rngs, (config.queries, embed), 1.0)
+        self.query_norm, self.key_norm = LayerNorm(embed, epsilon), LayerNorm(width, epsilon)
+        self.query = normal(rngs, (embed, *shape), embed**-0.5)
+        self.key = normal(rngs, (width, *shape), width**-0.5)
+        self.value = normal(rngs, (width, *shape), width**-0.5)
+        self.query_bias, self.key_bias, self.value_bias = (filled(0.0, shape) for _ in range(3))
+        self.out = normal(rngs, (*shape, embed), embed**-0.5)
+        self.out_bias = filled(0.0, (embed,))
+        self.post_norm = LayerNorm(embed, epsilon)
+
+    def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N Q E"]:
+        """What every query reads of all tokens."""
+        source = self.key_norm(x)
+        query = jnp.einsum("qd,dhe->qhe", self.query_norm(self.queries[...]), self.query[...]) + self.query_bias[...]
+        key = jnp.einsum("nid,dhe->nihe", source, self.key[...]) + self.key_bias[...]
+        query = jnp.broadcast_to(query, (len(x), *query.shape))
+        return self._behind(attention.attend(query, key, self._values(source)))
+
+    def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I E"]:
+        """What any query would read of every token if that were the only one."""
+        return self._behind(self._values(self.key_norm(x)))
+
+    def _values(self, source: Float[Array, "N I D"]) -> Float[Array, "N I H e"]:
+        return jnp.einsum("nid,dhe->nihe", source, self.value[...]) + self.value_bias[...]
+
+    def _behind(self, x: Float[Array, "N S H e"]) -> Float[Array, "N S E"]:
+        return self.post_norm(join_heads(x) @ join_heads(self.out[...], 0) + self.out_bias[...])
+
+
+class CoCa(DualEncoder):
+    """The network."""
+
+    def __init__(self, config: CoCaConfig, *, rngs: nnx.Rngs):
+        """Builds both towers, the pooler and the projections."""
+        self.config = config
+        width = config.projection_dim
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.pooler = Pooler(config, rngs=rngs)
+        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
+        self.image_projection = Linear(width, width, bias=False, rngs=rngs)
+        self.text_projection = Linear(config.text_config.hidden_size, width, bias=False, rngs=rngs)
+        self.logit_scale = filled(2.6592, ())
+
+    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
+        """Pictures in the joint space; class token and patches each as the pooler reads it alone."""
+        states = self.tower(pixels)[-1]
+        pooled = self.pooler(states)[:, 0]
+        return Encoded(self.image_projection(self.pooler.each(states)), self.image_projection(pooled))
+
+    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
+        """Captions in the joint space; pooled at the class token, which stands behind the window."""
+        del valid
+        # Published weights were trained so: id 0 counts as padding though "!" within a word has it too.
+        states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0)[-1])
+        tokens = self.text_projection(states)
+        return Encoded(tokens[:, :-1], tokens[:, -1])

@@ -1,0 +1,154 @@
+"""FLAVA's contrastive side: two pre-norm towers with class tokens (HF FlavaModel)."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import CheckpointError
+from jaxid.nn.dual import DualEncoder, Encoded
+from jaxid.nn.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.layers import Config, Linear, filled, normal
+from jaxid.nn.text import TextConfig, TextEncoder
+from jaxid.nn.vision import VisionConfig, VisionTower
+
+_SHARED = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+_SHARED |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+_TEXT = {**_SHARED, "vocab_size": 30522, "max_position_embeddings": 512}
+_VISION = {**_SHARED, "patch_size": 16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlavaConfig(Config):
+    """Shape of a FLAVA model; names and defaults as in HF's FlavaConfig."""
+
+    text_config: TextConfig  # the text encoder
+    vision_config: VisionConfig  # the tower
+    projection_dim: int = 768  # E
+    type_vocab_size: int = 2  # kinds of segments; captions are all of kind 0
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "FlavaConfig":
+        """Reads a FLAVA config.json.
+
+        Raises:
+            CheckpointError: for a field that is not implemented.
+        """
+        fields = dict(fields)
+        text, vision = ({**(fields.pop(f"{name}_config", None) or {})} for name in ("text", "image"))
+        kinds = text.pop("type_vocab_size", 2)
+        if text.pop("position_embedding_type", "absolute") != "absolute":
+            raise CheckpointError("text_config.position_embedding_type is not 'absolute', which is not implemented.")
+        own = {"attention_bias": bool(text.pop("qkv_bias", True)), "causal": False, "first_norm": True}
+        tower = {"attention_bias": bool(vision.pop("qkv_bias", True)), "patch_bias": True, "pre_norm": False}
+        # What training, the multimodal encoder and the masked-picture codebook read.
+        ignored = {"hidden_dropout_prob", "attention_probs_dropout_prob", "mask_token", "init_codebook"}
+        ignored |= {"hidden_size", "logit_scale_init_value", "image_codebook_config", "multimodal_config"}
+        ignored |= {name for name in fields if name.endswith(("_weight", "_loss", "_dict")) or name.startswith("skip_")}
+        ignored |= {
+            "ce_ignore_index",
+            "vocab_size",
+            "global_backprop_contrastive",
+            "layer_norm_eps",
+            "tie_word_embeddings",
+        }
+        parts = {
+            "text_config": TextConfig.from_fields({**_TEXT, **text, **own}, where="text_config", ignored=ignored),
+            "vision_config": VisionConfig.from_fields(
+                {**_VISION, **vision, **tower}, where="image_config", ignored=ignored
+            ),
+            "type_vocab_size": kinds,
+        }
+        return cls.from_fields({**fields, **parts}, where="the top level", ignored=ignored)
+
+
+def _block_keys(config: TextConfig | VisionConfig) -> list[Key]:
+    heads, bias = config.num_attention_heads, config.attention_bias
+    return [
+        *layer_norm("layernorm_before", "attention_norm"),
+        *heads_in("attention.attention.query", "attention.query", heads, bias=bias),
+        *heads_in("attention.attention.key", "attention.key", heads, bias=bias),
+        *heads_in("attention.attention.value", "attention.value", heads, bias=bias),
+        *heads_out("attention.output.dense", "attention.out", heads, bias=True),
+        *layer_norm("layernorm_after", "mlp_norm"),
+        *linear("intermediate.dense", "up", bias=True),
+        *linear("output.dense", "down", bias=True),
+    ]
+
+
+def flava_keys(config: FlavaConfig) -> list[Key]:
+    """The key table of what the contrastive side reads."""
+    tower = [
+        Key("embeddings.cls_token", "class_token", "1 1 d -> d"),
+        Key("embeddings.position_embeddings", "position", "1 i d -> i d"),
+        Key("embeddings.patch_embeddings.projection.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("embeddings.patch_embeddings.projection.bias", "patch_bias"),
+        *prefixed(_block_keys(config.vision_config), "encoder.layer.{layer}.", "layers."),
+        *layer_norm("layernorm", "post_norm"),
+    ]
+    text = [
+        Key("embeddings.word_embeddings.weight", "embedding"),
+        Key("embeddings.position_embeddings.weight", "position"),
+        *layer_norm("embeddings.LayerNorm", "first_norm"),
+        *prefixed(_block_keys(config.text_config), "encoder.layer.{layer}.", "layers."),
+        *layer_norm("layernorm", "final_norm"),
+    ]
+    return [
+        *prefixed(tower, "image_model.", "tower."),
+        *prefixed(text, "text_model.", "text_encoder."),
+        Key("text_model.embeddings.token_type_embeddings.weight", "text_encoder.segment"),
+        *linear("image_projection", "image_projection", bias=True),
+        *linear("text_projection", "text_projection", bias=True),
+        Key("logit_scale", "logit_scale"),
+    ]
+
+
+RENAMES = ((r"^flava\.", ""),)
+"""The checkpoint for pre-training holds the model below `flava.`."""
+
+UNUSED = (
+    r"\.position_ids$",
+    r"\.(pooler|mask_token)",
+    r"\.token_type_ids$",
+    r"(^|\.)(multimodal_model|image_to_mm_projection|text_to_mm_projection|image_codebook)\.",
+    r"^(mim|mlm|itm|mmm_image|mmm_text|global_contrastive)_head\.",
+)
+"""Tensors of the multimodal encoder and of the heads for pre-training."""
+
+
+class FlavaTextEncoder(TextEncoder):
+    """A text encoder with an embedding of the kind of segment."""
+
+    def __init__(self, config: TextConfig, kinds: int, *, rngs: nnx.Rngs):
+        """Builds the encoder."""
+        super().__init__(config, rngs=rngs)
+        self.segment = normal(rngs, (kinds, config.hidden_size), 0.02)
+
+    def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
+        """Embeddings of captions, which are segments of kind 0."""
+        return super().embed(token_ids) + self.segment[0]
+
+
+class Flava(DualEncoder):
+    """The network."""
+
+    def __init__(self, config: FlavaConfig, *, rngs: nnx.Rngs):
+        """Builds both towers and their projections."""
+        self.config = config
+        width = config.projection_dim
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.text_encoder = FlavaTextEncoder(config.text_config, config.type_vocab_size, rngs=rngs)
+        self.image_projection = Linear(config.vision_config.hidden_size, width, bias=True, rngs=rngs)
+        self.text_projection = Linear(config.text_config.hidden_size, width, bias=True, rngs=rngs)
+        self.logit_scale = filled(2.6592, ())
+
+    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
+        """Pictures in the joint space; pooled at the class token."""
+        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
+        return Encoded(tokens, tokens[:, 0])
+
+    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
+        """Captions in the joint space; pooled at the first token."""
+        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
+        return Encoded(tokens, tokens[:, 0])

@@ -1,0 +1,99 @@
+"""Gemma 3: SigLIP, average pooling, a decoder of sliding and full layers (HF Gemma3ForConditionalGeneration)."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.errors import CheckpointError
+from jaxid.nn.decoder import Decoder
+from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.keys import Key, prefixed
+from jaxid.nn.layers import Config, Linear, RMSNorm, with_token_indices
+from jaxid.nn.network import Network
+from jaxid.nn.vision import VisionConfig, VisionTower, vision_config, vision_keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3Config(Config):
+    """Shape of a Gemma 3 model; names and defaults as in HF's Gemma3Config."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: VisionConfig  # the tower
+    mm_tokens_per_image: int = 256  # decoder tokens of a picture
+    image_token_index: int = 262144  # id of the token that pictures replace
+    boi_token_index: int = 255999  # id of the token before a picture
+    eoi_token_index: int = 256000  # id of the token behind a picture
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "Gemma3Config":
+        """Reads a Gemma 3 config.json.
+
+        Raises:
+            CheckpointError: for a part of another kind, or an unknown field.
+        """
+        fields = with_token_indices(fields, "image", "boi", "eoi")
+        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
+        for name, part, kind in (
+            ("text_config", text, "gemma3_text"),
+            ("vision_config", vision, "siglip_vision_model"),
+        ):
+            if (part.get("model_type") or kind) != kind:
+                raise CheckpointError(f"{name}.model_type {part['model_type']!r} is not {kind!r}.")
+        # Hugging Face's class reads the top level alone.
+        text["tie_word_embeddings"] = bool(fields.pop("tie_word_embeddings", True))
+        parts = {
+            "text_config": decoder_config(text, "gemma3_text"),
+            "vision_config": vision_config(vision, "siglip_vision_model"),
+        }
+        config = cls.from_fields(fields | parts, where="the top level")
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        tokens = int(config.mm_tokens_per_image**0.5)
+        # A side of `side // tokens` patches is pooled to one; what is left over must make no further token.
+        if not tokens or tokens**2 != config.mm_tokens_per_image or side // max(1, side // tokens) != tokens:
+            raise CheckpointError(
+                f"mm_tokens_per_image {config.mm_tokens_per_image} is no square that {side} x {side} patches pool to."
+            )
+        return config
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder tokens per picture, I."""
+        return self.mm_tokens_per_image
+
+
+def gemma3_keys(config: Gemma3Config) -> list[Key]:
+    """The family's key table, in the names that published checkpoints use."""
+    return [
+        *prefixed(vision_keys(config.vision_config), "vision_tower.vision_model.", "tower."),
+        Key("multi_modal_projector.mm_soft_emb_norm.weight", "projector_norm.scale"),
+        Key("multi_modal_projector.mm_input_projection_weight", "projector.kernel"),
+        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
+        unembedding_key(config.text_config, "language_model.lm_head.weight"),
+    ]
+
+
+class Gemma3(Network):
+    """The network."""
+
+    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
+        """Builds tower, projector and decoder."""
+        self.config = config
+        tower = config.vision_config
+        self.tower = VisionTower(tower, rngs=rngs)
+        self.projector_norm = RMSNorm(tower.hidden_size, tower.layer_norm_eps, 1.0)
+        self.projector = Linear(tower.hidden_size, config.text_config.hidden_size, bias=False, rngs=rngs)
+        self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The pictures' decoder tokens: means of square patches of the tower's end."""
+        states = self.tower(self.pixels(inputs))[-1]
+        last = self.tower.post_norm(states)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        tokens = int(self.config.mm_tokens_per_image**0.5)
+        square = side // tokens
+        grid = last.reshape(last.shape[0], side, side, -1)[:, : tokens * square, : tokens * square]
+        pooled = grid.reshape(last.shape[0], tokens, square, tokens, square, -1).mean(axis=(2, 4))
+        return self.projector(self.projector_norm(pooled.reshape(last.shape[0], tokens * tokens, -1)))

@@ -1,0 +1,192 @@
+"""InternVL3: InternViT on tiles of a picture, pixel shuffle, projector, Qwen2 (HF InternVLForConditionalGeneration)."""
+
+import dataclasses
+from typing import Any
+
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.errors import CheckpointError
+from jaxid.nn.decoder import Decoder
+from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.layers import ACTIVATIONS, Config, LayerNorm, Linear, with_token_indices
+from jaxid.nn.network import Network
+from jaxid.nn.vision import VisionConfig, VisionTower, state_indices
+
+_TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "attention_bias": False,
+}
+"""Defaults of HF's InternVLVisionConfig."""
+
+
+def _vision_config(fields: dict[str, Any]) -> VisionConfig:
+    """Reads the `vision_config`, whose sizes may be pairs."""
+    fields = _TOWER | {name: value for name, value in fields.items() if value is not None}
+    for name in ("image_size", "patch_size"):
+        size = fields[name]
+        if isinstance(size, list | tuple):
+            if len(set(size)) > 1:
+                raise CheckpointError(f"vision_config.{name} {size} is not square, which is not implemented.")
+            fields[name] = size[0]
+    kind = fields.pop("norm_type", "layer_norm")
+    if kind not in ("layer_norm", "rms_norm"):
+        raise CheckpointError(f"vision_config.norm_type {kind!r} is neither 'layer_norm' nor 'rms_norm'.")
+    if not fields.pop("use_absolute_position_embeddings", True) or fields.pop("use_mask_token", False):
+        raise CheckpointError("vision_config: towers without position embeddings or with a mask token are unknown.")
+    own = {
+        "rms_norm": kind == "rms_norm",
+        "query_key_norm": bool(fields.pop("use_qk_norm", False)),
+        "post_norm": not fields.pop("use_mean_pooling", True),
+        "patch_bias": True,
+        "pre_norm": False,
+        "layer_scale": True,
+    }
+    # Dropout and initial values serve training.
+    ignored = {"hidden_dropout_prob", "projection_dropout", "layer_scale_init_value"}
+    return VisionConfig.from_fields(fields | own, where="vision_config", ignored=ignored)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternVLConfig(Config):
+    """Shape of an InternVL3 model; names and defaults as in HF's InternVLConfig."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: VisionConfig  # the tower
+    image_token_index: int = 151667  # id of the token that pictures replace
+    downsample_ratio: float = 0.5  # side of a tile's tokens, in patches' sides
+    projector_hidden_act: str = "gelu"  # between the projector's two layers
+    vision_feature_layer: int = -1  # tower hidden states to project
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "InternVLConfig":
+        """Reads a config.json in Hugging Face's layout.
+
+        Raises:
+            CheckpointError: for a part of another kind, or an unknown field.
+        """
+        fields = with_token_indices(fields, "image")
+        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
+        if vision.get("model_type", "internvl_vision") != "internvl_vision":
+            raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'internvl_vision'.")
+        # As in Hugging Face's class, which reads the top level alone. Published files are silent and hold both tensors.
+        text["tie_word_embeddings"] = bool(fields.pop("tie_word_embeddings", True))
+        layer = fields.get("vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            raise CheckpointError(f"vision_feature_layer {layer} is a list, which is not implemented here.")
+        strategy = fields.pop("vision_feature_select_strategy", "default")
+        if strategy != "default":  # "full" fails in Hugging Face's class, too
+            raise CheckpointError(
+                f"vision_feature_select_strategy {strategy!r} is not 'default': with the tower's class token, patches "
+                "make no square."
+            )
+        parts = {"text_config": decoder_config(text, "qwen2"), "vision_config": _vision_config(vision)}
+        # `image_seq_length` only repeats what tower and ratio say.
+        config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length"})
+        side = config.patch_side
+        state_indices([config.vision_feature_layer], config.vision_config.num_hidden_layers)
+        if config.downsample_ratio not in [1 / square for square in range(1, side + 1) if side % square == 0]:
+            raise CheckpointError(
+                f"downsample_ratio {config.downsample_ratio} does not part a tile's {side} x {side} patches evenly."
+            )
+        return config
+
+    @property
+    def patch_side(self) -> int:
+        """Patches along a side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def square(self) -> int:
+        """Side of the square of patches that becomes a decoder token."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder tokens of one tile."""
+        return (self.patch_side // self.square) ** 2
+
+
+def internvl_keys(config: InternVLConfig) -> list[Key]:
+    """The family's key table, in the names that published checkpoints use."""
+    vision = config.vision_config
+    heads, bias = vision.num_attention_heads, vision.attention_bias
+
+    def norm(source: str, target: str) -> list[Key]:
+        return [Key(f"{source}.weight", f"{target}.scale")] if vision.rms_norm else layer_norm(source, target)
+
+    block = [
+        *norm("layernorm_before", "attention_norm"),
+        *heads_in("attention.q_proj", "attention.query", heads, bias=bias),
+        *heads_in("attention.k_proj", "attention.key", heads, bias=bias),
+        *heads_in("attention.v_proj", "attention.value", heads, bias=bias),
+        *heads_out("attention.projection_layer", "attention.out", heads, bias=True),
+        *norm("layernorm_after", "mlp_norm"),
+        *linear("mlp.fc1", "up", bias=True),
+        *linear("mlp.fc2", "down", bias=True),
+        Key("lambda_1", "attention_scale"),
+        Key("lambda_2", "mlp_scale"),
+    ]
+    if vision.query_key_norm:
+        block += [Key("attention.q_norm.weight", "attention.query_norm.scale")]
+        block += [Key("attention.k_norm.weight", "attention.key_norm.scale")]
+    tower = [
+        Key("embeddings.cls_token", "class_token", "o i d -> (o i d)", {"o": 1, "i": 1}),
+        Key("embeddings.position_embeddings", "position", "o p d -> (o p) d", {"o": 1}),
+        Key("embeddings.patch_embeddings.projection.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("embeddings.patch_embeddings.projection.bias", "patch_bias"),
+        *prefixed(block, "encoder.layer.{layer}.", "layers."),
+        *(layer_norm("layernorm", "post_norm") if vision.post_norm else []),
+    ]
+    return [
+        *prefixed(tower, "vision_tower.", "tower."),
+        *layer_norm("multi_modal_projector.layer_norm", "projector_norm"),
+        *linear("multi_modal_projector.linear_1", "projector_in", bias=True),
+        *linear("multi_modal_projector.linear_2", "projector_out", bias=True),
+        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
+        unembedding_key(config.text_config, "language_model.lm_head.weight"),
+    ]
+
+
+RENAMES = (
+    *LANGUAGE_MODEL,
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+)
+"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
+
+
+class InternVL(Network):
+    """The network; every tile of a picture is a row of the pixels."""
+
+    def __init__(self, config: InternVLConfig, *, rngs: nnx.Rngs):
+        """Builds tower, projector and decoder."""
+        self.config = config
+        width, inputs = config.text_config.hidden_size, config.vision_config.hidden_size * config.square**2
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.projector_norm = LayerNorm(inputs, 1e-5)
+        self.projector_in = Linear(inputs, width, bias=True, rngs=rngs)
+        self.projector_out = Linear(width, width, bias=True, rngs=rngs)
+        self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The tiles' decoder tokens."""
+        config, layer = self.config, self.config.vision_feature_layer
+        (depth,) = state_indices([layer], config.vision_config.num_hidden_layers)
+        chosen = self.tower(self.pixels(inputs), depth=depth)[-1]
+        if layer == -1 and config.vision_config.post_norm:
+            chosen = self.tower.post_norm(chosen)
+        side, square = config.patch_side, config.square
+        grid = chosen[:, 1:].reshape(chosen.shape[0], side, side, -1)  # without the class token
+        shuffled = rearrange(grid, "n (y p) (x q) d -> n (y x) (p q d)", p=square, q=square)
+        activation = ACTIVATIONS[config.projector_hidden_act]
+        return self.projector_out(activation(self.projector_in(self.projector_norm(shuffled))))

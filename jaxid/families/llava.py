@@ -1,0 +1,126 @@
+"""LLaVA-1.5 and its variants: CLIP or SigLIP tower, two-layer projector, decoder (HF LlavaForConditionalGeneration)."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.errors import CheckpointError
+from jaxid.nn.decoder import Decoder
+from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, linear, prefixed
+from jaxid.nn.layers import ACTIVATIONS, Config, Linear, with_token_indices
+from jaxid.nn.network import Network
+from jaxid.nn.vision import VisionConfig, VisionTower, state_indices, vision_config, vision_keys
+
+LARGE_TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
+"""The tower of a checkpoint that says nothing of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaConfig(Config):
+    """Shape of a LLaVA-1.5 model; names and defaults as in HF's LlavaConfig."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: VisionConfig  # the tower
+    image_token_index: int = 32000  # id of the token that pictures replace
+    projector_hidden_act: str = "gelu"  # between the projector's two layers
+    vision_feature_select_strategy: str = "default"  # "default" drops the tower's first token, "full" keeps it
+    vision_feature_layer: tuple[int, ...] = (-2,)  # tower hidden states to project, concatenated
+    multimodal_projector_bias: bool = True  # biases in the projector
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "LlavaConfig":
+        """Reads a LLaVA config.json.
+
+        Raises:
+            CheckpointError: for a tower or decoder of another kind, or an unknown field.
+        """
+        fields = with_token_indices(fields, "image")
+        text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
+        # What a described tower leaves out are CLIPVisionConfig's defaults, as in LlavaConfig of transformers.
+        vision = dict(LARGE_TOWER if vision is None else vision)
+        if fields.pop("tie_word_embeddings", None):
+            text["tie_word_embeddings"] = True
+        feature_layer = fields.pop("vision_feature_layer", -2)
+        fields["vision_feature_layer"] = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
+        parts = {
+            "text_config": decoder_config(text, "llama"),
+            "vision_config": vision_config(vision, "clip_vision_model"),
+        }
+        # `image_seq_length` only repeats what tower and strategy say; `ignore_index` serves training.
+        ignored = {"image_seq_length", "vocab_size", "ignore_index"}
+        config = cls.from_fields(fields | parts, where="the top level", ignored=ignored)
+        state_indices(config.vision_feature_layer, config.vision_config.num_hidden_layers)
+        if config.vision_feature_select_strategy not in ("default", "full"):
+            raise CheckpointError(
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is neither "
+                "'default' nor 'full'."
+            )
+        return config
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder tokens per picture, I."""
+        tower = self.vision_config
+        return tower.num_patches + tower.class_token - (self.vision_feature_select_strategy == "default")
+
+
+def llava_keys(config: LlavaConfig) -> list[Key]:
+    """The family's key table, in the names that published checkpoints use."""
+    bias = config.multimodal_projector_bias
+    return [
+        *prefixed(vision_keys(config.vision_config), "vision_tower.vision_model.", "tower."),
+        *linear("multi_modal_projector.linear_1", "projector_in", bias=bias),
+        *linear("multi_modal_projector.linear_2", "projector_out", bias=bias),
+        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
+        unembedding_key(config.text_config, "language_model.lm_head.weight"),
+    ]
+
+
+RENAMES = (
+    *LANGUAGE_MODEL,
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
+
+
+UNUSED = (*ROTARY, r"\.position_ids$", r"^(model\.vision_tower\.)?vision_tower\.(vision_model\.)?head\.")
+"""Tensors that nothing here reads: numbers of positions, and SigLIP's pooling head, which serves retrieval."""
+
+
+class Llava(Network):
+    """The network."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
+        """Builds tower, projector and decoder."""
+        self.config = config
+        width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        inputs = config.vision_config.hidden_size * len(config.vision_feature_layer)
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.projector_in = Linear(inputs, width, bias=bias, rngs=rngs)
+        self.projector_out = Linear(width, width, bias=bias, rngs=rngs)
+        self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The pictures' decoder tokens."""
+        return self.image_features(self.pixels(inputs))
+
+    def image_features(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I D"]:
+        """Pictures as decoder tokens."""
+        indices = state_indices(self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers)
+        states = self.tower(pixels, depth=max(indices))
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        chosen = jnp.concatenate([states[layer][:, first:] for layer in indices], axis=-1)
+        return self.projector_out(ACTIVATIONS[self.config.projector_hidden_act](self.projector_in(chosen)))

@@ -1,0 +1,284 @@
+"""Llama 3.2 Vision: a tiled tower, read by cross-attention (HF MllamaForConditionalGeneration)."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxid.errors import CheckpointError
+from jaxid.kernels import attention
+from jaxid.nn.decoder import Decoder, Memory
+from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.fields import check_parts, check_patches
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.layers import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
+from jaxid.nn.network import Network
+from jaxid.nn.transformer import Block, BlockConfig, run_blocks
+from jaxid.nn.vision import patches
+
+_PADDED_TO = 8  # tokens of a tile come in multiples of it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MllamaVisionConfig(Config):
+    """Shape of the tower; names and defaults as in HF's MllamaVisionConfig."""
+
+    hidden_size: int = 1280  # D of the tower
+    intermediate_size: int = 5120  # width of the MLP
+    num_hidden_layers: int = 32  # number of local blocks
+    num_global_layers: int = 8  # number of gated blocks behind them
+    attention_heads: int = 16  # H
+    num_channels: int = 3  # colour channels
+    image_size: int = 448  # side of a tile, pixels
+    patch_size: int = 14  # side of a patch, pixels
+    hidden_act: str = "gelu"  # activation of the MLP
+    norm_eps: float = 1e-5  # added to the variance
+    max_num_tiles: int = 4  # most tiles of a picture
+    intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)  # local blocks whose outputs are read too
+    aspect_ratios: int = 8  # number of ways to arrange tiles
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        check_patches(self.image_size, self.patch_size)
+        check_parts("vision_config", ("hidden_size", self.hidden_size), ("attention_heads", self.attention_heads))
+        wrong = [layer for layer in self.intermediate_layers_indices if layer >= self.num_hidden_layers]
+        if wrong or len(set(self.intermediate_layers_indices)) < len(self.intermediate_layers_indices):
+            raise CheckpointError(f"intermediate_layers_indices {self.intermediate_layers_indices} are not all layers.")
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of one tile, its class token included."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def output_width(self) -> int:
+        """Numbers of every token of the tower's output."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+    def blocks(self, *, gated: bool) -> BlockConfig:
+        """Shape of the local or the global blocks."""
+        return BlockConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_global_layers if gated else self.num_hidden_layers,
+            num_attention_heads=self.attention_heads,
+            hidden_act=self.hidden_act,
+            layer_norm_eps=self.norm_eps,
+            attention_bias=False,
+            attention_out_bias=False,
+            tanh_gates=gated,
+        )
+
+
+def _vision_config(fields: dict[str, Any]) -> MllamaVisionConfig:
+    """Reads the `vision_config`."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    ratios = fields.pop("supported_aspect_ratios", None)
+    if ratios is not None:
+        fields["aspect_ratios"] = len(ratios)
+    if "num_attention_heads" in fields:
+        fields["attention_heads"] = fields.pop("num_attention_heads")
+    if "intermediate_layers_indices" in fields:
+        fields["intermediate_layers_indices"] = tuple(fields["intermediate_layers_indices"])
+    width = fields.pop("vision_output_dim", None)
+    config = MllamaVisionConfig.from_fields(fields, where="vision_config")
+    if width is not None and width != config.output_width:
+        raise CheckpointError(f"vision_config.vision_output_dim is {width}, its layers make {config.output_width}.")
+    return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MllamaConfig(Config):
+    """Shape of a Llama 3.2 Vision model; names and defaults as in HF's MllamaConfig."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: MllamaVisionConfig  # the tower
+    image_token_index: int = 128256  # id of the token that stands where a picture is shown
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "MllamaConfig":
+        """Reads a config.json.
+
+        Raises:
+            CheckpointError: for a part of another kind, or an unknown field.
+        """
+        fields = with_token_indices(fields, "image")
+        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
+        if vision.get("model_type", "mllama_vision_model") != "mllama_vision_model":
+            raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'mllama_vision_model'.")
+        # Its embedding has more rows than its vocabulary: Hugging Face's class never ties it, whatever the file says.
+        fields.pop("tie_word_embeddings", None)
+        text["tie_word_embeddings"] = False
+        parts = {"text_config": decoder_config(text, "mllama_text_model"), "vision_config": _vision_config(vision)}
+        return cls.from_fields(fields | parts, where="the top level")
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that a picture's tiles can take in the memory that cross-attention reads."""
+        return self.vision_config.num_patches * self.vision_config.max_num_tiles
+
+
+def mllama_keys(config: MllamaConfig) -> list[Key]:
+    """The family's key table, in the names that published checkpoints use."""
+    heads = config.vision_config.attention_heads
+    block = [
+        *layer_norm("input_layernorm", "attention_norm"),
+        *heads_in("self_attn.q_proj", "attention.query", heads, bias=False),
+        *heads_in("self_attn.k_proj", "attention.key", heads, bias=False),
+        *heads_in("self_attn.v_proj", "attention.value", heads, bias=False),
+        *heads_out("self_attn.o_proj", "attention.out", heads, bias=False),
+        *layer_norm("post_attention_layernorm", "mlp_norm"),
+        *linear("mlp.fc1", "up", bias=True),
+        *linear("mlp.fc2", "down", bias=True),
+    ]
+    gates = [Key("gate_attn", "attention_scale"), Key("gate_ffn", "mlp_scale")]
+    sizes = {"t": config.vision_config.max_num_tiles, "p": config.vision_config.num_patches}
+    tower = [
+        Key("patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("class_embedding", "class_token"),
+        Key("gated_positional_embedding.gate", "position_gate"),
+        Key("gated_positional_embedding.embedding", "position"),
+        Key("gated_positional_embedding.tile_embedding.weight", "tile_position", "a (t p d) -> a t p d", sizes),
+        Key("pre_tile_positional_embedding.gate", "before_gate"),
+        Key("pre_tile_positional_embedding.embedding.weight", "before", "a (t d) -> a t d", {"t": sizes["t"]}),
+        Key("post_tile_positional_embedding.gate", "behind_gate"),
+        Key("post_tile_positional_embedding.embedding.weight", "behind", "a (t d) -> a t d", {"t": sizes["t"]}),
+        *layer_norm("layernorm_pre", "pre_norm"),
+        *layer_norm("layernorm_post", "post_norm"),
+        *prefixed(block, "transformer.layers.{layer}.", "layers."),
+        *prefixed([*block, *gates], "global_transformer.layers.{layer}.", "global_layers."),
+    ]
+    return [
+        *prefixed(tower, "vision_model.", "tower."),
+        *linear("multi_modal_projector", "projector", bias=True),
+        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
+        unembedding_key(config.text_config, "language_model.lm_head.weight"),
+    ]
+
+
+RENAMES = (
+    *LANGUAGE_MODEL,
+    (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
+)
+"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
+
+
+class MllamaTower(nnx.Module):
+    """Tiles of a picture, each with its class token; all of them read each other (HF MllamaVisionModel)."""
+
+    def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs):
+        """Builds the tower; every block parameter carries a leading layer axis."""
+        self.config = config
+        width, patch, kinds, tiles = (
+            config.hidden_size,
+            config.patch_size,
+            config.aspect_ratios + 1,
+            config.max_num_tiles,
+        )
+        self.patch_kernel = normal(rngs, (patch, patch, config.num_channels, width), 0.02)
+        self.class_token = normal(rngs, (width,), 0.02)
+        self.position_gate, self.before_gate, self.behind_gate = (filled(0.0, (1,)) for _ in range(3))
+        self.position = normal(rngs, (config.num_patches, width), 0.02)
+        self.tile_position = normal(rngs, (kinds, tiles, config.num_patches, width), 0.02)
+        self.before, self.behind = (normal(rngs, (kinds, tiles, width), 0.02) for _ in range(2))
+        self.pre_norm, self.post_norm = LayerNorm(width, 1e-5), LayerNorm(width, 1e-5)
+        local, gated = config.blocks(gated=False), config.blocks(gated=True)
+        self.layers = stacked(lambda rngs: Block(local, rngs=rngs), config.num_hidden_layers, rngs)
+        self.global_layers = stacked(lambda rngs: Block(gated, rngs=rngs), config.num_global_layers, rngs)
+
+    def states(
+        self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]
+    ) -> tuple[Float[Array, "L1 N I D"], Float[Array, "G1 N I D"]]:
+        """Hidden states of the local and of the global blocks, tiles padded; index 0 is what enters.
+
+        Args:
+            pixels: tiles, zeros where a picture has fewer.
+            ratio: number of the arrangement of every picture's tiles, 1-based.
+            tiles: how many tiles every picture has.
+        """
+        config = self.config
+        count, most = pixels.shape[:2]
+        flat = patches(pixels.reshape(count * most, *pixels.shape[2:]), config.patch_size)
+        x = flat @ self.patch_kernel[...].reshape(-1, config.hidden_size)
+        x = x.reshape(count, most, *x.shape[1:])
+        x = x + (self.before[...][ratio] * jnp.tanh(self.before_gate[...]))[:, :, None]
+        first = jnp.broadcast_to(self.class_token[...], (count, most, 1, config.hidden_size))
+        x = jnp.concatenate([first, x], axis=2)
+        gate = jnp.tanh(self.position_gate[...])
+        x = x + (1 - gate) * self.position[...] + gate * self.tile_position[...][ratio]
+        tokens = config.num_patches
+        padded = -(-tokens // _PADDED_TO) * _PADDED_TO
+        x = jnp.pad(self.pre_norm(x), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
+        real = (jnp.arange(most) < tiles[:, None])[:, :, None] & (jnp.arange(padded) < tokens)
+        real = real.reshape(count, -1)
+        # As published, only pairs of which both are padding are left out.
+        allowed = real[:, :, None] | real[:, None, :]
+
+        def read(query: Array, key: Array, value: Array) -> Array:
+            return attention.attend(query, key, value, allowed)
+
+        local = run_blocks(self.layers, x.reshape(count, most * padded, -1), read=read)
+        x = self.post_norm(local[-1]).reshape(count, most, padded, -1)
+        x = x + (self.behind[...][ratio] * jnp.tanh(self.behind_gate[...]))[:, :, None]
+        x = x.reshape(count, most * padded, -1)
+        return local, run_blocks(self.global_layers, x, read=read)
+
+    def __call__(
+        self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]
+    ) -> Float[Array, "N I F"]:
+        """Every token's end, and what some local blocks made of it, feature by feature."""
+        local, last = self.states(pixels, ratio, tiles)
+        chosen = jnp.moveaxis(local[np.array(self.config.intermediate_layers_indices) + 1], 0, -1)
+        joined = jnp.concatenate([last[-1], chosen.reshape(*chosen.shape[:2], -1)], axis=-1)
+        whole = rearrange(joined, "n (t p) d -> n t p d", t=pixels.shape[1])
+        return rearrange(whole[:, :, : self.config.num_patches], "n t p d -> n (t p) d")
+
+
+class Mllama(Network):
+    """The network; pictures enter by cross-attention, not as tokens."""
+
+    def __init__(self, config: MllamaConfig, *, rngs: nnx.Rngs):
+        """Builds tower, projector and decoder."""
+        self.config = config
+        self.tower = MllamaTower(config.vision_config, rngs=rngs)
+        self.projector = Linear(config.vision_config.output_width, config.text_config.hidden_size, bias=True, rngs=rngs)
+        self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The pictures' tokens, tile by tile."""
+        extras = inputs.extras
+        return self.projector(self.tower(self.pixels(inputs), extras["aspect_ratio"], extras["tile_count"]))
+
+    def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """Token embeddings; a picture's place is a token like others."""
+        return self.decoder.embed(inputs.token_ids)
+
+    def memory(self, inputs: Inputs) -> Memory | None:
+        """The tokens of every prompt's pictures, and which of them each token reads.
+
+        A token reads the pictures of the latest run of picture tokens before it, as far as they stand before it.
+        """
+        if inputs.pixels is None:
+            return None
+        features, shown = self.features(inputs), inputs.extras["shown"]
+        states = features[jnp.maximum(shown, 0)]
+        states = states.reshape(states.shape[0], -1, states.shape[-1])
+        pictured = (inputs.token_ids == self.config.image_token_index) & inputs.valid
+        starts = pictured & ~jnp.pad(pictured, ((0, 0), (1, 0)))[:, :-1]
+        number, run = (jnp.cumsum(marks, axis=1, dtype=jnp.int32) for marks in (pictured, starts))
+        places = jnp.arange(shown.shape[1])
+        own_run = jnp.max(
+            jnp.where(pictured[:, :, None] & (number[:, :, None] == places + 1), run[:, :, None], 0), axis=1
+        )
+        seen = (places < number[:, :, None]) & (run[:, :, None] == own_run[:, None]) & (shown >= 0)[:, None]
+        tiles = jnp.arange(self.config.vision_config.max_num_tiles)
+        real = tiles < inputs.extras["tile_count"][jnp.maximum(shown, 0)][:, :, None]
+        mask = (seen[..., None] & real[:, None]).reshape(*seen.shape[:2], -1)
+        mask = jnp.repeat(mask, self.config.vision_config.num_patches, axis=2)
+        rows = mask.any(axis=2)
+        return self.decoder.remember(states, mask | ~rows[:, :, None], rows)

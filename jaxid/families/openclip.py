@@ -1,0 +1,157 @@
+"""OpenCLIP's layout of CLIP: its configs and tensor names (`open_clip.CLIP`; NegCLIP's files too)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxid.errors import CheckpointError
+from jaxid.families.clip import CLIPConfig
+from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.text import TextConfig
+from jaxid.nn.vision import VisionConfig
+
+
+def _architecture(
+    embed_dim: int, vision: tuple[int, int, int], text: tuple[int, int], **further: Any
+) -> dict[str, Any]:
+    """A `model_cfg` from the tower's layers, width and patch size and the text's width and heads."""
+    layers, width, patch_size = vision
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": {"image_size": 224, "layers": layers, "width": width, "patch_size": patch_size},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": text[0], "heads": text[1], "layers": 12},
+        **further,
+    }
+
+
+def _coca(config: Mapping[str, Any], pooler_heads: int) -> dict[str, Any]:
+    vision = {**config["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": pooler_heads}
+    return {
+        **config,
+        "vision_cfg": {**vision, "output_tokens": True},
+        "text_cfg": {**config["text_cfg"], "context_length": 76, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {},
+        "custom_text": True,
+    }
+
+
+_B32, _B16 = (_architecture(512, (12, 768, patch), (512, 8)) for patch in (32, 16))
+_L14 = _architecture(768, (24, 1024, 14), (768, 12))
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "ViT-B-32": _B32,
+    "ViT-B-32-quickgelu": {**_B32, "quick_gelu": True},
+    "ViT-B-16": _B16,
+    "ViT-B-16-quickgelu": {**_B16, "quick_gelu": True},
+    "ViT-L-14": _L14,
+    "ViT-L-14-quickgelu": {**_L14, "quick_gelu": True},
+    "coca_ViT-B-32": _coca(_B32, 8),
+    "coca_ViT-L-14": _coca(_L14, 8),
+}
+"""The `model_cfg` of OpenCLIP's architectures by name, for files that bring none."""
+
+
+def parts(fields: Mapping[str, Any]) -> tuple[TextConfig, VisionConfig]:
+    """Text encoder and tower of a `model_cfg`.
+
+    Raises:
+        CheckpointError: for a field that is not implemented.
+    """
+    vision, text = dict(fields["vision_cfg"]), dict(fields["text_cfg"])
+    activation = "quick_gelu" if fields.get("quick_gelu") else "gelu"
+    width, text_width = vision.pop("width"), text.pop("width")
+    class_token = bool(text.pop("embed_cls", False))
+    own = {
+        "hidden_size": width,
+        "intermediate_size": int(width * vision.pop("mlp_ratio", 4.0)),
+        "num_hidden_layers": vision.pop("layers"),
+        "num_attention_heads": width // vision.pop("head_width", 64),
+        "hidden_act": activation,
+        "post_norm": not vision.get("attentional_pool", False),
+    }
+    text_own = {
+        "hidden_size": text_width,
+        "intermediate_size": int(text_width * text.pop("mlp_ratio", 4.0)),
+        "num_hidden_layers": text.pop("layers"),
+        "num_attention_heads": text.pop("heads"),
+        "max_position_embeddings": text.pop("context_length") + class_token,
+        "hidden_act": activation,
+        "eos_token_id": 2,  # the highest id
+        "reads_padding": not class_token,
+        "class_token": class_token,
+    }
+    ignored = {"attentional_pool", "attn_pooler_heads", "attn_pooler_queries", "output_tokens"}
+    return (
+        TextConfig.from_fields({**text, **text_own}, where="text_cfg", ignored=ignored),
+        VisionConfig.from_fields({**vision, **own}, where="vision_cfg", ignored=ignored),
+    )
+
+
+def openclip_config(fields: dict[str, Any]) -> CLIPConfig:
+    """Reads the `model_cfg` of a CLIP.
+
+    Raises:
+        CheckpointError: for a field that is not implemented.
+    """
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
+    text, vision = parts(fields)
+    if text.class_token or not vision.post_norm:
+        raise CheckpointError("a CLIP with vision_cfg.attentional_pool or text_cfg.embed_cls is not implemented.")
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=fields["embed_dim"])
+
+
+def block_keys(heads: int) -> list[Key]:
+    """Rows of one block."""
+    return [
+        *layer_norm("ln_1", "attention_norm"),
+        *fused_heads_in("attn.in_proj_", "attention", heads),
+        *heads_out("attn.out_proj", "attention.out", heads, bias=True),
+        *layer_norm("ln_2", "mlp_norm"),
+        *linear("mlp.c_fc", "up", bias=True),
+        *linear("mlp.c_proj", "down", bias=True),
+    ]
+
+
+def tower_keys(config: VisionConfig) -> list[Key]:
+    """Rows of the tower, up to its last block."""
+    keys = [
+        Key("conv1.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("class_embedding", "class_token"),
+        Key("positional_embedding", "position"),
+        *layer_norm("ln_pre", "pre_norm"),
+        *prefixed(block_keys(config.num_attention_heads), "transformer.resblocks.{layer}.", "layers."),
+    ]
+    return prefixed(keys, "visual.", "tower.")
+
+
+def text_keys(config: TextConfig, source: str = "") -> list[Key]:
+    """Rows of the text encoder and its projection."""
+    keys = [
+        Key("token_embedding.weight", "embedding"),
+        Key("positional_embedding", "position"),
+        *prefixed(block_keys(config.num_attention_heads), "transformer.resblocks.{layer}.", "layers."),
+        *layer_norm("ln_final", "final_norm"),
+    ]
+    if config.class_token:
+        keys.append(Key("cls_emb", "class_token"))
+    return [
+        *prefixed(keys, source, "text_encoder."),
+        Key(f"{source}text_projection", "text_projection.kernel"),
+    ]
+
+
+def openclip_keys(config: CLIPConfig) -> list[Key]:
+    """The key table of a CLIP."""
+    return [
+        *tower_keys(config.vision_config),
+        *layer_norm("visual.ln_post", "tower.post_norm"),
+        Key("visual.proj", "image_projection.kernel"),
+        *text_keys(config.text_config),
+        Key("logit_scale", "logit_scale"),
+    ]
+
+
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """The family by which a `model_cfg` is looked up."""
+    return "open_clip_coca" if "multimodal_cfg" in fields else "open_clip"

@@ -1,0 +1,278 @@
+"""Qwen2-VL and Qwen2.5-VL: towers that read pictures of any size, merged patches, decoders that turn heads in 2-D."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import CheckpointError
+from jaxid.kernels import attention, rope
+from jaxid.nn.decoder import Decoder
+from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.fields import check_parts
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.layers import BOOKKEEPING, Config, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
+from jaxid.nn.network import Network
+from jaxid.nn.transformer import Block, BlockConfig
+
+_EPSILON = 1e-6  # of all norms of both towers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenVisionConfig(Config):
+    """Shape of the tower; names as in HF's Qwen2VLVisionConfig and Qwen2_5_VLVisionConfig, defaults of the latter."""
+
+    depth: int = 32  # number of blocks
+    embed_dim: int = 3584  # D of the tower
+    intermediate_size: int = 3420  # width of the MLP
+    out_hidden_size: int = 3584  # D of the decoder
+    num_heads: int = 16  # H
+    in_channels: int = 3  # colour channels
+    patch_size: int = 14  # side of a patch, pixels
+    temporal_patch_size: int = 2  # frames of a patch; a still picture is repeated
+    spatial_merge_size: int = 2  # side of the square of patches that becomes a decoder token
+    hidden_act: str = "silu"  # activation of the MLP
+    rope_theta: float = 10000.0  # base of the geometric series of wavelengths
+    gated: bool = True  # Qwen2.5: gated MLP and root-mean-square norms; Qwen2: plain MLP and layer norms
+    window_size: int = 0  # side of the windows that attention stays in, pixels; 0: none
+    fullatt_block_indexes: tuple[int, ...] = ()  # blocks whose attention knows no windows
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        # Queries and keys are rotated in pairs, half of them by rows and half by columns.
+        check_parts("vision_config: width", ("embed_dim", self.embed_dim), ("4 num_heads", 4 * self.num_heads))
+        if self.window_size and not self.window_side:
+            raise CheckpointError(f"vision_config: window_size {self.window_size} is smaller than a merged patch.")
+
+    @property
+    def blocks(self) -> BlockConfig:
+        """The blocks' shape."""
+        return BlockConfig(
+            hidden_size=self.embed_dim,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.depth,
+            num_attention_heads=self.num_heads,
+            hidden_act=self.hidden_act,
+            layer_norm_eps=_EPSILON,
+            rms_norm=self.gated,
+            gated_mlp=self.gated,
+        )
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of one patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Side of a window in decoder tokens, 0 without windows."""
+        return self.window_size // self.spatial_merge_size // self.patch_size
+
+
+def _vision_config(fields: Mapping[str, Any], *, old: bool) -> QwenVisionConfig:
+    """Reads the `vision_config` of Qwen2-VL (`old`) or Qwen2.5-VL."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    channels = fields.pop("in_chans", None)
+    if channels is not None:
+        fields.setdefault("in_channels", channels)
+    rotary = dict(fields.pop("rope_scaling", None) or fields.pop("rope_parameters", None) or {})
+    kind = rotary.pop("type", "axial")
+    if rotary.pop("rope_type", kind) not in ("axial", "default"):
+        raise CheckpointError("vision_config.rope_parameters: only rope_type 'axial' is implemented.")
+    fields.pop("rope_parameters", None)
+    fields |= rotary
+    for name in ("patch_size", "temporal_patch_size"):
+        if isinstance(fields.get(name), list):
+            fields[name] = fields[name][0]
+    if fields.pop("spatial_patch_size", fields.get("patch_size", 14)) != fields.get("patch_size", 14):
+        raise CheckpointError("vision_config.spatial_patch_size differs from patch_size.")
+    if old:
+        width = fields.get("embed_dim", 1280)
+        ratio = fields.pop("mlp_ratio", 4)
+        fields = {
+            **fields,
+            "embed_dim": width,
+            "intermediate_size": int(width * ratio),
+            "out_hidden_size": fields.pop("hidden_size", 3584),
+            "hidden_act": fields.get("hidden_act", "quick_gelu"),
+            "gated": False,
+        }
+    else:
+        fields["embed_dim"] = fields.pop("hidden_size", 3584)
+        fields.setdefault("window_size", 112)
+        fields["fullatt_block_indexes"] = tuple(fields.get("fullatt_block_indexes", (7, 15, 23, 31)))
+    fields.pop("hidden_size", None)
+    # Seconds only space the frames of videos.
+    return QwenVisionConfig.from_fields(fields, where="vision_config", ignored={"tokens_per_second"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenVLConfig(Config):
+    """Shape of a Qwen2-VL or Qwen2.5-VL model."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: QwenVisionConfig  # the tower
+    image_token_index: int = 151655  # id of the token that pictures replace
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "QwenVLConfig":
+        """Reads a config.json, flat as published or with a `text_config`.
+
+        Raises:
+            CheckpointError: for a part of another kind, or an unknown field.
+        """
+        fields = dict(fields)
+        old = fields["model_type"] == "qwen2_vl"
+        vision, text = dict(fields.pop("vision_config", None) or {}), fields.pop("text_config", None)
+        top = {"image_token_index": fields.pop("image_token_id", cls.image_token_index)}
+        for name in ("video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id"):
+            fields.pop(name, None)
+        if text is None:  # all other fields of the flat form are the decoder's
+            text, fields = {**fields, "model_type": None}, {}
+        text = dict(text)
+        if fields.pop("tie_word_embeddings", None):
+            text["tie_word_embeddings"] = True
+        unknown = sorted(set(fields) - BOOKKEEPING)
+        if unknown:
+            raise CheckpointError(
+                f"the top level of config.json holds fields that jaxid does not implement: {unknown}."
+            )
+        parts = {
+            "text_config": decoder_config(text, "qwen2_vl_text" if old else "qwen2_5_vl_text"),
+            "vision_config": _vision_config(vision, old=old),
+        }
+        config = cls.from_fields(top | parts, where="the top level")
+        if config.vision_config.out_hidden_size != config.text_config.hidden_size:
+            raise CheckpointError(
+                f"the tower makes tokens of width {config.vision_config.out_hidden_size}, the decoder's have "
+                f"{config.text_config.hidden_size}."
+            )
+        return config
+
+
+def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
+    """The family's key table, in the names that published checkpoints use."""
+    vision = config.vision_config
+
+    def norm(source: str, target: str) -> list[Key]:
+        return [Key(f"{source}.weight", f"{target}.scale")] if vision.gated else layer_norm(source, target)
+
+    if vision.gated:
+        mlp = [*linear("mlp.gate_proj", "gate", bias=True), *linear("mlp.up_proj", "up", bias=True)]
+        mlp += linear("mlp.down_proj", "down", bias=True)
+    else:
+        mlp = [*linear("mlp.fc1", "up", bias=True), *linear("mlp.fc2", "down", bias=True)]
+    block = [
+        *norm("norm1", "attention_norm"),
+        *fused_heads_in("attn.qkv.", "attention", vision.num_heads),
+        *heads_out("attn.proj", "attention.out", vision.num_heads, bias=True),
+        *norm("norm2", "mlp_norm"),
+        *mlp,
+    ]
+    tower = [
+        Key("patch_embed.proj.weight", "patch_kernel", "d c t p q -> (c t p q) d", _patch_sizes(vision)),
+        *prefixed(block, "blocks.{layer}.", "layers."),
+        *norm("merger.ln_q", "merge_norm"),
+        *linear("merger.mlp.0", "merge_in", bias=True),
+        *linear("merger.mlp.2", "merge_out", bias=True),
+    ]
+    return [
+        *prefixed(tower, "visual.", "tower."),
+        *prefixed(decoder_keys(config.text_config), "model.", "decoder."),
+        unembedding_key(config.text_config, "lm_head.weight"),
+    ]
+
+
+def _patch_sizes(vision: QwenVisionConfig) -> dict[str, int]:
+    return {"c": vision.in_channels, "t": vision.temporal_patch_size, "p": vision.patch_size, "q": vision.patch_size}
+
+
+RENAMES = (
+    (r"^model\.visual\.", "visual."),
+    (r"^model\.language_model\.", "model."),
+)
+"""Other spellings of the same keys (transformers >= 4.52) and their published form."""
+
+
+class QwenTower(nnx.Module):
+    """Patches of pictures of any size, blocks with 2-D rotary positions, merging of neighbours.
+
+    Every picture is a row of P patches, padded; with windows, every window is padded to its full number of patches, so
+    that attention inside windows is attention of a row cut in equal pieces.
+    """
+
+    def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
+        """Builds the tower; every block parameter carries a leading layer axis."""
+        self.config = config
+        merged = config.embed_dim * config.spatial_merge_size**2
+        norm = RMSNorm if config.gated else LayerNorm
+        self.patch_kernel = normal(rngs, (config.patch_numbers, config.embed_dim), 0.02)
+        self.layers = stacked(lambda rngs: Block(config.blocks, rngs=rngs), config.depth, rngs)
+        self.merge_norm = norm(config.embed_dim, _EPSILON)
+        self.merge_in = Linear(merged, merged, bias=True, rngs=rngs)
+        self.merge_out = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
+
+    def __call__(
+        self, pixels: Float[Array, "N P F"], positions: Int[Array, "N P 2"], valid: Bool[Array, "N P"]
+    ) -> Float[Array, "L1 N P D"]:
+        """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k."""
+        config = self.config
+        quarter = config.embed_dim // config.num_heads // 2
+        rotation = rope.axial_rotations(positions, rope.inverse_frequencies(quarter, config.rope_theta))
+        pictures, window = pixels.shape[0], (config.window_side * config.spatial_merge_size) ** 2
+        everywhere = np.isin(np.arange(config.depth), config.fullatt_block_indexes) if window else None
+        definition, parameters = nnx.split(self.layers)
+
+        def read_picture(query: Array, key: Array, value: Array) -> Array:
+            return attention.attend(query, key, value, valid[:, None])
+
+        def read_window(query: Array, key: Array, value: Array) -> Array:
+            query, key, value = (heads.reshape(-1, window, *heads.shape[2:]) for heads in (query, key, value))
+            mixed = attention.attend(query, key, value, valid.reshape(-1, 1, window))
+            return mixed.reshape(pictures, -1, *mixed.shape[2:])
+
+        def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, Array]:
+            own, number = layer
+
+            def read(query: Array, key: Array, value: Array) -> Array:
+                if everywhere is None:
+                    return read_picture(query, key, value)
+                return jax.lax.cond(jnp.asarray(everywhere)[number], read_picture, read_window, query, key, value)
+
+            x = nnx.merge(definition, own)(x, read, rotation)
+            return x, x
+
+        x = flat_product(pixels, self.patch_kernel[...])
+        _, outputs = scan_stack(self.layers, step, x, (parameters, jnp.arange(config.depth)))
+        return jnp.concatenate([x[None], outputs])
+
+    def merge(self, states: Float[Array, "N P D"]) -> Float[Array, "N I D2"]:
+        """Squares of neighbouring patches as decoder tokens."""
+        together = self.config.spatial_merge_size**2
+        x = self.merge_norm(states)
+        x = x.reshape(x.shape[0], x.shape[1] // together, together * x.shape[2])
+        return self.merge_out(jax.nn.gelu(self.merge_in(x), approximate=False))
+
+
+class QwenVL(Network):
+    """The network."""
+
+    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs):
+        """Builds tower and decoder."""
+        self.config = config
+        self.tower = QwenTower(config.vision_config, rngs=rngs)
+        self.decoder = Decoder(config.text_config, rngs=rngs)
+
+    def tower_states(self, inputs: Inputs) -> Float[Array, "L1 N P D"]:
+        """The tower's hidden states."""
+        return self.tower(self.pixels(inputs), inputs.extras["patch_positions"], inputs.extras["patch_valid"])
+
+    def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
+        """The pictures' decoder tokens."""
+        return self.tower.merge(self.tower_states(inputs)[-1])

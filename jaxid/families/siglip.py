@@ -1,0 +1,133 @@
+"""SigLIP: bidirectional text encoder, attention-pooling head, no projection of pictures (HF SiglipModel)."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import CheckpointError
+from jaxid.nn.dual import DualEncoder, Encoded, part
+from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.layers import ACTIVATIONS, Config, LayerNorm, Linear, filled, join_heads, normal
+from jaxid.nn.text import TextConfig, TextEncoder, text_keys
+from jaxid.nn.transformer import Attention, BlockConfig
+from jaxid.nn.vision import VisionConfig, VisionTower, vision_config, vision_keys
+
+_TEXT = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 64,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+"""HF's SiglipTextConfig where it differs from CLIP's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiglipConfig(Config):
+    """Shape of a SigLIP model; names and defaults as in HF's SiglipConfig."""
+
+    text_config: TextConfig  # the text encoder
+    vision_config: VisionConfig  # the tower
+    projection_size: int  # E: of captions' tokens; the tower's width
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> "SiglipConfig":
+        """Reads a SigLIP config.json.
+
+        Raises:
+            CheckpointError: for a field that is not implemented, or towers whose outputs cannot be compared.
+        """
+        text, vision = part(fields, "text_config"), part(fields, "vision_config")
+        if vision.get("vision_use_head") is False:
+            raise CheckpointError("vision_config.vision_use_head is false: the tower has no output to compare.")
+        projection = text.pop("projection_size", None)
+        own = {"causal": False, "reads_padding": True}
+        parts = {
+            "text_config": TextConfig.from_fields({**_TEXT, **text, **own}, where="text_config"),
+            "vision_config": vision_config(vision, "siglip_vision_model"),
+        }
+        width = projection or parts["text_config"].hidden_size
+        if width != parts["vision_config"].hidden_size:
+            raise CheckpointError(
+                f"captions are projected to width {width}, pictures have {parts['vision_config'].hidden_size}."
+            )
+        ignored = {"text_config_dict", "vision_config_dict"}
+        return cls.from_fields({**fields, **parts, "projection_size": width}, where="the top level", ignored=ignored)
+
+
+def siglip_keys(config: SiglipConfig) -> list[Key]:
+    """The family's key table."""
+    heads = config.vision_config.num_attention_heads
+    head = [
+        Key("probe", "probe", "1 1 d -> d"),
+        *fused_heads_in("attention.in_proj_", "attention", heads),
+        *heads_out("attention.out_proj", "attention.out", heads, bias=True),
+        *layer_norm("layernorm", "norm"),
+        *linear("mlp.fc1", "up", bias=True),
+        *linear("mlp.fc2", "down", bias=True),
+    ]
+    return [
+        *prefixed(vision_keys(config.vision_config), "vision_model.", "tower."),
+        *prefixed(head, "vision_model.head.", "head."),
+        *prefixed(text_keys(config.text_config), "text_model.", "text_encoder."),
+        *linear("text_model.head", "text_projection", bias=True),
+        Key("logit_scale", "logit_scale"),
+        Key("logit_bias", "logit_bias"),
+    ]
+
+
+class PoolingHead(nnx.Module):
+    """A learned query reads tokens; then a norm and an MLP (HF SiglipMultiheadAttentionPoolingHead)."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        """Builds the head."""
+        width = config.hidden_size
+        self.config = config
+        self.probe = normal(rngs, (width,), 1.0)
+        self.attention = Attention(config, rngs=rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps)
+        self.up = Linear(width, config.intermediate_size, bias=True, rngs=rngs)
+        self.down = Linear(config.intermediate_size, width, bias=True, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N D"]:
+        """What the query reads of all tokens."""
+        x = self.attention.cross(jnp.broadcast_to(self.probe[...], (len(x), 1, x.shape[-1])), x)[:, 0]
+        return self._behind(x)
+
+    def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
+        """What the query would read of every token if that were the only one."""
+        own = self.attention
+        value = jnp.einsum("nid,dhe->nihe", x, own.value[...]) + own.value_bias[...]
+        out = join_heads(value) @ join_heads(own.out[...], 0) + own.out_bias[...]
+        return self._behind(out)
+
+    def _behind(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        return x + self.down(ACTIVATIONS[self.config.hidden_act](self.up(self.norm(x))))
+
+
+class Siglip(DualEncoder):
+    """The network."""
+
+    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
+        """Builds both towers, the pooling head and the captions' projection."""
+        self.config = config
+        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        self.head = PoolingHead(config.vision_config, rngs=rngs)
+        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
+        self.text_projection = Linear(config.text_config.hidden_size, config.projection_size, bias=True, rngs=rngs)
+        self.logit_scale, self.logit_bias = filled(0.0, (1,)), filled(0.0, (1,))
+
+    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
+        """Pictures in the joint space; every patch as the pooling head reads it alone."""
+        states = self.tower.post_norm(self.tower(pixels)[-1])
+        return Encoded(self.head.each(states), self.head(states))
+
+    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
+        """Captions in the joint space; pooled at the last token, padding or not, as the model was trained."""
+        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
+        return Encoded(tokens, tokens[:, -1])

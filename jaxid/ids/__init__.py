@@ -1,0 +1,1 @@
+"""Spatial and temporal IDs: their container, its files, and their geometry."""

@@ -1,0 +1,1 @@
+"""Passes over loaded models: interventions, captures, traces, reruns and generation."""

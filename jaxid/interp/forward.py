@@ -1,0 +1,216 @@
+"""Forward passes of a model under interventions, and sweeps over many of them."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jaxid.errors import InputError
+from jaxid.families.base import Model
+from jaxid.interp.interventions import Edit, as_pytree, check_layers, sweep_shape
+from jaxid.kernels.logprobs import log_probs
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, as_integers, as_positions, clean
+from jaxid.prompts.processor import Prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """Result of a forward pass; S are the intervention's sweep axes.
+
+    Attributes:
+        hidden: normed final hidden state at the last position, Float[S..., B, D].
+        captured: by site; "embed" Float[S..., B, P, D], block sites Float[S..., L, B, P, D].
+        model: the model that made it.
+    """
+
+    hidden: Float[Array, "*S B D"]
+    captured: dict[str, Float[Array, "..."]]
+    model: Model = dataclasses.field(repr=False)
+
+    @property
+    def logits(self) -> Float[Array, "*S B V"]:
+        """Next-token logits at the last position, float32."""
+        return _unembed(self.model.definition, self.model.parameters, self.hidden)
+
+    def logprobs(self, answers: Any) -> Float[Array, "*S B n"]:
+        """Log-probabilities of answers as the next token, over the full vocabulary.
+
+        Args:
+            answers: answer words, list[str], each a single token after the prompt; or token ids, Int[n].
+
+        Raises:
+            PromptError: for a word that is not a single token of its own.
+        """
+        if isinstance(answers, list | tuple) and all(isinstance(answer, str) for answer in answers):
+            answers = self.model.processor.answer_ids(answers)
+        ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
+        if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():
+            raise InputError(f"answers must be token ids from 0 to {entries - 1}, not {ids.tolist()}.")
+        return _answer_log_probs(self.model.definition, self.model.parameters, self.hidden, jnp.asarray(ids))
+
+
+def _matrix(definition: Any, parameters: Any) -> Float[Array, "D V"]:
+    return nnx.merge(definition, nnx.State(parameters)).decoder.unembed_matrix()
+
+
+@partial(jax.jit, static_argnums=0)
+def _unembed(definition: Any, parameters: Any, hidden: Float[Array, "*S B D"]) -> Float[Array, "*S B V"]:
+    return jnp.einsum("...d,dv->...v", hidden, _matrix(definition, parameters), preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _answer_log_probs(definition: Any, parameters: Any, hidden: Array, ids: Array) -> Array:
+    return log_probs(hidden, _matrix(definition, parameters), ids)
+
+
+def _pass(definition: Any, parameters: Any, inputs: Inputs, intervention: Intervention, capture: Capture) -> Any:
+    network = nnx.merge(definition, nnx.State(parameters))
+    output = network(inputs, intervention, capture)
+    last = jnp.take_along_axis(output.hidden, inputs.last[:, None, None], axis=1)[:, 0]
+    return last, output.captured
+
+
+@partial(jax.jit, static_argnames=("definition", "depth", "chunk"))
+def _run(
+    definition: Any,
+    parameters: Any,
+    inputs: Inputs,
+    intervention: Any,
+    capture: Capture,
+    *,
+    depth: int,
+    chunk: int,
+) -> Any:
+    """One pass, or `depth` sweep axes of passes, `chunk` at a time."""
+    if depth == 0:
+        return _pass(definition, parameters, inputs, intervention, capture)
+    leading = jax.tree.leaves(intervention)[0].shape[:depth]
+    count = math.prod(leading)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[depth:]), intervention)
+
+    def one(edit: Any) -> Any:
+        return _pass(definition, parameters, inputs, edit, capture)
+
+    swept = jax.lax.map(one, flat, batch_size=min(chunk, count))
+    return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), swept)
+
+
+def forward(
+    model: Model,
+    prompts: Prompts,
+    intervention: Intervention = clean,
+    capture: Capture | None = None,
+    *,
+    chunk: int = 16,
+) -> Output:
+    """Runs a model on prompts, all interventions of a sweep in one call.
+
+    Args:
+        model: the model.
+        prompts: B prompts.
+        intervention: called at every site as `(site, value) -> value`. Edits made by `jaxid.add` and its kin carry
+            their sweep axes S; any other pytree-registered callable or plain function counts as a single one.
+        capture: sites and positions to return.
+        chunk: interventions that run side by side; bounds the memory.
+
+    Returns:
+        The output, with sweep axes leading.
+
+    Raises:
+        InputError: for an unknown site, or an edit or capture whose layers, positions or prompts do not fit the model
+            and the batch. Where layers and positions are traced, those that do not exist change nothing.
+    """
+    capture = capture or Capture()
+    unknown = set(capture.sites) - set(SITES)
+    if unknown:
+        raise InputError(f"capture names unknown sites {sorted(unknown)}; known: {', '.join(SITES)}.")
+    check(model, prompts, intervention)
+    intervention = as_pytree(intervention)
+    at = None if capture.at is None else checked_positions(prompts, capture.at)
+    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
+    depth = len(sweep_shape(intervention))
+    wanted = Capture(capture.sites, at)
+    hidden, captured = _run(model.definition, model.parameters, inputs, intervention, wanted, depth=depth, chunk=chunk)
+    return Output(
+        hidden=hidden, captured={name: nan_outside(prompts, at, value) for name, value in captured.items()}, model=model
+    )
+
+
+def checked_positions(prompts: Prompts, at: Any, new_tokens: int = 0) -> Int[AnyArray, "B P"]:
+    """Positions in every prompt of a batch.
+
+    Args:
+        prompts: the batch.
+        at: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
+        new_tokens: how many tokens may follow the prompts.
+
+    Returns:
+        Int[B, P], on the host unless it is traced.
+
+    Raises:
+        InputError: for another shape or kind, or a known position that a prompt does not have.
+    """
+    at = as_positions(at)
+    count = len(prompts)
+    if at.shape[0] not in (1, count):
+        raise InputError(f"`at` names positions of {at.shape[0]} prompts, the batch holds {count}.")
+    if isinstance(at, Tracer):
+        return jnp.broadcast_to(at, (count, at.shape[1]))
+    at = np.broadcast_to(at, (count, at.shape[1]))
+    beyond = np.argwhere(at > prompts.last()[:, None] + new_tokens)
+    if beyond.size:
+        row, place = beyond[0]
+        raise InputError(
+            f"position {at[row, place]} lies outside prompt {row}, which ends at {prompts.last()[row]}"
+            + (f" before {new_tokens} new tokens." if new_tokens else "; what follows is padding.")
+        )
+    return at
+
+
+def nan_outside(
+    prompts: Prompts, at: Int[AnyArray, "B P"] | None, values: Float[Array, "*S B P D"]
+) -> Float[Array, "*S B P D"]:
+    """Values read at positions; NaN at traced ones that a prompt does not have."""
+    if not isinstance(at, Tracer):  # checked
+        return values
+    inside = (at >= 0) & (at <= prompts.last()[:, None])
+    return jnp.where(inside[..., None], values, jnp.nan)
+
+
+def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0) -> None:
+    """Checks layers, positions, number of prompts and width of an edit, where it is ours and concrete.
+
+    Args:
+        model: the model.
+        prompts: the batch.
+        intervention: the edit, or a chain of them.
+        new_tokens: how many tokens may follow the prompts.
+
+    Raises:
+        InputError: naming what does not fit the model and the batch.
+    """
+    for part in getattr(intervention, "parts", (intervention,)):
+        if hasattr(part, "parts"):
+            check(model, prompts, part, new_tokens)
+            continue
+        if hasattr(part, "refusal"):
+            raise InputError(part.refusal)
+        if not isinstance(part, Edit):
+            continue
+        check_layers(part.layer, part.site, model.num_layers, model.name)
+        rows, width = part.at.shape[-2], part.vector.shape[-1]
+        if rows not in (1, len(prompts)):
+            raise InputError(f"the edit is for {rows} prompts, the batch holds {len(prompts)}.")
+        if width != model.width and part.operation != "scale":
+            raise InputError(f"the edit's vector has width {width}, the model's residual stream {model.width}.")
+        if not isinstance(part.at, Tracer):
+            by_prompt = np.moveaxis(np.asarray(part.at), -2, 0).reshape(rows, -1)
+            checked_positions(prompts, by_prompt, new_tokens)

@@ -1,0 +1,160 @@
+"""Greedy generation under interventions, all rows of a sweep together."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+from jaxid.errors import InputError
+from jaxid.families.base import Model
+from jaxid.interp.forward import Output, check
+from jaxid.interp.interventions import Reach, as_pytree, sweep_shape
+from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
+from jaxid.nn import decode, reuse
+from jaxid.nn.sites import AnyArray, Intervention, clean
+from jaxid.prompts.processor import Prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a model writes; S are the intervention's sweep axes.
+
+    Attributes:
+        tokens: new tokens, padded after the stop token, Int[S..., B, N]; on the host unless they are traced.
+        lengths: how many of them there are, stop token included, Int[S..., B].
+        first: where the first new token is read: its logits and log-probabilities.
+    """
+
+    tokens: Int[AnyArray, "*S B N"]
+    lengths: Int[AnyArray, "*S B"]
+    first: Output
+
+    @property
+    def texts(self) -> np.ndarray:
+        """The texts without special tokens, an array of strings [S..., B]."""
+        decode_tokens = self.first.model.processor.decode
+        texts = np.empty(self.lengths.shape, object)
+        for place in np.ndindex(texts.shape):
+            texts[place] = decode_tokens(self.tokens[place][: self.lengths[place]].tolist())
+        return texts
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(definition: Any, parameters: Any, suffix: reuse.Suffix, edits: Any, rows: Array) -> decode.Start:
+    decoder = nnx.merge(definition, nnx.State(parameters)).decoder
+    return decode.prefill(decoder, suffix, edits, rows.shape[0])
+
+
+@partial(jax.jit, static_argnames=("definition", "steps"))
+def _decode(
+    definition: Any,
+    parameters: Any,
+    prefix: decode.Prefix,
+    start: decode.Start,
+    last: Array,
+    last_rope: Array | None,
+    stop_ids: Array,
+    edits: Any,
+    *,
+    steps: int,
+) -> Any:
+    decoder = nnx.merge(definition, nnx.State(parameters)).decoder
+    return decode.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
+
+
+def _rows(tree: Any, first: int, count: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[first : first + count], tree)
+
+
+def generate(
+    model: Model,
+    prompts: Prompts | Trace,
+    intervention: Intervention = clean,
+    *,
+    max_new_tokens: int = 250,
+    every_step: bool = False,
+    chunk: int = 64,
+) -> Generation:
+    """Writes on greedily from every prompt, under every intervention of a sweep.
+
+    Rows share the keys and values of their prompt up to the first edited token, and stop when all have ended. An
+    intervention that does not say where it begins to act, or that acts on a picture, costs a full pass of its own
+    for every row (see `rerun`).
+
+    Args:
+        model: the model.
+        prompts: B prompts, or their trace.
+        intervention: as in `rerun`, without image swaps.
+        max_new_tokens: the most new tokens.
+        every_step: the intervention acts on the new tokens too, at the positions that follow the prompt
+            (`prompts.last() + 1` and on); else in the prompt's pass only, as published.
+        chunk: rows of the sweep that are written together; bounds the memory.
+
+    Returns:
+        Tokens, texts, and what the first token is read from.
+
+    Raises:
+        InputError: for an edit that does not fit, no new token, or a trace of another model or of an edited pass.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    if chunk < 1:
+        raise InputError(f"chunk must be 1 or more, not {chunk}.")
+    recorded = prompts if isinstance(prompts, Trace) else None
+    batch = prompts.prompts if isinstance(prompts, Trace) else prompts
+    if recorded is not None:
+        check_trace(model, recorded, intervention)
+    check(model, batch, intervention, max_new_tokens if every_step else 0)
+    leading = sweep_shape(intervention)
+    edits = as_pytree(intervention)
+    reach: Reach | None = getattr(intervention, "reach", None)
+    if recorded is None and (reach is not None or intervention is clean):
+        recorded = record(model, batch)
+    known = None if reach is None or recorded is None else plan(recorded, reach.position)
+    count = int(np.prod(leading, dtype=int))
+    flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), edits)
+    stop_ids = jnp.asarray(np.array(model.processor.stop_ids, np.int32))
+    last, turned = jnp.asarray(batch.last()), batch.inputs.rope_positions
+    last_rope = None if turned is None else jnp.asarray(turned[np.arange(len(batch)), :, batch.last()])
+
+    def write(prefix: decode.Prefix, start: decode.Start, edits: Any) -> tuple[Array, Array, Array]:
+        acting = edits if every_step else None
+        tokens, lengths = _decode(
+            model.definition, model.parameters, prefix, start, last, last_rope, stop_ids, acting, steps=max_new_tokens
+        )
+        return start.hidden, tokens, lengths
+
+    parts = []
+    step = chunk if known is not None else 1
+    for first in range(0, count, step):
+        rows = min(step, count - first)
+        some = _rows(flat, first, rows)
+        if known is not None and recorded is not None:
+            suffix = suffix_of(recorded, known)
+            start = _prefill(model.definition, model.parameters, suffix, some, jnp.zeros(rows))
+            own = jnp.asarray(known.first)
+            before = jnp.arange(recorded.keys.shape[3]) < own[:, None]
+            shared = decode.Prefix(recorded.keys, recorded.values, before, own, recorded.memory)
+            parts.append(write(shared, start, some))
+            continue
+        single = jax.tree.map(lambda leaf: leaf[0], some)
+        whole = recorded if intervention is clean and recorded is not None else record(model, batch, single)
+        blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
+        none = jnp.zeros((blocks, 1, prompts_, 0, kv_heads, head_width), whole.keys.dtype)
+        start = decode.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
+        prefix = decode.Prefix(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
+        parts.append(write(prefix, start, some))
+    hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    if not isinstance(tokens, Tracer):
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+    return Generation(
+        tokens=tokens.reshape(*leading, *tokens.shape[1:]),
+        lengths=lengths.reshape(*leading, *lengths.shape[1:]),
+        first=Output(hidden=hidden.reshape(*leading, *hidden.shape[1:]), captured={}, model=model),
+    )

@@ -1,0 +1,476 @@
+"""Interventions at full speed: one recorded clean pass, then only what each edit can change.
+
+`trace` records a pass once. `rerun` gives what `forward` would give under an intervention, exactly, but computes only
+the tokens from the first edited one on, in the blocks from the first edited one on, for all interventions of a sweep
+at once, against the recorded keys and values of the tokens before.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jaxid.errors import InputError
+from jaxid.families.base import Model
+from jaxid.interp.forward import Output, check, checked_positions, forward, nan_outside
+from jaxid.interp.interventions import Chain, Reach, as_pytree, chain, check_layers, replace, sweep_shape
+from jaxid.nn import reuse
+from jaxid.nn.decoder import Memory
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.layers import take_tokens
+from jaxid.nn.sites import AnyArray, Intervention, Site, as_integers, clean
+from jaxid.prompts.processor import Prompts
+
+_TOKENS_TOGETHER = 2048
+"""Tokens that go through a block together, over all rows of a chunk."""
+
+_CHUNK_OVERHEAD = 32
+"""What another chunk costs in a block, in tokens."""
+
+_WASTE = 0.15
+"""Share of block evaluations that may be spent on rows that do not need them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One recorded pass: all that any rerun can need, and no more.
+
+    Attributes:
+        hidden: normed final hidden state at the last position, Float[B, D].
+        keys: of every block and token, Float[L, B, K, T, E].
+        values: likewise.
+        residuals: residual stream of the tokens after the picture (all tokens, without one): the embeddings, then what
+            leaves every block, Float[L + 1, B, S, D].
+        memory: what cross-attention layers read of the pictures, in families that have them.
+        model: the model that made it.
+        prompts: what it read.
+        edited: whether an intervention acted on it.
+    """
+
+    hidden: Float[AnyArray, "B D"]
+    keys: Float[AnyArray, "L B K T E"]
+    values: Float[AnyArray, "L B K T E"]
+    residuals: Float[AnyArray, "L1 B S D"]
+    memory: Memory | None
+    model: Model = dataclasses.field(repr=False)
+    prompts: Prompts = dataclasses.field(repr=False, metadata={"static": True})
+    edited: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def output(self) -> Output:
+        """The clean pass's answers, as `forward` gives them."""
+        return Output(hidden=self.hidden, captured={}, model=self.model)
+
+    @property
+    def logits(self) -> Float[Array, "B V"]:
+        """Next-token logits of the clean pass, float32."""
+        return self.output.logits
+
+    def logprobs(self, answers: Any) -> Float[Array, "B n"]:
+        """Log-probabilities of the clean pass; see `Output.logprobs`."""
+        return self.output.logprobs(answers)
+
+    def at(self, positions: Any) -> Float[Array, "L1 B P D"]:
+        """Residual stream at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
+
+        Args:
+            positions: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
+
+        Raises:
+            InputError: for a position that was not recorded, such as a picture's token; traced ones give NaN.
+        """
+        positions = checked_positions(self.prompts, positions)
+        start = self.prompts.text_start()[:, None]
+        if not isinstance(positions, Tracer) and (positions < start).any():
+            raise InputError(
+                f"position {positions[positions < start].flat[0]} is not among the text tokens after the picture that "
+                "a trace records; use jaxid.forward with capture=."
+            )
+        return nan_outside(self.prompts, positions, take_tokens(self.residuals, jnp.asarray(positions - start)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSwap:
+    """All image tokens of another trace put in place of a trace's own after a block; made by `swap`.
+
+    Later image tokens depend on image tokens (and what stands before them) alone, so the blocks after the swap read
+    the other trace's keys and values, and no image token is computed again. Where pictures enter by cross-attention
+    (Llama-3.2-Vision), the blocks after the swap read the other trace's picture.
+
+    Attributes:
+        layer: the block, Int[S...].
+        source: the other trace.
+    """
+
+    layer: Int[AnyArray, "*S"]
+    source: Trace
+
+    # What `forward` and whatever else calls interventions says: a trace does not hold a picture's residual stream.
+    refusal: ClassVar[str] = (
+        "an image swap works by a trace's keys and values: use jaxid.rerun; or capture the image tokens with "
+        "jaxid.forward and put them in with jaxid.replace."
+    )
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading sweep axes."""
+        return tuple(self.layer.shape)
+
+    @property
+    def last_own(self) -> Int[AnyArray, "*S"]:
+        """The last block that reads its own picture: of a traced layer that does not exist, every block does."""
+        if not isinstance(self.layer, Tracer):
+            return self.layer
+        end = self.source.model.num_layers
+        return jnp.where(self.layer < 0, end, jnp.minimum(self.layer, end))
+
+    @property
+    def reach(self) -> Reach:
+        """Everything after the block, from the picture's end on."""
+        return Reach(self.last_own + 1, self.source.prompts.text_start())
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Refuses.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(self.refusal)
+
+
+def swap(source: Trace, layer: Any, at: Any) -> Any:
+    """Another trace's activations in place of a trace's own, after a block (activation swap).
+
+    Args:
+        source: trace of the prompts whose activations are put in, e.g. about mirrored pictures.
+        layer: decoder block(s), 0-based; its axes are the sweep.
+        at: "image" (all image tokens), "text" (all tokens after the picture), or positions, Int[B] or Int[B, P].
+
+    Returns:
+        An intervention for `rerun`; for text a `replace`, which `forward` takes too.
+
+    Raises:
+        InputError: for a layer that the model does not have, a place that was not recorded, or pictures apart.
+    """
+    layer = as_integers("layer", layer)
+    check_layers(layer, "resid_post", source.model.num_layers, source.model.name)
+    if isinstance(at, str):
+        if at not in ("image", "text"):
+            raise InputError(f'`at` is "image", "text" or positions, not {at!r}.')
+        if at == "image":
+            places = source.prompts.image_tokens()  # refuses prompts without a picture
+            if (np.diff(places, axis=1) != 1).any():
+                raise InputError(
+                    "the prompts' pictures do not stand next to each other, and what stands between them depends on "
+                    "them too: use jaxid.forward with jaxid.replace at prompts.image_tokens()."
+                )
+            return ImageSwap(layer=layer, source=source)
+        at = source.prompts.text_tokens()
+    at = checked_positions(source.prompts, at)
+    values = source.at(at)[1:]
+    if isinstance(at, Tracer):  # values that are not there must reach no token, not even of the padding
+        at = jnp.where(at <= source.prompts.last()[:, None], at, -1)
+    return replace(layer, at, values[layer])
+
+
+@partial(jax.jit, static_argnums=0)
+def _record(
+    definition: Any, parameters: Any, inputs: Inputs, suffix: Array, intervention: Intervention
+) -> reuse.Record:
+    network = nnx.merge(definition, nnx.State(parameters))
+    return reuse.record(
+        network.decoder,
+        network.embed(inputs),
+        inputs.positions,
+        network.mask(inputs),
+        suffix,
+        inputs.last,
+        intervention,
+        rope_positions=inputs.rope_positions,
+        memory=network.memory(inputs),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _residuals(definition: Any, parameters: Any, inputs: Inputs, at: Array) -> Array:
+    # Only what is returned is computed: no keys and values are kept, and the last block runs at the asked places alone.
+    return _record(definition, parameters, inputs, at, as_pytree(clean)).residuals
+
+
+def residuals_at(model: Model, prompts: Prompts, at: Any) -> Float[Array, "L1 B P D"]:
+    """Residual stream of a clean pass at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
+
+    Cheaper than `forward` with a capture: the last block computes these positions only. Positions as in `Trace.at`.
+
+    Raises:
+        InputError: for a position that a prompt does not have; traced ones give NaN.
+    """
+    at = checked_positions(prompts, at)
+    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
+    inside = jnp.clip(at, 0, prompts.inputs.token_ids.shape[1] - 1)
+    return nan_outside(prompts, at, _residuals(model.definition, model.parameters, inputs, inside))
+
+
+def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
+    """Records one pass: its answers, all keys and values, and the residual stream of the text after the picture.
+
+    Memory: 2 L T K E + (L + 1) S D numbers a prompt, in the model's dtype.
+
+    Args:
+        model: the model.
+        prompts: B prompts.
+        intervention: the pass may itself be edited: to be read, written on from, or swapped into another.
+
+    Raises:
+        InputError: for an edit that does not fit the model and the batch, or has sweep axes.
+    """
+    check(model, prompts, intervention)
+    if sweep_shape(intervention):
+        raise InputError(f"a trace is of one pass; the intervention has sweep axes {sweep_shape(intervention)}.")
+    return record(model, prompts, intervention)
+
+
+def record(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
+    """`trace` without its checks: the intervention may name tokens that are yet to follow the prompts."""
+    start = prompts.text_start()
+    tokens = prompts.inputs.token_ids.shape[1]
+    suffix = np.minimum(start[:, None] + np.arange(tokens - start.min()), tokens - 1)
+    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
+    record = _record(model.definition, model.parameters, inputs, jnp.asarray(suffix), as_pytree(intervention))
+    return Trace(
+        hidden=record.hidden,
+        keys=record.keys,
+        values=record.values,
+        residuals=record.residuals,
+        memory=record.memory,
+        model=model,
+        prompts=prompts,
+        edited=intervention is not clean,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a trace a rerun runs again.
+
+    Attributes:
+        first: first place that is run again, of every prompt, Int[B].
+        prefix: number of tokens before it that are read, of the longest prompt.
+        length: number of tokens that are run again, of the prompt with most of them.
+    """
+
+    first: Int[np.ndarray, "B"]
+    prefix: int
+    length: int
+
+
+def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
+    """Where the suffix begins for edits from given places on; None if they reach what a trace does not record."""
+    start, last = trace.prompts.text_start(), trace.prompts.last()
+    position = np.broadcast_to(position, start.shape)
+    if (position < start).any():
+        return None
+    first = np.minimum(position, last)
+    # Even lengths, so that fewer programs are compiled; the prefix is masked.
+    tokens = trace.keys.shape[3]
+    length = int((last - first).max()) + 1
+    return Plan(first=first, prefix=min(-(-int(first.max()) // 8) * 8, tokens), length=min(length + length % 2, tokens))
+
+
+def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any = None) -> reuse.Suffix:
+    """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
+    places = plan.first[:, None] + np.arange(plan.length)
+    recorded = np.minimum(places - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
+    within = np.minimum(places, trace.prompts.offsets.shape[1] - 1)
+    turned = trace.prompts.inputs.rope_positions
+    return reuse.Suffix(
+        residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
+        positions=jnp.asarray(within),
+        rope_positions=None if turned is None else jnp.asarray(np.take_along_axis(turned, within[:, None], axis=2)),
+        last=jnp.asarray(trace.prompts.last() - plan.first),
+        prefix_keys=trace.keys,
+        prefix_values=trace.values,
+        prefix_mask=jnp.asarray(np.arange(plan.prefix) < plan.first[:, None]),
+        memory=trace.memory,
+        other_memory=None if other is None else other.memory,
+        other_keys=None if other is None else other.keys,
+        other_values=None if other is None else other.values,
+        swapped=swapped,
+    )
+
+
+_tokens = jax.jit(take_tokens)
+
+
+@partial(jax.jit, static_argnames=("definition", "chunk"))
+def _resume(definition: Any, parameters: Any, suffix: reuse.Suffix, edits: Any, start: Array, *, chunk: int) -> Array:
+    decoder = nnx.merge(definition, nnx.State(parameters)).decoder
+    return reuse.resume(decoder, suffix, edits, start, chunk=chunk)
+
+
+def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chunk: int | None = None) -> Output:
+    """What `forward` gives under an intervention, from a recorded pass and only what the intervention can change.
+
+    All interventions of a sweep run in one call, whatever their layers, as rows that share each prompt's prefix.
+    Exact: equal to the full pass up to rounding.
+
+    An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
+    that acts on a picture's tokens or before them, falls back to a full pass; `swap` of all image tokens does not.
+    A callable of your own says it by an attribute `reach`, see `jaxid.interp.interventions.Reach`.
+
+    Args:
+        model: the model that made the trace.
+        trace: the recorded pass.
+        intervention: as in `forward`, or made by `swap`; its sweep axes S lead in the output.
+        chunk: rows that go through a block together; chosen from their layers and lengths by default.
+
+    Returns:
+        The output; it captures nothing (use `forward`).
+
+    Raises:
+        InputError: for an edit that does not fit the model and the batch, or a trace of another model or of an
+            edited pass.
+    """
+    check_trace(model, trace, intervention)
+    if intervention is clean:
+        return trace.output
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk must be 1 or more, not {chunk}.")
+    swaps, edits = _split(intervention)
+    check(model, trace.prompts, edits)
+    for part in swaps:
+        check_layers(part.layer, "resid_post", model.num_layers, model.name)
+        _check_source(trace, part.source)
+    reach: Reach | None = getattr(intervention, "reach", None)
+    plan_ = None if reach is None else plan(trace, reach.position)
+    if reach is None or plan_ is None:
+        if swaps:
+            raise InputError("beside an image swap, only edits of text tokens at known positions can be rerun.")
+        return forward(model, trace.prompts, intervention)
+    leading = sweep_shape(intervention)
+    start = reach.block if isinstance(reach.block, Tracer) else np.asarray(reach.block)
+    start = start.astype(np.int32).reshape(-1).clip(0, model.num_layers)  # traced ones may lie outside
+    flat = jax.tree.map(lambda leaf: leaf.reshape(start.size, *leaf.shape[len(leading) :]), as_pytree(edits))
+    own, other, swapped = trace, None, None
+    if swaps:
+        other = swaps[0].source
+        plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, other.keys.shape[3]))
+        if edits is clean:  # then no row reads the trace's own prefix any more
+            own = dataclasses.replace(trace, keys=other.keys, values=other.values, memory=other.memory)
+            other = None
+        else:
+            swapped = jnp.asarray(swaps[0].last_own.reshape(-1))
+    suffix = suffix_of(own, plan_, other, swapped)
+    if chunk is None:
+        chunk = rows_together(start, len(trace.prompts) * plan_.length, model.num_layers)
+    parameters = model.parameters
+    hidden = _resume(model.definition, parameters, suffix, flat, jnp.asarray(start), chunk=min(chunk, start.size))
+    return Output(hidden=hidden.reshape(*leading, *hidden.shape[1:]), captured={}, model=model)
+
+
+def check_trace(model: Model, trace: Trace, intervention: Intervention) -> None:
+    """Refuses a trace of another model, and edits of a pass that is itself edited.
+
+    What is run again would be run without the trace's own edit.
+    """
+    _check_model(trace, model)
+    if trace.edited and intervention is not clean:
+        raise InputError(
+            "the trace is of an edited pass; chain its edit and this one, and use a trace of the clean pass."
+        )
+
+
+def _check_model(trace: Trace, model: Model) -> None:
+    """Refuses a trace of another model, or of the same model with other parameters."""
+    theirs = trace.model
+    named = theirs.fingerprint and model.fingerprint
+    if theirs.definition != model.definition or (named and theirs.fingerprint != model.fingerprint):
+        raise InputError(f"the trace was made by {theirs.name}, not by {model.name} ({model.fingerprint}).")
+    arrays = [leaf for leaf in jax.tree.leaves((trace, model.parameters)) if not isinstance(leaf, Tracer)]
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in arrays):
+        raise InputError("arrays of the trace or its model have been deleted (donated); trace again.")
+    ours, old = jax.tree.flatten(model.parameters), jax.tree.flatten(theirs.parameters)
+    pairs = [pair for pair in zip(ours[0], old[0], strict=False) if pair[0] is not pair[1]]
+    alike = ours[1] == old[1] and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+    # Traced values cannot be looked at.
+    if alike and (any(isinstance(leaf, Tracer) for pair in pairs for leaf in pair) or _equal(pairs)):
+        return
+    raise InputError(f"the parameters of {model.name} have changed since the trace was made; trace again.")
+
+
+def _equal(pairs: list[tuple[AnyArray, AnyArray]]) -> bool:
+    """Whether two lists of parameters hold the same values; nothing but the answer comes to the host."""
+    # Under a user's own jit too; parameters that lie on other devices are brought together.
+    with jax.ensure_compile_time_eval():
+        return not pairs or bool(_all_equal([(a, jax.device_put(b, getattr(a, "sharding", None))) for a, b in pairs]))
+
+
+@jax.jit
+def _all_equal(pairs: list[tuple[AnyArray, AnyArray]]) -> Array:
+    same = [((a == b) | ((a != a) & (b != b))).all() for a, b in pairs]  # NaN equals NaN
+    return jnp.stack(same).all()
+
+
+def _split(intervention: Any) -> tuple[list[ImageSwap], Any]:
+    """Image swaps, and everything else as one intervention."""
+    if isinstance(intervention, ImageSwap):
+        return [intervention], clean
+    if not isinstance(intervention, Chain):
+        return [], intervention
+    found = [_split(part) for part in intervention.parts]
+    swaps = [swap for some, _ in found for swap in some]
+    if not swaps:
+        return [], intervention
+    if len(swaps) > 1:
+        raise InputError("a chain may hold one image swap only: the second would undo the first.")
+    rest = [edits for _, edits in found if edits is not clean]
+    return swaps, chain(*rest) if rest else clean
+
+
+def _check_source(trace: Trace, source: Trace) -> None:
+    """An image swap takes over keys and values as they are, so what stands before and in the picture has to agree."""
+    start = trace.prompts.text_start()
+    ours, theirs = trace.prompts.inputs, source.prompts.inputs
+    same = np.array_equal(start, source.prompts.text_start())
+    for row, end in enumerate(start if same else ()):
+        for name in ("token_ids", "positions"):
+            same = same and np.array_equal(getattr(ours, name)[row, :end], getattr(theirs, name)[row, :end])
+    ours, theirs = trace.model, source.model
+    if not same or (ours.definition, ours.fingerprint) != (theirs.definition, theirs.fingerprint):
+        raise InputError("an image swap needs two traces of one model whose prompts are alike up to the picture's end.")
+    if ours.config.text_config.reads_length and trace.prompts.last().max() != source.prompts.last().max():
+        raise InputError("an image swap needs prompts of one length here: the model's rotary embedding depends on it.")
+    _check_model(source, ours)
+
+
+def rows_together(start: Any, tokens: int, layers: int) -> int:
+    """How many rows go through a block together.
+
+    The cheapest number that wastes less than 15 % of the useful block evaluations (rows that go along though they
+    join later, and filling up).
+
+    Args:
+        start: first block of every row; rows of unknown (traced) first blocks take the largest number that fits.
+        tokens: of one row, over all prompts.
+        layers: number of blocks.
+    """
+    rows = start.size
+    largest = max(1, min(rows, _TOKENS_TOGETHER // tokens))
+    if isinstance(start, Tracer):
+        return largest
+    active = np.array([(start <= layer).sum() for layer in range(layers)])
+    useful = max(1, int(active.sum()))
+    costs = {}
+    for chunk in range(1, largest + 1):
+        chunks = -(-active // chunk)
+        if chunk == 1 or chunk * chunks.sum() <= (1 + _WASTE) * useful:
+            costs[chunk] = int((chunks * (chunk * tokens + _CHUNK_OVERHEAD)).sum())
+    return min(costs, key=lambda chunk: (costs[chunk], -chunk))

@@ -1,0 +1,262 @@
+"""Parts that every network shares: norms, activations, stacked layers, reading of configs."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxid.errors import CheckpointError
+from jaxid.nn.fields import check_types
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+"""Activation functions by the names Hugging Face configs use."""
+
+BOOKKEEPING = frozenset(
+    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention architectures
+attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id id2label initializer_factor initializer_range is_decoder is_encoder_decoder label2id
+length_penalty max_length max_position_embeddings min_length model_type no_repeat_ngram_size num_beam_groups
+num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+pretraining_tp problem_type projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
+return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+use_bfloat16 use_cache""".split()
+)
+"""Fields of Hugging Face configs that say nothing about what the forward pass computes."""
+
+
+# Not typing.Self: beartype, which checks the annotations under pytest, refuses it on methods it wraps one by one.
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all configs: frozen, keyword-only, its field names those of the Hugging Face config."""
+
+    @classmethod
+    def from_fields(
+        cls: type[ConfigT], fields: Mapping[str, Any], *, where: str, ignored: Iterable[str] = ()
+    ) -> ConfigT:
+        """Builds the config from a Hugging Face config's fields, refusing any that it does not know.
+
+        Args:
+            fields: the parsed JSON object.
+            where: how to name the object in an error, e.g. "text_config".
+            ignored: fields that the caller has handled or that change nothing here.
+
+        Raises:
+            CheckpointError: for a field that is neither handled nor known to change nothing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known - set(ignored) - BOOKKEEPING)
+        if unknown:
+            raise CheckpointError(
+                f"{where} of the checkpoint's config.json holds fields that jaxid does not implement: "
+                f"{', '.join(f'{name}={fields[name]!r}' for name in unknown)}. Loading would silently change the model."
+            )
+        kept = {name: value for name, value in fields.items() if name in known and value is not None}
+        for name, value in kept.items():
+            if name.endswith("_act") and value not in ACTIVATIONS:
+                raise CheckpointError(f"{where}: {name}={value!r} is not one of {', '.join(ACTIVATIONS)}.")
+        check_types(cls, kept, where)
+        return cls(**kept)
+
+
+def with_token_indices(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A config's fields, `{name}_token_id` (transformers 5) brought to the older `{name}_token_index`."""
+    newer = {f"{name}_token_id": f"{name}_token_index" for name in names}
+    return {newer.get(name, name): value for name, value in fields.items()}
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """A parameter drawn from a normal distribution of the given standard deviation, float32."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def filled(value: float, shape: tuple[int, ...]) -> nnx.Param:
+    """A parameter that starts constant, float32."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32))
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], epsilon: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """The last axis divided by its root mean square, computed in float32, times scale + offset."""
+    exact = x.astype(jnp.float32)
+    exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + epsilon)
+    if offset:  # Gemma rounds behind the multiplication, Llama before it
+        return (exact * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
+    return exact.astype(x.dtype) * scale
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 (HF LlamaRMSNorm, Gemma3RMSNorm)."""
+
+    def __init__(self, width: int, epsilon: float, offset: float = 0.0):
+        """Starts with a factor of one."""
+        self.scale = filled(1.0 - offset, (width,))
+        self.epsilon, self.offset = epsilon, offset
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        return rms_norm(x, self.scale[...], self.epsilon, self.offset)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        """Starts as the plain standardisation."""
+        self.scale = filled(1.0, (width,))
+        self.bias = filled(0.0, (width,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        exact = x.astype(jnp.float32)
+        exact = exact - jnp.mean(exact, axis=-1, keepdims=True)
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.epsilon)
+        exact = exact * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return exact.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis, the kernel stored as [inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
+        """Starts with variance 1 / inputs."""
+        self.kernel = normal(rngs, (inputs, outputs), inputs**-0.5)
+        self.bias = filled(0.0, (outputs,)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B inputs"]) -> Float[Array, "*B outputs"]:
+        """Applies the map."""
+        y = flat_product(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+_PRODUCT = "product"
+
+
+def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs *outputs"]) -> Float[Array, "..."]:
+    """A linear map of the last axis as one product of two matrices, whatever axes there are besides.
+
+    XLA's CPU back end is twice as slow on [B, T, D] @ [D, F], gradients most of all.
+    """
+    y = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1), _PRODUCT)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
+    """Two neighbouring axes, heads and their width, as one."""
+    axis %= x.ndim
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def take_tokens(values: Float[Array, "*layers B T D"], at: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
+    """Every prompt's tokens at its own positions; NaN where there is no such position."""
+    shape = (1,) * (values.ndim - 3) + (*at.shape, 1)
+    at = jnp.where(at < 0, values.shape[-2], at)  # or negative positions would count from the end
+    return jnp.take_along_axis(values, at.reshape(shape), axis=-2, mode="fill")
+
+
+def layer_of(parameters: Any, layer: Any) -> Any:
+    """One layer's parameters out of stacked ones; the number may be traced."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), parameters)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """One module whose parameters carry a leading layer axis of `count`, for use under `lax.scan`."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+Recompute = Literal["nothing", "cheap", "all"]
+"""What a backward pass computes again: nothing; all but the products with weights; or everything within a block."""
+
+
+class Learning(NamedTuple):
+    """How a stack of layers is differentiated.
+
+    Attributes:
+        frozen: this many of its first layers get no gradient, nor does anything before them.
+        trained: whether parameters of the stack get one.
+        recompute: what the backward pass computes again, from what entered a layer, instead of keeping it.
+    """
+
+    frozen: int = 0
+    trained: bool = True
+    recompute: Recompute = "nothing"
+
+
+class Stackable(nnx.Module):
+    """A layer that is stacked; the stack may say how it is differentiated."""
+
+    learning: Learning | None = None
+
+
+def by_number(layers: Any) -> bool:
+    """Whether some of stacked layers can be run at no cost for the others.
+
+    Scanning over a part of the parameters copies it. Picking layers by their number does not, but differentiated with
+    respect to the parameters it costs the whole stack for every layer, and a layer that is not recomputed is kept.
+    """
+    learning = layers.learning
+    return learning is None or (not learning.trained and learning.recompute != "nothing")
+
+
+def recomputed(layers: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step through one of stacked layers, of which the backward pass keeps as much as `layers.learning` says."""
+    if layers.learning is None or layers.learning.recompute == "nothing":
+        return step
+    products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+    policy = products if layers.learning.recompute == "cheap" else None
+    return jax.checkpoint(step, prevent_cse=False, policy=policy)
+
+
+def scan_stack(
+    layers: Any, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, xs: Any, depth: int | None = None
+) -> Any:
+    """`jax.lax.scan` over the first `depth` of stacked layers, differentiated as `layers.learning` says.
+
+    Args:
+        layers: the stack, see `Stackable`.
+        step: from a value and one layer's part of `xs` to the next value and what is kept of it.
+        x: what enters the first layer.
+        xs: all layers' parameters, and whatever else goes with them, layer axes first.
+        depth: how many layers; all by default.
+
+    Returns:
+        What leaves the last layer, and what is kept of all.
+    """
+    count = jax.tree.leaves(xs)[0].shape[0]
+    end = count if depth is None else depth
+
+    def picked(x: Any, xs: Any, first: int, last: int) -> Any:
+        body = recomputed(layers, lambda x, number: step(x, layer_of(xs, number)))
+        return jax.lax.scan(body, x, jnp.arange(first, last))
+
+    def learning(x: Any, first: int) -> Any:
+        if (first, end) != (0, count) and by_number(layers):
+            return picked(x, xs, first, end)
+        part = xs if (first, end) == (0, count) else jax.tree.map(lambda leaf: leaf[first:end], xs)
+        return jax.lax.scan(recomputed(layers, step), x, part)
+
+    frozen = 0 if layers.learning is None else min(layers.learning.frozen, end)
+    if not frozen:
+        return learning(x, 0)
+    x, below = picked(*jax.lax.stop_gradient((x, xs)), 0, frozen)
+    x, above = learning(x, frozen)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)

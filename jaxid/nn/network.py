@@ -1,0 +1,82 @@
+"""What the networks of all families share: pictures merged into the text, and the decoder run on both."""
+
+import abc
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.kernels import attention
+from jaxid.nn.decoder import Decoder, Memory
+from jaxid.nn.inputs import Inputs
+from jaxid.nn.sites import Capture, Intervention
+
+
+class NetworkOutput(NamedTuple):
+    """What a forward pass of a network returns."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm; of the wanted tokens, if some were asked for
+    captured: dict[str, Float[Array, "..."]]  # by site
+
+
+class Network(nnx.Module):
+    """A vision-language model; a family says how pictures become decoder tokens (`features`)."""
+
+    decoder: Decoder
+    config: Any
+
+    @abc.abstractmethod
+    def features(self, inputs: Inputs) -> Float[Array, "... D"]:
+        """All pictures' decoder tokens, which `inputs.image_slots` counts through all leading axes."""
+
+    def pixels(self, inputs: Inputs) -> Float[Array, "N ..."]:
+        """The pictures in the number format of the parameters."""
+        return jnp.asarray(inputs.pixels, self.decoder.embedding[...].dtype)
+
+    def spans(self, inputs: Inputs) -> Int[Array, "B T"]:
+        """Number of the picture that every token belongs to, or -1; neighbouring pictures' tokens count as one."""
+        pictured = inputs.image_slots >= 0
+        starts = pictured & ~jnp.pad(pictured, ((0, 0), (1, 0)))[:, :-1]
+        return jnp.where(pictured, jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, -1)
+
+    def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """Token embeddings with the pictures' tokens merged in."""
+        if inputs.pixels is None:
+            return self.decoder.embed(inputs.token_ids)
+        pictured = inputs.image_slots >= 0
+        # The image token itself may have no row in the embedding.
+        text = self.decoder.embed(jnp.where(pictured, 0, inputs.token_ids))
+        features = self.features(inputs).astype(text.dtype)
+        flat = features.reshape(-1, features.shape[-1])
+        pictures = jnp.take(flat, jnp.maximum(inputs.image_slots, 0), axis=0)
+        return jnp.where(pictured[..., None], pictures, text)
+
+    def mask(self, inputs: Inputs) -> Bool[Array, "B T T"]:
+        """Which tokens each token reads: those before it that are no padding; those of its own picture, if so built."""
+        mask = attention.causal_mask(inputs.positions, inputs.positions, inputs.valid)
+        if self.config.text_config.bidirectional_pictures and inputs.pixels is not None:
+            mask = mask | (attention.same_span(self.spans(inputs)) & inputs.valid[:, None])
+        return mask
+
+    def memory(self, inputs: Inputs) -> Memory | None:
+        """What cross-attention layers read of the pictures, in families that have them."""
+        del inputs
+        return None
+
+    def __call__(
+        self, inputs: Inputs, intervention: Intervention, capture: Capture, wanted: Int[Array, "B S"] | None = None
+    ) -> NetworkOutput:
+        """Runs the whole network on a batch of prompts; `wanted` as in `Decoder`."""
+        output = self.decoder(
+            self.embed(inputs),
+            inputs.positions,
+            self.mask(inputs),
+            intervention,
+            capture,
+            rope_positions=inputs.rope_positions,
+            memory=self.memory(inputs),
+            wanted=wanted,
+            last=inputs.last,
+        )
+        return NetworkOutput(*output)

@@ -1,0 +1,116 @@
+"""Named places in a forward pass, where values can be read and replaced."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jaxid.errors import InputError
+from jaxid.io import first_line
+from jaxid.nn.layers import take_tokens
+
+AnyArray = Any
+"""On a device (`jax.Array`) or still on the host (`np.ndarray`)."""
+
+DECODER_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+"""Sites of every decoder block, in the order of computation (TransformerLens' names)."""
+
+SITES = ("embed", *DECODER_SITES)
+"""All sites: the decoder's input, pictures merged in, and those of every block."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the forward pass a value stands.
+
+    Attributes:
+        name: one of `SITES`.
+        layer: the decoder block, 0-based; -1 before the first block. A traced scalar.
+        positions: place in the prompt of every row of the value, Int[B, T].
+    """
+
+    name: str
+    layer: Int[Array, ""]
+    positions: Int[Array, "B T"]
+
+
+# The name is static: it decides while tracing which edits touch the value at all.
+jax.tree_util.register_dataclass(Site, data_fields=["layer", "positions"], meta_fields=["name"])
+
+Intervention = Callable[[Site, Float[Array, "B T D"]], Float[Array, "B T D"]]
+"""Anything that maps the value at a site to the value that the pass goes on with."""
+
+
+def clean(site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The intervention that changes nothing."""
+    del site
+    return value
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a forward pass returns besides its logits.
+
+    Attributes:
+        sites: names of the sites to return, static.
+        at: positions to return per prompt, Int[B, P] or Int[B]; Int[1, P] stands for all prompts. None returns every
+            position. Positions count from 0 and end with the prompt's last token; traced ones out of range give NaN.
+    """
+
+    sites: tuple[str, ...] = ()
+    at: Any = None
+
+    def take(self, value: Float[Array, "B T D"]) -> Float[Array, "B P D"]:
+        """The value's rows at the wanted positions."""
+        return value if self.at is None else take_tokens(value, self.at)
+
+
+jax.tree_util.register_dataclass(Capture, data_fields=["at"], meta_fields=["sites"])
+
+
+def as_integers(name: str, value: Any) -> Int[AnyArray, "..."]:
+    """Layers or positions as int32: traced as they are, all others on the host.
+
+    Raises:
+        InputError: for anything but integers, or one that int32 does not hold.
+    """
+    # One dtype, and not the weak one of Python numbers: either would compile the forward pass once more.
+    if isinstance(value, Tracer):
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise InputError(f"`{name}` must hold integers, not {value.dtype}.")
+        return value.astype(jnp.int32)
+    try:
+        array = np.asarray(value)
+    except Exception as problem:  # ragged lists, tensors of other libraries on other devices
+        raise InputError(f"`{name}` cannot be read as an array of integers: {first_line(problem)}.") from problem
+    if array.dtype.kind not in "iu":
+        raise InputError(f"`{name}` must hold integers, not {array.dtype}.")
+    limits = np.iinfo(np.int32)
+    if array.size and not limits.min <= int(array.min()) <= int(array.max()) <= limits.max:
+        raise InputError(f"`{name}` holds {array.min()} to {array.max()}, which is out of range.")
+    return array.astype(np.int32)
+
+
+def as_positions(at: Any) -> Int[AnyArray, "Br P"]:
+    """Positions of shape [B] or [B, P], as [B, P].
+
+    Raises:
+        InputError: for anything but integers, another shape, none at all, or a known negative one.
+    """
+    at = as_integers("at", at)
+    if at.ndim not in (1, 2):
+        raise InputError(
+            f"`at` must have shape [B] or [B, P], not {list(at.shape)}; sweep over positions with jax.vmap."
+        )
+    if not at.size:
+        raise InputError(f"`at` of shape {list(at.shape)} names no positions.")
+    if not isinstance(at, Tracer) and at.min() < 0:
+        raise InputError(
+            f"position {at.min()} is negative: positions count from 0; the prompt's last token is prompts.last()."
+        )
+    return at[:, None] if at.ndim == 1 else at

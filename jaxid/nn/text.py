@@ -1,0 +1,123 @@
+"""The text encoder: the caption side of the CLIP-like models."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.errors import InputError
+from jaxid.kernels import attention
+from jaxid.nn.keys import Key, layer_norm, prefixed
+from jaxid.nn.layers import LayerNorm, normal, stacked
+from jaxid.nn.transformer import Block, BlockConfig, block_keys, run_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(BlockConfig):
+    """Shape of a text encoder; names and defaults as in HF's CLIPTextConfig."""
+
+    hidden_size: int = 512  # D of the encoder
+    intermediate_size: int = 2048  # width of the MLP
+    num_attention_heads: int = 8  # H
+    vocab_size: int = 49408  # V
+    max_position_embeddings: int = 77  # the longest caption, tokens, and the class token if there is one
+    eos_token_id: int = 49407  # ends a caption
+    causal: bool = True  # tokens read only those before them
+    reads_padding: bool = False  # padding is read like any other token
+    first_norm: bool = False  # a norm before the first block
+    final_norm: bool = True  # a norm behind the last block
+    class_token: bool = False  # a token of its own stands behind the window
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest caption."""
+        return self.max_position_embeddings - self.class_token
+
+    @property
+    def whole_window(self) -> bool:
+        """Whether what a caption becomes depends on the padding behind it, so that the window must be full."""
+        return self.class_token or (self.reads_padding and not self.causal)
+
+
+def text_keys(config: TextConfig) -> list[Key]:
+    """Key table of CLIP's and SigLIP's encoder, below HF's `text_model.`."""
+    return [
+        Key("embeddings.token_embedding.weight", "embedding"),
+        Key("embeddings.position_embedding.weight", "position"),
+        *prefixed(block_keys(config.num_attention_heads), "encoder.layers.{layer}.", "layers."),
+        *layer_norm("final_layer_norm", "final_norm"),
+    ]
+
+
+class TextEncoder(nnx.Module):
+    """Token and position embeddings, blocks, norms (HF CLIPTextModel and its kin)."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        """Builds the encoder; every block parameter carries a leading layer axis."""
+        width = config.hidden_size
+        self.config = config
+        self.embedding = normal(rngs, (config.vocab_size, width), 0.02)
+        self.position = normal(rngs, (config.max_position_embeddings, width), 0.01)
+        if config.first_norm:
+            self.first_norm = LayerNorm(width, config.layer_norm_eps)
+        if config.class_token:
+            self.class_token = normal(rngs, (width,), 0.01)
+        self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
+        if config.final_norm:
+            self.final_norm = LayerNorm(width, config.layer_norm_eps)
+
+    def __call__(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "L1 N S D"]:
+        """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k; before the final norm.
+
+        S is T, and one more where a class token stands behind the window.
+
+        Args:
+            token_ids: Int[N, T].
+            valid: false at padding, which stands at the end.
+        """
+        length, context = token_ids.shape[1], self.config.context
+        if length > context or (self.config.class_token and length < context):
+            raise InputError(f"the captions have {length} tokens, the encoder takes {context}.")
+        x = self.embed(token_ids)
+        if self.config.first_norm:
+            x = self.first_norm(x)
+        mask = self.mask(valid)
+        return run_blocks(self.layers, x, read=lambda q, k, v: attention.attend(q, k, v, mask))
+
+    def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
+        """Token and position embeddings."""
+        x = jnp.take(self.embedding[...], token_ids, axis=0)
+        if self.config.class_token:
+            last = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[2]))
+            x = jnp.concatenate([x, last], axis=1)
+        return x + self.position[: x.shape[1]]
+
+    def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N S S"]:
+        """Which tokens each token reads."""
+        if self.config.class_token:
+            # Published weights were trained with the padding's mask one place too far right: the start token is always
+            # read, any other token if the one before it is no padding.
+            valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+        read = jnp.ones_like(valid) if self.config.reads_padding else valid
+        if not self.config.causal:
+            return jnp.broadcast_to(read[:, None], (*read.shape, read.shape[1]))
+        positions = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
+        return attention.causal_mask(positions, positions, read)
+
+    def normed(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+        """Behind the final norm, if there is one."""
+        return self.final_norm(x) if self.config.final_norm else x
+
+
+def at_end(x: Float[Array, "N T D"], token_ids: Int[Array, "N T"], eos_token_id: int) -> Float[Array, "N D"]:
+    """The row at every caption's end token.
+
+    Args:
+        x: Float[N, T, D].
+        token_ids: Int[N, T].
+        eos_token_id: the end token, whose first place counts; 2 stands for the highest id of each caption, as in the
+            configs of early CLIP checkpoints.
+    """
+    place = jnp.argmax(token_ids if eos_token_id == 2 else token_ids == eos_token_id, axis=1)
+    return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,184 @@
+"""One Transformer block and its scanned stack: what picture towers and text encoders are made of."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.kernels import attention, rope
+from jaxid.nn.fields import check_parts
+from jaxid.nn.keys import Key, heads_in, heads_out, layer_norm, linear
+from jaxid.nn.layers import (
+    ACTIVATIONS,
+    Config,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Stackable,
+    filled,
+    flat_product,
+    join_heads,
+    normal,
+    scan_stack,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig(Config):
+    """Shape of a stack of blocks; names and defaults as in HF's CLIP configs."""
+
+    hidden_size: int = 768  # D of the stack
+    intermediate_size: int = 3072  # width of the MLP
+    num_hidden_layers: int = 12  # number of blocks
+    num_attention_heads: int = 12  # H
+    hidden_act: str = "quick_gelu"  # activation of the MLP
+    layer_norm_eps: float = 1e-5  # added to the variance
+    attention_bias: bool = True  # biases of queries, keys and values
+    attention_out_bias: bool = True  # bias of what attention adds
+    rms_norm: bool = False  # the blocks' norms are root-mean-square norms
+    query_key_norm: bool = False  # norms of queries and keys, over all heads together
+    layer_scale: bool = False  # what attention and MLP add is multiplied by learned vectors
+    gated_mlp: bool = False  # down(act(gate(x)) * up(x)) in place of down(act(up(x)))
+    tanh_gates: bool = False  # what attention and MLP add is multiplied by the tanh of learned numbers
+    norms_behind: bool = False  # norms stand behind each sum, as in BERT, not before attention and MLP
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        check_parts("a tower", ("its width", self.hidden_size), ("num_attention_heads", self.num_attention_heads))
+
+
+def block_keys(heads: int) -> list[Key]:
+    """Key table of one block as HF's CLIP and SigLIP name it."""
+    return [
+        *layer_norm("layer_norm1", "attention_norm"),
+        *heads_in("self_attn.q_proj", "attention.query", heads, bias=True),
+        *heads_in("self_attn.k_proj", "attention.key", heads, bias=True),
+        *heads_in("self_attn.v_proj", "attention.value", heads, bias=True),
+        *heads_out("self_attn.out_proj", "attention.out", heads, bias=True),
+        *layer_norm("layer_norm2", "mlp_norm"),
+        *linear("mlp.fc1", "up", bias=True),
+        *linear("mlp.fc2", "down", bias=True),
+    ]
+
+
+Read = Callable[[Float[Array, "N S H E"], Float[Array, "N I H E"], Float[Array, "N I H E"]], Float[Array, "N S H E"]]
+"""Attention: from queries, keys and values to what the queries read."""
+
+
+def read_all(
+    query: Float[Array, "N S H E"], key: Float[Array, "N I H E"], value: Float[Array, "N I H E"]
+) -> Float[Array, "N S H E"]:
+    """Every token of a picture or text reads all of them."""
+    return attention.attend(query, key, value)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of a picture's or text's tokens; heads are real axes of the weights."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        """Draws projections of variance 1 / inputs."""
+        width, heads = config.hidden_size, config.num_attention_heads
+        head_width, scale = width // heads, width**-0.5
+        self.config = config
+        self.query = normal(rngs, (width, heads, head_width), scale)
+        self.key = normal(rngs, (width, heads, head_width), scale)
+        self.value = normal(rngs, (width, heads, head_width), scale)
+        self.out = normal(rngs, (heads, head_width, width), scale * (2 * config.num_hidden_layers) ** -0.5)
+        if config.attention_bias:
+            self.query_bias = filled(0.0, (heads, head_width))
+            self.key_bias = filled(0.0, (heads, head_width))
+            self.value_bias = filled(0.0, (heads, head_width))
+        if config.attention_out_bias:
+            self.out_bias = filled(0.0, (width,))
+        if config.query_key_norm:
+            self.query_norm, self.key_norm = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
+
+    def __call__(
+        self,
+        x: Float[Array, "N I D"],
+        read: Read = read_all,
+        rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
+    ) -> Float[Array, "N I D"]:
+        """Mixes a picture's or a text's tokens."""
+        return self.cross(x, x, read, rotation)
+
+    def cross(
+        self,
+        x: Float[Array, "N S D"],
+        source: Float[Array, "N I D"],
+        read: Read = read_all,
+        rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
+    ) -> Float[Array, "N S D"]:
+        """What tokens read of others."""
+        query = flat_product(x, self.query[...])
+        key, value = (flat_product(source, kernel[...]) for kernel in (self.key, self.value))
+        if self.config.attention_bias:
+            query, key = query + self.query_bias[...], key + self.key_bias[...]
+            value = value + self.value_bias[...]
+        if self.config.query_key_norm:
+            query = self.query_norm(join_heads(query)).reshape(query.shape)
+            key = self.key_norm(join_heads(key)).reshape(key.shape)
+        if rotation is not None:
+            query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
+        out = flat_product(join_heads(read(query, key, value)), join_heads(self.out[...], 0))
+        return out + self.out_bias[...] if self.config.attention_out_bias else out
+
+
+class Block(Stackable):
+    """Attention and MLP, norms before or behind them (HF CLIPEncoderLayer, BlipTextLayer and their kin)."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        """Builds the block's parts."""
+        width, norm = config.hidden_size, RMSNorm if config.rms_norm else LayerNorm
+        self.config = config
+        self.attention_norm = norm(width, config.layer_norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = norm(width, config.layer_norm_eps)
+        self.up = Linear(width, config.intermediate_size, bias=True, rngs=rngs)
+        self.down = Linear(config.intermediate_size, width, bias=True, rngs=rngs)
+        if config.gated_mlp:
+            self.gate = Linear(width, config.intermediate_size, bias=True, rngs=rngs)
+        shape = (width,) if config.layer_scale else (1,)
+        if config.layer_scale or config.tanh_gates:
+            self.attention_scale, self.mlp_scale = filled(1.0, shape), filled(1.0, shape)
+
+    def __call__(
+        self,
+        x: Float[Array, "N I D"],
+        read: Read = read_all,
+        rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
+    ) -> Float[Array, "N I D"]:
+        """One block: `read(query, key, value)` says who reads whom."""
+        if self.config.norms_behind:
+            x = self.attention_norm(x + self._scaled("attention", self.attention(x, read, rotation)))
+            return self.mlp_norm(x + self._scaled("mlp", self._mlp(x)))
+        x = x + self._scaled("attention", self.attention(self.attention_norm(x), read, rotation))
+        return x + self._scaled("mlp", self._mlp(self.mlp_norm(x)))
+
+    def _mlp(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
+        activation, gated = ACTIVATIONS[self.config.hidden_act], self.config.gated_mlp
+        return self.down(activation(self.gate(x)) * self.up(x) if gated else activation(self.up(x)))
+
+    def _scaled(self, name: str, added: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
+        if self.config.layer_scale:
+            return added * getattr(self, f"{name}_scale")[...]
+        if self.config.tanh_gates:
+            return added * jnp.tanh(getattr(self, f"{name}_scale")[...])
+        return added
+
+
+def run_blocks(
+    layers: Any, x: Float[Array, "N I D"], depth: int | None = None, *, read: Read = read_all
+) -> Float[Array, "L1 N I D"]:
+    """What enters the first of stacked blocks, and what leaves every one of the first `depth`; `read` as in a block."""
+    block_definition, block_parameters = nnx.split(layers)
+
+    def step(x: Array, parameters: Any) -> tuple[Array, Array]:
+        x = nnx.merge(block_definition, parameters)(x, read)
+        return x, x
+
+    _, outputs = scan_stack(layers, step, x, block_parameters, depth)
+    return jnp.concatenate([x[None], outputs])

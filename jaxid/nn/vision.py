@@ -1,0 +1,151 @@
+"""The Vision Transformer tower: the picture side of the model families."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxid.errors import CheckpointError, InputError
+from jaxid.nn.fields import check_patches
+from jaxid.nn.keys import Key, layer_norm, prefixed
+from jaxid.nn.layers import LayerNorm, filled, normal, stacked
+from jaxid.nn.transformer import Block, BlockConfig, block_keys, run_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(BlockConfig):
+    """Shape of a vision tower; names and defaults as in HF's CLIPVisionConfig."""
+
+    num_channels: int = 3  # colour channels
+    image_size: int = 224  # side of the square picture, pixels
+    patch_size: int = 32  # side of a patch, pixels
+    class_token: bool = True  # a token of its own stands before the patches
+    patch_bias: bool = False  # bias of the patch embedding
+    pre_norm: bool = True  # a norm before the first block
+    post_norm: bool = True  # a norm behind the last block, for what reads the tower's end
+
+    def __post_init__(self) -> None:
+        """Refuses what does not fit together."""
+        super().__post_init__()
+        check_patches(self.image_size, self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one picture."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "class_token": False,
+        "patch_bias": True,
+        "pre_norm": False,
+    },
+}
+"""Towers that the families share, by the `model_type` of their `vision_config`, and what it implies."""
+
+
+def vision_config(fields: Mapping[str, Any], kind: str) -> VisionConfig:
+    """Reads Hugging Face's `vision_config` of a CLIP or SigLIP tower.
+
+    Args:
+        fields: the parsed JSON object.
+        kind: its `model_type`, if it does not say so itself.
+
+    Raises:
+        CheckpointError: for a kind or field that is not implemented.
+    """
+    kind = fields.get("model_type") or kind
+    if kind not in KINDS:
+        raise CheckpointError(f"vision_config.model_type {kind!r} is not one of {', '.join(KINDS)}.")
+    # The pooling head of SigLIP serves retrieval; no family here reads it.
+    ignored = {"vocab_size", "vision_use_head", "tie_word_embeddings"}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return VisionConfig.from_fields({**KINDS[kind], **given}, where="vision_config", ignored=ignored)
+
+
+def vision_keys(config: VisionConfig) -> list[Key]:
+    """Key table of CLIP's and SigLIP's tower, below HF's `vision_model.`."""
+    keys = [
+        Key("embeddings.patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
+        Key("embeddings.position_embedding.weight", "position"),
+        *prefixed(block_keys(config.num_attention_heads), "encoder.layers.{layer}.", "layers."),
+    ]
+    if config.class_token:
+        keys.append(Key("embeddings.class_embedding", "class_token"))
+    if config.patch_bias:
+        keys.append(Key("embeddings.patch_embedding.bias", "patch_bias"))
+    if config.pre_norm:
+        keys += layer_norm("pre_layrnorm", "pre_norm")
+    if config.post_norm:
+        keys += layer_norm("post_layernorm", "post_norm")
+    return keys
+
+
+def state_indices(layers: Sequence[int], blocks: int) -> list[int]:
+    """Which of a tower's hidden states a config names: 0 the blocks' input, k + 1 the output of block k.
+
+    Raises:
+        CheckpointError: for one that a tower of so many blocks does not have.
+    """
+    if not all(-blocks - 1 <= layer <= blocks for layer in layers):
+        raise CheckpointError(
+            f"vision_feature_layer {list(layers)} names hidden states that a tower of {blocks} blocks does not have."
+        )
+    return [layer if layer >= 0 else blocks + 1 + layer for layer in layers]
+
+
+def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]:
+    """Square patches row by row, each as (row, column, channel); what no whole patch covers is left out."""
+    height, width = (length // side * side for length in pixels.shape[-2:])
+    return rearrange(pixels[:, :, :height, :width], "n c (y p) (x q) -> n (y x) (p q c)", p=side, q=side)
+
+
+class VisionTower(nnx.Module):
+    """Patches, class token, learned positions, blocks (HF CLIPVisionModel, SiglipVisionModel)."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        """Builds the tower; every block parameter carries a leading layer axis."""
+        width, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.patch_kernel = normal(rngs, (patch, patch, config.num_channels, width), 0.02)
+        if config.patch_bias:
+            self.patch_bias = filled(0.0, (width,))
+        if config.class_token:
+            self.class_token = normal(rngs, (width,), 0.02)
+        self.position = normal(rngs, (config.num_patches + config.class_token, width), 0.02)
+        if config.pre_norm:
+            self.pre_norm = LayerNorm(width, config.layer_norm_eps)
+        self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
+        if config.post_norm:
+            self.post_norm = LayerNorm(width, config.layer_norm_eps)
+
+    def __call__(self, pixels: Float[Array, "N C Y X"], depth: int | None = None) -> Float[Array, "L1 N I D"]:
+        """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k.
+
+        Args:
+            pixels: Float[N, C, Y, X].
+            depth: how many blocks to run; all by default.
+        """
+        config, side = self.config, self.config.image_size
+        if pixels.shape[-2:] != (side, side):
+            given = " x ".join(map(str, pixels.shape[-2:]))
+            raise InputError(f"the pictures have {given} pixels, the tower takes {side} x {side}.")
+        x = patches(pixels, config.patch_size) @ self.patch_kernel[...].reshape(-1, config.hidden_size)
+        if config.patch_bias:
+            x = x + self.patch_bias[...]
+        if config.class_token:
+            first = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + self.position[...]
+        if config.pre_norm:
+            x = self.pre_norm(x)
+        return run_blocks(self.layers, x, depth)

@@ -1,0 +1,283 @@
+"""What every family's pictures become on the host: arrays for the tower, and tokens in the prompt."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxid.errors import InputError, PromptError
+from jaxid.io import read_json, reading, reporting
+from jaxid.prompts.pictures import Clip, Picture, open_picture
+
+
+class PictureTokens(NamedTuple):
+    """One picture in a prompt.
+
+    Attributes:
+        text: what stands in the prompt where the chat template places the picture.
+        rows: which row of all pictures' flattened tokens each of its image tokens takes, in order, Int[I]; empty in
+            families whose pictures do not enter as tokens.
+        grid: rows and columns of its tokens, for families that turn heads by them.
+    """
+
+    text: str
+    rows: Int[np.ndarray, "I"]
+    grid: tuple[int, int] | None = None
+
+
+Shown = Sequence[Sequence[PictureTokens]]
+"""The pictures of every prompt, in order."""
+
+
+class Encoded(NamedTuple):
+    """Pictures ready for a network.
+
+    Attributes:
+        pixels: in the family's layout.
+        tokens: every picture in a prompt.
+        extras: further arrays that the network reads, by name.
+    """
+
+    pixels: Float[np.ndarray, "N ..."]
+    tokens: tuple[PictureTokens, ...]
+    extras: Mapping[str, np.ndarray] = {}
+
+
+SMALL = np.full((24, 25, 3), 200, np.uint8)
+"""The picture by which image processors are tried."""
+
+_SIZES = ("size", "crop_size", "pad_size", "image_grid_pinpoints", "min_pixels", "max_pixels")
+_COUNTS = ("min_patches", "max_patches", "max_image_tiles", "patch_size", "temporal_patch_size", "merge_size")
+_MOST_COUNTED = 100
+
+
+def check_settings(settings: Mapping[str, Any], path: str | Path, most: int = 4096) -> None:
+    """Refuses settings of an image processor with which no picture can be read, or only one of gigabytes.
+
+    Args:
+        settings: by the names that transformers has for them.
+        path: where they are from.
+        most: the largest size, in the unit in which the image processor has it.
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+
+    def numbers(value: Any) -> Iterator[Any]:
+        """All that a setting holds but None."""
+        if isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from numbers(part)
+        elif value is not None:
+            yield value
+
+    def real(value: Any) -> bool:
+        return type(value) in (int, float) and -math.inf < value < math.inf
+
+    with reading(path, "an image processor"):
+        for name, value in settings.items():
+            if name.startswith("do_"):
+                fits, needed = type(value) is bool, "true or false"
+            elif name == "resample":
+                fits, needed = isinstance(value, int) and value in range(6), "a whole number from 0 to 5"
+            elif name == "rescale_factor":
+                fits, needed = real(value) and 0 < value <= 1, "a number above 0, at most 1"
+            elif name in ("image_mean", "image_std"):
+                fits = isinstance(value, list | tuple) and len(value) == 3 and all(map(real, value))
+                fits, needed = fits and (name == "image_mean" or min(value) > 0), "three numbers, deviations above 0"
+            elif name in _SIZES or name in _COUNTS:
+                last = most if name in _SIZES else _MOST_COUNTED
+                fits = all(type(one) is int and 0 < one <= last for one in numbers(value))
+                needed = f"whole numbers from 1 to {last}"
+            else:
+                continue
+            if not fits and value is not None:
+                raise ValueError(f"its {name} is {value!r:.100} instead of {needed}")
+
+
+def check_trial(read: Callable[[], np.ndarray], path: str | Path, shape: tuple[int, ...]) -> None:
+    """Refuses an image processor that fails on a small picture, or gives a tower what it does not take.
+
+    Args:
+        read: gives the pixels.
+        path: where the image processor is from.
+        shape: their last axes.
+
+    Raises:
+        CheckpointError: saying why.
+    """
+    with reading(path, "an image processor"):
+        try:
+            pixels = read()
+        except InputError as error:  # of the settings, since the picture is good
+            raise ValueError(str(error)) from error
+        if pixels.shape[-len(shape) :] != shape:
+            raise ValueError(f"it makes pictures of shape {pixels.shape}, whose last axes must be {shape}")
+        if not np.isfinite(pixels).all():
+            raise ValueError("it makes values that are not finite")
+
+
+def processed(processor: Any, pictures: Sequence[Any], **options: Any) -> Any:
+    """What an image processor makes of PIL images.
+
+    Raises:
+        InputError: if it refuses one.
+    """
+    with reporting("the image processor cannot read a picture", InputError):
+        return processor(pictures, return_tensors="np", **options)
+
+
+def bucketed(count: int) -> int:
+    """The next number whose binary form has three leading digits at most, so that few programs are compiled."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
+class PictureSide:
+    """How a family reads pictures on the host: one token after the other for every patch, by default.
+
+    Attributes:
+        image_token_id: the token that pictures replace.
+        placeholder: what the chat template writes for a picture.
+        template: chat template for checkpoints that bring none that places pictures.
+        case: how the family writes answers ("lower", "capital", or "both").
+        tokenizer_of: `model_type` of the language model that lends its tokenizer, where transformers does not know
+            the checkpoint's own.
+        most_size: the largest size that settings may ask for: of a side in pixels.
+        trial: what the image processor is tried on.
+    """
+
+    template: str | None = None
+    tokenizer_of: str | None = None
+    case: str = "lower"
+    most_size: int = 4096
+    trial: tuple[Picture | Clip, ...] = (SMALL,)
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any):
+        """Takes loaded parts and the network's config."""
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.image_token_id: int = self.token_id(tokenizer, config)
+        self.placeholder: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
+
+    @staticmethod
+    def token_id(tokenizer: Any, config: Any) -> int:
+        """Id of the token that pictures replace; may add it to the tokenizer."""
+        del tokenizer
+        return config.image_token_index
+
+    @property
+    def usual_tokens(self) -> int:
+        """Decoder tokens of a photograph of 640 x 480 pixels, by which batches are sized."""
+        return self.config.image_tokens
+
+    @classmethod
+    def load_image_processor(cls, folder: Path, config: Any) -> Any:
+        """The checkpoint's image processor.
+
+        Raises:
+            CheckpointError: if it is missing or unreadable, or has settings with which no picture can be read.
+        """
+        from transformers import AutoImageProcessor
+
+        del config
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            read_json(folder / name, missing={})
+        with reading(folder, "an image processor"):
+            found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            settings = found.to_dict()
+        check_settings(settings, folder, cls.most_size)
+        return found
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Last axes of the pixels that the tower takes."""
+        side = self.config.vision_config.image_size
+        return 3, side, side
+
+    def check(self, path: str | Path) -> None:
+        """Tries the image processor, so that what no picture can be read with is found before weights are loaded.
+
+        Args:
+            path: where it is from.
+
+        Raises:
+            CheckpointError: if it fails, or makes what the tower does not take.
+        """
+        members = [[number] for number in range(len(self.trial))]
+        check_trial(lambda: self.encode(self.trial, members).pixels, path, self.pixel_shape)
+
+    def open(self, picture: Picture | Clip) -> Any:
+        """A picture as an RGB PIL image.
+
+        Raises:
+            InputError: if it cannot be opened, or is a clip.
+        """
+        if isinstance(picture, Clip):
+            raise InputError("this model reads pictures, not clips; give it the frames one by one.")
+        return open_picture(picture)
+
+    def pixels(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
+        """Pictures through the image processor."""
+        opened = [self.open(picture) for picture in pictures]
+        return np.asarray(processed(self.image_processor, opened)["pixel_values"], np.float32)
+
+    def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
+        """Pictures as arrays and tokens.
+
+        Args:
+            pictures: all different pictures of a batch.
+            members: for every prompt, which of them it shows, in order.
+
+        Raises:
+            InputError: for a picture that cannot be opened, or that the family cannot read.
+        """
+        del members
+        count, text = self.config.image_tokens, self.placeholder * self.config.image_tokens
+        rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
+        return Encoded(self.pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
+
+    def rope_positions(
+        self,
+        token_ids: Int[np.ndarray, "B T"],
+        valid: Bool[np.ndarray, "B T"],
+        shown: Sequence[Sequence[PictureTokens]],
+    ) -> Int[np.ndarray, "B A T"] | None:
+        """What rotary embedding turns by, in families where it is not the place in the prompt.
+
+        Args:
+            token_ids: the prompts.
+            valid: false at padding.
+            shown: every prompt's pictures.
+        """
+        del token_ids, valid, shown
+        return None
+
+    def slots(
+        self,
+        token_ids: Int[np.ndarray, "B T"],
+        valid: Bool[np.ndarray, "B T"],
+        shown: Sequence[Sequence[PictureTokens]],
+    ) -> Int[np.ndarray, "B T"]:
+        """Which row of the pictures' flattened tokens stands at each position, or -1.
+
+        Raises:
+            PromptError: if a prompt holds another number of image tokens than its pictures need.
+        """
+        slots = np.full(token_ids.shape, -1, np.int32)
+        for row, pictures in enumerate(shown):
+            rows = np.concatenate([np.zeros(0, np.int32), *(picture.rows.astype(np.int32) for picture in pictures)])
+            here = (token_ids[row] == self.image_token_id) & valid[row]
+            if not len(rows):
+                continue
+            if here.sum() != len(rows):
+                raise PromptError(
+                    f"prompt {row} holds {here.sum()} picture tokens instead of {len(rows)}: "
+                    f"the chat template must place every picture once, as {self.placeholder!r}."
+                )
+            slots[row, here] = rows
+        return slots

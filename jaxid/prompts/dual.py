@@ -1,0 +1,203 @@
+"""Pictures and captions to arrays, for CLIP-like models."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from jaxid.errors import CheckpointError, InputError
+from jaxid.io import reporting
+from jaxid.prompts import words
+from jaxid.prompts.base import SMALL, PictureSide, check_trial, processed
+from jaxid.prompts.pictures import Picture, open_picture
+from jaxid.prompts.words import shown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Captions:
+    """A batch of captions: the arrays, and where everything stands in them.
+
+    Attributes:
+        texts: the captions, length N.
+        token_ids: Int[N, T].
+        valid: false at padding, Bool[N, T].
+        offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal where a token stands
+            for no characters.
+        lost: what the window cuts off of every caption; empty where nothing.
+        unknown: the words of every caption that the vocabulary does not hold.
+    """
+
+    texts: tuple[str, ...]
+    token_ids: Int[np.ndarray, "N T"]
+    valid: Bool[np.ndarray, "N T"]
+    offsets: Int[np.ndarray, "N T 2"]
+    lost: tuple[str, ...]
+    unknown: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, chosen: list[int]) -> "Captions":
+        """Some of them, by their numbers."""
+        return Captions(
+            texts=tuple(self.texts[row] for row in chosen),
+            token_ids=self.token_ids[chosen],
+            valid=self.valid[chosen],
+            offsets=self.offsets[chosen],
+            lost=tuple(self.lost[row] for row in chosen),
+            unknown=tuple(self.unknown[row] for row in chosen),
+        )
+
+    def cut(self, length: int) -> "Captions":
+        """The first tokens alone, for encoders that have to read their whole window."""
+        parts = {name: getattr(self, name)[:, :length] for name in ("token_ids", "valid", "offsets")}
+        return dataclasses.replace(self, **parts)
+
+    def token_at(self, caption: int, start: int, stop: int) -> int | None:
+        """The first token of a caption that holds some of its characters `start` to `stop`; None if all are lost."""
+        first, last = self.offsets[caption].T
+        found = np.flatnonzero((first < stop) & (last > start))
+        return int(found[0]) if len(found) else None
+
+
+class DualProcessor:
+    """Image processor and tokenizer of a CLIP-like model."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, *, padding: int | None = None):
+        """Takes loaded parts.
+
+        Args:
+            tokenizer: a fast tokenizer of transformers.
+            image_processor: an image processor of transformers.
+            config: the network's config.
+            padding: id that fills captions up, where it is not the tokenizer's own.
+        """
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.context: int = config.text_config.context
+        self.whole_window: bool = config.text_config.whole_window
+        vision = config.vision_config
+        self.side: int = vision.image_size
+        self.grid = (int(vision.class_token), vision.image_size // vision.patch_size)
+        """First patch among a picture's tokens, and patches a side."""
+        self.padding: int = tokenizer.pad_token_id if padding is None else padding
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Any) -> "DualProcessor":
+        """Reads tokenizer and image processor of a folder in Hugging Face layout.
+
+        Raises:
+            CheckpointError: if either is missing or unreadable.
+        """
+        tokenizer = words.read_tokenizer(folder)
+        if tokenizer.pad_token_id is None:
+            raise CheckpointError(f"the tokenizer in {folder} names no padding token in tokenizer_config.json.")
+        found = cls(tokenizer, PictureSide.load_image_processor(folder, config), config)
+        found.check(folder)
+        return found
+
+    def check(self, path: Path) -> None:
+        """Tries the image processor, so that what no picture can be read with is found before weights are loaded.
+
+        Args:
+            path: where it is from.
+
+        Raises:
+            CheckpointError: if it fails, or makes what the tower does not take.
+        """
+        check_trial(lambda: self.pixels([SMALL]), path, (3, self.side, self.side))
+
+    def pixels(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
+        """Pictures as the tower reads them.
+
+        Args:
+            pictures: paths, PIL images or arrays UInt8[Y, X, 3].
+
+        Raises:
+            InputError: if there are none, or one cannot be opened.
+        """
+        if not len(pictures):
+            raise InputError("give at least one picture.")
+        opened = [open_picture(picture) for picture in pictures]
+        return np.asarray(processed(self.image_processor, opened)["pixel_values"], np.float32)
+
+    def shown(self, picture: Picture) -> UInt8[np.ndarray, "Y X 3"]:
+        """A picture as the tower sees it, resized and cropped."""
+        pixels = self.pixels([picture])[0]
+        mean, std = (
+            np.asarray(value)[:, None, None]
+            for value in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        return np.rint(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
+
+    def longest(self, texts: Sequence[str]) -> int:
+        """Tokens of the longest of some captions, uncut."""
+        return max((len(self._encoded(text)["input_ids"]) for text in texts), default=0)
+
+    def _encoded(self, text: str) -> Any:
+        """Ids and offsets of a caption."""
+        words.check_text(text, "the caption", self.specials, InputError)
+        with reporting(f"the tokenizer cannot take the caption {shown(text)}", InputError):
+            return self.tokenizer(text, return_offsets_mapping=True)
+
+    def unknown(self, text: str) -> tuple[str, ...]:
+        """The words of a caption that the vocabulary does not hold."""
+        return self._unknown(text, self._encoded(text))
+
+    def _unknown(self, text: str, found: Any) -> tuple[str, ...]:
+        offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        return words.unknown(text, found["input_ids"], offsets, self.tokenizer.unk_token_id)
+
+    @functools.cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The tokenizer's special tokens, which no caption may hold."""
+        return words.special_tokens(self.tokenizer)
+
+    def captions(self, texts: Sequence[str], length: int | None = None) -> Captions:
+        """Captions as arrays of one length, padded or cut; lost and unknown words are named in warnings.
+
+        Args:
+            texts: the captions.
+            length: tokens of every row, T; by default the encoder's window. Encoders for which padding
+                matters always get the whole window.
+
+        Raises:
+            InputError: if there are none, one is blank or no text, or the length does not fit the encoder.
+        """
+        texts = tuple(texts)
+        if not texts:
+            raise InputError("the list of captions is empty; give at least one.")
+        for row, text in enumerate(texts):
+            words.check_text(text, f"caption {row}", (), InputError)
+        blank = [row for row, text in enumerate(texts) if not text.strip()]
+        if blank:
+            raise InputError(f"caption {blank[0]} is blank.")
+        length = self.context if length is None or self.whole_window else length
+        if not 2 < length <= self.context:
+            raise InputError(f"captions of {length} tokens do not fit the encoder, which takes 3 to {self.context}.")
+        rows = [self._encoded(text) for text in texts]
+        token_ids = np.full((len(texts), length), self.padding, np.int32)
+        offsets = np.zeros((len(texts), length, 2), np.int32)
+        valid, lost = np.zeros((len(texts), length), bool), []
+        for row, (text, found) in enumerate(zip(texts, rows, strict=True)):
+            ids, places = found["input_ids"], found["offset_mapping"]
+            left = ""
+            if len(ids) > length:
+                left = text[places[length - 2][1] :].strip()
+                # The end token stands at the window's end, as the published tokenizers cut.
+                ids, places = [*ids[: length - 1], ids[-1]], [*places[: length - 1], (0, 0)]
+            token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, places, True
+            lost.append(left)
+        unknown = tuple(self._unknown(text, found) for text, found in zip(texts, rows, strict=True))
+        words.warn_unknown(unknown, "captions", self.tokenizer.unk_token, stacklevel=2)
+        if any(lost):
+            named = [f"caption {row} loses {shown(left)}" for row, left in enumerate(lost) if left]
+            more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
+            warnings.warn(f"captions longer than {length} tokens are cut: {'; '.join(named[:5])}{more}", stacklevel=2)
+        return Captions(
+            texts=texts, token_ids=token_ids, valid=valid, offsets=offsets, lost=tuple(lost), unknown=unknown
+        )

@@ -1,0 +1,470 @@
+"""Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word sits."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxid.errors import CheckpointError, InputError, PromptError
+from jaxid.io import read_json, reading, reporting
+from jaxid.nn.inputs import Inputs
+from jaxid.prompts import templates, words
+from jaxid.prompts.base import PictureSide
+from jaxid.prompts.pictures import Picture
+from jaxid.prompts.words import shown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Prompts:
+    """A batch of prompts: the arrays, and where everything stands in them.
+
+    Attributes:
+        inputs: the arrays a model reads.
+        questions: the user's text of every prompt, length B.
+        texts: the rendered prompts, image tokens expanded, length B.
+        spans: first and last + 1 character of the question in the text, Int[B, 2].
+        offsets: first and last + 1 character of every token in the text, Int[B, T, 2].
+        unknown: the words of every question that the vocabulary does not hold, length B.
+    """
+
+    inputs: Inputs
+    questions: tuple[str, ...]
+    texts: tuple[str, ...]
+    spans: Int[np.ndarray, "B 2"]
+    offsets: Int[np.ndarray, "B T 2"]
+    unknown: tuple[tuple[str, ...], ...] = ()
+
+    def __len__(self) -> int:
+        """Number of prompts, B."""
+        return len(self.questions)
+
+    def words(self, names: Sequence[Sequence[str]], *, occurrence: int | None = 0) -> Int[np.ndarray, "B N"]:
+        """Positions of the last sub-token of several names in each question, all located together.
+
+        Longer names come first and no two overlap: beside "hot dog", "dog" is a dog of its own.
+
+        Args:
+            names: of each prompt, as many for all.
+            occurrence: which one, 0-based, where a name stands more than once; None refuses such names.
+
+        Returns:
+            Int[B, N], positions in the prompt.
+
+        Raises:
+            InputError: if two names of a prompt are the same, or prompts have different numbers of them.
+            PromptError: if a prompt's question does not hold a name.
+        """
+        if len({len(own) for own in names}) > 1:
+            raise InputError(f"every prompt needs as many names, not {sorted({len(own) for own in names})}.")
+        columns = zip(*names, strict=True)
+        return np.stack([self.word(column, beside=names, occurrence=occurrence) for column in columns], axis=1)
+
+    def word(
+        self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
+    ) -> Int[np.ndarray, "B"]:
+        """Position of the last sub-token of a word of the question.
+
+        Args:
+            word: the word, the same for all prompts or one per prompt; matched whole, case-sensitively.
+            beside: other names in each prompt's question; the word is not looked for inside longer ones of them. May
+                hold the word itself.
+            occurrence: which one, 0-based, where the word stands more than once.
+
+        Returns:
+            Int[B], positions in the prompt.
+
+        Raises:
+            InputError: if two names of a prompt are the same.
+            PromptError: if a prompt's question does not hold the word, or holds it several times and
+                `occurrence` is not given.
+        """
+        return np.array([tokens[-1] for tokens in self._word_tokens(word, beside, occurrence)], np.int32)
+
+    def word_tokens(
+        self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
+    ) -> Int[np.ndarray, "B P"]:
+        """Positions of all sub-tokens of a word, see `word`; shorter rows are padded with their last position."""
+        rows = self._word_tokens(word, beside, occurrence)
+        longest = max(len(row) for row in rows)
+        return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32)
+
+    def _word_tokens(
+        self, word: str | Sequence[str], beside: Sequence[Sequence[str]], occurrence: int | None
+    ) -> list[list[int]]:
+        wanted = [word] * len(self) if isinstance(word, str) else list(word)
+        others = list(beside) or [()] * len(self)
+        for given in (wanted, others):
+            if len(given) != len(self):
+                raise InputError(f"{len(given)} words were given for {len(self)} prompts.")
+        found = []
+        for row, (word, names) in enumerate(zip(wanted, others, strict=True)):
+            if len(set(names)) < len(names):
+                same = next(name for name in names if list(names).count(name) > 1)
+                raise InputError(f"item {row} asks for two objects of the same name, {same!r}.")
+            question = shown(self.questions[row])
+            places = words.places(self.questions[row], [word, *(name for name in names if name != word)])[0]
+            if not places:
+                inside = " on its own, outside its other names" if words.places(self.questions[row], [word])[0] else ""
+                raise PromptError(f"prompt {row} ({question}) does not hold the word {word!r}{inside}.")
+            if occurrence is None and len(places) > 1:
+                raise PromptError(
+                    f"prompt {row} ({question}) holds the word {word!r} {len(places)} times; "
+                    f"say which one with occurrence=0..{len(places) - 1}."
+                )
+            if not 0 <= (occurrence or 0) < len(places):
+                raise PromptError(f"prompt {row} ({question}) has no occurrence {occurrence} of {word!r}.")
+            first, end = (place + int(self.spans[row, 0]) for place in places[occurrence or 0])
+            starts, ends = self.offsets[row, :, 0], self.offsets[row, :, 1]
+            tokens = np.flatnonzero((starts < end) & (ends > first) & (ends > starts))
+            if not len(tokens):
+                raise PromptError(f"prompt {row} ({question}): the tokenizer makes no token of the word {word!r}.")
+            found.append([int(token) for token in tokens])
+        return found
+
+    def image_tokens(self) -> Int[np.ndarray, "B I"]:
+        """Positions of the picture's tokens.
+
+        Raises:
+            PromptError: if the prompts hold different numbers of them.
+        """
+        return self._where(np.asarray(self.inputs.image_slots) >= 0, "picture tokens", equal=True)
+
+    def text_tokens(self) -> Int[np.ndarray, "B P"]:
+        """Positions of all tokens after the picture, shorter rows padded with their last position."""
+        valid = np.asarray(self.inputs.valid)
+        after = np.arange(valid.shape[1]) >= self.text_start()[:, None]
+        return self._where(after & valid, "text tokens", equal=False)
+
+    def text_start(self) -> Int[np.ndarray, "B"]:
+        """Position of the first token after the picture; 0 without one."""
+        pictured = np.asarray(self.inputs.image_slots) >= 0
+        after = pictured.shape[1] - np.argmax(pictured[:, ::-1], axis=1)
+        return np.where(pictured.any(axis=1), after, 0).astype(np.int32)
+
+    def _where(self, chosen: np.ndarray, what: str, *, equal: bool) -> Int[np.ndarray, "B P"]:
+        rows = [np.flatnonzero(row) for row in chosen]
+        lengths = {len(row) for row in rows}
+        if 0 in lengths or (equal and len(lengths) > 1):
+            raise PromptError(f"the prompts hold {sorted(lengths)} {what}; take them in groups of equal number.")
+        longest = max(lengths)
+        return np.array([np.append(row, [row[-1]] * (longest - len(row))) for row in rows], np.int32)
+
+    def last(self) -> Int[np.ndarray, "B"]:
+        """Position at which the answer is read."""
+        return np.asarray(self.inputs.last)
+
+    def extended(self, tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, "B"]) -> "Prompts":
+        """The prompts with new tokens behind them, as if they had been written so.
+
+        Args:
+            tokens: new tokens, Int[B, N].
+            lengths: how many of them count, Int[B].
+
+        Returns:
+            Prompts of N places more, whose last token is the last new one; the new tokens stand in no text.
+        """
+        inputs, last = self.inputs, self.last()
+        batch, room = tokens.shape
+        places = np.arange(self.offsets.shape[1] + room, dtype=np.int32)
+        ends = (last + lengths).astype(np.int32)
+        valid = places <= ends[:, None]
+
+        def longer(values: np.ndarray, fill: int) -> np.ndarray:
+            widths = [(0, 0)] * (values.ndim - 1) + [(0, room)]
+            return np.pad(np.asarray(values), widths, constant_values=fill)
+
+        token_ids = longer(inputs.token_ids, 0)
+        rope_positions = None if inputs.rope_positions is None else longer(inputs.rope_positions, 0)
+        for row in range(batch):
+            new = slice(last[row] + 1, ends[row] + 1)
+            token_ids[row, new] = tokens[row, : lengths[row]]
+            if rope_positions is not None:
+                rope_positions[row, :, new] = rope_positions[row, :, last[row], None] + 1 + np.arange(lengths[row])
+        return dataclasses.replace(
+            self,
+            inputs=dataclasses.replace(
+                inputs,
+                token_ids=token_ids,
+                positions=np.tile(places, (batch, 1)),
+                valid=valid,
+                last=ends,
+                image_slots=longer(inputs.image_slots, -1),
+                rope_positions=rope_positions,
+            ),
+            offsets=np.pad(self.offsets, [(0, 0), (0, room), (0, 0)]),
+        )
+
+
+class Processor:
+    """A checkpoint's tokenizer, chat template and image processor, without PyTorch."""
+
+    def __init__(self, tokenizer: Any, side: PictureSide, *, stop_ids: tuple[int, ...] = ()):
+        """Wraps loaded parts; see `from_folder`."""
+        self.tokenizer = tokenizer
+        self.side = side
+        self.stop_ids = stop_ids
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Any, side: type[PictureSide]) -> "Processor":
+        """Loads the parts from a checkpoint folder.
+
+        Args:
+            folder: the checkpoint's folder.
+            config: the network's config.
+            side: what the family does with pictures.
+
+        Raises:
+            CheckpointError: naming the part that is missing or unreadable.
+        """
+        from transformers import AutoConfig, PreTrainedTokenizerFast
+
+        # Of a kind of model that it does not know, transformers would read the config.json and warn of what it finds.
+        known = {"config": AutoConfig.for_model(side.tokenizer_of)} if side.tokenizer_of else {}
+        # Of a kind that it knows, it would cut words that kind's way, though the folder asks for tokenizer.json alone.
+        if known and _takes_any(folder):
+            tokenizer = words.read_tokenizer(folder, PreTrainedTokenizerFast)
+        else:
+            tokenizer = words.read_tokenizer(folder, **known)
+        image_processor = side.load_image_processor(folder, config)
+        token = side.token_id(tokenizer, config)
+        with reading(folder, "a tokenizer"):
+            missing = tokenizer.convert_ids_to_tokens([token]) in ([None], [tokenizer.unk_token])
+        if missing:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has no token of id {token}, which config.json names as the image token."
+            )
+        loaded = side(tokenizer, image_processor, config)
+        loaded.check(folder)
+        tokenizer.chat_template = _chat_template(folder, tokenizer, loaded)
+        return cls(tokenizer, loaded, stop_ids=_stop_ids(folder, tokenizer, config))
+
+    @functools.cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The tokenizer's special tokens, which no question may hold."""
+        return words.special_tokens(self.tokenizer)
+
+    def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N ..."]:
+        """Pictures as the family's tower takes them, each in a prompt of its own.
+
+        Raises:
+            InputError: for a picture that cannot be opened, naming it.
+        """
+        return self.side.encode(images, [[number] for number in range(len(images))]).pixels
+
+    def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
+        """The prompt's text, pictures' tokens filled in, and the first character of the question in it.
+
+        Args:
+            question: the user's text.
+            pictures: what stands in the text for every picture.
+            chat: end with the generation prompt.
+
+        Raises:
+            PromptError: for an empty question, or one that the template does not keep as it is.
+        """
+        words.check_text(question, "the question", (), PromptError)
+        question, placeholder = question.strip(), self.side.placeholder
+        if not question:
+            raise PromptError("the question is empty.")
+        if placeholder in question:
+            raise PromptError(f"the question {shown(question)} holds the image token {placeholder!r}: leave it out.")
+        words.check_text(question, "the question", self.specials, PromptError)
+        rendered, start = templates.render(
+            self.tokenizer.chat_template,
+            question,
+            placeholder=placeholder,
+            pictures=len(pictures),
+            chat=chat,
+            variables=self.tokenizer.special_tokens_map,
+        )
+        if not chat:
+            rendered = rendered[: start + len(question)]
+        pieces = rendered[:start].split(placeholder)
+        before = pieces[0] + "".join(text + piece for text, piece in zip(pictures, pieces[1:], strict=True))
+        return before + rendered[start:], len(before)
+
+    def _encode(self, texts: Sequence[str]) -> Any:
+        """Token ids and offsets of prompts, whose template may have written the first token itself."""
+        first = self.tokenizer.bos_token
+        written = first is not None and texts[0].startswith(first)
+        with reporting("the tokenizer cannot take the prompt", PromptError):
+            return self.tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=not written)
+
+    def prepare(
+        self,
+        images: Any,
+        questions: str | Sequence[str],
+        *,
+        chat: bool = True,
+        pad_to_multiple: int = 8,
+    ) -> Prompts:
+        """Builds a batch of prompts.
+
+        Args:
+            images: one picture per prompt, or a single picture that all prompts share, or None for text alone; a
+                prompt about several pictures takes a sequence of them.
+            questions: one question per prompt, or a single one for all pictures.
+            chat: end with the generation prompt ("ASSISTANT:"); False ends at the question's last word.
+            pad_to_multiple: prompts are padded to a multiple of this length, so that few programs are compiled.
+
+        Returns:
+            The batch, B = the longer of the two sequences.
+
+        Raises:
+            InputError: for numbers that do not fit or a picture that cannot be opened.
+            PromptError: for an empty question.
+        """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        single = images is not None and not isinstance(images, (list, tuple)) and not _is_batch(images)
+        given: list[Any] = [] if images is None else [images] if single else [*images]
+        if not asked or (images is not None and not given):
+            raise InputError("there are no questions or no pictures to prepare.")
+        if isinstance(questions, str):
+            asked = asked * max(1, len(given))
+        if given and len(given) not in (1, len(asked)):
+            raise InputError(f"{len(given)} pictures were given for {len(asked)} questions.")
+        groups = [list(entry) if isinstance(entry, (list, tuple)) or _is_batch(entry) else [entry] for entry in given]
+        if any(not group for group in groups):
+            raise InputError("a prompt was given an empty list of pictures; give None for text alone.")
+        counts = np.cumsum([0, *(len(group) for group in groups)])
+        numbers = [list(range(first, end)) for first, end in itertools.pairwise(counts.tolist())]
+        members = numbers * len(asked) if len(numbers) == 1 else numbers or [[] for _ in asked]
+        pictures = [picture for group in groups for picture in group]
+        encoded = self.side.encode(pictures, members) if pictures else None
+        shown = [[encoded.tokens[number] for number in some] if encoded else [] for some in members]
+
+        texts, starts = [], []
+        for question, some in zip(asked, shown, strict=True):
+            text, start = self.render(question, pictures=[picture.text for picture in some], chat=chat)
+            texts.append(text)
+            starts.append(start)
+        tokens = self._encode(texts)
+        lengths = [len(ids) for ids in tokens["input_ids"]]
+        total = -(-max(lengths) // pad_to_multiple) * pad_to_multiple
+        token_ids = np.full((len(asked), total), self.tokenizer.pad_token_id or 0, np.int32)
+        offsets = np.zeros((len(asked), total, 2), np.int32)
+        for row, ids in enumerate(tokens["input_ids"]):
+            token_ids[row, : len(ids)] = ids
+            offsets[row, : len(ids)] = tokens["offset_mapping"][row]
+        valid = np.arange(total) < np.array(lengths)[:, None]
+        asked = [question.strip() for question in asked]
+        spans = [(start, start + len(question)) for start, question in zip(starts, asked, strict=True)]
+        unknown = tuple(
+            words.unknown(question, ids, np.array(places).reshape(-1, 2) - start, self.tokenizer.unk_token_id)
+            for question, start, ids, places in zip(
+                asked, starts, tokens["input_ids"], tokens["offset_mapping"], strict=True
+            )
+        )
+        words.warn_unknown(unknown, "questions", self.tokenizer.unk_token, stacklevel=3)
+        return Prompts(
+            inputs=Inputs(
+                token_ids=token_ids,
+                positions=np.tile(np.arange(total, dtype=np.int32), (len(asked), 1)),
+                valid=valid,
+                last=np.array(lengths, np.int32) - 1,
+                pixels=encoded.pixels if encoded else None,
+                image_slots=self.side.slots(token_ids, valid, shown),
+                rope_positions=self.side.rope_positions(token_ids, valid, shown),
+                extras=encoded.extras if encoded else {},
+            ),
+            questions=tuple(asked),
+            texts=tuple(texts),
+            spans=np.array(spans, np.int32),
+            offsets=offsets,
+            unknown=unknown,
+        )
+
+    def answer_tokens(self, words: Sequence[str]) -> list[list[int]]:
+        """Ids of the tokens of each answer, right after the generation prompt.
+
+        Raises:
+            PromptError: for a word that would change the prompt's own tokens, or is not in the vocabulary.
+        """
+        text, _ = self.render("?")
+        head = self._encode([text])["input_ids"][0]
+        # After a line break or a special token a word begins at once; after "ASSISTANT:" with a space or its marker.
+        specials = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        joint = "" if text[-1].isspace() or text.endswith(specials) else " "
+        found = []
+        for word in words:
+            whole = self._encode([f"{text}{joint}{word}"])["input_ids"][0]
+            tail = list(whole[len(head) :])
+            if whole[: len(head)] != head or not tail:
+                raise PromptError(f"the answer {word!r} does not begin with a token of its own after the prompt.")
+            if self.tokenizer.unk_token_id in tail:
+                raise PromptError(f"the answer {word!r} is not in the model's vocabulary.")
+            found.append(tail)
+        return found
+
+    def answer_ids(self, words: Sequence[str]) -> Int[np.ndarray, "n"]:
+        """Ids of the tokens with which the model would begin each answer, right after the generation prompt.
+
+        Raises:
+            PromptError: for a word that needs several tokens, or two words that share their token.
+        """
+        ids = []
+        for word, tail in zip(words, self.answer_tokens(words), strict=True):
+            if len(tail) != 1:
+                raise PromptError(f"the answer {word!r} is not a single token after the prompt: {tail}.")
+            ids.append(tail[0])
+        if len(set(ids)) < len(ids):
+            raise PromptError(f"the answers {', '.join(words)} do not have tokens of their own: {ids}.")
+        return np.array(ids, np.int32)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _takes_any(folder: Path) -> bool:
+    """Whether a folder names the tokenizer class that is made of tokenizer.json alone."""
+    named = read_json(folder / "tokenizer_config.json", missing={}).get("tokenizer_class")
+    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _chat_template(folder: Path, tokenizer: Any, side: PictureSide) -> str:
+    """The template that places pictures: the processor's, else the family's own, else the tokenizer's."""
+    path = folder / "chat_template.json"
+    fields = read_json(path, missing={})
+    template = fields.get("chat_template") if path.exists() else side.template or tokenizer.chat_template
+    if template is None and not path.exists():
+        raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
+    where = path if path.exists() else folder / "chat_template.jinja"
+    return templates.check(
+        template,
+        str(where if where.exists() else folder),
+        placeholder=side.placeholder,
+        variables=tokenizer.special_tokens_map,
+    )
+
+
+def _stop_ids(folder: Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
+    """Tokens that end an answer, from where Hugging Face's `generate` takes them; else the tokenizer's own.
+
+    Raises:
+        CheckpointError: for a value that is no token of the vocabulary, or no list of such.
+    """
+    size = max(len(tokenizer), config.text_config.vocab_size)
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        fields = read_json(path, missing={})
+        for part in (fields, fields.get("text_config")):
+            ids = part.get("eos_token_id") if isinstance(part, dict) else None
+            if ids is None:
+                continue
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(token) is int and 0 <= token < size for token in ids):
+                raise CheckpointError(
+                    f"{path} has eos_token_id {shown(str(ids))}; it must be a token from 0 to {size - 1}, or a list."
+                )
+            return tuple(ids)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, np.ndarray) and images.ndim == 4

@@ -1,0 +1,266 @@
+"""The folder of a training run: its lock and settings, saved states that may be damaged, tables of metrics."""
+
+import contextlib
+import csv
+import gc
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxid.errors import CheckpointError, JaxidWarning, OutputError
+from jaxid.io import (
+    ensure_output_folder,
+    first_line,
+    locked,
+    read_json,
+    reading,
+    remove_temporary,
+    to_json,
+    whole_file,
+    write_json,
+)
+
+
+@contextlib.contextmanager
+def begun(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps a run's folder for this process, and removes what a killed one left half written.
+
+    Args:
+        folder: of the run; made if need be. Its `run.json` holds the settings.
+        settings: all that decides the outcome.
+
+    Raises:
+        CheckpointError: if the folder holds a run with other settings.
+        OutputError: if it is in use by another process, cannot be written to, or its `run.json` is damaged or gone.
+    """
+    check_folder(folder, settings)
+    record = folder / "run.json"
+    if not record.exists():
+        write_json(record, settings)
+    with locked(folder):
+        check_folder(folder, settings)  # another process may have come first
+        for inner in (folder, *folder.iterdir()):
+            remove_temporary(inner)
+        for half in folder.glob("state/*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+        write_json(record, settings)
+        yield
+
+
+def check_folder(folder: Path, settings: Mapping[str, Any], *, unknown: Sequence[str] = ()) -> None:
+    """Refuses what `begun` would refuse of a folder that no process is working in.
+
+    Args:
+        folder: of the run; made if need be.
+        settings: all that decides the outcome.
+        unknown: names of settings that cannot be compared yet.
+
+    Raises:
+        CheckpointError, OutputError: as `begun`.
+    """
+    ensure_output_folder(folder)
+    record, now = folder / "run.json", json.loads(to_json(settings))
+    if not record.exists():
+        if (folder / "state").exists():
+            raise OutputError(f"{folder} holds the state of a run whose run.json is gone; give another --out.")
+        return
+    try:
+        then = read_json(record, OutputError)
+    except OutputError as error:
+        raise OutputError(f"{str(error).rstrip('.')}; give another --out, or delete {folder} to start over.") from error
+    names = {**then, **now}.keys() - set(unknown)
+    other = sorted(name for name in names if name not in then or name not in now or then[name] != now[name])
+    if other:
+        raise CheckpointError(
+            f"{folder} holds a training run with other settings; choose another folder ({', '.join(other)} differ)."
+        )
+
+
+class States:
+    """The saved states of a run, each with a checksum: Orbax restores flipped bits as if they were numbers."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self.manager: Any = None
+
+    def __enter__(self) -> "States":
+        self._quiet = _orbax_silenced()
+        self._quiet.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if self.manager is not None:
+                with self._writing() if kind is None else contextlib.suppress(Exception):
+                    self.manager.wait_until_finished()
+                with contextlib.suppress(Exception):
+                    self.manager.close()
+        finally:
+            self._quiet.__exit__(None, None, None)
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes a state in the background, once the one before is written; the last two are kept."""
+        import orbax.checkpoint as ocp
+
+        checksum = int(_checksum(state))
+        with self._writing():
+            if self.manager is None:
+                options = ocp.CheckpointManagerOptions(max_to_keep=2)
+                self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self.manager.save(step, args=ocp.args.StandardSave(state), custom_metadata={"checksum": checksum})
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:
+            raise OutputError(
+                f"cannot write the training state to {self.folder}: {first_line(problem)}; free some space or see to "
+                f"the folder, then run again: training resumes from the last saved step."
+            ) from problem
+
+    def restore(self, abstract: Callable[[int], Any]) -> tuple[int, Any]:
+        """The last saved step whose state is whole, and that state; step 0 and nothing if none was saved.
+
+        Args:
+            abstract: shapes of the state of a step, or None for steps that the run does not have.
+
+        Raises:
+            CheckpointError: if states were saved, but none is whole.
+        """
+        damaged: list[tuple[Path, str]] = []
+        steps = [path for path in self.folder.glob("*") if path.name.isdecimal()]
+        for path in sorted(steps, key=lambda path: -int(path.name)):
+            try:
+                state = self._read(path, abstract(int(path.name)))
+            except CheckpointError as error:
+                damaged.append((path, first_line(error)))
+                continue
+            for worse, reason in damaged:
+                warnings.warn(f"{reason}; training resumes from step {path.name}.", JaxidWarning, stacklevel=2)
+                with self._writing():
+                    shutil.rmtree(worse) if worse.is_dir() else worse.unlink()
+            return int(path.name), state
+        if damaged:
+            raise CheckpointError(
+                f"{damaged[0][1]}, and no earlier state is whole; give another --out, or delete {self.folder} to "
+                f"start over."
+            )
+        return 0, None
+
+    def _read(self, path: Path, expected: Any) -> Any:
+        import orbax.checkpoint as ocp
+
+        if expected is None:
+            raise CheckpointError(f"{path} is no state of this run, which has no such step.")
+        if not (path / "default").is_dir():
+            raise CheckpointError(f"{path} cannot be read as a training state: its folder default is missing.")
+        with reading(path, "a training state"):
+            state = ocp.StandardCheckpointer().restore(path / "default", expected)
+            noted = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"] or {}
+        if noted.get("checksum") not in (None, int(_checksum(state))):
+            raise CheckpointError(f"{path} is damaged: its checksum is wrong.")
+        return state
+
+
+@contextlib.contextmanager
+def _orbax_silenced() -> Iterator[None]:
+    """Drops the tracebacks that Orbax logs, and its threads leave, for failures that are raised as errors besides."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def tell(problem: Any) -> None:
+        if str(problem.exc_value) != "Event loop is closed":
+            hook(problem)
+
+    logger.addFilter(wanted)
+    sys.unraisablehook = tell
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            gc.collect()
+        sys.unraisablehook = hook
+        logger.removeFilter(wanted)
+
+
+@jax.jit
+def _checksum(tree: Any) -> Array:
+    """A number that tells any flipped bit of a pytree: its words, each times an odd number of its place, summed up."""
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(tree):
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}").astype(jnp.uint32)
+        place = jnp.ones(words.shape, jnp.uint32)
+        for axis in range(words.ndim):
+            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(
+                2 * 40_503 ** (axis + 1) % 2**32
+            )
+        total = total * np.uint32(31) + (words * place).sum(dtype=jnp.uint32)
+    return total
+
+
+def append_metrics(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Adds a row; rows of steps that a kill undid are dropped first.
+
+    Raises:
+        OutputError: if the file is damaged or cannot be written.
+    """
+    rows = [old for old in metrics_rows(path, columns) if int(old["step"]) < row["step"]]
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows([*rows, row])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table of metrics, numbers as numbers.
+
+    Raises:
+        OutputError: if the file is damaged.
+    """
+    return [{name: _value(name, text) for name, text in row.items() if text} for row in metrics_rows(path)]
+
+
+def metrics_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """The rows of a table of metrics as they are written; none if there is no such file.
+
+    Args:
+        path: the file.
+        columns: those that it may have.
+
+    Raises:
+        OutputError: if the file is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        with reading(path, "a table of metrics", OutputError), path.open(newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+            for row in rows:
+                if None in row or None in row.values() or not row["step"].isdecimal():
+                    raise ValueError("a line is not whole")
+                if columns is not None and not set(row) <= set(columns):
+                    raise ValueError(f"it has other columns than {', '.join(columns)}")
+                for name, text in row.items():
+                    _value(name, text)
+    except OutputError as error:
+        raise OutputError(f"{first_line(error)}; delete it to resume without its rows.") from error
+    return rows
+
+
+def _value(name: str, text: str) -> Any:
+    return text if name == "stage" or not text else float(text)

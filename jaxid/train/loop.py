@@ -1,0 +1,281 @@
+"""The training loop of all that jaxid trains: seeded, resumable after a kill, data-parallel over local devices."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxid.errors import InputError, JaxidWarning
+from jaxid.train.folder import States, begun, metrics_rows
+from jaxid.train.folder import append_metrics as append_metrics
+from jaxid.train.folder import check_folder as check_folder
+from jaxid.train.folder import read_metrics as read_metrics
+
+Metrics = dict[str, Array]
+Batch = Mapping[str, Any]
+
+_MOST_SKIPPED = 20
+"""So many steps in a row without a finite gradient end a run."""
+
+
+class Stage(NamedTuple):
+    """One stretch of training with its own loss, data and schedule.
+
+    Attributes:
+        name: how the progress bar and the metrics call it.
+        first: number of its first step, counted over the whole run.
+        steps: how many it has.
+        loss: from parameters and a batch to the loss and what is worth recording.
+        batch: arrays of a step, a pure function of its number, so that a resumed run sees the same data.
+        optimizer: what turns gradients into updates.
+        whole: names of those arrays that every device needs whole.
+        constants: further entries of every batch that no step changes, such as frozen parameters.
+        accumulate: the arrays' first axis counts small batches, whose gradients are averaged one after the other (on
+            several devices, side by side), so that only one of them has to fit in memory.
+    """
+
+    name: str
+    first: int
+    steps: int
+    loss: Callable[[Any, dict[str, Array]], tuple[Array, Metrics]]
+    batch: Callable[[int], Batch]
+    optimizer: optax.GradientTransformation
+    whole: tuple[str, ...] = ()
+    constants: Mapping[str, Any] = {}
+    accumulate: bool = False
+
+
+def train(folder: Path, settings: Mapping[str, Any], parameters: Any, stages: Sequence[Stage], **options: Any) -> Any:
+    """`fit` in a folder that is kept for it alone.
+
+    Args:
+        folder: of the run.
+        settings: all that decides the outcome; a folder begun with other settings is refused.
+        parameters: as in `fit`.
+        stages: as in `fit`.
+        **options: as in `fit`.
+
+    Raises:
+        CheckpointError, OutputError: what `begun` and `fit` raise.
+    """
+    with begun(folder, settings):
+        return fit(folder, parameters, stages, **options)
+
+
+def fit(
+    folder: Path,
+    parameters: Any,
+    stages: Sequence[Stage],
+    *,
+    columns: Sequence[str],
+    save_every: int = 100,
+    record_every: int = 20,
+    progress: bool = True,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    check: Callable[[int, Any], None] | None = None,
+    check_every: int = 100,
+) -> Any:
+    """Trains, or resumes from the last saved step, and returns the parameters; to be called inside `begun`.
+
+    A step whose gradient is not finite changes nothing; it is counted in the column "skipped" of `metrics.csv`.
+
+    Args:
+        folder: where the run's state and metrics live (`state/`, `metrics.csv`).
+        parameters: a pytree of float arrays to begin with.
+        stages: what to do, one after the other.
+        columns: of `metrics.csv`, to which "skipped" is added.
+        save_every: steps between saves.
+        record_every: steps between rows of metrics.
+        progress: show a progress bar.
+        log: is also given every row of metrics.
+        check: is given the number of steps done and the parameters, every so often and at the end; what a kill undid
+            is checked again.
+        check_every: steps between checks.
+
+    Raises:
+        CheckpointError: if there are saved states, but none is whole.
+        OutputError: if the state or the metrics cannot be written, or the metrics are damaged.
+        InputError: if training diverges: too many gradients in a row, or the parameters, are not finite.
+    """
+    from tqdm import tqdm
+
+    columns, metrics_file = (*columns, "skipped"), folder / "metrics.csv"
+    metrics_rows(metrics_file, columns)
+    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    def abstract(step: int) -> Any:
+        for stage in stages:
+            if stage.first < step <= stage.first + stage.steps:
+                shapes = jax.eval_shape(partial(_start, stage), parameters)
+                return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same), shapes)
+        return None
+
+    with States(folder / "state") as states:
+        done, saved = states.restore(abstract)
+        for stage in stages:
+            end = stage.first + stage.steps
+            if done > end or not stage.steps:
+                continue
+            first = max(done, stage.first)
+            state = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
+            step_function = _step_function(stage, mesh.size)
+            constants = jax.device_put(dict(stage.constants), same)
+            bar = tqdm(total=end, initial=first, unit="step", disable=not progress, desc=stage.name)
+            for step, batch in batches(stage, first):
+                whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
+                placed = {
+                    name: jax.device_put(value, same if whole or name in stage.whole else split)
+                    for name, value in batch.items()
+                }
+                state, metrics = step_function(state, placed, constants)
+                now, last = step + 1, step + 1 == end
+                record, save = (now % every == 0 or last for every in (record_every, save_every))
+                due = check is not None and (now % check_every == 0 or (last and stage is stages[-1]))
+                if record or save or due:
+                    skipped = _check_health(state, stage, now)
+                if record:
+                    numbers = {name: round(float(value), 4) for name, value in metrics.items()}
+                    row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
+                    append_metrics(metrics_file, columns, row)
+                    if log is not None:
+                        log(row)
+                    bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
+                    bar.update(now - bar.n)
+                if check is not None and due:
+                    check(now, state["parameters"])
+                if save:
+                    states.save(now, state)
+            bar.close()
+            parameters = state["parameters"]
+    return jax.device_get(parameters)
+
+
+def _start(stage: Stage, parameters: Any) -> dict[str, Any]:
+    """The state that a stage begins with."""
+    return {"parameters": parameters, "optimizer": _guarded(stage, parameters).init(parameters)}
+
+
+def _guarded(stage: Stage, parameters: Any) -> optax.GradientTransformation:
+    """A stage's optimizer, which skips steps whose gradient is not finite."""
+    optimizer = stage.optimizer
+    if isinstance(jax.eval_shape(optimizer.init, parameters), optax.ApplyIfFiniteState):
+        return optimizer
+    return skip_not_finite(optimizer)
+
+
+def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that skips, and counts, steps whose gradient is not finite."""
+    # After this many skipped steps in a row, optax would apply updates that are not finite.
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
+
+
+def _check_health(state: dict[str, Any], stage: Stage, step: int) -> int:
+    """How many of a stage's steps were skipped.
+
+    Raises:
+        InputError: if that were all of them or too many in a row, or if the parameters are not finite.
+    """
+    counts, last = state["optimizer"], step == stage.first + stage.steps
+    in_row, skipped = int(counts.notfinite_count), int(counts.total_notfinite)
+    advice = "lower the learning rate, or see to the data and weights"
+    if in_row >= _MOST_SKIPPED or (last and in_row == stage.steps):
+        raise InputError(
+            f"training diverges: in all of the steps {step - in_row + 1} to {step} ({stage.name}) the gradient is NaN "
+            f"or infinite; {advice}."
+        )
+    if not _all_finite(state["parameters"]):
+        raise InputError(
+            f"training diverges: after step {step} ({stage.name}) parameters are NaN or infinite; {advice}."
+        )
+    if last and skipped:
+        warnings.warn(
+            f"{skipped} of the {stage.steps} steps of {stage.name} had a gradient that is NaN or infinite, and were "
+            f"skipped.",
+            JaxidWarning,
+            stacklevel=2,
+        )
+    return skipped
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def batches(stage: Stage, first: int) -> Iterator[tuple[int, Batch]]:
+    """Steps and batches of a stage from a step on, the next one drawn while the current one trains."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(stage.batch, first)
+        for step in range(first, stage.first + stage.steps):
+            batch = upcoming.result()
+            upcoming = pool.submit(stage.batch, step + 1)
+            yield step, batch
+
+
+def adamw(
+    learning_rate: float, steps: int, *, warmup_steps: int, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up, a cosine to zero, and decay of stacked block matrices only."""
+    warmup = min(warmup_steps, max(steps - 1, 0))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, 1))
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(
+            schedule,
+            b2=0.98,
+            weight_decay=weight_decay,
+            # Stacked block matrices have three axes and more; embeddings, norms and biases have fewer.
+            mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
+        ),
+    )
+
+
+def _step_function(stage: Stage, devices: int) -> Callable[..., Any]:
+    @partial(jax.jit, donate_argnums=0)
+    def step_function(
+        state: dict[str, Any], batch: dict[str, Any], constants: dict[str, Any]
+    ) -> tuple[dict[str, Any], Metrics]:
+        parameters = state["parameters"]
+
+        def gradients(own: dict[str, Any]) -> tuple[Any, Metrics]:
+            return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
+
+        found, metrics = _averaged(gradients, batch, devices) if stage.accumulate else gradients(batch)
+        updates, optimizer_state = _guarded(stage, parameters).update(found, state["optimizer"], parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        return {"parameters": parameters, "optimizer": optimizer_state}, metrics
+
+    return step_function
+
+
+def _averaged(function: Callable[[Any], Any], batch: dict[str, Any], devices: int) -> Any:
+    """The mean of a function over the first axis of a batch, each device taking its share of it one by one."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+    together = devices if count % devices == 0 else 1
+
+    def several(part: Any) -> Any:
+        if together == 1:
+            return function(jax.tree.map(lambda leaf: leaf[0], part))
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), jax.vmap(function)(part))
+
+    if count == together:
+        total = several(batch)
+    else:  # a device's share lies together, so the small batches that run side by side are far apart
+        rows = jax.tree.map(
+            lambda leaf: leaf.reshape(together, count // together, *leaf.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(several, jax.tree.map(lambda leaf: leaf[0], rows)),
+        )
+        total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, several(part)), None), zeros, rows)
+    return jax.tree.map(lambda leaf: leaf / count, total)

@@ -1,0 +1,265 @@
+"""Which of a model's tensors are trained: selectors, a budget, and the trained part as a pytree of its own.
+
+A tensor is one layer's part of a stacked parameter, or a parameter that is not stacked. Only the trained part is ever
+given to an optimiser, so frozen tensors have no optimiser state.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from jaxid.checkpoints.tensors import flatten, unflatten
+from jaxid.checks import check_seed
+from jaxid.errors import InputError
+from jaxid.nn.layers import Learning, Recompute
+
+GROUPS = (
+    "vision-mlp",
+    "vision-attention",
+    "vision-norms",
+    "vision-embedding",
+    "projector",
+    "lm-mlp",
+    "lm-attention",
+    "lm-norms",
+    "lm-embedding",
+    "lm-head",
+)
+"""Kinds of tensors; the selectors are these, "all" and "random"."""
+
+STACKS = ("layers", "global_layers", "crossing")
+"""Parts of a network whose parameters have a leading layer axis; a tower's global layers stand behind its others."""
+
+Trained = dict[str, Array]
+"""Trained tensors by their parameter's path, the trained rows of stacked ones: float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor that may be trained.
+
+    Attributes:
+        path: of the parameter, joined by dots.
+        row: its layer in a stacked parameter; None if it is not stacked.
+        size: how many numbers it has.
+        group: one of `GROUPS`.
+        depth: number of its block, counted over all stacks of its part of the network; -1 outside blocks.
+    """
+
+    path: str
+    row: int | None
+    size: int
+    group: str
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """How it is listed."""
+        return self.path if self.row is None else f"{self.path}[{self.row}]"
+
+
+def group_of(path: str, *, tied: bool) -> str:
+    """The kind of a parameter.
+
+    Args:
+        path: of the parameter.
+        tied: whether the embedding is the head as well.
+    """
+    first, *_ = parts = path.split(".")
+    norm = any("norm" in part for part in parts)
+    if first == "decoder":
+        if norm:
+            return "lm-norms"
+        if "mlp" in parts:
+            return "lm-mlp"
+        if "attention" in parts or "crossing" in parts:
+            return "lm-attention"
+        return "lm-head" if parts[-1] == "unembedding" or tied else "lm-embedding"
+    if first != "tower" or parts[1].startswith("merge"):
+        return "projector"
+    if norm:
+        return "vision-norms"
+    if not any(part in STACKS for part in parts):
+        return "vision-embedding"
+    return "vision-attention" if any(part.startswith("attention") for part in parts) else "vision-mlp"
+
+
+def tensors(parameters: Mapping[str, Any], *, tied: bool) -> list[Tensor]:
+    """All tensors of a network, from its parameters or their shapes."""
+    flat = flatten(parameters)
+    lengths: dict[str, int] = {}
+    for path, leaf in flat.items():
+        for stack in ("tower.layers.", "tower.global_layers."):
+            if path.startswith(stack):
+                lengths[stack] = leaf.shape[0]
+    found = []
+    for path, leaf in flat.items():
+        group = group_of(path, tied=tied)
+        size = int(np.prod(leaf.shape))
+        if not any(part in STACKS for part in path.split(".")):
+            found.append(Tensor(path=path, row=None, size=size, group=group, depth=-1))
+            continue
+        before = lengths["tower.layers."] if path.startswith("tower.global_layers.") else 0
+        rows = leaf.shape[0]
+        found += [Tensor(path=path, row=row, size=size // rows, group=group, depth=before + row) for row in range(rows)]
+    return found
+
+
+def choose(
+    every: Sequence[Tensor],
+    selectors: Sequence[str],
+    *,
+    budget: float,
+    vision_blocks: int | None = 6,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """Fills a budget with the selected tensors, the largest first ([ID] arXiv 2601.12626, fine-tuning).
+
+    Args:
+        every: all tensors of the network.
+        selectors: kinds of tensors; "all"; or "random", tensors of all kinds in a random order.
+        budget: share of all parameters that may be trained.
+        vision_blocks: of the tower's blocks, only so many last ones; None for all.
+        seed: of "random".
+
+    Returns:
+        The tensors, as they stand in the network.
+
+    Raises:
+        InputError: for an unknown selector or a budget out of range, or if none of them fits the budget.
+    """
+    known = (*GROUPS, "all", "random")
+    unknown = sorted(set(selectors) - set(known))
+    if unknown or not selectors:
+        raise InputError(f"selectors {unknown or 'are missing'}: give one or more of {', '.join(known)}.")
+    if not 0 < budget <= 1:
+        raise InputError(f"the budget is a share of all parameters, above 0 and at most 1, not {budget}.")
+    if vision_blocks is not None and vision_blocks < 0:
+        raise InputError(f"vision_blocks counts the tower's last blocks: 0 or more, not {vision_blocks}.")
+    check_seed(seed)
+    room = budget * sum(tensor.size for tensor in every)
+    depth = 1 + max((tensor.depth for tensor in every if tensor.group.startswith("vision")), default=-1)
+    first = 0 if vision_blocks is None else depth - vision_blocks
+    if {"all", "random"} & set(selectors):
+        wanted = list(every)
+    else:
+        wanted = [
+            tensor
+            for tensor in every
+            if tensor.group in selectors
+            and (not tensor.group.startswith("vision") or tensor.depth < 0 or tensor.depth >= first)
+        ]
+    if "random" in selectors:
+        order = [wanted[number] for number in np.random.default_rng(seed).permutation(len(wanted))]
+    else:
+        order = sorted(wanted, key=lambda tensor: (-tensor.size, -tensor.depth, tensor.path))
+    chosen: set[Tensor] = set()
+    for tensor in order:
+        if tensor.size <= room:
+            chosen.add(tensor)
+            room -= tensor.size
+    if not chosen:
+        smallest = min((tensor.size for tensor in wanted), default=None)
+        reason = "the network has none of that kind" if smallest is None else f"the smallest has {smallest} numbers"
+        raise InputError(
+            f"no tensor of {', '.join(selectors)} fits {budget:.2%} of {sum(tensor.size for tensor in every)} "
+            f"parameters: {reason}; give a larger budget or other selectors."
+        )
+    return tuple(tensor for tensor in every if tensor in chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which rows of which parameters are trained; hashable, so that it can be static under jit.
+
+    Attributes:
+        rows: by path: the trained rows of a stacked parameter, or None for a whole one.
+    """
+
+    rows: tuple[tuple[str, tuple[int, ...] | None], ...]
+
+    @classmethod
+    def of(cls, chosen: Sequence[Tensor]) -> "Selection":
+        """The selection of some tensors."""
+        found: dict[str, tuple[int, ...] | None] = {}
+        for tensor in chosen:
+            found[tensor.path] = None if tensor.row is None else (*(found.get(tensor.path) or ()), tensor.row)
+        return cls(tuple(sorted(found.items())))
+
+    def split(self, parameters: Mapping[str, Any]) -> Trained:
+        """The trained tensors as float32 copies, whatever the model's number format.
+
+        Raises:
+            InputError: for a parameter or a row that the network does not have.
+        """
+        flat = self._checked(parameters)
+        return {
+            path: jnp.array(flat[path] if rows is None else jnp.take(flat[path], np.array(rows), axis=0), jnp.float32)
+            for path, rows in self.rows
+        }
+
+    def merge(self, parameters: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters with the trained tensors in place, in the parameters' own number format."""
+        flat = self._checked(parameters)
+        for path, rows in self.rows:
+            leaf, new = flat[path], jnp.asarray(trained[path], flat[path].dtype)
+            if rows is None or rows == tuple(range(leaf.shape[0])):
+                flat[path] = new
+            elif rows == tuple(range(rows[0], rows[-1] + 1)):  # as is usual; cheaper to differentiate than a scatter
+                flat[path] = jnp.concatenate([leaf[: rows[0]], new, leaf[rows[-1] + 1 :]])
+            else:
+                flat[path] = leaf.at[np.array(rows)].set(new)
+        return unflatten(flat)
+
+    def _checked(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The network's parameters by path, in which all selected rows exist."""
+        flat = dict(flatten(parameters))
+        for path, rows in self.rows:
+            if path not in flat:
+                raise InputError(f"the network has no parameter {path}.")
+            wrong = [row for row in rows or () if not 0 <= row < flat[path].shape[0]]
+            if wrong:
+                raise InputError(f"{path} has rows 0..{flat[path].shape[0] - 1}, not {wrong[0]}.")
+        return flat
+
+    def lowest(self, prefix: str) -> int | None:
+        """The first trained row of the stack below a prefix; None if it has none."""
+        found = [min(rows) for path, rows in self.rows if rows is not None and path.startswith(prefix)]
+        return min(found, default=None)
+
+
+def for_learning(definition: Any, parameters: Any, selection: Selection, *, recompute: Recompute) -> Any:
+    """The network's definition with what each of its stacks has to know of training.
+
+    Blocks before the first trained tensor get no backward pass.
+
+    Args:
+        definition: the network's.
+        parameters: the network's, or their shapes.
+        selection: what is trained.
+        recompute: what the backward pass computes again instead of keeping it.
+    """
+    network = nnx.merge(definition, nnx.State(parameters))
+    paths = [path for path, _ in selection.rows]
+
+    def learning(layers: Any, prefix: str, *, before: bool) -> None:
+        count = jax.tree.leaves(nnx.state(layers))[0].shape[0]
+        lowest = selection.lowest(prefix)
+        frozen = 0 if before else count if lowest is None else lowest
+        layers.learning = Learning(frozen=frozen, trained=lowest is not None, recompute=recompute)
+
+    within = ("tower.layers.", "tower.global_layers.", "tower.post_norm.", "tower.behind", "tower.merge")
+    entry = any(path.startswith("tower.") and not path.startswith(within) for path in paths)
+    learning(network.tower.layers, "tower.layers.", before=entry)
+    if hasattr(network.tower, "global_layers"):
+        local = entry or any(path.startswith(("tower.layers.", "tower.post_norm.", "tower.behind")) for path in paths)
+        learning(network.tower.global_layers, "tower.global_layers.", before=local)
+    outside = any(not path.startswith(("decoder.layers.", "decoder.norm.", "decoder.unembedding")) for path in paths)
+    learning(network.decoder.layers, "decoder.layers.", before=outside)
+    return nnx.graphdef(network)
