@@ -5,10 +5,10 @@ from typing import Any
 
 from jaxid.checkpoints import openclip, tensors
 from jaxid.checkpoints.loading import check_dtype, find_folder, load_network, parsed, read_config
-from jaxid.errors import CheckpointError, InputError
+from jaxid.errors import InputError
 from jaxid.families.base import Encoder
-from jaxid.families.encoders import ENCODER_ALIASES, ENCODERS
 from jaxid.families.openclip import kind_of
+from jaxid.families.registry import ENCODERS, family
 from jaxid.io import without_advice
 from jaxid.prompts.dual import DualProcessor
 from jaxid.prompts.openclip import OpenCLIPImages
@@ -44,20 +44,14 @@ def load_encoder(
         return _open_clip(str(name), fields, {}, path, dtype, tokenizer)
     if architecture is not None:
         raise InputError(f"an architecture belongs to a single weight file, and there is none at {name}.")
-    folder = find_folder(ENCODER_ALIASES.get(str(name), name), ("open_clip_pytorch_model.bin",))
+    folder = find_folder(name, ("open_clip_pytorch_model.bin",))
     if not (folder / "config.json").is_file():
         fields, settings = openclip.read_openclip_config(folder / openclip.CONFIG_FILE)
         return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer)
     if tokenizer is not None:
         raise InputError(f"{folder} is in Hugging Face's layout, which brings its own tokenizer; leave it out.")
     fields = read_config(folder)
-    model_type = str(fields.get("model_type"))
-    if model_type not in ENCODERS:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type {model_type!r} is no CLIP-like model that is supported; "
-            f"supported: {', '.join(sorted(ENCODERS))}."
-        )
-    kind = ENCODERS[model_type]
+    kind = family(str(fields.get("model_type")), str(folder / "config.json"), ENCODERS)
     config = parsed(kind, fields, folder / "config.json")
     processor = DualProcessor.from_folder(folder, config)
     files = tensors.TensorFolder(folder)

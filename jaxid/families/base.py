@@ -1,10 +1,57 @@
-"""Loaded models: static description plus a pytree of parameters."""
+"""What a model family is, and what a loaded model of one is: static description plus a pytree of parameters."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+
+from jaxid.nn.keys import Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """The layers that published experiments use in one checkpoint, 0-based.
+
+    Attributes:
+        belief_swap: those swept by the belief swap ([ID], Figure 2).
+        deviation: the one whose deviation is reported ([ID], Figure 8).
+    """
+
+    belief_swap: range | None = None
+    deviation: int | None = None
+
+
+def hidden_states(first: int, last: int) -> range:
+    """The layers of which the paper names the first and last hidden state, which count the embeddings as 0."""
+    return range(first - 1, last)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """All that is particular to one model family, as its file declares it.
+
+    Attributes:
+        model_types: by which a config.json names it.
+        config: from the parsed config.json to the config.
+        network: (config, rngs=...) -> module.
+        keys: the key table of a config.
+        renames: pairs of a pattern and its replacement, from other spellings of the tensors' names to the table's.
+        unused: patterns of tensors that hold nothing learned, or nothing that the network reads.
+        aliases: short names of published checkpoints, and their Hugging Face ids.
+        published: the layers of published experiments by alias.
+    """
+
+    model_types: tuple[str, ...]
+    config: Callable[[dict[str, Any]], Any]
+    network: Callable[..., nnx.Module]
+    keys: Callable[[Any], list[Key]]
+    renames: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
+
 
 LoadedT = TypeVar("LoadedT", bound="Loaded")
 

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxid.families.base import Family
 from jaxid.nn.dual import DualEncoder, Encoded, part
 from jaxid.nn.keys import Key, fused_heads_in, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import Config, Linear
@@ -128,3 +129,13 @@ class Blip(DualEncoder):
         """Captions in the joint space; pooled at the first token."""
         tokens = self.text_projection(self.text_encoder(token_ids, valid)[-1])
         return Encoded(tokens, tokens[:, 0])
+
+
+FAMILY = Family(
+    model_types=("blip",),
+    config=BlipConfig.from_hf,
+    network=Blip,
+    keys=blip_keys,
+    unused=UNUSED,
+    aliases={"blip-b16": "Salesforce/blip-itm-base-coco"},
+)

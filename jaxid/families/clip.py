@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxid.families.base import Family
 from jaxid.nn.dual import DualEncoder, Encoded, part
 from jaxid.nn.keys import Key, linear, prefixed
 from jaxid.nn.layers import Config, Linear, filled
@@ -74,3 +75,18 @@ class CLIP(DualEncoder):
         """Captions in the joint space; pooled at the end token."""
         tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
         return Encoded(tokens, at_end(tokens, token_ids, self.config.text_config.eos_token_id))
+
+
+FAMILY = Family(
+    model_types=("clip",),
+    config=CLIPConfig.from_hf,
+    network=CLIP,
+    keys=clip_keys,
+    unused=UNUSED,
+    aliases={
+        "clip-b32": "openai/clip-vit-base-patch32",
+        "clip-b16": "openai/clip-vit-base-patch16",
+        "clip-l14": "openai/clip-vit-large-patch14",
+        "clip-l14-336": "openai/clip-vit-large-patch14-336",
+    },
+)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.families import openclip
+from jaxid.families.base import Family
 from jaxid.kernels import attention
 from jaxid.nn.dual import DualEncoder, Encoded
 from jaxid.nn.keys import Key, heads_out, layer_norm
@@ -143,3 +144,13 @@ class CoCa(DualEncoder):
         states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0)[-1])
         tokens = self.text_projection(states)
         return Encoded(tokens[:, :-1], tokens[:, -1])
+
+
+FAMILY = Family(
+    model_types=("open_clip_coca",),
+    config=CoCaConfig.from_openclip,
+    network=CoCa,
+    keys=coca_keys,
+    unused=UNUSED,
+    aliases={"coca-b32": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k"},
+)

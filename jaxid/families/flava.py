@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family
 from jaxid.nn.dual import DualEncoder, Encoded
 from jaxid.nn.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import Config, Linear, filled, normal
@@ -152,3 +153,14 @@ class Flava(DualEncoder):
         """Captions in the joint space; pooled at the first token."""
         tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
         return Encoded(tokens, tokens[:, 0])
+
+
+FAMILY = Family(
+    model_types=("flava",),
+    config=FlavaConfig.from_hf,
+    network=Flava,
+    keys=flava_keys,
+    renames=RENAMES,
+    unused=UNUSED,
+    aliases={"flava": "facebook/flava-full"},
+)

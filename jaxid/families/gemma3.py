@@ -7,6 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.llava import RENAMES, UNUSED
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
@@ -97,3 +99,18 @@ class Gemma3(Network):
         grid = last.reshape(last.shape[0], side, side, -1)[:, : tokens * square, : tokens * square]
         pooled = grid.reshape(last.shape[0], tokens, square, tokens, square, -1).mean(axis=(2, 4))
         return self.projector(self.projector_norm(pooled.reshape(last.shape[0], tokens * tokens, -1)))
+
+
+FAMILY = Family(
+    model_types=("gemma3",),
+    config=Gemma3Config.from_hf,
+    network=Gemma3,
+    keys=gemma3_keys,
+    renames=RENAMES,
+    unused=UNUSED,
+    aliases={"gemma-4b": "google/gemma-3-4b-it", "gemma-12b": "google/gemma-3-12b-it"},
+    published={
+        "gemma-4b": Published(belief_swap=hidden_states(10, 22)),
+        "gemma-12b": Published(belief_swap=hidden_states(10, 22)),
+    },
+)

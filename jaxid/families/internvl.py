@@ -8,10 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family, Published, hidden_states
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, Config, LayerNorm, Linear, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, state_indices
@@ -190,3 +191,25 @@ class InternVL(Network):
         shuffled = rearrange(grid, "n (y p) (x q) d -> n (y x) (p q d)", p=square, q=square)
         activation = ACTIVATIONS[config.projector_hidden_act]
         return self.projector_out(activation(self.projector_in(self.projector_norm(shuffled))))
+
+
+FAMILY = Family(
+    model_types=("internvl",),
+    config=InternVLConfig.from_hf,
+    network=InternVL,
+    keys=internvl_keys,
+    renames=RENAMES,
+    unused=ROTARY,
+    aliases={
+        "internvl-1b": "OpenGVLab/InternVL3-1B-hf",
+        "internvl-2b": "OpenGVLab/InternVL3-2B-hf",
+        "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
+        "internvl-14b": "OpenGVLab/InternVL3-14B-hf",
+    },
+    published={
+        "internvl-1b": Published(belief_swap=hidden_states(6, 16)),
+        "internvl-2b": Published(belief_swap=hidden_states(6, 16)),
+        "internvl-8b": Published(belief_swap=hidden_states(6, 16)),
+        "internvl-14b": Published(belief_swap=hidden_states(12, 24)),
+    },
+)

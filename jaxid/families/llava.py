@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family, Published, hidden_states
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
@@ -124,3 +125,18 @@ class Llava(Network):
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         chosen = jnp.concatenate([states[layer][:, first:] for layer in indices], axis=-1)
         return self.projector_out(ACTIVATIONS[self.config.projector_hidden_act](self.projector_in(chosen)))
+
+
+FAMILY = Family(
+    model_types=("llava",),
+    config=LlavaConfig.from_hf,
+    network=Llava,
+    keys=llava_keys,
+    renames=RENAMES,
+    unused=UNUSED,
+    aliases={"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"},
+    published={
+        "llava-7b": Published(belief_swap=hidden_states(8, 20), deviation=12),
+        "llava-13b": Published(belief_swap=hidden_states(10, 20)),
+    },
+)

@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
-from jaxid.families.llava import RENAMES, Llava, LlavaConfig, llava_keys
+from jaxid.families.base import Family
+from jaxid.families.llava import RENAMES, UNUSED, Llava, LlavaConfig, llava_keys
 from jaxid.nn.decoder_config import decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, linear, prefixed
@@ -207,10 +208,6 @@ def original_keys(config: LlavaVideoConfig) -> list[Key]:
     ]
 
 
-ONEVISION_RENAMES = (*RENAMES, (r"^model\.image_newline$", "image_newline"))
-"""Other spellings of the keys of Hugging Face's layout and their published form."""
-
-
 def pooling(length: int, mode: str) -> Float[np.ndarray, "new length"]:
     """The matrix that halves a row of values: rounded up where it interpolates, down where it averages pairs."""
     if mode == "average":
@@ -259,3 +256,22 @@ class LlavaVideo(Llava):
         grid = jnp.einsum("vy,myxd->mvxd", matrix, grid)
         grid = jnp.einsum("wx,mvxd->mvwd", matrix, grid)
         return rearrange(grid, "m v w d -> m (v w) d").astype(squares.dtype)
+
+
+ONEVISION = Family(
+    model_types=("llava_onevision",),
+    config=LlavaVideoConfig.from_hf,
+    network=LlavaVideo,
+    keys=onevision_keys,
+    renames=(*RENAMES, (r"^model\.image_newline$", "image_newline")),
+    unused=UNUSED,
+)
+
+ORIGINAL = Family(
+    model_types=("llava_qwen",),
+    config=LlavaVideoConfig.from_original,
+    network=LlavaVideo,
+    keys=original_keys,
+    unused=UNUSED,
+    aliases={"llava-video": "lmms-lab/LLaVA-Video-7B-Qwen2"},
+)

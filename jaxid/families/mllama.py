@@ -10,12 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family, Published, hidden_states
 from jaxid.kernels import attention
 from jaxid.nn.decoder import Decoder, Memory
 from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import check_parts, check_patches
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import LANGUAGE_MODEL, Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig, run_blocks
@@ -282,3 +283,15 @@ class Mllama(Network):
         mask = jnp.repeat(mask, self.config.vision_config.num_patches, axis=2)
         rows = mask.any(axis=2)
         return self.decoder.remember(states, mask | ~rows[:, :, None], rows)
+
+
+FAMILY = Family(
+    model_types=("mllama",),
+    config=MllamaConfig.from_hf,
+    network=Mllama,
+    keys=mllama_keys,
+    renames=RENAMES,
+    unused=ROTARY,
+    aliases={"llama-11b": "meta-llama/Llama-3.2-11B-Vision-Instruct", "llava-cot": "Xkev/Llama-3.2V-11B-cot"},
+    published={"llama-11b": Published(belief_swap=hidden_states(10, 20), deviation=14)},
+)

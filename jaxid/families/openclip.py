@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxid.errors import CheckpointError
-from jaxid.families.clip import CLIPConfig
+from jaxid.families.base import Family
+from jaxid.families.clip import CLIP, CLIPConfig
 from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.text import TextConfig
 from jaxid.nn.vision import VisionConfig
@@ -155,3 +156,12 @@ def openclip_keys(config: CLIPConfig) -> list[Key]:
 def kind_of(fields: Mapping[str, Any]) -> str:
     """The family by which a `model_cfg` is looked up."""
     return "open_clip_coca" if "multimodal_cfg" in fields else "open_clip"
+
+
+FAMILY = Family(
+    model_types=("open_clip",),
+    config=openclip_config,
+    network=CLIP,
+    keys=openclip_keys,
+    aliases={"openclip-b32": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"},
+)

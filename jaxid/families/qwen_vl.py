@@ -11,12 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family, Published, hidden_states
 from jaxid.kernels import attention, rope
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import check_parts
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import ROTARY, Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import BOOKKEEPING, Config, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig
@@ -276,3 +277,23 @@ class QwenVL(Network):
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens."""
         return self.tower.merge(self.tower_states(inputs)[-1])
+
+
+FAMILY = Family(
+    model_types=("qwen2_vl", "qwen2_5_vl"),
+    config=QwenVLConfig.from_hf,
+    network=QwenVL,
+    keys=qwen_vl_keys,
+    renames=RENAMES,
+    unused=ROTARY,
+    aliases={
+        "qwen2-2b": "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "qwen-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    },
+    published={
+        "qwen2-2b": Published(belief_swap=hidden_states(6, 16)),
+        "qwen-3b": Published(belief_swap=hidden_states(8, 18)),
+        "qwen-7b": Published(belief_swap=hidden_states(6, 16)),
+    },
+)

@@ -1,100 +1,46 @@
-"""Which families there are, and the aliases of published checkpoints."""
+"""Which families there are, and the short names of published checkpoints."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
 from jaxid.errors import CheckpointError
-from jaxid.families import gemma3, internvl, llava, llava_video, mllama, qwen_vl
-from jaxid.nn.keys import ROTARY, Key
+from jaxid.families import (
+    blip,
+    clip,
+    coca,
+    flava,
+    gemma3,
+    internvl,
+    llava,
+    llava_video,
+    mllama,
+    openclip,
+    qwen_vl,
+    siglip,
+)
+from jaxid.families.base import Family, Published
 
+_MODELS = (
+    llava.FAMILY,
+    qwen_vl.FAMILY,
+    mllama.FAMILY,
+    internvl.FAMILY,
+    gemma3.FAMILY,
+    llava_video.ORIGINAL,
+    llava_video.ONEVISION,
+)
+_ENCODERS = (clip.FAMILY, siglip.FAMILY, blip.FAMILY, flava.FAMILY, openclip.FAMILY, coca.FAMILY)
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """What the loader needs to know of one model family."""
+FAMILIES: Mapping[str, Family] = {name: family for family in _MODELS for name in family.model_types}
+"""Vision-language models by the `model_type` of their config.json."""
 
-    config: Callable[[dict[str, Any]], Any]  # from the parsed config.json
-    network: Callable[..., nnx.Module]  # (config, rngs=...) -> module
-    keys: Callable[[Any], list[Key]]  # key table of a config
-    renames: tuple[tuple[str, str], ...]  # other spellings of keys -> the table's
-    unused: tuple[str, ...]  # patterns of tensors that hold nothing learned
-
-
-FAMILIES: Mapping[str, Family] = {
-    "gemma3": Family(
-        config=gemma3.Gemma3Config.from_hf,
-        network=gemma3.Gemma3,
-        keys=gemma3.gemma3_keys,
-        renames=llava.RENAMES,
-        unused=llava.UNUSED,
-    ),
-    "internvl": Family(
-        config=internvl.InternVLConfig.from_hf,
-        network=internvl.InternVL,
-        keys=internvl.internvl_keys,
-        renames=internvl.RENAMES,
-        unused=ROTARY,
-    ),
-    "llava": Family(
-        config=llava.LlavaConfig.from_hf,
-        network=llava.Llava,
-        keys=llava.llava_keys,
-        renames=llava.RENAMES,
-        unused=llava.UNUSED,
-    ),
-    "llava_onevision": Family(
-        config=llava_video.LlavaVideoConfig.from_hf,
-        network=llava_video.LlavaVideo,
-        keys=llava_video.onevision_keys,
-        renames=llava_video.ONEVISION_RENAMES,
-        unused=llava.UNUSED,
-    ),
-    "llava_qwen": Family(
-        config=llava_video.LlavaVideoConfig.from_original,
-        network=llava_video.LlavaVideo,
-        keys=llava_video.original_keys,
-        renames=(),
-        unused=llava.UNUSED,
-    ),
-    "mllama": Family(
-        config=mllama.MllamaConfig.from_hf,
-        network=mllama.Mllama,
-        keys=mllama.mllama_keys,
-        renames=mllama.RENAMES,
-        unused=ROTARY,
-    ),
-    **{
-        name: Family(
-            config=qwen_vl.QwenVLConfig.from_hf,
-            network=qwen_vl.QwenVL,
-            keys=qwen_vl.qwen_vl_keys,
-            renames=qwen_vl.RENAMES,
-            unused=ROTARY,
-        )
-        for name in ("qwen2_vl", "qwen2_5_vl")
-    },
-}
-"""Families by the `model_type` of their config.json."""
+ENCODERS: Mapping[str, Family] = {name: family for family in _ENCODERS for name in family.model_types}
+"""CLIP-like models by the `model_type` of their config.json, and OpenCLIP's two."""
 
 ALIASES: Mapping[str, str] = {
-    "llava-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-13b": "llava-hf/llava-1.5-13b-hf",
-    "qwen2-2b": "Qwen/Qwen2-VL-2B-Instruct",
-    "qwen-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "qwen-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "llama-11b": "meta-llama/Llama-3.2-11B-Vision-Instruct",
-    "llava-cot": "Xkev/Llama-3.2V-11B-cot",
-    "internvl-1b": "OpenGVLab/InternVL3-1B-hf",
-    "internvl-2b": "OpenGVLab/InternVL3-2B-hf",
-    "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
-    "internvl-14b": "OpenGVLab/InternVL3-14B-hf",
-    "gemma-4b": "google/gemma-3-4b-it",
-    "gemma-12b": "google/gemma-3-12b-it",
-    "llava-video": "lmms-lab/LLaVA-Video-7B-Qwen2",
+    alias: repository for family in (*_MODELS, *_ENCODERS) for alias, repository in family.aliases.items()
 }
-"""Short names of published checkpoints."""
+"""Short names of published checkpoints, and their Hugging Face ids."""
 
 
 def kind_of(fields: Mapping[str, Any]) -> str:
@@ -106,14 +52,34 @@ def kind_of(fields: Mapping[str, Any]) -> str:
     return "llava_qwen" if kind == "llava" and "mm_vision_tower" in fields else str(kind)
 
 
-def family(model_type: str, where: str) -> Family:
+def family(model_type: str, where: str, known: Mapping[str, Family] = FAMILIES) -> Family:
     """The family of a checkpoint.
 
+    Args:
+        model_type: as `kind_of` gives it.
+        where: the file that names it.
+        known: the families to choose from, `FAMILIES` or `ENCODERS`.
+
     Raises:
-        CheckpointError: if it is none of those implemented.
+        CheckpointError: if it is none of them.
     """
-    if model_type not in FAMILIES:
+    if model_type not in known:
+        what = "vision-language" if known is FAMILIES else "CLIP-like"
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}."
+            f"{where}: model_type {model_type!r} is no {what} model that is supported; "
+            f"supported: {', '.join(sorted(known))}."
         )
-    return FAMILIES[model_type]
+    return known[model_type]
+
+
+def published(name: str) -> Published:
+    """The layers of published experiments in a checkpoint; none for one that was not published with them.
+
+    Args:
+        name: its alias or Hugging Face id.
+    """
+    for one in _MODELS:
+        for alias, layers in one.published.items():
+            if name in (alias, one.aliases[alias]):
+                return layers
+    return Published()

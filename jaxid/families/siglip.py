@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
+from jaxid.families.base import Family
+from jaxid.families.clip import UNUSED
 from jaxid.nn.dual import DualEncoder, Encoded, part
 from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, Config, LayerNorm, Linear, filled, join_heads, normal
@@ -131,3 +133,13 @@ class Siglip(DualEncoder):
         """Captions in the joint space; pooled at the last token, padding or not, as the model was trained."""
         tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
         return Encoded(tokens, tokens[:, -1])
+
+
+FAMILY = Family(
+    model_types=("siglip",),
+    config=SiglipConfig.from_hf,
+    network=Siglip,
+    keys=siglip_keys,
+    unused=UNUSED,
+    aliases={"siglip-b16": "google/siglip-base-patch16-224"},
+)

@@ -23,7 +23,7 @@ from jaxid.dcsm.scoring import Scorer, score
 from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.families.base import Encoder
-from jaxid.families.encoders import ENCODER_ALIASES, ENCODERS
+from jaxid.families.registry import ALIASES, ENCODERS
 from jaxid.io import ensure_output_folder, read_json, reading, write_json, write_text
 from jaxid.kernels import similarity
 from jaxid.prompts.pictures import open_picture
@@ -35,7 +35,7 @@ SCORER_FILE = "scorer.safetensors"
 
 def own_scorer(model: str) -> Path | None:
     """The scorer in a model's folder, if there is one."""
-    path = find_folder(ENCODER_ALIASES.get(model, model)) / SCORER_FILE
+    path = find_folder(ALIASES.get(model, model)) / SCORER_FILE
     return path if path.is_file() else None
 
 
@@ -48,7 +48,7 @@ def find_scorer(model: str, path: Path | None) -> Scorer:
     """
     found = own_scorer(model) if path is None else path
     if found is None:
-        folder = find_folder(ENCODER_ALIASES.get(model, model))
+        folder = find_folder(ALIASES.get(model, model))
         kind = read_json(folder / "config.json", CheckpointError, missing={}).get("model_type")
         if kind is not None and kind not in ENCODERS:
             raise CheckpointError(f"{folder}: model_type {kind!r} is no CLIP-like model; give one.")

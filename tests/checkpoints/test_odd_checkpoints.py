@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from jaxid.checkpoints.loading import abstract_parameters, as_stored, find_folder, load, parsed
 from jaxid.checkpoints.tensors import TensorFolder, load_parameters
 from jaxid.errors import CheckpointError, JaxidError
-from jaxid.families.encoders import ENCODERS
 from jaxid.families.openclip import ARCHITECTURES
-from jaxid.families.registry import FAMILIES
+from jaxid.families.registry import ENCODERS, FAMILIES
 from jaxid.io import reading
 
 BY_NAME = {case.name: case for case in EVERY}

@@ -15,8 +15,8 @@ from jaxid.checkpoints.loading import abstract_parameters, load_network
 from jaxid.checkpoints.openclip import open_weights
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Encoder
-from jaxid.families.encoders import ENCODERS
 from jaxid.families.openclip import ARCHITECTURES, kind_of
+from jaxid.families.registry import ENCODERS
 from jaxid.kernels.similarity import unit
 from jaxid.nn.text import TextConfig
 

@@ -10,7 +10,7 @@ import transformers
 from flax import nnx
 
 from jaxid.checkpoints.loading import abstract_parameters
-from jaxid.families.encoders import ENCODERS
+from jaxid.families.registry import ENCODERS
 
 LARGE = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
