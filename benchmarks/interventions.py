@@ -271,7 +271,7 @@ def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] =
     found = {}
     for count in counts:
         chosen = np.array([layers[number % len(layers)] for number in range(count)])
-        push = add(layer=chosen, at=word, vector=vectors[:count])
+        push = add(layer=chosen, positions=word, vector=vectors[:count])
 
         def call(push: Any = push) -> np.ndarray:
             return np.asarray(rerun(model, recorded, push).logprobs(work.batch.answers))

@@ -56,7 +56,7 @@ def steer(
         Log-probabilities of the answers in the control trace, and after every edit.
     """
     clean, edited = [], []
-    read = sorted({edit.layer for edit in edits if edit.factor is not None})
+    read = sorted({edit.layer for edit in edits if edit.strength is not None})
     with torch.inference_mode():
         for row in range(len(batch.last)):
             prompt = batch.prompt(row)
@@ -138,10 +138,10 @@ def _steer(model: Any, prompt: Batch, run: _Run, edits: Sequence[Edit]) -> list[
         for edit in edits:
             with tracer.invoke(inputs_embeds=run.embeddings):
                 vectors = edit.vectors[0]
-                if edit.factor is not None:
-                    lengths = run.states[edit.layer][0, edit.at[0]].norm(dim=-1, keepdim=True)
-                    vectors = edit.factor * lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-                decoder.layers[edit.layer].output[:, edit.at[0]] += vectors
+                if edit.strength is not None:
+                    lengths = run.states[edit.layer][0, edit.positions[0]].norm(dim=-1, keepdim=True)
+                    vectors = edit.strength * lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+                decoder.layers[edit.layer].output[:, edit.positions[0]] += vectors
                 found.append(torch.log_softmax(model.lm_head.output[:, -1], dim=-1)[:, prompt.answers])
     return found
 
@@ -152,7 +152,7 @@ def _swap(model: Any, prompt: Batch, run: _Run, intervened: _Run, swaps: Sequenc
         found = nnsight.save([])
         for swap in swaps:
             with tracer.invoke(inputs_embeds=run.embeddings):
-                at = swap.at[0]
+                at = swap.positions[0]
                 decoder.layers[swap.layer].output[:, at] = intervened.states[swap.layer][:, at]
                 found.append(torch.log_softmax(model.lm_head.output[:, -1], dim=-1)[:, prompt.answers])
     return found

@@ -59,19 +59,19 @@ class Edit:
 
     Attributes:
         layer: the block, 0-based.
-        at: positions, Int[B, P].
+        positions: Int[B, P].
         vectors: Float[B, P, D].
-        factor: where given, each vector is rescaled to factor * |control activation at its position|.
+        strength: where given, each vector is rescaled to strength * |control activation at its position|.
     """
 
     layer: int
-    at: Int[Tensor, "B P"]
+    positions: Int[Tensor, "B P"]
     vectors: Float[Tensor, "B P D"]
-    factor: float | None = None
+    strength: float | None = None
 
     def prompt(self, row: int) -> "Edit":
         """The edit of one prompt."""
-        return dataclasses.replace(self, at=self.at[row : row + 1], vectors=self.vectors[row : row + 1])
+        return dataclasses.replace(self, positions=self.positions[row : row + 1], vectors=self.vectors[row : row + 1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,15 @@ class Swap:
 
     Attributes:
         layer: the block, 0-based.
-        at: positions, Int[B, P]; shorter rows are filled up with a position that they hold already.
+        positions: Int[B, P]; shorter rows are filled up with a position that they hold already.
     """
 
     layer: int
-    at: Int[Tensor, "B P"]
+    positions: Int[Tensor, "B P"]
 
     def prompt(self, row: int) -> "Swap":
         """The swap of one prompt."""
-        return dataclasses.replace(self, at=self.at[row : row + 1])
+        return dataclasses.replace(self, positions=self.positions[row : row + 1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _swap(network: Any, prompt: Batch, intervened: Batch, swap: Swap) -> tuple[T
     values: list[Tensor] = []
     with _hooked(network, swap.layer, _record(values)):
         changed = log_probs(network, intervened)
-    with _hooked(network, swap.layer, _replace(values[0], swap.at)):
+    with _hooked(network, swap.layer, _replace(values[0], swap.positions)):
         return control, changed, log_probs(network, prompt)
 
 
@@ -242,17 +242,17 @@ def _control_and_patched(network: Any, batch: Batch, edits: Sequence[Edit]) -> t
     norms: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for edit in edits:
-            if edit.factor is not None and edit.layer not in norms:
-                norms[edit.layer] = torch.empty(edit.at.shape)
-                hooks.enter_context(_hooked(network, edit.layer, _record_norms(norms[edit.layer], edit.at)))
+            if edit.strength is not None and edit.layer not in norms:
+                norms[edit.layer] = torch.empty(edit.positions.shape)
+                hooks.enter_context(_hooked(network, edit.layer, _record_norms(norms[edit.layer], edit.positions)))
         clean = log_probs(network, batch)
     patched = []
     for edit in edits:
         vectors = edit.vectors
-        if edit.factor is not None:
+        if edit.strength is not None:
             unit = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            vectors = edit.factor * norms[edit.layer][..., None] * unit
-        with _hooked(network, edit.layer, _add(vectors, edit.at)):
+            vectors = edit.strength * norms[edit.layer][..., None] * unit
+        with _hooked(network, edit.layer, _add(vectors, edit.positions)):
             patched.append(log_probs(network, batch))
     return clean, patched
 

@@ -59,7 +59,7 @@ def steer(
 
     def one(row: int) -> np.ndarray:
         mine = [edit.prompt(row) for edit in edits]
-        start = min(int(edit.at.min()) for edit in mine)
+        start = min(int(edit.positions.min()) for edit in mine)
         run = _run(network, batch.prompt(row), batch.pixels[row], start)
         places: dict[int, list[int]] = defaultdict(list)
         for place, edit in enumerate(mine):
@@ -79,10 +79,10 @@ def steer(
 def _edited(run: Pass, edit: Edit) -> Float[Tensor, "S D"]:
     """The kept tokens of the control pass after an edit of one prompt."""
     states = run.states[edit.layer + 1].clone()
-    at, vectors = edit.at[0] - run.start, edit.vectors[0]
-    if edit.factor is not None:
+    at, vectors = edit.positions[0] - run.start, edit.vectors[0]
+    if edit.strength is not None:
         lengths = states[at].norm(dim=-1, keepdim=True)
-        vectors = edit.factor * lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        vectors = edit.strength * lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     states[at] += vectors
     return states
 
@@ -115,7 +115,7 @@ def swap(network: Packed, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: 
         # The rows of a set of tokens share the keys and values of one pass; by that pass and the first token anew.
         places: dict[tuple[bool, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for place, edit in enumerate(swaps):
-            at = edit.at[row].unique()
+            at = edit.positions[row].unique()
             if torch.equal(at, picture):
                 places[True, start][edit.layer].append(place)
             elif at[0] >= start:
@@ -130,7 +130,7 @@ def swap(network: Packed, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: 
                 states = clean.states[layer + 1].expand(len(chosen), -1, -1).clone()
                 if not is_picture:
                     for states_of_row, place in zip(states, chosen, strict=True):
-                        at = swaps[place].at[row] - start
+                        at = swaps[place].positions[row] - start
                         states_of_row[at] = changed.states[layer + 1, at]
                 joins[layer] = states[:, first - start :]
                 order += chosen

@@ -172,7 +172,7 @@ def steer(
     with torch.inference_mode():
         for row in range(len(batch.last)):
             mine = [edit.prompt(row) for edit in edits]
-            start = min(int(edit.at.min()) for edit in mine)
+            start = min(int(edit.positions.min()) for edit in mine)
             source = run(network, batch.prompt(row).token_ids[0], batch.pixels[row], start)
             joins = [(edit.layer, _edited(source, edit)) for edit in mine]
             last = torch.cat([source.states[-1, -1:], resume(network, source, start, joins)])
@@ -183,10 +183,10 @@ def steer(
 
 def _edited(source: Control, edit: Edit) -> Float[Tensor, "S D"]:
     states = source.states[edit.layer + 1].clone()
-    at, vectors = edit.at[0] - source.start, edit.vectors[0]
-    if edit.factor is not None:
+    at, vectors = edit.positions[0] - source.start, edit.vectors[0]
+    if edit.strength is not None:
         lengths = states[at].norm(dim=-1, keepdim=True)
-        vectors = edit.factor * lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        vectors = edit.strength * lengths * vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     states[at] += vectors
     return states
 
@@ -207,7 +207,7 @@ def swap(network: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Seq
             kinds: dict[tuple[bool, int], list[int]] = {}
             joins: list[tuple[int, Tensor]] = []
             for number, edit in enumerate(swaps):
-                at = edit.at[row].unique()
+                at = edit.positions[row].unique()
                 whole = torch.equal(at, picture)
                 if not whole and int(at[0]) < start:
                     raise ValueError("a swap is of all picture tokens, or of tokens after the picture.")

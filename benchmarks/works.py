@@ -242,7 +242,7 @@ def _swaps(work: Setting) -> list[Any]:
     from jaxid.experiments import activation_swap
 
     return [
-        published.Swap(layer=layer, at=torch.from_numpy(places.astype(np.int64)))
+        published.Swap(layer=layer, positions=torch.from_numpy(places.astype(np.int64)))
         for places in activation_swap.token_sets(work.batch).values()
         for layer in range(work.model.num_layers)
     ]
@@ -262,7 +262,9 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
     layers = steering_layers(model)
     pushes = np.asarray(steering.cell_vectors(work.ids, "horizontal", layers))
     steering_edits = [
-        published.Edit(layer=layer, at=at[:, :1], vectors=torch.from_numpy(np.tile(pushes[row, x, y], (count, 1, 1))))
+        published.Edit(
+            layer=layer, positions=at[:, :1], vectors=torch.from_numpy(np.tile(pushes[row, x, y], (count, 1, 1)))
+        )
         for row, layer in enumerate(layers)
         for x in range(4)
         for y in range(4)
@@ -275,7 +277,7 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
     ids = np.stack([subject, -subject], axis=2)
     noise = np.asarray(belief_swap.noise(SEED, np.arange(count), model.num_layers, model.width))
     belief_edits = [
-        published.Edit(layer=layer, at=at, vectors=torch.from_numpy(vectors[layer].copy()), factor=1.0)
+        published.Edit(layer=layer, positions=at, vectors=torch.from_numpy(vectors[layer].copy()), strength=1.0)
         for vectors in (ids, noise)
         for layer in range(model.num_layers)
     ]

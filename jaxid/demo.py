@@ -85,7 +85,7 @@ def word_coordinates(model: Model, ids: SpatialIDs, words: list[str]) -> Float[n
     """Words without a picture, read at their own token, less their mean, and projected in the ID plane (Figure 5)."""
     prompts = model.prepare(None, words)
     at = jnp.asarray(prompts.word(words))[:, None]
-    captured = forward(model, prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"]
+    captured = forward(model, prompts, capture=Capture(("resid_post",), positions=at)).captured["resid_post"]
     activations = np.asarray(captured)[:, :, 0]
     centred = activations - activations.mean(axis=1, keepdims=True)
     return np.asarray(ids.plane_coordinates(jnp.asarray(centred)))

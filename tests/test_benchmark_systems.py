@@ -109,14 +109,14 @@ def case(modules: Any) -> Case:
         words=words,
         mirrored=batch.pixels.flip(-1),
         # Not in the order of the layers, and some of one layer.
-        steering=[edit(layer=layer, at=words[:, :1], vectors=vectors(1)) for layer in (2, 1, 2, 0)],
+        steering=[edit(layer=layer, positions=words[:, :1], vectors=vectors(1)) for layer in (2, 1, 2, 0)],
         belief_swap=[
-            edit(layer=layer, at=words, vectors=vectors(2), factor=factor)
-            for factor in (1.0, 3.0)
+            edit(layer=layer, positions=words, vectors=vectors(2), strength=strength)
+            for strength in (1.0, 3.0)
             for layer in range(LAYERS)
         ],
         swaps=[
-            swap(layer=layer, at=at)
+            swap(layer=layer, positions=at)
             for at in (torch.arange(3, 3 + PICTURE).expand(2, -1), text, words)
             for layer in reversed(range(LAYERS))
         ],
@@ -210,13 +210,13 @@ def change_of(edit: Any, row: int, control: list[torch.Tensor], intervened: list
         if number != edit.layer:
             return states
         edited = states.clone()
-        for index, place in enumerate(edit.at[row].tolist()):
+        for index, place in enumerate(edit.positions[row].tolist()):
             if not hasattr(edit, "vectors"):
                 edited[place] = intervened[number + 1][place]
                 continue
             vector = edit.vectors[row, index]
-            if edit.factor is not None:
-                vector = vector * edit.factor * control[number + 1][place].norm() / vector.norm()
+            if edit.strength is not None:
+                vector = vector * edit.strength * control[number + 1][place].norm() / vector.norm()
             edited[place] = states[place] + vector
         return edited
 
@@ -289,7 +289,7 @@ def test_systems_leave_the_network_as_it_was(modules: Any, folder: Path, network
 def test_rewritten_refuses_swaps_it_would_get_wrong(modules: Any, network: Any, case: Case) -> None:
     rewritten, packed, swap = modules("rewritten"), modules("packed"), modules("published").Swap
     for places in ([3], [3, 20], [0]):
-        wrong = swap(layer=0, at=torch.tensor([places, places]))
+        wrong = swap(layer=0, positions=torch.tensor([places, places]))
         with pytest.raises(ValueError, match="all picture tokens, or of tokens after"):
             rewritten.swap(packed.Packed(network), case.batch, case.mirrored, [wrong])
 

@@ -188,13 +188,13 @@ def test_one_by_one_equals_batched_on_padded_prompts(modules: Any, folder: Path)
     at = torch.tensor([[40, 42], [41, 43]])
     vectors = torch.from_numpy(rng.standard_normal((2, 2, 48)).astype(np.float32))
     edits = [
-        published.Edit(layer=layer, at=at, vectors=scale * vectors, factor=factor)
-        for layer, scale, factor in itertools.product(range(3), (1.0, 7.0), (None, 2.0))
+        published.Edit(layer=layer, positions=at, vectors=scale * vectors, strength=strength)
+        for layer, scale, strength in itertools.product(range(3), (1.0, 7.0), (None, 2.0))
     ]
     clean, edited = published.batched(network, batch, edits)
     for mine, other in zip(published.one_by_one(network, batch, edits), (clean, edited), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5)
-    # By layer, scale and factor: a word's edit acts, but not after the last block, which nobody reads there; and
+    # By layer, scale and strength: a word's edit acts, but not after the last block, which nobody reads there; and
     # the vectors' own length matters unless they are rescaled.
     edited = edited.reshape(3, 2, 2, 2, 2)
     assert (np.abs(edited[:2] - clean).max(axis=-1) > 1e-3).all()

@@ -55,7 +55,7 @@ def words(case: Case) -> np.ndarray:
 def test_a_trace_is_the_clean_pass(case: Case) -> None:
     model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
     at = words(case)
-    clean = forward(model, prompts, capture=Capture(("embed", "resid_post"), at=jnp.asarray(at)))
+    clean = forward(model, prompts, capture=Capture(("embed", "resid_post"), positions=jnp.asarray(at)))
     assert distance(recorded.logits, clean.logits) < EXACT
     states = np.concatenate([clean.captured["embed"][None], clean.captured["resid_post"]])
     assert distance(recorded.at(at), states) < EXACT
@@ -106,7 +106,7 @@ def test_wanted_tokens_are_those_of_the_whole_pass(case: Case) -> None:
 
     def run(parameters: Any, wanted: Any) -> Any:
         network = nnx.merge(model.definition, nnx.State(parameters))
-        return network(inputs, push, Capture(SITES, at=at), wanted)
+        return network(inputs, push, Capture(SITES, positions=at), wanted)
 
     whole, some = (jax.jit(run)(model.parameters, wanted) for wanted in (None, at[:, ::-1]))
     assert distance(some.hidden, jnp.take_along_axis(whole.hidden, at[:, ::-1, None], axis=1)) < EXACT
@@ -158,7 +158,7 @@ def test_a_swap_of_the_picture(case: Case) -> None:
         assert distance(swapped[first:], np.broadcast_to(theirs.logits, swapped[first:].shape)) > 1e-3
         return
     at = prompts.image_tokens()
-    everything = forward(model, theirs.prompts, capture=Capture(("resid_post",), at=jnp.asarray(at)))
+    everything = forward(model, theirs.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(at)))
     by_hand = replace(layers, at, everything.captured["resid_post"])
     assert distance(swapped, forward(model, prompts, by_hand).logits) < EXACT
     assert distance(swapped[0], ours.logits) > 1e-3
@@ -179,7 +179,7 @@ def test_experiments_run(case: Case) -> None:
     shown = fixtures.shown(case)
     batch = prepare_questions(model, shown, asked, names, axis="horizontal", answers=answers, truth=[0, 1])
     found = belief_swap.run(model, batch, oracle.ids(model.num_layers, model.width), layers=[0], max_new_tokens=2)
-    states = forward(model, batch.prompts, capture=Capture(("resid_post",), at=jnp.asarray(batch.words)))
+    states = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(batch.words)))
     norms = jnp.linalg.norm(states.captured["resid_post"][0].astype(jnp.float32), axis=-1)
     ids, believed = oracle.ids(model.num_layers, model.width), found.control.argmax(axis=-1)
     pushes = np.asarray(belief_swap.directions(ids, "horizontal", believed, np.array([0])))[0]

@@ -171,7 +171,9 @@ def inside(edit: Any, last: np.ndarray) -> Any:
         return chain(*(inside(part, last) for part in edit.parts))
     if not isinstance(edit, Edit):
         return edit
-    return dataclasses.replace(edit, at=np.where(edit.at <= last[:, None], edit.at, edit.at[..., :1]))
+    return dataclasses.replace(
+        edit, positions=np.where(edit.positions <= last[:, None], edit.positions, edit.positions[..., :1])
+    )
 
 
 @functools.cache

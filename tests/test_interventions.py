@@ -131,7 +131,7 @@ def test_sweep_axes() -> None:
     vectors = RNG.standard_normal((2, 3, B, D)).astype(np.float32)
     swept = add(layers, [1, 4], vectors, factors)
     assert sweep_shape(swept) == (2, 3)
-    assert swept.at.shape == (2, 3, B, 1) and swept.vector.shape == (2, 3, B, 1, D)
+    assert swept.positions.shape == (2, 3, B, 1) and swept.vector.shape == (2, 3, B, 1, D)
     for index in np.ndindex(2, 3):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], swept)
         alone = add(layers[index], [1, 4], vectors[index], factors[index])
@@ -233,7 +233,7 @@ def test_tensors_of_pytorch_are_vectors() -> None:
     ):
         np.testing.assert_array_equal(add(3, [1], tensor).vector[0, 0], VECTOR)
         np.testing.assert_array_equal(scale(3, [1], tensor[0]).strength, VECTOR[0])
-    assert add(torch.tensor(3), torch.tensor([1]), VECTOR).at.tolist() == [[1]]
+    assert add(torch.tensor(3), torch.tensor([1]), VECTOR).positions.tolist() == [[1]]
 
 
 def test_lists_of_traced_numbers_are_strengths() -> None:
@@ -312,7 +312,7 @@ def test_what_cannot_be_stacked(edits: Any, named: str) -> None:
 
 def test_stacks_stay_on_the_host_where_they_are_known() -> None:
     whole = stack(add(layer, [1, 4], VECTOR) for layer in (2, 3))
-    assert isinstance(whole.at, np.ndarray) and whole.layer.tolist() == [2, 3]
+    assert isinstance(whole.positions, np.ndarray) and whole.layer.tolist() == [2, 3]
     assert whole.reach is not None and whole.reach.position.tolist() == [1, 4]
 
 
@@ -327,15 +327,15 @@ def test_chains_of_what_is_no_intervention() -> None:
     [
         (lambda: add(3, [1], VECTOR, site="resid"), "'resid' is not one of embed, resid_pre, attn_out"),
         (lambda: add(1.0, [1], VECTOR), "`layer` must hold integers, not float64"),
-        (lambda: add(3, [1.5], VECTOR), "`at` must hold integers, not float64"),
-        (lambda: add(3, [True], VECTOR), "`at` must hold integers, not bool"),
-        (lambda: add(3, 1, VECTOR), "`at` must have shape [B] or [B, P], not []"),
+        (lambda: add(3, [1.5], VECTOR), "`positions` must hold integers, not float64"),
+        (lambda: add(3, [True], VECTOR), "`positions` must hold integers, not bool"),
+        (lambda: add(3, 1, VECTOR), "`positions` must have shape [B] or [B, P], not []"),
         (lambda: add(3, [[[1]]], VECTOR), "not [1, 1, 1]"),
         (lambda: add([1, 2], [1], VECTOR), "`vector` of shape [4] does not fit: expected [2, D]"),
         (lambda: add(3, [1], 2.0), "`vector` of shape [] does not fit"),
         (lambda: add(3, [1], np.ones((1, 1, 1, D), np.float32)), "`vector` of shape [1, 1, 1, 4]"),
-        (lambda: add(3, [1, 4], np.ones((3, D), np.float32)), "`vector` is for 3 prompts, but `at` names 2"),
-        (lambda: add(3, [[1, 4]], np.ones((1, 3, D), np.float32)), "`vector` is for 3 positions, but `at` names 2"),
+        (lambda: add(3, [1, 4], np.ones((3, D), np.float32)), "`vector` is for 3 prompts, but `positions` names 2"),
+        (lambda: add(3, [[1, 4]], np.ones((1, 3, D), np.float32)), "`vector` is for 3 positions, but `positions` names 2"),
         (lambda: add(3, [1], VECTOR, [1.0, 2.0]), "strength of shape [2] does not fit sweep axes []"),
         (lambda: scale([1, 2], [1], [1.0, 2.0, 3.0]), "strength of shape [3] does not fit sweep axes [2]"),
         (lambda: chain(scale([1, 2], [1], 1.0), scale(1, [1], 1.0)), "different sweep axes: [(), (2,)]"),

@@ -87,7 +87,7 @@ def test_traced_layers_of_chains_and_sweeps() -> None:
 def test_traced_layers_of_image_swaps(beside: bool) -> None:
     model, prompts, ours, theirs = fixtures.model(GQA), fixtures.prompts(GQA), fixtures.recorded(GQA), mirrored()
     places = prompts.image_tokens()
-    found = forward(model, theirs.prompts, clean, Capture(("resid_post",), at=places)).captured["resid_post"]
+    found = forward(model, theirs.prompts, clean, Capture(("resid_post",), positions=places)).captured["resid_post"]
     edits = [add(0, prompts.last(), vectors())] * beside
     again = jax.jit(lambda layer: rerun(model, ours, chain(swap(theirs, layer, "image"), *edits)).hidden)
     full = jax.jit(lambda layer: forward(model, prompts, chain(replace(layer, places, found[layer]), *edits)).hidden)
@@ -134,7 +134,9 @@ def test_traced_positions_that_are_read_give_nan() -> None:
     model, prompts, recorded = fixtures.model(GQA), fixtures.prompts(GQA), fixtures.recorded(GQA)
     whole = forward(model, prompts, clean, Capture(("embed", "resid_post"))).captured
     states = np.concatenate([np.asarray(whole["embed"])[None], whole["resid_post"]])
-    captured = jax.jit(lambda at: forward(model, prompts, clean, Capture(("embed", "resid_post"), at=at)).captured)
+    captured = jax.jit(
+        lambda at: forward(model, prompts, clean, Capture(("embed", "resid_post"), positions=at)).captured
+    )
     readers = {"at": jax.jit(recorded.at), "residuals": jax.jit(lambda at: residuals_at(model, prompts, at))}
     for at in [*POSITIONS, np.array([12, 19])]:
         here = inside(at)
@@ -181,11 +183,11 @@ REFUSED: list[tuple[Any, str]] = [
     ([17, 2**32 + 17], "out of range"),
     ([17, 18, 19], "3 prompts"),
     ([[17]] * 3, "3 prompts"),
-    ([17.0, 18.0], "`at` must hold integers, not float64"),
-    ([True, False], "`at` must hold integers, not bool"),
-    (["17", "18"], "`at` must hold integers"),
-    ([[17], [17, 18]], "`at` cannot be read as an array of integers"),
-    (17, r"`at` must have shape \[B\] or \[B, P\], not \[\]"),
+    ([17.0, 18.0], "`positions` must hold integers, not float64"),
+    ([True, False], "`positions` must hold integers, not bool"),
+    (["17", "18"], "`positions` must hold integers"),
+    ([[17], [17, 18]], "`positions` cannot be read as an array of integers"),
+    (17, r"`positions` must have shape \[B\] or \[B, P\], not \[\]"),
     (np.zeros((2, 0), int), "names no positions"),
 ]
 
@@ -199,7 +201,7 @@ def test_positions_that_a_prompt_does_not_have(at: Any, named: str) -> None:
         lambda: rerun(model, recorded, add([0, 1], at, vectors(2))),
         lambda: trace(model, prompts, add(1, at, vectors())),
         lambda: generate(model, prompts, add(1, at, vectors())),
-        lambda: forward(model, prompts, clean, Capture(("embed",), at=at)),
+        lambda: forward(model, prompts, clean, Capture(("embed",), positions=at)),
         lambda: recorded.at(at),
         lambda: residuals_at(model, prompts, at),
         lambda: rerun(model, recorded, swap(recorded, 1, at)),
@@ -240,7 +242,7 @@ def test_edits_made_by_hand_are_checked_too() -> None:
     edit = add(1, [17, 17], vectors())
     for field, value, named in (
         ("layer", np.array(-1, np.int32), "layer -1 is out of range"),
-        ("at", -edit.at, "position -17 is negative"),
+        ("positions", -edit.positions, "position -17 is negative"),
     ):
         wrong = Edit(**{**vars(edit), field: value})
         for run in (lambda edit: forward(model, prompts, edit), lambda edit: rerun(model, recorded, edit)):
@@ -257,7 +259,7 @@ def test_shapes_that_captures_take_as_edits_do() -> None:
     word = prompts.word("fish")
     given: list[Any] = [word, word.tolist(), jnp.asarray(word)[:, None], [[17, 14]]]
     for at, place in zip(given, [word[:, None]] * 3 + [np.array([[17, 14]] * 2)], strict=True):
-        found = forward(model, prompts, clean, Capture(("mlp_out",), at=at)).captured["mlp_out"]
+        found = forward(model, prompts, clean, Capture(("mlp_out",), positions=at)).captured["mlp_out"]
         np.testing.assert_allclose(found, whole[:, [[0], [1]], place], atol=1e-5)
 
 

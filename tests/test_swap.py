@@ -116,7 +116,7 @@ def test_text(what: str, model: Model, ours: Trace) -> None:
 def test_one_word_and_one_layer(ours: Trace) -> None:
     at = ours.prompts.word("fish")
     single = swap(mirrored(), 1, at)
-    assert single.sweep_shape == () and single.at.shape == (2, 1) and single.vector.shape == (2, 1, 32)
+    assert single.sweep_shape == () and single.positions.shape == (2, 1) and single.vector.shape == (2, 1, 32)
     np.testing.assert_allclose(single.vector[:, 0], activations()[1][np.arange(2), at], atol=1e-5)
     assert swap(mirrored(), [[0], [2]], "image").sweep_shape == (2, 1)
 
@@ -134,7 +134,7 @@ def test_one_word_and_one_layer(ours: Trace) -> None:
         ),
         ([0, -1], "text", "layer -1 is out of range"),
         (1.0, "image", "`layer` must hold integers, not float64"),
-        (1, "picture", '`at` is "image", "text" or positions, not \'picture\''),
+        (1, "picture", '`positions` is "image", "text" or positions, not \'picture\''),
         (1, np.array([4, 14]), "position 4 is not among the text tokens after the picture"),
         (1, np.array([[14, 40], [14, 15]]), "position 40 lies outside prompt 0, which ends at 26"),
     ],

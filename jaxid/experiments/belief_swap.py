@@ -161,7 +161,7 @@ def run(
     drawn = noise(seed, np.arange(count) if numbers is None else numbers, model.num_layers, model.width)[chosen]
     vectors = jnp.stack([rescaled(pushes, norms, strengths), rescaled(drawn, norms, strengths)])
     sweep_layers = np.broadcast_to(chosen[None, :, None], vectors.shape[:3])
-    edit: Edit = add(layer=sweep_layers, at=words, vector=vectors)
+    edit: Edit = add(layer=sweep_layers, positions=words, vector=vectors)
     steered_texts = np.full((*vectors.shape[:3], count), "", object)
     if max_new_tokens:
         swapped = generate(model, recorded, edit, max_new_tokens=max_new_tokens)
@@ -191,7 +191,7 @@ def occurrence_norms(model: Model, batch: RelationBatch, written: Generation) ->
     most = int(same.sum(axis=1).max())
     order = np.argsort(~same, axis=1, kind="stable")[:, :most]  # places of the word first, [B, most, 2]
     at = order.transpose(0, 2, 1).reshape(rows, 2 * most)
-    found = forward(model, longer, capture=Capture(("resid_post",), at=jnp.asarray(at))).captured["resid_post"]
+    found = forward(model, longer, capture=Capture(("resid_post",), positions=jnp.asarray(at))).captured["resid_post"]
     counted = np.take_along_axis(same, order, axis=1).transpose(0, 2, 1)  # [B, 2, most]
     squares = jnp.square(found.astype(jnp.float32)).sum(axis=-1).reshape(-1, rows, 2, most)
     return jnp.sqrt(jnp.where(counted, squares, 0.0).sum(axis=-1))

@@ -114,7 +114,7 @@ def run(
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
     truths = ids.at_box(chosen, boxes, (1.0, 1.0), half_cell=compat != "reference")
     words = batch.words[:, :2]
-    shown = forward(model, batch.prompts, capture=Capture(("resid_post",), at=jnp.asarray(words)))
+    shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(words)))
     text = model.prepare(None, list(batch.prompts.questions))
     alone = residuals_at(model, text, text.words(names))[1:]
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)

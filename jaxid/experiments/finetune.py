@@ -284,7 +284,7 @@ def loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The whole loss of a small batch and its parts; see the module, and `group_batch` for the arrays."""
     network = nnx.merge(definition, nnx.State(parameters))
-    capture = Capture(("resid_post",), at=batch["word"][:, None])
+    capture = Capture(("resid_post",), positions=batch["word"][:, None])
     output = network(Inputs(**batch["inputs"]), clean, capture, batch["places"])
     matrix = network.decoder.unembed_matrix()
     logits = jnp.einsum("bnd,dv->bnv", output.hidden, matrix, preferred_element_type=jnp.float32)

@@ -82,7 +82,7 @@ def run(
     else:
         vectors = cell_vectors(ids, batch.axis, layers)
     sweep = np.broadcast_to(chosen[:, None, None], vectors.shape[:3])
-    edit = add(layer=sweep, at=at, vector=multiplier * vectors)
+    edit = add(layer=sweep, positions=at, vector=multiplier * vectors)
     steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
     return Steering(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered), compat=compat)
 
@@ -129,7 +129,7 @@ def single(
         push = ids[id_layer, x1, y1] - ids[id_layer, x2, y2]
     vectors = multiplier * jnp.stack([push, -push])[None, None]  # [1, 1, 2, D]
     chosen = np.asarray(list(layers))
-    edit = add(layer=chosen, at=at, vector=jnp.broadcast_to(vectors, (len(chosen), *vectors.shape[1:])))
+    edit = add(layer=chosen, positions=at, vector=jnp.broadcast_to(vectors, (len(chosen), *vectors.shape[1:])))
     steered = batch.read(rerun(model, recorded, edit))
     return Steering(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered), compat=compat)
 

@@ -248,6 +248,6 @@ def run_steering(
     chosen = np.asarray(list(layers))
     vectors = frame_vectors(ids, layers)
     sweep = np.broadcast_to(chosen[:, None], vectors.shape[:2])
-    edit: Any = add(layer=sweep, at=batch.second, vector=multiplier * vectors)
+    edit: Any = add(layer=sweep, positions=batch.second, vector=multiplier * vectors)
     steered = batch.asked.read(rerun(model, recorded, edit, chunk=chunk))
     return Steering(control=np.asarray(batch.asked.read(recorded)), steered=np.asarray(steered), compat=compat)

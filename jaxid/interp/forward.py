@@ -134,22 +134,24 @@ def forward(
         raise InputError(f"capture names unknown sites {sorted(unknown)}; known: {', '.join(SITES)}.")
     check(model, prompts, intervention)
     intervention = as_pytree(intervention)
-    at = None if capture.at is None else checked_positions(prompts, capture.at)
+    positions = None if capture.positions is None else checked_positions(prompts, capture.positions)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
     depth = len(sweep_shape(intervention))
-    wanted = Capture(capture.sites, at)
+    wanted = Capture(capture.sites, positions)
     hidden, captured = _run(model.definition, model.parameters, inputs, intervention, wanted, depth=depth, chunk=chunk)
     return Output(
-        hidden=hidden, captured={name: nan_outside(prompts, at, value) for name, value in captured.items()}, model=model
+        hidden=hidden,
+        captured={name: nan_outside(prompts, positions, value) for name, value in captured.items()},
+        model=model,
     )
 
 
-def checked_positions(prompts: Prompts, at: Any, new_tokens: int = 0) -> Int[AnyArray, "B P"]:
+def checked_positions(prompts: Prompts, positions: Any, new_tokens: int = 0) -> Int[AnyArray, "B P"]:
     """Positions in every prompt of a batch.
 
     Args:
         prompts: the batch.
-        at: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
+        positions: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
         new_tokens: how many tokens may follow the prompts.
 
     Returns:
@@ -158,30 +160,30 @@ def checked_positions(prompts: Prompts, at: Any, new_tokens: int = 0) -> Int[Any
     Raises:
         InputError: for another shape or kind, or a known position that a prompt does not have.
     """
-    at = as_positions(at)
+    positions = as_positions(positions)
     count = len(prompts)
-    if at.shape[0] not in (1, count):
-        raise InputError(f"`at` names positions of {at.shape[0]} prompts, the batch holds {count}.")
-    if isinstance(at, Tracer):
-        return jnp.broadcast_to(at, (count, at.shape[1]))
-    at = np.broadcast_to(at, (count, at.shape[1]))
-    beyond = np.argwhere(at > prompts.last()[:, None] + new_tokens)
+    if positions.shape[0] not in (1, count):
+        raise InputError(f"`positions` names those of {positions.shape[0]} prompts, the batch holds {count}.")
+    if isinstance(positions, Tracer):
+        return jnp.broadcast_to(positions, (count, positions.shape[1]))
+    positions = np.broadcast_to(positions, (count, positions.shape[1]))
+    beyond = np.argwhere(positions > prompts.last()[:, None] + new_tokens)
     if beyond.size:
         row, place = beyond[0]
         raise InputError(
-            f"position {at[row, place]} lies outside prompt {row}, which ends at {prompts.last()[row]}"
+            f"position {positions[row, place]} lies outside prompt {row}, which ends at {prompts.last()[row]}"
             + (f" before {new_tokens} new tokens." if new_tokens else "; what follows is padding.")
         )
-    return at
+    return positions
 
 
 def nan_outside(
-    prompts: Prompts, at: Int[AnyArray, "B P"] | None, values: Float[Array, "*S B P D"]
+    prompts: Prompts, positions: Int[AnyArray, "B P"] | None, values: Float[Array, "*S B P D"]
 ) -> Float[Array, "*S B P D"]:
     """Values read at positions; NaN at traced ones that a prompt does not have."""
-    if not isinstance(at, Tracer):  # checked
+    if not isinstance(positions, Tracer):  # checked
         return values
-    inside = (at >= 0) & (at <= prompts.last()[:, None])
+    inside = (positions >= 0) & (positions <= prompts.last()[:, None])
     return jnp.where(inside[..., None], values, jnp.nan)
 
 
@@ -206,11 +208,11 @@ def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0
         if not isinstance(part, Edit):
             continue
         check_layers(part.layer, part.site, model.num_layers, model.name)
-        rows, width = part.at.shape[-2], part.vector.shape[-1]
+        rows, width = part.positions.shape[-2], part.vector.shape[-1]
         if rows not in (1, len(prompts)):
             raise InputError(f"the edit is for {rows} prompts, the batch holds {len(prompts)}.")
         if width != model.width and part.operation != "scale":
             raise InputError(f"the edit's vector has width {width}, the model's residual stream {model.width}.")
-        if not isinstance(part.at, Tracer):
-            by_prompt = np.moveaxis(np.asarray(part.at), -2, 0).reshape(rows, -1)
+        if not isinstance(part.positions, Tracer):
+            by_prompt = np.moveaxis(np.asarray(part.positions), -2, 0).reshape(rows, -1)
             checked_positions(prompts, by_prompt, new_tokens)

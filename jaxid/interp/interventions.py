@@ -50,7 +50,7 @@ class Edit:
         site: name of the site.
         layer: decoder block, 0-based, Int[S...], or -1 at the site "embed"; the sweep axes S come first in every
             field. A traced layer or position that does not exist changes nothing.
-        at: positions in the prompt, Int[S..., B or 1, P].
+        positions: in the prompt, Int[S..., B or 1, P].
         vector: Float[S..., B or 1, P or 1, D].
         strength: Float[S...].
     """
@@ -58,7 +58,7 @@ class Edit:
     operation: Operation
     site: str
     layer: Int[AnyArray, "*S"]
-    at: Int[AnyArray, "*S Br P"]
+    positions: Int[AnyArray, "*S Br P"]
     vector: Float[AnyArray, "*S Bv Pv D"]
     strength: Float[AnyArray, "*S"]
 
@@ -70,10 +70,10 @@ class Edit:
     @property
     def reach(self) -> "Reach | None":
         """What the edit leaves untouched; None where its positions are traced."""
-        if isinstance(self.at, Tracer):
+        if isinstance(self.positions, Tracer):
             return None
-        positions = np.asarray(self.at)
-        first = positions.min(axis=(*range(positions.ndim - 2), positions.ndim - 1), initial=NOWHERE)
+        places = np.asarray(self.positions)
+        first = places.min(axis=(*range(places.ndim - 2), places.ndim - 1), initial=NOWHERE)
         if self.site == "embed":
             return Reach(self.layer * 0, first)
         return Reach(self.layer + int(self.site == "resid_post"), first)
@@ -82,7 +82,7 @@ class Edit:
         """The value with the edit applied where it acts; untouched at other sites and layers."""
         if site.name != self.site:
             return value
-        matches: Bool[Array, "B T P"] = site.positions[:, :, None] == self.at[:, None, :]
+        matches: Bool[Array, "B T P"] = site.positions[:, :, None] == self.positions[:, None, :]
         here = matches.any(axis=-1) & (site.layer == self.layer)
         # In float32, rounded once: products overflow in float16 where their sum does not.
         wide = _wide(value.dtype)
@@ -118,7 +118,7 @@ class Edit:
 
 
 jax.tree_util.register_dataclass(
-    Edit, data_fields=["layer", "at", "vector", "strength"], meta_fields=["operation", "site"]
+    Edit, data_fields=["layer", "positions", "vector", "strength"], meta_fields=["operation", "site"]
 )
 
 
@@ -190,51 +190,51 @@ def chain(*interventions: Intervention) -> Chain:
     return combined
 
 
-def add(layer: Any, at: Any, vector: Any, scale: Any = 1.0, *, site: str = "resid_post") -> Edit:
-    """Adds `scale * vector` (steering).
+def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+    """Adds `strength * vector` (steering).
 
     Args:
         layer: decoder block(s), 0-based; its axes S are the sweep.
-        at: positions, Int[B] or Int[B, P], e.g. `prompts.word("star")`.
+        positions: Int[B] or Int[B, P], e.g. `prompts.word("star")`.
         vector: Float[S..., D], Float[S..., B, D] or Float[S..., B, P, D].
-        scale: Float[S...] or a number.
+        strength: Float[S...] or a number.
         site: which site.
 
     Raises:
         InputError: for an unknown site or shapes that do not fit.
     """
-    return _edit("add", layer, at, vector, scale, site)
+    return _edit("add", layer, positions, vector, strength, site)
 
 
-def replace(layer: Any, at: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+def replace(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
     """Puts `vector` in place of the value (activation patching); a strength below 1 goes part of the way.
 
     Arguments and errors as in `add`.
     """
-    return _edit("replace", layer, at, vector, strength, site)
+    return _edit("replace", layer, positions, vector, strength, site)
 
 
-def scale(layer: Any, at: Any, factor: Any, *, site: str = "resid_post") -> Edit:
-    """Multiplies the value by `factor`, Float[S...]; 0 ablates it.
+def scale(layer: Any, positions: Any, strength: Any, *, site: str = "resid_post") -> Edit:
+    """Multiplies the value by `strength`, Float[S...]; 0 ablates it.
 
     Other arguments and errors as in `add`.
     """
-    return _edit("scale", layer, at, None, factor, site)
+    return _edit("scale", layer, positions, None, strength, site)
 
 
-def project_out(layer: Any, at: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+def project_out(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
     """Removes the value's component along `vector`, which need not have unit length.
 
     Arguments and errors as in `add`.
     """
-    return _edit("project_out", layer, at, vector, strength, site)
+    return _edit("project_out", layer, positions, vector, strength, site)
 
 
-def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any, site: str) -> Edit:
+def _edit(operation: Operation, layer: Any, positions: Any, vector: Any, strength: Any, site: str) -> Edit:
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
     # Left on the host where they are known: what a rerun can leave out is decided there, also while tracing.
-    layer, at = as_integers("layer", layer), as_positions(at)
+    layer, positions = as_integers("layer", layer), as_positions(positions)
     sweep = layer.shape
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
@@ -249,9 +249,9 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
     axes = {1: (-3, -2), 2: (-2,), 3: ()}[inner]
     vector = jnp.expand_dims(vector, axes)
     for axis, name in ((-3, "prompts"), (-2, "positions")):
-        size, expected = vector.shape[axis], at.shape[axis + 1]
+        size, expected = vector.shape[axis], positions.shape[axis + 1]
         if size not in (1, expected):
-            raise InputError(f"`vector` is for {size} {name}, but `at` names {expected}.")
+            raise InputError(f"`vector` is for {size} {name}, but `positions` names {expected}.")
     try:
         strength = jnp.broadcast_to(strength, sweep)
     except ValueError as error:
@@ -260,7 +260,7 @@ def _edit(operation: Operation, layer: Any, at: Any, vector: Any, strength: Any,
         operation=operation,
         site=site,
         layer=layer,
-        at=(jnp if isinstance(at, Tracer) else np).broadcast_to(at, (*sweep, *at.shape)),
+        positions=(jnp if isinstance(positions, Tracer) else np).broadcast_to(positions, (*sweep, *positions.shape)),
         vector=vector,
         strength=strength,
     )
@@ -366,5 +366,5 @@ def _outline(intervention: Any) -> str:
         return f"chain({', '.join(_outline(part) for part in intervention.parts)})"
     shapes = ", ".join(str(list(jnp.shape(leaf))) for leaf in jax.tree.leaves(intervention))
     if isinstance(intervention, Edit):
-        return f"{intervention.operation} at {intervention.site} (layer, at, vector, strength of shapes {shapes})"
+        return f"{intervention.operation} at {intervention.site} (layer, positions, vector, strength: {shapes})"
     return f"{type(intervention).__name__} ({shapes or 'no arrays'})"

@@ -146,13 +146,13 @@ class ImageSwap:
         raise InputError(self.refusal)
 
 
-def swap(source: Trace, layer: Any, at: Any) -> Any:
+def swap(source: Trace, layer: Any, positions: Any) -> Any:
     """Another trace's activations in place of a trace's own, after a block (activation swap).
 
     Args:
         source: trace of the prompts whose activations are put in, e.g. about mirrored pictures.
         layer: decoder block(s), 0-based; its axes are the sweep.
-        at: "image" (all image tokens), "text" (all tokens after the picture), or positions, Int[B] or Int[B, P].
+        positions: "image" (all image tokens), "text" (all tokens after the picture), or Int[B] or Int[B, P].
 
     Returns:
         An intervention for `rerun`; for text a `replace`, which `forward` takes too.
@@ -162,10 +162,10 @@ def swap(source: Trace, layer: Any, at: Any) -> Any:
     """
     layer = as_integers("layer", layer)
     check_layers(layer, "resid_post", source.model.num_layers, source.model.name)
-    if isinstance(at, str):
-        if at not in ("image", "text"):
-            raise InputError(f'`at` is "image", "text" or positions, not {at!r}.')
-        if at == "image":
+    if isinstance(positions, str):
+        if positions not in ("image", "text"):
+            raise InputError(f'`positions` is "image", "text" or positions, not {positions!r}.')
+        if positions == "image":
             places = source.prompts.image_tokens()  # refuses prompts without a picture
             if (np.diff(places, axis=1) != 1).any():
                 raise InputError(
@@ -173,12 +173,12 @@ def swap(source: Trace, layer: Any, at: Any) -> Any:
                     "them too: use jaxid.forward with jaxid.replace at prompts.image_tokens()."
                 )
             return ImageSwap(layer=layer, source=source)
-        at = source.prompts.text_tokens()
-    at = checked_positions(source.prompts, at)
-    values = source.at(at)[1:]
-    if isinstance(at, Tracer):  # values that are not there must reach no token, not even of the padding
-        at = jnp.where(at <= source.prompts.last()[:, None], at, -1)
-    return replace(layer, at, values[layer])
+        positions = source.prompts.text_tokens()
+    positions = checked_positions(source.prompts, positions)
+    values = source.at(positions)[1:]
+    if isinstance(positions, Tracer):  # values that are not there must reach no token, not even of the padding
+        positions = jnp.where(positions <= source.prompts.last()[:, None], positions, -1)
+    return replace(layer, positions, values[layer])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -200,12 +200,12 @@ def _record(
 
 
 @partial(jax.jit, static_argnums=0)
-def _residuals(definition: Any, parameters: Any, inputs: Inputs, at: Array) -> Array:
+def _residuals(definition: Any, parameters: Any, inputs: Inputs, positions: Array) -> Array:
     # Only what is returned is computed: no keys and values are kept, and the last block runs at the asked places alone.
-    return _record(definition, parameters, inputs, at, as_pytree(clean)).residuals
+    return _record(definition, parameters, inputs, positions, as_pytree(clean)).residuals
 
 
-def residuals_at(model: Model, prompts: Prompts, at: Any) -> Float[Array, "L1 B P D"]:
+def residuals_at(model: Model, prompts: Prompts, positions: Any) -> Float[Array, "L1 B P D"]:
     """Residual stream of a clean pass at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
 
     Cheaper than `forward` with a capture: the last block computes these positions only. Positions as in `Trace.at`.
@@ -213,10 +213,10 @@ def residuals_at(model: Model, prompts: Prompts, at: Any) -> Float[Array, "L1 B 
     Raises:
         InputError: for a position that a prompt does not have; traced ones give NaN.
     """
-    at = checked_positions(prompts, at)
+    positions = checked_positions(prompts, positions)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    inside = jnp.clip(at, 0, prompts.inputs.token_ids.shape[1] - 1)
-    return nan_outside(prompts, at, _residuals(model.definition, model.parameters, inputs, inside))
+    inside = jnp.clip(positions, 0, prompts.inputs.token_ids.shape[1] - 1)
+    return nan_outside(prompts, positions, _residuals(model.definition, model.parameters, inputs, inside))
 
 
 def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:

@@ -432,7 +432,7 @@ class Decoder(nnx.Module):
         x = intervention(before, embeddings)
         captured = {"embed": capture.take(x)} if "embed" in capture.sites else {}
         sites = [name for name in DECODER_SITES if name in capture.sites]
-        blocks, places = Blocks(self), capture.at
+        blocks, places = Blocks(self), capture.positions
 
         def run(x: Array, number: Any, parameters: Any = None, at: Array | None = None) -> tuple[Array, dict]:
             """A block, of whose results only those of the tokens `at` are computed, the captured ones last."""

@@ -58,19 +58,19 @@ class Capture:
 
     Attributes:
         sites: names of the sites to return, static.
-        at: positions to return per prompt, Int[B, P] or Int[B]; Int[1, P] stands for all prompts. None returns every
-            position. Positions count from 0 and end with the prompt's last token; traced ones out of range give NaN.
+        positions: to return per prompt, Int[B, P] or Int[B]; Int[1, P] stands for all prompts. None returns every
+            position. They count from 0 and end with the prompt's last token; traced ones out of range give NaN.
     """
 
     sites: tuple[str, ...] = ()
-    at: Any = None
+    positions: Any = None
 
     def take(self, value: Float[Array, "B T D"]) -> Float[Array, "B P D"]:
         """The value's rows at the wanted positions."""
-        return value if self.at is None else take_tokens(value, self.at)
+        return value if self.positions is None else take_tokens(value, self.positions)
 
 
-jax.tree_util.register_dataclass(Capture, data_fields=["at"], meta_fields=["sites"])
+jax.tree_util.register_dataclass(Capture, data_fields=["positions"], meta_fields=["sites"])
 
 
 def as_integers(name: str, value: Any) -> Int[AnyArray, "..."]:
@@ -96,21 +96,22 @@ def as_integers(name: str, value: Any) -> Int[AnyArray, "..."]:
     return array.astype(np.int32)
 
 
-def as_positions(at: Any) -> Int[AnyArray, "Br P"]:
+def as_positions(positions: Any) -> Int[AnyArray, "Br P"]:
     """Positions of shape [B] or [B, P], as [B, P].
 
     Raises:
         InputError: for anything but integers, another shape, none at all, or a known negative one.
     """
-    at = as_integers("at", at)
-    if at.ndim not in (1, 2):
+    positions = as_integers("positions", positions)
+    if positions.ndim not in (1, 2):
         raise InputError(
-            f"`at` must have shape [B] or [B, P], not {list(at.shape)}; sweep over positions with jax.vmap."
+            f"`positions` must have shape [B] or [B, P], not {list(positions.shape)}; sweep over them with jax.vmap."
         )
-    if not at.size:
-        raise InputError(f"`at` of shape {list(at.shape)} names no positions.")
-    if not isinstance(at, Tracer) and at.min() < 0:
+    if not positions.size:
+        raise InputError(f"`positions` of shape {list(positions.shape)} names no positions.")
+    if not isinstance(positions, Tracer) and positions.min() < 0:
         raise InputError(
-            f"position {at.min()} is negative: positions count from 0; the prompt's last token is prompts.last()."
+            f"position {positions.min()} is negative: positions count from 0; "
+            "the prompt's last token is prompts.last()."
         )
-    return at[:, None] if at.ndim == 1 else at
+    return positions[:, None] if positions.ndim == 1 else positions

@@ -135,7 +135,7 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     embeddings = jnp.concatenate([text[:, :start], features, text[:, plan.text_start :]], axis=1)
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     pictures = jnp.broadcast_to(jnp.arange(start, plan.text_start), (size, features.shape[1]))
-    capture = Capture(("resid_post",), at=pictures)
+    capture = Capture(("resid_post",), positions=pictures)
     output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])

@@ -175,7 +175,7 @@ def language_loss(
     embeddings = jnp.concatenate([text[:, : plan.image_start], features, text[:, end:]], axis=1)
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     shown = jnp.broadcast_to(jnp.arange(plan.image_start, end), (size, plan.image_tokens))
-    capture = Capture(("resid_post",), at=shown)
+    capture = Capture(("resid_post",), positions=shown)
     output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     labels = batch["labels"][:, plan.text_start :]

@@ -104,8 +104,8 @@ def test_all_tokens_swapped_at_any_layer_give_the_other_run(of_mirror: bool) -> 
     sets = activation_swap.token_sets(batch)
     everywhere = np.concatenate([sets["image"], sets["text"]], axis=1)
     source = mirrored() if of_mirror else batch.prompts
-    captured = forward(model, source, capture=Capture(("resid_post",), at=jnp.asarray(everywhere))).captured
-    edit = replace(layer=jnp.arange(oracle.LAYERS), at=everywhere, vector=captured["resid_post"])
+    captured = forward(model, source, capture=Capture(("resid_post",), positions=jnp.asarray(everywhere))).captured
+    edit = replace(layer=jnp.arange(oracle.LAYERS), positions=everywhere, vector=captured["resid_post"])
     control, target = (forward(model, prompts).logprobs(batch.answers) for prompts in (batch.prompts, mirrored()))
     patched = forward(model, batch.prompts, edit, chunk=2).logprobs(batch.answers)
     np.testing.assert_allclose(swap_score(control, patched, target), float(of_mirror), atol=1e-2)

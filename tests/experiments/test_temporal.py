@@ -99,7 +99,9 @@ def test_swap_is_that_of_full_passes() -> None:
     prompts, other = batch().asked.prompts, backwards()
     sets = (prompts.image_tokens(), prompts.text_tokens(), batch().words)
     for number, at in enumerate(sets):
-        source = forward(model(), other, capture=Capture(("resid_post",), at=jnp.asarray(at))).captured["resid_post"]
+        source = forward(model(), other, capture=Capture(("resid_post",), positions=jnp.asarray(at))).captured[
+            "resid_post"
+        ]
         for layer in range(model().num_layers):
             output = forward(model(), prompts, replace(layer, at, source[layer]))
             np.testing.assert_allclose(found.patched[number, layer], batch().asked.read(output), atol=1e-4)
@@ -143,9 +145,9 @@ def test_extraction_reads_both_words() -> None:
     texts = [temporal.with_times(item.open(), temporal.QUESTION.format(a="star", b="fish")) for item in clips]
     prompts = model().prepare([item.open() for item in clips], texts)
     at = jnp.asarray(prompts.word("fish", occurrence=0))[:, None]
-    states = np.asarray(forward(model(), prompts, capture=Capture(("resid_post",), at=at)).captured["resid_post"])[
-        :, :, 0
-    ]
+    states = np.asarray(
+        forward(model(), prompts, capture=Capture(("resid_post",), positions=at)).captured["resid_post"]
+    )[:, :, 0]
     table = np.full((8, 8, *states[:, 0].shape), np.nan)
     for row, (i, j) in enumerate(frames):
         table[i, j] = states[:, row]
