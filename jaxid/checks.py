@@ -1,13 +1,26 @@
 """What is asked of numbers that users hand in, before anything is computed with them."""
 
 import dataclasses
-from typing import Any
+import typing
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from jaxid.errors import InputError, JaxidError
 
 _SEEDS = 2**32
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of an option, as metadata of its type: `Annotated[int, Range(1)]`; both bounds are allowed values."""
+
+    low: float
+    high: float = float("inf")
+
+
+Count = Annotated[int, Range(1)]
+"""An option that counts something."""
 
 
 def check_finite(what: str, value: Any, error: type[JaxidError] = InputError) -> None:
@@ -42,18 +55,39 @@ def check_seed(seed: int) -> None:
 
 
 def check_options(options: Any) -> None:
-    """Refuses NaN and infinity in any field of a dataclass, and a `seed` that random generators do not take.
+    """Refuses options of a dataclass that its types do not allow.
+
+    These are NaN and infinity in any field, a `seed` that random generators do not take, a value that is not among
+    those of a `Literal`, and a number outside the `Range` of its field.
 
     Args:
-        options: the dataclass; fields that hold other things than numbers, or tuples of them, are passed over.
+        options: the dataclass; tuples are checked entry by entry, None is passed over.
 
     Raises:
         InputError: naming the field.
     """
+    types = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
+        value, (choices, bounds) = getattr(options, field.name), _allowed(types[field.name])
         if field.name == "seed":
             check_seed(value)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                check_finite(field.name, number)
+        for entry in value if isinstance(value, tuple) else (value,):
+            if isinstance(entry, float):
+                check_finite(field.name, entry)
+            if entry is None:
+                continue
+            if choices and entry not in choices:
+                raise InputError(f"{field.name} is one of {', '.join(map(str, choices))}, not {entry!r}.")
+            if bounds and not bounds.low <= entry <= bounds.high:
+                limit = f"{bounds.low:g} or more" if entry < bounds.low else f"at most {bounds.high:g}"
+                raise InputError(f"{field.name} must be {limit}, not {entry}.")
+
+
+def _allowed(kind: Any) -> tuple[tuple[Any, ...], Range | None]:
+    """The choices and bounds that a type names, wherever in it they stand."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    bounds = next((one for one in getattr(kind, "__metadata__", ()) if isinstance(one, Range)), None)
+    for part in () if choices else typing.get_args(kind):
+        inner, limits = _allowed(part)
+        choices, bounds = choices or inner, bounds or limits
+    return choices, bounds

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -115,6 +116,16 @@ def read_json(
         names = {dict: "a JSON object", list: "a JSON array"}
         raise error(f"{path} holds {type(value).__name__} where {names[expected]} is expected.")
     return value
+
+
+def digest(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    with reading(path, "a file", DataError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def redacted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Long jobs that may be killed at any moment: finished chunks stay on disk, and the job goes on from them."""
+"""Long jobs that may be killed at any moment: finished chunks stay on disk, and the job resumes from them."""
 
 import dataclasses
 import hashlib
@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxid import io as results
+from jaxid import io
 from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
-from jaxid.io import read_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +41,7 @@ class Finished:
     Attributes:
         table: the rows of all items, in the order of the items.
         skipped: items that were left out, in their order.
-        resumed: how many items were done when the job began, those left out included.
+        resumed: how many items were done when the job began, those skipped included.
         settings: as they are stored, in the types that JSON has.
     """
 
@@ -60,27 +59,27 @@ def run(
     key: Callable[[Item], str],
     compute: Callable[[list[Item]], Mapping[str, Any]],
     chunk_size: int,
-    resume: bool = False,
+    restart: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
     unit: str = "item",
     first: str = "",
 ) -> Finished:
-    """Computes the rows of all items, chunk by chunk, or goes on where an earlier process was stopped.
+    """Computes the rows of all items, chunk by chunk; resumes the job that the folder holds, if there is one.
 
     The folder holds `settings.json`, and in `parts/` one Parquet file for each finished chunk.
 
     Args:
         out: the job's folder.
         settings: all that the rows depend on besides the items (model and its fingerprint, layers, seed ...), as
-            JSON can hold it. A job goes on only with the same settings and items.
+            JSON can hold it. A job resumes only with the same settings and items.
         items: what to compute.
         key: an item's name, unlike all others.
         compute: gives the columns of some items, any number of rows for each. It should not depend on which items
             come together.
-        chunk_size: items computed together. A job that goes on keeps the size it began with.
-        resume: go on with the job in the folder, if there is one.
-        skip_bad: leave out items for which `compute` raises InputError, PromptError or DataError.
+        chunk_size: items computed together. A job that resumes keeps the size it began with.
+        restart: discard the job in the folder and begin anew.
+        skip_bad: skip items for which `compute` raises InputError, PromptError or DataError.
         progress: show a progress bar, on terminals only.
         unit: what the progress bar calls an item.
         first: what the progress bar says until a chunk is done, such as that programs are compiled.
@@ -99,9 +98,9 @@ def run(
     if chunk_size < 1:
         raise InputError(f"a chunk needs at least one item, not {chunk_size}.")
     keys = _checked_keys(items, key)
-    results.ensure_output_folder(out / "parts")
-    with results.locked(out):
-        stored = _begin(out, settings, keys, chunk_size, resume)
+    io.ensure_output_folder(out / "parts")
+    with io.locked(out):
+        stored = _begin(out, settings, keys, chunk_size, restart)
         parts = _parts(out / "parts", keys, stored["chunk_size"])
         finished = [part for part in parts if part.path.exists()]
         pending = [part for part in parts if not part.path.exists()]
@@ -124,7 +123,7 @@ def run(
 
 
 def check(
-    out: Path, *, settings: Mapping[str, Any], items: Sequence[Item], key: Callable[[Item], str], resume: bool
+    out: Path, *, settings: Mapping[str, Any], items: Sequence[Item], key: Callable[[Item], str], restart: bool
 ) -> None:
     """Refuses what `run` would refuse of a folder, before anything slow is done.
 
@@ -133,7 +132,7 @@ def check(
         settings: those that are known already; others are not compared.
         items: as `run` takes them.
         key: as in `run`.
-        resume: as in `run`.
+        restart: as in `run`.
 
     Raises:
         InputError: if there are no items, or two have one key.
@@ -141,9 +140,10 @@ def check(
             written to.
     """
     keys = _checked_keys(items, key)
-    results.ensure_output_folder(out)
-    with results.locked(out):
-        _compared(out, _described(settings, keys, 0), resume, only=settings)
+    io.ensure_output_folder(out)
+    with io.locked(out):
+        if not restart:
+            _compared(out, _described(settings, keys, 0), only=settings)
 
 
 def write_merged(out: Path, finished: Finished) -> Path:
@@ -159,10 +159,10 @@ def write_merged(out: Path, finished: Finished) -> Path:
     Raises:
         OutputError: if the file cannot be written, or another process is at work in the folder.
     """
-    results.ensure_output_folder(out)
-    with results.locked(out):
+    io.ensure_output_folder(out)
+    with io.locked(out):
         note = {"skipped": [dataclasses.asdict(skipped) for skipped in finished.skipped]}
-        return results.write_table(out / "table.parquet", finished.table, metadata={_METADATA: json.dumps(note)})
+        return io.write_table(out / "table.parquet", finished.table, metadata={_METADATA: json.dumps(note)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,20 +176,19 @@ class _Part:
     def write(self, table: "pyarrow.Table", skipped: tuple[Skipped, ...]) -> None:
         """Stores rows and skipped items in one file, so that one rename makes both durable."""
         note = {"items": self.keys, "skipped": [dataclasses.asdict(one) for one in skipped]}
-        results.write_table(self.path, table, metadata={_METADATA: json.dumps(note)})
+        io.write_table(self.path, table, metadata={_METADATA: json.dumps(note)})
 
     def read(self) -> tuple["pyarrow.Table", tuple[Skipped, ...]]:
         """The rows and the skipped items."""
         try:
-            table = results.read_table(self.path)
+            table = io.read_table(self.path)
             note = json.loads((table.schema.metadata or {})[_METADATA.encode()])
             if note["items"] != list(self.keys):
                 raise ValueError("other items")
             skipped = tuple(Skipped(key=one["key"], reason=one["reason"]) for one in note["skipped"])
         except (DataError, KeyError, TypeError, ValueError) as error:
             raise OutputError(
-                f"{self.path} is damaged, or not a part of this run; delete it and give --resume, "
-                f"and its items are computed again."
+                f"{self.path} is damaged, or not a part of this run; delete it, and its items are computed again."
             ) from error
         return table.replace_schema_metadata(None), skipped
 
@@ -209,13 +208,17 @@ def _checked_keys(items: Sequence[Item], key: Callable[[Item], str]) -> list[str
     return keys
 
 
-def _begin(out: Path, settings: Mapping[str, Any], keys: list[str], chunk_size: int, resume: bool) -> dict[str, Any]:
+def _begin(out: Path, settings: Mapping[str, Any], keys: list[str], chunk_size: int, restart: bool) -> dict[str, Any]:
     """Writes `settings.json`, or reads and compares the one that is there."""
-    results.remove_temporary(out)
+    io.remove_temporary(out)
+    if restart:
+        # The settings last: until all parts are gone, they say whose parts these are.
+        for path in [*(out / "parts").glob("*.parquet"), out / "table.parquet", out / "settings.json"]:
+            path.unlink(missing_ok=True)
     now = _described(settings, keys, chunk_size)
-    then = _compared(out, now, resume)
+    then = _compared(out, now)
     if then is None:
-        results.write_json(out / "settings.json", now)
+        io.write_json(out / "settings.json", now)
     return then or now
 
 
@@ -224,20 +227,18 @@ def _described(settings: Mapping[str, Any], keys: list[str], chunk_size: int) ->
     # Escaped by JSON, as file names may hold bytes that UTF-8 cannot.
     digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
     now = {"settings": settings, "chunk_size": chunk_size, "items": {"count": len(keys), "digest": digest}}
-    return json.loads(results.to_json(now))
+    return json.loads(io.to_json(now))
 
 
-def _compared(
-    out: Path, now: dict[str, Any], resume: bool, only: Mapping[str, Any] | None = None
-) -> dict[str, Any] | None:
+def _compared(out: Path, now: dict[str, Any], only: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The folder's `settings.json`, None if there is none; of its settings, `only` some are compared."""
     path = out / "settings.json"
     if not path.exists():
         if any((out / "parts").glob("*.parquet")):
-            raise OutputError(f"{out} holds parts of a run whose {path.name} is gone; give another --out.")
+            raise OutputError(
+                f"{out} holds parts of a run whose {path.name} is gone; give --restart to begin anew, or another --out."
+            )
         return None
-    if not resume:
-        raise OutputError(f"{out} holds a run already; give --resume to go on with it, or another --out.")
     then = _read_settings(path)
     old = (
         then["settings"]
@@ -248,16 +249,18 @@ def _compared(
     if differences:
         raise OutputError(
             f"{out} holds a run with other settings: {'; '.join(differences)}. "
-            f"Resume with the settings it was begun with, or give another --out."
+            f"Repeat those to resume it, give --restart to begin anew, or another --out."
         )
     return then
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        stored = read_json(path, OutputError)
+        stored = io.read_json(path, OutputError)
     except OutputError as error:
-        raise OutputError(f"{_one_line(error)}: it is damaged; give another --out.") from error
+        raise OutputError(
+            f"{_one_line(error)}: it is damaged; give --restart to begin anew, or another --out."
+        ) from error
     items, size = stored.get("items"), stored.get("chunk_size")
     whole = (
         isinstance(items, dict)
@@ -268,7 +271,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         and size >= 1
     )
     if not whole:
-        raise OutputError(f"{path} is damaged; give another --out.")
+        raise OutputError(f"{path} is damaged; give --restart to begin anew, or another --out.")
     return stored
 
 
@@ -293,7 +296,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
     """All chunks' parts, in order; what a killed process left half written is removed."""
-    results.remove_temporary(folder)
+    io.remove_temporary(folder)
     return [
         _Part(start=start, keys=tuple(keys[start : start + chunk_size]), path=folder / f"{number:05d}.parquet")
         for number, start in enumerate(range(0, len(keys), chunk_size))
@@ -349,7 +352,7 @@ def _part_table(columns: Mapping[str, Any], part: _Part) -> "pyarrow.Table":
     """The columns as a table; empty ones fit every type, as there is no telling what they would hold."""
     import pyarrow
 
-    table = results.as_table(columns, part.path)
+    table = io.as_table(columns, part.path)
     return table if table.num_rows else pyarrow.table({name: pyarrow.nulls(0) for name in table.column_names})
 
 

@@ -27,6 +27,9 @@ MOST_IDS = 10**12
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 """Every relation and the one that the wrong caption states."""
 
+ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
+"""Answer words of each axis; the first one is at the smaller coordinate."""
+
 _PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _RELATIONS = {phrase: relation for relation, phrase in _PHRASES.items()}
 _NAME = r"([^\s.]+(?: [^\s.]+){0,2})"
@@ -60,6 +63,18 @@ class SpatialItem:
     def query(self) -> str:
         """The question whose answer is the relation or its opposite."""
         return query(self.subject, self.object, self.relation)
+
+
+def axis_of(item: SpatialItem) -> str:
+    """Along which axis an item asks: "horizontal" or "vertical".
+
+    Raises:
+        InputError: if its relation is none of the four words.
+    """
+    for axis, words in ANSWERS.items():
+        if item.relation in words:
+            return axis
+    raise InputError(f"relation {item.relation!r} is none of left, right, above, below.")
 
 
 def query(subject: str, object: str, relation: str) -> str:

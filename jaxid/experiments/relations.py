@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxid.data.coco_spatial import SpatialItem
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem, axis_of
 from jaxid.errors import InputError, PromptError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output
@@ -16,26 +16,8 @@ from jaxid.interp.trace import Trace
 from jaxid.prompts.processor import Processor, Prompts
 from jaxid.prompts.words import places
 
-ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
-"""Answer words of each kind of relation; the first one is at the smaller coordinate."""
-
-Case = str
+Case = Literal["lower", "capital", "both"]
 """Which form of an answer word is read: "lower" (left), "capital" (Left), or "both", their probabilities together."""
-
-Compat = str
-"""Whether the slips of the published code are reproduced, so that numbers can be compared: "none" or "reference"."""
-
-
-def axis_of(item: SpatialItem) -> str:
-    """Which kind of relation an item asks about: "horizontal" or "vertical".
-
-    Raises:
-        InputError: if its relation is none of the four words.
-    """
-    for axis, words in ANSWERS.items():
-        if item.relation in words:
-            return axis
-    raise InputError(f"relation {item.relation!r} is none of left, right, above, below.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +27,7 @@ class RelationBatch:
     Attributes:
         prompts: their prompts.
         words: position of the subject's, the object's and any further word, Int[B, W].
+        names: those words, by prompt.
         truth: index of the true answer among the two answer words, -1 where it is not known, Int[B].
         axis: along which of the picture's axes it is asked or steered, "horizontal" or "vertical".
         answers: the two answer words.
@@ -53,6 +36,7 @@ class RelationBatch:
 
     prompts: Prompts
     words: Int[np.ndarray, "B W"]
+    names: Sequence[tuple[str, ...]]
     truth: Int[np.ndarray, "B"]
     axis: str
     answers: list[str]
@@ -173,6 +157,7 @@ def prepare_questions(
     return RelationBatch(
         prompts=prompts,
         words=prompts.words(names),
+        names=tuple(names),
         truth=np.asarray(truth, np.int64),
         axis=axis,
         answers=list(answers),

@@ -1,0 +1,354 @@
+"""One run at work: the model, what was resolved from the options, the job over the items, and what all runs share."""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from jaxid import io, jobs, zoo
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
+from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
+from jaxid.experiments.relations import Case, RelationBatch, answer_forms
+from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.ids.temporal import TemporalIDs
+
+if TYPE_CHECKING:
+    from jaxid.experiments.base import Experiment
+
+Columns = Mapping[str, Any]
+"""A table: the values of every column, one a row."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+LARGEST_BATCH = 32
+"""Prompts that are traced together, however much memory there is."""
+
+_NO_SETTINGS = {"out", "batch_size", "restart", "skip_bad", "progress"}
+"""Options on which no row depends."""
+
+
+class Session:
+    """One run at work: the model, what was resolved from the options, and what is counted on the way.
+
+    Whatever is quick to check comes before the model's weights are read.
+
+    Attributes:
+        model: without its parameters, until `begin` has read them.
+        ids: the IDs, if the experiment works with any.
+        layers: the chosen layers, ascending.
+        template: the user's text.
+        case: form of the answer words that is read.
+        batch_size: prompts traced together.
+        bad: items that cannot be used, and why.
+    """
+
+    def __init__(self, experiment: "Experiment[Any, Any, Any]"):
+        """Checks that results can be written, then reads all of the model but its weights.
+
+        Raises:
+            OutputError: if they cannot.
+            CheckpointError: if the model's config, tokenizer or image processor, or the IDs, cannot be read.
+            InputError: for layers that the model does not have, or IDs of another model.
+        """
+        self.experiment = experiment
+        io.ensure_output_folder(experiment.out)
+        self._checkpoint = open_checkpoint(experiment.model, dtype=experiment.dtype)
+        self.model: Model = self._checkpoint.model
+        self.ids: Any = experiment.read_ids()
+        if self.ids is not None:
+            require_same_model(self.model, self.ids)
+        text = getattr(experiment, "layers", None)
+        self.layers = parse_layers(text, self.model, tuple(experiment.default_layers(self.model)))
+        # Shipped models know plain questions only.
+        plain = experiment.model in zoo.SHIPPED
+        self.template = experiment.template or ("{query}" if plain else experiment.published_text)
+        published = experiment.case == "published"
+        self.case: Case = self.model.processor.side.case if published else experiment.case
+        self.batch_size = experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self))
+        self.bad: list[tuple[str, DataError]] = []
+        self._split, self._unknown = 0, Counter[str]()
+
+    # --- reading items ---
+
+    def bad_rows(self) -> list[tuple[str, DataError]] | None:
+        """Where a reader notes rows that cannot be used; None if they are an error."""
+        return self.bad if self.experiment.skip_bad else None
+
+    def sample(self, items: Sequence[Item], limit: int | None = None) -> list[Item]:
+        """At most `limit` items (the option's by default), drawn without repetition, in their own order."""
+        limit = self.experiment.limit if limit is None else limit
+        if limit is None or limit >= len(items):
+            return list(items)
+        rows = np.random.default_rng(self.experiment.seed).choice(len(items), limit, replace=False)
+        return [items[row] for row in sorted(rows)]
+
+    def spatial_items(self, axis: str | None = None) -> list[SpatialItem]:
+        """COCO-Spatial items (of one axis), at most `limit` of them, questions of a kind together.
+
+        Raises:
+            DataError: for a malformed row or a missing picture, unless bad items are skipped; or without items.
+        """
+        folder = self.experiment.data
+        items = read_coco_spatial(*find_coco_spatial(folder), bad=self.bad_rows())
+        chosen = [item for item in items if axis in (None, axis_of(item))]
+        if not chosen:
+            raise DataError(f"{folder} holds no {f'{axis} ' if axis else ''}items.")
+        drawn = self.sample(chosen)
+        # Prompts of one kind and length side by side share their programs.
+        return sorted(drawn, key=lambda item: (axis_of(item), len(item.subject.split()) + len(item.object.split())))
+
+    def usable(self, items: Sequence[Item], key: Callable[[Item], str], made: Callable[[Item], Made]) -> list[Made]:
+        """What a function makes of every item; bad items are noted where they are to be skipped.
+
+        Raises:
+            DataError: for a bad item, unless those are skipped; or if none is left.
+        """
+        found, bad = [], self.bad_rows()
+        for item in items:
+            try:
+                found.append(made(item))
+            except DataError as error:
+                if bad is None:
+                    raise jobs.bad_item(key(item), error) from error
+                bad.append((key(item), error))
+        if not found:
+            raise DataError(f"no item of {self.experiment.data} could be used: {self.bad[-1][1]}")
+        return found
+
+    # --- the job ---
+
+    def begin(self, items: Sequence[Any]) -> None:
+        """Checks the folder and the prompts of one item of each group, then loads the model's weights.
+
+        Raises:
+            OutputError: if the folder holds another run, or is in use.
+            PromptError: for answers without a token of their own.
+            JaxidError: for a tried item that cannot be used, unless bad items are skipped.
+        """
+        experiment, self.items = self.experiment, items
+        self.settings = self._described()
+        jobs.check(experiment.out, settings=self.settings, items=items, key=experiment.key, restart=experiment.restart)
+        for item in [group[0] for group in experiment.groups(items)] if items else ():
+            try:
+                batches = experiment.asked(experiment.prepare(self, [item]))
+            except jobs.ITEM_ERRORS as error:
+                if experiment.skip_bad:
+                    continue
+                raise jobs.bad_item(experiment.key(item), error) from error
+            for batch in batches:
+                answer_forms(self.model.processor, batch.answers, batch.case)
+        self.model = self._checkpoint.load()
+        if self.ids is not None:
+            require_same_model(self.model, self.ids)
+
+    def _described(self) -> dict[str, Any]:
+        """The settings of the run: every option on which rows depend, as it was resolved."""
+        experiment = self.experiment
+        found: dict[str, Any] = {"experiment": experiment.name}
+        for field in dataclasses.fields(experiment):
+            value = getattr(experiment, field.name)
+            if field.name not in _NO_SETTINGS and value is not None:
+                found[field.name] = str(value.resolve()) if isinstance(value, Path) else value
+        if self.ids is not None:
+            found["ids_digest"] = io.digest(Path(found["ids"]))
+        return found | {"template": self.template, "case": self.case, "layers": self.layers}
+
+    def count_words(self, batch: RelationBatch, count: int) -> None:
+        """Looks at the words of a batch's first `count` questions: which are split, and which the vocabulary lacks.
+
+        Raises:
+            PromptError: for a word of several tokens, if those are refused.
+        """
+        for column, words in enumerate(zip(*batch.names, strict=True)):
+            tokens = batch.prompts.word_tokens(words, beside=batch.names, occurrence=0)
+            lengths = (tokens != tokens[:, -1:]).sum(axis=1)[:count] + 1
+            if self.experiment.split_words == "refuse" and (lengths > 1).any():
+                row = int(np.argmax(lengths > 1))
+                raise PromptError(
+                    f"the word {batch.names[row][column]!r} is split into {lengths[row]} tokens; --split-words last "
+                    "reads it at its last one."
+                )
+            self._split += int((lengths > 1).sum())
+        self._unknown.update(word for own in batch.prompts.unknown[:count] for word in own)
+
+    def table(self) -> Columns:
+        """Computes what is missing, and writes and returns the table; items that are not finite are left out of it.
+
+        Raises:
+            DataError: if no item is left.
+        """
+        experiment = self.experiment
+        counts: dict[frozenset[str], tuple[int, Counter[str]]] = {}
+
+        def counted(items: list[Any]) -> Columns:
+            self._split, self._unknown = 0, Counter()
+            columns = experiment.chunk(self, items)
+            keys = frozenset(map(experiment.key, items))
+            for own in [own for own in counts if own <= keys]:  # items that were tried alone count once
+                del counts[own]
+            counts[keys] = self._split, self._unknown
+            return columns
+
+        done = jobs.run(
+            experiment.out,
+            settings=self.settings | {"fingerprint": self.model.fingerprint},
+            items=self.items,
+            key=experiment.key,
+            compute=counted,
+            chunk_size=self.batch_size,
+            restart=experiment.restart,
+            skip_bad=experiment.skip_bad,
+            progress=experiment.progress,
+            first=f"compiling for batches of {self.batch_size}",
+        )
+        jobs.write_merged(experiment.out, done)
+        table = {name: done.table[name].to_numpy(zero_copy_only=False) for name in done.table.column_names}
+        if not table or not len(next(iter(table.values()))):
+            reason = done.skipped[0].reason if done.skipped else "there are none"
+            raise DataError(f"no item of {experiment.data} could be used: {reason}")
+        table, lost = finite_items(table)
+        skipped = [*(jobs.Skipped(key=key, reason=str(error)) for key, error in self.bad), *done.skipped]
+        self.facts: dict[str, Any] = {
+            "experiment": experiment.name,
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "items": len(self.items) - len(done.skipped) - len(lost),
+            "skipped": {"count": len(skipped), "items": [dataclasses.asdict(entry) for entry in skipped]},
+            "not_finite": {"count": len(lost), "items": lost},
+            "resumed_items": done.resumed,
+            "words_of_several_tokens": sum(split for split, _ in counts.values()),
+            "unknown_words": dict(sum((unknown for _, unknown in counts.values()), Counter())),
+            "settings": done.settings,
+        }
+        return table
+
+
+def fitting(model: Model, dtype: str, rows: int) -> int:
+    """How many prompts a quarter of the free memory holds, traced together with so many interventions each."""
+    text = model.config.text_config
+    width = np.dtype(np.float32).itemsize if dtype == "float32" else 2
+    tokens = model.processor.side.usual_tokens + 64
+    trace_numbers = 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim
+    row_numbers = rows * 24 * text.hidden_size * 6
+    scores = 2 * text.num_attention_heads * tokens * tokens
+    return int(np.clip(free_memory() // 4 // (width * (trace_numbers + row_numbers) + 4 * scores), 1, LARGEST_BATCH))
+
+
+def free_memory() -> int:
+    """Bytes that are free on the device, as far as it says; 4 GiB where nothing is known."""
+    import jax
+
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 4 * 2**30
+
+
+def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
+    """Checks that IDs can be of this model.
+
+    Raises:
+        InputError: if layers, width or fingerprint differ.
+    """
+    if ids.values.shape[0] != model.num_layers or ids.values.shape[-1] != model.width:
+        raise InputError(
+            f"the IDs are of a model with {ids.values.shape[0]} layers of width {ids.values.shape[-1]}, "
+            f"{model.name} has {model.num_layers} of width {model.width}."
+        )
+    if ids.fingerprint and model.fingerprint and ids.fingerprint != model.fingerprint:
+        raise InputError(
+            f"the IDs were extracted from {ids.model} ({ids.fingerprint}), not from {model.name} "
+            f"({model.fingerprint}); extract them again with jaxid ids extract."
+        )
+
+
+def padded(items: Sequence[Item], size: int) -> list[Item]:
+    """The items and, up to `size`, the first one again: batches of one shape share their programs."""
+    return [*items, *[items[0]] * (size - len(items))]
+
+
+def by_axis(items: Sequence[SpatialItem]) -> list[list[SpatialItem]]:
+    """The items of each axis."""
+    axes = dict.fromkeys(axis_of(item) for item in items)
+    return [[item for item in items if axis_of(item) == axis] for axis in axes]
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    """Tables of the same columns, one below the other."""
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+
+def spread(values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A column of values that go over all axes of a table, or are the same along some of them."""
+    return np.broadcast_to(np.asarray(values), shape).ravel()
+
+
+def scaled(published: Iterable[int], layers: int) -> list[int]:
+    """Layers as deep in a model as the published ones are in one of 32."""
+    return sorted({min(layers - 1, round(layer * layers / 32)) for layer in published})
+
+
+def finite_items(table: Columns) -> tuple[Columns, list[str]]:
+    """A table without the items that have a number which is not finite, and the keys of those items.
+
+    Args:
+        table: columns, `item` among them.
+
+    Raises:
+        DataError: if no item is left.
+    """
+    columns = [values for values in table.values() if values.dtype.kind == "f"]
+    bad = ~np.logical_and.reduce([np.isfinite(values) for values in columns])
+    lost = list(dict.fromkeys(table["item"][bad].tolist()))
+    if not lost:
+        return table, []
+    kept = ~np.isin(table["item"], lost)
+    count = len(set(table["item"].tolist()))
+    if not kept.any():
+        raise DataError(
+            f"the model's numbers are NaN or infinite for all {count} items; look at table.parquet, and try "
+            "--dtype float32 or another --strength."
+        )
+    warnings.warn(
+        f"{len(lost)} of {count} items are skipped, as numbers of theirs are NaN or infinite: "
+        f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}.",
+        JaxidWarning,
+        stacklevel=2,
+    )
+    return {name: values[kept] for name, values in table.items()}, lost
+
+
+_RANGE = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
+
+
+def parse_layers(text: str | None, model: Model, default: Sequence[int]) -> list[int]:
+    """Decoder layers from "3,5-8".
+
+    Raises:
+        InputError: if it is not of that form, or the model lacks a layer.
+    """
+    ranges = [(layer, layer) for layer in default]
+    if text is not None:
+        found = [_RANGE.fullmatch(part) for part in text.split(",")]
+        ranges = [(int(one[1]), int(one[2] or one[1])) for one in found if one]
+        if None in found or any(first > last for first, last in ranges):
+            raise InputError(f"layers are indices and ascending ranges of them, such as 3,5-8; got {text!r}.")
+    wrong = [layer for pair in ranges for layer in pair if not 0 <= layer < model.num_layers]
+    if wrong or not ranges:
+        raise InputError(
+            f"layer {wrong[0] if wrong else text!r} is out of range: {model.name} has layers "
+            f"0..{model.num_layers - 1}; choose others with --layers."
+        )
+    return sorted({layer for first, last in ranges for layer in range(first, last + 1)})
