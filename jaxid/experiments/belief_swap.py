@@ -1,46 +1,56 @@
-"""Belief swap: spatial IDs added to the two words turn the answer round ([ID] arXiv 2601.12626, Figures 2 and 9)."""
+"""Belief swap: spatial IDs added to the two words swap the answer ([ID] arXiv 2601.12626, Figures 2 and 9)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from matplotlib.figure import Figure
 
-from jaxid.errors import InputError
-from jaxid.experiments.relations import Compat, RelationBatch, answer_of
+from jaxid import plots
+from jaxid.checks import Range
+from jaxid.data.coco_spatial import SpatialItem, axis_of
+from jaxid.errors import DataError
+from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.relations import RelationBatch, answer_of, prepare
+from jaxid.experiments.session import Columns, Session, by_axis, require_same_model
 from jaxid.families.base import Model
+from jaxid.families.registry import published
 from jaxid.ids.spatial import SpatialIDs
-from jaxid.ids.temporal import TemporalIDs
-from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation, generate
-from jaxid.interp.interventions import Edit, add
-from jaxid.interp.trace import rerun, trace
-from jaxid.nn.sites import Capture
+from jaxid.interp.interventions import add
+from jaxid.interp.trace import Trace, rerun, trace
+from jaxid.io import tidy
+from jaxid.stats import confidence_interval
 
 CONDITIONS = ("belief", "noise")
 """What is added: the ID difference, or Gaussian noise of the same norm."""
 
+BEST = 3
+"""Layers that Figure 2 averages over."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BeliefSwap:
+class Swapped:
     """Log-probabilities of (first word, second word) before and after the swap.
 
     Attributes:
         control: Float[B, 2].
-        steered: by condition, layer, factor: Float[2, L, F, B, 2].
+        steered: by condition, layer, strength: Float[2, L, S, B, 2].
         layers: Int[L].
-        factors: Float[F].
+        strengths: Float[S].
         truth: index of the true answer, Int[B].
         control_texts: what the control run wrote, [B]; empty strings where nothing was generated.
-        steered_texts: likewise under every edit, [2, L, F, B].
+        steered_texts: likewise under every edit, [2, L, S, B].
     """
 
     control: Float[np.ndarray, "B 2"]
-    steered: Float[np.ndarray, "C L F B 2"]
+    steered: Float[np.ndarray, "C L S B 2"]
     layers: Int[np.ndarray, "L"]
-    factors: Float[np.ndarray, "F"]
+    strengths: Float[np.ndarray, "S"]
     truth: Int[np.ndarray, "B"]
     control_texts: np.ndarray
     steered_texts: np.ndarray
@@ -51,27 +61,9 @@ class BeliefSwap:
         return self.control.argmax(-1) == self.truth
 
     @property
-    def swapped(self) -> Bool[np.ndarray, "C L F B"]:
+    def swapped(self) -> Bool[np.ndarray, "C L S B"]:
         """Whether the sign of log p(correct) - log p(wrong) changed."""
         return (self.steered[..., 0] > self.steered[..., 1]) != (self.control[:, 0] > self.control[:, 1])
-
-
-def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
-    """Checks that IDs can be of this model.
-
-    Raises:
-        InputError: if blocks, width or fingerprint differ.
-    """
-    if ids.values.shape[0] != model.num_layers or ids.values.shape[-1] != model.width:
-        raise InputError(
-            f"the IDs are of a model with {ids.values.shape[0]} blocks of width {ids.values.shape[-1]}, "
-            f"{model.name} has {model.num_layers} of width {model.width}."
-        )
-    if ids.fingerprint and model.fingerprint and ids.fingerprint != model.fingerprint:
-        raise InputError(
-            f"the IDs were extracted from {ids.model} ({ids.fingerprint}), not from {model.name} "
-            f"({model.fingerprint}); extract them again with jaxid ids extract."
-        )
 
 
 def directions(
@@ -89,58 +81,66 @@ def directions(
     return jnp.stack([subject, -subject], axis=2)
 
 
-def noise(seed: int, numbers: Int[np.ndarray, "B"], layers: int, width: int) -> Float[Array, "L B 2 D"]:
-    """Gaussian vectors for every item, layer and word; an item's depend on its number alone, not on its batch."""
-    keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(jnp.asarray(numbers))
+def noise(seed: int, indices: Int[np.ndarray, "B"], layers: int, width: int) -> Float[Array, "L B 2 D"]:
+    """Gaussian vectors for every item, layer and word; an item's depend on its index alone, not on its batch."""
+    keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(jnp.asarray(indices))
     drawn = jax.vmap(lambda key: jax.random.normal(key, (layers, 2, width), jnp.float32))(keys)
     return jnp.moveaxis(drawn, 0, 1)
 
 
 def rescaled(
-    vectors: Float[Array, "L B 2 D"], norms: Float[Array, "L B 2"], factors: Float[np.ndarray, "F"]
-) -> Float[Array, "L F B 2 D"]:
-    """Vectors of length factor * norm."""
+    vectors: Float[Array, "L B 2 D"], norms: Float[Array, "L B 2"], strengths: Float[np.ndarray, "S"]
+) -> Float[Array, "L S B 2 D"]:
+    """Vectors of length strength * norm."""
     unit = vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return (unit * norms[..., None])[:, None] * jnp.asarray(factors, jnp.float32)[None, :, None, None, None]
+    return (unit * norms[..., None])[:, None] * jnp.asarray(strengths, jnp.float32)[None, :, None, None, None]
 
 
-def run(
+def word_norms(
+    model: Model, batch: RelationBatch, recorded: Trace, written: Generation | None
+) -> Float[Array, "L B 2"]:
+    """Norm of the two words' activations after every layer."""
+    return jnp.linalg.norm(recorded.at(batch.words[:, :2])[1:].astype(jnp.float32), axis=-1)
+
+
+Norms = Callable[[Model, RelationBatch, Trace, Generation | None], Float[Array, "L B 2"]]
+"""What the strengths are multiples of: model, batch, its trace, and what the control run wrote -> norms."""
+
+
+def swap_beliefs(
     model: Model,
     batch: RelationBatch,
     ids: SpatialIDs,
     *,
     layers: Sequence[int],
-    factors: Sequence[float] = (5.0,),
+    strengths: Sequence[float] = (5.0,),
     seed: int = 0,
-    numbers: Int[np.ndarray, "B"] | None = None,
+    indices: Int[np.ndarray, "B"] | None = None,
     max_new_tokens: int = 0,
-    compat: Compat = "none",
+    norms: Norms = word_norms,
     chunk: int | None = None,
-) -> BeliefSwap:
-    """Swaps the belief of every item at every layer and factor, beside noise of the same norm, in one call.
+) -> Swapped:
+    """Swaps the belief of every item at every layer and strength, beside noise of the same norm, in one call.
 
     Args:
         model: the model.
         batch: prepared items of one axis.
         ids: the model's spatial IDs.
-        layers: decoder blocks after which the vectors are added.
-        factors: norms of the vectors in units of the words' activations.
+        layers: decoder layers after which the vectors are added.
+        strengths: norms of the vectors in units of the words' activations.
         seed: of the noise.
-        numbers: of the items, on which their noise depends; 0 to B - 1 by default.
+        indices: of the items, on which their noise depends; 0 to B - 1 by default.
         max_new_tokens: writes the answers too, control and steered, with so many tokens at most. What is believed is
             then what the control run wrote (as published), where that is one of the two words; else the answer of
             higher probability.
-        compat: "reference" measures a word's norm over all its occurrences together, generated text included, as
-            the published code does; needs `max_new_tokens`.
+        norms: of the words, which the strengths multiply.
         chunk: edits that run side by side.
 
     Raises:
         InputError: if IDs and model differ, or a layer is out of range.
     """
     require_same_model(model, ids)
-    if compat == "reference" and not max_new_tokens:
-        raise InputError("compat='reference' measures norms over the generated text too: set max_new_tokens.")
-    chosen, strengths = np.asarray(layers), np.asarray(factors, np.float32)
+    chosen, multiples = np.asarray(layers), np.asarray(strengths, np.float32)
     recorded = trace(model, batch.prompts)
     control = np.asarray(batch.read(recorded))
     believed = control.argmax(axis=-1)
@@ -152,46 +152,371 @@ def run(
         control_texts = written.texts
         said = np.array([answer_of(text, batch.answers) for text in control_texts])
         believed = np.where(said >= 0, said, believed)
-    words = batch.words[:, :2]
-    if written is not None and compat == "reference":
-        norms = occurrence_norms(model, batch, written)[chosen]
-    else:
-        norms = jnp.linalg.norm(recorded.at(words)[1:].astype(jnp.float32), axis=-1)[chosen]
+    lengths = norms(model, batch, recorded, written)[chosen]
     pushes = directions(ids, batch.axis, believed, chosen)
-    drawn = noise(seed, np.arange(count) if numbers is None else numbers, model.num_layers, model.width)[chosen]
-    vectors = jnp.stack([rescaled(pushes, norms, strengths), rescaled(drawn, norms, strengths)])
+    drawn = noise(seed, np.arange(count) if indices is None else indices, model.num_layers, model.width)[chosen]
+    vectors = jnp.stack([rescaled(pushes, lengths, multiples), rescaled(drawn, lengths, multiples)])
     sweep_layers = np.broadcast_to(chosen[None, :, None], vectors.shape[:3])
-    edit: Edit = add(layer=sweep_layers, positions=words, vector=vectors)
+    edit = add(layer=sweep_layers, positions=batch.words[:, :2], vector=vectors)
     steered_texts = np.full((*vectors.shape[:3], count), "", object)
     if max_new_tokens:
         swapped = generate(model, recorded, edit, max_new_tokens=max_new_tokens)
         steered, steered_texts = batch.read(swapped.first), swapped.texts
     else:
         steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
-    return BeliefSwap(
+    return Swapped(
         control=control,
         steered=np.asarray(steered),
         layers=chosen,
-        factors=strengths,
+        strengths=multiples,
         truth=batch.truth,
         control_texts=control_texts,
         steered_texts=steered_texts,
     )
 
 
-def occurrence_norms(model: Model, batch: RelationBatch, written: Generation) -> Float[Array, "L B 2"]:
-    """Norm of all activations together at the tokens that are the same as a word's, in prompt and generated text.
+# --- the experiment --------------------------------------------------------------------------------------------------
 
-    The published code takes this for the word's norm; it is larger than that of the one activation that is edited.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The layers at which most beliefs are swapped, and what is swapped there.
+
+    Attributes:
+        layers: the three best ones.
+        belief: share swapped by IDs, the mean of the layers.
+        belief_std: its standard deviation over them.
+        belief_interval: Wilson's 95 % interval of the mean share.
+        noise: likewise by noise.
+        noise_std: likewise.
+        noise_interval: likewise.
+        items: how many items these are the shares of.
+        chosen_on: "other items", or "same items" where the layers were chosen on those reported, as published.
     """
-    longer = batch.prompts.extended(written.tokens, written.lengths)
-    token_ids, rows = np.asarray(longer.inputs.token_ids), len(longer)
-    words = np.take_along_axis(token_ids, batch.words[:, :2], axis=1)
-    same = (token_ids[:, :, None] == words[:, None]) & np.asarray(longer.inputs.valid)[:, :, None]  # [B, T, 2]
-    most = int(same.sum(axis=1).max())
-    order = np.argsort(~same, axis=1, kind="stable")[:, :most]  # places of the word first, [B, most, 2]
-    at = order.transpose(0, 2, 1).reshape(rows, 2 * most)
-    found = forward(model, longer, capture=Capture(("resid_post",), positions=jnp.asarray(at))).captured["resid_post"]
-    counted = np.take_along_axis(same, order, axis=1).transpose(0, 2, 1)  # [B, 2, most]
-    squares = jnp.square(found.astype(jnp.float32)).sum(axis=-1).reshape(-1, rows, 2, most)
-    return jnp.sqrt(jnp.where(counted, squares, 0.0).sum(axis=-1))
+
+    layers: list[int]
+    belief: float
+    belief_std: float
+    belief_interval: tuple[float, float]
+    noise: float
+    noise_std: float
+    noise_interval: tuple[float, float]
+    items: int
+    chosen_on: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Shares of items that were answered with one of the two words; intervals are Wilson's of 95 %.
+
+    Attributes:
+        answered_items: how many that are.
+        unanswered_items: how many others.
+        accuracy: of the control run.
+        accuracy_interval: its interval.
+        layers: ascending.
+        swapped: beliefs swapped, by condition and layer.
+        swapped_interval: their intervals.
+        swapped_by_axis: by axis, condition and layer.
+        swapped_by_axis_interval: their intervals.
+        verdicts: "correct", "wrong" and "nonsense" answers under the edits, by condition and layer.
+        accuracy_drop: how much the IDs lower the accuracy, by layer.
+        mean_accuracy_drop: the mean of the layers.
+        best: the best layers.
+        selection: items that the best layers were chosen on, and items that are reported.
+    """
+
+    answered_items: int
+    unanswered_items: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    layers: list[int]
+    swapped: dict[str, list[float]]
+    swapped_interval: dict[str, list[tuple[float, float]]]
+    swapped_by_axis: dict[str, dict[str, list[float]]]
+    swapped_by_axis_interval: dict[str, dict[str, list[tuple[float, float]]]]
+    verdicts: dict[str, list[dict[str, float]]]
+    accuracy_drop: list[float]
+    mean_accuracy_drop: float
+    best: Best
+    selection: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeliefSwapSummary(Summary, Rates):
+    """What came of a belief swap."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeliefSwap(
+    WithSpatialIDs[SpatialItem, RelationBatch, BeliefSwapSummary],
+    WithLayers[SpatialItem, RelationBatch, BeliefSwapSummary],
+    WithStrength[SpatialItem, RelationBatch, BeliefSwapSummary],
+):
+    """Swap beliefs with spatial IDs, beside noise of the same norm (Figure 2).
+
+    An item takes part in the rates if its control answer is exactly one of the two words. Strengths are multiples of
+    the norm of a word's activation.
+
+    Attributes:
+        max_new_tokens: written by the control run and under every edit; 0 reads the first token alone.
+    """
+
+    name: ClassVar[str] = "belief-swap"
+    same_items: ClassVar[bool] = False
+
+    max_new_tokens: Annotated[int, Range(0)] = 250
+
+    def items(self, session: Session) -> list[SpatialItem]:
+        """Questions of both axes."""
+        return session.spatial_items()
+
+    def groups(self, items: Sequence[SpatialItem]) -> list[list[SpatialItem]]:
+        """The items of each axis."""
+        return by_axis(items)
+
+    def default_layers(self, model: Model) -> Sequence[int]:
+        """The published layers of a model; all of a small one, the second to fourth sixth of another."""
+        count = model.num_layers
+        return published(self.model).belief_swap or (
+            range(count) if count <= 12 else range(count // 4, count * 5 // 8 + 1)
+        )
+
+    def rows(self, session: Session) -> int:
+        """Both conditions at every layer."""
+        return 2 * len(session.layers)
+
+    def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
+        """The published questions."""
+        return prepare(session.model, items, template=session.template, case=session.case)
+
+    def norms(
+        self, model: Model, batch: RelationBatch, recorded: Trace, written: Generation | None
+    ) -> Float[Array, "L B 2"]:
+        """Norms of the words, which the strength multiplies."""
+        return word_norms(model, batch, recorded, written)
+
+    def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Columns:
+        """A row for each item, condition and layer."""
+        indices = [session.index[item.key] for item in items]
+        found = swap_beliefs(
+            session.model,
+            batch,
+            session.ids,
+            layers=session.layers,
+            strengths=(self.strength,),
+            seed=self.seed,
+            indices=np.array(indices + indices[:1] * (len(batch.prompts) - len(items))),
+            max_new_tokens=self.max_new_tokens,
+            norms=self.norms,
+        )
+        return table_of(found, items, batch, session.model.name)
+
+    def summarise(self, session: Session, table: Columns) -> BeliefSwapSummary:
+        """Shares by condition and layer."""
+        found = rates(table, session.layers, seed=self.seed, same_items=self.same_items)
+        return BeliefSwapSummary(**session.facts, **vars(found))
+
+    def figures(self, session: Session, table: Columns, summary: BeliefSwapSummary) -> Iterator[tuple[str, Figure]]:
+        """The best layers, and all layers."""
+        yield "belief_swap", draw_best({summary.model: summary.best}, self.strength)
+        yield "belief_swap_by_layer", _draw_layers(summary, self.strength)
+
+    def report(self, summary: BeliefSwapSummary) -> Iterator[str]:
+        """The shares at the best layers."""
+        best = summary.best
+        chosen = "the same items" if best.chosen_on == "same items" else "others"
+        yield (
+            f"{summary.answered_items} items, {summary.accuracy:.1%} answered correctly; best layers "
+            f"{', '.join(map(str, sorted(best.layers)))}, chosen on {chosen}: {best.belief:.1%} swapped by IDs, "
+            f"{best.noise:.1%} by noise (of {best.items} items){summary.skipped_note}"
+        )
+
+
+def table_of(found: Swapped, items: Sequence[SpatialItem], batch: RelationBatch, model: str) -> Columns:
+    """A row for each item, condition and layer, at the first strength."""
+    count = len(items)
+    rows, truth = np.arange(count), found.truth[:count]
+    control, steered = found.control[:count], np.moveaxis(found.steered[:, :, 0, :count], 2, 0)  # [B, C, L, 2]
+    texts = np.moveaxis(found.steered_texts[:, :, 0, :count], 2, 0)
+    shape = texts.shape
+
+    def of_items(values: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(values)[:, None, None], shape).ravel()
+
+    written = bool(found.control_texts[:count].any())
+    said = np.array([answer_of(text, batch.answers) for text in found.control_texts[:count]])
+    answered = np.where([bool(text) for text in found.control_texts[:count]], said, control.argmax(axis=-1))
+    answers = steered.argmax(axis=-1)
+    if written:
+        flat = [answer_of(text, batch.answers) for text in texts.ravel()]
+        spoken = of_items([bool(text) for text in found.control_texts[:count]]).reshape(shape)
+        answers = np.where(spoken, np.array(flat).reshape(shape), answers)
+    axes = {
+        "item": [item.key for item in items],
+        "condition": CONDITIONS,
+        "layer": found.layers.tolist(),
+    }
+    flipped = (steered[..., 0] > steered[..., 1]) != (control[:, 0] > control[:, 1])[:, None, None]
+    return tidy(steered[rows, :, :, truth], axes, name="steered_correct") | {
+        "steered_wrong": steered[rows, :, :, 1 - truth].ravel(),
+        "model": np.full(steered[..., 0].size, model),
+        **{
+            name: of_items([getattr(item, name) for item in items])
+            for name in ("image_id", "subject", "object", "relation")
+        },
+        "axis": of_items([axis_of(item) for item in items]),
+        "strength": np.full(steered[..., 0].size, float(found.strengths[0])),
+        "control_correct": of_items(control[rows, truth]),
+        "control_wrong": of_items(control[rows, 1 - truth]),
+        "swapped": flipped.ravel(),
+        "control_verdict": of_items(_verdicts(answered, truth)),
+        "verdict": _verdicts(answers, truth[:, None, None]).ravel(),
+        "control_text": of_items(found.control_texts[:count].astype(str)),
+        "text": texts.ravel().astype(str),
+    }
+
+
+def _verdicts(answers: Int[np.ndarray, "..."], truth: Int[np.ndarray, "..."]) -> np.ndarray:
+    return np.where(answers < 0, "nonsense", np.where(answers == truth, "correct", "wrong"))
+
+
+def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: bool = False) -> Rates:
+    """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts.
+
+    The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others,
+    as shares of items that layers were chosen on are too large.
+
+    Args:
+        table: a row for each item, condition and layer.
+        layers: ascending.
+        seed: of the halves.
+        same_items: choose and report on all items, as published.
+
+    Raises:
+        DataError: if no item was answered with one of the two words.
+    """
+    used = table["control_verdict"] != "nonsense"
+    first = (table["condition"] == "belief") & (table["layer"] == layers[0])
+    count = int((used & first).sum())
+    if not count:
+        raise DataError("no item was answered with exactly one of the two words; look at control_text in the table.")
+    right = int(((table["control_verdict"] == "correct") & first & used).sum())
+
+    def at(condition: str, layer: int, axis: str | None = None) -> np.ndarray:
+        rows = used & (table["condition"] == condition) & (table["layer"] == layer)
+        return rows if axis is None else rows & (table["axis"] == axis)
+
+    def swapped(axis: str | None = None) -> dict[str, list[float]]:
+        return {name: [float(table["swapped"][at(name, k, axis)].mean()) for k in layers] for name in CONDITIONS}
+
+    def intervals(axis: str | None = None) -> dict[str, list[tuple[float, float]]]:
+        values = {name: [table["swapped"][at(name, k, axis)] for k in layers] for name in CONDITIONS}
+        return {
+            name: [confidence_interval(int(one.sum()), len(one)) for one in of_layers]
+            for name, of_layers in values.items()
+        }
+
+    verdicts = {
+        name: [
+            {word: float((table["verdict"][at(name, k)] == word).mean()) for word in ("correct", "wrong", "nonsense")}
+            for k in layers
+        ]
+        for name in CONDITIONS
+    }
+    drops = [right / count - of_layer["correct"] for of_layer in verdicts["belief"]]
+    axes = list(dict.fromkeys(table["axis"][used].tolist()))
+    best, selection = _best(table, used, layers, seed, same_items)
+    return Rates(
+        answered_items=count,
+        unanswered_items=int((~used & first).sum()),
+        accuracy=right / count,
+        accuracy_interval=confidence_interval(right, count),
+        layers=list(layers),
+        swapped=swapped(),
+        swapped_interval=intervals(),
+        swapped_by_axis={axis: swapped(axis) for axis in axes},
+        swapped_by_axis_interval={axis: intervals(axis) for axis in axes},
+        verdicts=verdicts,
+        accuracy_drop=drops,
+        mean_accuracy_drop=float(np.mean(drops)),
+        best=best,
+        selection=selection,
+    )
+
+
+def _best(
+    table: Columns, used: np.ndarray, layers: Sequence[int], seed: int, same_items: bool
+) -> tuple[Best, dict[str, Any]]:
+    """The best layers and what is swapped there; which items they were chosen on, and which are reported."""
+    pictures = np.unique(table["image_id"][used])
+    order = np.random.default_rng((seed, 2)).permutation(len(pictures))
+    choosing, reporting = used & np.isin(table["image_id"], pictures[order[: len(pictures) // 2]]), used
+    if same_items or not choosing.any():
+        choosing = used
+    else:
+        reporting = used & ~choosing
+
+    def shares(rows: np.ndarray, condition: str) -> np.ndarray:
+        rows = rows & (table["condition"] == condition)
+        return np.array([table["swapped"][rows & (table["layer"] == layer)].mean() for layer in layers])
+
+    best = np.argsort(shares(choosing, "belief"), kind="stable")[::-1][:BEST]
+    keys = {
+        name: list(dict.fromkeys(table["item"][rows].tolist()))
+        for name, rows in (("choosing", choosing), ("reporting", reporting))
+    }
+    count, found = len(keys["reporting"]), dict[str, Any]()
+    for condition in CONDITIONS:
+        picked = shares(reporting, condition)[best]
+        found[condition], found[f"{condition}_std"] = float(picked.mean()), float(picked.std())
+        found[f"{condition}_interval"] = confidence_interval(round(float(picked.mean()) * count), count)
+    chosen_on = "same items" if choosing is used else "other items"
+    chosen = Best(layers=[int(layers[row]) for row in best], items=count, chosen_on=chosen_on, **found)
+    return chosen, {"chosen_on": chosen_on, **keys}
+
+
+def _draw_layers(summary: BeliefSwapSummary, strength: float) -> Figure:
+    names = {"horizontal": "left/right", "vertical": "above/below"}
+    shares, intervals = summary.swapped_by_axis, summary.swapped_by_axis_interval
+    belief, noise_ = (
+        [np.array([one[condition] for one in found.values()]) for found in (shares, intervals)]
+        for condition in CONDITIONS
+    )
+    return plots.belief_swap_by_layer(
+        np.array(summary.layers),
+        belief[0],
+        noise_[0],
+        [names[name] for name in shares],
+        belief_intervals=belief[1],
+        noise_intervals=noise_[1],
+        factor=strength,
+        about=summary.about(items=summary.answered_items),
+    )
+
+
+def draw_best(best: Mapping[str, Best], strength: float | str) -> Figure:
+    """Figure 2 of the best layers of models: as published only if all of them were chosen on the same items."""
+    columns = {
+        part: np.array([getattr(one, part) for one in best.values()])
+        for part in ("belief", "belief_std", "noise", "noise_std", "belief_interval", "noise_interval")
+    }
+    bounds = {part: columns.pop(part) for part in ("belief_interval", "noise_interval")}
+    same = [name for name, one in best.items() if one.chosen_on == "same items"]
+    of_same = f" of {', '.join(same)}" if same else ""
+    note = f"best layers{of_same} chosen on {'the same' if same else 'other'} items"
+    if len(same) == len(best):
+        bounds, note = {}, "best layers chosen on the same items"
+    about = plots.About(
+        model=", ".join(best) if len(best) == 1 else "",
+        items=bounds_of([one.items for one in best.values()]),
+        strength=strength,
+        note=note,
+    )
+    return plots.belief_swap_bars(list(best), *columns.values(), **bounds, about=about)
+
+
+def bounds_of(values: Sequence[float]) -> str:
+    """Numbers from the smallest to the largest, in words."""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

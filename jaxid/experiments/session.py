@@ -49,6 +49,8 @@ class Session:
         case: form of the answer words that is read.
         batch_size: prompts traced together.
         bad: items that cannot be used, and why.
+        items: all items of the run, from `begin` on.
+        index: of every item among them, by its key.
     """
 
     def __init__(self, experiment: "Experiment[Any, Any, Any]"):
@@ -135,6 +137,7 @@ class Session:
             JaxidError: for a tried item that cannot be used, unless bad items are skipped.
         """
         experiment, self.items = self.experiment, items
+        self.index = {experiment.key(item): index for index, item in enumerate(items)}
         self.settings = self._described()
         jobs.check(experiment.out, settings=self.settings, items=items, key=experiment.key, restart=experiment.restart)
         for item in [group[0] for group in experiment.groups(items)] if items else ():
