@@ -96,9 +96,9 @@ def check_agreement(results: Mapping[str, Found], reference: str) -> dict[str, f
 
 def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
     """A run on random pictures of one pair of objects, and random IDs, whose content costs no time."""
-    from jaxid.data.grid import GridItem
+    from jaxid.data.grid import CELL_SIZE, GRID, GridItem
     from jaxid.experiments.finetune import FinetuneConfig, task
-    from jaxid.ids.spatial import FULL_SIZE, GRID, SpatialIDs
+    from jaxid.ids.spatial import SpatialIDs
 
     rng = np.random.default_rng(SEED)
     side, layers = model.config.vision_config.image_size, model.num_layers
@@ -110,7 +110,7 @@ def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
             object_b="star",
             cell_a=(0, 0),
             cell_b=cells[number],
-            size=FULL_SIZE,
+            size=CELL_SIZE,
         )
         for number in range(pictures)
     ]
@@ -119,7 +119,7 @@ def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
         values=rng.standard_normal(shape).astype(np.float32),
         counts=np.ones(shape[1:-1], np.int32),
         objects=("random",),
-        sizes=(FULL_SIZE,),
+        sizes=(CELL_SIZE,),
         layer_names=tuple(f"blocks.{layer}.resid_post" for layer in range(layers)),
         model=model.name,
     )

@@ -170,7 +170,8 @@ def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setti
 
 def _random_ids(model: Any, batch: Any) -> Any:
     """IDs in random directions, as long as the words' activations at each layer."""
-    from jaxid.ids.spatial import FULL_SIZE, GRID, SpatialIDs
+    from jaxid.data.grid import CELL_SIZE, GRID
+    from jaxid.ids.spatial import SpatialIDs
     from jaxid.interp.trace import trace
 
     lengths = np.linalg.norm(trace(model, batch.prompts).at(batch.words)[1:], axis=-1).mean(axis=(1, 2))
@@ -181,7 +182,7 @@ def _random_ids(model: Any, batch: Any) -> Any:
         values=values,
         counts=np.ones(shape[1:-1], np.int32),
         objects=("random",),
-        sizes=(FULL_SIZE,),
+        sizes=(CELL_SIZE,),
         layer_names=tuple(f"blocks.{layer}.resid_post" for layer in range(model.num_layers)),
         model=model.name,
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxid.errors import UnknownWordsWarning as UnknownWordsWarning
     from jaxid.families.base import Encoder as Encoder
     from jaxid.families.base import Model as Model
-    from jaxid.ids.spatial import IDBatch as IDBatch
+    from jaxid.ids.accumulate import IDBatch as IDBatch
     from jaxid.ids.spatial import SpatialIDs as SpatialIDs
     from jaxid.ids.spatial import accumulate_ids as accumulate_ids
     from jaxid.ids.temporal import TemporalIDs as TemporalIDs
@@ -61,7 +61,7 @@ _HOME = {
     "DataError": "jaxid.errors",
     "Encoder": "jaxid.families.base",
     "Generation": "jaxid.interp.generate",
-    "IDBatch": "jaxid.ids.spatial",
+    "IDBatch": "jaxid.ids.accumulate",
     "InputError": "jaxid.errors",
     "Intervention": "jaxid.nn.sites",
     "JaxidError": "jaxid.errors",

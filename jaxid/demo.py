@@ -16,13 +16,13 @@ from jaxtyping import Float
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.checks import check_finite, check_options
 from jaxid.data import scenes as drawn
-from jaxid.data.grid import GridItem, placements
+from jaxid.data.grid import CELL_SIZE, GridItem, placements
 from jaxid.data.scenes import OBJECTS
 from jaxid.errors import DataError
 from jaxid.experiments import activation_swap, belief_swap, grid, relations, steering
 from jaxid.experiments.relations import ANSWERS, RelationBatch
 from jaxid.families.base import Model
-from jaxid.ids.spatial import FULL_SIZE, SpatialIDs
+from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.forward import forward
 from jaxid.io import ensure_output_folder, tidy, write_json, write_table
 from jaxid.kernels import probing
@@ -75,7 +75,7 @@ def grid_items(partners: int, seed: int) -> tuple[list[tuple[str, str]], int, It
                     object_b=OBJECTS[b],
                     cell_a=(int(a_cell[0]), int(a_cell[1])),
                     cell_b=(int(b_cell[0]), int(b_cell[1])),
-                    size=FULL_SIZE,
+                    size=CELL_SIZE,
                 )
 
     return [(OBJECTS[a], OBJECTS[b]) for a, b in numbers], len(numbers) * len(places), items()

@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from jaxid.errors import CheckpointError, InputError, OutputError
-from jaxid.ids.spatial import IDBatch, SpatialIDs, accumulate_ids
+from jaxid.ids.accumulate import IDBatch
+from jaxid.ids.spatial import SpatialIDs, accumulate_ids
 from jaxid.kernels import probing
 
 LAYERS, WIDTH = 3, 20
@@ -48,7 +49,7 @@ def _pictures(planted: np.ndarray, noise: float = 0.0, seed: int = 1) -> IDBatch
     obj, pair, a, b, s = index
     activations = content[obj] + other[pair, a] + planted[:, s, b % 4, b // 4].swapaxes(0, 1)
     activations += noise * rng.normal(size=activations.shape)
-    return IDBatch(activations.astype(np.float32), obj, pair, a, b, s)
+    return IDBatch(activations.astype(np.float32), obj, pair, own_index=b, other_index=a, size_index=s)
 
 
 def _batches(pictures: IDBatch, size: int = 256):
@@ -143,7 +144,7 @@ def test_bfloat16_activations_give_float32_ids(ids):
 
 def test_objects_and_cells_without_pictures_are_left_out():
     pictures = _pictures(_planted())
-    keep = (pictures.object_index != 2) & ~((pictures.object_index == 1) & (pictures.b_cell == 6))
+    keep = (pictures.object_index != 2) & ~((pictures.object_index == 1) & (pictures.own_index == 6))
     found = _extract(_select(pictures, keep))
     assert (found.counts[2] == 0).all()
     assert found.counts[1, 0, 2, 1] == 0  # cell 6 is column 2, row 1
@@ -157,7 +158,7 @@ def test_objects_and_cells_without_pictures_are_left_out():
 
 def test_universal_with_a_hole_is_refused():
     pictures = _pictures(_planted())
-    keep = pictures.b_cell != 11
+    keep = pictures.own_index != 11
     found = _extract(_select(pictures, keep))
     with pytest.raises(InputError, match=r"cells \[\(3, 2\)\], size 224"):
         found.axes()
@@ -167,11 +168,11 @@ def test_universal_with_a_hole_is_refused():
     ("change", "message"),
     [
         ({"pair_index": 6}, "pair_index must be from 0 to 5"),
-        ({"a_cell": 16}, "a_cell must be"),
-        ({"b_cell": -1}, "b_cell must be"),
+        ({"other_index": 16}, "other_index must be"),
+        ({"own_index": -1}, "own_index must be"),
         ({"size_index": 2}, "size_index must be"),
         ({"object_index": 3}, "object_index must be"),
-        ({"a_cell": 5, "b_cell": 5}, "both objects in one cell"),
+        ({"other_index": 5, "own_index": 5}, "both objects of a pair in one place"),
         ({"object_index": 0, "pair_index": 0}, "two different objects"),
         ({"activations": np.inf}, "'fish' are not finite"),
     ],
@@ -199,10 +200,10 @@ def test_batches_of_other_shapes_and_none_are_refused():
     narrow = pictures._replace(activations=pictures.activations[..., :-1])
     with pytest.raises(InputError, match="Batch 1 has activations"):
         accumulate_ids([pictures, narrow], pairs=len(PAIRS), objects=OBJECTS, sizes=SIZES)
-    short = pictures._replace(b_cell=pictures.b_cell[:-1])
-    with pytest.raises(InputError, match="b_cell is"):
+    short = pictures._replace(own_index=pictures.own_index[:-1])
+    with pytest.raises(InputError, match="own_index is"):
         accumulate_ids([short], pairs=len(PAIRS), objects=OBJECTS, sizes=SIZES)
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no rows but padding"):
         accumulate_ids([], pairs=1, objects=OBJECTS)
 
 
@@ -295,9 +296,10 @@ def test_failed_save_leaves_nothing_behind(ids, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="folder"):
         ids.save(tmp_path / "folder")
-    with pytest.raises(OutputError):
-        ids.save(tmp_path / "none" / "ids.safetensors")
-    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write"):
+        ids.save(tmp_path / "file" / "ids.safetensors")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "data": {*DOORS, "prompts"},
     "jobs": DOORS,
     "plots": DOORS,
-    "ids": METHODS,
+    "ids": {*METHODS, "data"},
     "train": METHODS,
     "dcsm": {*METHODS, "data", "train"},
     "experiments": {*STUDIES, "zoo recipes"},

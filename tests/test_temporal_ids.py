@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jaxid.errors import CheckpointError, InputError, OutputError
-from jaxid.ids.temporal import FRAMES, TemporalBatch, TemporalIDs, accumulate_temporal_ids, early_to_late
+from jaxid.experiments.reference_extraction import last_clips
+from jaxid.ids.accumulate import IDBatch
+from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids, early_to_late
 
 LAYERS, WIDTH, OBJECTS = 3, 5, ("star", "fish", "cup")
 PAIRS = [(a, b) for a in range(3) for b in range(3) if a != b]
@@ -28,8 +30,8 @@ def parts(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def batches(made: dict[str, np.ndarray], size: int = 10, *, shuffled: int | None = None) -> Iterator[TemporalBatch]:
-    """Every pair at all pairs of frames, B's word alone, the last batch filled up."""
+def batches(made: dict[str, np.ndarray], size: int = 10, *, shuffled: int | None = None) -> Iterator[IDBatch]:
+    """Every pair at all pairs of frames, B's word alone, the last batch padded."""
     rows = [(pair, i, j) for pair in range(len(PAIRS)) for i in range(7) for j in range(7) if i != j]
     if shuffled is not None:
         rows = [rows[k] for k in np.random.default_rng(shuffled).permutation(len(rows))]
@@ -41,12 +43,12 @@ def batches(made: dict[str, np.ndarray], size: int = 10, *, shuffled: int | None
         activations = (
             made["time"][index[:, 1]] + made["object"][object_] + made["partner"][partner] + made["other"][index[:, 2]]
         )
-        yield TemporalBatch(
+        yield IDBatch(
             activations=activations.astype(np.float32),
             object_index=object_,
             pair_index=np.where(np.arange(size) < len(part), index[:, 0], -1),
-            frame=index[:, 1],
-            other=index[:, 2],
+            own_index=index[:, 1],
+            other_index=index[:, 2],
         )
 
 
@@ -74,11 +76,11 @@ def test_order_and_size_of_batches_do_not_matter() -> None:
 
 def test_reference_keeps_the_last_clip() -> None:
     made = parts()
-    found = accumulate_temporal_ids(batches(made), pairs=len(PAIRS), objects=OBJECTS, compat="reference")
+    found = last_clips(batches(made), pairs=len(PAIRS), objects=OBJECTS)
     last: dict[tuple[int, int], np.ndarray] = {}
     for batch in batches(made):
         for row in np.flatnonzero(batch.pair_index >= 0):
-            last[int(batch.object_index[row]), int(batch.frame[row])] = np.asarray(batch.activations[row])
+            last[int(batch.object_index[row]), int(batch.own_index[row])] = np.asarray(batch.activations[row])
     for (row, frame), activation in last.items():
         np.testing.assert_array_equal(found.values[:, row, frame], activation[1:])
 
@@ -108,8 +110,8 @@ def test_line_from_early_to_late() -> None:
     # What is centred already lies where the origin lies, moved by its own part along the line.
     middle = line.coordinates(np.zeros((2, 1, WIDTH), np.float32), centred=True)
     np.testing.assert_allclose(middle[:, 0], places.mean() / 7, atol=1e-5)
-    turned = early_to_late(universal[:, [1, 0, 2, 3, 4, 5, 6]].astype(np.float32), np.arange(1, 8))
-    assert 0.9 < turned.order[0] < 1
+    swapped = early_to_late(universal[:, [1, 0, 2, 3, 4, 5, 6]].astype(np.float32), np.arange(1, 8))
+    assert 0.9 < swapped.order[0] < 1
 
 
 def test_files(tmp_path: Path) -> None:
@@ -134,8 +136,8 @@ def test_files(tmp_path: Path) -> None:
     save_file({"values": np.zeros(2, np.float32)}, path, metadata)
     with pytest.raises(CheckpointError, match="has axes"):
         TemporalIDs.load(path)
-    with pytest.raises(OutputError, match="Temporal IDs cannot be written"):
-        found.save(tmp_path / "nowhere" / "ids.safetensors")
+    with pytest.raises(OutputError, match="cannot write"):
+        found.save(path / "ids.safetensors")
 
 
 def test_traced_layers_and_frames_that_do_not_exist_give_nan() -> None:
@@ -168,12 +170,12 @@ def test_what_does_not_fit() -> None:
         ids(objects=("star", "star", "cup"))
     with pytest.raises(InputError, match=r"no ID at frames \[2\]"):
         _ = ids(counts=np.tile(np.array([1, 0, 1, 1, 1, 1, 1], np.int32), (3, 1))).universal
-    with pytest.raises(InputError, match="hold no clip"):
+    with pytest.raises(InputError, match="no rows but padding"):
         accumulate_temporal_ids([], pairs=1, objects=OBJECTS)
     batch = next(batches(parts()))
     for change, message in (
-        ({"frame": batch.frame + 7}, "frame must be from 0 to 6"),
-        ({"object_index": batch.object_index[:3]}, "not one of every row"),
+        ({"own_index": batch.own_index + 7}, "own_index must be from 0 to 6"),
+        ({"object_index": batch.object_index[:3]}, "object_index is .3., activations"),
         ({"activations": np.asarray(batch.activations) * np.nan}, "not finite"),
     ):
         with pytest.raises(InputError, match=message):

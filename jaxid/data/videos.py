@@ -38,6 +38,12 @@ def time_text(clip: Clip) -> str:
     )
 
 
+def with_times(clip: Clip, question: str) -> str:
+    """The question after what `time_text` says of its clip."""
+    text = time_text(clip)
+    return f"{text}\n{question}" if text else question
+
+
 def spread(total: int, count: int = FRAMES) -> Int[np.ndarray, "count"]:
     """Which of a video's frames are taken: evenly spread, the first and the last among them."""
     return np.linspace(0, total - 1, count).astype(np.int64)

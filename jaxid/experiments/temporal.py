@@ -1,7 +1,7 @@
 """Temporal IDs in video models: extraction, time-reversed swap, steering ([ID] arXiv 2601.12626, Figure 10)."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,33 +9,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxid.data.clips import AppearItem, OrderItem
-from jaxid.data.videos import time_text
-from jaxid.errors import InputError
+from jaxid.data.videos import with_times
 from jaxid.experiments.activation_swap import ActivationSwap
 from jaxid.experiments.belief_swap import require_same_model
-from jaxid.experiments.grid import activations_at, in_batches
+from jaxid.experiments.reference_extraction import last_clips
 from jaxid.experiments.relations import Case, Compat, RelationBatch, fill
 from jaxid.experiments.steering import Steering
 from jaxid.families.base import Model
-from jaxid.ids.temporal import FRAMES, TemporalBatch, TemporalIDs, accumulate_temporal_ids
+from jaxid.ids.extract import TEMPORAL_QUESTION as QUESTION
+from jaxid.ids.extract import centred_words, extract_temporal
+from jaxid.ids.temporal import TemporalIDs, accumulate_temporal_ids
 from jaxid.interp.interventions import add
-from jaxid.interp.trace import Trace, rerun, residuals_at, swap, trace
+from jaxid.interp.trace import Trace, rerun, swap, trace
 from jaxid.prompts.pictures import Clip
 from jaxid.prompts.processor import Prompts
 
-QUESTION = (
-    "In this video, two objects appear at different times. Does the {a} come before or after the {b}? "
-    "Answer in one word."
-)
-"""The published question about synthetic clips; both words' activations are read."""
-
 ANSWERS = ("before", "after")
-
-
-def with_times(clip: Clip, question: str) -> str:
-    """The question behind what the prompt says of the clip's length and its frames' times."""
-    text = time_text(clip)
-    return f"{text}\n{question}" if text else question
 
 
 def extract(
@@ -55,59 +44,22 @@ def extract(
         pairs: all ordered pairs (A, B) that occur.
         question: with places for {a} and {b}.
         batch_size: clips per forward pass.
-        compat: "reference" reproduces the published code, see `accumulate_temporal_ids`.
+        compat: "reference" reproduces the published code, see `reference_extraction.last_clips`.
 
     Raises:
         InputError: if an item's pair is not among those announced, or its clip cannot be read.
         DataError: for a video that is unreadable or too short.
         PromptError: if the question does not hold an object's word.
     """
-    numbers = {pair: number for number, pair in enumerate(pairs)}
-    objects = tuple(dict.fromkeys(name for pair in pairs for name in pair))
-
-    def batches() -> Iterator[TemporalBatch]:
-        for batch in in_batches(items, batch_size):
-            for item in batch:
-                if (item.object_a, item.object_b) not in numbers:
-                    raise InputError(f"the clip {item.key} of {item.object_a} and {item.object_b} was not announced.")
-            padding = batch_size - len(batch)
-            full = batch + batch[:1] * padding
-            clips = [item.open() for item in full]
-            texts = [
-                with_times(clip, question.format(a=item.object_a, b=item.object_b))
-                for clip, item in zip(clips, full, strict=True)
-            ]
-            prompts = model.prepare(clips, texts)
-            pair = np.array([numbers[item.object_a, item.object_b] for item in batch] + [-1] * padding)
-            pairs_named = [(item.object_a, item.object_b) for item in full]
-            ours = ([item.object_a for item in full], [item.frame_a for item in full])
-            theirs = ([item.object_b for item in full], [item.frame_b for item in full])
-            for role, ((names, own), (_, other)) in enumerate(((ours, theirs), (theirs, ours))):
-                yield TemporalBatch(
-                    activations=activations_at(model, prompts, prompts.word(names, beside=pairs_named)),
-                    object_index=np.array([objects.index(name) for name in names]),
-                    pair_index=np.where(pair < 0, -1, 2 * pair + role),
-                    frame=np.array(own) - FRAMES[0],
-                    other=np.array(other) - FRAMES[0],
-                )
-
-    return accumulate_temporal_ids(
-        batches(),
-        pairs=2 * len(pairs),
-        objects=objects,
-        compat=compat,
-        model=model.name,
-        fingerprint=model.fingerprint,
-    )
+    accumulate = last_clips if compat == "reference" else accumulate_temporal_ids
+    return extract_temporal(model, items, pairs=pairs, question=question, batch_size=batch_size, accumulate=accumulate)
 
 
 def word_coordinates(
     model: Model, ids: TemporalIDs, words: Sequence[str] = ANSWERS
 ) -> dict[str, Float[np.ndarray, "L"]]:
     """Words without a clip, less their mean, on each layer's line from early to late."""
-    prompts = model.prepare(None, list(words))
-    states = np.asarray(residuals_at(model, prompts, prompts.word(list(words))), np.float32)[1:, :, 0]
-    centred = states - states.mean(axis=1, keepdims=True)
+    centred = centred_words(model, words)
     return dict(zip(words, ids.line().coordinates(centred, centred=True).T, strict=True))
 
 

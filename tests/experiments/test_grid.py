@@ -13,7 +13,7 @@ from families import VOCABULARY
 
 from jaxid.data.grid import GridItem, placements
 from jaxid.errors import InputError, PromptError
-from jaxid.experiments import grid
+from jaxid.ids import extract
 from jaxid.interp.trace import residuals_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
@@ -83,10 +83,10 @@ def test_extract_equals_the_published_means(monkeypatch: pytest.MonkeyPatch) -> 
         lengths.append(len(prompts))
         return residuals_at(model, prompts, at)
 
-    monkeypatch.setattr(grid, "residuals_at", spy)
+    monkeypatch.setattr(extract, "residuals_at", spy)
     model = fixtures.model(oracle.CASE)
-    # 270 pictures in batches of 64: the last one holds 14 and is filled up.
-    ids = grid.extract(model, iter(items()), pairs=PAIRS, sizes=SIZES, batch_size=64)
+    # 270 pictures in batches of 64: the last one holds 14 and is padded.
+    ids = extract.extract_spatial(model, iter(items()), pairs=PAIRS, sizes=SIZES, batch_size=64)
     assert lengths == [64] * 5
     assert (ids.objects, ids.sizes) == (("fish", "star"), SIZES)
     assert (ids.model, ids.fingerprint) == (model.name, model.fingerprint)
@@ -108,30 +108,32 @@ def test_other_questions_are_asked_as_given(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(prompts.questions)
         return residuals_at(model, prompts, at)
 
-    monkeypatch.setattr(grid, "residuals_at", spy)
+    monkeypatch.setattr(extract, "residuals_at", spy)
     few = items()[:3]
-    grid.extract(fixtures.model(oracle.CASE), few, pairs=PAIRS, sizes=SIZES, question="Is {a} above {b}?", batch_size=4)
+    extract.extract_spatial(
+        fixtures.model(oracle.CASE), few, pairs=PAIRS, sizes=SIZES, question="Is {a} above {b}?", batch_size=4
+    )
     expected = [f"Is {item.object_a} above {item.object_b}?" for item in few]
     assert asked == [(*expected, expected[0])]
 
 
 def test_in_batches() -> None:
-    assert list(grid.in_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(grid.in_batches([], 2)) == []
+    assert list(extract.in_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(extract.in_batches([], 2)) == []
 
 
 def test_what_was_not_announced_is_refused() -> None:
     model = fixtures.model(oracle.CASE)
     with pytest.raises(InputError, match="was not announced"):
-        grid.extract(model, items(), pairs=PAIRS[:2], sizes=SIZES, batch_size=64)
+        extract.extract_spatial(model, items(), pairs=PAIRS[:2], sizes=SIZES, batch_size=64)
     with pytest.raises(InputError, match="size 74 was not announced"):
-        grid.extract(model, [item for item in items() if item.size == 74], pairs=PAIRS, batch_size=64)
+        extract.extract_spatial(model, [item for item in items() if item.size == 74], pairs=PAIRS, batch_size=64)
 
 
 def test_question_must_hold_the_word_once() -> None:
     for question in ("Is there a {a}?", "Is the {b} to the left of {a} or {b}?"):
         with pytest.raises(PromptError, match="word"):
-            grid.extract(
+            extract.extract_spatial(
                 fixtures.model(oracle.CASE), items()[:2], pairs=PAIRS, sizes=SIZES, question=question, batch_size=2
             )
 
@@ -142,8 +144,8 @@ def test_names_inside_names(pair: tuple[str, str]) -> None:
     model = fixtures.model(oracle.CASE)
     chosen = [item for item in items() if item.cell_a == (0, 0) and item.size == 224][:2]
     made = [dataclasses.replace(item, object_a=pair[0], object_b=pair[1]) for item in chosen]
-    ids = grid.extract(model, made, pairs=[pair], sizes=(224,), batch_size=2)
-    prompts = model.prepare([item.picture for item in made], grid.QUESTION.format(a=pair[0], b=pair[1]))
+    ids = extract.extract_spatial(model, made, pairs=[pair], sizes=(224,), batch_size=2)
+    prompts = model.prepare([item.picture for item in made], extract.SPATIAL_QUESTION.format(a=pair[0], b=pair[1]))
     token_ids = np.asarray(prompts.inputs.token_ids)
     # The asked object stands first in the question: "Is the {b} to the left ..."
     at = np.array([list(row).index(VOCABULARY.index("to")) - 1 for row in token_ids])

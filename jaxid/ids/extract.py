@@ -1,0 +1,182 @@
+"""Extraction of IDs: the words' activations in padded batches of pictures or clips ([ID] arXiv 2601.12626)."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxid.data.clips import AppearItem
+from jaxid.data.grid import CELL_SIZE, GRID, GridItem
+from jaxid.data.videos import with_times
+from jaxid.errors import InputError
+from jaxid.families.base import Model
+from jaxid.ids.accumulate import IDBatch
+from jaxid.ids.spatial import SpatialIDs, accumulate_ids
+from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids
+from jaxid.interp.trace import residuals_at
+from jaxid.prompts.pictures import Clip
+from jaxid.prompts.processor import Prompts
+
+SPATIAL_QUESTION = "Is the {b} to the left or right of the {a}?"
+"""The published question about grid pictures; its word {b} is the one whose activations are read."""
+
+TEMPORAL_QUESTION = (
+    "In this video, two objects appear at different times. Does the {a} come before or after the {b}? "
+    "Answer in one word."
+)
+"""The published question about synthetic clips; both words' activations are read."""
+
+Item = TypeVar("Item", GridItem, AppearItem)
+
+
+class _Word(NamedTuple):
+    """A word to read of an item: what it names, where that and its partner are, and of which size."""
+
+    name: str
+    own: int
+    other: int
+    size: int = 0
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def activations_at(model: Model, prompts: Prompts, positions: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B L1 D"]:
+    """Residual stream at a position of each prompt; index 0 the embeddings."""
+    return np.asarray(residuals_at(model, prompts, positions))[:, :, 0].swapaxes(0, 1)
+
+
+def extract_spatial(
+    model: Model,
+    items: Iterable[GridItem],
+    *,
+    pairs: Sequence[tuple[str, str]],
+    sizes: Sequence[float] = (CELL_SIZE,),
+    question: str = SPATIAL_QUESTION,
+    batch_size: int = 128,
+) -> SpatialIDs:
+    """Extracts spatial IDs, reading only the asked word's positions.
+
+    Args:
+        model: the model.
+        items: grid pictures in any order; wrap the iterable in tqdm for a progress bar.
+        pairs: all ordered pairs (A, B) that occur.
+        sizes: all object sizes that occur, pixels.
+        question: with places for {a} and {b}.
+        batch_size: pictures per forward pass.
+
+    Returns:
+        IDs of every object that stands second in a pair.
+
+    Raises:
+        InputError: if an item's pair or size is not among those announced, or its objects have the same name.
+        PromptError: if the question does not hold the object's word exactly once.
+    """
+    objects = tuple(dict.fromkeys(b for _, b in pairs))
+
+    def words(item: GridItem) -> list[_Word]:
+        if item.size not in sizes:
+            raise InputError(f"grid item {item.object_a}/{item.object_b} of size {item.size} was not announced.")
+        own, other = (y * GRID + x for x, y in (item.cell_b, item.cell_a))
+        return [_Word(item.object_b, own, other, sizes.index(item.size))]
+
+    return accumulate_ids(
+        _batches(model, items, pairs, objects, question, batch_size, lambda item: item.picture, words),
+        pairs=len(pairs),
+        objects=objects,
+        sizes=tuple(sizes),
+        model=model.name,
+        fingerprint=model.fingerprint,
+    )
+
+
+def extract_temporal(
+    model: Model,
+    items: Iterable[AppearItem],
+    *,
+    pairs: Sequence[tuple[str, str]],
+    question: str = TEMPORAL_QUESTION,
+    batch_size: int = 16,
+    accumulate: Callable[..., TemporalIDs] = accumulate_temporal_ids,
+) -> TemporalIDs:
+    """Extracts temporal IDs, reading only the two words' positions.
+
+    Args:
+        model: the model.
+        items: clips in any order; wrap the iterable in tqdm for a progress bar.
+        pairs: all ordered pairs (A, B) that occur.
+        question: with places for {a} and {b}.
+        batch_size: clips per forward pass.
+        accumulate: what makes IDs of the batches, called as `accumulate_temporal_ids` is.
+
+    Raises:
+        InputError: if an item's pair is not among those announced, or its clip cannot be read.
+        DataError: for a video that is unreadable or too short.
+        PromptError: if the question does not hold an object's word.
+    """
+    objects = tuple(dict.fromkeys(name for pair in pairs for name in pair))
+
+    def words(item: AppearItem) -> list[_Word]:
+        first, second = item.frame_a - FRAMES[0], item.frame_b - FRAMES[0]
+        return [_Word(item.object_a, first, second), _Word(item.object_b, second, first)]
+
+    return accumulate(
+        _batches(model, items, pairs, objects, question, batch_size, AppearItem.open, words),
+        pairs=2 * len(pairs),
+        objects=objects,
+        model=model.name,
+        fingerprint=model.fingerprint,
+    )
+
+
+def _batches(
+    model: Model,
+    items: Iterable[Item],
+    pairs: Sequence[tuple[str, str]],
+    objects: Sequence[str],
+    question: str,
+    batch_size: int,
+    picture: Callable[[Item], Any],
+    words: Callable[[Item], list[_Word]],
+) -> Iterator[IDBatch]:
+    """Activations at the words to read: for a batch of items, one batch for each word of an item.
+
+    A short last batch of items is padded with its first, so that one program serves all batches.
+    """
+    pair_index = {pair: index for index, pair in enumerate(pairs)}
+    for batch in in_batches(items, batch_size):
+        names = [(item.object_a, item.object_b) for item in batch]
+        for pair in names:
+            if pair not in pair_index:
+                raise InputError(f"the pair {pair[0]}/{pair[1]} was not announced; the pairs are {list(pairs)}.")
+        rows = [*zip(names, map(words, batch), map(picture, batch), strict=True)]
+        names, read, pictures = zip(*(rows + rows[:1] * (batch_size - len(batch))), strict=True)
+        questions = [question.format(a=a, b=b) for a, b in names]
+        if isinstance(pictures[0], Clip):
+            questions = [with_times(*asked) for asked in zip(pictures, questions, strict=True)]
+        prompts = model.prepare(list(pictures), questions)
+        pair = np.array([pair_index[pair] for pair in names])
+        padded = np.arange(batch_size) >= len(batch)
+        for role, column in enumerate(zip(*read, strict=True)):
+            name, own, other, size = zip(*column, strict=True)
+            yield IDBatch(
+                activations=activations_at(model, prompts, prompts.word(list(name), beside=list(names))),
+                object_index=np.array([objects.index(one) for one in name]),
+                pair_index=np.where(padded, -1, len(read[0]) * pair + role),
+                own_index=np.array(own),
+                other_index=np.array(other),
+                size_index=np.array(size),
+            )
+
+
+def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
+    """Words without a picture, each read at its own position after every layer, less their mean (Figure 5)."""
+    prompts = model.prepare(None, list(words))
+    states = activations_at(model, prompts, prompts.word(list(words)))[:, 1:].astype(np.float32).swapaxes(0, 1)
+    return states - states.mean(axis=1, keepdims=True)
