@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -55,32 +56,42 @@ def check_seed(seed: int) -> None:
 
 
 def check_options(options: Any) -> None:
-    """Refuses options of a dataclass that its types do not allow.
-
-    These are NaN and infinity in any field, a `seed` that random generators do not take, a value that is not among
-    those of a `Literal`, and a number outside the `Range` of its field.
-
-    Args:
-        options: the dataclass; tuples are checked entry by entry, None is passed over.
+    """Refuses options of a dataclass that its types do not allow, see `check_values`.
 
     Raises:
         InputError: naming the field.
     """
-    types = typing.get_type_hints(type(options), include_extras=True)
-    for field in dataclasses.fields(options):
-        value, (choices, bounds) = getattr(options, field.name), _allowed(types[field.name])
-        if field.name == "seed":
-            check_seed(value)
-        for entry in value if isinstance(value, tuple) else (value,):
+    check_values(type(options), {field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
+
+
+def check_values(declared: Any, values: Mapping[str, Any]) -> None:
+    """Refuses values that their types do not allow.
+
+    These are NaN and infinity, a `seed` that random generators do not take, a value that is not among those of its
+    `Literal`, and a number outside its `Range`.
+
+    Args:
+        declared: a class or function whose annotations name the types.
+        values: by name; sequences are checked entry by entry, None is passed over.
+
+    Raises:
+        InputError: naming the value.
+    """
+    types = typing.get_type_hints(declared, include_extras=True)
+    for name, value in values.items():
+        choices, bounds = _allowed(types[name])
+        for entry in value if isinstance(value, tuple | list) else (value,):
             if isinstance(entry, float):
-                check_finite(field.name, entry)
+                check_finite(name, entry)
             if entry is None:
                 continue
+            if name == "seed":
+                check_seed(entry)
             if choices and entry not in choices:
-                raise InputError(f"{field.name} is one of {', '.join(map(str, choices))}, not {entry!r}.")
+                raise InputError(f"{name} is one of {', '.join(map(str, choices))}, not {entry!r}.")
             if bounds and not bounds.low <= entry <= bounds.high:
                 limit = f"{bounds.low:g} or more" if entry < bounds.low else f"at most {bounds.high:g}"
-                raise InputError(f"{field.name} must be {limit}, not {entry}.")
+                raise InputError(f"{name} must be {limit}, not {entry}.")
 
 
 def _allowed(kind: Any) -> tuple[tuple[Any, ...], Range | None]:

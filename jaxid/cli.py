@@ -1,47 +1,85 @@
-"""The command line, `jaxid --help`; each command imports what it needs, so that help comes at once."""
+"""The command line, `jaxid --help`, made by cyclopts from dataclasses of options and a few plain functions.
+
+Each command imports what it needs, so that help comes at once.
+"""
 
 import contextlib
-import functools
+import dataclasses
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Json, Toml, Yaml
 
 from jaxid import __version__
-from jaxid import cli_diagnosis as cli_diagnosis  # its commands join `run`
-from jaxid.checks import check_finite, check_seed
-from jaxid.cli_dcsm import dcsm_app
-from jaxid.cli_finetune import compare_finetune, finetune, zoo_app
-from jaxid.cli_run import run_app
-from jaxid.cli_temporal import ids_temporal
-from jaxid.errors import DataError, InputError, JaxidError, JaxidWarning, OutputError
+from jaxid.checks import check_values
+from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
 from jaxid.io import ensure_output_folder
 
-app = typer.Typer(
-    name="jaxid",
-    help="Spatial and temporal identifiers of vision-language models, in JAX.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+GROUPS = {
+    "run": "The published experiments, as jobs that can be stopped and resumed.",
+    "ids": "Spatial and temporal IDs.",
+    "dcsm": "Dense similarity maps of CLIP-like models.",
+    "data": "Pictures and data sets.",
+    "zoo": "The small trained models that ship with jaxid.",
+}
 
-data_app = typer.Typer(help="Pictures and datasets.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+COMMANDS = {
+    "demo": "jaxid.experiments.demo:Demo",
+    "ask": "jaxid.experiments.ask:Ask",
+    "finetune": "jaxid.experiments.finetune_run:Finetune",
+    "compare-finetune": "jaxid.experiments.finetune_run:CompareFinetune",
+    "run belief-swap": "jaxid.experiments.belief_swap:BeliefSwap",
+    "run compare": "jaxid.experiments.compare:Compare",
+    "run mirror-swap": "jaxid.experiments.activation_swap:MirrorSwap",
+    "run attribute-swap": "jaxid.experiments.activation_swap:AttributeSwap",
+    "run blank-image": "jaxid.experiments.blank_image:BlankImage",
+    "run steer": "jaxid.experiments.steering:Steer",
+    "run steer-picture": "jaxid.experiments.steering:SteerPicture",
+    "run depth": "jaxid.experiments.depth:Depth",
+    "run deviation": "jaxid.experiments.deviation:Deviation",
+    "run occlusion": "jaxid.experiments.occlusion:Occlusion",
+    "run temporal-swap": "jaxid.experiments.temporal:TemporalSwap",
+    "run temporal-steer": "jaxid.experiments.temporal:TemporalSteer",
+    "ids extract": "jaxid.experiments.spatial_ids:ExtractIDs",
+    "ids temporal": "jaxid.experiments.temporal_ids:ExtractTemporalIDs",
+    "dcsm score": "jaxid.experiments.dcsm_score:ScoreCaptions",
+    "dcsm train": "jaxid.experiments.dcsm_train:TrainScorer",
+    "dcsm eval": "jaxid.experiments.dcsm_evaluate:EvaluateScorers",
+    "dcsm geometry": "jaxid.experiments.dcsm_geometry:AttainableMargins",
+    "dcsm words": "jaxid.experiments.dcsm_words:FindWords",
+    "dcsm data": "jaxid.zoo.tiny_dcsm:draw",
+    "data preview": "jaxid.data.commands:preview",
+    "data grid": "jaxid.data.commands:grid",
+    "data coco-spatial": "jaxid.data.commands:coco_spatial",
+    "data three-objects": "jaxid.data.commands:three_objects",
+    "data finetune": "jaxid.data.commands:finetune",
+    "data appear": "jaxid.data.commands:appear",
+    "data mvbench": "jaxid.data.commands:mvbench",
+    "zoo train": "jaxid.zoo.commands:train",
+    "zoo evaluate": "jaxid.zoo.commands:evaluate",
+    "zoo finetune-study": "jaxid.experiments.finetune_study:FinetuneStudy",
+}
+"""Every command and the dataclass, with `run` and `report`, or the function that it is made from."""
 
+SHORT = {
+    "demo": "Find, draw and prove the spatial IDs of the model that ships with jaxid.",
+    "ask": "Ask a model about a picture.",
+    "finetune": "Fine-tune on grid scenes with a loss on spatial IDs.",
+    "compare-finetune": "Compare fine-tuning runs with and without the ID loss.",
+}
+"""What `jaxid --help` says of commands that are imported only when they run."""
 
-app.add_typer(run_app, name="run")
-app.add_typer(dcsm_app, name="dcsm")
-app.add_typer(zoo_app, name="zoo")
-app.command("finetune")(finetune)
-app.command("compare-finetune")(compare_finetune)
+CONFIGS = {".yaml": Yaml, ".yml": Yaml, ".toml": Toml, ".json": Json}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line: exit code 2 and one line on stderr for a JaxidError, 130 for Ctrl-C.
+    """Runs the command line and exits: with 2 and one line on stderr for what is wrong, 130 for Ctrl-C.
 
     Python's warnings become one line each, every distinct one once.
 
@@ -51,11 +89,97 @@ def main(arguments: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     try:
         with _one_line_warnings():
-            app(args=None if arguments is None else list(arguments))
-    except JaxidError as error:
+            run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except (JaxidError, CycloptsError) as error:
         message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        hint = " (see --help)" if isinstance(error, CycloptsError) else ""
+        print(f"error: {message}{hint}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever reads the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def run(tokens: list[str]) -> None:
+    """Runs one command and prints what it reports.
+
+    Raises:
+        JaxidError: from the command.
+        CycloptsError: for arguments that do not fit it.
+    """
+    command, given, _ = app(tokens).parse_args(
+        _without_config(tokens)[0], exit_on_error=False, print_error=False, help_on_error=False
+    )
+    if not dataclasses.is_dataclass(command):
+        if getattr(command, "__module__", "").startswith("jaxid."):
+            check_values(command, given.arguments)
+        result = command(*given.args, **given.kwargs)
+        if isinstance(result, str):
+            print(result)
+        return
+    options: Any = command(*given.args, **given.kwargs)
+    for line in options.report(options.run()):
+        print(line)
+
+
+def app(tokens: Sequence[str] = ()) -> App:
+    """The commands; where the tokens ask for the help of a group, its commands are imported to be described.
+
+    Raises:
+        InputError: for a `--config` file that cannot be read as one.
+    """
+    file = _without_config(tokens)[1]
+    root = App(
+        name="jaxid",
+        version=f"jaxid {__version__}",
+        help="Spatial and temporal IDs of vision-language models, and dense similarity maps of CLIP-like ones, in JAX."
+        "\n\nEvery command takes --config FILE (YAML, TOML or JSON), which holds its options by name; every run writes "
+        "the file that repeats it, config.yaml.",
+        help_format="plaintext",
+        config=() if file is None else (CONFIGS[file.suffix](file, must_exist=True, use_commands_as_keys=False),),
+        default_parameter=Parameter(negative_iterable=()),
+    )
+    described = next(iter(tokens), None) if " ".join(tokens[:2]) not in COMMANDS else None
+    groups = {name: App(name=name, help=text, help_format="plaintext") for name, text in GROUPS.items()}
+    for path, target in COMMANDS.items():
+        *group, name = path.split(" ")
+        if group and group[0] == described:
+            module, attribute = target.split(":")
+            groups[group[0]].command(getattr(importlib.import_module(module), attribute), name=name)
+        elif group:
+            groups[group[0]].command(target, name=name)
+        else:
+            root.command(target, name=name, **({"help": SHORT[name]} if tokens[:1] != [name] else {}))
+    for group in groups.values():
+        root.command(group)
+    root.register_install_completion_command()
+    return root
+
+
+def _without_config(tokens: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The tokens without `--config FILE`, and the file.
+
+    Raises:
+        InputError: if no file follows, or its name does not say in which format it is.
+    """
+    rest = list(tokens)
+    for index, token in enumerate(tokens):
+        if token == "--config" or token.startswith("--config="):
+            count = 1 if "=" in token else 2
+            if index + count > len(tokens):
+                raise InputError("--config needs a file.")
+            path = Path(token.partition("=")[2] or tokens[index + 1])
+            if path.suffix not in CONFIGS:
+                raise InputError(f"{path} cannot hold options: its name must end in {', '.join(CONFIGS)}.")
+            if not path.is_file():
+                raise InputError(f"there is no file {path} with options.")
+            del rest[index : index + count]
+            return rest, path
+    return rest, None
 
 
 @contextlib.contextmanager
@@ -91,251 +215,3 @@ def use_compilation_cache() -> None:
     except (OutputError, RuntimeError):  # RuntimeError: the user has no home folder
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-
-
-def _print_version(wanted: bool | None) -> None:
-    if wanted:
-        typer.echo(f"jaxid {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool | None,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
-    ] = None,
-) -> None:
-    """Options that stand before the command."""
-
-
-@data_app.command("preview")
-def data_preview(
-    out: Annotated[Path, typer.Option(help="The picture to write, for example scenes.png.")],
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 16,
-    size: Annotated[int, typer.Option(min=8, help="Side of each scene, in pixels.")] = 112,
-) -> None:
-    """Draw a sheet of procedural scenes with their captions."""
-    from jaxid.data import scenes
-
-    scenes.preview(out, seed=seed, count=count, size=size)
-
-
-@data_app.command("grid")
-def data_grid(
-    out: Annotated[Path, typer.Option(help="Folder for {A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png.")],
-    pair: Annotated[list[str], typer.Option(help="An ordered pair of objects, A,B; may be given several times.")],
-    size: Annotated[list[int] | None, typer.Option(min=1, max=224, help="Object sizes of 224; 224 by default.")] = None,
-    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 896,
-    seed: Annotated[int, typer.Option(help="Seed of colours.")] = 0,
-    near_far: Annotated[bool, typer.Option("--near-far", help="Only both ends of the top row.")] = False,
-) -> None:
-    """Draw all placements of pairs of objects on the 4x4 grid, in the published layout."""
-    from jaxid.data.grid import CELL_SIZE, NEAR_FAR, write_grid_folder
-
-    pairs = [_pair(text) for text in pair]
-    items = write_grid_folder(
-        ensure_output_folder(out),
-        pairs,
-        seed=seed,
-        picture_size=picture_size,
-        object_sizes=size or [CELL_SIZE],
-        cells=NEAR_FAR if near_far else None,
-    )
-    typer.echo(f"{len(items)} pictures in {out}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    first, separator, second = text.partition(",")
-    if not separator or not first or not second:
-        raise InputError(f"a pair is two names joined by a comma, such as star,fish; got {text!r}.")
-    return first, second
-
-
-@data_app.command("coco-spatial")
-def data_coco_spatial(
-    out: Annotated[Path, typer.Option(help="Folder for coco_qa_two_obj.json, instances_val2017.json and val2017/.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 100,
-    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 224,
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-    noise: Annotated[float, typer.Option(min=0, help="Noise over the pictures, as a share of the colours' range.")] = 0,
-) -> None:
-    """Draw two-object scenes with questions, in the layout of COCO-Spatial."""
-    import numpy as np
-
-    from jaxid.data.coco_spatial import write_coco_spatial
-    from jaxid.data.scenes import sample_free
-
-    scenes = sample_free(np.random.default_rng(seed), count, num_objects=(2, 2))
-    items = write_coco_spatial(ensure_output_folder(out), scenes, picture_size, noise=noise)
-    typer.echo(f"{len(items)} pictures in {out}")
-
-
-@data_app.command("three-objects")
-def data_three_objects(
-    out: Annotated[Path, typer.Option(help="Folder for three_objects.json and val2017/.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 100,
-    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 224,
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-) -> None:
-    """Draw three-object scenes for questions about what is in between."""
-    import numpy as np
-
-    from jaxid.data.three_objects import sample_in_between, write_three_objects
-
-    scenes = sample_in_between(np.random.default_rng(seed), count)
-    items = write_three_objects(ensure_output_folder(out), scenes, picture_size)
-    typer.echo(f"{len(items)} pictures in {out}")
-
-
-Pairs = Annotated[list[str], typer.Option(help="An ordered pair of objects, A,B; may be given several times.")]
-
-
-@data_app.command("finetune")
-def data_finetune(
-    out: Annotated[Path, typer.Option(help="Folder for {A}_{ax}-{ay}_{B}_{bx}-{by}.png.")],
-    pair: Pairs,
-    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels.")] = 896,
-    seed: Annotated[int, typer.Option(help="Seed of colours, grounds and jitter.")] = 0,
-    varied: Annotated[
-        bool, typer.Option("--varied", help="Varied grounds, sizes and angles; plain by default.")
-    ] = False,
-) -> None:
-    """Draw all placements of pairs of objects as a fine-tuning set."""
-    from jaxid.data.grid import write_finetune_folder
-    from jaxid.data.scenes import VARIED
-
-    options = {"backgrounds": VARIED, "jitter_size": 0.1, "jitter_angle": 15.0} if varied else {}
-    pairs = [_pair(text) for text in pair]
-    items = write_finetune_folder(ensure_output_folder(out), pairs, seed=seed, picture_size=picture_size, **options)
-    typer.echo(f"{len(items)} pictures in {out}")
-
-
-@data_app.command("appear")
-def data_appear(
-    out: Annotated[Path, typer.Option(help="Folder for appear_{A}{i}_{B}{j}.mp4.")],
-    pair: Pairs,
-    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels, even.")] = 144,
-    seed: Annotated[int, typer.Option(help="Seed of places, colours and grounds.")] = 0,
-) -> None:
-    """Draw clips into which two objects come at all pairs of frames."""
-    from jaxid.data.clips import write_appear_folder
-
-    pairs = [_pair(text) for text in pair]
-    items = write_appear_folder(ensure_output_folder(out), pairs, seed=seed, picture_size=picture_size)
-    typer.echo(f"{len(items)} clips in {out}")
-
-
-@data_app.command("mvbench")
-def data_mvbench(
-    out: Annotated[Path, typer.Option(help="Folder for manifest.csv and videos/.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of videos.")] = 100,
-    picture_size: Annotated[int, typer.Option(min=32, help="Side of the pictures, in pixels, even.")] = 144,
-    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
-) -> None:
-    """Draw videos of one thing after another with questions of order, in the layout of MVBench's manifest."""
-    from jaxid.data.clips import write_mvbench
-
-    items = write_mvbench(ensure_output_folder(out), count, seed=seed, picture_size=picture_size)
-    typer.echo(f"{len(items)} videos in {out}")
-
-
-@app.command("ask")
-def ask(
-    picture: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str, typer.Argument(help="A question about it.")],
-    model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny-llava",
-    top: Annotated[int, typer.Option(min=1, help="How many answers to print.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-) -> None:
-    """Ask a model about a picture; prints the most probable next tokens with their probabilities."""
-    import jax
-    import numpy as np
-
-    from jaxid.checkpoints.loading import open_checkpoint
-    from jaxid.interp.forward import forward
-
-    checkpoint = open_checkpoint(model, dtype=dtype)
-    prompts = checkpoint.model.prepare([picture], question)  # before the weights, which may take minutes
-    loaded = checkpoint.load()
-    _tell("compiling ...")
-    logits = forward(loaded, prompts).logits[0]
-    check_finite(f"the numbers that {model} computes in {dtype}", logits, DataError)
-    probabilities = np.asarray(jax.nn.softmax(logits))
-    for token in np.argsort(-probabilities)[:top]:
-        # An unembedding may have more rows than the tokenizer has tokens.
-        word = loaded.processor.tokenizer.convert_ids_to_tokens(int(token)) or f"(no token, id {token})"
-        typer.echo(f"{probabilities[token]:8.3%}  {word}")
-
-
-def _tell(text: str) -> None:
-    """Says what a command is waiting for, on terminals."""
-    if sys.stderr.isatty():
-        typer.echo(text, err=True)
-
-
-ids_app = typer.Typer(help="Spatial and temporal IDs.", no_args_is_help=True)
-app.add_typer(ids_app, name="ids")
-ids_app.command("temporal")(ids_temporal)
-
-
-@ids_app.command("extract")
-def ids_extract(
-    data: Annotated[Path, typer.Option(help="Folder of grid pictures in the published layout, or a fine-tuning set.")],
-    out: Annotated[Path, typer.Option(help="The file to write, for example ids.safetensors.")],
-    model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny-llava",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-) -> None:
-    """Extract spatial IDs from a folder of grid pictures."""
-    from jaxid.runs import spatial_ids as job
-
-    summary = job.extract(data, out, model=model, batch_size=batch_size, dtype=dtype)
-    variance = ", ".join(f"{float(share):.2f}" for share in summary["explained_variance"])
-    typer.echo(
-        f"{out}: {summary['pictures']} pictures, {summary['pairs']} pairs; two axes explain, by block: {variance}"
-    )
-
-
-@app.command("demo")
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for report, summary, tables and figures.")] = Path("demo"),
-    model: Annotated[str, typer.Option(help="tiny-llava, or the folder of one trained like it.")] = "tiny-llava",
-    seed: Annotated[int, typer.Option(help="Seed of the scenes and of the noise.")] = 0,
-) -> None:
-    """Find, draw and prove the spatial IDs of the model that ships with jaxid."""
-    from jaxid import demo as main_job
-
-    summary = main_job.run(out, main_job.DemoConfig(model=model, seed=seed))
-    layer, factor = summary["best_layer"], summary["best_factor"]
-    right, swapped, by_noise = summary["accuracy"]["left_right"], summary["belief_swap"], summary["noise_swap"]
-    typer.echo(
-        f"{summary['model']}: left/right {right:.1%} right; block {layer}, factor {factor}: beliefs swapped "
-        f"{swapped[layer]:.1%} by IDs, {by_noise[layer]:.1%} by noise.\n"
-        f"Report: {out / 'report.md'} ({summary['seconds']} s)"
-    )
-
-
-def _check_numbers(commands: Any) -> None:
-    """Gives every command a check of its numbers: NaN, infinity and seeds that generators do not take are refused."""
-    for command in commands.registered_commands:
-        command.callback = _checked(command.callback)
-    for group in commands.registered_groups:
-        _check_numbers(group.typer_instance)
-
-
-def _checked(command: Any) -> Any:
-    @functools.wraps(command)
-    def checked(**options: Any) -> Any:
-        for name, value in options.items():
-            if name == "seed":
-                check_seed(value)
-            elif isinstance(value, float):
-                check_finite(f"--{name.replace('_', '-')}", value)
-        return command(**options)
-
-    return checked
-
-
-_check_numbers(app)

@@ -1,6 +1,9 @@
 """The command line: what it prints, what it writes, and one line of error for everything that can be wrong."""
 
+import dataclasses
 import errno
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import fixtures
 import numpy as np
 import pytest
@@ -19,7 +23,8 @@ from PIL import Image
 
 import jaxid
 from jaxid import cli
-from jaxid.errors import InputError, JaxidWarning
+from jaxid.errors import JaxidWarning
+from jaxid.experiments.base import Command
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +78,16 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["zoo", "train"], ["data", "preview", "--out", "a.png", "--count", "0"]]
+    "arguments",
+    [
+        ["nonsense"],
+        ["zoo", "train"],
+        ["zoo", "train", "tiny-llava", "--out", "a", "--typo"],
+        ["data", "preview", "a.png", "--count", "many"],
+    ],
 )
 def test_wrong_usage_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*arguments) == 2
-    shown = capsys.readouterr().err
-    assert "Usage:" in shown and "Traceback" not in shown
+    assert "(see --help)" in refused(capsys, *arguments)
 
 
 def test_preview_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,13 +247,13 @@ def test_control_c_exits_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["data", "preview", "--out", "a.png", "--seed", "-5"], "seed"),
         (["data", "grid", "--out", "a", "--pair", "star,fish", "--seed", "99999999999999999999"], "seed"),
         (["data", "mvbench", "--out", "a", "--seed", str(2**32)], "seed"),
-        (["data", "coco-spatial", "--out", "a", "--noise", "inf"], "--noise"),
+        (["data", "coco-spatial", "--out", "a", "--noise", "inf"], "noise"),
         (["zoo", "evaluate", "--seed", "-1"], "seed"),
         (["demo", "--out", "a", "--seed", "-1"], "seed"),
-        (["run", "steer", "--ids", "a", "--out", "a", "--factor", "nan"], "--factor"),
-        (["run", "steer", "--ids", "a", "--out", "a", "--seed", "-1"], "seed"),
-        (["run", "occlusion", "--data", "a", "--out", "a", "--radius", "nan"], "--radius"),
-        (["finetune", "--data", "a", "--ids", "a", "--out", "a", "--learning-rate", "-inf"], "--learning-rate"),
+        (["run", "steer", "--data", "a", "--ids", "a", "--out", "a", "--strength", "nan"], "strength"),
+        (["run", "steer", "--data", "a", "--ids", "a", "--out", "a", "--seed", "-1"], "seed"),
+        (["run", "occlusion", "--data", "a", "--out", "a", "--radius", "nan"], "radius"),
+        (["finetune", "--data", "a", "--ids", "a", "--out", "a", "--learning-rate", "-inf"], "learning_rate"),
     ],
     ids=lambda entry: "-".join(entry[:2]) if isinstance(entry, list) else None,
 )
@@ -256,16 +265,73 @@ def test_numbers_that_no_command_can_use(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_command_checks_its_numbers() -> None:
-    def commands(app: Any) -> list[Any]:
-        found = [command.callback for command in app.registered_commands]
-        return found + [inner for group in app.registered_groups for inner in commands(group.typer_instance)]
+def resolved(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
 
-    for command in commands(cli.app):
-        with pytest.raises(InputError, match="seed"):
-            command(seed=-1)
-        with pytest.raises(InputError, match="--some-option"):
-            command(some_option=float("nan"))
+
+def described(command: Any) -> set[str]:
+    """The parameters that the docstrings of a function, or of a class and its bases, explain."""
+    sources = command.__mro__ if isinstance(command, type) else [command]
+    return {entry.arg_name for one in sources if one.__doc__ for entry in docstring_parser.parse(one.__doc__).params}
+
+
+@pytest.mark.parametrize("path", cli.COMMANDS)
+def test_every_command_checks_its_options_and_explains_them(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = resolved(cli.COMMANDS[path])
+    if isinstance(command, type):  # the options of functions are checked by the command line itself
+        assert dataclasses.is_dataclass(command) and issubclass(command, Command)
+    assert run(*path.split(" "), "--help") == 0
+    first = command.__doc__.splitlines()[0]
+    assert " ".join(first.split()) in " ".join(capsys.readouterr().out.split())
+    assert set(inspect.signature(command).parameters) <= described(command)
+
+
+def test_help_of_a_group_describes_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "--help") == 0
+    assert "Draw a sheet of procedural scenes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.SHORT)
+def test_help_says_of_a_command_what_the_command_says(name: str) -> None:
+    first = resolved(cli.COMMANDS[name]).__doc__.splitlines()[0]
+    assert first.startswith(cli.SHORT[name].rstrip("."))
+
+
+# --- options in a file ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"),
+    [("yaml", "count: 4\nsize: 24\n"), ("toml", "count = 4\nsize = 24\n"), ("json", '{"count": 4, "size": 24}')],
+)
+def test_a_file_holds_options_which_the_line_overrides(ending: str, text: str, tmp_path: Path) -> None:
+    config = tmp_path / f"options.{ending}"
+    config.write_text(text)
+    assert run("data", "preview", "--config", config, "--out", tmp_path / "a.png") == 0
+    assert run("data", "preview", f"--config={config}", "--out", tmp_path / "b.png", "--size", "32") == 0
+    sizes = []
+    for name in ("a.png", "b.png"):
+        with Image.open(tmp_path / name) as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == (8 * (24 + 8) + 8, 3 * (24 + 36) + 8) and sizes[1] != sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("options.yaml", "colour: 4\n", "colour"),
+        ("options.yaml", "count: [\n", "options.yaml"),
+        ("options.ini", "count = 4\n", ".yaml"),
+        ("options.toml", None, "no file"),
+        ("options.yaml", "count: 0\n", "count"),
+    ],
+)
+def test_files_that_hold_no_options(name: str, text: str | None, named: str, tmp_path: Path, capsys: Any) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert named in refused(capsys, "data", "preview", "--config", tmp_path / name, "--out", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_warnings_are_one_line_each_and_python_keeps_its_own_way(
