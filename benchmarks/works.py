@@ -196,7 +196,8 @@ def steering_layers(model: Any) -> list[int]:
 
 def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
     """The tasks, as jaxid's experiments do them."""
-    from jaxid.experiments import activation_swap, belief_swap, grid, steering
+    from jaxid.experiments import activation_swap, belief_swap, steering
+    from jaxid.ids.extract import activations_at
     from jaxid.interp.trace import trace
 
     model, batch, count = work.model, work.batch, work.count
@@ -223,7 +224,7 @@ def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
         }
 
     def extract() -> Found:
-        return {"states": grid.activations_at(model, batch.prompts, batch.prompts.word(words))}
+        return {"states": activations_at(model, batch.prompts, batch.prompts.word(words))}
 
     return {
         "control": control,

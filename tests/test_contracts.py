@@ -17,9 +17,10 @@ from transformers import GenerationConfig
 
 import jaxid.interp.forward
 import jaxid.interp.trace
-from jaxid.experiments import belief_swap, grid
+from jaxid.experiments import belief_swap
 from jaxid.experiments.relations import prepare_questions
 from jaxid.families.base import Model
+from jaxid.ids.extract import activations_at
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import generate
 from jaxid.interp.interventions import add, chain, replace, scale
@@ -186,7 +187,7 @@ def test_experiments_run(case: Case) -> None:
     vectors = 5 * pushes / np.linalg.norm(pushes, axis=-1, keepdims=True) * np.asarray(norms)[..., None]
     edited = forward(model, batch.prompts, add(0, batch.words, vectors.astype(np.float32)))
     np.testing.assert_allclose(found.steered[0, 0, 0], batch.read(edited), atol=1e-3)
-    read = grid.activations_at(model, batch.prompts, batch.prompts.word("star"))
+    read = activations_at(model, batch.prompts, batch.prompts.word("star"))
     np.testing.assert_allclose(read[:, 1], states.captured["resid_post"][0][:, 0], atol=1e-3)
 
 

@@ -3,6 +3,5 @@
 from jaxid.ids.extract import SPATIAL_QUESTION as QUESTION
 from jaxid.ids.extract import activations_at as activations_at
 from jaxid.ids.extract import extract_spatial as extract
-from jaxid.ids.extract import in_batches as in_batches
 
-__all__ = ["QUESTION", "activations_at", "extract", "in_batches"]
+__all__ = ["QUESTION", "activations_at", "extract"]

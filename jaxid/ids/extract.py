@@ -40,13 +40,6 @@ class _Word(NamedTuple):
     size: int = 0
 
 
-def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
 def activations_at(model: Model, prompts: Prompts, positions: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B L1 D"]:
     """Residual stream at a position of each prompt; index 0 the embeddings."""
     return np.asarray(residuals_at(model, prompts, positions))[:, :, 0].swapaxes(0, 1)
@@ -150,7 +143,8 @@ def _batches(
     A short last batch of items is padded with its first, so that one program serves all batches.
     """
     pair_index = {pair: index for index, pair in enumerate(pairs)}
-    for batch in in_batches(items, batch_size):
+    remaining = iter(items)
+    while batch := list(islice(remaining, batch_size)):
         names = [(item.object_a, item.object_b) for item in batch]
         for pair in names:
             if pair not in pair_index:

@@ -13,7 +13,7 @@ from jaxid.data.grid import read_finetune_folder, write_finetune_folder
 from jaxid.data.scenes import OBJECTS, VARIED, sample_free
 from jaxid.errors import InputError
 from jaxid.experiments.finetune import FinetuneConfig, trained_tensors
-from jaxid.experiments.grid import extract
+from jaxid.ids.extract import extract_spatial
 from jaxid.runs import finetune
 from jaxid.train.folder import begun
 from jaxid.zoo.tiny_llava import IMAGE_SIZE
@@ -108,5 +108,5 @@ def _draw(out: Path, model: str, pairs: int, questions: int) -> None:
     )
     scenes = sample_free(np.random.default_rng(32), questions, num_objects=(2, 2))
     write_coco_spatial(out / "coco", scenes, IMAGE_SIZE)
-    found = extract(load(model), read_finetune_folder(out / "data"), pairs=[(a, b) for a, b in named])
+    found = extract_spatial(load(model), read_finetune_folder(out / "data"), pairs=[(a, b) for a, b in named])
     found.save(out / "ids.safetensors")

@@ -117,11 +117,6 @@ def test_other_questions_are_asked_as_given(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [(*expected, expected[0])]
 
 
-def test_in_batches() -> None:
-    assert list(extract.in_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(extract.in_batches([], 2)) == []
-
-
 def test_what_was_not_announced_is_refused() -> None:
     model = fixtures.model(oracle.CASE)
     with pytest.raises(InputError, match="was not announced"):
