@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from jaxid.prompts.processor import Processor as Processor
     from jaxid.prompts.processor import Prompts as Prompts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module that defines it. Add a name here and, for static checkers, to the block above.
 _HOME = {
