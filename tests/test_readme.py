@@ -1,6 +1,9 @@
 """What README and docs show runs as it stands there, and their links lead somewhere."""
 
+import importlib
+import inspect
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,31 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist(page: Path) -> None:
+def command_lines(page: Path) -> list[str]:
+    """All that a page's shell blocks and its code spans ask of `jaxid`, without options whose values are left open."""
     text = page.read_text(encoding="utf-8")
-    found = re.findall(r"(?:^|`|&& )jaxid ((?:[a-z]+(?:-[a-z]+)*)(?: [a-z]+(?:-[a-z]+)*)?)", text, re.MULTILINE)
-    known = {*COMMANDS, *GROUPS}
-    assert [line for line in found if line not in known and line.split(" ")[0] not in known] == []
-    of_groups = [line for line in found if line.split(" ")[0] in GROUPS and " " in line]
-    assert [line for line in of_groups if line not in COMMANDS] == []
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = [part for line in blocks.splitlines() for part in line.split(" && ")]
+    lines += re.findall(r"`(jaxid [^`\n]+)`", text)
+    return [line.strip() for line in lines if line.strip().startswith("jaxid ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_and_take_these_options(page: Path) -> None:
+    wrong = []
+    for line in command_lines(page):
+        words = shlex.split(line)[1:]
+        if words[0].startswith("-") or "COMMAND" in words:
+            continue
+        names = [name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS]
+        if not names:
+            wrong += [line] if " ".join(words) not in GROUPS and "..." not in words else []
+            continue
+        module, name = COMMANDS[names[0]].split(":")
+        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        options = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--config"}
+        wrong += [line for option in options if option[2:].replace("-", "_") not in known]
+    assert wrong == []
 
 
 def test_the_readme_is_short() -> None:
