@@ -51,17 +51,15 @@ def finetune(
     from jaxid.checkpoints.loading import find_folder, parsed, read_config
     from jaxid.experiments.finetune import FinetuneConfig
     from jaxid.families.registry import family, kind_of
-    from jaxid.prompts.families import SIDES
     from jaxid.runs import finetune as job
     from jaxid.runs.common import PLAIN, PUBLISHED_SUFFIX
     from jaxid.zoo import SHIPPED
 
     folder = find_folder(model, weights=False)
     fields = read_config(folder)
-    name = kind_of(fields)
-    where = str(folder / "config.json")
-    blocks = parsed(family(name, where), fields, folder / "config.json").text_config.num_hidden_layers
-    published = SIDES[name].case
+    kind = family(kind_of(fields), str(folder / "config.json"))
+    blocks = parsed(kind, fields, folder / "config.json").text_config.num_hidden_layers
+    published = kind.processor.case
     config = FinetuneConfig(
         steps=steps,
         groups=groups,
@@ -214,7 +212,7 @@ def zoo_finetune_study(
 def _evaluate_clip(model: str, count: int, seed: int) -> None:
     from jaxid.checkpoints.encoders import load_encoder
     from jaxid.dcsm.scoring import Scorer
-    from jaxid.runs.dcsm import own_scorer
+    from jaxid.dcsm.scoring import own_scorer
     from jaxid.zoo import clip_evaluation
 
     path = own_scorer(model)

@@ -12,7 +12,7 @@ import numpy as np
 from families import CASES
 from tokenizers import AddedToken
 
-from jaxid.prompts.llava import LlavaSide
+from jaxid.families.llava import LlavaProcessor
 from jaxid.prompts.processor import Processor, Prompts
 from jaxid.zoo.tiny_llava import CHAT_TEMPLATE
 
@@ -97,7 +97,7 @@ def processor_of(build: Any) -> Processor:
     folder = Path(fixtures.SCRATCH.name) / build.__name__
     shutil.copytree(fixtures.folder(PLAIN), folder)
     build().save(str(folder / "tokenizer.json"))
-    return Processor.from_folder(folder, fixtures.model(PLAIN).config, LlavaSide)
+    return LlavaProcessor.from_folder(folder, fixtures.model(PLAIN).config)
 
 
 def with_template(processor: Processor, template: str) -> Processor:
@@ -106,8 +106,9 @@ def with_template(processor: Processor, template: str) -> Processor:
     # One special token that the tokenizer's settings name, and one that stands in its vocabulary alone.
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
-    side = LlavaSide(tokenizer, processor.side.image_processor, processor.side.config)
-    return Processor(tokenizer, side, stop_ids=processor.stop_ids)
+    changed = LlavaProcessor(tokenizer, processor.image_processor, processor.config)
+    changed.stop_ids = processor.stop_ids
+    return changed
 
 
 def ending(end: str) -> str:

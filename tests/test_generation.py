@@ -21,13 +21,13 @@ from fixtures import distance
 
 from jaxid.errors import CheckpointError, InputError
 from jaxid.families.base import Model
+from jaxid.families.llava import LlavaProcessor
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation, generate
 from jaxid.interp.interventions import Chain, Edit, add, chain, replace, scale
-from jaxid.interp.trace import swap, trace
+from jaxid.interp.trace import trace
 from jaxid.nn.sites import Site, clean
-from jaxid.prompts.llava import LlavaSide
-from jaxid.prompts.processor import Processor, Prompts
+from jaxid.prompts.processor import Prompts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -364,14 +364,14 @@ def test_where_stop_tokens_are_found(tmp_path: Path, files: dict[str, Any], stop
     folder = shutil.copytree(fixtures.folder(CASES[0]), tmp_path / "model", ignore=parts)
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields))
-    assert Processor.from_folder(folder, fixtures.model(CASES[0]).config, LlavaSide).stop_ids == stop_ids
+    assert LlavaProcessor.from_folder(folder, fixtures.model(CASES[0]).config).stop_ids == stop_ids
 
 
 def test_an_unreadable_generation_config_is_named(tmp_path: Path) -> None:
     folder = shutil.copytree(fixtures.folder(CASES[0]), tmp_path / "model")
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read as a JSON file"):
-        Processor.from_folder(folder, fixtures.model(CASES[0]).config, LlavaSide)
+        LlavaProcessor.from_folder(folder, fixtures.model(CASES[0]).config)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -395,8 +395,6 @@ def test_edits_that_do_not_fit(prompts: Prompts) -> None:
         generate(writer(), prompts, beyond, max_new_tokens=STEPS - 1, every_step=True)
     with pytest.raises(InputError, match="layer 3 is out of range"):
         generate(writer(), prompts, scale(3, prompts.last(), 1.0), max_new_tokens=STEPS)
-    with pytest.raises(InputError, match=r"use jaxid\.rerun"):
-        generate(writer(), prompts, swap(fixtures.recorded(WRITER), [0, 1], "image"), max_new_tokens=STEPS)
 
 
 def test_traces_that_do_not_fit(prompts: Prompts) -> None:

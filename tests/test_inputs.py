@@ -15,7 +15,7 @@ from PIL import Image
 from processors import read, with_template
 
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.prompts.llava import LlavaSide
+from jaxid.families.llava import LlavaProcessor
 from jaxid.prompts.pictures import Clip, open_picture
 from jaxid.prompts.processor import Processor, Prompts
 
@@ -150,7 +150,7 @@ def test_works_without_pytorch() -> None:
     code = f"""{fixtures.WITHOUT_TORCH}
 import numpy as np
 from jaxid.checkpoints.loading import load
-from jaxid.engine import forward
+from jaxid.interp.forward import forward
 model = load({str(fixtures.folder(PLAIN))!r})
 picture = np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3)
 output = forward(model, model.prepare(picture, {ASKED!r}))
@@ -306,16 +306,15 @@ def test_a_clip_of_nothing(frames: Any) -> None:
 
 
 def test_parts_that_a_processor_is_made_of(processor: Processor) -> None:
-    assert isinstance(processor.side, LlavaSide) and processor.stop_ids == (2,)
-    assert processor.side.placeholder == "<image>" and processor.side.image_token_id == 4
-    assert Processor(processor.tokenizer, processor.side).stop_ids == ()
-    assert Processor(processor.tokenizer, processor.side, stop_ids=(2, 7)).stop_ids == (2, 7)
+    assert isinstance(processor, LlavaProcessor) and processor.stop_ids == (2,)
+    assert processor.placeholder == "<image>" and processor.image_token_id == 4
+    assert LlavaProcessor(processor.tokenizer, processor.image_processor, processor.config).stop_ids == ()
 
 
 def test_a_tokenizer_without_the_image_token() -> None:
     config = dataclasses.replace(fixtures.model(PLAIN).config, image_token_index=777)
     with pytest.raises(CheckpointError, match="777"):
-        Processor.from_folder(fixtures.folder(PLAIN), config, LlavaSide)
+        LlavaProcessor.from_folder(fixtures.folder(PLAIN), config)
 
 
 @pytest.mark.parametrize("blank", ["", " "])

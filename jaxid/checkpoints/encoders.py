@@ -7,11 +7,10 @@ from jaxid.checkpoints import openclip, tensors
 from jaxid.checkpoints.loading import check_dtype, find_folder, load_network, parsed, read_config
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
-from jaxid.families.openclip import kind_of
+from jaxid.families.openclip import OpenCLIPImages, kind_of
 from jaxid.families.registry import ENCODERS, family
 from jaxid.io import without_advice
 from jaxid.prompts.dual import DualProcessor
-from jaxid.prompts.openclip import OpenCLIPImages
 
 
 @without_advice()
@@ -53,7 +52,7 @@ def load_encoder(
     fields = read_config(folder)
     kind = family(str(fields.get("model_type")), str(folder / "config.json"), ENCODERS)
     config = parsed(kind, fields, folder / "config.json")
-    processor = DualProcessor.from_folder(folder, config)
+    processor = kind.processor.from_folder(folder, config)
     files = tensors.TensorFolder(folder)
     return Encoder(**load_network(kind, config, files, dtype), processor=processor, name=str(name))
 

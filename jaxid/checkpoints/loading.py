@@ -16,8 +16,6 @@ from jaxid.families.base import Model
 from jaxid.families.registry import ALIASES, Family, family, kind_of
 from jaxid.io import first_line, read_json, reading, redacted, without_advice
 from jaxid.nn.fields import check_fields
-from jaxid.prompts.families import SIDES
-from jaxid.prompts.processor import Processor
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""
@@ -116,10 +114,9 @@ def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
     check_dtype(dtype)
     folder = find_folder(name, weights=False)
     fields = read_config(folder)
-    name_of_kind = kind_of(fields)
-    kind = family(name_of_kind, str(folder / "config.json"))
+    kind = family(kind_of(fields), str(folder / "config.json"))
     config = parsed(kind, fields, folder / "config.json")
-    processor = Processor.from_folder(folder, config, SIDES[name_of_kind])
+    processor = kind.processor.from_folder(folder, config)
     model = Model(parameters={}, definition=None, config=config, processor=processor, name=str(name), fingerprint="")
     return Checkpoint(model=model, kind=kind, dtype=dtype)
 

@@ -8,6 +8,8 @@ import jax
 from flax import nnx
 
 from jaxid.nn.keys import Key
+from jaxid.prompts.dual import DualProcessor
+from jaxid.prompts.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Family:
         config: from the parsed config.json to the config.
         network: (config, rngs=...) -> module.
         keys: the key table of a config.
+        processor: turns pictures and text into arrays.
         renames: pairs of a pattern and its replacement, from other spellings of the tensors' names to the table's.
         unused: patterns of tensors that hold nothing learned, or nothing that the network reads.
         aliases: short names of published checkpoints, and their Hugging Face ids.
@@ -47,6 +50,7 @@ class Family:
     config: Callable[[dict[str, Any]], Any]
     network: Callable[..., nnx.Module]
     keys: Callable[[Any], list[Key]]
+    processor: type[Processor] | type[DualProcessor]
     renames: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)

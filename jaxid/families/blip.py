@@ -4,14 +4,13 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.families.base import Family
-from jaxid.nn.dual import DualEncoder, Encoded, part
+from jaxid.nn.dual import DualConfig, DualEncoder, part
 from jaxid.nn.keys import Key, fused_heads_in, heads_in, heads_out, layer_norm, linear, prefixed
-from jaxid.nn.layers import Config, Linear
-from jaxid.nn.text import TextConfig, TextEncoder
-from jaxid.nn.vision import VisionConfig, VisionTower
+from jaxid.nn.text import TextConfig
+from jaxid.nn.vision import VisionConfig
+from jaxid.prompts.dual import DualProcessor
 
 _TEXT = {
     "vocab_size": 30524,
@@ -28,11 +27,9 @@ _VISION = {"image_size": 384, "patch_size": 16, "hidden_act": "gelu"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlipConfig(Config):
+class BlipConfig(DualConfig):
     """Shape of a BLIP model; names and defaults as in HF's BlipConfig."""
 
-    text_config: TextConfig  # the text encoder
-    vision_config: VisionConfig  # the tower
     image_text_hidden_size: int = 256  # E
 
     @classmethod
@@ -113,22 +110,7 @@ class Blip(DualEncoder):
 
     def __init__(self, config: BlipConfig, *, rngs: nnx.Rngs):
         """Builds both towers and their projections."""
-        self.config = config
-        width = config.image_text_hidden_size
-        self.tower = VisionTower(config.vision_config, rngs=rngs)
-        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
-        self.image_projection = Linear(config.vision_config.hidden_size, width, bias=True, rngs=rngs)
-        self.text_projection = Linear(config.text_config.hidden_size, width, bias=True, rngs=rngs)
-
-    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
-        """Pictures in the joint space; pooled at the class token."""
-        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
-        return Encoded(tokens, tokens[:, 0])
-
-    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
-        """Captions in the joint space; pooled at the first token."""
-        tokens = self.text_projection(self.text_encoder(token_ids, valid)[-1])
-        return Encoded(tokens, tokens[:, 0])
+        super().__init__(config, config.image_text_hidden_size, bias=True, rngs=rngs)
 
 
 FAMILY = Family(
@@ -136,6 +118,7 @@ FAMILY = Family(
     config=BlipConfig.from_hf,
     network=Blip,
     keys=blip_keys,
+    processor=DualProcessor,
     unused=UNUSED,
     aliases={"blip-b16": "Salesforce/blip-itm-base-coco"},
 )

@@ -4,22 +4,21 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxid.families.base import Family
-from jaxid.nn.dual import DualEncoder, Encoded, part
+from jaxid.nn.dual import DualConfig, DualEncoder, part
 from jaxid.nn.keys import Key, linear, prefixed
-from jaxid.nn.layers import Config, Linear, filled
-from jaxid.nn.text import TextConfig, TextEncoder, at_end, text_keys
-from jaxid.nn.vision import VisionConfig, VisionTower, vision_config, vision_keys
+from jaxid.nn.layers import filled
+from jaxid.nn.text import TextConfig, at_end, text_keys
+from jaxid.nn.vision import vision_config, vision_keys
+from jaxid.prompts.dual import DualProcessor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CLIPConfig(Config):
+class CLIPConfig(DualConfig):
     """Shape of a CLIP model; names and defaults as in HF's CLIPConfig."""
 
-    text_config: TextConfig  # the text encoder
-    vision_config: VisionConfig  # the tower
     projection_dim: int = 512  # E
 
     @classmethod
@@ -58,23 +57,12 @@ class CLIP(DualEncoder):
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         """Builds both towers and their projections."""
-        self.config = config
-        width = config.projection_dim
-        self.tower = VisionTower(config.vision_config, rngs=rngs)
-        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
-        self.image_projection = Linear(config.vision_config.hidden_size, width, bias=False, rngs=rngs)
-        self.text_projection = Linear(config.text_config.hidden_size, width, bias=False, rngs=rngs)
+        super().__init__(config, config.projection_dim, bias=False, rngs=rngs)
         self.logit_scale = filled(2.6592, ())
 
-    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
-        """Pictures in the joint space; tokens: class token, then patches, all behind norm and projection."""
-        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
-        return Encoded(tokens, tokens[:, 0])
-
-    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
-        """Captions in the joint space; pooled at the end token."""
-        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
-        return Encoded(tokens, at_end(tokens, token_ids, self.config.text_config.eos_token_id))
+    def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:
+        """The end token of every caption."""
+        return at_end(tokens, token_ids, self.config.text_config.eos_token_id)
 
 
 FAMILY = Family(
@@ -82,6 +70,7 @@ FAMILY = Family(
     config=CLIPConfig.from_hf,
     network=CLIP,
     keys=clip_keys,
+    processor=DualProcessor,
     unused=UNUSED,
     aliases={
         "clip-b32": "openai/clip-vit-base-patch32",

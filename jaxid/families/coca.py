@@ -11,19 +11,16 @@ from jaxid.errors import CheckpointError
 from jaxid.families import openclip
 from jaxid.families.base import Family
 from jaxid.kernels import attention
-from jaxid.nn.dual import DualEncoder, Encoded
+from jaxid.nn.dual import DualConfig, DualEncoder, Encoded
 from jaxid.nn.keys import Key, heads_out, layer_norm
-from jaxid.nn.layers import Config, LayerNorm, Linear, filled, join_heads, normal
-from jaxid.nn.text import TextConfig, TextEncoder
-from jaxid.nn.vision import VisionConfig, VisionTower
+from jaxid.nn.layers import LayerNorm, Linear, filled, join_heads, normal
+from jaxid.prompts.dual import DualProcessor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CoCaConfig(Config):
+class CoCaConfig(DualConfig):
     """Shape of a CoCa model, after OpenCLIP's `model_cfg`."""
 
-    text_config: TextConfig  # the text encoder
-    vision_config: VisionConfig  # the tower
     projection_dim: int  # E
     queries: int = 256  # of the pooler; the first one is compared with captions
     pooler_heads: int = 8  # H of the pooler
@@ -122,13 +119,9 @@ class CoCa(DualEncoder):
 
     def __init__(self, config: CoCaConfig, *, rngs: nnx.Rngs):
         """Builds both towers, the pooler and the projections."""
-        self.config = config
-        width = config.projection_dim
-        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        super().__init__(config, config.projection_dim, bias=False, rngs=rngs)
         self.pooler = Pooler(config, rngs=rngs)
-        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
-        self.image_projection = Linear(width, width, bias=False, rngs=rngs)
-        self.text_projection = Linear(config.text_config.hidden_size, width, bias=False, rngs=rngs)
+        self.image_projection = Linear(config.projection_dim, config.projection_dim, bias=False, rngs=rngs)
         self.logit_scale = filled(2.6592, ())
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
@@ -151,6 +144,7 @@ FAMILY = Family(
     config=CoCaConfig.from_openclip,
     network=CoCa,
     keys=coca_keys,
+    processor=DualProcessor,
     unused=UNUSED,
     aliases={"coca-b32": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k"},
 )

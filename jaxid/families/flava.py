@@ -4,15 +4,16 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Family
-from jaxid.nn.dual import DualEncoder, Encoded
+from jaxid.nn.dual import DualConfig, DualEncoder
 from jaxid.nn.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
-from jaxid.nn.layers import Config, Linear, filled, normal
+from jaxid.nn.layers import filled, normal
 from jaxid.nn.text import TextConfig, TextEncoder
-from jaxid.nn.vision import VisionConfig, VisionTower
+from jaxid.nn.vision import VisionConfig
+from jaxid.prompts.dual import DualProcessor
 
 _SHARED = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 _SHARED |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
@@ -21,11 +22,9 @@ _VISION = {**_SHARED, "patch_size": 16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlavaConfig(Config):
+class FlavaConfig(DualConfig):
     """Shape of a FLAVA model; names and defaults as in HF's FlavaConfig."""
 
-    text_config: TextConfig  # the text encoder
-    vision_config: VisionConfig  # the tower
     projection_dim: int = 768  # E
     type_vocab_size: int = 2  # kinds of segments; captions are all of kind 0
 
@@ -136,23 +135,9 @@ class Flava(DualEncoder):
 
     def __init__(self, config: FlavaConfig, *, rngs: nnx.Rngs):
         """Builds both towers and their projections."""
-        self.config = config
-        width = config.projection_dim
-        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        super().__init__(config, config.projection_dim, bias=True, rngs=rngs)
         self.text_encoder = FlavaTextEncoder(config.text_config, config.type_vocab_size, rngs=rngs)
-        self.image_projection = Linear(config.vision_config.hidden_size, width, bias=True, rngs=rngs)
-        self.text_projection = Linear(config.text_config.hidden_size, width, bias=True, rngs=rngs)
         self.logit_scale = filled(2.6592, ())
-
-    def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
-        """Pictures in the joint space; pooled at the class token."""
-        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
-        return Encoded(tokens, tokens[:, 0])
-
-    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
-        """Captions in the joint space; pooled at the first token."""
-        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
-        return Encoded(tokens, tokens[:, 0])
 
 
 FAMILY = Family(
@@ -160,6 +145,7 @@ FAMILY = Family(
     config=FlavaConfig.from_hf,
     network=Flava,
     keys=flava_keys,
+    processor=DualProcessor,
     renames=RENAMES,
     unused=UNUSED,
     aliases={"flava": "facebook/flava-full"},

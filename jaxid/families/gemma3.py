@@ -1,8 +1,10 @@
 """Gemma 3: SigLIP, average pooling, a decoder of sliding and full layers (HF Gemma3ForConditionalGeneration)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -10,19 +12,21 @@ from jaxid.errors import CheckpointError
 from jaxid.families.base import Family, Published, hidden_states
 from jaxid.families.llava import RENAMES, UNUSED
 from jaxid.nn.decoder import Decoder
-from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, prefixed
-from jaxid.nn.layers import Config, Linear, RMSNorm, with_token_indices
+from jaxid.nn.layers import Linear, RMSNorm, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, vision_config, vision_keys
+from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Tokenizer
+from jaxid.prompts.pictures import Clip, Picture
+from jaxid.prompts.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma3Config(Config):
+class Gemma3Config(ModelConfig):
     """Shape of a Gemma 3 model; names and defaults as in HF's Gemma3Config."""
 
-    text_config: DecoderConfig  # the decoder
     vision_config: VisionConfig  # the tower
     mm_tokens_per_image: int = 256  # decoder tokens of a picture
     image_token_index: int = 262144  # id of the token that pictures replace
@@ -101,11 +105,46 @@ class Gemma3(Network):
         return self.projector(self.projector_norm(pooled.reshape(last.shape[0], tokens * tokens, -1)))
 
 
+class Gemma3Processor(Processor):
+    """As many tokens for every picture; pan and scan is off, as published."""
+
+    config: Gemma3Config
+
+    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: Gemma3Config):
+        """Takes loaded parts and the network's config.
+
+        Raises:
+            CheckpointError: if pictures are to be cropped by pan and scan, or the tokenizer lacks the marks.
+        """
+        super().__init__(tokenizer, image_processor, config)
+        if getattr(image_processor, "do_pan_and_scan", None):
+            raise CheckpointError("the image processor asks for pan and scan, which is not implemented; turn it off.")
+        self.image_token: str = self.placeholder
+        marks = {"boi_token_index": config.boi_token_index, "eoi_token_index": config.eoi_token_index}
+        for name, index in marks.items():
+            if tokenizer.convert_ids_to_tokens(index) in (None, tokenizer.unk_token):
+                raise CheckpointError(f"the tokenizer has no token for config.json's {name} {index}.")
+        self.placeholder, self.end = (tokenizer.convert_ids_to_tokens(index) for index in marks.values())
+
+    def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
+        """Pictures as arrays, and their tokens between marks and blank lines.
+
+        Raises:
+            InputError: for a picture that cannot be opened.
+        """
+        del members
+        count = self.config.image_tokens
+        text = f"\n\n{self.placeholder}{self.image_token * count}{self.end}\n\n"
+        rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
+        return Encoded(self.pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
+
+
 FAMILY = Family(
     model_types=("gemma3",),
     config=Gemma3Config.from_hf,
     network=Gemma3,
     keys=gemma3_keys,
+    processor=Gemma3Processor,
     renames=RENAMES,
     unused=UNUSED,
     aliases={"gemma-4b": "google/gemma-3-4b-it", "gemma-12b": "google/gemma-3-12b-it"},

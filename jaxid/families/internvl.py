@@ -1,8 +1,10 @@
 """InternVL3: InternViT on tiles of a picture, pixel shuffle, projector, Qwen2 (HF InternVLForConditionalGeneration)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -10,12 +12,15 @@ from jaxtyping import Array, Float
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Family, Published, hidden_states
 from jaxid.nn.decoder import Decoder
-from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, heads_in, heads_out, layer_norm, linear, prefixed
-from jaxid.nn.layers import ACTIVATIONS, Config, LayerNorm, Linear, with_token_indices
+from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, state_indices
+from jaxid.prompts.base import Encoded, PictureTokens, bucketed, processed
+from jaxid.prompts.pictures import Clip, Picture
+from jaxid.prompts.processor import Processor
 
 _TOWER = {
     "hidden_size": 1024,
@@ -59,10 +64,9 @@ def _vision_config(fields: dict[str, Any]) -> VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InternVLConfig(Config):
+class InternVLConfig(ModelConfig):
     """Shape of an InternVL3 model; names and defaults as in HF's InternVLConfig."""
 
-    text_config: DecoderConfig  # the decoder
     vision_config: VisionConfig  # the tower
     image_token_index: int = 151667  # id of the token that pictures replace
     downsample_ratio: float = 0.5  # side of a tile's tokens, in patches' sides
@@ -193,11 +197,47 @@ class InternVL(Network):
         return self.projector_out(activation(self.projector_in(self.projector_norm(shuffled))))
 
 
+class InternVLProcessor(Processor):
+    """Tiles of a picture's own aspect ratio, as many tokens for each."""
+
+    config: InternVLConfig
+
+    @property
+    def usual_tokens(self) -> int:
+        """Decoder tokens of a photograph of 640 x 480 pixels."""
+        tiles = self.image_processor.get_number_of_image_patches(480, 640, {"crop_to_patches": True})
+        return tiles * self.config.image_tokens
+
+    def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
+        """Pictures as tiles; rows of zeros bring their number to one of few.
+
+        Raises:
+            InputError: for a picture that cannot be opened.
+        """
+        del members
+        opened = [self.open(picture) for picture in pictures]
+        # Pictures are cut whatever the image processor's own setting, as the published processor does.
+        found = processed(self.image_processor, opened, crop_to_patches=True)
+        pixels, counts = np.asarray(found["pixel_values"], np.float32), np.asarray(found["num_patches"])
+        extra = bucketed(len(pixels)) - len(pixels)
+        own, ends = self.config.image_tokens, np.cumsum(counts)
+        begin = getattr(self.tokenizer, "start_image_token", "<img>")
+        close = getattr(self.tokenizer, "end_image_token", "</img>")
+        tokens = tuple(
+            PictureTokens(
+                f"{begin}{self.placeholder * int(own * count)}{close}", np.arange((end - count) * own, end * own)
+            )
+            for count, end in zip(counts, ends, strict=True)
+        )
+        return Encoded(np.pad(pixels, [(0, extra), (0, 0), (0, 0), (0, 0)]), tokens)
+
+
 FAMILY = Family(
     model_types=("internvl",),
     config=InternVLConfig.from_hf,
     network=InternVL,
     keys=internvl_keys,
+    processor=InternVLProcessor,
     renames=RENAMES,
     unused=ROTARY,
     aliases={

@@ -10,12 +10,13 @@ from jaxtyping import Array, Float
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Family, Published, hidden_states
 from jaxid.nn.decoder import Decoder
-from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, linear, prefixed
-from jaxid.nn.layers import ACTIVATIONS, Config, Linear, with_token_indices
+from jaxid.nn.layers import ACTIVATIONS, Linear, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, state_indices, vision_config, vision_keys
+from jaxid.prompts.processor import Processor
 
 LARGE_TOWER = {
     "hidden_size": 1024,
@@ -29,10 +30,9 @@ LARGE_TOWER = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlavaConfig(Config):
+class LlavaConfig(ModelConfig):
     """Shape of a LLaVA-1.5 model; names and defaults as in HF's LlavaConfig."""
 
-    text_config: DecoderConfig  # the decoder
     vision_config: VisionConfig  # the tower
     image_token_index: int = 32000  # id of the token that pictures replace
     projector_hidden_act: str = "gelu"  # between the projector's two layers
@@ -127,11 +127,20 @@ class Llava(Network):
         return self.projector_out(ACTIVATIONS[self.config.projector_hidden_act](self.projector_in(chosen)))
 
 
+class LlavaProcessor(Processor):
+    """Pictures of one size; answers begin with a capital."""
+
+    config: LlavaConfig
+
+    case = "capital"
+
+
 FAMILY = Family(
     model_types=("llava",),
     config=LlavaConfig.from_hf,
     network=Llava,
     keys=llava_keys,
+    processor=LlavaProcessor,
     renames=RENAMES,
     unused=UNUSED,
     aliases={"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"},

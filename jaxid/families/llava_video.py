@@ -5,25 +5,41 @@ LlavaOnevisionForConditionalGeneration.
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.errors import CheckpointError
+from jaxid.errors import CheckpointError, InputError
 from jaxid.families.base import Family
 from jaxid.families.llava import RENAMES, UNUSED, Llava, LlavaConfig, llava_keys
-from jaxid.nn.decoder_config import decoder_config, decoder_keys, unembedding_key
+from jaxid.families.llava_packing import NEWLINE_POSITIONS, POOL_MODES, Layout, clip_rows, picture_layout, pooling
+from jaxid.io import read_json, reading
+from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, linear, prefixed
 from jaxid.nn.layers import normal, with_token_indices
 from jaxid.nn.vision import state_indices, vision_config, vision_keys
+from jaxid.prompts.base import (
+    SMALL,
+    Encoded,
+    ImageProcessor,
+    PictureTokens,
+    Shown,
+    Tokenizer,
+    bucketed,
+    check_settings,
+    load_image_processor,
+    processed,
+)
+from jaxid.prompts.pictures import Clip, Picture, open_picture
+from jaxid.prompts.processor import Processor
 
 SO400M_TOWER = {
     "hidden_size": 1152,
@@ -34,9 +50,6 @@ SO400M_TOWER = {
     "image_size": 384,
 }
 """SigLIP so400m-patch14-384 without its last block, which neither layout keeps."""
-
-POOL_MODES = ("bilinear", "average")
-NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
 
 # Fields of a flat LLaVA-NeXT config that describe the decoder.
 _TEXT_FIELDS = frozenset(
@@ -70,25 +83,6 @@ _ONLY: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-def taps(length: int, new: int) -> tuple[Int[np.ndarray, "new 2"], Float[np.ndarray, "new 2"]]:
-    """Linear interpolation of a row of values to another length, as `torch.nn.functional.interpolate` does it.
-
-    Args:
-        length: number of values.
-        new: number wanted.
-
-    Returns:
-        Which two values each new one mixes, and their weights (corners not aligned, nothing smoothed).
-    """
-    # PyTorch multiplies and subtracts in one rounding of float32, which at place 80 is worth 1e-5 of a weight.
-    step = float(np.float32(length) / np.float32(new))
-    places = np.maximum(step * (np.arange(new) + 0.5) - 0.5, 0.0).astype(np.float32)
-    first = np.minimum(places.astype(np.int64), length - 1)
-    share = places - first.astype(np.float32)
-    both = np.stack([first, np.minimum(first + 1, length - 1)], axis=1)
-    return both, np.stack([np.float32(1) - share, share], axis=1)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaVideoConfig(LlavaConfig):
     """Shape of a LLaVA-Video model; names as in LLaVA-NeXT's and HF's configs."""
@@ -101,9 +95,6 @@ class LlavaVideoConfig(LlavaConfig):
     max_squares: int = 9  # a picture's tokens are interpolated down to about those of so many squares
     mm_spatial_pool_mode: str = "bilinear"  # how frames are halved, "bilinear" or "average"
     mm_newline_position: str = "one_token"  # behind what of a clip `image_newline` stands: "grid" rows, "frame" ...
-
-    # For the host's side too, which does not import the networks.
-    taps = staticmethod(taps)
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "LlavaVideoConfig":
@@ -208,16 +199,6 @@ def original_keys(config: LlavaVideoConfig) -> list[Key]:
     ]
 
 
-def pooling(length: int, mode: str) -> Float[np.ndarray, "new length"]:
-    """The matrix that halves a row of values: rounded up where it interpolates, down where it averages pairs."""
-    if mode == "average":
-        pairs = np.repeat(np.eye(length // 2, dtype=np.float32) / 2, 2, axis=1)
-        return np.pad(pairs, ((0, 0), (0, length % 2)))
-    new = math.ceil(length / 2)
-    which, weights = taps(length, new)
-    return (np.eye(length, dtype=np.float32)[which] * weights[..., None]).sum(axis=1)
-
-
 class LlavaVideo(Llava):
     """The network: pictures are cut into squares, frames of clips are one square each, which are pooled.
 
@@ -258,11 +239,241 @@ class LlavaVideo(Llava):
         return rearrange(grid, "m v w d -> m (v w) d").astype(squares.dtype)
 
 
+IMAGE_TOKEN = "<image>"
+
+# Conversation "qwen_1_5" of LLaVA-NeXT; clips stand before the user's text.
+QWEN_TEMPLATE = """{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
+{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list %}\
+{% for part in pictures %}{{ '<image>' + ('\n' if loop.last else ' ') }}{% endfor %}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{% endif %}\
+{{ '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+class LlavaVideoProcessor(Processor):
+    """Clips in LLaVA-NeXT's own layout, which reads pictures only in a way that is not implemented here."""
+
+    config: LlavaVideoConfig
+    template = QWEN_TEMPLATE
+    trial = (Clip([SMALL]),)
+    tokenizer_of = "qwen2"
+
+    @staticmethod
+    def token_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
+        """Id of `<image>`, which the published tokenizer lacks; its embedding is never read."""
+        del config
+        if IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    @classmethod
+    def load_image_processor(cls, folder: Path, config: ModelConfig) -> ImageProcessor:
+        """SigLIP's, whose settings are constants in LLaVA-NeXT."""
+        del folder
+        side = config.vision_config.image_size
+        return frame_processor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    @property
+    def usual_tokens(self) -> int:
+        """Decoder tokens of a clip of eight frames."""
+        return len(clip_rows(8, self.config.frame_side, self.config.mm_newline_position, 1))
+
+    def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
+        """Clips as frames and tokens.
+
+        Raises:
+            InputError: for a picture, or a frame that cannot be opened.
+        """
+        del members
+        side, frames, tokens, first = self.config.frame_side, [], [], 1
+        for clip in pictures:
+            if not isinstance(clip, Clip):
+                raise InputError(
+                    "this checkpoint reads clips, not pictures: wrap frames in jaxid.Clip([picture, ...])."
+                )
+            frames.append(self.frames(clip, self.image_processor))
+            rows = clip_rows(len(clip.frames), side, self.config.mm_newline_position, first)
+            tokens.append(PictureTokens(self.placeholder * len(rows), rows))
+            first += len(clip.frames) * side * side
+        pixels = np.concatenate(frames)
+        return Encoded(pixels, tuple(tokens), {"frames": np.arange(len(pixels), dtype=np.int32)})
+
+    def frames(self, clip: Clip, processor: ImageProcessor) -> Float[np.ndarray, "M C Y X"]:
+        """A clip's frames through an image processor."""
+        opened = [open_picture(frame) for frame in clip.frames]
+        return np.asarray(processed(processor, opened)["pixel_values"], np.float32)
+
+
+def frame_processor(**settings: Any) -> ImageProcessor:
+    """An image processor that resizes to a square and normalises, and nothing else."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(**settings)
+
+
+class Processors(NamedTuple):
+    """Image processors of Hugging Face's layout.
+
+    Attributes:
+        pictures: cuts pictures into squares.
+        frames: resizes frames of clips.
+    """
+
+    pictures: ImageProcessor
+    frames: ImageProcessor
+
+
+class OnevisionProcessor(LlavaVideoProcessor):
+    """Pictures and clips in Hugging Face's layout."""
+
+    template = tokenizer_of = None
+    trial = (SMALL, Clip([SMALL]))
+    token_id = staticmethod(Processor.token_id)
+
+    def __init__(self, tokenizer: Tokenizer, image_processor: Processors, config: LlavaVideoConfig):
+        """Takes loaded parts and the network's config.
+
+        Raises:
+            CheckpointError: if the tokenizer does not have the token of clips.
+        """
+        super().__init__(tokenizer, image_processor, config)
+        self.clip_placeholder = tokenizer.convert_ids_to_tokens(config.video_token_index)
+        if self.clip_placeholder in (None, tokenizer.unk_token):
+            raise CheckpointError(f"the tokenizer has no token of id {config.video_token_index}, which clips need.")
+
+    @classmethod
+    def load_image_processor(cls, folder: Path, config: ModelConfig) -> Processors:
+        """The checkpoint's image processor, and what its video processor does to each frame.
+
+        Raises:
+            CheckpointError: if one is missing or unreadable, or of a kind that is not implemented.
+        """
+        pictures = load_image_processor(folder, cls.most_size)
+        settings = _video_settings(folder) or pictures.to_dict()
+        check_settings(settings, folder)
+        side = config.vision_config.image_size
+        with reading(folder, "a video processor"):
+            size = dict(settings.get("size") or {})
+        if (size.get("height"), size.get("width")) != (side, side) or settings.get("do_center_crop"):
+            raise CheckpointError(f"the video processor in {folder} does not resize frames to {side} x {side} pixels.")
+        names = "size resample do_resize do_rescale rescale_factor do_normalize image_mean image_std".split()
+        with reading(folder, "a video processor"):
+            return Processors(pictures, frame_processor(**{name: settings[name] for name in names if name in settings}))
+
+    @property
+    def usual_tokens(self) -> int:
+        """Decoder tokens of a photograph of 640 x 480 pixels."""
+        return len(picture_layout(480, 640, self.config, alone=True).rows)
+
+    def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
+        """Pictures as squares, clips as frames, and both as tokens.
+
+        Raises:
+            InputError: for one that cannot be opened, or a picture that stands alone in one prompt and beside others
+                in another, where its squares differ.
+        """
+        cut = self._cut(pictures, members)
+        tiles = [cut[number][0] for number in sorted(cut)]
+        clips = [picture for picture in pictures if isinstance(picture, Clip)]
+        frames = [self.frames(clip, self.image_processor.frames) for clip in clips]
+        count = sum(map(len, tiles))
+        if count:
+            tiles.append(np.zeros((bucketed(count) - count, *tiles[0].shape[1:]), np.float32))
+            count = bucketed(count)
+        pixels = np.concatenate([*tiles, *frames])
+
+        # Rows of the features: newline, patches of all squares if there are pictures, frames' tokens, mixed tokens.
+        patches, side = self.config.patch_side**2, self.config.frame_side
+        clip_row = 1 + (len(pixels) * patches if count else 0)
+        mixed_row = clip_row + sum(map(len, frames)) * side**2
+        tokens, mixes, weights, square = [], [], [], 0
+        for number, picture in enumerate(pictures):
+            if isinstance(picture, Clip):
+                rows = clip_rows(len(picture.frames), side, self.config.mm_newline_position, clip_row)
+                clip_row += len(picture.frames) * side**2
+                tokens.append(PictureTokens(self.clip_placeholder * len(rows), rows))
+                continue
+            layout = cut[number][1]
+            rows = np.where(layout.rows >= 0, 1 + square * patches + layout.rows, 0)
+            rows = np.where(layout.rows < -1, mixed_row - 2 - layout.rows, rows)
+            tokens.append(PictureTokens(self.placeholder * len(rows), rows))
+            mixes.append(square * patches + layout.taps)
+            weights.append(layout.weights)
+            mixed_row += len(layout.taps)
+            square += layout.squares
+        extras: dict[str, np.ndarray] = {}
+        if frames:
+            extras["frames"] = np.arange(count, len(pixels), dtype=np.int32)
+        mixed = sum(map(len, mixes))
+        if mixed:
+            room = ((0, bucketed(mixed) - mixed), (0, 0))
+            extras["taps"] = np.pad(np.concatenate(mixes), room).astype(np.int32)
+            extras["weights"] = np.pad(np.concatenate(weights), room)
+        return Encoded(pixels, tuple(tokens), extras)
+
+    def _cut(
+        self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]
+    ) -> dict[int, tuple[Float[np.ndarray, "S C Y X"], Layout]]:
+        """Squares and layout of every picture that is no clip, by its number."""
+        alone: dict[int, bool] = {}
+        for shown in members:
+            numbers = [number for number in shown if not isinstance(pictures[number], Clip)]
+            for number in numbers:
+                if alone.setdefault(number, len(numbers) == 1) != (len(numbers) == 1):
+                    raise InputError(
+                        f"picture {number} stands alone in one prompt and beside others in another, and would be cut "
+                        "differently: prepare these prompts in batches of their own."
+                    )
+        opened = {number: self.open(pictures[number]) for number in sorted(alone)}
+        together = [number for number in opened if not alone[number]]
+        processor, squares = self.image_processor.pictures, {}
+        if together:
+            # One list within a list stands for one prompt of several pictures.
+            made = processed(processor, [[opened[number] for number in together]])["pixel_values"]
+            squares = dict(zip(together, made, strict=True))
+        cut = {}
+        for number, image in opened.items():
+            if alone[number]:
+                squares[number] = processed(processor, [image])["pixel_values"][0]
+            layout = picture_layout(image.height, image.width, self.config, alone=alone[number])
+            if len(squares[number]) != layout.squares:
+                raise CheckpointError(
+                    f"the image processor cuts a picture into {len(squares[number])} squares, where config.json's "
+                    f"image_grid_pinpoints make {layout.squares}."
+                )
+            cut[number] = np.asarray(squares[number], np.float32), layout
+        return cut
+
+    def image_slots(
+        self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
+    ) -> Int[np.ndarray, "B T"]:
+        """Which row of the features stands at each position, or -1; clips have a token of their own."""
+        clips = token_ids == self.config.video_token_index
+        return super().image_slots(
+            np.where(clips, self.image_token_id, token_ids).astype(token_ids.dtype), valid, shown
+        )
+
+
+def _video_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the checkpoint's video processor, from where Hugging Face's processors keep them."""
+    for name, part in (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")):
+        found = read_json(folder / name, missing={})
+        found = found if part is None else found.get(part)
+        if not isinstance(found, dict | None):
+            raise CheckpointError(f"{folder / name} holds {found!r:.100} where {part} should hold settings.")
+        if found:
+            return found
+    return None
+
+
 ONEVISION = Family(
     model_types=("llava_onevision",),
     config=LlavaVideoConfig.from_hf,
     network=LlavaVideo,
     keys=onevision_keys,
+    processor=OnevisionProcessor,
     renames=(*RENAMES, (r"^model\.image_newline$", "image_newline")),
     unused=UNUSED,
 )
@@ -272,6 +483,7 @@ ORIGINAL = Family(
     config=LlavaVideoConfig.from_original,
     network=LlavaVideo,
     keys=original_keys,
+    processor=LlavaVideoProcessor,
     unused=UNUSED,
     aliases={"llava-video": "lmms-lab/LLaVA-Video-7B-Qwen2"},
 )

@@ -1,26 +1,31 @@
 """Llama 3.2 Vision: a tiled tower, read by cross-attention (HF MllamaForConditionalGeneration)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.errors import CheckpointError
+from jaxid.errors import CheckpointError, PromptError
 from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
 from jaxid.kernels import attention
-from jaxid.nn.decoder import Decoder, Memory
-from jaxid.nn.decoder_config import DecoderConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.decoder_config import ModelConfig, decoder_config, unembedding_key
 from jaxid.nn.fields import check_parts, check_patches
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig, run_blocks
+from jaxid.nn.views import Memory
 from jaxid.nn.vision import patches
+from jaxid.prompts.base import Encoded, PictureTokens, Shown, processed
+from jaxid.prompts.pictures import Clip, Picture
+from jaxid.prompts.processor import Processor
 
 _PADDED_TO = 8  # tokens of a tile come in multiples of it
 
@@ -94,10 +99,9 @@ def _vision_config(fields: dict[str, Any]) -> MllamaVisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MllamaConfig(Config):
+class MllamaConfig(ModelConfig):
     """Shape of a Llama 3.2 Vision model; names and defaults as in HF's MllamaConfig."""
 
-    text_config: DecoderConfig  # the decoder
     vision_config: MllamaVisionConfig  # the tower
     image_token_index: int = 128256  # id of the token that stands where a picture is shown
 
@@ -157,7 +161,7 @@ def mllama_keys(config: MllamaConfig) -> list[Key]:
     return [
         *prefixed(tower, "vision_model.", "tower."),
         *linear("multi_modal_projector", "projector", bias=True),
-        *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
+        *prefixed(mllama_decoder_keys(config.text_config), "language_model.model.", "decoder."),
         unembedding_key(config.text_config, "language_model.lm_head.weight"),
     ]
 
@@ -248,7 +252,7 @@ class Mllama(Network):
         self.config = config
         self.tower = MllamaTower(config.vision_config, rngs=rngs)
         self.projector = Linear(config.vision_config.output_width, config.text_config.hidden_size, bias=True, rngs=rngs)
-        self.decoder = Decoder(config.text_config, rngs=rngs)
+        self.decoder = MllamaDecoder(config.text_config, rngs=rngs)
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' tokens, tile by tile."""
@@ -285,11 +289,58 @@ class Mllama(Network):
         return self.decoder.remember(states, mask | ~rows[:, :, None], rows)
 
 
+class MllamaProcessor(Processor):
+    """A picture is one token of the prompt; its tiles are read by cross-attention."""
+
+    config: MllamaConfig
+
+    case = "both"
+
+    @property
+    def usual_tokens(self) -> int:
+        """As many decoder tokens as a picture's memory, which only some layers hold, takes room."""
+        text = self.config.text_config
+        return self.config.image_tokens * len(text.cross_attention_layers) // text.num_hidden_layers
+
+    def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
+        """Pictures as tiles, and which of them every prompt shows.
+
+        Raises:
+            InputError: for a picture that cannot be opened.
+        """
+        found = processed(self.image_processor, [[self.open(picture)] for picture in pictures])
+        shown = np.full((len(members), max(map(len, members))), -1, np.int32)
+        for row, own in enumerate(members):
+            shown[row, : len(own)] = own
+        extras = {
+            "aspect_ratio": np.asarray(found["aspect_ratio_ids"], np.int32)[:, 0],
+            "tile_count": np.array([own[0] for own in found["num_tiles"]], np.int32),
+            "shown": shown,
+        }
+        tokens = tuple(PictureTokens(self.placeholder, np.zeros(1, np.int32)) for _ in pictures)
+        return Encoded(np.asarray(found["pixel_values"], np.float32)[:, 0], tokens, extras)
+
+    def image_slots(
+        self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
+    ) -> Int[np.ndarray, "B T"]:
+        """0 where a picture is shown, which marks where the text behind it begins; else -1.
+
+        Raises:
+            PromptError: if a prompt shows another number of pictures than it was given.
+        """
+        here = (token_ids == self.image_token_id) & valid
+        for row, pictures in enumerate(shown):
+            if here[row].sum() != len(pictures):
+                raise PromptError(f"prompt {row} shows {here[row].sum()} pictures instead of {len(pictures)}.")
+        return np.where(here, 0, -1).astype(np.int32)
+
+
 FAMILY = Family(
     model_types=("mllama",),
     config=MllamaConfig.from_hf,
     network=Mllama,
     keys=mllama_keys,
+    processor=MllamaProcessor,
     renames=RENAMES,
     unused=ROTARY,
     aliases={"llama-11b": "meta-llama/Llama-3.2-11B-Vision-Instruct", "llava-cot": "Xkev/Llama-3.2V-11B-cot"},

@@ -5,17 +5,18 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Family
 from jaxid.families.clip import UNUSED
-from jaxid.nn.dual import DualEncoder, Encoded, part
+from jaxid.nn.dual import DualConfig, DualEncoder, Encoded, part
 from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
-from jaxid.nn.layers import ACTIVATIONS, Config, LayerNorm, Linear, filled, join_heads, normal
-from jaxid.nn.text import TextConfig, TextEncoder, text_keys
+from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, filled, join_heads, normal
+from jaxid.nn.text import TextConfig, text_keys
 from jaxid.nn.transformer import Attention, BlockConfig
-from jaxid.nn.vision import VisionConfig, VisionTower, vision_config, vision_keys
+from jaxid.nn.vision import vision_config, vision_keys
+from jaxid.prompts.dual import DualProcessor
 
 _TEXT = {
     "vocab_size": 32000,
@@ -30,11 +31,9 @@ _TEXT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SiglipConfig(Config):
+class SiglipConfig(DualConfig):
     """Shape of a SigLIP model; names and defaults as in HF's SiglipConfig."""
 
-    text_config: TextConfig  # the text encoder
-    vision_config: VisionConfig  # the tower
     projection_size: int  # E: of captions' tokens; the tower's width
 
     @classmethod
@@ -117,11 +116,9 @@ class Siglip(DualEncoder):
 
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         """Builds both towers, the pooling head and the captions' projection."""
-        self.config = config
-        self.tower = VisionTower(config.vision_config, rngs=rngs)
+        super().__init__(config, config.projection_size, bias=True, rngs=rngs)
+        del self.image_projection  # the head's output is what captions are compared with
         self.head = PoolingHead(config.vision_config, rngs=rngs)
-        self.text_encoder = TextEncoder(config.text_config, rngs=rngs)
-        self.text_projection = Linear(config.text_config.hidden_size, config.projection_size, bias=True, rngs=rngs)
         self.logit_scale, self.logit_bias = filled(0.0, (1,)), filled(0.0, (1,))
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
@@ -129,10 +126,10 @@ class Siglip(DualEncoder):
         states = self.tower.post_norm(self.tower(pixels)[-1])
         return Encoded(self.head.each(states), self.head(states))
 
-    def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
-        """Captions in the joint space; pooled at the last token, padding or not, as the model was trained."""
-        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
-        return Encoded(tokens, tokens[:, -1])
+    def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:
+        """The last token, padding or not, as the model was trained."""
+        del token_ids
+        return tokens[:, -1]
 
 
 FAMILY = Family(
@@ -140,6 +137,7 @@ FAMILY = Family(
     config=SiglipConfig.from_hf,
     network=Siglip,
     keys=siglip_keys,
+    processor=DualProcessor,
     unused=UNUSED,
     aliases={"siglip-b16": "google/siglip-base-patch16-224"},
 )

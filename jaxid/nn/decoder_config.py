@@ -178,6 +178,20 @@ class DecoderConfig(Config):
         return tuple(kind == SLIDING for kind in self.layer_types) or (False,) * self.num_hidden_layers
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """What every vision-language model's config has."""
+
+    text_config: DecoderConfig  # the decoder
+    vision_config: Any  # the tower, of the family's own kind
+    image_token_index: int  # id of the token that pictures replace
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder tokens of a picture, I, in families where it is the same for all."""
+        raise NotImplementedError
+
+
 # What Hugging Face's config classes assume where a file says nothing, beyond LlamaConfig's defaults.
 _QWEN2 = {
     "max_position_embeddings": 32768,
@@ -361,12 +375,16 @@ def _refuse(fields: dict[str, Any], names: tuple[str, ...]) -> None:
 
 def decoder_keys(config: DecoderConfig) -> list[Key]:
     """Key table of a decoder, below HF's `model.` (the unembedding stands outside)."""
+    heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
     layers = [
         Key("input_layernorm.weight", "attention_norm.scale"),
         *linear("mlp.gate_proj", "mlp.gate", bias=config.mlp_bias),
         *linear("mlp.up_proj", "mlp.up", bias=config.mlp_bias),
         *linear("mlp.down_proj", "mlp.down", bias=config.mlp_bias),
-        *_attention_keys(config, "self_attn"),
+        *heads_in("self_attn.q_proj", "attention.query", heads, bias=bias),
+        *heads_in("self_attn.k_proj", "attention.key", kv_heads, bias=bias),
+        *heads_in("self_attn.v_proj", "attention.value", kv_heads, bias=bias),
+        *heads_out("self_attn.o_proj", "attention.out", heads, bias=config.attention_out_bias),
     ]
     if config.post_norms:
         layers += [
@@ -382,32 +400,7 @@ def decoder_keys(config: DecoderConfig) -> list[Key]:
             Key("self_attn.k_norm.weight", "attention.key_norm.scale"),
         ]
     keys = prefixed(layers, "layers.{layer}.", "layers.")
-    crossing = config.cross_attention_layers
-    if crossing:
-        own = tuple(layer for layer in range(config.num_hidden_layers) if layer not in crossing)
-        keys = [dataclasses.replace(key, layers=own) if ".self_attn." in key.source else key for key in keys]
-        shared = prefixed(_attention_keys(config, "cross_attn"), "layers.{layer}.", "layers.")
-        keys += [dataclasses.replace(key, layers=crossing) for key in shared]
-        extra = [
-            Key("cross_attn.q_norm.weight", "query_norm.scale"),
-            Key("cross_attn.k_norm.weight", "key_norm.scale"),
-            Key("cross_attn_attn_gate", "attention_gate"),
-            Key("cross_attn_mlp_gate", "mlp_gate"),
-        ]
-        rows = tuple(range(len(crossing)))
-        extra = prefixed(extra, "layers.{layer}.", "crossing.")
-        keys += [dataclasses.replace(key, layers=crossing, rows=rows) for key in extra]
     return [Key("embed_tokens.weight", "embedding"), *keys, Key("norm.weight", "norm.scale")]
-
-
-def _attention_keys(config: DecoderConfig, source: str) -> list[Key]:
-    heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-    return [
-        *heads_in(f"{source}.q_proj", "attention.query", heads, bias=bias),
-        *heads_in(f"{source}.k_proj", "attention.key", kv_heads, bias=bias),
-        *heads_in(f"{source}.v_proj", "attention.value", kv_heads, bias=bias),
-        *heads_out(f"{source}.o_proj", "attention.out", heads, bias=config.attention_out_bias),
-    ]
 
 
 def unembedding_key(config: DecoderConfig, source: str) -> Key:

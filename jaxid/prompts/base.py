@@ -10,7 +10,17 @@ from jaxtyping import Bool, Float, Int
 
 from jaxid.errors import InputError, PromptError
 from jaxid.io import read_json, reading, reporting
+from jaxid.nn.decoder_config import ModelConfig
 from jaxid.prompts.pictures import Clip, Picture, open_picture
+
+Tokenizer = Any
+"""A fast tokenizer of transformers, or what is used like one."""
+
+ImageProcessor = Any
+"""An image processor of transformers, or what is used like one."""
+
+PILImage = Any
+"""An image of Pillow, which is imported only where pictures are opened."""
 
 
 class PictureTokens(NamedTuple):
@@ -20,7 +30,7 @@ class PictureTokens(NamedTuple):
         text: what stands in the prompt where the chat template places the picture.
         rows: which row of all pictures' flattened tokens each of its image tokens takes, in order, Int[I]; empty in
             families whose pictures do not enter as tokens.
-        grid: rows and columns of its tokens, for families that turn heads by them.
+        grid: rows and columns of its tokens, for families that rotate heads by them.
     """
 
     text: str
@@ -120,7 +130,28 @@ def check_trial(read: Callable[[], np.ndarray], path: str | Path, shape: tuple[i
             raise ValueError("it makes values that are not finite")
 
 
-def processed(processor: Any, pictures: Sequence[Any], **options: Any) -> Any:
+def load_image_processor(folder: Path, most_size: int = 4096) -> ImageProcessor:
+    """A checkpoint's image processor.
+
+    Args:
+        folder: the checkpoint's.
+        most_size: the largest size that its settings may ask for, see `check_settings`.
+
+    Raises:
+        CheckpointError: if it is missing or unreadable, or has settings with which no picture can be read.
+    """
+    from transformers import AutoImageProcessor
+
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        read_json(folder / name, missing={})
+    with reading(folder, "an image processor"):
+        found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        settings = found.to_dict()
+    check_settings(settings, folder, most_size)
+    return found
+
+
+def processed(processor: ImageProcessor, pictures: Sequence[PILImage], **options: Any) -> Any:
     """What an image processor makes of PIL images.
 
     Raises:
@@ -136,7 +167,7 @@ def bucketed(count: int) -> int:
     return -(-count // step) * step
 
 
-class PictureSide:
+class PictureReader:
     """How a family reads pictures on the host: one token after the other for every patch, by default.
 
     Attributes:
@@ -156,7 +187,7 @@ class PictureSide:
     most_size: int = 4096
     trial: tuple[Picture | Clip, ...] = (SMALL,)
 
-    def __init__(self, tokenizer: Any, image_processor: Any, config: Any):
+    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: ModelConfig):
         """Takes loaded parts and the network's config."""
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -165,7 +196,7 @@ class PictureSide:
         self.placeholder: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
 
     @staticmethod
-    def token_id(tokenizer: Any, config: Any) -> int:
+    def token_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
         """Id of the token that pictures replace; may add it to the tokenizer."""
         del tokenizer
         return config.image_token_index
@@ -176,22 +207,14 @@ class PictureSide:
         return self.config.image_tokens
 
     @classmethod
-    def load_image_processor(cls, folder: Path, config: Any) -> Any:
+    def load_image_processor(cls, folder: Path, config: ModelConfig) -> ImageProcessor:
         """The checkpoint's image processor.
 
         Raises:
-            CheckpointError: if it is missing or unreadable, or has settings with which no picture can be read.
+            CheckpointError: if it is missing or unreadable, or does not fit the config.
         """
-        from transformers import AutoImageProcessor
-
         del config
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            read_json(folder / name, missing={})
-        with reading(folder, "an image processor"):
-            found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-            settings = found.to_dict()
-        check_settings(settings, folder, cls.most_size)
-        return found
+        return load_image_processor(folder, cls.most_size)
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
@@ -208,10 +231,10 @@ class PictureSide:
         Raises:
             CheckpointError: if it fails, or makes what the tower does not take.
         """
-        members = [[number] for number in range(len(self.trial))]
+        members = [[index] for index in range(len(self.trial))]
         check_trial(lambda: self.encode(self.trial, members).pixels, path, self.pixel_shape)
 
-    def open(self, picture: Picture | Clip) -> Any:
+    def open(self, picture: Picture | Clip) -> PILImage:
         """A picture as an RGB PIL image.
 
         Raises:
@@ -221,8 +244,8 @@ class PictureSide:
             raise InputError("this model reads pictures, not clips; give it the frames one by one.")
         return open_picture(picture)
 
-    def pixels(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "N C Y X"]:
-        """Pictures through the image processor."""
+    def single_pixels(self, pictures: Sequence[Picture | Clip]) -> Float[np.ndarray, "N C Y X"]:
+        """Pictures through an image processor that makes one array of each."""
         opened = [self.open(picture) for picture in pictures]
         return np.asarray(processed(self.image_processor, opened)["pixel_values"], np.float32)
 
@@ -239,15 +262,15 @@ class PictureSide:
         del members
         count, text = self.config.image_tokens, self.placeholder * self.config.image_tokens
         rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
-        return Encoded(self.pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
+        return Encoded(self.single_pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
 
     def rope_positions(
         self,
         token_ids: Int[np.ndarray, "B T"],
         valid: Bool[np.ndarray, "B T"],
-        shown: Sequence[Sequence[PictureTokens]],
+        shown: Shown,
     ) -> Int[np.ndarray, "B A T"] | None:
-        """What rotary embedding turns by, in families where it is not the place in the prompt.
+        """What rotary embedding rotates by, in families where it is not the position in the prompt.
 
         Args:
             token_ids: the prompts.
@@ -257,11 +280,11 @@ class PictureSide:
         del token_ids, valid, shown
         return None
 
-    def slots(
+    def image_slots(
         self,
         token_ids: Int[np.ndarray, "B T"],
         valid: Bool[np.ndarray, "B T"],
-        shown: Sequence[Sequence[PictureTokens]],
+        shown: Shown,
     ) -> Int[np.ndarray, "B T"]:
         """Which row of the pictures' flattened tokens stands at each position, or -1.
 

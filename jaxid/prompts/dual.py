@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.errors import CheckpointError, InputError
 from jaxid.io import reporting
+from jaxid.nn.dual import DualConfig
 from jaxid.prompts import words
-from jaxid.prompts.base import SMALL, PictureSide, check_trial, processed
+from jaxid.prompts.base import SMALL, ImageProcessor, Tokenizer, check_trial, load_image_processor, processed
 from jaxid.prompts.pictures import Picture, open_picture
 from jaxid.prompts.words import shown
 
@@ -68,14 +69,16 @@ class Captions:
 class DualProcessor:
     """Image processor and tokenizer of a CLIP-like model."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, *, padding: int | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: DualConfig, *, padding: int | None = None
+    ):
         """Takes loaded parts.
 
         Args:
             tokenizer: a fast tokenizer of transformers.
             image_processor: an image processor of transformers.
             config: the network's config.
-            padding: id that fills captions up, where it is not the tokenizer's own.
+            padding: id with which captions are padded, where it is not the tokenizer's own.
         """
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.context: int = config.text_config.context
@@ -87,7 +90,7 @@ class DualProcessor:
         self.padding: int = tokenizer.pad_token_id if padding is None else padding
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Any) -> "DualProcessor":
+    def from_folder(cls, folder: Path, config: DualConfig) -> "DualProcessor":
         """Reads tokenizer and image processor of a folder in Hugging Face layout.
 
         Raises:
@@ -96,7 +99,7 @@ class DualProcessor:
         tokenizer = words.read_tokenizer(folder)
         if tokenizer.pad_token_id is None:
             raise CheckpointError(f"the tokenizer in {folder} names no padding token in tokenizer_config.json.")
-        found = cls(tokenizer, PictureSide.load_image_processor(folder, config), config)
+        found = cls(tokenizer, load_image_processor(folder), config)
         found.check(folder)
         return found
 

@@ -5,18 +5,21 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.io import read_json, reading, reporting
+from jaxid.nn.decoder_config import ModelConfig
 from jaxid.nn.inputs import Inputs
 from jaxid.prompts import templates, words
-from jaxid.prompts.base import PictureSide
+from jaxid.prompts.base import PictureReader, Tokenizer
 from jaxid.prompts.pictures import Picture
 from jaxid.prompts.words import shown
+
+ProcessorT = TypeVar("ProcessorT", bound="Processor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,23 +203,22 @@ class Prompts:
         )
 
 
-class Processor:
-    """A checkpoint's tokenizer, chat template and image processor, without PyTorch."""
+class Processor(PictureReader):
+    """A checkpoint's tokenizer, chat template and image processor, without PyTorch.
 
-    def __init__(self, tokenizer: Any, side: PictureSide, *, stop_ids: tuple[int, ...] = ()):
-        """Wraps loaded parts; see `from_folder`."""
-        self.tokenizer = tokenizer
-        self.side = side
-        self.stop_ids = stop_ids
+    Attributes:
+        stop_ids: tokens that end an answer.
+    """
+
+    stop_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_folder(cls, folder: Path, config: Any, side: type[PictureSide]) -> "Processor":
+    def from_folder(cls: type[ProcessorT], folder: Path, config: ModelConfig) -> ProcessorT:
         """Loads the parts from a checkpoint folder.
 
         Args:
             folder: the checkpoint's folder.
             config: the network's config.
-            side: what the family does with pictures.
 
         Raises:
             CheckpointError: naming the part that is missing or unreadable.
@@ -224,24 +226,25 @@ class Processor:
         from transformers import AutoConfig, PreTrainedTokenizerFast
 
         # Of a kind of model that it does not know, transformers would read the config.json and warn of what it finds.
-        known = {"config": AutoConfig.for_model(side.tokenizer_of)} if side.tokenizer_of else {}
+        known = {"config": AutoConfig.for_model(cls.tokenizer_of)} if cls.tokenizer_of else {}
         # Of a kind that it knows, it would cut words that kind's way, though the folder asks for tokenizer.json alone.
         if known and _takes_any(folder):
             tokenizer = words.read_tokenizer(folder, PreTrainedTokenizerFast)
         else:
             tokenizer = words.read_tokenizer(folder, **known)
-        image_processor = side.load_image_processor(folder, config)
-        token = side.token_id(tokenizer, config)
+        image_processor = cls.load_image_processor(folder, config)
+        token = cls.token_id(tokenizer, config)
         with reading(folder, "a tokenizer"):
             missing = tokenizer.convert_ids_to_tokens([token]) in ([None], [tokenizer.unk_token])
         if missing:
             raise CheckpointError(
                 f"the tokenizer in {folder} has no token of id {token}, which config.json names as the image token."
             )
-        loaded = side(tokenizer, image_processor, config)
-        loaded.check(folder)
-        tokenizer.chat_template = _chat_template(folder, tokenizer, loaded)
-        return cls(tokenizer, loaded, stop_ids=_stop_ids(folder, tokenizer, config))
+        found = cls(tokenizer, image_processor, config)
+        found.check(folder)
+        tokenizer.chat_template = _chat_template(folder, found)
+        found.stop_ids = _stop_ids(folder, tokenizer, config)
+        return found
 
     @functools.cached_property
     def specials(self) -> tuple[str, ...]:
@@ -254,7 +257,7 @@ class Processor:
         Raises:
             InputError: for a picture that cannot be opened, naming it.
         """
-        return self.side.encode(images, [[number] for number in range(len(images))]).pixels
+        return self.encode(images, [[index] for index in range(len(images))]).pixels
 
     def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
         """The prompt's text, pictures' tokens filled in, and the first character of the question in it.
@@ -268,7 +271,7 @@ class Processor:
             PromptError: for an empty question, or one that the template does not keep as it is.
         """
         words.check_text(question, "the question", (), PromptError)
-        question, placeholder = question.strip(), self.side.placeholder
+        question, placeholder = question.strip(), self.placeholder
         if not question:
             raise PromptError("the question is empty.")
         if placeholder in question:
@@ -288,7 +291,7 @@ class Processor:
         before = pieces[0] + "".join(text + piece for text, piece in zip(pictures, pieces[1:], strict=True))
         return before + rendered[start:], len(before)
 
-    def _encode(self, texts: Sequence[str]) -> Any:
+    def _tokenized(self, texts: Sequence[str]) -> Any:
         """Token ids and offsets of prompts, whose template may have written the first token itself."""
         first = self.tokenizer.bos_token
         written = first is not None and texts[0].startswith(first)
@@ -335,7 +338,7 @@ class Processor:
         numbers = [list(range(first, end)) for first, end in itertools.pairwise(counts.tolist())]
         members = numbers * len(asked) if len(numbers) == 1 else numbers or [[] for _ in asked]
         pictures = [picture for group in groups for picture in group]
-        encoded = self.side.encode(pictures, members) if pictures else None
+        encoded = self.encode(pictures, members) if pictures else None
         shown = [[encoded.tokens[number] for number in some] if encoded else [] for some in members]
 
         texts, starts = [], []
@@ -343,7 +346,7 @@ class Processor:
             text, start = self.render(question, pictures=[picture.text for picture in some], chat=chat)
             texts.append(text)
             starts.append(start)
-        tokens = self._encode(texts)
+        tokens = self._tokenized(texts)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         total = -(-max(lengths) // pad_to_multiple) * pad_to_multiple
         token_ids = np.full((len(asked), total), self.tokenizer.pad_token_id or 0, np.int32)
@@ -368,8 +371,8 @@ class Processor:
                 valid=valid,
                 last=np.array(lengths, np.int32) - 1,
                 pixels=encoded.pixels if encoded else None,
-                image_slots=self.side.slots(token_ids, valid, shown),
-                rope_positions=self.side.rope_positions(token_ids, valid, shown),
+                image_slots=self.image_slots(token_ids, valid, shown),
+                rope_positions=self.rope_positions(token_ids, valid, shown),
                 extras=encoded.extras if encoded else {},
             ),
             questions=tuple(asked),
@@ -386,13 +389,13 @@ class Processor:
             PromptError: for a word that would change the prompt's own tokens, or is not in the vocabulary.
         """
         text, _ = self.render("?")
-        head = self._encode([text])["input_ids"][0]
+        head = self._tokenized([text])["input_ids"][0]
         # After a line break or a special token a word begins at once; after "ASSISTANT:" with a space or its marker.
         specials = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         joint = "" if text[-1].isspace() or text.endswith(specials) else " "
         found = []
         for word in words:
-            whole = self._encode([f"{text}{joint}{word}"])["input_ids"][0]
+            whole = self._tokenized([f"{text}{joint}{word}"])["input_ids"][0]
             tail = list(whole[len(head) :])
             if whole[: len(head)] != head or not tail:
                 raise PromptError(f"the answer {word!r} does not begin with a token of its own after the prompt.")
@@ -427,23 +430,23 @@ def _takes_any(folder: Path) -> bool:
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def _chat_template(folder: Path, tokenizer: Any, side: PictureSide) -> str:
+def _chat_template(folder: Path, processor: Processor) -> str:
     """The template that places pictures: the processor's, else the family's own, else the tokenizer's."""
-    path = folder / "chat_template.json"
+    path, tokenizer = folder / "chat_template.json", processor.tokenizer
     fields = read_json(path, missing={})
-    template = fields.get("chat_template") if path.exists() else side.template or tokenizer.chat_template
+    template = fields.get("chat_template") if path.exists() else processor.template or tokenizer.chat_template
     if template is None and not path.exists():
         raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
     where = path if path.exists() else folder / "chat_template.jinja"
     return templates.check(
         template,
         str(where if where.exists() else folder),
-        placeholder=side.placeholder,
+        placeholder=processor.placeholder,
         variables=tokenizer.special_tokens_map,
     )
 
 
-def _stop_ids(folder: Path, tokenizer: Any, config: Any) -> tuple[int, ...]:
+def _stop_ids(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
     """Tokens that end an answer, from where Hugging Face's `generate` takes them; else the tokenizer's own.
 
     Raises:

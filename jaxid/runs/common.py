@@ -218,7 +218,7 @@ class Run:
     def case(self) -> Case:
         """The form of the answer words that is read."""
         chosen = self.config.case
-        return self.model.processor.side.case if chosen == "published" else chosen
+        return self.model.processor.case if chosen == "published" else chosen
 
     def data_folder(self) -> Path:
         """The data folder.
@@ -382,7 +382,7 @@ class Run:
             return self.config.batch_size
         text = self.model.config.text_config
         width = np.dtype(np.float32).itemsize if self.config.dtype == "float32" else 2
-        tokens = self.model.processor.side.usual_tokens + 64
+        tokens = self.model.processor.usual_tokens + 64
         trace_numbers = 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim
         row_numbers = rows * 24 * text.hidden_size * 6
         scores = 2 * text.num_attention_heads * tokens * tokens

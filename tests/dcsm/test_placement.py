@@ -4,7 +4,6 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,9 @@ from transformers import CLIPTokenizer
 
 from jaxid.dcsm.placement import PUBLISHED, Columns, find, place
 from jaxid.errors import InputError, UnknownWordsWarning
+from jaxid.nn.dual import DualConfig
+from jaxid.nn.text import TextConfig
+from jaxid.nn.vision import VisionConfig
 from jaxid.prompts.dual import Captions, DualProcessor
 from jaxid.prompts.words import read_tokenizer
 
@@ -38,16 +40,17 @@ def published() -> Any:
         return importlib.import_module("published_dcsm")
 
 
+CONFIG = DualConfig(
+    text_config=TextConfig(max_position_embeddings=WINDOW), vision_config=VisionConfig(image_size=16, patch_size=8)
+)
+
+
 @pytest.fixture(scope="module")
 def processor() -> DualProcessor:
     """Spells words letter by letter, so that a word's number says nothing about its tokens."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
-    text, vision = (
-        SimpleNamespace(context=WINDOW, whole_window=False),
-        SimpleNamespace(class_token=True, image_size=16, patch_size=8),
-    )
-    return DualProcessor(tokenizer, None, SimpleNamespace(text_config=text, vision_config=vision))
+    return DualProcessor(tokenizer, None, CONFIG)
 
 
 def tokenised(processor: DualProcessor, *texts: str) -> Captions:
@@ -221,11 +224,7 @@ def test_refuses_other_placements(processor: DualProcessor, placement: str) -> N
 
 def test_captions_of_unknown_words_are_warned_of(tmp_path: Path) -> None:
     write_word_tokenizer(tmp_path, first="<s>", last="</s>", padding="<pad>", window=WINDOW)
-    text, vision = (
-        SimpleNamespace(context=WINDOW, whole_window=False),
-        SimpleNamespace(class_token=True, image_size=16, patch_size=8),
-    )
-    words = DualProcessor(read_tokenizer(tmp_path), None, SimpleNamespace(text_config=text, vision_config=vision))
+    words = DualProcessor(read_tokenizer(tmp_path), None, CONFIG)
     with pytest.warns(UnknownWordsWarning) as told:
         captions = words.captions(["a zebra above a star", "a giraffe, left", "a red star .", "a zebra"])
     assert captions.unknown == (("zebra",), ("giraffe", ","), (), ("zebra",))

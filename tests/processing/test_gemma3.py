@@ -20,10 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma3Image
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, PromptError
 from jaxid.families.base import Model
-from jaxid.families.gemma3 import Gemma3Config
+from jaxid.families.gemma3 import Gemma3Config, Gemma3Processor
 from jaxid.families.published import CONFIGS
 from jaxid.interp.forward import forward
-from jaxid.prompts.gemma3 import Gemma3Side
 
 CASE = cases.EVERY[0]
 QUESTIONS = ("Is the starfish to the left or right of the fish?", "  Where is the fish, below or in the hourglass?\n")
@@ -222,10 +221,10 @@ def test_stop_tokens_are_those_of_the_generation_config(tmp_path: Path) -> None:
 def test_published_settings(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     config = Gemma3Config.from_hf(copy.deepcopy(CONFIGS["gemma-4b"]))
-    side = copy.copy(fixtures.model(CASE).processor.side)
-    side.config, side.image_processor = config, Gemma3Side.load_image_processor(tmp_path, config)
-    assert isinstance(side.image_processor, Gemma3ImageProcessorPil)
-    encoded = side.encode([np.full((30, 60, 3), 255, np.uint8)], [[0]])
+    processor = copy.copy(fixtures.model(CASE).processor)
+    processor.config, processor.image_processor = config, Gemma3Processor.load_image_processor(tmp_path, config)
+    assert isinstance(processor.image_processor, Gemma3ImageProcessorPil)
+    encoded = processor.encode([np.full((30, 60, 3), 255, np.uint8)], [[0]])
     assert encoded.pixels.shape == (1, 3, 896, 896) and len(encoded.tokens[0].rows) == config.image_tokens == 256
     np.testing.assert_allclose(encoded.pixels, 1.0, atol=1e-6)
 

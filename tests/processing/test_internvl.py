@@ -21,7 +21,6 @@ from jaxid.families.internvl import InternVLConfig
 from jaxid.families.published import CONFIGS
 from jaxid.interp.forward import forward
 from jaxid.prompts.base import bucketed
-from jaxid.prompts.internvl import InternVLSide
 
 CASE, _, LARGE_SQUARES = cases.EVERY
 QUESTIONS = ("Is the star to the left or right of the fish?", "Where is the fish?", "yes")
@@ -59,7 +58,7 @@ def hf_processor(case: Any) -> Any:
     processor = InternVLProcessor.__new__(InternVLProcessor)
     processor.tokenizer, processor.image_processor, processor.video_processor = (
         ours.tokenizer,
-        ours.side.image_processor,
+        ours.image_processor,
         None,
     )
     processor.chat_template, processor.image_seq_length = ours.tokenizer.chat_template, 4
@@ -108,12 +107,12 @@ def test_prompts_and_tiles_are_hugging_faces(numbers: list[list[int]]) -> None:
 
 def test_tiles_by_aspect_ratio() -> None:
     """Worked examples: a grid of the nearest ratio, of more tiles where two are as near, and a small copy."""
-    side = fixtures.model(CASE).processor.side
-    counts = [len(side.encode([picture], [[0]]).tokens[0].rows) // 4 for picture in shapes()]
+    processor = fixtures.model(CASE).processor
+    counts = [len(processor.encode([picture], [[0]]).tokens[0].rows) // 4 for picture in shapes()]
     assert counts == [4, 4, 1, 7, 7, 3]
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:, 16:32], wide[:, 32:] = 128, 255
-    pixels = np.asarray(side.encode([wide], [[0]]).pixels)
+    pixels = np.asarray(processor.encode([wide], [[0]]).pixels)
     mean, deviation = (np.array(values)[:, None, None] for values in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
     for tile, grey in enumerate((0, 128, 255)):
         expected = np.broadcast_to((grey / 255 - mean) / deviation, (3, 16, 16))
@@ -146,12 +145,11 @@ def test_published_settings(tmp_path: Path) -> None:
     """Settings name a class that runs on torchvision; pictures are cut although they say no."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     config = InternVLConfig.from_hf(copy.deepcopy(CONFIGS["internvl-8b"]))
-    processor = InternVLSide.load_image_processor(tmp_path, config)
-    assert isinstance(processor, GotOcr2ImageProcessorPil)
-    side = copy.copy(fixtures.model(CASE).processor.side)
-    side.image_processor, side.config = processor, config
-    assert config.image_tokens == 256 and side.usual_tokens == (4 * 3 + 1) * 256
-    encoded = side.encode([np.zeros((30, 60, 3), np.uint8)], [[0]])
+    processor = copy.copy(fixtures.model(CASE).processor)
+    processor.image_processor, processor.config = processor.load_image_processor(tmp_path, config), config
+    assert isinstance(processor.image_processor, GotOcr2ImageProcessorPil)
+    assert config.image_tokens == 256 and processor.usual_tokens == (4 * 3 + 1) * 256
+    encoded = processor.encode([np.zeros((30, 60, 3), np.uint8)], [[0]])
     assert encoded.pixels.shape == (3, 3, 448, 448) and len(encoded.tokens[0].rows) == 3 * 256
 
 
@@ -160,7 +158,9 @@ def test_every_name_of_the_image_processor_is_read(kind: str, tmp_path: Path) ->
     settings = PREPROCESSOR | {"image_processor_type": kind}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     found = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    assert type(InternVLSide.load_image_processor(tmp_path, None)) is type(found) is GotOcr2ImageProcessorPil
+    model = fixtures.model(CASE)
+    ours = model.processor.load_image_processor(tmp_path, model.config)
+    assert type(ours) is type(found) is GotOcr2ImageProcessorPil
 
 
 def test_marks_are_the_tokenizers(tmp_path: Path) -> None:

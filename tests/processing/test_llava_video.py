@@ -26,13 +26,13 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from jaxid.checkpoints.loading import abstract_parameters, load
 from jaxid.checkpoints.tensors import flatten
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.families.llava_video import LlavaVideoConfig, pooling, taps
+from jaxid.families.llava_packing import clip_rows, picture_layout, pooling, taps
+from jaxid.families.llava_video import LlavaVideoConfig, LlavaVideoProcessor
 from jaxid.families.published import CONFIGS
 from jaxid.families.registry import FAMILIES
 from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs
 from jaxid.prompts.base import bucketed
-from jaxid.prompts.llava_video import VideoSide, clip_rows, picture_layout
 from jaxid.prompts.pictures import Clip
 
 PICTURES, CLIPS, GRID, FRAME = cases.EVERY
@@ -93,10 +93,10 @@ def test_clips_are_those_of_the_original(position: str, mode: str) -> None:
     model, reference = fixtures.model(GRID), copy.copy(fixtures.reference(GRID))
     settings = {"mm_newline_position": position, "mm_spatial_pool_mode": mode}
     config = dataclasses.replace(model.config, **settings)
-    side = VideoSide(model.processor.tokenizer, model.processor.side.image_processor, config)
+    processor = LlavaVideoProcessor(model.processor.tokenizer, model.processor.image_processor, config)
     clips = fixtures.shown(GRID)
     clips[1] = Clip(clips[1].frames[:2])
-    encoded = side.encode(clips, [[0], [1]])
+    encoded = processor.encode(clips, [[0], [1]])
     network = model.network()
     network.config = config
     none = np.zeros((1, 1), np.int32)
@@ -152,9 +152,9 @@ def test_tokens_in_full_size() -> None:
     original, hf = (LlavaVideoConfig.from_original(LLAVA_VIDEO_7B), LlavaVideoConfig.from_hf({}))
     assert (original.patch_side, original.frame_side, hf.frame_side) == (27, 14, 14)
     assert len(clip_rows(8, 14, "grid", 1)) == 1680
-    side = object.__new__(VideoSide)
-    side.config = original
-    assert side.usual_tokens == 1680
+    processor = object.__new__(LlavaVideoProcessor)
+    processor.config = original
+    assert processor.usual_tokens == 1680
 
 
 def test_batches_of_squares_have_few_sizes() -> None:
@@ -173,7 +173,7 @@ def hf_processor(case: Any) -> Any:
     settings.pop("processor_class")
     processor = transformers.LlavaOnevisionProcessor.__new__(transformers.LlavaOnevisionProcessor)
     processor.__dict__.update(settings)
-    processor.image_processor = fixtures.model(case).processor.side.image_processor.pictures
+    processor.image_processor = fixtures.model(case).processor.image_processor.pictures
     return processor
 
 
@@ -203,7 +203,7 @@ def test_pictures_in_one_prompt_are_not_cut() -> None:
     np.testing.assert_array_equal(batch.inputs.pixels, np.concatenate(made))
     assert batch.texts[0].count("<image>") == 2 * (25 + 1)
     with pytest.raises(InputError, match="picture 0 stands alone in one prompt and beside others"):
-        model.processor.side.encode(pictures, [[0], [0, 1]])
+        model.processor.encode(pictures, [[0], [0, 1]])
 
 
 def test_frames_are_resized_and_normalised_as_the_video_processor_says() -> None:
@@ -260,13 +260,13 @@ def test_llava_next_files_may_say_llava(tmp_path: Path) -> None:
 
 def test_frames_without_settings_of_their_own_are_read_as_pictures(tmp_path: Path) -> None:
     folder = changed(CLIPS, tmp_path, video_preprocessor_config=None)
-    assert list(load(folder).processor.side.image_processor.frames.image_mean) == [0.5, 0.45, 0.4]
+    assert list(load(folder).processor.image_processor.frames.image_mean) == [0.5, 0.45, 0.4]
 
 
 def test_frames_may_be_described_beside_the_processor(tmp_path: Path) -> None:
     own = {"size": {"height": 32, "width": 32}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
     settings = {"processor_config": {"video_processor": own}, "video_preprocessor_config": None}
-    frames = load(changed(CLIPS, tmp_path, **settings)).processor.side.image_processor.frames
+    frames = load(changed(CLIPS, tmp_path, **settings)).processor.image_processor.frames
     assert [*frames.image_mean, *frames.image_std] == [0.1] * 3 + [0.2] * 3
 
 
@@ -339,7 +339,7 @@ def test_a_tokenizer_that_has_the_image_token_keeps_its_id(tmp_path: Path) -> No
     shutil.copytree(fixtures.folder(GRID), folder)
     cases.write_tokenizer(folder, ("<other>", "<image>"), cases.TEXT_TEMPLATE)
     model = load(folder)
-    assert model.processor.side.image_token_id == cases.IDS + 1
+    assert model.processor.image_token_id == cases.IDS + 1
     clip = fixtures.shown(GRID)[0]
     ours, plain = (forward(one, one.prepare(clip, QUESTION)).logits for one in (model, fixtures.model(GRID)))
     assert distance(ours, plain) == 0

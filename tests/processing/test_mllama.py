@@ -91,6 +91,6 @@ def test_clips_are_refused(case: Case) -> None:
 
 
 def test_sizes_by_which_batches_are_chosen() -> None:
-    assert fixtures.model(GEMMA).processor.side.usual_tokens == 16
+    assert fixtures.model(GEMMA).processor.usual_tokens == 16
     # A picture's memory of 4 tiles of 10 tokens, in 2 of 5 layers.
-    assert fixtures.model(MLLAMA).processor.side.usual_tokens == 4 * 10 * 2 // 5
+    assert fixtures.model(MLLAMA).processor.usual_tokens == 4 * 10 * 2 // 5

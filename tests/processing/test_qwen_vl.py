@@ -27,14 +27,13 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.families.published import CONFIGS
-from jaxid.families.qwen_vl import QwenVLConfig
+from jaxid.families.qwen_vl import QwenVLConfig, QwenVLProcessor, token_places
 from jaxid.families.registry import FAMILIES
 from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs
 from jaxid.prompts.base import Encoded
 from jaxid.prompts.pictures import Clip
 from jaxid.prompts.processor import Processor, Prompts
-from jaxid.prompts.qwen_vl import QwenVLSide, token_places
 
 PLAIN, _, WINDOWS, WIDE_WINDOWS = cases.EVERY
 QUESTION = fixtures.QUESTIONS[0]
@@ -56,7 +55,7 @@ def hf_processor(tokenizer: Any, image_processor: Any) -> Any:
 
 def theirs(ours: Processor, groups: list[list[np.ndarray]], questions: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """What Hugging Face's processor makes of prompts with the same tokenizer and image processor."""
-    processor = hf_processor(ours.tokenizer, ours.side.image_processor)
+    processor = hf_processor(ours.tokenizer, ours.image_processor)
     messages = [
         [{"role": "user", "content": [*[{"type": "image"}] * len(group), {"type": "text", "text": question}]}]
         for group, question in zip(groups, questions, strict=True)
@@ -116,7 +115,7 @@ def test_prompts_of_a_tokenizer_of_bytes_are_hugging_faces(tmp_path: Path) -> No
     tokenizer.save(str(folder / "tokenizer.json"))
     token = tokenizer.token_to_id("<|image_pad|>")
     config = dataclasses.replace(fixtures.model(WINDOWS).config, image_token_index=token)
-    processor = Processor.from_folder(folder, config, QwenVLSide)
+    processor = QwenVLProcessor.from_folder(folder, config)
     groups = [[picture] for picture in fixtures.pictures()]
     batch = processor.prepare(groups, fixtures.QUESTIONS)
     reference = copy.copy(fixtures.reference(WINDOWS).model)
@@ -152,15 +151,15 @@ def test_where_tokens_stand_in_windows() -> None:
     assert token_places(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]
 
 
-def published(alias: str) -> QwenVLSide:
-    """The picture side of a published checkpoint, but for its tokenizer."""
-    side = object.__new__(QwenVLSide)
-    side.config = FAMILIES[CONFIGS[alias]["model_type"]].config(copy.deepcopy(CONFIGS[alias]))
-    side.image_processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
+def published(alias: str) -> QwenVLProcessor:
+    """The processor of a published checkpoint, but for its tokenizer."""
+    processor = object.__new__(QwenVLProcessor)
+    processor.config = FAMILIES[CONFIGS[alias]["model_type"]].config(copy.deepcopy(CONFIGS[alias]))
+    processor.image_processor = transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(
         min_pixels=3136, max_pixels=12845056
     )
-    side.placeholder = "<|image_pad|>"
-    return side
+    processor.placeholder = "<|image_pad|>"
+    return processor
 
 
 def noise(*size: int) -> Image.Image:
@@ -173,15 +172,15 @@ SIZES = [(480, 640), (640, 480), (112, 112), (30, 700), (1, 90), (300, 301)]
 
 @pytest.mark.parametrize("alias", ["qwen2-2b", "qwen-7b"])
 def test_pictures_in_full_size(alias: str) -> None:
-    side = published(alias)
-    encoded = side.encode([noise(*size) for size in SIZES], [list(range(len(SIZES)))])
-    made = side.image_processor([noise(*size) for size in SIZES], return_tensors="pt")
+    processor = published(alias)
+    encoded = processor.encode([noise(*size) for size in SIZES], [list(range(len(SIZES)))])
+    made = processor.image_processor([noise(*size) for size in SIZES], return_tensors="pt")
     grids = made["image_grid_thw"]
     merged = np.asarray(encoded.pixels).reshape(-1, 4, 1176)
     valid = encoded.extras["patch_valid"].reshape(-1, 4)
     rows = np.concatenate([token.rows for token in encoded.tokens])
     np.testing.assert_array_equal(merged[rows].reshape(-1, 1176), made["pixel_values"])
-    assert [token.text.count(side.placeholder) for token in encoded.tokens] == (grids.prod(dim=1) // 4).tolist()
+    assert [token.text.count(processor.placeholder) for token in encoded.tokens] == (grids.prod(dim=1) // 4).tolist()
     assert [token.grid for token in encoded.tokens] == [
         (int(rows) // 2, int(columns) // 2) for _, rows, columns in grids
     ]
@@ -200,11 +199,11 @@ def test_pictures_in_full_size(alias: str) -> None:
 
 @pytest.mark.parametrize(("alias", "unit"), [("qwen2-2b", 4), ("qwen-7b", 64)])
 def test_pictures_of_about_one_size_share_a_shape(alias: str, unit: int) -> None:
-    side = published(alias)
-    shapes = {side.encode([noise(480, width)], [[0]]).pixels.shape for width in range(590, 690, 10)}
+    processor = published(alias)
+    shapes = {processor.encode([noise(480, width)], [[0]]).pixels.shape for width in range(590, 690, 10)}
     assert len(shapes) < 4
     for width in (40, 200, 640):
-        encoded: Encoded = side.encode([noise(480, width)], [[0]])
+        encoded: Encoded = processor.encode([noise(480, width)], [[0]])
         needed = int(encoded.tokens[0].rows.max()) + 1
         places = encoded.pixels.shape[1] // 4
         assert needed <= places <= 1.25 * (-(-needed * 4 // unit) * unit // 4)
@@ -212,7 +211,7 @@ def test_pictures_of_about_one_size_share_a_shape(alias: str, unit: int) -> None
 
 def test_tokens_of_a_photograph() -> None:
     assert published("qwen2-2b").usual_tokens == published("qwen-7b").usual_tokens == 17 * 23
-    assert fixtures.model(PLAIN).processor.side.usual_tokens == 4 * 5  # max_pixels
+    assert fixtures.model(PLAIN).processor.usual_tokens == 4 * 5  # max_pixels
 
 
 @pytest.mark.parametrize("case", [PLAIN, WINDOWS, WIDE_WINDOWS], ids=lambda case: case.name)

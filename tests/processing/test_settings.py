@@ -10,7 +10,7 @@ import pytest
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.loading import find_folder, load
 from jaxid.errors import CheckpointError, InputError
-from jaxid.prompts.openclip import OpenCLIPImages
+from jaxid.families.openclip import OpenCLIPImages
 
 NAN = float("nan")
 
@@ -124,6 +124,6 @@ def test_settings_of_openclip(changed: dict[str, Any]) -> None:
 
 def test_a_picture_that_a_processor_refuses_is_a_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("tiny-llava")
-    monkeypatch.setattr(model.processor.side, "image_processor", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(model.processor, "image_processor", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match="the image processor cannot read a picture: division by zero"):
         model.prepare(np.zeros((8, 8, 3), np.uint8), "Where is the star?")

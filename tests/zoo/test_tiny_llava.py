@@ -9,7 +9,7 @@ import pytest
 
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes, concatenate, mirror, render
 from jaxid.families.base import Model
-from jaxid.prompts.llava import LlavaSide
+from jaxid.families.llava import LlavaProcessor
 from jaxid.prompts.processor import Processor
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
@@ -56,7 +56,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     folder = tmp_path_factory.mktemp("exported")
     write_tokenizer(folder, WORDS, recipe.CHAT_TEMPLATE)
     write_processor(folder, recipe.config(), mean=recipe.PIXEL_MEAN, std=recipe.PIXEL_STD)
-    return Processor.from_folder(folder, recipe.config(), LlavaSide)
+    return LlavaProcessor.from_folder(folder, recipe.config())
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
