@@ -97,20 +97,20 @@ def test_resume_computes_only_what_is_missing(tmp_path: Path) -> None:
     assert parts(out) == ["00000.parquet"]
 
     compute = Compute()
-    finished = start(out, compute, resume=True, chunk_size=100)
+    finished = start(out, compute, chunk_size=100)
     assert compute.calls == [[3, 4, 5], [6]]
     assert finished.resumed == 3
     assert finished.table.equals(whole, check_metadata=True)
 
     (out / "parts" / "00001.parquet").unlink()
     compute = Compute()
-    finished = start(out, compute, resume=True)
+    finished = start(out, compute)
     assert compute.calls == [[3, 4, 5]]
     assert finished.resumed == 4
     assert finished.table.equals(whole, check_metadata=True)
 
     compute = Compute()
-    assert start(out, compute, resume=True).table.equals(whole)
+    assert start(out, compute).table.equals(whole)
     assert compute.calls == []
 
 
@@ -118,43 +118,64 @@ def test_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path, Compute({5: KeyboardInterrupt()}), skip_bad=True)
     assert parts(tmp_path) == ["00000.parquet"]
-    assert start(tmp_path, resume=True).resumed == 3
+    assert start(tmp_path).resumed == 3
 
 
-def test_resume_of_a_new_folder_starts(tmp_path: Path) -> None:
-    assert start(tmp_path, resume=True).resumed == 0
-    assert (tmp_path / "settings.json").exists()
-
-
-def test_a_second_run_needs_resume(tmp_path: Path) -> None:
-    start(tmp_path)
+def test_restart_discards_what_the_folder_holds(tmp_path: Path) -> None:
+    first = start(tmp_path, settings={**SETTINGS, "seed": 1})
+    jobs.write_merged(tmp_path, first)
+    (tmp_path / "notes.txt").write_text("mine")
     compute = Compute()
-    with pytest.raises(OutputError, match=r"holds a run already; give --resume .*, or another --out\.") as raised:
-        start(tmp_path, compute)
-    assert str(tmp_path) in str(raised.value)
-    assert compute.calls == []
+    again = start(tmp_path, compute, restart=True, items=range(4))
+    assert compute.calls == [[0, 1, 2], [3]] and (again.resumed, again.settings) == (0, SETTINGS)
+    assert parts(tmp_path) == ["00000.parquet", "00001.parquet"]
+    assert not (tmp_path / "table.parquet").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert start(tmp_path, items=range(4)).resumed == 4
+
+
+def test_a_restart_that_is_killed_leaves_parts_that_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = start(tmp_path)
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "00001.parquet":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, restart=True)
+    monkeypatch.undo()
+    assert start(tmp_path).table.equals(whole.table)
+
+
+def test_a_restart_mends_damaged_settings(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / "settings.json").write_text("{")
+    assert start(tmp_path, restart=True).resumed == 0
 
 
 def test_each_setting_that_differs_is_named_with_both_values(tmp_path: Path) -> None:
     start(tmp_path, settings={**SETTINGS, "limit": None, "data": Path("coco")})
     settings = {"seed": 1, "experiment": "squares", "model_fingerprint": "9a", "layers": (0, 2), "factor": 5}
     with pytest.raises(OutputError) as raised:
-        start(tmp_path, resume=True, settings=settings, items=range(6))
+        start(tmp_path, settings=settings, items=range(6))
     assert str(raised.value) == (
         f"{tmp_path} holds a run with other settings: "
         'model fingerprint was "1f2e", is now "9a"; layers was [0, 1], is now [0, 2]; limit was null, is now not set; '
         'data was "coco", is now not set; seed was not set, is now 1; items were 7, are now 6. '
-        "Resume with the settings it was begun with, or give another --out."
+        "Repeat those to resume it, give --restart to begin anew, or another --out."
     )
     same = {"limit": None, "data": "coco", **SETTINGS, "layers": np.arange(2)}
-    assert start(tmp_path, resume=True, settings=same).resumed == 7
+    assert start(tmp_path, settings=same).resumed == 7
 
 
 @pytest.mark.parametrize("items", [[0, 1, 2, 3, 4, 6, 5], [0, 1, 2, 3, 4, 5, 7]])
 def test_other_items_or_another_order_are_refused(tmp_path: Path, items: list[int]) -> None:
     start(tmp_path)
     with pytest.raises(OutputError, match="items are 7 as before, but other ones or in another order"):
-        start(tmp_path, resume=True, items=items)
+        start(tmp_path, items=items)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +195,18 @@ def test_damaged_settings_are_refused(tmp_path: Path, damage: Callable[[str], st
     start(tmp_path)
     path = tmp_path / "settings.json"
     path.write_text(damage(path.read_text()))
-    with pytest.raises(OutputError, match=r"settings\.json .*damaged; give another --out"):
-        start(tmp_path, resume=True)
+    with pytest.raises(OutputError, match=r"settings\.json .*damaged; give --restart to begin anew, or another --out"):
+        start(tmp_path)
 
 
 def test_parts_without_settings_are_refused(tmp_path: Path) -> None:
     start(tmp_path)
     (tmp_path / "settings.json").unlink()
-    for resume in (False, True):
-        with pytest.raises(OutputError, match=r"holds parts of a run whose settings\.json is gone; give another"):
-            start(tmp_path, resume=resume)
+    for _ in range(2):
+        with pytest.raises(
+            OutputError, match=r"holds parts of a run whose settings\.json is gone; give --restart to begin anew"
+        ):
+            start(tmp_path)
     assert not (tmp_path / "settings.json").exists()
 
 
@@ -214,11 +237,11 @@ def test_a_damaged_part_is_named_before_anything_is_computed(tmp_path: Path, dam
     damage(path)
     (tmp_path / "parts" / "00000.parquet").unlink()
     compute = Compute()
-    with pytest.raises(OutputError, match=f"{path} is damaged.*; delete it and give --resume, and its items are comp"):
-        start(tmp_path, compute, resume=True)
+    with pytest.raises(OutputError, match=f"{path} is damaged.*; delete it, and its items are comp"):
+        start(tmp_path, compute)
     assert compute.calls == []
     path.unlink()
-    assert start(tmp_path, resume=True).table.equals(whole)
+    assert start(tmp_path).table.equals(whole)
 
 
 def test_only_temporary_files_of_a_killed_job_are_removed(tmp_path: Path) -> None:
@@ -233,7 +256,7 @@ def test_only_temporary_files_of_a_killed_job_are_removed(tmp_path: Path) -> Non
     mine += [tmp_path / ".x.tmp", tmp_path / ".notes.2.tmp~", tmp_path / ".notes.2b.tmp"]
     for path in (*stale, *mine):
         path.write_text("half")
-    start(tmp_path, resume=True)
+    start(tmp_path)
     assert [path.exists() for path in (*stale, *mine)] == [False] * 6 + [True] * 6
 
 
@@ -319,7 +342,7 @@ def test_skipped_items_are_recorded_and_the_others_computed_together(tmp_path: P
     assert finished.table.to_pydict() == squares([0, 2, 4, 6])
 
     (tmp_path / "parts" / "00000.parquet").unlink()
-    again = start(tmp_path, resume=True)
+    again = start(tmp_path)
     assert again.resumed == 4
     assert again.skipped == skipped[1:]
     assert again.table.to_pydict() == squares([0, 1, 2, 4, 6])
@@ -328,7 +351,7 @@ def test_skipped_items_are_recorded_and_the_others_computed_together(tmp_path: P
 def test_a_failed_job_goes_on_with_skip_bad(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         start(tmp_path, Compute({4: InputError("bad.")}))
-    finished = start(tmp_path, Compute({4: InputError("bad.")}), resume=True, skip_bad=True)
+    finished = start(tmp_path, Compute({4: InputError("bad.")}), skip_bad=True)
     assert finished.resumed == 3
     assert finished.table.to_pydict() == squares([0, 1, 2, 3, 5, 6])
 
@@ -349,7 +372,7 @@ def test_parts_without_rows_fit_all_others(tmp_path: Path, empty: set[int], how:
     assert finished.table.to_pydict() == {"item": rows, "word": [str(row) for row in rows]}
     assert finished.table.schema == pyarrow.schema({"item": pyarrow.int64(), "word": pyarrow.string()})
     assert len(finished.skipped) == (len(empty) if how == "bad" else 0)
-    assert start(tmp_path, compute, resume=True).table.equals(finished.table)
+    assert start(tmp_path, compute).table.equals(finished.table)
 
 
 def test_a_job_whose_items_are_all_bad_has_no_rows(tmp_path: Path) -> None:
@@ -358,7 +381,7 @@ def test_a_job_whose_items_are_all_bad_has_no_rows(tmp_path: Path) -> None:
     assert (finished.table.num_rows, len(finished.skipped)) == (0, 7)
     jobs.write_merged(tmp_path, finished)
     assert results.read_table(tmp_path / "table.parquet").num_rows == 0
-    assert start(tmp_path, resume=True).resumed == 7
+    assert start(tmp_path).resumed == 7
 
 
 def test_chunks_may_widen_types_and_lack_columns(tmp_path: Path) -> None:
@@ -372,13 +395,13 @@ def test_columns_that_do_not_fit_stop_the_job_at_once(tmp_path: Path) -> None:
     def compute(items: list[int]) -> dict[str, Any]:
         return {"value": items if items[0] == 0 else ["word"] * len(items)}
 
-    for resume in (False, True):
+    for _ in range(2):
         with pytest.raises(InputError, match=r"columns of items '3' to '5' do not fit .*value") as raised:
-            start(tmp_path, compute, resume=resume)
+            start(tmp_path, compute)
         assert "\n" not in str(raised.value)
         assert parts(tmp_path) == ["00000.parquet"]
     with pytest.raises(InputError, match=r"00001\.parquet have different lengths"):
-        start(tmp_path, lambda items: {"value": items, "other": [0]}, resume=True, skip_bad=True)
+        start(tmp_path, lambda items: {"value": items, "other": [0]}, skip_bad=True)
 
 
 def test_a_folder_in_use_is_refused_until_its_job_ends(tmp_path: Path) -> None:
@@ -386,14 +409,14 @@ def test_a_folder_in_use_is_refused_until_its_job_ends(tmp_path: Path) -> None:
 
     def compute(items: list[int]) -> dict[str, Any]:
         with pytest.raises(OutputError) as raised:
-            start(tmp_path, resume=True)
+            start(tmp_path)
         refusals.append(str(raised.value))
         return squares(items)
 
     finished = start(tmp_path, compute)
     expected = f"another process is working in {tmp_path}; wait until it is done, or give another --out."
     assert refusals == [expected] * 3
-    assert start(tmp_path, resume=True).table.equals(finished.table)
+    assert start(tmp_path).table.equals(finished.table)
 
 
 class Terminal(io.StringIO):
@@ -407,7 +430,7 @@ def test_progress_begins_where_the_job_goes_on_and_ends_before_the_error(
     def shown(terminal: io.StringIO, **options: Any) -> str:
         monkeypatch.setattr(sys, "stderr", terminal)
         with pytest.raises(InputError):
-            start(tmp_path, Compute({5: InputError("bad.")}), resume=True, progress=True, **options)
+            start(tmp_path, Compute({5: InputError("bad.")}), progress=True, **options)
         return terminal.getvalue()
 
     first = shown(Terminal(), unit="picture")
@@ -417,7 +440,7 @@ def test_progress_begins_where_the_job_goes_on_and_ends_before_the_error(
     assert "| 0/7 [" not in second and "| 3/7 [" in second
     assert shown(io.StringIO()) == ""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert start(tmp_path, resume=True, progress=True).resumed == 3
+    assert start(tmp_path, progress=True).resumed == 3
     assert "| 7/7 [" in sys.stderr.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     start(tmp_path / "quiet", progress=False)
@@ -452,7 +475,7 @@ def test_keys_may_hold_any_text(tmp_path: Path) -> None:
     compute = Compute({1: InputError("bad.")})
     options: dict[str, Any] = {"items": range(3), "key": keys.__getitem__, "skip_bad": True}
     assert start(tmp_path, compute, **options).skipped == (jobs.Skipped(key=keys[1], reason="bad"),)
-    assert start(tmp_path, resume=True, **options).resumed == 3
+    assert start(tmp_path, **options).resumed == 3
 
 
 def test_merged_table_holds_the_rows_and_what_was_left_out(tmp_path: Path) -> None:
@@ -484,5 +507,5 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
     parts = [path.name for path in (tmp_path / "run" / "parts").iterdir()]
     assert parts == ["00000.parquet"]  # nothing half written
-    resumed = go(tmp_path / "run", resume=True)
+    resumed = go(tmp_path / "run")
     assert resumed.resumed == 3 and resumed.table.equals(whole.table)

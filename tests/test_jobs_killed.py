@@ -44,7 +44,7 @@ def compute(items):
 
 pathlib.Path.replace = fatal_rename
 finished = jobs.run(pathlib.Path(out), settings={"model": "none"}, items=range(120), key=str, compute=compute,
-                    chunk_size=3, resume=attempt != "0", skip_bad=True)
+                    chunk_size=3, skip_bad=True)
 jobs.write_merged(pathlib.Path(out), finished)
 '''
 
@@ -86,7 +86,7 @@ def test_a_job_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path: 
         while not asked(deaths) and child.poll() is None:
             time.sleep(0.002)
         with pytest.raises(OutputError, match=f"another process is working in {out}; wait until"):
-            jobs.run(out, settings={}, items=range(120), key=str, compute=lambda _: {}, chunk_size=3, resume=True)
+            jobs.run(out, settings={}, items=range(120), key=str, compute=lambda _: {}, chunk_size=3)
         time.sleep(random.uniform(0.0, 0.25))
         child.kill()
         assert child.wait(30) == -signal.SIGKILL
