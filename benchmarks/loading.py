@@ -235,7 +235,7 @@ def main() -> None:
     if arguments.out is None:
         parser.error("--out is needed")
 
-    from jaxid.families.published import CONFIGS
+    from published_configs import CONFIGS
 
     fields = dict(CONFIGS["qwen2-2b"])
     if arguments.layers is not None:

@@ -1,15 +1,19 @@
-"""What a model family is, and what a loaded model of one is: static description plus a pytree of parameters."""
+"""What a family is, and what a loaded model is: a static description plus a pytree of parameters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
+from jaxid.nn.decoder_config import ModelConfig
+from jaxid.nn.dual import DualConfig, DualEncoder
 from jaxid.nn.keys import Key
+from jaxid.nn.network import Network
 from jaxid.prompts.dual import DualProcessor
-from jaxid.prompts.processor import Processor
+from jaxid.prompts.processor import Processor, Prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +77,14 @@ class Loaded:
         fingerprint: identifies the checkpoint's files; empty for parameters of no checkpoint, see `with_parameters`.
     """
 
-    parameters: Any
+    parameters: PyTree
     definition: Any
     config: Any
     processor: Any
     name: str
     fingerprint: str
 
-    def network(self) -> Any:
-        """The Flax module with these parameters."""
-        return nnx.merge(self.definition, nnx.State(self.parameters))
-
-    def with_parameters(self: LoadedT, parameters: Any) -> LoadedT:
+    def with_parameters(self: LoadedT, parameters: PyTree) -> LoadedT:
         """The same network with other parameters, of which no checkpoint is known: it has no fingerprint."""
         return dataclasses.replace(self, parameters=parameters, fingerprint="")
 
@@ -92,9 +92,16 @@ class Loaded:
 class Model(Loaded):
     """A vision-language model."""
 
+    config: ModelConfig
+    processor: Processor
+
+    def network(self) -> Network:
+        """The Flax module with these parameters."""
+        return nnx.merge(self.definition, nnx.State(self.parameters))
+
     @property
     def num_layers(self) -> int:
-        """Number of decoder blocks, L."""
+        """Number of layers of the decoder, L."""
         return self.config.text_config.num_hidden_layers
 
     @property
@@ -102,13 +109,20 @@ class Model(Loaded):
         """Width of the decoder's residual stream, D."""
         return self.config.text_config.hidden_size
 
-    def prepare(self, images: Any, questions: Any, **options: Any) -> Any:
+    def prepare(self, images: Any, questions: str | Sequence[str], **options: Any) -> Prompts:
         """Pictures and questions as `Prompts`; see `jaxid.prompts.processor.Processor.prepare`."""
         return self.processor.prepare(images, questions, **options)
 
 
 class Encoder(Loaded):
     """A CLIP-like model: pictures and captions in one space."""
+
+    config: DualConfig
+    processor: DualProcessor
+
+    def network(self) -> DualEncoder:
+        """The Flax module with these parameters."""
+        return nnx.merge(self.definition, nnx.State(self.parameters))
 
 
 for kind in (Model, Encoder):

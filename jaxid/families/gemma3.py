@@ -136,7 +136,7 @@ class Gemma3Processor(Processor):
         count = self.config.image_tokens
         text = f"\n\n{self.placeholder}{self.image_token * count}{self.end}\n\n"
         rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
-        return Encoded(self.pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
+        return Encoded(self.single_pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
 
 
 FAMILY = Family(

@@ -8,6 +8,7 @@ from typing import Any
 import llava_next_video
 import numpy as np
 import torch
+from full_size import CONFIGS
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from families.base import DECODER_PARTS, Case, randomized
-from jaxid.families.published import CONFIGS
 from jaxid.io import write_json
 from jaxid.prompts.processor import Prompts
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import pytest
 import torch
 from flax import nnx
+from full_size import CONFIGS
 from key_tables import assert_table_fits
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from jaxid.checkpoints.loading import abstract_parameters
 from jaxid.checkpoints.tensors import unflatten
 from jaxid.families.mllama import MllamaConfig
-from jaxid.families.published import CONFIGS
 from jaxid.families.qwen_vl import QwenVLConfig
 from jaxid.families.registry import ALIASES, FAMILIES, family
 from jaxid.nn.inputs import Inputs

@@ -15,13 +15,13 @@ import torch
 from families import VOCABULARY
 from families import gemma3 as cases
 from fixtures import distance
+from full_size import CONFIGS
 from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma3ImageProcessorPil
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, PromptError
 from jaxid.families.base import Model
 from jaxid.families.gemma3 import Gemma3Config, Gemma3Processor
-from jaxid.families.published import CONFIGS
 from jaxid.interp.forward import forward
 
 CASE = cases.EVERY[0]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from families import internvl as cases
 from fixtures import distance
+from full_size import CONFIGS
 from transformers import AutoImageProcessor, GotOcr2ImageProcessorPil, InternVLProcessor
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError
 from jaxid.families.internvl import InternVLConfig
-from jaxid.families.published import CONFIGS
 from jaxid.interp.forward import forward
 from jaxid.prompts.base import bucketed
 

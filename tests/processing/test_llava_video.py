@@ -20,6 +20,7 @@ import transformers
 from families import llava_video as cases
 from fixtures import distance
 from flax import nnx
+from full_size import CONFIGS
 from PIL import Image
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
@@ -28,7 +29,6 @@ from jaxid.checkpoints.tensors import flatten
 from jaxid.errors import CheckpointError, InputError, PromptError
 from jaxid.families.llava_packing import clip_rows, picture_layout, pooling, taps
 from jaxid.families.llava_video import LlavaVideoConfig, LlavaVideoProcessor
-from jaxid.families.published import CONFIGS
 from jaxid.families.registry import FAMILIES
 from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs

@@ -19,6 +19,7 @@ from families import Case
 from families import qwen_vl as cases
 from fixtures import distance
 from flax import nnx
+from full_size import CONFIGS
 from PIL import Image
 from processors import bytes_tokenizer
 from safetensors.numpy import load_file, save_file
@@ -26,7 +27,6 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.families.published import CONFIGS
 from jaxid.families.qwen_vl import QwenVLConfig, QwenVLProcessor, token_places
 from jaxid.families.registry import FAMILIES
 from jaxid.interp.forward import forward

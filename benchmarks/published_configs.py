@@ -321,4 +321,4 @@ CONFIGS: Mapping[str, Json] = {
     "gemma-12b": _gemma3(_sizes(3840, 15360, layers=48, heads=16, kv_heads=8)),
     "llava-video": _llava_video(_sizes(3584, 18944, layers=28, heads=28, kv_heads=4)),
 }
-"""Parsed config.json files by alias (`registry.ALIASES`); copy one deeply before changing it."""
+"""Parsed config.json files by alias (`jaxid.families.registry.ALIASES`); copy one deeply before changing it."""
