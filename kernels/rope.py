@@ -112,12 +112,12 @@ def _scaled(angles: Float[Array, "B T F"], scaling: float) -> tuple[Float[Array,
 def multimodal_rotations(
     positions: Int[Array, "B A T"], frequencies: Float[AnyArray, "F"], sections: tuple[int, ...], scaling: float = 1.0
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """Cosine and sine where every pair turns by one of a token's positions in time, height and width (M-RoPE).
+    """Cosine and sine where every pair is rotated by one of a token's positions in time, height and width (M-RoPE).
 
     Args:
         positions: of every token along the A axes, Int[B, A, T].
         frequencies: angular step of every pair, Float[F].
-        sections: how many neighbouring pairs turn by axis 0, 1, ..., A - 1, 0, ...; F in all.
+        sections: how many neighbouring pairs are rotated by axis 0, 1, ..., A - 1, 0, ...; F in all.
         scaling: cosine and sine are multiplied by it.
 
     Source: `apply_multimodal_rotary_pos_emb` of `transformers.models.qwen2_vl`.
@@ -136,10 +136,10 @@ def axial_rotations(
 
 
 def rotate(
-    heads: Float[Array, "B T H E"], cosine: Float[Array, "B T F"], sine: Float[Array, "B T F"]
-) -> Float[Array, "B T H E"]:
-    """Turn the pairs (e, e + E/2) of every head by the token's angles; computed in float32."""
+    heads: Float[Array, "*R B T H E"], cosine: Float[Array, "B T F"], sine: Float[Array, "B T F"]
+) -> Float[Array, "*R B T H E"]:
+    """Rotates the pairs (e, e + E/2) of every head by the token's angles; computed in float32."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(heads.dtype)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(heads.dtype)

@@ -1,23 +1,18 @@
 """What the networks of all families share: pictures merged into the text, and the decoder run on both."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.kernels import attention
-from jaxid.nn.decoder import Decoder, Memory
+from jaxid.nn.decoder import Decoder
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.sites import Capture, Intervention
-
-
-class NetworkOutput(NamedTuple):
-    """What a forward pass of a network returns."""
-
-    hidden: Float[Array, "B T D"]  # after the final norm; of the wanted tokens, if some were asked for
-    captured: dict[str, Float[Array, "..."]]  # by site
+from jaxid.nn.passes import DecoderOutput, forward
+from jaxid.nn.sites import Capture, SiteFunction
+from jaxid.nn.views import Memory
 
 
 class Network(nnx.Module):
@@ -65,10 +60,11 @@ class Network(nnx.Module):
         return None
 
     def __call__(
-        self, inputs: Inputs, intervention: Intervention, capture: Capture, wanted: Int[Array, "B S"] | None = None
-    ) -> NetworkOutput:
-        """Runs the whole network on a batch of prompts; `wanted` as in `Decoder`."""
-        output = self.decoder(
+        self, inputs: Inputs, intervention: SiteFunction, capture: Capture, wanted: Int[Array, "B S"] | None = None
+    ) -> DecoderOutput:
+        """Runs the whole network on a batch of prompts; `wanted` as in `forward`."""
+        return forward(
+            self.decoder,
             self.embed(inputs),
             inputs.positions,
             self.mask(inputs),
@@ -79,4 +75,3 @@ class Network(nnx.Module):
             wanted=wanted,
             last=inputs.last,
         )
-        return NetworkOutput(*output)

@@ -18,6 +18,7 @@ from jaxid.families.llava import Llava
 from jaxid.io import write_json
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.layers import Linear
+from jaxid.nn.passes import forward
 from jaxid.nn.sites import Capture, clean
 from jaxid.train import loop as training
 from jaxid.train.loop import Metrics, Stage, adamw
@@ -111,7 +112,7 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
     positions = jnp.broadcast_to(jnp.arange(plan.text_start), (size, plan.text_start))
     mask = jnp.asarray(plan.mask[: plan.text_start, : plan.text_start])[None]
     capture = Capture(("resid_post",))
-    states = shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
+    states = forward(shallow(network.decoder), embeddings, positions, mask, clean, capture).captured["resid_post"]
     loss, metrics = _patch_loss(learner, states[-1][:, -count:], batch["patches"])
     return loss, {"loss": loss, **metrics}
 
@@ -136,7 +137,7 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     pictures = jnp.broadcast_to(jnp.arange(start, plan.text_start), (size, features.shape[1]))
     capture = Capture(("resid_post",), positions=pictures)
-    output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
+    output = forward(network.decoder, embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
     seen = output.captured["resid_post"][SEEING_BLOCKS - 1]

@@ -19,6 +19,7 @@ from jaxid.data.videos import FRAMES
 from jaxid.families.llava_video import LlavaVideo
 from jaxid.io import write_json
 from jaxid.nn.layers import Linear
+from jaxid.nn.passes import forward
 from jaxid.nn.sites import Capture, clean
 from jaxid.train import loop as training
 from jaxid.train.loop import Metrics, Stage, adamw
@@ -159,7 +160,7 @@ def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfi
     positions = jnp.broadcast_to(jnp.arange(end), (size, end))
     mask = jnp.asarray(plan.mask[:end, :end])[None]
     capture = Capture(("resid_post",))
-    states = shallow(network.decoder)(embeddings, positions, mask, clean, capture).captured["resid_post"]
+    states = forward(shallow(network.decoder), embeddings, positions, mask, clean, capture).captured["resid_post"]
     loss, metrics = _frame_loss(learner, states[-1][:, plan.image_start :], batch["cells"], config.blur)
     return loss, {"loss": loss, **metrics}
 
@@ -176,7 +177,7 @@ def language_loss(
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     shown = jnp.broadcast_to(jnp.arange(plan.image_start, end), (size, plan.image_tokens))
     capture = Capture(("resid_post",), positions=shown)
-    output = network.decoder(embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
+    output = forward(network.decoder, embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     labels = batch["labels"][:, plan.text_start :]
     text_loss, accuracy = soft_cross_entropy(logits, labels, _near_words(config.blur))

@@ -20,11 +20,14 @@ from transformers.models.mllama.modeling_mllama import MllamaTextModel, _prepare
 
 from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import CheckpointError
+from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
 from jaxid.kernels.attention import causal_mask
-from jaxid.nn.decoder import Decoder, Memory
+from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import FULL, KINDS, SLIDING, DecoderConfig, RopeConfig, decoder_config, decoder_keys
 from jaxid.nn.layers import RMSNorm, rms_norm
+from jaxid.nn.passes import forward
 from jaxid.nn.sites import DECODER_SITES, Capture, clean
+from jaxid.nn.views import Memory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,21 +70,31 @@ def reference(kind: str) -> Any:
     return randomized(build(config), kind)
 
 
+def build(kind: str, config: DecoderConfig) -> Decoder:
+    """A decoder of that kind."""
+    return (MllamaDecoder if kind == "mllama_text_model" else Decoder)(config, rngs=nnx.Rngs(0))
+
+
+def keys_of(kind: str, config: DecoderConfig) -> Any:
+    """Its key table."""
+    return (mllama_decoder_keys if kind == "mllama_text_model" else decoder_keys)(config)
+
+
 @functools.cache
 def ours(kind: str) -> Decoder:
     """The same decoder here."""
     theirs = reference(kind)
     config = decoder_config(json.loads(theirs.config.to_json_string()), "llama")
     tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return module_of(lambda: Decoder(config, rngs=nnx.Rngs(0)), decoder_keys(config), tensors)
+    return module_of(lambda: build(kind, config), keys_of(kind, config), tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_and_frequencies_are_hugging_faces(kind: str) -> None:
     theirs, decoder = reference(kind), ours(kind)
     config, rotary = decoder.config, theirs.rotary_emb
-    abstract = abstract_of(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    keys = decoder_keys(config)
+    abstract = abstract_of(lambda: build(kind, config))
+    keys = keys_of(kind, config)
     assert_table_fits(keys, abstract, {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()})
     assert {key.target for key in keys} == set(abstract) - {"unembedding"}
     assert ("unembedding" in abstract) == (not config.tie_word_embeddings)
@@ -104,7 +117,7 @@ CAUSAL = causal_mask(PLACES, PLACES, jnp.asarray(VALID))
 @functools.partial(jax.jit, static_argnames="definition")
 def _run(definition: Any, state: Any, x: Any, rope_positions: Any, memory: Any) -> Any:
     decoder = nnx.merge(definition, state)
-    return decoder(x, PLACES, CAUSAL, clean, Capture(), rope_positions=rope_positions, memory=memory).hidden
+    return forward(decoder, x, PLACES, CAUSAL, clean, Capture(), rope_positions=rope_positions, memory=memory).hidden
 
 
 def run(decoder: Decoder, *, x: Any = None, rope_positions: Any = None, memory: Memory | None = None) -> np.ndarray:
@@ -166,9 +179,9 @@ def test_norms_start_as_plain_division(offset: float) -> None:
 # --- sliding windows, embeddings, scores ----------------------------------------------------------------------------
 
 
-def tiny(**fields: Any) -> Decoder:
+def tiny(kind: Any = Decoder, **fields: Any) -> Any:
     sizes = {name: value for name, value in SMALL.items() if not name.endswith("token_id")}
-    return Decoder(DecoderConfig(**{**sizes, "head_dim": 12, **fields}), rngs=nnx.Rngs(4))
+    return kind(DecoderConfig(**{**sizes, "head_dim": 12, **fields}), rngs=nnx.Rngs(4))
 
 
 def test_window_counts_only_where_prompts_are_longer() -> None:
@@ -252,7 +265,7 @@ SEEN[1, :, 4:] = False  # the second prompt has one only
 ROWS = np.asarray(SEEN.any(axis=-1))
 
 
-def memory_of(decoder: Decoder, states: np.ndarray = STATES) -> Memory:
+def memory_of(decoder: Any, states: np.ndarray = STATES) -> Memory:
     return decoder.remember(jnp.asarray(states), jnp.asarray(SEEN | ~ROWS[..., None]), jnp.asarray(ROWS))
 
 
@@ -260,7 +273,7 @@ CROSSED = {"cross_attention_layers": (1, 2), "num_hidden_layers": 4}
 
 
 def test_memory_of_every_cross_attention_layer() -> None:
-    decoder = tiny(**CROSSED)
+    decoder = tiny(MllamaDecoder, **CROSSED)
     memory = memory_of(decoder)
     assert memory.keys.shape == memory.values.shape == (2, 2, 2, 8, 12)  # layers, prompts, heads, tokens, width
     np.testing.assert_array_equal(memory.rows, ROWS)
@@ -290,7 +303,7 @@ def test_pictures_are_hugging_faces() -> None:
 
 
 def test_text_alone_skips_the_cross_attention_blocks() -> None:
-    crossed, short = tiny(**CROSSED), tiny(num_hidden_layers=2)
+    crossed, short = tiny(MllamaDecoder, **CROSSED), tiny(num_hidden_layers=2)
     leaves = flatten(nnx.to_pure_dict(nnx.state(crossed)))
     kept = {
         name: leaf[jnp.array([0, 3])] if name.startswith("layers.") else leaf
@@ -302,13 +315,13 @@ def test_text_alone_skips_the_cross_attention_blocks() -> None:
 
 
 def test_a_token_is_changed_by_the_pictures_it_sees_only() -> None:
-    decoder = tiny(**CROSSED)
+    decoder = tiny(MllamaDecoder, **CROSSED)
     second = STATES.copy()
     second[:, 4:] += np.random.default_rng(6).standard_normal((2, 4, 48), np.float32)
     difference = np.abs(run(decoder, memory=memory_of(decoder)) - run(decoder, memory=memory_of(decoder, second)))
     # Tokens that see none read all of them here, and their MLP is shut: what they read goes on nevertheless.
     assert (difference.max(axis=-1)[0, 5:] > 1e-5).all()
-    crossed = tiny(cross_attention_layers=(0,), num_hidden_layers=1)
+    crossed = tiny(MllamaDecoder, cross_attention_layers=(0,), num_hidden_layers=1)
     one = np.abs(run(crossed, memory=memory_of(crossed)) - run(crossed, memory=memory_of(crossed, second)))
     changed = (one.max(axis=-1) > 1e-6)[VALID]
     sees = (SEEN[:, :, 4:].any(axis=-1) | ~ROWS)[VALID]
@@ -316,7 +329,7 @@ def test_a_token_is_changed_by_the_pictures_it_sees_only() -> None:
 
 
 def test_shut_gates_leave_the_text_as_it_is() -> None:
-    decoder = tiny(**CROSSED)
+    decoder = tiny(MllamaDecoder, **CROSSED)
     for gate in (decoder.crossing.attention_gate, decoder.crossing.mlp_gate):
         assert gate.shape == (2, 1)
         gate[...] = jnp.zeros_like(gate[...])
@@ -325,10 +338,10 @@ def test_shut_gates_leave_the_text_as_it_is() -> None:
 
 def test_values_of_every_site_have_one_shape() -> None:
     """Also where blocks differ: a cross-attention layer's values stand beside the others'."""
-    decoder = tiny(**CROSSED)
+    decoder = tiny(MllamaDecoder, **CROSSED)
     memory, x = memory_of(decoder), decoder.embed(jnp.asarray(IDS))
     capture = Capture(("embed", *DECODER_SITES), jnp.array([[0, 8], [1, 5]]))
-    hidden, captured = decoder(x, PLACES, CAUSAL, clean, capture, memory=memory)
+    hidden, captured = forward(decoder, x, PLACES, CAUSAL, clean, capture, memory=memory)
     assert hidden.shape == (2, 9, 48) and captured["embed"].shape == (2, 2, 48)
     assert {captured[site].shape for site in DECODER_SITES} == {(4, 2, 2, 48)}
     np.testing.assert_array_equal(captured["resid_post"][:-1], captured["resid_pre"][1:])

@@ -26,6 +26,7 @@ import jaxid
 from jaxid.kernels.attention import causal_mask
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import FULL, SLIDING, decoder_config, decoder_keys
+from jaxid.nn.passes import forward
 from jaxid.nn.sites import Capture, clean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -137,7 +138,8 @@ def run(definition: Any, state: Any, ids: Any, valid: Any, last: Any) -> jax.Arr
         rope_positions = jnp.broadcast_to(places[:, None], (len(ids), 3, ids.shape[1]))
     mask = causal_mask(places, places, valid)
     embedded = decoder.embed(ids)
-    return decoder(embedded, places, mask, clean, Capture(), rope_positions=rope_positions, last=last).hidden
+    given = (embedded, places, mask, clean, Capture())
+    return forward(decoder, *given, rope_positions=rope_positions, last=last).hidden
 
 
 @pytest.mark.parametrize(("decoder", "name"), WHOLE)

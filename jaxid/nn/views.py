@@ -1,0 +1,246 @@
+"""What the queries of a block may read: tokens of their own, a recorded prefix, a growing cache, a picture's memory.
+
+A view is asked twice in every block. `store` takes the keys and values of the block's tokens and says what is left of
+them for whoever reads them; `read` answers the queries. Rotary positions, causal and window masks and the mask of a
+memory are kept here and nowhere else.
+"""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxid.kernels import attention, rope
+from jaxid.nn.layers import layer_of, take_tokens
+
+Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
+"""Cosine and sine of every token's rotary angles; with a leading axis for full and for sliding layers."""
+
+Stored = tuple[Float[Array, "..."], Float[Array, "..."]]
+"""Keys and values as a view leaves them."""
+
+Keep = Int[Array, "B S"] | None
+"""The tokens whose results are wanted, by their index in the block; None for all of them."""
+
+
+class View(abc.ABC):
+    """What the queries of a block may read."""
+
+    @abc.abstractmethod
+    def store(self, layer: Any, key: Float[Array, "*R B T K E"], value: Float[Array, "*R B T K E"]) -> Stored:
+        """What is left of the block's keys and values."""
+
+    @abc.abstractmethod
+    def read(
+        self, layer: Any, query: Float[Array, "*R B S H E"], stored: Stored, keep: Keep = None
+    ) -> Float[Array, "*R B S H E"]:
+        """What the queries of the kept tokens read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens that go through a block, by their place in the prompt.
+
+    Attributes:
+        positions: of every token.
+        rotation: of every token.
+        slides: which layers have sliding-window attention.
+        window: positions that a sliding layer reads; None where sequences are no longer than that.
+    """
+
+    positions: Int[Array, "B T"]
+    rotation: Rotation
+    slides: tuple[bool, ...]
+    window: int | None
+
+    def of(self, keep: Keep) -> Int[Array, "B S"]:
+        """Positions of the kept tokens."""
+        return self.positions if keep is None else jnp.take_along_axis(self.positions, keep, axis=1)
+
+    def _sliding(self, layer: Any) -> Bool[Array, ""]:
+        return jnp.asarray(np.array(self.slides))[layer]
+
+    def rotated(self, layer: Any, heads: Float[Array, "*R B S H E"], keep: Keep = None) -> Float[Array, "*R B S H E"]:
+        """The kept tokens' queries or keys, turned by their positions."""
+        cosine, sine = self.rotation
+        if cosine.ndim == 4:
+            cosine, sine = (jnp.where(self._sliding(layer), sliding, full) for full, sliding in self.rotation)
+        if keep is not None:
+            cosine, sine = take_tokens(cosine, keep), take_tokens(sine, keep)
+        return rope.rotate(heads, cosine, sine)
+
+    def within(
+        self, layer: Any, mask: Bool[Array, "#B #S T"], keep: Keep, key_positions: Int[Array, "#B T"]
+    ) -> Bool[Array, "#B #S T"]:
+        """A mask, and in a sliding layer the window besides."""
+        if self.window is None:
+            return mask
+        queries = self.of(keep)
+        key_positions = jnp.broadcast_to(key_positions, (queries.shape[0], key_positions.shape[1]))
+        return mask & (attention.near(queries, key_positions, self.window) | ~self._sliding(layer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(View):
+    """Whole prompts, whose tokens read each other.
+
+    Attributes:
+        tokens: the prompts' tokens.
+        mask: which tokens each token reads, windows apart.
+        causal: promises that none reads a later one.
+    """
+
+    tokens: Tokens
+    mask: Bool[Array, "#B T T"]
+    causal: bool
+
+    def store(self, layer: Any, key: Float[Array, "B T K E"], value: Float[Array, "B T K E"]) -> Stored:
+        """Rotated keys, and values."""
+        return self.tokens.rotated(layer, key), value
+
+    def read(
+        self, layer: Any, query: Float[Array, "B S H E"], stored: Stored, keep: Keep = None
+    ) -> Float[Array, "B S H E"]:
+        """Attention to the prompt."""
+        mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
+        mask = self.tokens.within(layer, mask, keep, self.tokens.positions)
+        query = self.tokens.rotated(layer, query, keep)
+        return attention.attend(query, *stored, mask, causal=self.causal and keep is None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(View):
+    """Rows that share a prefix of their prompts and go on each with tokens of its own.
+
+    Attributes:
+        tokens: the rows' own tokens, the same positions in all rows.
+        keys: recorded, heads first, of the prefix and maybe of later tokens, which are not read.
+        values: likewise.
+        mask: false where the prefix of a prompt has ended.
+    """
+
+    tokens: Tokens
+    keys: Float[Array, "L B K T E"]
+    values: Float[Array, "L B K T E"]
+    mask: Bool[Array, "B P"]
+
+    def store(self, layer: Any, key: Float[Array, "R B T K E"], value: Float[Array, "R B T K E"]) -> Stored:
+        """Rotated keys, and values."""
+        return self.tokens.rotated(layer, key), value
+
+    def read(
+        self, layer: Any, query: Float[Array, "R B S H E"], stored: Stored, keep: Keep = None
+    ) -> Float[Array, "R B S H E"]:
+        """Attention to the prefix, which is read once for all rows, and to the row's own tokens."""
+        count = self.mask.shape[1]
+        prefix = [jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, 2) for leaf in (self.keys, self.values)]
+        before = self.tokens.within(layer, self.mask[:, None], keep, jnp.arange(count)[None])
+        keys, values, mask, positions = self.own(layer, stored, keep)
+        mask = self.tokens.within(layer, mask, keep, positions)
+        query = self.tokens.rotated(layer, query, keep)
+        return attention.shared_prefix_attention(*prefix, before, query, keys, values, mask[None])
+
+    def own(
+        self, layer: Any, stored: Stored, keep: Keep
+    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Bool[Array, "#B #S C"], Int[Array, "B C"]]:
+        """Keys and values of the rows' own tokens, which of them each query reads, and their positions."""
+        del layer
+        # By index: padding stands on the right, where nothing that counts reads it.
+        index = jnp.arange(self.tokens.positions.shape[1])
+        queries = index[None] if keep is None else keep
+        return *stored, index <= queries[:, :, None], self.tokens.positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache(Prefix):
+    """One new token a row, which also reads those that the row had before.
+
+    Attributes:
+        caches: keys and values of every layer and of the rows' own tokens, with room for those to come.
+        slot: where the new token's go.
+        filled: which slots hold a token of the prompt, or a new one up to this.
+        positions: of the tokens in the slots.
+    """
+
+    caches: tuple[Float[Array, "L R B C K E"], Float[Array, "L R B C K E"]]
+    slot: Int[Array, ""]
+    filled: Bool[Array, "B C"]
+    positions: Int[Array, "B C"]
+
+    def store(self, layer: Any, key: Float[Array, "R B 1 K E"], value: Float[Array, "R B 1 K E"]) -> Stored:
+        """The caches with the new token in them."""
+        new = (self.tokens.rotated(layer, key), value)
+        first, second = (
+            jax.lax.dynamic_update_slice(cache, leaf[None], (layer, 0, 0, self.slot, 0, 0))
+            for cache, leaf in zip(self.caches, new, strict=True)
+        )
+        return first, second
+
+    def own(
+        self, layer: Any, stored: Stored, keep: Keep
+    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Bool[Array, "#B #S C"], Int[Array, "B C"]]:
+        """The cached keys and values of the layer, those that are filled, and their positions."""
+        del keep
+        return *layer_of(stored, layer), self.filled[:, None], self.positions
+
+
+class Memory(NamedTuple):
+    """What cross-attention layers read: keys and values of the pictures, the same for every edit of the text.
+
+    Attributes:
+        keys: of every cross-attention layer, heads first, Float[C, B, K, I, E].
+        values: likewise.
+        mask: which of them each token reads, Bool[B, T, I]; tokens that may read none read all.
+        rows: false for tokens that may read none, Bool[B, T].
+    """
+
+    keys: Float[Array, "C B K I E"]
+    values: Float[Array, "C B K I E"]
+    mask: Bool[Array, "B T I"]
+    rows: Bool[Array, "B T"]
+
+    def at(self, positions: Int[Array, "B S"]) -> "Memory":
+        """The memory as tokens at some positions see it."""
+        mask = jnp.take_along_axis(self.mask, positions[:, :, None], axis=1)
+        return self._replace(mask=mask, rows=jnp.take_along_axis(self.rows, positions, axis=1))
+
+    def read(self, index: Any, query: Float[Array, "*R B S H E"], keep: Keep = None) -> Float[Array, "*R B S H E"]:
+        """What the queries of the kept tokens read in the cross-attention layer of that index."""
+        mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
+
+        @jax.checkpoint
+        def attend(query: Array, keys: Array, values: Array) -> Array:
+            rows = query.reshape(-1, *query.shape[-4:])
+            return attention.merge(attention.prefix_part(rows, keys, values, mask)).astype(values.dtype)
+
+        return attend(query, *layer_of((self.keys, self.values), index)).reshape(query.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Swapped(View):
+    """Rows that read something else in the layers after one of their own.
+
+    Attributes:
+        own: what they read up to that layer; it keeps the rows' keys and values in any case.
+        other: what they read after it.
+        after: the last layer in which each row still reads its own.
+    """
+
+    own: View
+    other: View
+    after: Int[Array, "R"]
+
+    def store(self, layer: Any, key: Float[Array, "R B T K E"], value: Float[Array, "R B T K E"]) -> Stored:
+        """As the rows' own view."""
+        return self.own.store(layer, key, value)
+
+    def read(
+        self, layer: Any, query: Float[Array, "R B S H E"], stored: Stored, keep: Keep = None
+    ) -> Float[Array, "R B S H E"]:
+        """Both are read, and every row takes its one."""
+        own, other = (view.read(layer, query, stored, keep) for view in (self.own, self.other))
+        return jnp.where((self.after < layer)[:, None, None, None, None], other, own)
