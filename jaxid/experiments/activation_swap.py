@@ -1,26 +1,42 @@
 """Mirror and attribute swap: another picture's activations in the control run ([ID] arXiv 2601.12626, Figure 4)."""
 
+import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
+from matplotlib.figure import Figure
 
+from jaxid import plots
+from jaxid.data.coco_spatial import SpatialItem
+from jaxid.data.pictures import mirrored, recoloured
 from jaxid.errors import DataError
-from jaxid.experiments.relations import RelationBatch
+from jaxid.experiments.base import Summary, WithLayers
+from jaxid.experiments.relations import RelationBatch, prepare
+from jaxid.experiments.session import Columns, Session, padded, spread
 from jaxid.families.base import Model
 from jaxid.interp.trace import rerun, swap, trace
+from jaxid.io import tidy
+from jaxid.prompts.pictures import open_picture
 from jaxid.prompts.processor import Prompts
 from jaxid.stats import centre_and_spread
 
 TOKEN_SETS = ("image", "text", "words")
-"""What is swapped: all image tokens, all text tokens after the picture, the two objects' words."""
+"""What is swapped: all image tokens, all text tokens after the picture, the words asked about."""
+
+PUBLISHED_ITEMS = 100
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch")
+SummaryT = TypeVar("SummaryT", bound="SwapSummary")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ActivationSwap:
+class Patched:
     """Log-probabilities of the two answers.
 
     Attributes:
@@ -47,15 +63,6 @@ class ActivationSwap:
         return dict(zip(TOKEN_SETS, defined.astype(scores.dtype), strict=True))
 
 
-def token_sets(batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
-    """Positions of what is swapped."""
-    return {
-        "image": batch.prompts.image_tokens(),
-        "text": batch.prompts.text_tokens(),
-        "words": batch.words[:, :2],
-    }
-
-
 def swap_score(
     control: Float[Array, "B n"], patched: Float[Array, "*S B n"], intervened: Float[Array, "B n"]
 ) -> Float[Array, "*S B n"]:
@@ -67,13 +74,68 @@ def swap_score(
     return jnp.where(jnp.isfinite(score), score, 0.0)
 
 
-def statistics(scores: Mapping[str, Float[np.ndarray, "L B 2"]]) -> dict[str, Any]:
-    """Over items, by token set, layer and word: medians and quartiles, and the published means and deviations.
+def swap_activations(
+    model: Model,
+    batch: RelationBatch,
+    intervened: Prompts,
+    *,
+    words: Int[np.ndarray, "B P"] | None = None,
+    layers: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> Patched:
+    """Swaps each token set at every layer.
 
-    Items with a score that is not finite are left out.
+    Args:
+        model: the model.
+        batch: prepared questions (the control pictures or clips).
+        intervened: the same questions about the changed ones, e.g. mirrored left-right.
+        words: positions of the words that are swapped; those of subject and object by default.
+        layers: decoder layers after which values are swapped; all by default.
+        chunk: edits that run side by side.
 
     Raises:
-        DataError: if no item is left.
+        InputError: if the two differ in their questions, or a layer is out of range.
+    """
+    chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
+    recorded, changed = trace(model, batch.prompts), trace(model, intervened)
+    outputs = [rerun(model, recorded, pictures_of=changed, after=chosen, chunk=chunk)]
+    for positions in ("text", batch.words[:, :2] if words is None else words):
+        outputs.append(rerun(model, recorded, swap(changed, chosen, positions), chunk=chunk))
+    return Patched(
+        control=np.asarray(batch.read(recorded)),
+        intervened=np.asarray(batch.read(changed)),
+        patched=np.stack([np.asarray(batch.read(output)) for output in outputs]),
+        layers=chosen,
+    )
+
+
+# --- the experiments -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Swap scores over items, by token set, layer and word.
+
+    Attributes:
+        score_items: items whose scores are all finite.
+        score_median: medians.
+        score_quartiles: lower and upper quartiles.
+        score_mean: means, as published.
+        score_std: standard deviations, as published.
+    """
+
+    score_items: int
+    score_median: Mapping[str, Float[np.ndarray, "L 2"]]
+    score_quartiles: Mapping[str, Float[np.ndarray, "L 2 2"]]
+    score_mean: Mapping[str, Float[np.ndarray, "L 2"]]
+    score_std: Mapping[str, Float[np.ndarray, "L 2"]]
+
+
+def statistics(scores: Mapping[str, Float[np.ndarray, "L B 2"]]) -> Scores:
+    """What scores amount to over the items with finite scores.
+
+    Raises:
+        DataError: if there is no such item.
     """
     known = np.logical_and.reduce([np.isfinite(values).all(axis=(0, 2)) for values in scores.values()])
     if not known.any():
@@ -82,42 +144,177 @@ def statistics(scores: Mapping[str, Float[np.ndarray, "L B 2"]]) -> dict[str, An
         )
     robust = {name: centre_and_spread(values[:, known], 1) for name, values in scores.items()}
     published = {name: centre_and_spread(values[:, known], 1, robust=False) for name, values in scores.items()}
-    return {
-        "score_items": int(known.sum()),
-        "score_median": {name: centre for name, (centre, _, _) in robust.items()},
-        "score_quartiles": {name: np.stack([low, high], axis=-1) for name, (_, low, high) in robust.items()},
-        "score_mean": {name: mean for name, (mean, _, _) in published.items()},
-        "score_std": {name: mean - low for name, (mean, low, _) in published.items()},
-    }
-
-
-def run(
-    model: Model,
-    batch: RelationBatch,
-    intervened: Prompts,
-    *,
-    layers: Sequence[int] | None = None,
-    chunk: int | None = None,
-) -> ActivationSwap:
-    """Swaps each token set at every layer.
-
-    Args:
-        model: the model.
-        batch: prepared items of one axis (the control pictures).
-        intervened: the same questions about the changed pictures, e.g. mirrored left-right.
-        layers: decoder blocks after which values are swapped; all by default.
-        chunk: edits that run side by side.
-
-    Raises:
-        InputError: if the two differ in their questions, or a layer is out of range.
-    """
-    chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
-    recorded, changed = trace(model, batch.prompts), trace(model, intervened)
-    places = ("image", "text", batch.words[:, :2])
-    patched = [batch.read(rerun(model, recorded, swap(changed, chosen, at), chunk=chunk)) for at in places]
-    return ActivationSwap(
-        control=np.asarray(batch.read(recorded)),
-        intervened=np.asarray(batch.read(changed)),
-        patched=np.stack([np.asarray(part) for part in patched]),
-        layers=chosen,
+    return Scores(
+        score_items=int(known.sum()),
+        score_median={name: centre for name, (centre, _, _) in robust.items()},
+        score_quartiles={name: np.stack([low, high], axis=-1) for name, (_, low, high) in robust.items()},
+        score_mean={name: mean for name, (mean, _, _) in published.items()},
+        score_std={name: mean - low for name, (mean, low, _) in published.items()},
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwapSummary(Scores, Summary):
+    """What came of an activation swap.
+
+    Attributes:
+        statistic: what the figure shows, "median" or "mean".
+        layers: ascending.
+        words: the two answers.
+        mean_change_of_answers: mean distance of the answers' log-probabilities about either picture.
+    """
+
+    statistic: str
+    layers: list[int]
+    words: list[str]
+    mean_change_of_answers: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, SummaryT]):
+    """What the activation swaps share: a subclass says its items, their prompts, and what is changed about them."""
+
+    changed_to: ClassVar[str]
+    """What the other picture or clip is, such as "the mirrored picture"."""
+    statistic: ClassVar[str] = "median"
+    """What figure and report show: medians, or the published means."""
+
+    def rows(self, session: Session) -> int:
+        """One token set at every layer."""
+        return len(session.layers)
+
+    @abc.abstractmethod
+    def changed(self, session: Session, items: Sequence[Item], batch: Batch) -> Prompts:
+        """The questions of a batch about the changed pictures or clips; items are padded as the batch is."""
+
+    def words(self, batch: Batch) -> Int[np.ndarray, "B P"]:
+        """Positions of the words that are swapped."""
+        return self.asked(batch)[0].words[:, :2]
+
+    def scores(self, found: Patched) -> Float[np.ndarray, "P L B 2"]:
+        """How far the swaps carry the answers."""
+        return np.stack(list(found.scores.values()))
+
+    def columns(self, items: Sequence[Item]) -> Mapping[str, Sequence[Any]]:
+        """Further columns of the table, with a value for each item."""
+        return {}
+
+    def compute(self, session: Session, items: Sequence[Item], batch: Batch) -> Columns:
+        """A row for each token set, layer, item and answer word."""
+        model, asked, count = session.model, self.asked(batch)[0], len(items)
+        of_items = {name: np.asarray(values)[:, None] for name, values in self.columns(items).items()}
+        other = self.changed(session, padded(items, session.batch_size), batch)
+        found = swap_activations(model, asked, other, words=self.words(batch), layers=session.layers)
+        patched = found.patched[:, :, :count]
+        axes = {
+            "tokens": TOKEN_SETS,
+            "layer": session.layers,
+            "item": [self.key(item) for item in items],
+            "word": asked.answers,
+        }
+        return tidy(patched, axes, name="patched") | {
+            "model": spread(model.name, patched.shape),
+            **{name: spread(values, patched.shape) for name, values in of_items.items()},
+            "control": spread(found.control[:count], patched.shape),
+            "intervened": spread(found.intervened[:count], patched.shape),
+            "score": self.scores(found)[:, :, :count].ravel(),
+        }
+
+    def facts(self, session: Session, table: Columns) -> dict[str, Any]:
+        """What every activation swap's summary says."""
+        return {
+            **session.facts,
+            **vars(statistics(scores_of(table))),
+            "statistic": self.statistic,
+            "layers": session.layers,
+            "words": list(dict.fromkeys(table["word"].tolist())),
+            "mean_change_of_answers": float(np.abs(table["control"] - table["intervened"]).mean()),
+        }
+
+    def figures(self, session: Session, table: Columns, summary: SummaryT) -> Iterator[tuple[str, Figure]]:
+        """Scores by layer."""
+        yield (
+            self.name.replace("-", "_"),
+            plots.swap_scores(
+                scores_of(table),
+                summary.words,
+                layers=np.array(summary.layers),
+                robust=self.statistic == "median",
+                about=summary.about(note=f"activations of {self.changed_to}"),
+            ),
+        )
+
+    def report(self, summary: SummaryT) -> Iterator[str]:
+        """What the figure draws: for each token set and word, medians, or the published means."""
+        yield (
+            f"{summary.statistic} score of {summary.score_items} items by layer: "
+            f"0 without a swap, 1 as for {self.changed_to}"
+        )
+        for tokens, scores in getattr(summary, f"score_{summary.statistic}").items():
+            for word, by_layer in zip(summary.words, scores.T, strict=True):
+                # Never "-0.00".
+                values = ", ".join(f"{round(float(value), 2) + 0.0:.2f}" for value in by_layer)
+                yield f"{tokens:6s} {word:7s} {values}"
+        yield f"{summary.items} items{summary.skipped_note}"
+
+
+def scores_of(table: Columns) -> dict[str, Float[np.ndarray, "L B 2"]]:
+    """Scores by token set, from a table."""
+    words, layers = dict.fromkeys(table["word"].tolist()), np.unique(table["layer"])
+
+    def scores(tokens: str) -> np.ndarray:
+        layer, word, score = (table[name][table["tokens"] == tokens] for name in ("layer", "word", "score"))
+        return np.stack([np.stack([score[(layer == k) & (word == w)] for w in words], axis=-1) for k in layers])
+
+    return {tokens: scores(tokens) for tokens in TOKEN_SETS}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureSwap(ActivationSwap[SpatialItem, RelationBatch, SwapSummary]):
+    """Left/right questions about pictures and changed ones; 100 items are drawn by default, as published."""
+
+    def items(self, session: Session) -> list[SpatialItem]:
+        """Questions of left and right."""
+        items = session.spatial_items("horizontal")
+        return items if self.limit else session.sample(items, PUBLISHED_ITEMS)
+
+    def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
+        """The published questions."""
+        return prepare(session.model, items, template=session.template, case=session.case)
+
+    def summarise(self, session: Session, table: Columns) -> SwapSummary:
+        """Scores by token set, layer and word."""
+        return SwapSummary(**self.facts(session, table))
+
+    @abc.abstractmethod
+    def change(self, item: SpatialItem, picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
+        """The changed picture of an item."""
+
+    def changed(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Prompts:
+        """The questions about changed pictures."""
+        pictures = [self.change(item, np.asarray(open_picture(item.picture))) for item in items]
+        return session.model.prepare(pictures, list(batch.prompts.questions))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MirrorSwap(PictureSwap):
+    """Put activations of the mirrored picture into the control run (Figure 4)."""
+
+    name: ClassVar[str] = "mirror-swap"
+    changed_to: ClassVar[str] = "the mirrored picture"
+
+    def change(self, item: SpatialItem, picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
+        """The picture reversed left to right."""
+        return mirrored(picture)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttributeSwap(PictureSwap):
+    """Put activations of the recoloured picture into the control run (Figure 4)."""
+
+    name: ClassVar[str] = "attribute-swap"
+    changed_to: ClassVar[str] = "the recoloured picture"
+
+    def change(self, item: SpatialItem, picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
+        """The picture in the hues of a rainbow, the item's own."""
+        return recoloured(picture, np.random.default_rng((self.seed, zlib.crc32(item.key.encode()))))

@@ -1,7 +1,7 @@
 """Belief swap: spatial IDs added to the two words swap the answer ([ID] arXiv 2601.12626, Figures 2 and 9)."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
-from jaxid import plots
 from jaxid.checks import Range
 from jaxid.data.coco_spatial import SpatialItem, axis_of
-from jaxid.errors import DataError
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.compare import CONDITIONS, Rates, draw_best, draw_layers, rates
 from jaxid.experiments.relations import RelationBatch, answer_of, prepare
 from jaxid.experiments.session import Columns, Session, by_axis, require_same_model
 from jaxid.families.base import Model
@@ -24,13 +23,6 @@ from jaxid.interp.generate import Generation, generate
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import Trace, rerun, trace
 from jaxid.io import tidy
-from jaxid.stats import confidence_interval
-
-CONDITIONS = ("belief", "noise")
-"""What is added: the ID difference, or Gaussian noise of the same norm."""
-
-BEST = 3
-"""Layers that Figure 2 averages over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,71 +171,7 @@ def swap_beliefs(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Best:
-    """The layers at which most beliefs are swapped, and what is swapped there.
-
-    Attributes:
-        layers: the three best ones.
-        belief: share swapped by IDs, the mean of the layers.
-        belief_std: its standard deviation over them.
-        belief_interval: Wilson's 95 % interval of the mean share.
-        noise: likewise by noise.
-        noise_std: likewise.
-        noise_interval: likewise.
-        items: how many items these are the shares of.
-        chosen_on: "other items", or "same items" where the layers were chosen on those reported, as published.
-    """
-
-    layers: list[int]
-    belief: float
-    belief_std: float
-    belief_interval: tuple[float, float]
-    noise: float
-    noise_std: float
-    noise_interval: tuple[float, float]
-    items: int
-    chosen_on: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Shares of items that were answered with one of the two words; intervals are Wilson's of 95 %.
-
-    Attributes:
-        answered_items: how many that are.
-        unanswered_items: how many others.
-        accuracy: of the control run.
-        accuracy_interval: its interval.
-        layers: ascending.
-        swapped: beliefs swapped, by condition and layer.
-        swapped_interval: their intervals.
-        swapped_by_axis: by axis, condition and layer.
-        swapped_by_axis_interval: their intervals.
-        verdicts: "correct", "wrong" and "nonsense" answers under the edits, by condition and layer.
-        accuracy_drop: how much the IDs lower the accuracy, by layer.
-        mean_accuracy_drop: the mean of the layers.
-        best: the best layers.
-        selection: items that the best layers were chosen on, and items that are reported.
-    """
-
-    answered_items: int
-    unanswered_items: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    layers: list[int]
-    swapped: dict[str, list[float]]
-    swapped_interval: dict[str, list[tuple[float, float]]]
-    swapped_by_axis: dict[str, dict[str, list[float]]]
-    swapped_by_axis_interval: dict[str, dict[str, list[tuple[float, float]]]]
-    verdicts: dict[str, list[dict[str, float]]]
-    accuracy_drop: list[float]
-    mean_accuracy_drop: float
-    best: Best
-    selection: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BeliefSwapSummary(Summary, Rates):
+class BeliefSwapSummary(Rates, Summary):
     """What came of a belief swap."""
 
 
@@ -320,7 +248,8 @@ class BeliefSwap(
     def figures(self, session: Session, table: Columns, summary: BeliefSwapSummary) -> Iterator[tuple[str, Figure]]:
         """The best layers, and all layers."""
         yield "belief_swap", draw_best({summary.model: summary.best}, self.strength)
-        yield "belief_swap_by_layer", _draw_layers(summary, self.strength)
+        about = summary.about(items=summary.answered_items)
+        yield "belief_swap_by_layer", draw_layers(summary, self.strength, about)
 
     def report(self, summary: BeliefSwapSummary) -> Iterator[str]:
         """The shares at the best layers."""
@@ -379,144 +308,3 @@ def table_of(found: Swapped, items: Sequence[SpatialItem], batch: RelationBatch,
 
 def _verdicts(answers: Int[np.ndarray, "..."], truth: Int[np.ndarray, "..."]) -> np.ndarray:
     return np.where(answers < 0, "nonsense", np.where(answers == truth, "correct", "wrong"))
-
-
-def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: bool = False) -> Rates:
-    """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts.
-
-    The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others,
-    as shares of items that layers were chosen on are too large.
-
-    Args:
-        table: a row for each item, condition and layer.
-        layers: ascending.
-        seed: of the halves.
-        same_items: choose and report on all items, as published.
-
-    Raises:
-        DataError: if no item was answered with one of the two words.
-    """
-    used = table["control_verdict"] != "nonsense"
-    first = (table["condition"] == "belief") & (table["layer"] == layers[0])
-    count = int((used & first).sum())
-    if not count:
-        raise DataError("no item was answered with exactly one of the two words; look at control_text in the table.")
-    right = int(((table["control_verdict"] == "correct") & first & used).sum())
-
-    def at(condition: str, layer: int, axis: str | None = None) -> np.ndarray:
-        rows = used & (table["condition"] == condition) & (table["layer"] == layer)
-        return rows if axis is None else rows & (table["axis"] == axis)
-
-    def swapped(axis: str | None = None) -> dict[str, list[float]]:
-        return {name: [float(table["swapped"][at(name, k, axis)].mean()) for k in layers] for name in CONDITIONS}
-
-    def intervals(axis: str | None = None) -> dict[str, list[tuple[float, float]]]:
-        values = {name: [table["swapped"][at(name, k, axis)] for k in layers] for name in CONDITIONS}
-        return {
-            name: [confidence_interval(int(one.sum()), len(one)) for one in of_layers]
-            for name, of_layers in values.items()
-        }
-
-    verdicts = {
-        name: [
-            {word: float((table["verdict"][at(name, k)] == word).mean()) for word in ("correct", "wrong", "nonsense")}
-            for k in layers
-        ]
-        for name in CONDITIONS
-    }
-    drops = [right / count - of_layer["correct"] for of_layer in verdicts["belief"]]
-    axes = list(dict.fromkeys(table["axis"][used].tolist()))
-    best, selection = _best(table, used, layers, seed, same_items)
-    return Rates(
-        answered_items=count,
-        unanswered_items=int((~used & first).sum()),
-        accuracy=right / count,
-        accuracy_interval=confidence_interval(right, count),
-        layers=list(layers),
-        swapped=swapped(),
-        swapped_interval=intervals(),
-        swapped_by_axis={axis: swapped(axis) for axis in axes},
-        swapped_by_axis_interval={axis: intervals(axis) for axis in axes},
-        verdicts=verdicts,
-        accuracy_drop=drops,
-        mean_accuracy_drop=float(np.mean(drops)),
-        best=best,
-        selection=selection,
-    )
-
-
-def _best(
-    table: Columns, used: np.ndarray, layers: Sequence[int], seed: int, same_items: bool
-) -> tuple[Best, dict[str, Any]]:
-    """The best layers and what is swapped there; which items they were chosen on, and which are reported."""
-    pictures = np.unique(table["image_id"][used])
-    order = np.random.default_rng((seed, 2)).permutation(len(pictures))
-    choosing, reporting = used & np.isin(table["image_id"], pictures[order[: len(pictures) // 2]]), used
-    if same_items or not choosing.any():
-        choosing = used
-    else:
-        reporting = used & ~choosing
-
-    def shares(rows: np.ndarray, condition: str) -> np.ndarray:
-        rows = rows & (table["condition"] == condition)
-        return np.array([table["swapped"][rows & (table["layer"] == layer)].mean() for layer in layers])
-
-    best = np.argsort(shares(choosing, "belief"), kind="stable")[::-1][:BEST]
-    keys = {
-        name: list(dict.fromkeys(table["item"][rows].tolist()))
-        for name, rows in (("choosing", choosing), ("reporting", reporting))
-    }
-    count, found = len(keys["reporting"]), dict[str, Any]()
-    for condition in CONDITIONS:
-        picked = shares(reporting, condition)[best]
-        found[condition], found[f"{condition}_std"] = float(picked.mean()), float(picked.std())
-        found[f"{condition}_interval"] = confidence_interval(round(float(picked.mean()) * count), count)
-    chosen_on = "same items" if choosing is used else "other items"
-    chosen = Best(layers=[int(layers[row]) for row in best], items=count, chosen_on=chosen_on, **found)
-    return chosen, {"chosen_on": chosen_on, **keys}
-
-
-def _draw_layers(summary: BeliefSwapSummary, strength: float) -> Figure:
-    names = {"horizontal": "left/right", "vertical": "above/below"}
-    shares, intervals = summary.swapped_by_axis, summary.swapped_by_axis_interval
-    belief, noise_ = (
-        [np.array([one[condition] for one in found.values()]) for found in (shares, intervals)]
-        for condition in CONDITIONS
-    )
-    return plots.belief_swap_by_layer(
-        np.array(summary.layers),
-        belief[0],
-        noise_[0],
-        [names[name] for name in shares],
-        belief_intervals=belief[1],
-        noise_intervals=noise_[1],
-        factor=strength,
-        about=summary.about(items=summary.answered_items),
-    )
-
-
-def draw_best(best: Mapping[str, Best], strength: float | str) -> Figure:
-    """Figure 2 of the best layers of models: as published only if all of them were chosen on the same items."""
-    columns = {
-        part: np.array([getattr(one, part) for one in best.values()])
-        for part in ("belief", "belief_std", "noise", "noise_std", "belief_interval", "noise_interval")
-    }
-    bounds = {part: columns.pop(part) for part in ("belief_interval", "noise_interval")}
-    same = [name for name, one in best.items() if one.chosen_on == "same items"]
-    of_same = f" of {', '.join(same)}" if same else ""
-    note = f"best layers{of_same} chosen on {'the same' if same else 'other'} items"
-    if len(same) == len(best):
-        bounds, note = {}, "best layers chosen on the same items"
-    about = plots.About(
-        model=", ".join(best) if len(best) == 1 else "",
-        items=bounds_of([one.items for one in best.values()]),
-        strength=strength,
-        note=note,
-    )
-    return plots.belief_swap_bars(list(best), *columns.values(), **bounds, about=about)
-
-
-def bounds_of(values: Sequence[float]) -> str:
-    """Numbers from the smallest to the largest, in words."""
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxid.errors import InputError
+from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap, Patched
 from jaxid.experiments.base import Experiment
 from jaxid.experiments.belief_swap import BeliefSwap
 from jaxid.experiments.relations import RelationBatch
@@ -66,7 +67,29 @@ class _BeliefSwap(BeliefSwap):
         return occurrence_norms(model, batch, recorded, written)
 
 
-_VARIANTS: dict[type[Experiment[Any, Any, Any]], type[Experiment[Any, Any, Any]]] = {BeliefSwap: _BeliefSwap}
+class ScoresAsPublished:
+    """Beside an activation swap: an answer that the changed picture leaves as it is scores 0; means are drawn."""
+
+    statistic = "mean"
+
+    def scores(self, found: Patched) -> Float[np.ndarray, "P L B 2"]:
+        """How far the swaps carry the answers."""
+        return np.nan_to_num(np.stack(list(found.scores.values())))
+
+
+class _MirrorSwap(ScoresAsPublished, MirrorSwap):
+    """See `ScoresAsPublished`."""
+
+
+class _AttributeSwap(ScoresAsPublished, AttributeSwap):
+    """See `ScoresAsPublished`."""
+
+
+_VARIANTS: dict[type[Experiment[Any, Any, Any]], type[Experiment[Any, Any, Any]]] = {
+    BeliefSwap: _BeliefSwap,
+    MirrorSwap: _MirrorSwap,
+    AttributeSwap: _AttributeSwap,
+}
 
 
 def with_bugs(experiment: ExperimentT) -> ExperimentT:

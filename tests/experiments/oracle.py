@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from families import CASES, VOCABULARY
 
-from jaxid.data.coco_spatial import SpatialItem
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.errors import UnknownWordsWarning
 from jaxid.experiments import relations
-from jaxid.experiments.relations import ANSWERS, RelationBatch
+from jaxid.experiments.relations import RelationBatch
 from jaxid.ids.spatial import SpatialIDs
 
 CASE = CASES[0]

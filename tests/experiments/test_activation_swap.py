@@ -12,6 +12,7 @@ from families import VOCABULARY
 
 from jaxid.experiments import activation_swap
 from jaxid.experiments.activation_swap import swap_score
+from jaxid.experiments.relations import RelationBatch
 from jaxid.interp.forward import forward
 from jaxid.interp.interventions import replace
 from jaxid.nn.sites import Capture
@@ -29,8 +30,16 @@ def mirrored() -> Prompts:
 
 
 @functools.cache
-def found() -> activation_swap.ActivationSwap:
-    return activation_swap.run(fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), chunk=2)
+def found() -> activation_swap.Patched:
+    return activation_swap.swap_activations(
+        fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), chunk=2
+    )
+
+
+def token_sets(batch: RelationBatch) -> dict[str, np.ndarray]:
+    """Positions of what is swapped, by name."""
+    positions = (batch.prompts.image_tokens(), batch.prompts.text_tokens(), batch.words[:, :2])
+    return dict(zip(activation_swap.TOKEN_SETS, positions, strict=True))
 
 
 def scores() -> dict[str, np.ndarray]:
@@ -55,7 +64,7 @@ def test_mirrored_prompts_differ_in_the_pixels_alone() -> None:
 
 def test_token_sets_cover_the_prompt_after_the_picture() -> None:
     batch = oracle.batch("horizontal")
-    sets = activation_swap.token_sets(batch)
+    sets = token_sets(batch)
     assert tuple(sets) == ("image", "text", "words")
     for row, token_ids in enumerate(np.asarray(batch.prompts.inputs.token_ids)):
         here = {name: [int(place) for place in at[row]] for name, at in sets.items()}
@@ -75,7 +84,7 @@ def test_scores_equal_pytorch_edit_by_edit() -> None:
     np.testing.assert_allclose(found().intervened, target, atol=1e-4)
     carried = np.abs(control - target)
     assert carried.max() > 0.05
-    for name, at in activation_swap.token_sets(batch).items():
+    for name, at in token_sets(batch).items():
         assert scores()[name].shape == (oracle.LAYERS, 4, 2)
         for layer in range(oracle.LAYERS):
             edit = oracle.replacing(layer, at, record["resid_post"][layer])
@@ -86,7 +95,9 @@ def test_scores_equal_pytorch_edit_by_edit() -> None:
 
 
 def test_chosen_layers_are_those_of_the_whole_sweep() -> None:
-    some = activation_swap.run(fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), layers=[2, 0])
+    some = activation_swap.swap_activations(
+        fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), layers=[2, 0]
+    )
     np.testing.assert_array_equal(some.layers, [2, 0])
     np.testing.assert_allclose(some.patched, found().patched[:, [2, 0]], atol=1e-5)
 
@@ -101,7 +112,7 @@ def test_only_the_text_counts_after_the_last_block() -> None:
 @pytest.mark.parametrize("of_mirror", [True, False])
 def test_all_tokens_swapped_at_any_layer_give_the_other_run(of_mirror: bool) -> None:
     model, batch = fixtures.model(oracle.CASE), oracle.batch("horizontal")
-    sets = activation_swap.token_sets(batch)
+    sets = token_sets(batch)
     everywhere = np.concatenate([sets["image"], sets["text"]], axis=1)
     source = mirrored() if of_mirror else batch.prompts
     captured = forward(model, source, capture=Capture(("resid_post",), positions=jnp.asarray(everywhere))).captured

@@ -10,7 +10,7 @@ import pytest
 
 from jaxid.errors import InputError
 from jaxid.experiments import belief_swap
-from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.experiments.belief_swap import Swapped
 from jaxid.interp.trace import rerun
 
 
@@ -38,7 +38,7 @@ def test_directions_are_the_published_ones(axis: str) -> None:
 
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 def test_sweep_equals_pytorch_edit_by_edit(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, layers, factors = oracle.batch(axis), [1, 0], (0.5, 3.0)
+    batch, layers, strengths = oracle.batch(axis), [1, 0], (0.5, 3.0)
     edits = []
 
     def spy(model: Any, prompts: Any, *edit: Any, **options: Any) -> Any:
@@ -47,8 +47,8 @@ def test_sweep_equals_pytorch_edit_by_edit(axis: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(belief_swap, "rerun", spy)
     # Three at a time do not divide the eight edits.
-    swap = belief_swap.run(
-        fixtures.model(oracle.CASE), batch, oracle.ids(), layers=layers, factors=factors, seed=4, chunk=3
+    swap = belief_swap.swap_beliefs(
+        fixtures.model(oracle.CASE), batch, oracle.ids(), layers=layers, strengths=strengths, seed=4, chunk=3
     )
     (edit,) = edits
     vectors = np.asarray(edit.vector)
@@ -64,11 +64,11 @@ def test_sweep_equals_pytorch_edit_by_edit(axis: str, monkeypatch: pytest.Monkey
         believed = oracle.torch_logprobs(batch).argmax(axis=-1)
         directions = np.stack([published_direction(axis, int(answer), layer) for answer in believed])
         directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-        for column, factor in enumerate(factors):
+        for column, strength in enumerate(strengths):
             belief, noise = vectors[:, row, column]
-            expected = np.stack([directions, -directions], axis=1) * (factor * lengths)[..., None]
+            expected = np.stack([directions, -directions], axis=1) * (strength * lengths)[..., None]
             np.testing.assert_allclose(belief, expected, atol=1e-4 * expected.max())
-            np.testing.assert_allclose(np.linalg.norm(noise, axis=-1), factor * lengths, rtol=1e-4)
+            np.testing.assert_allclose(np.linalg.norm(noise, axis=-1), strength * lengths, rtol=1e-4)
             for condition in (0, 1):
                 added = oracle.adding(layer, words, vectors[condition, row, column])
                 np.testing.assert_allclose(
@@ -89,12 +89,12 @@ def test_noise_is_drawn_for_every_layer_item_and_word(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(belief_swap, "rerun", spy)
     found = [
-        belief_swap.run(
+        belief_swap.swap_beliefs(
             fixtures.model(oracle.CASE),
             oracle.batch("horizontal"),
             oracle.ids(),
             layers=[2, 0],
-            factors=(0.5, 3.0),
+            strengths=(0.5, 3.0),
             seed=seed,
             chunk=3,
         )
@@ -110,17 +110,17 @@ def test_noise_is_drawn_for_every_layer_item_and_word(monkeypatch: pytest.Monkey
     assert cosines.max() < 0.8  # of 32 independent directions in 32 dimensions
     assert cosines.mean() == pytest.approx(np.sqrt(2 / np.pi / oracle.WIDTH), rel=0.15)
     both = np.asarray(edits[0].vector)[1]
-    np.testing.assert_allclose(both[:, 1], 6 * both[:, 0], rtol=1e-5)  # factors scale one and the same noise
+    np.testing.assert_allclose(both[:, 1], 6 * both[:, 0], rtol=1e-5)  # strengths multiply one and the same noise
 
 
 def test_swapped_is_a_change_of_sign_and_correct_reads_the_control() -> None:
     control = np.log(np.array([[0.6, 0.2], [0.3, 0.5], [0.1, 0.2]]))
     steered = np.log(np.array([[0.1, 0.2], [0.4, 0.5], [0.01, 0.009]]))
-    swap = BeliefSwap(
+    swap = Swapped(
         control=control,
         steered=np.stack([steered, control])[:, None, None],
         layers=np.array([0]),
-        factors=np.array([5.0]),
+        strengths=np.array([5.0]),
         truth=np.array([0, 0, 1]),
         control_texts=np.full(3, "", object),
         steered_texts=np.full((2, 1, 1, 3), "", object),
@@ -137,11 +137,11 @@ def test_rescaled_leaves_a_zero_vector_zero() -> None:
 
 @pytest.mark.parametrize("shape", [(4, oracle.WIDTH), (oracle.LAYERS, 16)])
 def test_ids_of_another_model_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=f"{shape[0]} blocks of width {shape[1]}"):
-        belief_swap.run(fixtures.model(oracle.CASE), oracle.batch("vertical"), oracle.ids(*shape), layers=[0])
+    with pytest.raises(InputError, match=f"{shape[0]} layers of width {shape[1]}"):
+        belief_swap.swap_beliefs(fixtures.model(oracle.CASE), oracle.batch("vertical"), oracle.ids(*shape), layers=[0])
 
 
 @pytest.mark.parametrize("layer", [-1, oracle.LAYERS])
 def test_layers_out_of_range_are_refused(layer: int) -> None:
     with pytest.raises(InputError, match=str(layer)):
-        belief_swap.run(fixtures.model(oracle.CASE), oracle.batch("vertical"), oracle.ids(), layers=[layer])
+        belief_swap.swap_beliefs(fixtures.model(oracle.CASE), oracle.batch("vertical"), oracle.ids(), layers=[layer])

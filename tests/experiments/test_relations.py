@@ -9,6 +9,7 @@ import oracle
 import pytest
 from families import VOCABULARY
 
+from jaxid.data import coco_spatial
 from jaxid.errors import InputError, PromptError, UnknownWordsWarning
 from jaxid.experiments import relations
 from jaxid.interp.forward import forward
@@ -22,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarnin
 )
 def test_axis_of_each_relation(relation: str, axis: str) -> None:
     item = dataclasses.replace(oracle.items("horizontal")[0], relation=relation)
-    assert relations.axis_of(item) == axis
-    assert relation in relations.ANSWERS[axis]
+    assert coco_spatial.axis_of(item) == axis
+    assert relation in coco_spatial.ANSWERS[axis]
 
 
 def test_unknown_relation_is_refused() -> None:
     with pytest.raises(InputError, match="'behind'"):
-        relations.axis_of(dataclasses.replace(oracle.items("horizontal")[0], relation="behind"))
+        coco_spatial.axis_of(dataclasses.replace(oracle.items("horizontal")[0], relation="behind"))
 
 
 @pytest.mark.parametrize(("axis", "answers"), [("horizontal", ["left", "right"]), ("vertical", ["above", "below"])])
@@ -75,7 +76,7 @@ def test_reading_an_answer_in_either_case_adds_the_probabilities() -> None:
     lower, upper = (np.exp(output.logprobs([word])) for word in ("is", "Is"))
     np.testing.assert_allclose(np.exp(cased.read(output)), lower + upper, rtol=1e-5)
     np.testing.assert_allclose(np.exp(dataclasses.replace(cased, case="capital").read(output)), upper, rtol=1e-5)
-    # A form that has no token is left out; if neither has one, that is an error.
+    # A form that has no token is skipped; if neither has one, that is an error.
     np.testing.assert_array_equal(dataclasses.replace(batch, case="both").read(output), output.logprobs(batch.answers))
     with pytest.raises(PromptError, match="Above"):
         dataclasses.replace(batch, case="capital").read(output)

@@ -17,13 +17,12 @@ from test_cli import run as command
 
 from jaxid.data.coco_spatial import CAPTIONS_FILE, find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.scenes import sample_free
-from jaxid.data.three_objects import write_three_objects
 from jaxid.errors import DataError, InputError, OutputError, PromptError
 from jaxid.experiments import belief_swap as experiment
 from jaxid.experiments.relations import prepare
 from jaxid.families.base import Model
 from jaxid.io import read_table
-from jaxid.runs import activation_swap, belief_swap, depth, steer
+from jaxid.runs import activation_swap, belief_swap, steer
 from jaxid.runs.common import RunConfig, parse_layers
 
 pytestmark = [

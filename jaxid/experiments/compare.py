@@ -1,0 +1,353 @@
+"""Shares of swapped beliefs, of one run and of several ([ID] arXiv 2601.12626, Figures 2 and 9)."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxid import io, plots
+from jaxid.errors import DataError, JaxidError, OutputError
+from jaxid.experiments.base import Command
+from jaxid.experiments.session import Columns
+from jaxid.stats import confidence_interval
+
+CONDITIONS = ("belief", "noise")
+"""What is added: the ID difference, or Gaussian noise of the same norm."""
+
+BEST = 3
+"""Layers that Figure 2 averages over."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The layers at which most beliefs are swapped, and what is swapped there.
+
+    Attributes:
+        layers: the three best ones.
+        belief: share swapped by IDs, the mean of the layers.
+        belief_std: its standard deviation over them.
+        belief_interval: Wilson's 95 % interval of the mean share.
+        noise: likewise by noise.
+        noise_std: likewise.
+        noise_interval: likewise.
+        items: how many items these are the shares of.
+        chosen_on: "other items", or "same items" where the layers were chosen on those reported, as published.
+    """
+
+    layers: list[int]
+    belief: float
+    belief_std: float
+    belief_interval: tuple[float, float]
+    noise: float
+    noise_std: float
+    noise_interval: tuple[float, float]
+    items: int
+    chosen_on: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Shares of items that were answered with one of the two words; intervals are Wilson's of 95 %.
+
+    Attributes:
+        answered_items: how many that are.
+        unanswered_items: how many others.
+        accuracy: of the control run.
+        accuracy_interval: its interval.
+        layers: ascending.
+        swapped: beliefs swapped, by condition and layer.
+        swapped_interval: their intervals.
+        swapped_by_axis: by axis, condition and layer.
+        swapped_by_axis_interval: their intervals.
+        verdicts: "correct", "wrong" and "nonsense" answers under the edits, by condition and layer.
+        accuracy_drop: how much the IDs lower the accuracy, by layer.
+        mean_accuracy_drop: the mean of the layers.
+        best: the best layers.
+        selection: items that the best layers were chosen on, and items that are reported.
+    """
+
+    answered_items: int
+    unanswered_items: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    layers: list[int]
+    swapped: dict[str, list[float]]
+    swapped_interval: dict[str, list[tuple[float, float]]]
+    swapped_by_axis: dict[str, dict[str, list[float]]]
+    swapped_by_axis_interval: dict[str, dict[str, list[tuple[float, float]]]]
+    verdicts: dict[str, list[dict[str, float]]]
+    accuracy_drop: list[float]
+    mean_accuracy_drop: float
+    best: Best
+    selection: dict[str, Any]
+
+
+def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: bool = False) -> Rates:
+    """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts.
+
+    The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others,
+    as shares of items that layers were chosen on are too large.
+
+    Args:
+        table: a row for each item, condition and layer.
+        layers: ascending.
+        seed: of the halves.
+        same_items: choose and report on all items, as published.
+
+    Raises:
+        DataError: if no item was answered with one of the two words.
+    """
+    used = table["control_verdict"] != "nonsense"
+    first = (table["condition"] == "belief") & (table["layer"] == layers[0])
+    count = int((used & first).sum())
+    if not count:
+        raise DataError("no item was answered with exactly one of the two words; look at control_text in the table.")
+    right = int(((table["control_verdict"] == "correct") & first & used).sum())
+
+    def at(condition: str, layer: int, axis: str | None = None) -> np.ndarray:
+        rows = used & (table["condition"] == condition) & (table["layer"] == layer)
+        return rows if axis is None else rows & (table["axis"] == axis)
+
+    def swapped(axis: str | None = None) -> dict[str, list[float]]:
+        return {name: [float(table["swapped"][at(name, k, axis)].mean()) for k in layers] for name in CONDITIONS}
+
+    def intervals(axis: str | None = None) -> dict[str, list[tuple[float, float]]]:
+        values = {name: [table["swapped"][at(name, k, axis)] for k in layers] for name in CONDITIONS}
+        return {
+            name: [confidence_interval(int(one.sum()), len(one)) for one in of_layers]
+            for name, of_layers in values.items()
+        }
+
+    verdicts = {
+        name: [
+            {word: float((table["verdict"][at(name, k)] == word).mean()) for word in ("correct", "wrong", "nonsense")}
+            for k in layers
+        ]
+        for name in CONDITIONS
+    }
+    drops = [right / count - of_layer["correct"] for of_layer in verdicts["belief"]]
+    axes = list(dict.fromkeys(table["axis"][used].tolist()))
+    best, selection = _best(table, used, layers, seed, same_items)
+    return Rates(
+        answered_items=count,
+        unanswered_items=int((~used & first).sum()),
+        accuracy=right / count,
+        accuracy_interval=confidence_interval(right, count),
+        layers=list(layers),
+        swapped=swapped(),
+        swapped_interval=intervals(),
+        swapped_by_axis={axis: swapped(axis) for axis in axes},
+        swapped_by_axis_interval={axis: intervals(axis) for axis in axes},
+        verdicts=verdicts,
+        accuracy_drop=drops,
+        mean_accuracy_drop=float(np.mean(drops)),
+        best=best,
+        selection=selection,
+    )
+
+
+def _best(
+    table: Columns, used: np.ndarray, layers: Sequence[int], seed: int, same_items: bool
+) -> tuple[Best, dict[str, Any]]:
+    """The best layers and what is swapped there; which items they were chosen on, and which are reported."""
+    pictures = np.unique(table["image_id"][used])
+    order = np.random.default_rng((seed, 2)).permutation(len(pictures))
+    choosing, reporting = used & np.isin(table["image_id"], pictures[order[: len(pictures) // 2]]), used
+    if same_items or not choosing.any():
+        choosing = used
+    else:
+        reporting = used & ~choosing
+
+    def shares(rows: np.ndarray, condition: str) -> np.ndarray:
+        rows = rows & (table["condition"] == condition)
+        return np.array([table["swapped"][rows & (table["layer"] == layer)].mean() for layer in layers])
+
+    best = np.argsort(shares(choosing, "belief"), kind="stable")[::-1][:BEST]
+    keys = {
+        name: list(dict.fromkeys(table["item"][rows].tolist()))
+        for name, rows in (("choosing", choosing), ("reporting", reporting))
+    }
+    count, found = len(keys["reporting"]), dict[str, Any]()
+    for condition in CONDITIONS:
+        picked = shares(reporting, condition)[best]
+        found[condition], found[f"{condition}_std"] = float(picked.mean()), float(picked.std())
+        found[f"{condition}_interval"] = confidence_interval(round(float(picked.mean()) * count), count)
+    chosen_on = "same items" if choosing is used else "other items"
+    chosen = Best(layers=[int(layers[row]) for row in best], items=count, chosen_on=chosen_on, **found)
+    return chosen, {"chosen_on": chosen_on, **keys}
+
+
+def draw_layers(found: Rates, strength: float, about: plots.About) -> Figure:
+    """Shares of swapped beliefs by relation and layer."""
+    names = {"horizontal": "left/right", "vertical": "above/below"}
+    belief, noise = (
+        [
+            np.array([of_axis[condition] for of_axis in values.values()])
+            for values in (found.swapped_by_axis, found.swapped_by_axis_interval)
+        ]
+        for condition in CONDITIONS
+    )
+    return plots.belief_swap_by_layer(
+        np.array(found.layers),
+        belief[0],
+        noise[0],
+        [names[axis] for axis in found.swapped_by_axis],
+        belief_intervals=belief[1],
+        noise_intervals=noise[1],
+        factor=strength,
+        about=about,
+    )
+
+
+def draw_best(best: Mapping[str, Best], strength: float | str) -> Figure:
+    """Figure 2 of the best layers of models: as published only if all of them were chosen on the same items."""
+    values = {
+        part: np.array([getattr(one, part) for one in best.values()])
+        for part in ("belief", "belief_std", "noise", "noise_std")
+    }
+    same = [name for name, one in best.items() if one.chosen_on == "same items"]
+    intervals, whose = {}, ""
+    if len(same) < len(best):
+        intervals = {
+            f"{part}_interval": np.array([getattr(one, f"{part}_interval") for one in best.values()])
+            for part in CONDITIONS
+        }
+        whose = f" of {', '.join(same)}" if same else ""
+    about = plots.About(
+        model=", ".join(best) if len(best) == 1 else "",
+        items=bounds_of([one.items for one in best.values()]),
+        strength=strength,
+        note=f"best layers{whose} chosen on {'the same' if same else 'other'} items",
+    )
+    return plots.belief_swap_bars(list(best), **values, **intervals, about=about)
+
+
+def bounds_of(values: Sequence[float]) -> str:
+    """Numbers from the smallest to the largest, in words."""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What a finished run says of its model.
+
+    Attributes:
+        accuracy: of the control run.
+        accuracy_interval: its interval.
+        mean_accuracy_drop: how much of it the IDs take away.
+        answered_items: the items of these shares.
+        strength: of the edits.
+        best: the best layers.
+    """
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    mean_accuracy_drop: float
+    answered_items: int
+    strength: float
+    best: Best
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Command[dict[str, Compared]]):
+    """Compare finished belief-swap runs: Figure 2 over models, and accuracy against steerability (Figure 9).
+
+    Attributes:
+        folders: of finished runs.
+        out: folder for figures and `comparison.json`; not that of a run.
+    """
+
+    name: ClassVar[str] = "compare"
+
+    folders: tuple[Path, ...]
+    out: Path = dataclasses.field(kw_only=True)
+
+    def run(self) -> dict[str, Compared]:
+        """Reads the runs' summaries, and draws them.
+
+        Returns:
+            What was drawn, by name of the model.
+
+        Raises:
+            DataError: for a folder without a belief-swap summary.
+            OutputError: if `out` is the folder of a run, or cannot be written to.
+        """
+        if (self.out / "settings.json").exists():
+            raise OutputError(f"{self.out} holds a run, whose figure would be replaced; give another --out.")
+        io.ensure_output_folder(self.out)
+        found: dict[str, Compared] = {}
+        for folder in self.folders:
+            name, entry = read_run(folder)
+            labels = (name, f"{name} ({folder.name})", f"{name} ({folder.resolve()})")
+            found[next((label for label in labels if label not in found), name)] = entry
+        strength = bounds_of([entry.strength for entry in found.values()])
+        figure = draw_best({name: entry.best for name, entry in found.items()}, strength)
+        plots.save(figure, self.out / "belief_swap.png")
+        figure = plots.accuracy_against_steerability(
+            list(found),
+            np.array([entry.accuracy for entry in found.values()]),
+            np.array([entry.mean_accuracy_drop for entry in found.values()]),
+            accuracy_interval=np.array([entry.accuracy_interval for entry in found.values()]),
+            about=plots.About(items=bounds_of([entry.answered_items for entry in found.values()]), strength=strength),
+        )
+        plots.save(figure, self.out / "accuracy_against_steerability.png")
+        io.write_json(self.out / "comparison.json", found)
+        return found
+
+    def report(self, result: dict[str, Compared]) -> Iterator[str]:
+        """A line for each model."""
+        for name, entry in result.items():
+            yield (
+                f"{name:30s} accuracy {entry.accuracy:6.1%}   mean drop {entry.mean_accuracy_drop:6.1%}   "
+                f"swapped {entry.best.belief:6.1%} (noise {entry.best.noise:.1%})"
+            )
+
+
+def read_run(folder: Path) -> tuple[str, Compared]:
+    """The model of a finished run, and what its summary says.
+
+    Raises:
+        DataError: if it is none, or holds shares that are none.
+    """
+    path = folder / "summary.json"
+    try:
+        with io.reading(path, "its summary", DataError):
+            summary = io.read_json(path, DataError)
+            best = dict(summary["best"])
+            shares = {part: float(best[part]) for part in ("belief", "belief_std", "noise", "noise_std")}
+            intervals = {f"{part}_interval": _interval(best[f"{part}_interval"]) for part in CONDITIONS}
+            entry = Compared(
+                accuracy=float(summary["accuracy"]),
+                accuracy_interval=_interval(summary["accuracy_interval"]),
+                mean_accuracy_drop=float(summary["mean_accuracy_drop"]),
+                answered_items=int(summary["answered_items"]),
+                strength=float(summary["settings"]["strength"]),
+                best=Best(
+                    layers=[int(layer) for layer in best["layers"]],
+                    items=int(best["items"]),
+                    chosen_on=str(best["chosen_on"]),
+                    **shares,
+                    **intervals,
+                ),
+            )
+            bounds = [*entry.accuracy_interval, *intervals["belief_interval"], *intervals["noise_interval"]]
+            numbers = np.array([entry.accuracy, abs(entry.mean_accuracy_drop), *shares.values(), *bounds])
+            if not ((numbers >= 0) & (numbers <= 1)).all() or min(entry.answered_items, entry.best.items) < 1:
+                raise ValueError("a share is not one from 0 to 1, or of no items")
+            return str(summary["model"]), entry
+    except JaxidError as error:
+        raise DataError(f"{folder} holds no summary of a finished jaxid run belief-swap: {error}") from error
+
+
+def _interval(bounds: Any) -> tuple[float, float]:
+    low, high = map(float, bounds)
+    if low > high:
+        raise ValueError("the bounds of an interval are reversed")
+    return low, high
