@@ -212,11 +212,11 @@ def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
 
     def swap_beliefs() -> Found:
         layers = range(model.num_layers)
-        found = belief_swap.run(model, batch, work.ids, layers=layers, factors=(1.0,), seed=SEED)
+        found = belief_swap.swap_beliefs(model, batch, work.ids, layers=layers, strengths=(1.0,), seed=SEED)
         return {"control": found.control, "edited": found.steered.reshape(-1, count, 2)}
 
     def swap_activations() -> Found:
-        found = activation_swap.run(model, batch, work.mirrored.prompts)
+        found = activation_swap.swap_activations(model, batch, work.mirrored.prompts)
         return {
             "control": found.control,
             "intervened": found.intervened,
@@ -241,11 +241,10 @@ def _swaps(work: Setting) -> list[Any]:
     import published
     import torch
 
-    from jaxid.experiments import activation_swap
-
+    prompts = work.batch.prompts
     return [
-        published.Swap(layer=layer, positions=torch.from_numpy(places.astype(np.int64)))
-        for places in activation_swap.token_sets(work.batch).values()
+        published.Swap(layer=layer, positions=torch.from_numpy(positions.astype(np.int64)))
+        for positions in (prompts.image_tokens(), prompts.text_tokens(), work.batch.words[:, :2])
         for layer in range(work.model.num_layers)
     ]
 
