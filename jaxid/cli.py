@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Json, Toml, Yaml
+from cyclopts.config import Dict, Json, Toml, Yaml
 
 from jaxid import __version__
 from jaxid.checks import check_values
@@ -132,7 +132,6 @@ def app(tokens: Sequence[str] = ()) -> App:
     Raises:
         InputError: for a `--config` file that cannot be read as one.
     """
-    file = _without_config(tokens)[1]
     root = App(
         name="jaxid",
         version=f"jaxid {__version__}",
@@ -140,7 +139,7 @@ def app(tokens: Sequence[str] = ()) -> App:
         "\n\nEvery command takes --config FILE (YAML, TOML or JSON), which holds its options by name; every run writes "
         "the file that repeats it, config.yaml.",
         help_format="plaintext",
-        config=() if file is None else (CONFIGS[file.suffix](file, must_exist=True, use_commands_as_keys=False),),
+        config=_config(tokens),
         default_parameter=Parameter(negative_iterable=()),
     )
     described = next(iter(tokens), None) if " ".join(tokens[:2]) not in COMMANDS else None
@@ -158,6 +157,23 @@ def app(tokens: Sequence[str] = ()) -> App:
         root.command(group)
     root.register_install_completion_command()
     return root
+
+
+def _config(tokens: Sequence[str]) -> tuple[Dict, ...]:
+    """The options that the file of `--config` holds, if one is given.
+
+    They stand below the command's words: at the root, an option named as a group is, such as data, would be dropped.
+
+    Raises:
+        InputError: for a file that cannot be read as one.
+    """
+    rest, file = _without_config(tokens)
+    if file is None:
+        return ()
+    options = CONFIGS[file.suffix](file, must_exist=True).config
+    for word in reversed(rest[: 2 if rest[:1] and rest[0] in GROUPS else 1]):
+        options = {word: options}
+    return (Dict(options, source=str(file)),)
 
 
 def _without_config(tokens: Sequence[str]) -> tuple[list[str], Path | None]:
