@@ -192,6 +192,30 @@ def read_coco(folder: str | Path) -> list[Item]:
     return items
 
 
+def read_sets(folder: str | Path) -> dict[str, list[Item]]:
+    """The data sets below a folder: `spatial/`, `attributes/`, `sizes/`, `negation.json`, and COCO-Spatial's layout.
+
+    Raises:
+        DataError: if there is none, or one is not in its layout.
+    """
+    folder = Path(folder)
+    found: dict[str, list[Item]] = {}
+    if (folder / "spatial").is_dir():
+        found["spatial"] = read_spatial(folder / "spatial")
+    for name in ("attributes", "sizes"):  # published as one set
+        if (folder / name).is_dir():
+            found["attributes"] = [*found.get("attributes", []), *read_attributes(folder / name)]
+    if (folder / "negation.json").is_file():
+        found["negation"] = read_negation(folder / "negation.json")
+    if (folder / coco_spatial.CAPTIONS_FILE).is_file():
+        found["coco"] = read_coco(folder)
+    if not found:
+        raise DataError(
+            f"{folder} holds no data set: spatial/, attributes/, sizes/, negation.json or {coco_spatial.CAPTIONS_FILE}."
+        )
+    return found
+
+
 def negated(here: str, words: str, missing: str) -> str:
     """The caption of a picture with one thing and without another."""
     return f"{_PREFIX}{article(here)} {words} {missing if words == 'but no' else article(missing)}"

@@ -26,7 +26,7 @@ from jaxid.checks import check_finite
 from jaxid.data.files import save_bytes
 from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
-from jaxid.io import first_line, read_json
+from jaxid.io import first_line, read_json, reading
 
 SIMPLIFY = (
     "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "
@@ -60,6 +60,20 @@ _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """HTTP answers after which a request is worth repeating."""
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something.
+
+    Raises:
+        DataError: if it cannot be read or holds none.
+    """
+    with reading(path, "lines of text", DataError):
+        text = path.read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{path} holds no lines.")
+    return lines
+
+
 class Found(NamedTuple):
     """Functional words of some captions.
 
@@ -90,7 +104,8 @@ def by_model(
     captions: Sequence[str],
     ask: Callable[[str], str],
     vocabulary: Sequence[str] = (),
-    progress: Callable[[int], None] | None = None,
+    *,
+    progress: bool = False,
 ) -> Found:
     """Functional words of captions as a language model tells them.
 
@@ -98,23 +113,23 @@ def by_model(
         captions: the texts.
         ask: gives the answer to a prompt, such as `Endpoint(...)`.
         vocabulary: words to begin with.
-        progress: is told how many captions are done.
+        progress: show a progress bar, on terminals only.
 
     Raises:
         DataError: an answer is not what the step asks for; an `Endpoint` forgets it, so that the next run asks again.
     """
+    from tqdm import tqdm
+
     simple, marked = [], {}
-    for number, caption in enumerate(captions):
+    for index, caption in enumerate(tqdm(captions, unit="caption", disable=None if progress else True)):
         prompt = SIMPLIFY.format(caption=caption)
         simplified = _line(ask(prompt)).strip('"')
         if not simplified:
             _forget(ask, prompt)
-            raise DataError(f"step 1 (simplify) gave an empty answer for caption {number}: {caption!r}.")
+            raise DataError(f"step 1 (simplify) gave an empty answer for caption {index}: {caption!r}.")
         simple.append(simplified)
         answer = ask(MARK.format(caption=simplified))
         marked |= {_line(word).lower(): None for word in re.findall(r"<([^<>]+)>", answer) if word.strip()}
-        if progress is not None:
-            progress(number + 1)
     words = dict.fromkeys(word.lower() for word in vocabulary)
     if marked:
         prompt = CLEAN.format(words=json.dumps(list(marked), ensure_ascii=False))

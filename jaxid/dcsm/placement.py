@@ -1,7 +1,7 @@
 """Where functional words stand in captions, and which columns of a map they take."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -13,10 +13,12 @@ from jaxid.prompts.words import places
 PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
 """The published functional words ([DCSM] arXiv 2503.08723)."""
 
-PLACEMENTS = ("token", "replace", "insert")
+Placement = Literal["token", "replace", "insert"]
 """Where a functional word's column is put. "token": at the word's own first token. The two published code paths put it
 at the token whose number is the word's among the caption's words split at spaces, which the start token and words of
-several tokens shift: "replace" takes that column's place, "insert" pushes it and all behind it to the right."""
+several tokens shift: "replace" takes that column's place, "insert" pushes it and all after it to the right."""
+
+PLACEMENTS = get_args(Placement)
 
 
 class Columns(NamedTuple):
@@ -52,7 +54,7 @@ def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token
     Args:
         captions: texts and their tokens.
         vocabulary: functional words.
-        placement: see `PLACEMENTS`.
+        placement: see `Placement`.
 
     Raises:
         InputError: for an unknown placement.

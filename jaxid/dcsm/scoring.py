@@ -12,17 +12,22 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxid.checkpoints.loading import find_folder
 from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Pictures, Texts
 from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED, place
 from jaxid.errors import CheckpointError, InputError, JaxidError, OutputError
-from jaxid.io import reading, whole_file
+from jaxid.families.registry import ALIASES, ENCODERS
+from jaxid.io import read_json, reading, whole_file
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
 from jaxid.kernels.scorer import CNN, MLP
 
 KINDS = {"cnn": CNN, "mlp": MLP}
 """Kinds of scorers by name."""
+
+SCORER_FILE = "scorer.safetensors"
+"""Name of a training run's scorer, and of the one that lies in a model's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +38,7 @@ class Scorer:
         network: the CNN or MLP.
         vectors: columns of functional words.
         vocabulary: functional words, in the order of the vectors.
-        placement: where their columns are put, see `placement.PLACEMENTS`.
+        placement: where their columns are put, see `placement.Placement`.
         encoder: name of the encoder whose maps it was trained on.
     """
 
@@ -146,6 +151,29 @@ class Scorer:
                 raise CheckpointError(f"{path}: {error}") from error
         _check_arrays(found, str(path), CheckpointError)
         return found
+
+
+def own_scorer(model: str) -> Path | None:
+    """The scorer in a model's folder, if there is one."""
+    path = find_folder(ALIASES.get(model, model)) / SCORER_FILE
+    return path if path.is_file() else None
+
+
+def find_scorer(model: str, path: Path | None = None) -> Scorer:
+    """The scorer at a path, or the one in the model's folder.
+
+    Raises:
+        InputError: if there is neither.
+        CheckpointError: if the scorer cannot be read, or the model is of a kind that has none.
+    """
+    found = own_scorer(model) if path is None else path
+    if found is None:
+        folder = find_folder(ALIASES.get(model, model))
+        kind = read_json(folder / "config.json", CheckpointError, missing={}).get("model_type")
+        if kind is not None and kind not in ENCODERS:
+            raise CheckpointError(f"{folder}: model_type {kind!r} is no CLIP-like model; give one.")
+        raise InputError(f"{model} has no scorer of its own; give --scorer, or train one with `jaxid dcsm train`.")
+    return Scorer.load(found)
 
 
 def check_vocabulary(words: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ versions, in one square of scores whose diagonal is right: cross-entropy over ro
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxid.checks import check_finite, check_options
+from jaxid.checks import Count, Range, check_finite, check_options
 from jaxid.dcsm import augment
 from jaxid.dcsm.datasets import Item
 from jaxid.dcsm.embedding import TEXT_TOKENS, embed_images, embed_pixels, embed_texts
-from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED
-from jaxid.dcsm.scoring import KINDS, Scorer, caption_columns, check_vocabulary
+from jaxid.dcsm.placement import PUBLISHED, Placement
+from jaxid.dcsm.scoring import SCORER_FILE, Scorer, caption_columns, check_vocabulary
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
 from jaxid.io import write_json
@@ -36,39 +36,49 @@ VERSIONS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """All that decides the outcome of a training run, besides encoder and data."""
+    """All that decides the outcome of a training run, besides encoder and data.
 
-    kind: str = "cnn"  # of scorer: cnn or mlp
-    epochs: int = 26  # passes over the largest data set; the authors' number
-    batch_size: int = 8  # items of each data set per step
-    learning_rate: float = 1e-3  # of Adam
-    dropout: float = 0.5  # behind the CNN's hidden layers
-    augment: bool = True  # turn, tilt and sprinkle the pictures anew at every step
-    learn_vectors: bool = False  # functional vectors are trained with the scorer
-    vocabulary: tuple[str, ...] = PUBLISHED  # functional words
-    placement: str = "token"  # where their columns are put
-    text_tokens: int = TEXT_TOKENS  # caption tokens of a map
-    seed: int = 0  # of the scorer, the vectors, the order of items, dropout and augmentation
+    Attributes:
+        kind: of scorer.
+        epochs: passes over the largest data set; 26 as published.
+        batch_size: items of each data set per step.
+        learning_rate: of Adam; published are 1e-3, 1e-4 and 1e-5.
+        dropout: after the CNN's hidden layers.
+        augment: tilt, rotate and sprinkle pictures anew at every step, instead of encoding them once.
+        learn_vectors: train the functional vectors too.
+        vocabulary: functional words.
+        placement: where their columns are put: at the word's own token, or as published, replace or insert.
+        text_tokens: caption tokens of a map.
+        seed: of the scorer, the vectors, the order of items, dropout and augmentation.
+    """
+
+    kind: Literal["cnn", "mlp"] = "cnn"
+    epochs: Count = 26
+    batch_size: Annotated[int, Range(2)] = 8
+    learning_rate: float = 1e-3
+    dropout: Annotated[float, Range(0, 0.99)] = 0.5
+    augment: bool = True
+    learn_vectors: bool = False
+    vocabulary: tuple[str, ...] = PUBLISHED
+    placement: Placement = "token"
+    text_tokens: Count = TEXT_TOKENS
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses numbers that make no sense.
+        """Refuses options that make no sense.
 
         Raises:
-            InputError: naming the setting.
+            InputError: naming the option.
         """
         check_options(self)
-        if self.kind not in KINDS or self.placement not in PLACEMENTS:
-            raise InputError(
-                f"the scorer {self.kind!r} is not one of {', '.join(KINDS)}, or the placement {self.placement!r} not "
-                f"one of {', '.join(PLACEMENTS)}."
-            )
         check_vocabulary(self.vocabulary)
-        if self.text_tokens < 1:
-            raise InputError(f"maps need at least one caption token, not {self.text_tokens}.")
-        if self.epochs < 1 or self.batch_size < 2:
-            raise InputError(f"{self.epochs} epochs of batches of {self.batch_size}: at least 1 and 2 are needed.")
-        if not 0 <= self.dropout < 1 or not self.learning_rate > 0:
-            raise InputError("dropout must be at least 0 and below 1, the learning rate above 0.")
+        if not self.learning_rate > 0:
+            raise InputError(f"the learning rate must be above 0, not {self.learning_rate}.")
+
+
+def settings_of(config: TrainingConfig) -> dict[str, Any]:
+    """The options of a run by name, without those that a subclass adds."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingConfig)}
 
 
 def two_way_loss(scores: Float[Array, "N M"], columns: Int[Array, "N"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -94,7 +104,15 @@ def item_rows(count: int, step: int, size: int, seed: tuple[int, ...]) -> Int[np
 class Table:
     """All pictures and captions of the data sets, encoded once, and which of them every item has."""
 
-    def __init__(self, encoder: Encoder, scorer: Scorer, sets: Sequence[Sequence[Item]], *, pictures: bool):
+    def __init__(
+        self,
+        encoder: Encoder,
+        scorer: Scorer,
+        sets: Sequence[Sequence[Item]],
+        *,
+        pictures: bool,
+        progress: bool = False,
+    ):
         """Encodes captions, and pictures if they never change.
 
         Args:
@@ -102,6 +120,7 @@ class Table:
             scorer: tells functional words.
             sets: data sets.
             pictures: whether to encode the pictures as well.
+            progress: show a progress bar, on terminals.
         """
         captions: dict[str, int] = {}
         self.paths: list[Any] = []
@@ -120,7 +139,7 @@ class Table:
             self.items.append(rows)
         texts = embed_texts(encoder, list(captions), scorer.map_shape[1])
         self.words, self.texts = caption_columns(scorer, texts)
-        self.images = embed_images(encoder, self.paths, progress=True).tokens if pictures else None
+        self.images = embed_images(encoder, self.paths, progress=progress).tokens if pictures else None
         check_finite("the encoder's caption tokens", self.texts)
         if self.images is not None:
             check_finite("the encoder's image tokens", self.images)
@@ -146,10 +165,11 @@ def train(
     config: TrainingConfig,
     *,
     save_every: int = 100,
+    restart: bool = False,
     progress: bool = True,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Scorer:
-    """Trains a scorer, or goes on from the last saved step; writes `scorer.safetensors` beside state and metrics.
+    """Trains a scorer, or resumes from the last saved step; writes `scorer.safetensors` beside state and metrics.
 
     Args:
         folder: of the run.
@@ -157,15 +177,20 @@ def train(
         sets: data sets by name; within one, all items have an opposite picture or none has.
         config: the run's settings; a folder begun with others, another encoder or other data is refused.
         save_every: steps between saves.
-        progress: show a progress bar.
+        restart: discard the run that the folder holds, and begin anew.
+        progress: show progress bars, on terminals.
         log: is also given every row of metrics.
 
     Raises:
         InputError: if there are no data sets, one has fewer items than a batch, or mixes both kinds; or if the encoder
             gives NaN, or training diverges.
-        CheckpointError: if the folder holds a run with other settings.
+        OutputError: if the folder holds a run with other settings, is in use, or cannot be written to.
+        CheckpointError: if its saved states are damaged.
     """
     check_sets(sets, config)
+    settings = settings_of(config) | {"encoder": encoder.name, "fingerprint": encoder.fingerprint}
+    settings["items"] = {name: len(items) for name, items in sets.items()}
+    training.check_folder(folder, settings, restart=restart)
     key = jax.random.key(config.seed)
     image_tokens = jax.eval_shape(lambda: encoder.network().image(_blank(encoder))).tokens.shape[1]
     scorer = Scorer.init(
@@ -177,7 +202,7 @@ def train(
         placement=config.placement,
         encoder=encoder.name,
     )
-    table = Table(encoder, scorer, list(sets.values()), pictures=not config.augment)
+    table = Table(encoder, scorer, list(sets.values()), pictures=not config.augment, progress=progress)
     longest = max(len(items) for items in sets.values())
     per_epoch = -(-longest // config.batch_size)
 
@@ -205,9 +230,7 @@ def train(
         optimizer=optax.adam(config.learning_rate),
         whole=tuple(batch(0)),
     )
-    settings = dataclasses.asdict(config) | {"encoder": encoder.name, "fingerprint": encoder.fingerprint}
-    settings["items"] = {name: len(items) for name, items in sets.items()}
-    with training.begun(folder, settings):
+    with training.begun(folder, settings, restart=restart, made=(SCORER_FILE, "metrics.json")):
         trained = training.fit(
             folder, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress, log=log
         )
@@ -216,7 +239,7 @@ def train(
             network=type(scorer.network)(**trained["network"]),
             vectors=jnp.asarray(trained.get("vectors", scorer.vectors)),
         )
-        found.save(folder / "scorer.safetensors")
+        found.save(folder / SCORER_FILE)
         write_json(folder / "metrics.json", training.read_metrics(folder / "metrics.csv"))
     return found
 

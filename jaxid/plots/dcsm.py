@@ -1,7 +1,6 @@
 """Figures of dense similarity maps: maps over the picture, training curves, benchmarks."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -38,7 +37,9 @@ def caption_maps(
     picture: UInt8[np.ndarray, "Y X 3"],
     maps: Float[np.ndarray, "M I T"],
     tokens: Sequence[Sequence[tuple[int, str, bool]]],
-    scores: Sequence[Mapping[str, Any]],
+    captions: Sequence[str],
+    scores: Float[np.ndarray, "M"],
+    cosines: Float[np.ndarray, "M"],
     grid: tuple[int, int],
     *,
     about: About | None = None,
@@ -51,14 +52,22 @@ def caption_maps(
         picture: as the encoder sees it.
         maps: cosine of image and caption tokens.
         tokens: of every caption: column, text, and whether the word is functional.
-        scores: of every caption: "caption", "cosine" and "score".
+        captions: the texts.
+        scores: of every caption.
+        cosines: of the pooled picture and every caption.
         grid: first patch among the image tokens, and patches a side.
         about: what was measured on what.
 
     Raises:
         InputError: The arrays do not fit each other, hold NaN, or there is no grid of patches.
     """
-    check_shapes(maps=(maps, "M I T"), tokens=([""] * len(tokens), "M"))
+    check_shapes(
+        maps=(maps, "M I T"),
+        tokens=([""] * len(tokens), "M"),
+        captions=(captions, "M"),
+        scores=(scores, "M"),
+        cosines=(cosines, "M"),
+    )
     first, side = grid
     if first + side * side != maps.shape[1]:
         raise InputError(f"{maps.shape[1]} image tokens are not {first} and {side} x {side} patches.")
@@ -67,17 +76,17 @@ def caption_maps(
     shown = [[column for column, _, functional in row[:columns] if not functional] for row in tokens]
     values = np.concatenate([patches[row][..., chosen].ravel() for row, chosen in enumerate(shown)])
     check_finite("the maps", values)
-    check_finite("the scores", [entry["score"] for entry in scores])
+    check_finite("the scores", scores)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     figure = new_figure(1.75 + 0.85 * columns, 0.2 + 0.98 * len(maps))
     axes = figure.subplots(len(maps), columns + 1, squeeze=False, width_ratios=[1.7] + [1.0] * columns)
     heat = ScalarMappable(Normalize(low, high), "magma")
-    best = int(np.argmax([entry["score"] for entry in scores]))
-    for row, (line, entry) in enumerate(zip(axes, scores, strict=True)):
+    best = int(np.argmax(scores))
+    for row, (line, caption) in enumerate(zip(axes, captions, strict=True)):
         for panel in line:
             panel.set_axis_off()
         weight = "bold" if row == best else "normal"
-        text = f"{wrapped(entry['caption'], 24)}\nscore {entry['score']:+.2f}   cosine {entry['cosine']:.3f}"
+        text = f"{wrapped(caption, 24)}\nscore {scores[row]:+.2f}   cosine {cosines[row]:.3f}"
         line[0].text(0, 0.5, text, va="center", ha="left", fontsize=7.5, weight=weight, transform=line[0].transAxes)
         for panel, (column, word, functional) in zip(line[1:], tokens[row], strict=False):
             color = GREY if functional else INK

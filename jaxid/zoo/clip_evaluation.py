@@ -11,7 +11,7 @@ import numpy as np
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.dcsm import training
 from jaxid.dcsm.evaluate import answer
-from jaxid.dcsm.scoring import Scorer
+from jaxid.dcsm.scoring import SCORER_FILE, Scorer
 from jaxid.families.base import Encoder
 from jaxid.io import write_json
 from jaxid.stats import confidence_interval
@@ -22,8 +22,6 @@ SCENES = 2000
 
 QUESTIONS = 600
 """Held-out questions of each kind."""
-
-SCORER_FILE = "scorer.safetensors"
 
 
 def scorer_config(seed: int) -> training.TrainingConfig:

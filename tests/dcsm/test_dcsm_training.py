@@ -22,7 +22,7 @@ from jaxid.dcsm import training
 from jaxid.dcsm.datasets import Item
 from jaxid.dcsm.scoring import Scorer
 from jaxid.dcsm.training import TrainingConfig
-from jaxid.errors import CheckpointError, InputError
+from jaxid.errors import InputError, OutputError
 from jaxid.train import loop
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -166,7 +166,7 @@ def test_pictures_without_opposites_have_hard_captions(tmp_path: Path) -> None:
         ({}, {}, "at least one data set"),
         ({"spatial": items(1)}, {}, "'spatial' has 1 items, a batch 2"),
         ({"spatial": [*items(2), *items(2, opposites=False)]}, {}, "mixes items with and without"),
-        (None, {"kind": "gru"}, "the scorer 'gru' is not one of cnn, mlp"),
+        (None, {"kind": "gru"}, "kind is one of cnn, mlp, not 'gru'"),
         (None, {"vocabulary": ()}, "list of functional words is empty"),
     ],
 )
@@ -175,10 +175,15 @@ def test_what_cannot_be_trained(tmp_path: Path, data: Any, change: dict[str, Any
         training.train(tmp_path, encoder(CASE), sets() if data is None else data, dataclasses.replace(QUICK, **change))
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused_and_restarted(tmp_path: Path) -> None:
     trained(tmp_path)
-    with pytest.raises(CheckpointError, match="other settings"):
-        trained(tmp_path, dataclasses.replace(QUICK, seed=4))
+    other = dataclasses.replace(QUICK, seed=4)
+    with pytest.raises(OutputError, match="other settings: seed was 3, is now 4"):
+        trained(tmp_path, other)
+    before = (tmp_path / "scorer.safetensors").read_bytes()
+    trained(tmp_path, other, restart=True)
+    assert (tmp_path / "scorer.safetensors").read_bytes() != before
+    trained(tmp_path, other)
 
 
 SCRIPT = """

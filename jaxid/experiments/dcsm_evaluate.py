@@ -1,0 +1,233 @@
+"""Pooled cosine and dense maps on the published benchmarks ([DCSM] arXiv 2503.08723, section 6)."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+
+from jaxid import jobs, plots
+from jaxid.checkpoints.encoders import load_encoder
+from jaxid.checks import Count
+from jaxid.dcsm import benchmarks, evaluate
+from jaxid.dcsm.benchmarks import Question
+from jaxid.dcsm.scoring import Scorer, own_scorer
+from jaxid.errors import InputError
+from jaxid.experiments.base import Command, write_config
+from jaxid.experiments.session import Columns
+from jaxid.families.base import Encoder
+from jaxid.io import ensure_output_folder, write_json, write_text
+
+Asked = tuple[str, Question]
+"""Name of a benchmark, and one of its questions."""
+
+METHODS = {"cosine": "pooled cosine", "dcsm": "dense maps"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSummary:
+    """What `summary.json` says.
+
+    Attributes:
+        models: by encoder, method and benchmark: accuracy with its 95 % interval, number of questions, and chance.
+        skipped: what could not be used, and why.
+        unknown_words: by encoder: words that its vocabulary lacks, and in how many questions they stand.
+    """
+
+    models: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+    skipped: Sequence[Mapping[str, str]]
+    unknown_words: Mapping[str, Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateScorers(Command[EvaluationSummary]):
+    """Compare pooled cosine and dense maps on the published benchmarks.
+
+    Attributes:
+        data: folder of the benchmarks, in their published layouts.
+        out: folder for parts, tables and figure. A run that it holds is resumed if its settings agree.
+        model: encoders.
+        scorer: scorers, each used for the encoder that it was trained with; an encoder's own by default.
+        benchmark: names; all that the folder holds by default.
+        rewrite: word captions as the published evaluation does.
+        group: what maps are standardised over: a question's maps, as published, or each alone.
+        batch_size: questions answered together.
+        restart: discard the run that the folder holds, and begin anew.
+        skip_bad: skip rows and pictures that cannot be used, and list them.
+        progress: show progress bars, on terminals.
+    """
+
+    name: ClassVar[str] = "dcsm eval"
+
+    data: Path
+    out: Path
+    model: tuple[str, ...] = ("tiny-clip",)
+    scorer: tuple[Path, ...] = ()
+    benchmark: tuple[str, ...] = ()
+    rewrite: bool = True
+    group: Literal["row", "pair"] = "row"
+    batch_size: Count = 64
+    restart: bool = False
+    skip_bad: bool = False
+    progress: bool = True
+
+    def run(self) -> EvaluationSummary:
+        """Answers all questions with every model; writes one table (CSV, Markdown, figure) and the summary.
+
+        Raises:
+            InputError: for a scorer that belongs to none of the encoders.
+            DataError: if benchmarks cannot be read.
+            CheckpointError: if a scorer or an encoder cannot.
+            OutputError: if the folder holds another run, is in use, or cannot be written to.
+        """
+        ensure_output_folder(self.out)
+        # Captions are worded below: the cosine and the scorer are shown different ones.
+        found = benchmarks.read(self.data, self.benchmark or None, rewrite=False, skip_bad=self.skip_bad)
+        read, bad_rows = found if isinstance(found, tuple) else (found, [])
+        asked = [(name, question) for name, questions in read.items() for question in questions]
+        # Questions about one picture stand together, so that it is encoded once.
+        asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
+        chances = {(name, question.key): 1 / len(question.captions) for name, question in asked}
+        scorers = self._scorers()
+        write_config(self, self.out)
+        models, unknown = {}, {}
+        skipped = [{"item": f"{row.file}, row {row.row}", "reason": row.reason} for row in bad_rows]
+        for model in self.model:
+            encoder = load_encoder(model)
+            done = self._answered(encoder, scorers[model], asked)
+            columns = done.table.to_pydict()
+            keys = zip(columns["benchmark"], columns["question"], strict=True)
+            models[model] = evaluate.summary(columns | {"chance": [chances[key] for key in keys]})
+            lost = ({word for text in own.captions for word in encoder.processor.unknown(text)} for _, own in asked)
+            unknown[model] = dict(Counter(word for own in lost for word in sorted(own)))
+            skipped += [{"item": f"{model}: {bad.key}", "reason": bad.reason} for bad in done.skipped]
+        _write_tables(self.out, models)
+        summary = EvaluationSummary(models=models, skipped=skipped, unknown_words=unknown)
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+    def report(self, result: EvaluationSummary) -> Iterator[str]:
+        """The table, and how much was skipped."""
+        yield (self.out / "table.md").read_text(encoding="utf-8").rstrip()
+        if result.skipped:
+            yield f"{len(result.skipped)} skipped; see {self.out / 'summary.json'}"
+
+    def _scorers(self) -> dict[str, Scorer | None]:
+        """Every encoder's scorer: one that was given, or else the one in its folder."""
+        given = {path: Scorer.load(path) for path in self.scorer}
+        for path, scorer in given.items():
+            if scorer.encoder not in ("", *self.model):
+                raise InputError(f"{path} was trained on {scorer.encoder}, which is none of {', '.join(self.model)}.")
+        found: dict[str, Scorer | None] = {}
+        for model in self.model:
+            # The authors' files do not tell the encoder.
+            own = [path for path, scorer in given.items() if scorer.encoder in (model, "")]
+            if len(own) > 1:
+                raise InputError(f"{own[0]} and {own[1]} are both for {model}; give one of them.")
+            path = own[0] if own else own_scorer(model)
+            found[model] = None if path is None else given.get(path) or Scorer.load(path)
+        return found
+
+    def _answered(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> jobs.Finished:
+        """One encoder's answers, as a job in a folder of its own."""
+        out = self.out / "models" / encoder.name.replace("/", "--")
+        settings = {
+            "model": encoder.name,
+            "fingerprint": encoder.fingerprint,
+            "scorer": None if scorer is None else _digest(scorer),
+            "rewrite": self.rewrite,
+            "group": self.group,
+        }
+        done = jobs.run(
+            out,
+            settings=settings,
+            items=asked,
+            key=lambda entry: f"{entry[0]}/{entry[1].key}",
+            compute=lambda chunk: self._compute(encoder, scorer, chunk),
+            chunk_size=self.batch_size,
+            restart=self.restart,
+            skip_bad=self.skip_bad,
+            progress=self.progress,
+            unit="question",
+        )
+        jobs.write_merged(out, done)
+        return done
+
+    def _compute(self, encoder: Encoder, scorer: Scorer | None, chunk: Sequence[Asked]) -> Columns:
+        """Answers to some questions, each picture opened once."""
+        pictures: dict[Any, int] = {}
+        shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in chunk]
+        opened = [benchmarks.load_picture(chunk[shown.index(index)][1]) for index in range(len(pictures))]
+
+        def worded(flat: bool) -> list[tuple[str, ...]]:
+            if not self.rewrite:
+                return [question.captions for _, question in chunk]
+            return [
+                tuple(benchmarks.published_caption(name, caption, flat=flat) for caption in question.captions)
+                for name, question in chunk
+            ]
+
+        answers = evaluate.answer(
+            encoder, opened, worded(False), scorer, scorer_captions=worded(True), shown=shown, group=self.group
+        )
+        columns: dict[str, Any] = {
+            "model": [encoder.name] * len(chunk),
+            "benchmark": [name for name, _ in chunk],
+            "question": [question.key for _, question in chunk],
+            "cosine": answers.cosine,
+        }
+        return columns if answers.dcsm is None else columns | {"dcsm": answers.dcsm}
+
+
+def _digest(scorer: Scorer) -> str:
+    digest = hashlib.sha256(f"{scorer.vocabulary} {scorer.placement}".encode())
+    for leaf in jax.tree.leaves(scorer):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_tables(out: Path, models: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> None:
+    """`table.csv` and `table.md`: a row for every model and method, a column for every benchmark; and the figure."""
+    rows = [(model, METHODS[method], found) for model, methods in models.items() for method, found in methods.items()]
+    columns = list(dict.fromkeys(name for _, _, found in rows for name in found))
+    known = {name: [found[name] for _, _, found in rows if name in found] for name in columns}
+    chances = [known[name][0]["chance"] for name in columns]
+    parts = ("accuracy", "low", "high", "questions", "chance")
+
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    names = (name if part == "accuracy" else f"{name} {part}" for name in columns for part in parts)
+    table.writerow(["model", "method", *names])
+    for model, method, found in rows:
+        numbers = (f"{found[name][part]:.6g}" if name in found else "" for name in columns for part in parts)
+        table.writerow([model, method, *numbers])
+    write_text(out / "table.csv", buffer.getvalue())
+
+    lines = [["model", "method", *columns], ["---"] * (2 + len(columns))]
+    told = "{accuracy:.4f} ({low:.3f} to {high:.3f}, n = {questions})"
+    for model, method, found in rows:
+        lines.append([model, method, *(told.format(**found[name]) if name in found else "" for name in columns)])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    guesses = ", ".join(f"{name} {chance:.3g}" for name, chance in zip(columns, chances, strict=True))
+    note = f"Shares of right answers, 95 % Wilson intervals, n questions. Chance: {guesses}."
+    write_text(out / "table.md", f"{text}\n{note}\n")
+
+    accuracy, low, high = (
+        np.array([[found.get(name, {}).get(part, np.nan) for name in columns] for _, _, found in rows])
+        for part in parts[:3]
+    )
+    figure = plots.benchmark_bars(
+        [f"{model}, {method}" for model, method, _ in rows],
+        [f"{name}\nn = {max(own['questions'] for own in known[name])}" for name in columns],
+        accuracy,
+        np.stack([low, high], axis=1),
+        chance=chances,
+        about=plots.About(model=", ".join(models)),
+    )
+    plots.save(figure, out / "table.png")

@@ -1,0 +1,129 @@
+"""Scores of one picture's captions by their dense maps, beside the pooled cosine ([DCSM] arXiv 2503.08723)."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from jaxid import plots
+from jaxid.checkpoints.encoders import load_encoder
+from jaxid.checks import check_finite
+from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
+from jaxid.dcsm.placement import place
+from jaxid.dcsm.scoring import Scorer, find_scorer, score
+from jaxid.errors import InputError, OutputError
+from jaxid.experiments.base import Command
+from jaxid.io import ensure_output_folder
+from jaxid.prompts.pictures import open_picture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionScore:
+    """What a caption of the picture was given.
+
+    Attributes:
+        caption: the text.
+        score: by the scorer of dense maps.
+        cosine: of the pooled picture and caption.
+    """
+
+    caption: str
+    score: float
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreCaptions(Command[list[CaptionScore]]):
+    """Score captions of a picture by their dense maps, beside the pooled cosine.
+
+    Attributes:
+        picture: the picture.
+        captions: the captions.
+        model: alias, Hugging Face id, folder, or OpenCLIP file.
+        scorer: a scorer, .safetensors or the authors' .pt; the model's own by default.
+        group: what maps are standardised over: all maps of the call, as published; a picture's maps; or each alone.
+        out: figure of the maps, .png.
+    """
+
+    name: ClassVar[str] = "dcsm score"
+
+    picture: Path = dataclasses.field(kw_only=False)
+    captions: tuple[str, ...] = dataclasses.field(kw_only=False)
+    model: str = "tiny-clip"
+    scorer: Path | None = None
+    group: Literal["call", "row", "pair"] = "call"
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what does not need the model.
+
+        Raises:
+            InputError: for an option that is none, or a blank caption.
+            OutputError: for a figure that is no PNG.
+        """
+        super().__post_init__()
+        if not self.captions or not all(caption.strip() for caption in self.captions):
+            raise InputError("the list of captions is empty, or one of them is; give at least one.")
+        if self.out is not None and self.out.suffix.lower() != ".png":
+            raise OutputError(f"{self.out} cannot be written: figures are PNG files, so the name must end in .png.")
+
+    def run(self) -> list[CaptionScore]:
+        """Scores the captions; draws their maps if `out` is given.
+
+        Raises:
+            InputError: for a picture that cannot be opened, or a model without a scorer.
+            CheckpointError: if encoder or scorer cannot be read.
+        """
+        if self.out is not None:
+            ensure_output_folder(self.out.parent)
+        open_picture(self.picture)
+        scorer = find_scorer(self.model, self.scorer)
+        encoder = load_encoder(self.model)
+        pictures = embed_images(encoder, [self.picture])
+        texts = embed_texts(encoder, self.captions, scorer.map_shape[1])
+        scores, cosine = score(scorer, pictures, texts, group=self.group)[0], pictures.pooled[0] @ texts.pooled.T
+        check_finite("the cosine of picture and captions", cosine)
+        if self.out is not None:
+            over = "each map alone" if self.group == "pair" else "all these captions"
+            about = plots.About(
+                model=self.model,
+                items=len(texts),
+                unit="captions of one picture",
+                note=f"scores standardised over {over}",
+            )
+            figure = plots.caption_maps(
+                encoder.processor.shown(self.picture),
+                np.einsum("ie,mte->mit", pictures.tokens[0], texts.tokens),
+                [_token_names(scorer, texts, row) for row in range(len(texts))],
+                self.captions,
+                scores,
+                cosine,
+                encoder.processor.grid,
+                about=about,
+            )
+            plots.save(figure, self.out)
+        return [
+            CaptionScore(caption=caption, score=float(value), cosine=float(near))
+            for caption, value, near in zip(self.captions, scores, cosine, strict=True)
+        ]
+
+    def report(self, result: list[CaptionScore]) -> Iterator[str]:
+        """A line for each caption; the greatest score is marked."""
+        best = max(result, key=lambda row: row.score)
+        width = max(len(row.caption) for row in result)
+        yield f"{'caption':{width}s}    score   cosine"
+        for row in result:
+            yield f"{row.caption:{width}s}  {row.score:+7.3f}  {row.cosine:7.3f}{'  <-' if row is best else ''}"
+
+
+def _token_names(scorer: Scorer, texts: Texts, row: int) -> list[tuple[int, str, bool]]:
+    """Column, words and whether it is functional, of every caption token that stands for characters."""
+    captions = texts.captions
+    words = place(captions, scorer.vocabulary).words[row]
+    return [
+        (column, captions.texts[row][start:stop], bool(words[column] >= 0))
+        for column, (start, stop) in enumerate(captions.offsets[row].tolist())
+        if captions.valid[row, column] and stop > start
+    ]

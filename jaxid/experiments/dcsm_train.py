@@ -1,0 +1,115 @@
+"""Training of a scorer of dense maps on data sets in their published layouts ([DCSM] arXiv 2503.08723, section 5)."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jaxid import plots
+from jaxid.checkpoints.encoders import load_encoder
+from jaxid.checks import Count
+from jaxid.dcsm import training
+from jaxid.dcsm.datasets import read_sets
+from jaxid.dcsm.functional_words import read_lines
+from jaxid.dcsm.scoring import SCORER_FILE
+from jaxid.dcsm.training import TrainingConfig
+from jaxid.errors import DataError
+from jaxid.experiments.base import Command, write_config
+from jaxid.io import ensure_output_folder, read_json
+from jaxid.train.trackers import Trackers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """What came of a training run.
+
+    Attributes:
+        rows: of metrics, as in `metrics.json`.
+        sets: how many items each data set has.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    sets: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainScorer(TrainingConfig, Command[TrainingSummary]):
+    """Train a scorer over a frozen encoder.
+
+    Attributes:
+        data: folder with spatial/, attributes/, negation.json, or COCO-Spatial.
+        out: folder of the run. A run that it holds is resumed if its settings agree.
+        model: alias, Hugging Face id, folder, or OpenCLIP file.
+        words: file of functional words, one a line, in place of `vocabulary`; `jaxid dcsm words` writes one.
+        save_every: steps between saves.
+        restart: discard the run that the folder holds, and begin anew.
+        wandb: project of Weights & Biases to log to.
+        torch_file: also write the scorer in the authors' layout, .pt.
+        progress: show progress bars, on terminals.
+    """
+
+    name: ClassVar[str] = "dcsm train"
+
+    data: Path
+    out: Path
+    model: str = "tiny-clip"
+    words: Path | None = None
+    save_every: Count = 100
+    restart: bool = False
+    wandb: str | None = None
+    torch_file: Path | None = None
+    progress: bool = True
+
+    def run(self) -> TrainingSummary:
+        """Trains, or resumes the run in the folder; writes the scorer with metrics and their curves.
+
+        Raises:
+            DataError: if there is no data set, or one is not in its layout.
+            InputError: for data sets that training cannot use, or a missing package.
+            OutputError: if the folder holds another run, is in use, or cannot be written to.
+            CheckpointError: if the encoder cannot be read.
+        """
+        config = self
+        if self.words is not None:
+            lines = dict.fromkeys(line.lower() for line in read_lines(self.words))
+            config = dataclasses.replace(self, vocabulary=tuple(lines))
+        sets = read_sets(self.data)
+        training.check_sets(sets, config)
+        ensure_output_folder(self.out)
+        if self.torch_file is not None:
+            from jaxid.checkpoints.torch_files import check_torch
+
+            check_torch(f"Writing {self.torch_file}")
+            ensure_output_folder(self.torch_file.parent)
+        encoder = load_encoder(self.model)
+        with Trackers(training.settings_of(config) | {"model": self.model}, wandb=self.wandb) as log:
+            scorer = training.train(
+                self.out,
+                encoder,
+                sets,
+                config,
+                save_every=self.save_every,
+                restart=self.restart,
+                progress=self.progress,
+                log=log,
+            )
+        write_config(self, self.out)
+        if self.torch_file is not None:
+            from jaxid.checkpoints.scorer_files import write_authors_scorer
+
+            write_authors_scorer(self.torch_file, scorer.network, np.asarray(scorer.vectors))
+        metrics = read_json(self.out / "metrics.json", DataError, expected=list)
+        if metrics:
+            columns = {name: np.array([row[name] for row in metrics]) for name in ("epoch", "loss", "accuracy")}
+            counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
+            about = plots.About(model=self.model, items=counts, note=f"seed {self.seed}")
+            plots.save(plots.training_curves(**columns, about=about), self.out / "curves.png")
+        return TrainingSummary(rows=metrics, sets={name: len(items) for name, items in sets.items()})
+
+    def report(self, result: TrainingSummary) -> Iterator[str]:
+        """What was learned from, the last loss, and the file."""
+        last = f", loss {result.rows[-1]['loss']:.3f}" if result.rows else ""
+        yield f"{sum(result.sets.values())} items of {', '.join(result.sets)}{last}"
+        yield str(self.out / SCORER_FILE)
