@@ -237,6 +237,36 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def refuse_other_settings(
+    folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], further: Sequence[str] = ()
+) -> None:
+    """Refuses to resume a run with other settings.
+
+    Args:
+        folder: of the run.
+        then: settings that it was begun with, as they are stored.
+        now: those it would be resumed with, in the types that JSON has.
+        further: what differs besides, in words.
+
+    Raises:
+        OutputError: naming each setting that differs, with both values.
+    """
+
+    def shown(settings: Mapping[str, Any], name: str) -> str:
+        return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"
+
+    found = [
+        f"{name.replace('_', ' ')} was {shown(then, name)}, is now {shown(now, name)}"
+        for name in {**then, **now}
+        if (name in then) != (name in now) or then.get(name) != now.get(name)
+    ]
+    if found or further:
+        raise OutputError(
+            f"{folder} holds a run with other settings: {'; '.join([*found, *further])}. "
+            f"Repeat those to resume it, give --restart to begin anew, or another --out."
+        )
+
+
 def remove_temporary(folder: Path) -> None:
     """Removes what `whole_file` left in a folder when its process was killed; to be called under the folder's lock.
 

@@ -245,12 +245,13 @@ def _compared(out: Path, now: dict[str, Any], only: Mapping[str, Any] | None = N
         if only is None
         else {name: then["settings"][name] for name in only if name in then["settings"]}
     )
-    differences = _differences(then | {"settings": old}, now)
-    if differences:
-        raise OutputError(
-            f"{out} holds a run with other settings: {'; '.join(differences)}. "
-            f"Repeat those to resume it, give --restart to begin anew, or another --out."
-        )
+    count, digest = now["items"]["count"], now["items"]["digest"]
+    further = []
+    if then["items"]["count"] != count:
+        further = [f"items were {then['items']['count']}, are now {count}"]
+    elif then["items"]["digest"] != digest:
+        further = [f"items are {count} as before, but other ones or in another order"]
+    io.refuse_other_settings(out, old, now["settings"], further)
     return then
 
 
@@ -273,25 +274,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not whole:
         raise OutputError(f"{path} is damaged; give --restart to begin anew, or another --out.")
     return stored
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Each setting that differs, with both values."""
-
-    def shown(settings: dict[str, Any], name: str) -> str:
-        return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"
-
-    old, new = then["settings"], now["settings"]
-    found = [
-        f"{name.replace('_', ' ')} was {shown(old, name)}, is now {shown(new, name)}"
-        for name in {**old, **new}
-        if (name in old) != (name in new) or old.get(name) != new.get(name)
-    ]
-    if then["items"]["count"] != now["items"]["count"]:
-        found.append(f"items were {then['items']['count']}, are now {now['items']['count']}")
-    elif then["items"]["digest"] != now["items"]["digest"]:
-        found.append(f"items are {now['items']['count']} as before, but other ones or in another order")
-    return found
 
 
 def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:

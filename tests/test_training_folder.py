@@ -49,8 +49,10 @@ def stages(draw: Callable[[int], Any] = batch, *, rate: float = 0.1, steps: int 
 
 def run(folder: Path, made: list[Stage] | None = None, **options: Any) -> Any:
     options = {"columns": ("step", "stage", "loss"), "save_every": 2, "record_every": 1, "progress": False} | options
-    with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
-        return training.train(folder, SETTINGS, START, made or stages(), **options)
+    restart = options.pop("restart", False)
+    # optax is not written for strict promotion
+    with jax.numpy_dtype_promotion("standard"), training.begun(folder, SETTINGS, restart=restart, made=["extra*"]):
+        return training.fit(folder, START, made or stages(), **options)
 
 
 class Stopped(BaseException):
@@ -159,7 +161,9 @@ def test_without_a_whole_state_nothing_is_touched(killed: Path, tmp_path: Path) 
     for step in (folder / "state").iterdir():
         empty(step)
     before = sorted(folder.rglob("*"))
-    with pytest.raises(CheckpointError, match=r"state/8 cannot be read.*no earlier state is whole.*--out, or delete"):
+    with pytest.raises(
+        CheckpointError, match=r"state/8 cannot be read.*no earlier state is whole.*give --restart"
+    ):
         run(folder)
     assert [path for path in sorted(folder.rglob("*")) if path.name != ".lock"] == [
         path for path in before if path.name != ".lock"
@@ -174,7 +178,7 @@ ODD = [b"", b"[]", b"null", b"7", b'{"seed": 3', b"\xff\xfe\x00", b"[" * 100_000
 @pytest.mark.parametrize("content", ODD, ids=range(len(ODD)))
 def test_a_damaged_record_of_settings(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(OutputError, match=r"run.json .*; give another --out, or delete") as caught:
+    with pytest.raises(OutputError, match=r"run.json .*; give --restart to begin anew, or another --out") as caught:
         run(tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "run.json").read_bytes() == content
@@ -184,11 +188,31 @@ def test_settings_with_a_byte_order_mark_and_other_ones(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(SETTINGS), encoding="utf-8-sig")
     run(tmp_path, stages(steps=1))
     (tmp_path / "run.json").write_text(json.dumps({"seed": 4, "rates": [0.1, 0.2]}))
-    with pytest.raises(CheckpointError, match=r"other settings; choose another folder \(seed differ"):
+    with pytest.raises(
+        OutputError, match=r"other settings: seed was 4, is now 3\. Repeat those to resume it"
+    ):
         run(tmp_path)
     (tmp_path / "run.json").unlink()
     with pytest.raises(OutputError, match=r"whose run\.json is gone"):
         run(tmp_path)
+
+
+def test_restart_discards_the_run_and_nothing_else(killed: Path, whole: Path, tmp_path: Path) -> None:
+    """Of other settings, with a damaged record or without one."""
+    for number, record in enumerate(('{"seed": 4}', "{", None)):
+        folder = tmp_path / str(number)
+        shutil.copytree(killed, folder)
+        for name in ("extra.csv", "mine.csv"):
+            (folder / name).write_text("old")
+        if record is None:
+            (folder / "run.json").unlink()
+        else:
+            (folder / "run.json").write_text(record)
+        with pytest.raises(OutputError, match="--restart to begin anew"):
+            run(folder)
+        assert_like(run(folder, restart=True), whole, folder)
+        assert not (folder / "extra.csv").exists() and (folder / "mine.csv").read_text() == "old"
+        assert json.loads((folder / "run.json").read_text()) == {"seed": 3, "rates": [0.1, 0.2]}
 
 
 HEAD = "step,stage,loss,skipped\n"
@@ -342,5 +366,5 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         optimizer=optax.sgd(1e38),
     )
     with pytest.raises(InputError, match=r"after step 2 \(one\) parameters are NaN or infinite"):
-        training.train(tmp_path, {}, huge, [stage], columns=("step", "stage"), save_every=2, progress=False)
+        training.fit(tmp_path, huge, [stage], columns=("step", "stage"), save_every=2, progress=False)
     assert not list((tmp_path / "state").glob("*[0-9]"))

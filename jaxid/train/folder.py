@@ -24,6 +24,7 @@ from jaxid.io import (
     locked,
     read_json,
     reading,
+    refuse_other_settings,
     remove_temporary,
     to_json,
     whole_file,
@@ -32,58 +33,67 @@ from jaxid.io import (
 
 
 @contextlib.contextmanager
-def begun(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+def begun(
+    folder: Path, settings: Mapping[str, Any], *, restart: bool = False, made: Sequence[str] = ()
+) -> Iterator[None]:
     """Keeps a run's folder for this process, and removes what a killed one left half written.
 
     Args:
         folder: of the run; made if need be. Its `run.json` holds the settings.
         settings: all that decides the outcome.
+        restart: discard the run in the folder and begin anew.
+        made: patterns of what a run makes besides state and metrics, and is discarded with them.
 
     Raises:
-        CheckpointError: if the folder holds a run with other settings.
-        OutputError: if it is in use by another process, cannot be written to, or its `run.json` is damaged or gone.
+        OutputError: if the folder holds a run with other settings, is in use by another process, or cannot be written
+            to, or if its `run.json` is damaged or gone.
     """
-    check_folder(folder, settings)
-    record = folder / "run.json"
-    if not record.exists():
-        write_json(record, settings)
+    check_folder(folder, settings, restart=restart)
     with locked(folder):
-        check_folder(folder, settings)  # another process may have come first
+        if restart:
+            # The settings last: until all else is gone, they say whose it is.
+            for pattern in ("state", "metrics.csv", *made, "run.json"):
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _compare(folder, settings)  # another process may have come first
         for inner in (folder, *folder.iterdir()):
             remove_temporary(inner)
         for half in folder.glob("state/*.orbax-checkpoint-tmp*"):
             shutil.rmtree(half, ignore_errors=True)
-        write_json(record, settings)
+        write_json(folder / "run.json", settings)
         yield
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any], *, unknown: Sequence[str] = ()) -> None:
+def check_folder(folder: Path, settings: Mapping[str, Any], *, restart: bool = False, part: bool = False) -> None:
     """Refuses what `begun` would refuse of a folder that no process is working in.
 
     Args:
         folder: of the run; made if need be.
         settings: all that decides the outcome.
-        unknown: names of settings that cannot be compared yet.
+        restart: as in `begun`.
+        part: these are the settings that are known already; others are not compared.
 
     Raises:
-        CheckpointError, OutputError: as `begun`.
+        OutputError: as `begun`.
     """
     ensure_output_folder(folder)
+    if not restart:
+        _compare(folder, settings, part=part)
+
+
+def _compare(folder: Path, settings: Mapping[str, Any], *, part: bool = False) -> None:
+    """Refuses a folder that holds a run with other settings, or one whose settings are not known."""
     record, now = folder / "run.json", json.loads(to_json(settings))
+    advice = "give --restart to begin anew, or another --out"
     if not record.exists():
         if (folder / "state").exists():
-            raise OutputError(f"{folder} holds the state of a run whose run.json is gone; give another --out.")
+            raise OutputError(f"{folder} holds the state of a run whose run.json is gone; {advice}.")
         return
     try:
         then = read_json(record, OutputError)
     except OutputError as error:
-        raise OutputError(f"{str(error).rstrip('.')}; give another --out, or delete {folder} to start over.") from error
-    names = {**then, **now}.keys() - set(unknown)
-    other = sorted(name for name in names if name not in then or name not in now or then[name] != now[name])
-    if other:
-        raise CheckpointError(
-            f"{folder} holds a training run with other settings; choose another folder ({', '.join(other)} differ)."
-        )
+        raise OutputError(f"{str(error).rstrip('.')}; {advice}.") from error
+    refuse_other_settings(folder, {name: then[name] for name in then if not part or name in now}, now)
 
 
 class States:
@@ -125,8 +135,8 @@ class States:
             yield
         except Exception as problem:
             raise OutputError(
-                f"cannot write the training state to {self.folder}: {first_line(problem)}; free some space or see to "
-                f"the folder, then run again: training resumes from the last saved step."
+                f"cannot write the training state to {self.folder}: {first_line(problem)}; free some space or "
+                f"check the folder, then run again: training resumes from the last saved step."
             ) from problem
 
     def restore(self, abstract: Callable[[int], Any]) -> tuple[int, Any]:
@@ -153,8 +163,7 @@ class States:
             return int(path.name), state
         if damaged:
             raise CheckpointError(
-                f"{damaged[0][1]}, and no earlier state is whole; give another --out, or delete {self.folder} to "
-                f"start over."
+                f"{damaged[0][1]}, and no earlier state is whole; give --restart to begin anew, or another --out."
             )
         return 0, None
 
@@ -188,28 +197,28 @@ def _orbax_silenced() -> Iterator[None]:
     logger.addFilter(wanted)
     sys.unraisablehook = tell
     try:
-        yield
-    finally:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
             gc.collect()
+    finally:
         sys.unraisablehook = hook
         logger.removeFilter(wanted)
 
 
 @jax.jit
 def _checksum(tree: Any) -> Array:
-    """A number that tells any flipped bit of a pytree: its words, each times an odd number of its place, summed up."""
+    """A number that tells any flipped bit of a pytree: its words, each times an odd number for its position, summed."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
         words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}").astype(jnp.uint32)
-        place = jnp.ones(words.shape, jnp.uint32)
+        weight = jnp.ones(words.shape, jnp.uint32)
         for axis in range(words.ndim):
-            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(
+            weight += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(
                 2 * 40_503 ** (axis + 1) % 2**32
             )
-        total = total * np.uint32(31) + (words * place).sum(dtype=jnp.uint32)
+        total = total * np.uint32(31) + (words * weight).sum(dtype=jnp.uint32)
     return total
 
 

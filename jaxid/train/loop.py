@@ -14,8 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxid.errors import InputError, JaxidWarning
-from jaxid.train.folder import States, begun, metrics_rows
+from jaxid.train.folder import States, metrics_rows
 from jaxid.train.folder import append_metrics as append_metrics
+from jaxid.train.folder import begun as begun
 from jaxid.train.folder import check_folder as check_folder
 from jaxid.train.folder import read_metrics as read_metrics
 
@@ -30,16 +31,16 @@ class Stage(NamedTuple):
     """One stretch of training with its own loss, data and schedule.
 
     Attributes:
-        name: how the progress bar and the metrics call it.
-        first: number of its first step, counted over the whole run.
+        name: in the progress bar and the metrics.
+        first: index of its first step, counted over the whole run.
         steps: how many it has.
         loss: from parameters and a batch to the loss and what is worth recording.
-        batch: arrays of a step, a pure function of its number, so that a resumed run sees the same data.
+        batch: arrays of a step, a pure function of its index, so that a resumed run sees the same data.
         optimizer: what turns gradients into updates.
-        whole: names of those arrays that every device needs whole.
+        whole: names of the arrays that every device needs whole.
         constants: further entries of every batch that no step changes, such as frozen parameters.
-        accumulate: the arrays' first axis counts small batches, whose gradients are averaged one after the other (on
-            several devices, side by side), so that only one of them has to fit in memory.
+        accumulate: the arrays' first axis counts small batches, whose gradients are computed one after the other (on
+            several devices, side by side) and averaged, so that only one batch has to fit in memory.
     """
 
     name: str
@@ -51,23 +52,6 @@ class Stage(NamedTuple):
     whole: tuple[str, ...] = ()
     constants: Mapping[str, Any] = {}
     accumulate: bool = False
-
-
-def train(folder: Path, settings: Mapping[str, Any], parameters: Any, stages: Sequence[Stage], **options: Any) -> Any:
-    """`fit` in a folder that is kept for it alone.
-
-    Args:
-        folder: of the run.
-        settings: all that decides the outcome; a folder begun with other settings is refused.
-        parameters: as in `fit`.
-        stages: as in `fit`.
-        **options: as in `fit`.
-
-    Raises:
-        CheckpointError, OutputError: what `begun` and `fit` raise.
-    """
-    with begun(folder, settings):
-        return fit(folder, parameters, stages, **options)
 
 
 def fit(
@@ -96,8 +80,8 @@ def fit(
         record_every: steps between rows of metrics.
         progress: show a progress bar.
         log: is also given every row of metrics.
-        check: is given the number of steps done and the parameters, every so often and at the end; what a kill undid
-            is checked again.
+        check: is given the count of steps done and the parameters, every so often and at the end; after a kill, the
+            steps that it undid are checked again.
         check_every: steps between checks.
 
     Raises:
@@ -161,15 +145,7 @@ def fit(
 
 def _start(stage: Stage, parameters: Any) -> dict[str, Any]:
     """The state that a stage begins with."""
-    return {"parameters": parameters, "optimizer": _guarded(stage, parameters).init(parameters)}
-
-
-def _guarded(stage: Stage, parameters: Any) -> optax.GradientTransformation:
-    """A stage's optimizer, which skips steps whose gradient is not finite."""
-    optimizer = stage.optimizer
-    if isinstance(jax.eval_shape(optimizer.init, parameters), optax.ApplyIfFiniteState):
-        return optimizer
-    return skip_not_finite(optimizer)
+    return {"parameters": parameters, "optimizer": skip_not_finite(stage.optimizer).init(parameters)}
 
 
 def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -186,7 +162,7 @@ def _check_health(state: dict[str, Any], stage: Stage, step: int) -> int:
     """
     counts, last = state["optimizer"], step == stage.first + stage.steps
     in_row, skipped = int(counts.notfinite_count), int(counts.total_notfinite)
-    advice = "lower the learning rate, or see to the data and weights"
+    advice = "lower the learning rate, or check the data and weights"
     if in_row >= _MOST_SKIPPED or (last and in_row == stage.steps):
         raise InputError(
             f"training diverges: in all of the steps {step - in_row + 1} to {step} ({stage.name}) the gradient is NaN "
@@ -250,7 +226,7 @@ def _step_function(stage: Stage, devices: int) -> Callable[..., Any]:
             return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
 
         found, metrics = _averaged(gradients, batch, devices) if stage.accumulate else gradients(batch)
-        updates, optimizer_state = _guarded(stage, parameters).update(found, state["optimizer"], parameters)
+        updates, optimizer_state = skip_not_finite(stage.optimizer).update(found, state["optimizer"], parameters)
         parameters = optax.apply_updates(parameters, updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
