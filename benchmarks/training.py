@@ -184,9 +184,9 @@ def trained_names(task: Any) -> Iterator[tuple[str, Any, int | None]]:
         if chosen is None:
             yield key.source, key, None
             continue
-        for layer, row in key.places(len(parameters[key.target])):
+        for name, row in key.tensors(parameters[key.target].shape):
             if row in chosen:
-                yield key.source.format(layer=layer), key, chosen.index(row)
+                yield name, key, chosen.index(row)
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------

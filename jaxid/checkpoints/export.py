@@ -74,22 +74,18 @@ def _write_over(
     for key in keys:
         if paths is not None and key.target not in paths:
             continue
-        parameter, stacked = np.asarray(parameters[key.target]), "{layer}" in key.source
-        for layer, row in key.places(len(parameter)) if stacked else [(0, None)]:
-            name = names.get(key.source.format(layer=layer))
+        parameter = np.asarray(parameters[key.target])
+        for source, row in key.tensors(parameter.shape):
+            name = names.get(source)
             if name is None:
                 if key.copy:
                     continue
-                raise CheckpointError(f"the checkpoint has no tensor {key.source.format(layer=layer)!r} any more.")
+                raise CheckpointError(f"the checkpoint has no tensor {source!r} any more.")
             entry, old = tensors.entries[name], tensors.read(name)
             if entry.file not in opened:
                 opened[entry.file] = np.memmap(entry.file, np.uint8, "r+")
-            place = np.ndarray(old.shape, old.dtype, opened[entry.file], entry.begin)
-            if key.part is not None:
-                index, count = key.part
-                length = len(place) // count
-                place = place[index * length : (index + 1) * length]
+            target = key.own_part(np.ndarray(old.shape, old.dtype, opened[entry.file], entry.begin))
             new = key.to_checkpoint(parameter if row is None else parameter[row])
-            place[...] = new.astype(old.dtype).reshape(place.shape)
+            target[...] = new.astype(old.dtype).reshape(target.shape)
     for mapped in opened.values():
         mapped.flush()

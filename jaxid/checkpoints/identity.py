@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     Attributes:
         source: the tensor's name in the key table's spelling.
         part: which part of it one key reads.
-        number: which piece of that part.
+        index: which piece of that part.
         tensor: its name in the file.
         digest: of its numbers and their format.
         finite: whether none of them is NaN or infinite.
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
 
     source: str
     part: tuple[int, int]
-    number: int
+    index: int
     tensor: str
     digest: str
     finite: bool
@@ -63,7 +63,7 @@ def combined(seen: Iterable[Seen]) -> str:
     """One digest of all pieces, in an order that does not depend on how tensors are spread over files."""
     digest = hashlib.sha256()
     for piece in sorted(seen):
-        digest.update(f"{piece.source} {piece.part} {piece.number} {piece.digest}\n".encode())
+        digest.update(f"{piece.source} {piece.part} {piece.index} {piece.digest}\n".encode())
     return digest.hexdigest()
 
 

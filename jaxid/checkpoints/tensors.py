@@ -6,19 +6,21 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
 from jaxtyping import Shaped, UInt8
 
 from jaxid.checkpoints.identity import Seen, combined, look
 from jaxid.errors import CheckpointError
-from jaxid.io import first_line, read_json, reading
+from jaxid.io import first_line, read_json, reading, whole_file
 from jaxid.nn.keys import Key
 
 Leaves = dict[str, Any]
@@ -47,25 +49,14 @@ _ALIGNMENT = 64
 """Bytes; on a CPU, JAX takes host memory that begins at such an address over instead of copying it."""
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Leaves:
+def flatten(tree: dict[str, Any]) -> Leaves:
     """Nested dictionaries as one, paths joined by dots."""
-    flat: Leaves = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return flat
+    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def unflatten(leaves: Leaves) -> dict[str, Any]:
     """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in leaves.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep=".")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,9 +248,9 @@ def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) 
             for column in range(0, target.shape[-1], _TILE):
                 tile = (*place, slice(row, row + _TILE), slice(column, column + _TILE))
                 numbers = source[tile].T
-                turned = held[: numbers.shape[0], : numbers.shape[1]]
-                turned[...] = numbers
-                target[tile] = turned.T
+                transposed = held[: numbers.shape[0], : numbers.shape[1]]
+                transposed[...] = numbers
+                target[tile] = transposed.T
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
@@ -290,25 +281,27 @@ def same_numbers(tensors: Tensors, one: str, other: str) -> bool:
     return True
 
 
+class _Row(NamedTuple):
+    """A tensor that is read.
+
+    Attributes:
+        key: the row of the key table.
+        index: the row of a stacked parameter that it fills.
+        source: its name in the key table's spelling.
+        name: its name in the file.
+    """
+
+    key: Key
+    index: int | None
+    source: str
+    name: str
+
+
 def published_name(name: str, renames: Sequence[tuple[str, str]]) -> str:
     """A tensor's name in the key table's spelling."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def load_parameters(
-    tensors: Tensors,
-    abstract: Leaves,
-    keys: Sequence[Key],
-    *,
-    renames: Sequence[tuple[str, str]] = (),
-    unused: Sequence[str] = (),
-    dtype: Any = np.float32,
-    place: Callable[[str, np.ndarray], Any] | None = None,
-) -> dict[str, Any]:
-    """What `read_parameters` reads, without its digest."""
-    return read_parameters(tensors, abstract, keys, renames=renames, unused=unused, dtype=dtype, place=place)[0]
 
 
 def read_parameters(
@@ -318,8 +311,7 @@ def read_parameters(
     *,
     renames: Sequence[tuple[str, str]] = (),
     unused: Sequence[str] = (),
-    dtype: Any = np.float32,
-    place: Callable[[str, np.ndarray], Any] | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> tuple[dict[str, Any], str]:
     """Reads a checkpoint into parameters stacked over layers, tensor by tensor.
 
@@ -330,12 +322,10 @@ def read_parameters(
         renames: (pattern, replacement) pairs that bring other spellings of keys to the table's.
         unused: patterns of tensors that hold nothing learned.
         dtype: of the parameters.
-        place: puts a finished host array on its devices, given the parameter's path; by default
-            `jax.device_put`, one call per parameter.
 
     Returns:
-        Nested dictionaries of arrays, and a digest of every number in the tensors that they were made of, whatever
-        files these stand in.
+        Nested dictionaries of arrays on the default device, and a digest of every number in the tensors that they were
+        made of, whatever files these stand in.
 
     Raises:
         CheckpointError: listing every unknown key, missing tensor, double assignment, wrong shape, tensor of no
@@ -351,7 +341,7 @@ def read_parameters(
             problems.append(f"both {available[spelled]!r} and {name!r} name {spelled!r}")
         available[spelled] = name
 
-    plan: dict[str, list[tuple[Key, int | None, str]]] = {path: [] for path in abstract}
+    plan: dict[str, list[_Row]] = {path: [] for path in abstract}
     copies: list[tuple[Key, str]] = []
     used: dict[str, list[tuple[int, int] | None]] = {}
     for key in keys:
@@ -359,14 +349,11 @@ def read_parameters(
             if key.source in available:
                 copies.append((key, available.pop(key.source)))
             continue
-        stacked = "{layer}" in key.source
-        places = key.places(abstract[key.target].shape[0]) if stacked else [(0, None)]
-        for layer, row in places:
-            source = key.source.format(layer=layer)
+        for source, row in key.tensors(abstract[key.target].shape):
             if source not in available:
                 problems.append(f"tensor {source!r} is missing (parameter {key.target})")
                 continue
-            plan[key.target].append((key, row, available[source]))
+            plan[key.target].append(_Row(key, row, source, available[source]))
             used.setdefault(source, []).append(key.part)
     for source, parts in used.items():
         whole = [(index, parts[0][1]) for index in range(parts[0][1])] if parts[0] else [None]
@@ -378,25 +365,25 @@ def read_parameters(
     # All shapes are compared before any tensor is read: large checkpoints take minutes.
     for path, rows in plan.items():
         expected = tuple(abstract[path].shape)
-        numbers = [row for _, row, _ in rows]
-        if len(set(numbers)) < len(numbers):
+        indices = [row.index for row in rows]
+        if len(set(indices)) < len(indices):
             problems.append(f"parameter {path} is set more than once")
-        if None not in numbers and not problems and set(numbers) != set(range(expected[0])):
+        if None not in indices and not problems and set(indices) != set(range(expected[0])):
             problems.append(f"parameter {path} has rows that no tensor sets")
-        for key, row, name in rows:
-            shape = tensors.shape(name)
-            if key.parameter_shape(shape) != (expected if row is None else expected[1:]):
-                problems.append(f"tensor {name!r} has shape {shape}, which does not fit {path} {expected}")
+        for row in rows:
+            shape = tensors.shape(row.name)
+            if row.key.parameter_shape(shape) != (expected if row.index is None else expected[1:]):
+                problems.append(f"tensor {row.name!r} has shape {shape}, which does not fit {path} {expected}")
     filled = {key.target for key in keys if not key.copy}
     problems += [f"parameter {path} is set by no key" for path in abstract if path not in filled]
-    numbers = dict.fromkeys([name for rows in plan.values() for *_, name in rows] + [name for _, name in copies])
-    unreadable = [name for name in numbers if not tensors.readable(name)]
+    names = dict.fromkeys([row.name for rows in plan.values() for row in rows] + [name for _, name in copies])
+    unreadable = [name for name in names if not tensors.readable(name)]
     problems += [
         f"tensor {name!r} holds {tensors.entries[name].dtype}, no floating-point numbers of 16 bits or more"
         for name in unreadable
     ]
     for key, name in copies:
-        originals = [original for *_, original in plan[key.target]]
+        originals = [row.name for row in plan[key.target]]
         if originals and not {name, originals[0]} & set(unreadable) and not same_numbers(tensors, name, originals[0]):
             problems.append(f"tensor {name!r} differs from {originals[0]!r}, to which the config ties it")
     if problems:
@@ -404,13 +391,12 @@ def read_parameters(
 
     leaves: Leaves = {}
     seen: list[Seen] = []
-    put = place or (lambda _, array: jax.device_put(array))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # Large ones first: where `place` copies, little is held twice once most of the memory is taken.
+        # Large ones first: where a device copies, little is held twice once most of the memory is taken.
         for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
             host = _empty(tuple(abstract[path].shape), dtype)
             seen += _fill(host, plan[path], tensors, pool)
-            leaves[path] = put(path, host)
+            leaves[path] = jax.device_put(host)
     spoilt = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.finite})]
     if spoilt:
         raise CheckpointError(
@@ -427,36 +413,36 @@ def read_parameters(
 
 def _fill(
     host: Shaped[np.ndarray, "..."],
-    rows: Sequence[tuple[Key, int | None, str]],
+    rows: Sequence[_Row],
     tensors: Tensors,
     pool: ThreadPoolExecutor,
 ) -> list[Seen]:
     """Writes the tensors of a parameter to it."""
 
-    def move(target: np.ndarray, source: np.ndarray, key: Key, layer: int, number: int, name: str) -> Seen:
+    def move(target: np.ndarray, source: np.ndarray, row: _Row, index: int) -> Seen:
         digest, finite = look(source)
         with np.errstate(over="ignore"):
             _copy(target, source)
-        tensors.release(name, source)
+        tensors.release(row.name, source)
         fits = target.dtype != np.float16 or bool(np.isfinite(target).all()) or not finite
-        return Seen(key.source.format(layer=layer), key.part or (0, 1), number, name, digest, finite, fits)
+        return Seen(row.source, row.key.part or (0, 1), index, row.name, digest, finite, fits)
 
     moves = []
-    for key, row, name in rows:
-        target, source = host if row is None else host[row, ...], key.to_parameter(tensors.read(name))
-        layer = 0 if row is None else next(layer for layer, own in key.places(len(host)) if own == row)
+    for row in rows:
+        target = host if row.index is None else host[row.index, ...]
+        source = row.key.to_parameter(tensors.read(row.name))
         moves += [
-            pool.submit(move, target[piece], source[piece], key, layer, number, name)
-            for number, piece in enumerate(_pieces(source))
+            pool.submit(move, target[piece], source[piece], row, index) for index, piece in enumerate(_pieces(source))
         ]
     return [one.result() for one in moves]
 
 
-def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Key]) -> None:
+def save_parameters(path: Path, parameters: dict[str, Any], keys: Sequence[Key]) -> None:
     """Writes parameters as one safetensors file in the checkpoint's own names, atomically.
 
     Raises:
         CheckpointError: if keys set some, but not all parts of a tensor, or one part twice.
+        OutputError: if the file cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -465,17 +451,16 @@ def save_parameters(path: Path, parameters: Mapping[str, Any], keys: Sequence[Ke
     for key in keys:
         if key.copy:
             continue
-        array, stacked = np.asarray(leaves[key.target]), "{layer}" in key.source
-        for layer, row in key.places(len(array)) if stacked else [(0, 0)]:
-            piece = key.to_checkpoint(array[row, ...] if stacked else array)
-            pieces.setdefault(key.source.format(layer=layer), []).append((key.part or (0, 1), piece))
+        array = np.asarray(leaves[key.target])
+        for source, row in key.tensors(array.shape):
+            piece = key.to_checkpoint(array if row is None else array[row, ...])
+            pieces.setdefault(source, []).append((key.part or (0, 1), piece))
     tensors = {}
     for name, found in pieces.items():
         parts = sorted(part for part, _ in found)
-        if parts != [(number, parts[0][1]) for number in range(parts[0][1])]:
+        if parts != [(index, parts[0][1]) for index in range(parts[0][1])]:
             raise CheckpointError(f"tensor {name!r} has {parts[0][1]} parts, of which keys set {parts}.")
         arrays = [array for _, array in sorted(found, key=lambda entry: entry[0])]
         tensors[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

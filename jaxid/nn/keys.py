@@ -13,13 +13,13 @@ class Key:
     """One row of a family's key table.
 
     Attributes:
-        source: the tensor's name in the checkpoint; `{layer}` where layers are numbered.
+        source: the tensor's name in the checkpoint; `{layer}` stands for a layer's index.
         target: path of the parameter, joined by dots.
         pattern: einops pattern from source axes to parameter axes (without the layer axis).
         sizes: lengths of pattern axes that the source does not tell.
         copy: a second copy of a parameter, which checkpoints may hold and which must then have the same values.
-        layers: the checkpoint's layer numbers that the key covers, where it does not cover all of them.
-        rows: which rows of the stacked parameter those layers fill; by default the rows of the layers' own numbers.
+        layers: the layers that the key covers, where it does not cover all of them.
+        rows: which rows of the stacked parameter those layers fill; by default the rows of the same indices.
         part: (index, count) of a source that several keys share, cut in equal parts along its first axis.
     """
 
@@ -34,11 +34,15 @@ class Key:
 
     def to_parameter(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """The checkpoint's tensor, or its part, in the axes of the parameter; a view where possible."""
-        if self.part is not None:
-            index, count = self.part
-            length = tensor.shape[0] // count
-            tensor = tensor[index * length : (index + 1) * length]
-        return rearrange(tensor, self.pattern, **self.sizes)
+        return rearrange(self.own_part(tensor), self.pattern, **self.sizes)
+
+    def own_part(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """What the key reads of a tensor; a view."""
+        if self.part is None:
+            return tensor
+        index, count = self.part
+        length = tensor.shape[0] // count
+        return tensor[index * length : (index + 1) * length]
 
     def parameter_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape of the parameter that a tensor of a given shape makes; None if it makes none."""
@@ -49,10 +53,18 @@ class Key:
         except EinopsError:
             return None
 
-    def places(self, count: int) -> list[tuple[int, int]]:
-        """Layer numbers in the checkpoint and the rows of a stacked parameter of `count` rows that they fill."""
-        layers = tuple(range(count)) if self.layers is None else self.layers
-        return list(zip(layers, layers if self.rows is None else self.rows, strict=True))
+    def tensors(self, shape: tuple[int, ...]) -> list[tuple[str, int | None]]:
+        """Names of the tensors that make up a parameter of a given shape.
+
+        Returns:
+            For each layer the tensor's name and the row of the stacked parameter that it fills; for a parameter that
+            is not stacked, its one tensor and None.
+        """
+        if "{layer}" not in self.source:
+            return [(self.source, None)]
+        layers = tuple(range(shape[0])) if self.layers is None else self.layers
+        rows = layers if self.rows is None else self.rows
+        return [(self.source.format(layer=layer), row) for layer, row in zip(layers, rows, strict=True)]
 
     def to_checkpoint(self, parameter: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """The inverse of `to_parameter`; of one part, where the source has several."""

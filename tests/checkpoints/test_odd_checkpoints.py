@@ -18,7 +18,7 @@ from families.base import as_written
 from safetensors.torch import load_file, save_file
 
 from jaxid.checkpoints.loading import abstract_parameters, as_stored, find_folder, load, parsed
-from jaxid.checkpoints.tensors import TensorFolder, load_parameters
+from jaxid.checkpoints.tensors import TensorFolder, read_parameters
 from jaxid.errors import CheckpointError, JaxidError
 from jaxid.families.openclip import ARCHITECTURES
 from jaxid.families.registry import ENCODERS, FAMILIES
@@ -123,7 +123,7 @@ def read(kind: Any, fields: dict[str, Any], files: TensorFolder | None) -> None:
     with reading("config.json", "a config"):
         _, abstract = abstract_parameters(kind, config)
     if files is not None:
-        load_parameters(files, abstract, kind.keys(config), renames=renames, unused=unused)
+        read_parameters(files, abstract, kind.keys(config), renames=renames, unused=unused)
 
 
 CONFIGS = {

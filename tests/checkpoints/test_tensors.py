@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
 from jaxid.checkpoints.loading import find_folder
-from jaxid.checkpoints.tensors import TensorFolder, load_parameters, read_parameters, save_parameters
+from jaxid.checkpoints.tensors import TensorFolder, read_parameters, save_parameters
 from jaxid.errors import CheckpointError
 from jaxid.nn.keys import LINEAR, Key
 
@@ -44,11 +44,23 @@ def abstract(**shapes: tuple[int, ...]) -> dict[str, Any]:
     return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
 
 
+def load_parameters(*given: Any, **settings: Any) -> dict[str, Any]:
+    return read_parameters(*given, **settings)[0]
+
+
+def on_the_host(*given: Any, **settings: Any) -> dict[str, Any]:
+    """The arrays as they were filled, in number formats that devices may lack."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "device_put", lambda array: array)
+        return load_parameters(*given, **settings)
+
+
 def refusal(files: TensorFolder, shapes: dict[str, Any], *keys: Key) -> str:
     """What loading says; it must have placed nothing by then."""
-    placed: list[str] = []
-    with pytest.raises(CheckpointError) as caught:
-        load_parameters(files, shapes, keys, place=lambda path, _: placed.append(path))
+    placed: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(CheckpointError) as caught:
+        patched.setattr(jax, "device_put", placed.append)
+        load_parameters(files, shapes, keys)
     assert placed == []
     return str(caught.value)
 
@@ -110,16 +122,8 @@ def test_axes(tmp_path: Path, pattern: str, shape: tuple[int, ...], sizes: dict[
     expected = key.to_parameter(weight.numpy())
     for dtype in (np.float32, np.float64):  # without and with another number format
         files = write(tmp_path, {"a": weight, "odd": torch.ones(3, dtype=torch.int8)})
-        found: list[np.ndarray] = []
-        load_parameters(
-            files,
-            abstract(a=expected.shape),
-            [key],
-            unused=["odd"],
-            dtype=dtype,
-            place=lambda _, array, found=found: found.append(array),
-        )
-        np.testing.assert_array_equal(found[0], expected.astype(dtype))
+        found = on_the_host(files, abstract(a=expected.shape), [key], unused=["odd"], dtype=dtype)
+        np.testing.assert_array_equal(found["a"], expected.astype(dtype))
 
 
 def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
@@ -300,10 +304,8 @@ def test_numbers_that_are_none_are_refused_by_tensor(tmp_path: Path, stored: tor
     ]
     shapes = abstract(good=(3, 4), bad=(1500, 3100), x=(3, 2), y=(3, 2))
     with pytest.raises(CheckpointError, match=r"NaN or infinite numbers in tensor 'bad'; tensor 'fused'; copy"):
-        load_parameters(files, shapes, keys, dtype=np.float64, place=lambda _, array: array)
-    load_parameters(
-        files, abstract(good=(3, 4)), keys[:1], unused=["bad", "fused"], dtype=np.float64, place=lambda _, array: array
-    )  # are not read
+        on_the_host(files, shapes, keys, dtype=np.float64)
+    on_the_host(files, abstract(good=(3, 4)), keys[:1], unused=["bad", "fused"], dtype=np.float64)  # are not read
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -390,22 +392,23 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_parameters_are_the_memory_that_was_filled(tmp_path: Path) -> None:
-    files, addresses = write(tmp_path, {"a": noise(300, 500), "b": noise(3)}), {}
+def test_the_parameters_are_the_memory_that_was_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, addresses, put = write(tmp_path, {"a": noise(300, 500), "b": noise(3)}), set(), jax.device_put
 
-    def place(path: str, array: np.ndarray) -> jax.Array:
-        addresses[path] = array.ctypes.data
-        return jax.device_put(array)
+    def place(array: np.ndarray) -> jax.Array:
+        addresses.add(array.ctypes.data)
+        return put(array)
 
-    found = load_parameters(files, abstract(a=(500, 300), b=(3,)), [Key("a", "a", LINEAR), Key("b", "b")], place=place)
-    assert {path: found[path].unsafe_buffer_pointer() for path in found} == addresses
+    monkeypatch.setattr(jax, "device_put", place)
+    found = load_parameters(files, abstract(a=(500, 300), b=(3,)), [Key("a", "a", LINEAR), Key("b", "b")])
+    assert {leaf.unsafe_buffer_pointer() for leaf in found.values()} == addresses and len(addresses) == 2
 
 
 MEASURE = """
 import sys
 from pathlib import Path
 import jax, ml_dtypes
-from jaxid.checkpoints.tensors import TensorFolder, load_parameters
+from jaxid.checkpoints.tensors import TensorFolder, read_parameters
 from jaxid.nn.keys import LINEAR, Key
 
 def memory(name):
@@ -416,7 +419,7 @@ shapes = {"a": (4, 4096, 4000), "b": (4, 4000, 4000), "head": (12000, 2000)}
 abstract = {path: jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16) for path, shape in shapes.items()}
 keys = [Key("{layer}.a", "a", LINEAR), Key("{layer}.b", "b"), Key("head", "head")]
 files, before = TensorFolder(Path(sys.argv[1])), memory("VmRSS")
-found = jax.block_until_ready(load_parameters(files, abstract, keys, dtype=ml_dtypes.bfloat16))
+found = jax.block_until_ready(read_parameters(files, abstract, keys, dtype=ml_dtypes.bfloat16)[0])
 assert sum(leaf.nbytes for leaf in found.values()) == int(sys.argv[2])
 print(memory("VmHWM") - before)
 """

@@ -119,9 +119,8 @@ def compared(case: Case, ours: Trained, others: dict[str, np.ndarray]) -> list[t
     for key in family(*_kind(case)).keys(model.config):
         if key.copy:
             continue
-        parameter, stacked = np.asarray(ours[key.target]), "{layer}" in key.source
-        for layer, row in key.places(len(parameter)) if stacked else [(0, None)]:
-            name = key.source.format(layer=layer)
+        parameter = np.asarray(ours[key.target])
+        for name, row in key.tensors(parameter.shape):
             other = others[name]
             if key.part is not None:
                 other = np.split(other, key.part[1])[key.part[0]]

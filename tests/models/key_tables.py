@@ -21,11 +21,8 @@ def assert_table_fits(keys: Sequence[Key], abstract: Mapping[str, Any], tensors:
     table: dict[str, list[tuple[Key, tuple[int, ...]]]] = {}
     for key in keys:
         shape = abstract[key.target].shape
-        if "{layer}" in key.source:
-            for layer, _ in key.places(shape[0]):
-                table.setdefault(key.source.format(layer=layer), []).append((key, shape[1:]))
-        else:
-            table.setdefault(key.source, []).append((key, shape))
+        for name, row in key.tensors(shape):
+            table.setdefault(name, []).append((key, shape if row is None else shape[1:]))
     assert set(table) == set(tensors)
     for name, fills in table.items():
         for key, shape in fills:
@@ -37,10 +34,7 @@ def module_of(build: Callable[[], nnx.Module], keys: Sequence[Key], tensors: Map
     definition, state = nnx.split(build())
     leaves = flatten(nnx.to_pure_dict(state))
     for key in keys:
-        if "{layer}" in key.source:
-            for layer, row in key.places(leaves[key.target].shape[0]):
-                value = key.to_parameter(tensors[key.source.format(layer=layer)])
-                leaves[key.target] = leaves[key.target].at[row].set(value)
-        else:
-            leaves[key.target] = jnp.asarray(key.to_parameter(tensors[key.source]))
+        for name, row in key.tensors(leaves[key.target].shape):
+            value = jnp.asarray(key.to_parameter(tensors[name]))
+            leaves[key.target] = value if row is None else leaves[key.target].at[row].set(value)
     return nnx.merge(definition, nnx.State(unflatten(leaves)))
