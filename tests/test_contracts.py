@@ -24,7 +24,7 @@ from jaxid.ids.extract import activations_at
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import generate
 from jaxid.interp.interventions import add, chain, replace, scale
-from jaxid.interp.trace import rerun, residuals_at, swap, trace
+from jaxid.interp.trace import rerun, residuals_at, trace
 from jaxid.nn.sites import SITES, Capture
 
 EXACT = 1e-5
@@ -150,7 +150,7 @@ def test_a_swap_of_the_picture(case: Case) -> None:
     changed = [mirrored(pictures[0])] * 2
     theirs = trace(model, model.prepare(changed, fixtures.QUESTIONS))
     layers = np.arange(model.num_layers)
-    swapped = rerun(model, ours, swap(theirs, layers, "image")).logits
+    swapped = rerun(model, ours, pictures_of=theirs, after=layers).logits
     assert distance(swapped[-1], ours.logits) < EXACT
     if model.config.text_config.cross_attention_layers:  # the picture enters there, not by tokens
         first = min(model.config.text_config.cross_attention_layers)
@@ -179,7 +179,9 @@ def test_experiments_run(case: Case) -> None:
     names, asked, answers = [("star", "fish")] * count, [fixtures.QUESTIONS[0]] * count, ["left", "right"]
     shown = fixtures.shown(case)
     batch = prepare_questions(model, shown, asked, names, axis="horizontal", answers=answers, truth=[0, 1])
-    found = belief_swap.run(model, batch, oracle.ids(model.num_layers, model.width), layers=[0], max_new_tokens=2)
+    found = belief_swap.swap_beliefs(
+        model, batch, oracle.ids(model.num_layers, model.width), layers=[0], max_new_tokens=2
+    )
     states = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(batch.words)))
     norms = jnp.linalg.norm(states.captured["resid_post"][0].astype(jnp.float32), axis=-1)
     ids, believed = oracle.ids(model.num_layers, model.width), found.control.argmax(axis=-1)

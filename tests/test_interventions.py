@@ -11,7 +11,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from jaxid.errors import InputError
-from jaxid.interp.interventions import Edit, add, as_pytree, chain, project_out, replace, scale, stack, sweep_shape
+from jaxid.interp.interventions import Edit, add, as_intervention, chain, project_out, replace, scale, stack
 from jaxid.nn.sites import SITES, Site
 
 B, T, D = 2, 6, 4
@@ -119,8 +119,8 @@ def test_chain_takes_plain_functions_and_stays_a_pytree() -> None:
     combined = chain(
         lambda at, value: value + 1.0 if at.name == "embed" else value, add(jnp.arange(3), [0], jnp.ones((3, D)))
     )
-    assert sweep_shape(combined) == (3,)
-    assert [leaf.shape for leaf in jax.tree.leaves(combined)] == [(3,), (3, 1, 1), (3, 1, 1, D), (3,)]
+    assert combined.sweep_shape == (3,)
+    assert [leaf.shape for leaf in jax.tree.leaves(combined)] == [(3,), (3, 1, 1), (3,), (3, 1, 1, D)]
     single = jax.tree.map(lambda leaf: leaf[1], combined)
     np.testing.assert_allclose(apply(single, site("embed")), VALUE + 1, atol=1e-6)
     np.testing.assert_allclose(apply(single, site(layer=1))[:, 0], VALUE[:, 0] + 1, atol=1e-6)
@@ -130,7 +130,7 @@ def test_sweep_axes() -> None:
     layers, factors = np.array([[0, 1, 2], [3, 4, 5]]), np.arange(6.0).reshape(2, 3)
     vectors = RNG.standard_normal((2, 3, B, D)).astype(np.float32)
     swept = add(layers, [1, 4], vectors, factors)
-    assert sweep_shape(swept) == (2, 3)
+    assert swept.sweep_shape == (2, 3)
     assert swept.positions.shape == (2, 3, B, 1) and swept.vector.shape == (2, 3, B, 1, D)
     for index in np.ndindex(2, 3):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], swept)
@@ -139,11 +139,11 @@ def test_sweep_axes() -> None:
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(alone), strict=True):
             np.testing.assert_array_equal(a, b)
     same = stack([jax.tree.map(lambda leaf, k=k: leaf[k], swept) for k in range(2)])
-    assert sweep_shape(same) == (2, 3)
+    assert same.sweep_shape == (2, 3)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(swept), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert sweep_shape(scale(layers, [1, 4], 2.0)) == (2, 3)
-    assert sweep_shape(add(1, [0], VECTOR)) == sweep_shape(lambda at, value: value) == ()
+    assert scale(layers, [1, 4], 2.0).sweep_shape == (2, 3)
+    assert add(1, [0], VECTOR).sweep_shape == as_intervention(lambda at, value: value).sweep_shape == ()
 
 
 def test_operation_and_site_are_static_everything_else_is_an_array() -> None:
@@ -293,12 +293,12 @@ EDIT = add(3, [1, 4], VECTOR)
         (EDIT, "one or more interventions"),
         (3, "one or more interventions"),
         ([EDIT, 3], "3 cannot be called"),
-        ([EDIT, replace(3, [1, 4], VECTOR)], "the first is add at resid_post .*number 1 .* is replace at resid_post"),
-        ([EDIT, EDIT, add(3, [1, 4], VECTOR, site="mlp_out")], "number 2 .* is add at mlp_out"),
-        ([EDIT, add(3, [[1, 2], [1, 4]], VECTOR)], r"\[2, 1\], .* is add .*\[2, 2\]"),
-        ([EDIT, add([3], [1, 4], VECTOR[None])], r"shapes \[\].* is add .*shapes \[1\]"),
-        ([EDIT, add(3, [1, 4], np.ones((2, D), np.float32))], "the first is add at resid_post"),
-        ([EDIT, chain(EDIT)], r"number 1 .* is chain\(add at resid_post"),
+        ([EDIT, replace(3, [1, 4], VECTOR)], "index 0 is Add at resid_post .*index 1 is Replace at resid_post"),
+        ([EDIT, EDIT, add(3, [1, 4], VECTOR, site="mlp_out")], "index 2 is Add at mlp_out"),
+        ([EDIT, add(3, [[1, 2], [1, 4]], VECTOR)], r"\[2, 1\], .* is Add .*\[2, 2\]"),
+        ([EDIT, add([3], [1, 4], VECTOR[None])], r"shapes \[\].* is Add .*shapes \[1\]"),
+        ([EDIT, add(3, [1, 4], np.ones((2, D), np.float32))], "index 0 is Add at resid_post"),
+        ([EDIT, chain(EDIT)], r"index 1 is chain\(Add at resid_post"),
         ([chain(EDIT, EDIT), chain(EDIT)], "chain"),
         ([EDIT, lambda site, value: value], r"intervention 1 of the stack holds no arrays"),
         ([lambda site, value: value] * 2, "intervention 0 of the stack holds no arrays"),
@@ -318,7 +318,7 @@ def test_stacks_stay_on_the_host_where_they_are_known() -> None:
 
 def test_chains_of_what_is_no_intervention() -> None:
     with pytest.raises(InputError, match="'add' cannot be called"):
-        as_pytree("add")
+        as_intervention("add")
     assert chain().reach is not None
 
 
@@ -335,7 +335,10 @@ def test_chains_of_what_is_no_intervention() -> None:
         (lambda: add(3, [1], 2.0), "`vector` of shape [] does not fit"),
         (lambda: add(3, [1], np.ones((1, 1, 1, D), np.float32)), "`vector` of shape [1, 1, 1, 4]"),
         (lambda: add(3, [1, 4], np.ones((3, D), np.float32)), "`vector` is for 3 prompts, but `positions` names 2"),
-        (lambda: add(3, [[1, 4]], np.ones((1, 3, D), np.float32)), "`vector` is for 3 positions, but `positions` names 2"),
+        (
+            lambda: add(3, [[1, 4]], np.ones((1, 3, D), np.float32)),
+            "`vector` is for 3 positions, but `positions` names 2",
+        ),
         (lambda: add(3, [1], VECTOR, [1.0, 2.0]), "strength of shape [2] does not fit sweep axes []"),
         (lambda: scale([1, 2], [1], [1.0, 2.0, 3.0]), "strength of shape [3] does not fit sweep axes [2]"),
         (lambda: chain(scale([1, 2], [1], 1.0), scale(1, [1], 1.0)), "different sweep axes: [(), (2,)]"),

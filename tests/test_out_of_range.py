@@ -15,7 +15,7 @@ from jaxid.errors import InputError
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import generate
 from jaxid.interp.interventions import Edit, add, chain, replace
-from jaxid.interp.trace import ImageSwap, rerun, residuals_at, swap, trace
+from jaxid.interp.trace import rerun, residuals_at, swap, trace
 from jaxid.nn.sites import SITES, Capture, clean
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -88,9 +88,9 @@ def test_traced_layers_of_image_swaps(beside: bool) -> None:
     model, prompts, ours, theirs = fixtures.model(GQA), fixtures.prompts(GQA), fixtures.recorded(GQA), mirrored()
     places = prompts.image_tokens()
     found = forward(model, theirs.prompts, clean, Capture(("resid_post",), positions=places)).captured["resid_post"]
-    edits = [add(0, prompts.last(), vectors())] * beside
-    again = jax.jit(lambda layer: rerun(model, ours, chain(swap(theirs, layer, "image"), *edits)).hidden)
-    full = jax.jit(lambda layer: forward(model, prompts, chain(replace(layer, places, found[layer]), *edits)).hidden)
+    edit = add(0, prompts.last(), vectors()) if beside else clean
+    again = jax.jit(lambda layer: rerun(model, ours, edit, pictures_of=theirs, after=layer).hidden)
+    full = jax.jit(lambda layer: forward(model, prompts, chain(replace(layer, places, found[layer]), edit)).hidden)
     nothing = full(-1)
     for layer in LAYERS:
         assert distance(again(layer), full(layer)) < EXACT, layer
@@ -230,7 +230,7 @@ def test_layers_that_a_model_does_not_have(layer: Any, named: str) -> None:
         lambda: forward(model, prompts, add(layer, [17, 17], vector)),
         lambda: rerun(model, recorded, add(layer, [17, 17], vector)),
         lambda: generate(model, recorded, add(layer, [17, 17], vector)),
-        lambda: swap(recorded, layer, "image"),
+        lambda: swap(recorded, layer, "text"),
         lambda: swap(recorded, layer, [17, 17]),
     ):
         with pytest.raises(InputError, match=named):
@@ -244,13 +244,13 @@ def test_edits_made_by_hand_are_checked_too() -> None:
         ("layer", np.array(-1, np.int32), "layer -1 is out of range"),
         ("positions", -edit.positions, "position -17 is negative"),
     ):
-        wrong = Edit(**{**vars(edit), field: value})
+        wrong = dataclasses.replace(edit, **{field: value})
         for run in (lambda edit: forward(model, prompts, edit), lambda edit: rerun(model, recorded, edit)):
             with pytest.raises(InputError, match=named):
                 run(wrong)
     for layer in (-1, 3):
         with pytest.raises(InputError, match=f"layer {layer} is out of range"):
-            rerun(model, recorded, ImageSwap(layer=np.array(layer), source=recorded))
+            rerun(model, recorded, pictures_of=recorded, after=layer)
 
 
 def test_shapes_that_captures_take_as_edits_do() -> None:

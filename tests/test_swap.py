@@ -63,38 +63,37 @@ def vectors(*shape: int) -> np.ndarray:
 
 
 def test_pictures(model: Model, ours: Trace) -> None:
-    swapped = rerun(model, ours, swap(mirrored(), LAYERS, "image")).hidden
+    swapped = rerun(model, ours, pictures_of=mirrored(), after=LAYERS).hidden
     assert distance(swapped, full(by_hand(LAYERS, ours.prompts.image_tokens()))) < EXACT
     assert distance(swapped[0], ours.hidden) > 1e-3
     assert distance(swapped[2], ours.hidden) < 1e-6  # nothing reads what leaves the last block
-    same = rerun(model, ours, swap(ours, LAYERS, "image")).hidden
+    same = rerun(model, ours, pictures_of=ours, after=LAYERS).hidden
     assert distance(same, np.broadcast_to(ours.hidden, same.shape)) < 1e-6
 
 
 def test_what_was_asked_about_the_other_pictures_does_not_matter(model: Model, ours: Trace) -> None:
     """Nor how long those prompts are: pictures stand before the questions."""
-    edit = add(LAYERS, ours.prompts.last(), vectors(3))
-    alone, beside = (rerun(model, ours, chain(swap(mirrored(), LAYERS, "image"), *rest)) for rest in ((), (edit,)))
+    edits = (clean, add(LAYERS, ours.prompts.last(), vectors(3)))
+    expected = [rerun(model, ours, edit, pictures_of=mirrored(), after=LAYERS).hidden for edit in edits]
     for asked, options in (
         (("Where is the star?", "Is the cat left of the fish?"), {}),
         ("Where", {"chat": False, "pad_to_multiple": 1}),
     ):
-        image = swap(mirrored(asked, **options), LAYERS, "image")
-        assert image.source.keys.shape[3] < ours.keys.shape[3]
-        assert distance(rerun(model, ours, image).hidden, alone.hidden) < 1e-6
-        assert distance(rerun(model, ours, chain(image, edit)).hidden, beside.hidden) < 1e-6
+        source = mirrored(asked, **options)
+        assert source.keys.shape[3] < ours.keys.shape[3]
+        for edit, hidden in zip(edits, expected, strict=True):
+            assert distance(rerun(model, ours, edit, pictures_of=source, after=LAYERS).hidden, hidden) < 1e-6
 
 
 def test_pictures_beside_edits(model: Model, ours: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows in which edits begin below, at and above the block of the swap; order in the chain does not matter."""
+    """Rows in which edits begin below, at and above the layer of the swap."""
     at, layers = ours.prompts.word("fish"), np.array([2, 0, 1, 1, 0])
     before = add(np.array([0, 1, 1, 0, 2]), at, vectors(5), 2.0)
     after = scale(np.array([2, 0, 2, 1, 2]), ours.prompts.last(), 0.3, site="mlp_out")
-    image, places = swap(mirrored(), layers, "image"), ours.prompts.image_tokens()
-    wanted = full(chain(before, by_hand(layers, places), after))
+    wanted = full(chain(before, by_hand(layers, ours.prompts.image_tokens()), after))
     monkeypatch.setattr(jaxid.interp.trace, "forward", None)  # nothing falls back
-    for together in (chain(before, image, after), chain(image, before, after), chain(chain(before, after), image)):
-        found = rerun(model, ours, together, chunk=2).hidden
+    for edits in (chain(before, after), chain(clean, chain(after, before))):
+        found = rerun(model, ours, edits, pictures_of=mirrored(), after=layers, chunk=2).hidden
         assert distance(found[:4], wanted[:4]) < EXACT
         assert distance(found, wanted) < EXACT
     unswapped = rerun(model, ours, chain(before, after), chunk=2).hidden
@@ -118,7 +117,6 @@ def test_one_word_and_one_layer(ours: Trace) -> None:
     single = swap(mirrored(), 1, at)
     assert single.sweep_shape == () and single.positions.shape == (2, 1) and single.vector.shape == (2, 1, 32)
     np.testing.assert_allclose(single.vector[:, 0], activations()[1][np.arange(2), at], atol=1e-5)
-    assert swap(mirrored(), [[0], [2]], "image").sweep_shape == (2, 1)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -129,12 +127,13 @@ def test_one_word_and_one_layer(ours: Trace) -> None:
     [
         (
             3,
-            "image",
+            "text",
             r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is model.num_layers - 1",
         ),
         ([0, -1], "text", "layer -1 is out of range"),
-        (1.0, "image", "`layer` must hold integers, not float64"),
-        (1, "picture", '`positions` is "image", "text" or positions, not \'picture\''),
+        (1.0, "text", "`layer` must hold integers, not float64"),
+        (1, "picture", "`positions` is \"text\" or an array of positions, not 'picture'"),
+        (1, "image", r"pictures are swapped by jaxid\.rerun\(\.\.\., pictures_of=source, after=layer\)"),
         (1, np.array([4, 14]), "position 4 is not among the text tokens after the picture"),
         (1, np.array([[14, 40], [14, 15]]), "position 40 lies outside prompt 0, which ends at 26"),
     ],
@@ -147,18 +146,31 @@ def test_what_a_swap_cannot_take(layer: Any, at: Any, named: str, ours: Trace) -
 def test_prompts_without_pictures_have_none_to_swap(model: Model) -> None:
     bare = trace(model, model.prepare(None, "Where is the fish?"))
     with pytest.raises(PromptError, match="picture tokens"):
-        swap(bare, 1, "image")
+        rerun(model, bare, pictures_of=bare, after=1)
 
 
 def test_what_cannot_stand_beside_a_swapped_picture(model: Model, ours: Trace) -> None:
-    image = swap(mirrored(), 1, "image")
-    with pytest.raises(InputError, match="a chain may hold one image swap only"):
-        rerun(model, ours, chain(image, chain(image)))
     for beside in (add(1, ours.prompts.image_tokens(), vectors()), lambda site, value: value):
-        with pytest.raises(InputError, match="beside an image swap, only edits of text tokens at known positions"):
-            rerun(model, ours, chain(image, beside))
-    with pytest.raises(InputError, match="different sweep axes"):
-        chain(image, add([0, 1], ours.prompts.last(), vectors(2)))
+        with pytest.raises(InputError, match="beside `pictures_of`, only edits of text tokens at known positions"):
+            rerun(model, ours, beside, pictures_of=mirrored(), after=1)
+    with pytest.raises(InputError, match=r"`after` has the sweep axes \[\], the intervention \[2\]"):
+        rerun(model, ours, add([0, 1], ours.prompts.last(), vectors(2)), pictures_of=mirrored(), after=1)
+
+
+@pytest.mark.parametrize(
+    ("after", "named"),
+    [
+        (3, r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is model.num_layers - 1"),
+        ([0, -1], "layer -1 is out of range"),
+        (1.0, "`after` must hold integers, not float64"),
+        (None, "`pictures_of` and `after` go together"),
+    ],
+)
+def test_after_which_layers_pictures_cannot_be_swapped(after: Any, named: str, model: Model, ours: Trace) -> None:
+    with pytest.raises(InputError, match=named):
+        rerun(model, ours, pictures_of=mirrored(), after=after)
+    with pytest.raises(InputError, match="`pictures_of` and `after` go together"):
+        rerun(model, ours, after=1)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an edit"])
@@ -170,15 +182,6 @@ def test_unlike_traces(beside: bool, model: Model, ours: Trace) -> None:
         (fixtures.recorded(PLAIN), fixtures.recorded(BIASED)),  # the same prompts
         (fixtures.recorded(PLAIN), ours),  # pictures of fewer tokens
     ):
-        edits = [add(1, own.prompts.last(), vectors())] * beside
-        with pytest.raises(InputError, match="two traces of one model whose prompts are alike up to the picture's end"):
-            rerun(own.model, own, chain(swap(source, 1, "image"), *edits))
-
-
-@pytest.mark.parametrize("layers", [1, LAYERS], ids=["single", "sweep"])
-def test_image_swaps_are_for_reruns_alone(layers: Any, model: Model, ours: Trace) -> None:
-    image = swap(mirrored(), layers, "image")
-    for edit in (image, chain(image)):
-        for run in (forward, trace):
-            with pytest.raises(InputError, match=r"use jaxid\.rerun; or capture the image tokens"):
-                run(model, ours.prompts, edit)
+        edit = add(1, own.prompts.last(), vectors()) if beside else clean
+        with pytest.raises(InputError, match="of the same model whose prompts are alike up to the picture's end"):
+            rerun(own.model, own, edit, pictures_of=source, after=1)

@@ -21,7 +21,7 @@ from jaxid.families.base import Model
 from jaxid.interp.forward import Output, forward
 from jaxid.interp.generate import generate
 from jaxid.interp.interventions import add, chain, project_out, scale
-from jaxid.interp.trace import Trace, rerun, residuals_at, swap, trace
+from jaxid.interp.trace import Trace, rerun, residuals_at, trace
 from jaxid.nn.sites import Capture, clean
 from jaxid.prompts.processor import Prompts
 
@@ -311,13 +311,13 @@ def test_traces_of_other_parameters(name: str, model: Model, recorded: Trace) ->
         "NaN": lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan),
     }
     other = changed(model, changes[name])
-    edit, image = add(1, recorded.prompts.last(), vectors()), swap(recorded, 1, "image")
+    edit = add(1, recorded.prompts.last(), vectors())
     foreign = dataclasses.replace(recorded, model=other)
     for run in (
         lambda: rerun(other, recorded, edit),
         lambda: rerun(other, recorded),
-        lambda: rerun(other, recorded, image),
-        lambda: rerun(other, foreign, image),
+        lambda: rerun(other, recorded, pictures_of=recorded, after=1),
+        lambda: rerun(other, foreign, pictures_of=recorded, after=1),
         lambda: rerun(model, foreign, edit),
         lambda: generate(other, recorded, edit),
         lambda: generate(other, recorded),

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.families.base import Model
-from jaxid.interp.interventions import Edit, as_pytree, check_layers, sweep_shape
+from jaxid.interp.interventions import Edit, VectorEdit, as_intervention, check_layers, parts_of
 from jaxid.kernels.logprobs import log_probs
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, as_integers, as_positions, clean
+from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, SiteFunction, as_integers, as_positions, clean
 from jaxid.prompts.processor import Prompts
 
 
@@ -71,7 +71,7 @@ def _answer_log_probs(definition: Any, parameters: Any, hidden: Array, ids: Arra
     return log_probs(hidden, _matrix(definition, parameters), ids)
 
 
-def _pass(definition: Any, parameters: Any, inputs: Inputs, intervention: Intervention, capture: Capture) -> Any:
+def _pass(definition: Any, parameters: Any, inputs: Inputs, intervention: SiteFunction, capture: Capture) -> Any:
     network = nnx.merge(definition, nnx.State(parameters))
     output = network(inputs, intervention, capture)
     last = jnp.take_along_axis(output.hidden, inputs.last[:, None, None], axis=1)[:, 0]
@@ -106,7 +106,7 @@ def _run(
 def forward(
     model: Model,
     prompts: Prompts,
-    intervention: Intervention = clean,
+    intervention: SiteFunction = clean,
     capture: Capture | None = None,
     *,
     chunk: int = 16,
@@ -132,11 +132,11 @@ def forward(
     unknown = set(capture.sites) - set(SITES)
     if unknown:
         raise InputError(f"capture names unknown sites {sorted(unknown)}; known: {', '.join(SITES)}.")
+    intervention = as_intervention(intervention)
     check(model, prompts, intervention)
-    intervention = as_pytree(intervention)
     positions = None if capture.positions is None else checked_positions(prompts, capture.positions)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    depth = len(sweep_shape(intervention))
+    depth = len(intervention.sweep_shape)
     wanted = Capture(capture.sites, positions)
     hidden, captured = _run(model.definition, model.parameters, inputs, intervention, wanted, depth=depth, chunk=chunk)
     return Output(
@@ -187,7 +187,7 @@ def nan_outside(
     return jnp.where(inside[..., None], values, jnp.nan)
 
 
-def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0) -> None:
+def check(model: Model, prompts: Prompts, intervention: Intervention, new_tokens: int = 0) -> None:
     """Checks layers, positions, number of prompts and width of an edit, where it is ours and concrete.
 
     Args:
@@ -199,19 +199,15 @@ def check(model: Model, prompts: Prompts, intervention: Any, new_tokens: int = 0
     Raises:
         InputError: naming what does not fit the model and the batch.
     """
-    for part in getattr(intervention, "parts", (intervention,)):
-        if hasattr(part, "parts"):
-            check(model, prompts, part, new_tokens)
-            continue
-        if hasattr(part, "refusal"):
-            raise InputError(part.refusal)
+    for part in parts_of(intervention):
         if not isinstance(part, Edit):
             continue
         check_layers(part.layer, part.site, model.num_layers, model.name)
-        rows, width = part.positions.shape[-2], part.vector.shape[-1]
+        rows = part.positions.shape[-2]
         if rows not in (1, len(prompts)):
             raise InputError(f"the edit is for {rows} prompts, the batch holds {len(prompts)}.")
-        if width != model.width and part.operation != "scale":
+        if isinstance(part, VectorEdit) and part.vector.shape[-1] != model.width:
+            width = part.vector.shape[-1]
             raise InputError(f"the edit's vector has width {width}, the model's residual stream {model.width}.")
         if not isinstance(part.positions, Tracer):
             by_prompt = np.moveaxis(np.asarray(part.positions), -2, 0).reshape(rows, -1)

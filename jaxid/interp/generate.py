@@ -14,10 +14,10 @@ from jaxtyping import Array, Int
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check
-from jaxid.interp.interventions import Reach, as_pytree, sweep_shape
+from jaxid.interp.interventions import as_intervention
 from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
-from jaxid.nn import decode, reuse
-from jaxid.nn.sites import AnyArray, Intervention, clean
+from jaxid.nn import passes
+from jaxid.nn.sites import AnyArray, Clean, SiteFunction, clean
 from jaxid.prompts.processor import Prompts
 
 
@@ -46,17 +46,17 @@ class Generation:
 
 
 @partial(jax.jit, static_argnums=0)
-def _prefill(definition: Any, parameters: Any, suffix: reuse.Suffix, edits: Any, rows: Array) -> decode.Start:
+def _prefill(definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, rows: Array) -> passes.Start:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return decode.prefill(decoder, suffix, edits, rows.shape[0])
+    return passes.prefill(decoder, suffix, edits, rows.shape[0])
 
 
 @partial(jax.jit, static_argnames=("definition", "steps"))
 def _decode(
     definition: Any,
     parameters: Any,
-    prefix: decode.Prefix,
-    start: decode.Start,
+    prefix: passes.Shared,
+    start: passes.Start,
     last: Array,
     last_rope: Array | None,
     stop_ids: Array,
@@ -65,7 +65,7 @@ def _decode(
     steps: int,
 ) -> Any:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return decode.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
+    return passes.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
 
 
 def _rows(tree: Any, first: int, count: int) -> Any:
@@ -75,7 +75,7 @@ def _rows(tree: Any, first: int, count: int) -> Any:
 def generate(
     model: Model,
     prompts: Prompts | Trace,
-    intervention: Intervention = clean,
+    intervention: SiteFunction = clean,
     *,
     max_new_tokens: int = 250,
     every_step: bool = False,
@@ -90,7 +90,7 @@ def generate(
     Args:
         model: the model.
         prompts: B prompts, or their trace.
-        intervention: as in `rerun`, without image swaps.
+        intervention: as in `rerun`.
         max_new_tokens: the most new tokens.
         every_step: the intervention acts on the new tokens too, at the positions that follow the prompt
             (`prompts.last() + 1` and on); else in the prompt's pass only, as published.
@@ -106,24 +106,24 @@ def generate(
         raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
     if chunk < 1:
         raise InputError(f"chunk must be 1 or more, not {chunk}.")
+    intervention = as_intervention(intervention)
     recorded = prompts if isinstance(prompts, Trace) else None
     batch = prompts.prompts if isinstance(prompts, Trace) else prompts
     if recorded is not None:
         check_trace(model, recorded, intervention)
     check(model, batch, intervention, max_new_tokens if every_step else 0)
-    leading = sweep_shape(intervention)
-    edits = as_pytree(intervention)
-    reach: Reach | None = getattr(intervention, "reach", None)
-    if recorded is None and (reach is not None or intervention is clean):
+    leading, reach = intervention.sweep_shape, intervention.reach
+    if recorded is None and reach is not None:
         recorded = record(model, batch)
-    known = None if reach is None or recorded is None else plan(recorded, reach.position)
+    unedited = isinstance(intervention, Clean)
+    known = None if unedited or reach is None or recorded is None else plan(recorded, reach.position)
     count = int(np.prod(leading, dtype=int))
-    flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), edits)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), intervention)
     stop_ids = jnp.asarray(np.array(model.processor.stop_ids, np.int32))
     last, turned = jnp.asarray(batch.last()), batch.inputs.rope_positions
     last_rope = None if turned is None else jnp.asarray(turned[np.arange(len(batch)), :, batch.last()])
 
-    def write(prefix: decode.Prefix, start: decode.Start, edits: Any) -> tuple[Array, Array, Array]:
+    def write(prefix: passes.Shared, start: passes.Start, edits: Any) -> tuple[Array, Array, Array]:
         acting = edits if every_step else None
         tokens, lengths = _decode(
             model.definition, model.parameters, prefix, start, last, last_rope, stop_ids, acting, steps=max_new_tokens
@@ -140,15 +140,15 @@ def generate(
             start = _prefill(model.definition, model.parameters, suffix, some, jnp.zeros(rows))
             own = jnp.asarray(known.first)
             before = jnp.arange(recorded.keys.shape[3]) < own[:, None]
-            shared = decode.Prefix(recorded.keys, recorded.values, before, own, recorded.memory)
+            shared = passes.Shared(recorded.keys, recorded.values, before, own, recorded.memory)
             parts.append(write(shared, start, some))
             continue
         single = jax.tree.map(lambda leaf: leaf[0], some)
-        whole = recorded if intervention is clean and recorded is not None else record(model, batch, single)
+        whole = recorded if unedited and recorded is not None else record(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
         none = jnp.zeros((blocks, 1, prompts_, 0, kv_heads, head_width), whole.keys.dtype)
-        start = decode.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
-        prefix = decode.Prefix(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
+        start = passes.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
+        prefix = passes.Shared(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))
     hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     if not isinstance(tokens, Tracer):

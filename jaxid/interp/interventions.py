@@ -1,4 +1,4 @@
-"""Interventions: pytrees that are called as `(site, value) -> value` at every site of a forward pass.
+"""The library's interventions: additions, replacements, scalings and projections, single, swept or chained.
 
 Layers, positions, vectors and strengths are arrays inside the pytree, so one compiled program serves them all, and
 `jax.vmap` over an intervention is a sweep. Constructors take leading sweep axes directly: they are the axes of `layer`.
@@ -6,8 +6,9 @@ Layers, positions, vectors and strengths are arrays inside the pytree, so one co
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,48 +19,39 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.checks import check_finite
 from jaxid.errors import InputError
 from jaxid.io import first_line
-from jaxid.nn.sites import SITES, AnyArray, Intervention, Site, as_integers, as_positions
+from jaxid.nn.sites import (
+    NOWHERE,
+    SITES,
+    AnyArray,
+    Clean,
+    Intervention,
+    Reach,
+    Site,
+    SiteFunction,
+    as_integers,
+    as_positions,
+    clean,
+)
 
-Operation = Literal["add", "replace", "scale", "project_out"]
-
-
-NOWHERE = int(np.iinfo(np.int32).max)
-"""The position of an edit that acts nowhere."""
-
-
-class Reach(NamedTuple):
-    """Where an intervention begins to act; all before it is as in the clean run.
-
-    An intervention of your own that has an attribute `reach` is run again from there only, see `jaxid.rerun`.
-
-    Attributes:
-        block: the first block that has to run again, Int[S...]: k + 1 for a change of what leaves block k.
-        position: the first changed place of every prompt, Int[B or 1].
-    """
-
-    block: Int[AnyArray, "*S"]
-    position: Int[np.ndarray, "Br"]
+Value = Float[Array, "B T D"]
+Matches = Bool[Array, "B T P"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Edit:
-    """One edit of the values at a site, in one layer, at chosen positions.
+class Edit(ABC):
+    """What is done with the values at a site, in one layer, at chosen positions.
 
     Attributes:
-        operation: what is done with `vector` and `strength`.
         site: name of the site.
         layer: decoder block, 0-based, Int[S...], or -1 at the site "embed"; the sweep axes S come first in every
-            field. A traced layer or position that does not exist changes nothing.
+            array. A traced layer or position that does not exist changes nothing.
         positions: in the prompt, Int[S..., B or 1, P].
-        vector: Float[S..., B or 1, P or 1, D].
         strength: Float[S...].
     """
 
-    operation: Operation
-    site: str
+    site: str = dataclasses.field(metadata={"static": True})
     layer: Int[AnyArray, "*S"]
     positions: Int[AnyArray, "*S Br P"]
-    vector: Float[AnyArray, "*S Bv Pv D"]
     strength: Float[AnyArray, "*S"]
 
     @property
@@ -68,12 +60,12 @@ class Edit:
         return tuple(self.layer.shape)
 
     @property
-    def reach(self) -> "Reach | None":
+    def reach(self) -> Reach | None:
         """What the edit leaves untouched; None where its positions are traced."""
         if isinstance(self.positions, Tracer):
             return None
-        places = np.asarray(self.positions)
-        first = places.min(axis=(*range(places.ndim - 2), places.ndim - 1), initial=NOWHERE)
+        positions = np.asarray(self.positions)
+        first = positions.min(axis=(*range(positions.ndim - 2), positions.ndim - 1), initial=NOWHERE)
         if self.site == "embed":
             return Reach(self.layer * 0, first)
         return Reach(self.layer + int(self.site == "resid_post"), first)
@@ -82,56 +74,96 @@ class Edit:
         """The value with the edit applied where it acts; untouched at other sites and layers."""
         if site.name != self.site:
             return value
-        matches: Bool[Array, "B T P"] = site.positions[:, :, None] == self.positions[:, None, :]
+        matches: Matches = site.positions[:, :, None] == self.positions[:, None, :]
         here = matches.any(axis=-1) & (site.layer == self.layer)
         # In float32, rounded once: products overflow in float16 where their sum does not.
         wide = _wide(value.dtype)
-        exact, strength = value.astype(wide), self.strength.astype(wide)
-        if self.operation == "scale":
-            edited = exact * strength
-        else:
-            vector = self._at_rows(matches).astype(wide)
-            if self.operation == "add":
-                edited = exact + strength * vector
-            elif self.operation == "replace":
-                edited = (1 - strength) * exact + strength * vector
-            else:
-                # Divided by its largest entry first, so that no square overflows or vanishes.
-                largest = jax.lax.stop_gradient(jnp.abs(vector).max(axis=-1, keepdims=True))
-                vector = vector / jnp.where(largest > 0, largest, 1)
-                squares = jnp.where(largest > 0, (vector * vector).sum(axis=-1, keepdims=True), 1)
-                edited = exact - strength * ((exact * vector).sum(axis=-1, keepdims=True) / squares) * vector
-        edited = edited.astype(value.dtype)
-        return jnp.where(here[..., None], edited, value)
+        edited = self.edited(value.astype(wide), self.strength.astype(wide), matches)
+        return jnp.where(here[..., None], edited.astype(value.dtype), value)
 
-    def _at_rows(self, matches: Bool[Array, "B T P"]) -> Float[Array, "Bv Tv D"]:
-        """The vector that belongs to every row of a value."""
-        if self.vector.shape[1] == 1:
-            return self.vector
-        # The first matching position wins, as rows may be padded by repetition.
-        chosen = jnp.argmax(matches, axis=-1)
-        return jnp.take_along_axis(
-            jnp.broadcast_to(self.vector, (matches.shape[0], *self.vector.shape[1:])),
-            chosen[:, :, None],
-            axis=1,
-        )
+    @abstractmethod
+    def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
+        """What becomes of every row of a value; `matches` says which of the positions stand there."""
 
 
-jax.tree_util.register_dataclass(
-    Edit, data_fields=["layer", "positions", "vector", "strength"], meta_fields=["operation", "site"]
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorEdit(Edit):
+    """An edit by a vector, for all prompts or each, for all positions or each.
+
+    Attributes:
+        vector: Float[S..., B or 1, P or 1, D].
+    """
+
+    vector: Float[AnyArray, "*S Bv Pv D"]
+
+    def rows(self, matches: Matches, like: Value) -> Float[Array, "Bv Tv D"]:
+        """The vector that belongs to every row of a value, in its dtype."""
+        vector = self.vector
+        if vector.shape[1] > 1:
+            # The first matching position wins, as rows may be padded by repetition.
+            chosen = jnp.argmax(matches, axis=-1)
+            vector = jnp.broadcast_to(vector, (matches.shape[0], *vector.shape[1:]))
+            vector = jnp.take_along_axis(vector, chosen[:, :, None], axis=1)
+        return vector.astype(like.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Add(VectorEdit):
+    """Adds `strength * vector`."""
+
+    def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
+        """The sum."""
+        return value + strength * self.rows(matches, value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replace(VectorEdit):
+    """Goes from the value to `vector`, part of the way at a strength below 1."""
+
+    def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
+        """The mixture."""
+        return (1 - strength) * value + strength * self.rows(matches, value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectOut(VectorEdit):
+    """Takes `strength` times the value's component along `vector` away."""
+
+    def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
+        """What is left."""
+        vector = self.rows(matches, value)
+        # Divided by its largest entry first, so that no square overflows or vanishes.
+        largest = jax.lax.stop_gradient(jnp.abs(vector).max(axis=-1, keepdims=True))
+        vector = vector / jnp.where(largest > 0, largest, 1)
+        squares = jnp.where(largest > 0, (vector * vector).sum(axis=-1, keepdims=True), 1)
+        return value - strength * ((value * vector).sum(axis=-1, keepdims=True) / squares) * vector
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale(Edit):
+    """Multiplies the value by `strength`."""
+
+    def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
+        """The product."""
+        del matches
+        return value * strength
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """Interventions applied one after the other at every site."""
 
-    parts: tuple[Any, ...]
+    parts: tuple[Any, ...]  # interventions; typed so, their `reach` would be asked for while tracing
 
     @property
     def sweep_shape(self) -> tuple[int, ...]:
         """Lengths of the leading sweep axes, which all parts share."""
-        shapes = {sweep_shape(part) for part in self.parts if jax.tree.leaves(part)}
+        shapes = {part.sweep_shape for part in self.parts if jax.tree.leaves(part)}
         if len(shapes) > 1:
             raise InputError(f"the parts of a chain have different sweep axes: {sorted(shapes)}; give all the same.")
         return shapes.pop() if shapes else ()
@@ -139,16 +171,7 @@ class Chain:
     @property
     def reach(self) -> Reach | None:
         """What all parts leave untouched; None where one of them does not say."""
-        if not self.parts:
-            return Reach(np.asarray(NOWHERE), np.array([NOWHERE]))
-        found = [getattr(part, "reach", None) for part in self.parts]
-        known = [reach for reach in found if reach is not None]
-        if not known or len(known) < len(found):
-            return None
-        return Reach(
-            functools.reduce(jnp.minimum if _traced(known) else np.minimum, (reach.block for reach in known)),
-            functools.reduce(np.minimum, (reach.position for reach in known)),
-        )
+        return earliest(part.reach for part in self.parts)
 
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies all parts in order."""
@@ -157,20 +180,58 @@ class Chain:
         return value
 
 
-jax.tree_util.register_dataclass(Chain, data_fields=["parts"], meta_fields=[])
+def earliest(reaches: Iterable[Reach | None]) -> Reach | None:
+    """Where the first of several interventions begins to act; None where one of them does not say."""
+    found = [clean.reach]
+    for reach in reaches:
+        if reach is None:
+            return None
+        found.append(reach)
+    traced = any(isinstance(reach.block, Tracer) for reach in found)
+    return Reach(
+        functools.reduce(jnp.minimum if traced else np.minimum, (reach.block for reach in found)),
+        functools.reduce(np.minimum, (reach.position for reach in found)),
+    )
 
 
-def _traced(tree: Any) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """A function, or a callable pytree, of a user's own as an intervention.
+
+    Attributes:
+        function: what is called; where it has attributes `reach` and `sweep_shape`, they are the intervention's.
+    """
+
+    function: SiteFunction
+
+    @property
+    def reach(self) -> Reach | None:
+        """What the function says of itself; None if it does not."""
+        return getattr(self.function, "reach", None)
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """What the function says of itself; a single intervention if it does not."""
+        return getattr(self.function, "sweep_shape", ())
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Calls the function."""
+        return self.function(site, value)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """The function's arrays, or the function itself as static."""
+        plain = jax.tree_util.all_leaves([self.function])
+        return ((), self.function) if plain else ((self.function,), None)
+
+    @classmethod
+    def tree_unflatten(cls, function: Any, arrays: tuple[Any, ...]) -> "Wrapped":
+        """The inverse of `tree_flatten`."""
+        return cls(*arrays) if function is None else cls(function)
 
 
-def sweep_shape(intervention: Any) -> tuple[int, ...]:
-    """Leading sweep axes of an intervention; () for a plain callable."""
-    return getattr(intervention, "sweep_shape", ())
-
-
-def as_pytree(intervention: Any) -> Any:
-    """The intervention itself, or a plain Python function in a pytree without leaves.
+def as_intervention(intervention: Any) -> Intervention:
+    """An intervention as it is, any other callable as one of a user's own.
 
     Raises:
         InputError: if it cannot be called.
@@ -179,18 +240,29 @@ def as_pytree(intervention: Any) -> Any:
         raise InputError(
             f"an intervention is called as (site, value) -> value; {intervention!r:.100} cannot be called."
         )
-    plain = jax.tree_util.all_leaves([intervention])
-    return jax.tree_util.Partial(intervention) if plain else intervention
+    return intervention if isinstance(intervention, Edit | Chain | Clean | Wrapped) else Wrapped(intervention)
 
 
-def chain(*interventions: Intervention) -> Chain:
+def parts_of(intervention: Intervention) -> Iterator[Intervention]:
+    """The intervention, or all parts of a chain, in order."""
+    if not isinstance(intervention, Chain):
+        yield intervention
+        return
+    for part in intervention.parts:
+        yield from parts_of(part)
+
+
+def chain(*interventions: SiteFunction) -> Chain:
     """Applies several interventions in order, as optax.chain does; all must have the same sweep axes."""
-    combined = Chain(tuple(as_pytree(part) for part in interventions))
+    combined = Chain(tuple(as_intervention(part) for part in interventions))
     _ = combined.sweep_shape
     return combined
 
 
-def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+EditType = TypeVar("EditType", bound=Edit)
+
+
+def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Add:
     """Adds `strength * vector` (steering).
 
     Args:
@@ -203,67 +275,66 @@ def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: s
     Raises:
         InputError: for an unknown site or shapes that do not fit.
     """
-    return _edit("add", layer, positions, vector, strength, site)
+    return _edit(Add, layer, positions, strength, site, vector)
 
 
-def replace(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+def replace(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Replace:
     """Puts `vector` in place of the value (activation patching); a strength below 1 goes part of the way.
 
     Arguments and errors as in `add`.
     """
-    return _edit("replace", layer, positions, vector, strength, site)
+    return _edit(Replace, layer, positions, strength, site, vector)
 
 
-def scale(layer: Any, positions: Any, strength: Any, *, site: str = "resid_post") -> Edit:
+def scale(layer: Any, positions: Any, strength: Any, *, site: str = "resid_post") -> Scale:
     """Multiplies the value by `strength`, Float[S...]; 0 ablates it.
 
     Other arguments and errors as in `add`.
     """
-    return _edit("scale", layer, positions, None, strength, site)
+    return _edit(Scale, layer, positions, strength, site)
 
 
-def project_out(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Edit:
+def project_out(
+    layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post"
+) -> ProjectOut:
     """Removes the value's component along `vector`, which need not have unit length.
 
     Arguments and errors as in `add`.
     """
-    return _edit("project_out", layer, positions, vector, strength, site)
+    return _edit(ProjectOut, layer, positions, strength, site, vector)
 
 
-def _edit(operation: Operation, layer: Any, positions: Any, vector: Any, strength: Any, site: str) -> Edit:
+def _edit(kind: type[EditType], layer: Any, positions: Any, strength: Any, site: str, *vectors: Any) -> EditType:
+    """An edit of that kind from whatever its constructor was given; `vectors` holds its vector, if it has one."""
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
-    # Left on the host where they are known: what a rerun can leave out is decided there, also while tracing.
+    # Left on the host where they are known: what a rerun can skip is decided there, also while tracing.
     layer, positions = as_integers("layer", layer), as_positions(positions)
     sweep = layer.shape
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
-    vector = jnp.zeros((*sweep, 1)) if operation == "scale" else _numbers("vector", vector)
-    strength = _numbers("strength", strength).astype(_wide(vector.dtype))
-    inner = vector.ndim - len(sweep)
-    if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
-        raise InputError(
-            f"`vector` of shape {list(vector.shape)} does not fit: expected [{', '.join(map(str, (*sweep, 'D')))}] "
-            "or the same with axes B or B, P before D."
-        )
-    axes = {1: (-3, -2), 2: (-2,), 3: ()}[inner]
-    vector = jnp.expand_dims(vector, axes)
-    for axis, name in ((-3, "prompts"), (-2, "positions")):
-        size, expected = vector.shape[axis], positions.shape[axis + 1]
-        if size not in (1, expected):
-            raise InputError(f"`vector` is for {size} {name}, but `positions` names {expected}.")
+    found = {}
+    for vector in vectors:
+        vector = _numbers("vector", vector)
+        inner = vector.ndim - len(sweep)
+        if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
+            raise InputError(
+                f"`vector` of shape {list(vector.shape)} does not fit: expected "
+                f"[{', '.join(map(str, (*sweep, 'D')))}] or the same with axes B or B, P before D."
+            )
+        found["vector"] = vector = jnp.expand_dims(vector, {1: (-3, -2), 2: (-2,), 3: ()}[inner])
+        for axis, name in ((-3, "prompts"), (-2, "positions")):
+            size, expected = vector.shape[axis], positions.shape[axis + 1]
+            if size not in (1, expected):
+                raise InputError(f"`vector` is for {size} {name}, but `positions` names {expected}.")
+    strength = _numbers("strength", strength)
+    strength = strength.astype(_wide(found["vector"].dtype if found else jnp.float32))
     try:
         strength = jnp.broadcast_to(strength, sweep)
     except ValueError as error:
         raise InputError(f"strength of shape {list(strength.shape)} does not fit sweep axes {list(sweep)}.") from error
-    return Edit(
-        operation=operation,
-        site=site,
-        layer=layer,
-        positions=(jnp if isinstance(positions, Tracer) else np).broadcast_to(positions, (*sweep, *positions.shape)),
-        vector=vector,
-        strength=strength,
-    )
+    positions = (jnp if isinstance(positions, Tracer) else np).broadcast_to(positions, (*sweep, *positions.shape))
+    return kind(site=site, layer=layer, positions=positions, strength=strength, **found)
 
 
 def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str) -> None:
@@ -322,29 +393,27 @@ def _numbers(name: str, value: Any) -> Float[Array, "..."]:
     return jnp.asarray(value)
 
 
-def stack(interventions: Any) -> Any:
+def stack(interventions: Any) -> Intervention:
     """Interventions that differ in the values of their arrays alone, as one with a new leading sweep axis.
 
     Raises:
         InputError: if there are none, or they differ in more: operation, site, shapes, sweep axes; or if one holds no
-            arrays, or a trace.
+            arrays.
     """
-    every = [as_pytree(one) for one in interventions] if isinstance(interventions, Iterable) else []
+    every = [as_intervention(one) for one in interventions] if isinstance(interventions, Iterable) else []
     if not every:
         raise InputError("stack takes a list of one or more interventions.")
-    for number, one in enumerate(every):
-        if any(hasattr(part, "refusal") for part in _parts(one)):
-            raise InputError("an image swap cannot be stacked: give jaxid.swap all layers at once.")
+    for index, one in enumerate(every):
         if not jax.tree.leaves(one):
-            raise InputError(f"intervention {number} of the stack holds no arrays, so it has no sweep axes to stack.")
+            raise InputError(f"intervention {index} of the stack holds no arrays, so it has no sweep axes to stack.")
         ours, theirs = _outline(every[0]), _outline(one)
         if ours != theirs:
             raise InputError(
-                f"only interventions of the same kind and shapes can be stacked: the first is {ours}, number {number} "
-                f"(from 0) is {theirs}."
+                f"only interventions of the same kind and shapes can be stacked: that of index 0 is {ours}, that of "
+                f"index {index} is {theirs}."
             )
         if jax.tree.structure(one) != jax.tree.structure(every[0]):
-            raise InputError(f"intervention {number} of the stack has another function or structure than the first.")
+            raise InputError(f"intervention {index} of the stack has another function or structure than the first.")
 
     def join(*leaves: Any) -> Any:
         known = all(isinstance(leaf, np.ndarray) for leaf in leaves)  # stays on the host, as constructors leave it
@@ -353,18 +422,13 @@ def stack(interventions: Any) -> Any:
     return jax.tree.map(join, *every)
 
 
-def _parts(intervention: Any) -> list[Any]:
-    """The intervention, or all parts of a chain."""
-    if not isinstance(intervention, Chain):
-        return [intervention]
-    return [inner for part in intervention.parts for inner in _parts(part)]
-
-
-def _outline(intervention: Any) -> str:
+def _outline(intervention: Intervention) -> str:
     """An intervention's kinds and shapes, in words."""
     if isinstance(intervention, Chain):
         return f"chain({', '.join(_outline(part) for part in intervention.parts)})"
     shapes = ", ".join(str(list(jnp.shape(leaf))) for leaf in jax.tree.leaves(intervention))
+    kind = type(intervention.function if isinstance(intervention, Wrapped) else intervention).__name__
     if isinstance(intervention, Edit):
-        return f"{intervention.operation} at {intervention.site} (layer, positions, vector, strength: {shapes})"
-    return f"{type(intervention).__name__} ({shapes or 'no arrays'})"
+        names = "layer, positions, strength" + ", vector" * isinstance(intervention, VectorEdit)
+        return f"{kind} at {intervention.site} ({names} of shapes {shapes})"
+    return f"{kind} ({shapes or 'no arrays'})"

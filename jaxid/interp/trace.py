@@ -7,7 +7,7 @@ at once, against the recorded keys and values of the tokens before.
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check, checked_positions, forward, nan_outside
-from jaxid.interp.interventions import Chain, Reach, as_pytree, chain, check_layers, replace, sweep_shape
-from jaxid.nn import reuse
-from jaxid.nn.decoder import Memory
+from jaxid.interp.interventions import Replace, as_intervention, check_layers, earliest, replace
+from jaxid.nn import passes
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import take_tokens
-from jaxid.nn.sites import AnyArray, Intervention, Site, as_integers, clean
+from jaxid.nn.sites import AnyArray, Clean, Intervention, Reach, SiteFunction, as_integers, clean
+from jaxid.nn.views import Memory
 from jaxid.prompts.processor import Prompts
 
 _TOKENS_TOGETHER = 2048
@@ -96,83 +96,27 @@ class Trace:
         return nan_outside(self.prompts, positions, take_tokens(self.residuals, jnp.asarray(positions - start)))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSwap:
-    """All image tokens of another trace put in place of a trace's own after a block; made by `swap`.
+def swap(source: Trace, layer: Any, positions: Any) -> Replace:
+    """Another trace's activations of text in place of a trace's own, after a layer (activation swap).
 
-    Later image tokens depend on image tokens (and what stands before them) alone, so the blocks after the swap read
-    the other trace's keys and values, and no image token is computed again. Where pictures enter by cross-attention
-    (Llama-3.2-Vision), the blocks after the swap read the other trace's picture.
-
-    Attributes:
-        layer: the block, Int[S...].
-        source: the other trace.
-    """
-
-    layer: Int[AnyArray, "*S"]
-    source: Trace
-
-    # What `forward` and whatever else calls interventions says: a trace does not hold a picture's residual stream.
-    refusal: ClassVar[str] = (
-        "an image swap works by a trace's keys and values: use jaxid.rerun; or capture the image tokens with "
-        "jaxid.forward and put them in with jaxid.replace."
-    )
-
-    @property
-    def sweep_shape(self) -> tuple[int, ...]:
-        """Lengths of the leading sweep axes."""
-        return tuple(self.layer.shape)
-
-    @property
-    def last_own(self) -> Int[AnyArray, "*S"]:
-        """The last block that reads its own picture: of a traced layer that does not exist, every block does."""
-        if not isinstance(self.layer, Tracer):
-            return self.layer
-        end = self.source.model.num_layers
-        return jnp.where(self.layer < 0, end, jnp.minimum(self.layer, end))
-
-    @property
-    def reach(self) -> Reach:
-        """Everything after the block, from the picture's end on."""
-        return Reach(self.last_own + 1, self.source.prompts.text_start())
-
-    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Refuses.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(self.refusal)
-
-
-def swap(source: Trace, layer: Any, positions: Any) -> Any:
-    """Another trace's activations in place of a trace's own, after a block (activation swap).
+    Pictures are swapped by `rerun(..., pictures_of=source, after=layer)`.
 
     Args:
         source: trace of the prompts whose activations are put in, e.g. about mirrored pictures.
         layer: decoder block(s), 0-based; its axes are the sweep.
-        positions: "image" (all image tokens), "text" (all tokens after the picture), or Int[B] or Int[B, P].
-
-    Returns:
-        An intervention for `rerun`; for text a `replace`, which `forward` takes too.
+        positions: Int[B] or Int[B, P], or "text": those of all tokens after the picture.
 
     Raises:
-        InputError: for a layer that the model does not have, a place that was not recorded, or pictures apart.
+        InputError: for a layer that the model does not have, or a position that was not recorded.
     """
     layer = as_integers("layer", layer)
     check_layers(layer, "resid_post", source.model.num_layers, source.model.name)
     if isinstance(positions, str):
-        if positions not in ("image", "text"):
-            raise InputError(f'`positions` is "image", "text" or positions, not {positions!r}.')
-        if positions == "image":
-            places = source.prompts.image_tokens()  # refuses prompts without a picture
-            if (np.diff(places, axis=1) != 1).any():
-                raise InputError(
-                    "the prompts' pictures do not stand next to each other, and what stands between them depends on "
-                    "them too: use jaxid.forward with jaxid.replace at prompts.image_tokens()."
-                )
-            return ImageSwap(layer=layer, source=source)
+        if positions != "text":
+            raise InputError(
+                f'`positions` is "text" or an array of positions, not {positions!r}; pictures are swapped by '
+                "jaxid.rerun(..., pictures_of=source, after=layer)."
+            )
         positions = source.prompts.text_tokens()
     positions = checked_positions(source.prompts, positions)
     values = source.at(positions)[1:]
@@ -183,10 +127,10 @@ def swap(source: Trace, layer: Any, positions: Any) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _record(
-    definition: Any, parameters: Any, inputs: Inputs, suffix: Array, intervention: Intervention
-) -> reuse.Record:
+    definition: Any, parameters: Any, inputs: Inputs, suffix: Array, intervention: SiteFunction
+) -> passes.Record:
     network = nnx.merge(definition, nnx.State(parameters))
-    return reuse.record(
+    return passes.record(
         network.decoder,
         network.embed(inputs),
         inputs.positions,
@@ -202,7 +146,7 @@ def _record(
 @partial(jax.jit, static_argnums=0)
 def _residuals(definition: Any, parameters: Any, inputs: Inputs, positions: Array) -> Array:
     # Only what is returned is computed: no keys and values are kept, and the last block runs at the asked places alone.
-    return _record(definition, parameters, inputs, positions, as_pytree(clean)).residuals
+    return _record(definition, parameters, inputs, positions, clean).residuals
 
 
 def residuals_at(model: Model, prompts: Prompts, positions: Any) -> Float[Array, "L1 B P D"]:
@@ -219,7 +163,7 @@ def residuals_at(model: Model, prompts: Prompts, positions: Any) -> Float[Array,
     return nan_outside(prompts, positions, _residuals(model.definition, model.parameters, inputs, inside))
 
 
-def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
+def trace(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -> Trace:
     """Records one pass: its answers, all keys and values, and the residual stream of the text after the picture.
 
     Memory: 2 L T K E + (L + 1) S D numbers a prompt, in the model's dtype.
@@ -232,19 +176,20 @@ def trace(model: Model, prompts: Prompts, intervention: Intervention = clean) ->
     Raises:
         InputError: for an edit that does not fit the model and the batch, or has sweep axes.
     """
+    intervention = as_intervention(intervention)
     check(model, prompts, intervention)
-    if sweep_shape(intervention):
-        raise InputError(f"a trace is of one pass; the intervention has sweep axes {sweep_shape(intervention)}.")
+    if intervention.sweep_shape:
+        raise InputError(f"a trace is of one pass; the intervention has sweep axes {intervention.sweep_shape}.")
     return record(model, prompts, intervention)
 
 
-def record(model: Model, prompts: Prompts, intervention: Intervention = clean) -> Trace:
+def record(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -> Trace:
     """`trace` without its checks: the intervention may name tokens that are yet to follow the prompts."""
     start = prompts.text_start()
     tokens = prompts.inputs.token_ids.shape[1]
     suffix = np.minimum(start[:, None] + np.arange(tokens - start.min()), tokens - 1)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    record = _record(model.definition, model.parameters, inputs, jnp.asarray(suffix), as_pytree(intervention))
+    record = _record(model.definition, model.parameters, inputs, jnp.asarray(suffix), intervention)
     return Trace(
         hidden=record.hidden,
         keys=record.keys,
@@ -253,7 +198,7 @@ def record(model: Model, prompts: Prompts, intervention: Intervention = clean) -
         memory=record.memory,
         model=model,
         prompts=prompts,
-        edited=intervention is not clean,
+        edited=not isinstance(intervention, Clean),
     )
 
 
@@ -285,13 +230,13 @@ def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
     return Plan(first=first, prefix=min(-(-int(first.max()) // 8) * 8, tokens), length=min(length + length % 2, tokens))
 
 
-def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any = None) -> reuse.Suffix:
+def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any = None) -> passes.Suffix:
     """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
     places = plan.first[:, None] + np.arange(plan.length)
     recorded = np.minimum(places - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
     within = np.minimum(places, trace.prompts.offsets.shape[1] - 1)
     turned = trace.prompts.inputs.rope_positions
-    return reuse.Suffix(
+    return passes.Suffix(
         residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
         positions=jnp.asarray(within),
         rope_positions=None if turned is None else jnp.asarray(np.take_along_axis(turned, within[:, None], axis=2)),
@@ -311,63 +256,88 @@ _tokens = jax.jit(take_tokens)
 
 
 @partial(jax.jit, static_argnames=("definition", "chunk"))
-def _resume(definition: Any, parameters: Any, suffix: reuse.Suffix, edits: Any, start: Array, *, chunk: int) -> Array:
+def _resume(definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, start: Array, *, chunk: int) -> Array:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return reuse.resume(decoder, suffix, edits, start, chunk=chunk)
+    return passes.resume(decoder, suffix, edits, start, chunk=chunk)
 
 
-def rerun(model: Model, trace: Trace, intervention: Intervention = clean, *, chunk: int | None = None) -> Output:
+def rerun(
+    model: Model,
+    trace: Trace,
+    intervention: SiteFunction = clean,
+    *,
+    pictures_of: Trace | None = None,
+    after: Any = None,
+    chunk: int | None = None,
+) -> Output:
     """What `forward` gives under an intervention, from a recorded pass and only what the intervention can change.
 
     All interventions of a sweep run in one call, whatever their layers, as rows that share each prompt's prefix.
     Exact: equal to the full pass up to rounding.
 
     An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
-    that acts on a picture's tokens or before them, falls back to a full pass; `swap` of all image tokens does not.
-    A callable of your own says it by an attribute `reach`, see `jaxid.interp.interventions.Reach`.
+    that acts on a picture's tokens or before them, falls back to a full pass. A callable of your own says it by an
+    attribute `reach`, see `jaxid.nn.sites.Reach`.
+
+    With `pictures_of`, a row reads another trace's pictures in the blocks after a layer, as if all image tokens were
+    swapped there. Image tokens depend on nothing but pictures and what stands before them, so those blocks read the
+    other trace's keys and values, and no image token is computed again. Where pictures enter by cross-attention
+    (Llama-3.2-Vision), the blocks after the layer read the other picture.
 
     Args:
         model: the model that made the trace.
         trace: the recorded pass.
-        intervention: as in `forward`, or made by `swap`; its sweep axes S lead in the output.
+        intervention: as in `forward`; its sweep axes S lead in the output.
+        pictures_of: a trace of prompts that are alike up to the picture's end.
+        after: the last layer(s) of every row, 0-based, that still read their own pictures, Int[S...].
         chunk: rows that go through a block together; chosen from their layers and lengths by default.
 
     Returns:
         The output; it captures nothing (use `forward`).
 
     Raises:
-        InputError: for an edit that does not fit the model and the batch, or a trace of another model or of an
-            edited pass.
+        InputError: for an edit that does not fit the model and the batch, a trace of another model or of an edited
+            pass, or pictures that cannot be swapped.
+        PromptError: for `pictures_of` prompts without a picture.
     """
+    intervention = as_intervention(intervention)
     check_trace(model, trace, intervention)
-    if intervention is clean:
-        return trace.output
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk must be 1 or more, not {chunk}.")
-    swaps, edits = _split(intervention)
-    check(model, trace.prompts, edits)
-    for part in swaps:
-        check_layers(part.layer, "resid_post", model.num_layers, model.name)
-        _check_source(trace, part.source)
-    reach: Reach | None = getattr(intervention, "reach", None)
+    if (pictures_of is None) != (after is None):
+        raise InputError("`pictures_of` and `after` go together: whose pictures, and after which layer.")
+    if pictures_of is None and isinstance(intervention, Clean):
+        return trace.output
+    check(model, trace.prompts, intervention)
+    leading, reach, last_own = intervention.sweep_shape, intervention.reach, None
+    if pictures_of is not None:
+        after = as_integers("after", after)
+        check_pictures(trace, pictures_of, after)
+        if jax.tree.leaves(intervention) and leading != after.shape:
+            raise InputError(
+                f"`after` has the sweep axes {list(after.shape)}, the intervention {list(leading)}; give both the same."
+            )
+        leading, last_own = after.shape, after
+        if isinstance(after, Tracer):  # a layer that does not exist: every block reads its own picture
+            last_own = jnp.where(after < 0, model.num_layers, jnp.minimum(after, model.num_layers))
+        reach = earliest([reach, Reach(last_own + 1, pictures_of.prompts.text_start())])
     plan_ = None if reach is None else plan(trace, reach.position)
     if reach is None or plan_ is None:
-        if swaps:
-            raise InputError("beside an image swap, only edits of text tokens at known positions can be rerun.")
+        if pictures_of is not None:
+            raise InputError("beside `pictures_of`, only edits of text tokens at known positions can be rerun.")
         return forward(model, trace.prompts, intervention)
-    leading = sweep_shape(intervention)
     start = reach.block if isinstance(reach.block, Tracer) else np.asarray(reach.block)
-    start = start.astype(np.int32).reshape(-1).clip(0, model.num_layers)  # traced ones may lie outside
-    flat = jax.tree.map(lambda leaf: leaf.reshape(start.size, *leaf.shape[len(leading) :]), as_pytree(edits))
+    start = start.clip(0, model.num_layers).astype(np.int32).reshape(-1)  # traced ones may lie outside
+    flat = jax.tree.map(lambda leaf: leaf.reshape(start.size, *leaf.shape[len(leading) :]), intervention)
     own, other, swapped = trace, None, None
-    if swaps:
-        other = swaps[0].source
-        plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, other.keys.shape[3]))
-        if edits is clean:  # then no row reads the trace's own prefix any more
-            own = dataclasses.replace(trace, keys=other.keys, values=other.values, memory=other.memory)
-            other = None
+    if pictures_of is not None:
+        plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, pictures_of.keys.shape[3]))
+        if isinstance(intervention, Clean):  # then no row reads the trace's own prefix any more
+            own = dataclasses.replace(
+                trace, keys=pictures_of.keys, values=pictures_of.values, memory=pictures_of.memory
+            )
         else:
-            swapped = jnp.asarray(swaps[0].last_own.reshape(-1))
+            other, swapped = pictures_of, jnp.asarray(last_own).reshape(-1)
     suffix = suffix_of(own, plan_, other, swapped)
     if chunk is None:
         chunk = rows_together(start, len(trace.prompts) * plan_.length, model.num_layers)
@@ -382,7 +352,7 @@ def check_trace(model: Model, trace: Trace, intervention: Intervention) -> None:
     What is run again would be run without the trace's own edit.
     """
     _check_model(trace, model)
-    if trace.edited and intervention is not clean:
+    if trace.edited and not isinstance(intervention, Clean):
         raise InputError(
             "the trace is of an edited pass; chain its edit and this one, and use a trace of the clean pass."
         )
@@ -419,24 +389,18 @@ def _all_equal(pairs: list[tuple[AnyArray, AnyArray]]) -> Array:
     return jnp.stack(same).all()
 
 
-def _split(intervention: Any) -> tuple[list[ImageSwap], Any]:
-    """Image swaps, and everything else as one intervention."""
-    if isinstance(intervention, ImageSwap):
-        return [intervention], clean
-    if not isinstance(intervention, Chain):
-        return [], intervention
-    found = [_split(part) for part in intervention.parts]
-    swaps = [swap for some, _ in found for swap in some]
-    if not swaps:
-        return [], intervention
-    if len(swaps) > 1:
-        raise InputError("a chain may hold one image swap only: the second would undo the first.")
-    rest = [edits for _, edits in found if edits is not clean]
-    return swaps, chain(*rest) if rest else clean
+def check_pictures(trace: Trace, source: Trace, after: Int[AnyArray, "*S"]) -> None:
+    """Refuses pictures that cannot be swapped: keys and values are taken over as they are.
 
-
-def _check_source(trace: Trace, source: Trace) -> None:
-    """An image swap takes over keys and values as they are, so what stands before and in the picture has to agree."""
+    So what stands before and in the picture has to agree.
+    """
+    check_layers(after, "resid_post", source.model.num_layers, source.model.name)
+    positions = source.prompts.image_tokens()  # refuses prompts without a picture
+    if (np.diff(positions, axis=1) != 1).any():
+        raise InputError(
+            "the prompts' pictures do not stand next to each other, and what stands between them depends on them too: "
+            "use jaxid.forward with jaxid.replace at prompts.image_tokens()."
+        )
     start = trace.prompts.text_start()
     ours, theirs = trace.prompts.inputs, source.prompts.inputs
     same = np.array_equal(start, source.prompts.text_start())
@@ -445,9 +409,13 @@ def _check_source(trace: Trace, source: Trace) -> None:
             same = same and np.array_equal(getattr(ours, name)[row, :end], getattr(theirs, name)[row, :end])
     ours, theirs = trace.model, source.model
     if not same or (ours.definition, ours.fingerprint) != (theirs.definition, theirs.fingerprint):
-        raise InputError("an image swap needs two traces of one model whose prompts are alike up to the picture's end.")
+        raise InputError(
+            "`pictures_of` needs a trace of the same model whose prompts are alike up to the picture's end."
+        )
     if ours.config.text_config.reads_length and trace.prompts.last().max() != source.prompts.last().max():
-        raise InputError("an image swap needs prompts of one length here: the model's rotary embedding depends on it.")
+        raise InputError(
+            "`pictures_of` needs prompts of one length here: the model's rotary embedding depends on it."
+        )
     _check_model(source, ours)
 
 

@@ -1,8 +1,8 @@
-"""Named places in a forward pass, where values can be read and replaced."""
+"""Named places in a forward pass, where values can be read and replaced, and what an intervention there is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ DECODER_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 SITES = ("embed", *DECODER_SITES)
 """All sites: the decoder's input, pictures merged in, and those of every block."""
 
+NOWHERE = int(np.iinfo(np.int32).max)
+"""The layer and position of an intervention that acts nowhere."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -42,14 +45,68 @@ class Site:
 # The name is static: it decides while tracing which edits touch the value at all.
 jax.tree_util.register_dataclass(Site, data_fields=["layer", "positions"], meta_fields=["name"])
 
-Intervention = Callable[[Site, Float[Array, "B T D"]], Float[Array, "B T D"]]
-"""Anything that maps the value at a site to the value that the pass goes on with."""
+SiteFunction = Callable[[Site, Float[Array, "B T D"]], Float[Array, "B T D"]]
+"""Maps the value at a site to the value that the pass continues with. All that a pass asks of an intervention."""
 
 
-def clean(site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+class Reach(NamedTuple):
+    """Where an intervention begins to act; all before it is as in the clean run.
+
+    Attributes:
+        block: the first block that has to run again, Int[S...]: k + 1 for a change of what leaves block k.
+        position: the first changed position of every prompt, Int[B or 1].
+    """
+
+    block: Int[AnyArray, "*S"]
+    position: Int[np.ndarray, "Br"]
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """A pytree that is called at every site of a pass, and says what it leaves untouched.
+
+    Whatever has these three members is one. A plain function or another callable pytree may be given wherever an
+    intervention is asked for: it counts as a single one that may act everywhere.
+    """
+
+    @property
+    def reach(self) -> Reach | None:
+        """Where it begins to act, which is all that `rerun` computes; None if it does not say."""
+        ...
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading axes that all its arrays share, one intervention an entry; () for a single one."""
+        ...
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"], /) -> Float[Array, "B T D"]:
+        """The value that the pass continues with."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Clean:
     """The intervention that changes nothing."""
-    del site
-    return value
+
+    @property
+    def reach(self) -> Reach:
+        """Nothing is changed."""
+        return Reach(np.asarray(NOWHERE), np.array([NOWHERE]))
+
+    @property
+    def sweep_shape(self) -> tuple[int, ...]:
+        """A single intervention."""
+        return ()
+
+    def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The value itself."""
+        del site
+        return value
+
+
+clean = Clean()
+"""The intervention that changes nothing."""
 
 
 @dataclass(frozen=True)
