@@ -207,7 +207,7 @@ def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
         return {"control": np.asarray(trace(model, batch.prompts).logprobs(batch.answers))}
 
     def steer() -> Found:
-        found = steering.run(model, batch, work.ids, layers=steering_layers(model), multiplier=1.0)
+        found = steering.steer_to_cells(model, batch, work.ids, layers=steering_layers(model), strength=1.0)
         return {"control": found.control, "edited": found.steered.reshape(-1, count, 2)}
 
     def swap_beliefs() -> Found:

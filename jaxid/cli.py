@@ -40,7 +40,7 @@ COMMANDS = {
     "run attribute-swap": "jaxid.experiments.activation_swap:AttributeSwap",
     "run blank-image": "jaxid.experiments.blank_image:BlankImage",
     "run steer": "jaxid.experiments.steering:Steer",
-    "run steer-picture": "jaxid.experiments.steering:SteerPicture",
+    "run steer-picture": "jaxid.experiments.steer_picture:SteerPicture",
     "run depth": "jaxid.experiments.depth:Depth",
     "run deviation": "jaxid.experiments.deviation:Deviation",
     "run occlusion": "jaxid.experiments.occlusion:Occlusion",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxid.errors import InputError
 
@@ -55,3 +56,33 @@ def confidence_interval(successes: int, count: int) -> tuple[float, float]:
         raise InputError(f"{successes} successes of {count} trials have no confidence interval.")
     interval = stats.binomtest(int(successes), int(count)).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def moments(values: Float[np.ndarray, "N"]) -> dict[str, Any]:
+    """Count, mean and median of a sample; None where it is empty."""
+    some = len(values) > 0
+    return {
+        "count": len(values),
+        "mean": float(values.mean()) if some else None,
+        "median": float(np.median(values)) if some else None,
+    }
+
+
+def rank_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "M"]) -> dict[str, float | None]:
+    """Mann-Whitney U of two samples: are values of the first the larger ones?
+
+    Returns:
+        "u", the number of pairs in which the first sample's value is larger (ties count half); "auc", their share;
+        and the p-values "p_two_sided", "p_greater" (the first is larger) and "p_less". All None where a sample is
+        empty.
+    """
+    if not len(first) or not len(second):
+        return dict.fromkeys(("u", "auc", "p_two_sided", "p_greater", "p_less"))
+    from scipy import stats
+
+    # In float32, scipy rounds the p-values too.
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    found = {side: stats.mannwhitneyu(first, second, alternative=side) for side in ("two-sided", "greater", "less")}
+    u = float(found["two-sided"].statistic)
+    values = {f"p_{side.replace('-', '_')}": float(result.pvalue) for side, result in found.items()}
+    return {"u": u, "auc": u / (len(first) * len(second)), **values}

@@ -15,7 +15,7 @@ from jaxid import io, plots
 from jaxid.checks import Count, check_options
 from jaxid.errors import InputError
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, Session, joined, padded
+from jaxid.experiments.session import Columns, Session, joined, padded, parse_layers
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
@@ -131,6 +131,9 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
 
     name: ClassVar[str]
     published_text: ClassVar[str] = PUBLISHED_SUFFIX
+    reporting: ClassVar[frozenset[str]] = frozenset()
+    """Options that summary and figures depend on, but no row."""
+    prompts_per_item: ClassVar[int] = 1
 
     out: Path
     data: Path
@@ -174,7 +177,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """The prompts of items of one group."""
 
     def asked(self, batch: Batch) -> Sequence[RelationBatch]:
-        """The questions in what `prepare` made."""
+        """The questions in what `prepare` made; the words of the first are counted."""
         return [batch]  # pyright: ignore[reportReturnType] - true of the experiments that do not override it
 
     def rows(self, session: Session) -> int:
@@ -207,13 +210,16 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """The layers of the experiment where the user gives none."""
         return range(model.num_layers)
 
+    def chosen_layers(self, model: Model) -> list[int]:
+        """The layers of the run, ascending."""
+        return parse_layers(None, model, tuple(self.default_layers(model)))
+
     def chunk(self, session: Session, items: list[Item]) -> Columns:
         """The table's rows of items that are computed together."""
         tables = []
         for group in self.groups(items):
             batch = self.prepare(session, padded(group, session.batch_size))
-            for asked in self.asked(batch):
-                session.count_words(asked, len(group))
+            session.count_words(self.asked(batch)[0], len(group))
             tables.append(self.compute(session, group, batch))
         return joined(tables)
 
@@ -261,6 +267,10 @@ class WithLayers(Experiment[Item, Batch, SummaryT]):
 
     layers: str | None = None
 
+    def chosen_layers(self, model: Model) -> list[int]:
+        """The layers given, else the experiment's own."""
+        return parse_layers(self.layers, model, tuple(self.default_layers(model)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WithSpatialIDs(Experiment[Item, Batch, SummaryT]):
@@ -274,7 +284,7 @@ class WithSpatialIDs(Experiment[Item, Batch, SummaryT]):
 
     def read_ids(self) -> SpatialIDs:
         """The spatial IDs."""
-        return SpatialIDs.from_torch(self.ids) if self.ids.suffix == ".pt" else SpatialIDs.load(self.ids)
+        return read_spatial_ids(self.ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,7 +298,12 @@ class WithStrength(Experiment[Item, Batch, SummaryT]):
     strength: float = 5.0
 
 
-def write_config(command: Command[Any], folder: Path) -> Path:
+def read_spatial_ids(path: Path) -> SpatialIDs:
+    """Spatial IDs from a .safetensors file or the authors' .pt."""
+    return SpatialIDs.from_torch(path) if path.suffix == ".pt" else SpatialIDs.load(path)
+
+
+def write_config(command: Command[Any], folder: Path, name: str = "config.yaml") -> Path:
     """Writes `config.yaml`, with which `--config` repeats a command, whatever the folder it is given in."""
     import yaml
 
@@ -299,4 +314,4 @@ def write_config(command: Command[Any], folder: Path) -> Path:
 
     options = {field.name: plain(getattr(command, field.name)) for field in dataclasses.fields(command)}
     given = {name: value for name, value in options.items() if value is not None and name != "restart"}
-    return io.write_text(folder / "config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+    return io.write_text(folder / name, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))

@@ -1,90 +1,141 @@
-"""Depth diagnosis: are height and depth the same to the model? ([ID] arXiv 2601.12626, Figure 7)."""
+"""Depth: are height and depth the same to the model? ([ID] arXiv 2601.12626, Figure 7)."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
-from jaxid.data.coco_spatial import SpatialItem
-from jaxid.errors import InputError
-from jaxid.experiments import steering
-from jaxid.experiments.relations import ANSWERS, Case, Compat, RelationBatch, axis_of, fill, prepare_questions
-from jaxid.families.base import Model
-from jaxid.ids.spatial import SpatialIDs
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from jaxid import plots
+from jaxid.data.grid import GRID
+from jaxid.experiments.base import Summary, WithSpatialIDs
+from jaxid.experiments.relations import RelationBatch
+from jaxid.experiments.session import Columns, Session, joined
+from jaxid.experiments.steering import (
+    CELLS,
+    KINDS,
+    Kind,
+    Question,
+    Steering,
+    about_items,
+    ask,
+    changes,
+    steer_to_cells,
+)
+from jaxid.stats import mean_interval
 
 QUESTIONS = {
-    "height": ("Is the {subject} above or below the {object}?", ANSWERS["vertical"]),
-    "depth": ("Is the {subject} in front or behind the {object}?", ("front", "behind")),
+    "height": KINDS["above-below"],
+    "depth": Kind("Is the {0} in front or behind the {1}?", ("front", "behind"), "vertical"),
 }
-"""What is asked about the same pictures: question and answer words. Only the true height is known."""
+"""What is asked about the same pictures."""
+
+Batches = Mapping[str, RelationBatch]
+"""The same pictures and objects under both questions."""
 
 
-class Depth(NamedTuple):
-    """Steering along the vertical axis under both questions, by layer and cell, see `steering.Steering`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthSummary(Summary):
+    """What came of steering along the vertical axis under both questions.
 
-    height: steering.Steering
-    depth: steering.Steering
-
-
-def prepare(
-    model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", case: Case = "lower"
-) -> dict[str, RelationBatch]:
-    """The same pictures and objects under both questions.
-
-    Args:
-        model: the model.
-        items: above/below items.
-        template: of the user's text, see `relations.prepare`.
-        case: which form of the answer words is read.
-
-    Raises:
-        InputError: for a left/right item.
-        PromptError: if a question does not hold a word.
+    Attributes:
+        layers: ascending.
+        words: the answers, by question.
+        change: of their log-probabilities by layer, cell (x, y) and word, by question: means over items.
+        change_interval: half of the means' 95 % intervals.
+        height_depth_correlation: of the two questions' change of log p(first word) - log p(second word), by layer and
+            row: 0 if the model keeps height and depth apart, 1 if it takes them for the same.
     """
-    if any(axis_of(item) != "vertical" for item in items):
-        raise InputError("the depth diagnosis needs above/below items: height is what depth may be mistaken for.")
-    batches = {}
-    for name, (question, answers) in QUESTIONS.items():
-        asked = [question.format(subject=item.subject, object=item.object) for item in items]
-        batches[name] = prepare_questions(
-            model,
-            [item.picture for item in items],
-            [fill(template, text, answers) for text in asked],
-            [(item.subject, item.object) for item in items],
-            axis="vertical",
-            answers=answers,
-            truth=[answers.index(item.relation) if name == "height" else -1 for item in items],
-            case=case,
+
+    layers: list[int]
+    words: dict[str, list[str]]
+    change: dict[str, Float[np.ndarray, "L X Y 2"]]
+    change_interval: dict[str, Float[np.ndarray, "L X Y 2"]]
+    height_depth_correlation: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Depth(Steering[Question, Batches, DepthSummary], WithSpatialIDs[Question, Batches, DepthSummary]):
+    """Ask whether height is taken for depth: one steering under two questions (Figure 7).
+
+    Every subject is steered along the vertical axis, by U(x, y) - U(x, 3 - y). A model that keeps height and depth
+    apart changes its answer to the question about height only.
+    """
+
+    name: ClassVar[str] = "depth"
+    panels: ClassVar[tuple[str, str]] = ("height", "depth")
+    """The questions whose changes are drawn under the names of height and depth."""
+
+    def items(self, session: Session) -> list[Question]:
+        """Above/below items."""
+        return about_items(session.spatial_items("vertical"))
+
+    def rows(self, session: Session) -> int:
+        """Every cell at every layer."""
+        return GRID**2 * len(session.layers)
+
+    def prepare(self, session: Session, items: Sequence[Question]) -> Batches:
+        """Both questions about every item."""
+        return {name: ask(session, kind, items) for name, kind in QUESTIONS.items()}
+
+    def asked(self, batch: Batches) -> list[RelationBatch]:
+        """Those about height, then those about depth."""
+        return list(batch.values())
+
+    def compute(self, session: Session, items: Sequence[Question], batch: Batches) -> Columns:
+        """A row for each question, layer, cell, item and word."""
+        tables = []
+        for name, asked in batch.items():
+            found = steer_to_cells(
+                session.model,
+                asked,
+                session.ids,
+                layers=session.layers,
+                strength=self.strength,
+                positions=self.positions(asked)[:, 0],
+            )
+            rows = self.rows_of(session, [item.key for item in items], asked.answers, found, **CELLS)
+            tables.append({**rows, "question": np.full(len(rows["change"]), name)})
+        return joined(tables)
+
+    def summarise(self, session: Session, table: Columns) -> DepthSummary:
+        """Mean changes by question, layer and cell, and how alike they are by row."""
+        found = {
+            name: changes(
+                {column: values[table["question"] == name] for column, values in table.items()},
+                session.layers,
+                kind.answers,
+                **CELLS,
+            )
+            for name, kind in QUESTIONS.items()
+        }
+        means = {name: values.mean(axis=-2) for name, values in found.items()}
+        sides = [(mean[..., 0] - mean[..., 1]).mean(axis=1).ravel() for mean in means.values()]
+        return DepthSummary(
+            **session.facts,
+            layers=session.layers,
+            words={name: list(kind.answers) for name, kind in QUESTIONS.items()},
+            change=means,
+            change_interval={name: mean_interval(values, axis=-2) for name, values in found.items()},
+            height_depth_correlation=float(np.corrcoef(*sides)[0, 1]),
         )
-    return batches
 
+    def figures(self, session: Session, table: Columns, summary: DepthSummary) -> Iterator[tuple[str, Figure]]:
+        """The changes by row, a panel a question."""
+        note = plots.means_note(list(summary.change_interval.values()))
+        figure = plots.depth_by_row(
+            np.array(summary.layers),
+            *(summary.change[name].mean(axis=1) for name in self.panels),
+            *summary.words.values(),
+            about=summary.about(self.strength, note),
+        )
+        yield "depth", figure
 
-def run(
-    model: Model,
-    batches: dict[str, RelationBatch],
-    ids: SpatialIDs,
-    *,
-    layers: Sequence[int],
-    multiplier: float = 5.0,
-    compat: Compat = "none",
-    chunk: int | None = None,
-) -> Depth:
-    """Steers every subject to each cell along the vertical axis, U(x, y) - U(x, 3 - y), under both questions.
-
-    A model that keeps height and depth apart changes its answer to the first question only.
-
-    Args:
-        model: the model.
-        batches: made by `prepare`.
-        ids: the model's spatial IDs.
-        layers: decoder blocks after which the vector is added.
-        multiplier: of the vectors, which are not rescaled.
-        compat: "reference" reproduces the slips of `steering.run`.
-        chunk: edits that run side by side.
-
-    Raises:
-        InputError: if IDs and model differ, or a layer is out of range.
-    """
-    found = {
-        name: steering.run(model, batch, ids, layers=layers, multiplier=multiplier, compat=compat, chunk=chunk)
-        for name, batch in batches.items()
-    }
-    return Depth(**found)
+    def report(self, summary: DepthSummary) -> Iterator[str]:
+        """How alike the two answers move."""
+        yield (
+            f"{summary.items} items: steering moves both answers alike with correlation "
+            f"{summary.height_depth_correlation:+.2f}{summary.skipped_note}"
+        )

@@ -1,4 +1,4 @@
-"""Ground-truth deviation: does the place that words carry differ from the true one where a model errs?
+"""Deviation: does the place that words carry differ from the true one where a model errs?
 
 A word's deviation is its activation in the question with picture, less that in the same question without one. It is
 compared, in the plane of the spatial IDs, with the ID of the place where the object is ([ID] arXiv 2601.12626,
@@ -6,26 +6,45 @@ Figure 8 a).
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from matplotlib.figure import Figure
 
+from jaxid import plots
+from jaxid.data.coco_boxes import PlacedItem, find_instances, read_instances
 from jaxid.errors import InputError
-from jaxid.experiments.belief_swap import require_same_model
-from jaxid.experiments.relations import Compat, RelationBatch
+from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs
+from jaxid.experiments.relations import RelationBatch, prepare
+from jaxid.experiments.session import (
+    Columns,
+    Session,
+    by_axis,
+    item_columns,
+    padded,
+    parse_layers,
+    require_same_model,
+    scaled,
+    spread,
+)
 from jaxid.families.base import Model
+from jaxid.families.registry import published
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.forward import forward
 from jaxid.interp.trace import residuals_at
+from jaxid.io import tidy, write_json
 from jaxid.kernels import probing
 from jaxid.nn.sites import Capture
+from jaxid.stats import confidence_interval, moments, rank_test
+
+ROLES = ("subject", "object")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Deviation:
+class Deviations:
     """Where words and ground truth lie in the plane of the IDs; objects are the subject and the object.
 
     Attributes:
@@ -34,7 +53,7 @@ class Deviation:
         words: coordinates of the words' deviations by layer, item and object, Float[L, B, 2, 2].
         places: those of the ground-truth IDs, Float[L, B, 2, 2].
         axis: along which of the picture's axes was asked.
-        layers: the blocks, Int[L].
+        layers: Int[L].
     """
 
     control: Float[np.ndarray, "B 2"]
@@ -83,43 +102,60 @@ def gap(
     return (along[..., 0] - along[..., 1]) * np.where(truth == 1, 1, -1).astype(along.dtype)
 
 
-def run(
+def easy(margins: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
+    """Which items are in the half of larger margins; of an odd number the middle one is.
+
+    Equal margins are ranked in their order.
+    """
+    ranks = np.argsort(np.argsort(margins, kind="stable"), kind="stable")
+    return ranks >= len(margins) // 2
+
+
+Places = Callable[[SpatialIDs, Int[np.ndarray, "L"], Float[np.ndarray, "B 2 4"]], Float[Array, "L B 2 D"]]
+"""Ground-truth IDs: IDs, layers, and boxes (x, y, width, height) as shares of the picture -> IDs."""
+
+
+def box_ids(
+    ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
+) -> Float[Array, "L B 2 D"]:
+    """The IDs of the boxes' centres."""
+    return ids.at_box(layers, boxes, (1.0, 1.0))
+
+
+def measure_deviations(
     model: Model,
     batch: RelationBatch,
     ids: SpatialIDs,
-    names: Sequence[tuple[str, str]],
     boxes: Float[np.ndarray, "B 2 4"],
     *,
     layers: Sequence[int] | None = None,
-    compat: Compat = "none",
-) -> Deviation:
+    places: Places = box_ids,
+) -> Deviations:
     """Deviations and ground truth of every item, at all layers from one pass with pictures and one without.
 
     Args:
         model: the model.
         batch: prepared items of one axis.
         ids: the model's spatial IDs.
-        names: subject and object of every item.
-        boxes: (x, y, width, height) of the two, as shares of the picture's width and height.
-        layers: decoder blocks after which activations are read; all by default.
-        compat: "reference" places ground-truth IDs half a cell off, as the published code does.
+        boxes: (x, y, width, height) of subject and object, as shares of the picture's width and height.
+        layers: those after which activations are read; all by default.
+        places: makes the ground-truth IDs.
 
     Raises:
-        InputError: if IDs and model differ, a layer is out of range, or boxes or names are of other items.
+        InputError: if IDs and model differ, a layer is out of range, or the boxes are of other items.
     """
     require_same_model(model, ids)
     count = len(batch.prompts)
-    if len(names) != count or boxes.shape != (count, 2, 4):
-        raise InputError(f"{count} items need as many names and boxes [B, 2, 4], not {len(names)} and {boxes.shape}.")
+    if boxes.shape != (count, 2, 4):
+        raise InputError(f"{count} items need boxes of shape [{count}, 2, 4], not {list(boxes.shape)}.")
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
-    truths = ids.at_box(chosen, boxes, (1.0, 1.0), half_cell=compat != "reference")
-    words = batch.words[:, :2]
-    shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(words)))
+    truths = places(ids, chosen, boxes)
+    shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(batch.words[:, :2])))
     text = model.prepare(None, list(batch.prompts.questions))
-    alone = residuals_at(model, text, text.words(names))[1:]
+    alone = residuals_at(model, text, text.words(batch.names))[1:]
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)
     u, v = (direction[chosen] for direction in ids.plane())
-    return Deviation(
+    return Deviations(
         control=np.asarray(batch.read(shown)),
         truth=batch.truth,
         words=np.asarray(probing.plane_coordinates(deviations[chosen], u, v)),
@@ -129,30 +165,229 @@ def run(
     )
 
 
-def rank_test(right: Float[np.ndarray, "R"], wrong: Float[np.ndarray, "W"]) -> dict[str, Any]:
-    """Mann-Whitney U of two samples: are values of the first the larger ones?
+# --- the experiment --------------------------------------------------------------------------------------------------
 
-    Returns:
-        "u", the number of pairs in which the first sample's value is larger (ties count half); "auc", their share;
-        and the p-values "p_two_sided", "p_greater" (the first is larger) and "p_less". All None where a sample is
-        empty.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Separation:
+    """How well margins at a layer tell right from wrong answers.
+
+    Attributes:
+        layer: the layer.
+        accuracy: of all items.
+        margin: count, mean and median of the margins of "right" and "wrong" answers.
+        mann_whitney: the rank test of the two, see `jaxid.stats.rank_test`.
+        halves: count, accuracy and its Wilson interval of the "easy" half of larger margins and the "hard" one.
     """
-    if not len(right) or not len(wrong):
-        return dict.fromkeys(("u", "auc", "p_two_sided", "p_greater", "p_less"))
-    from scipy import stats
 
-    # In float32, scipy rounds the p-values too.
-    right, wrong = right.astype(np.float64), wrong.astype(np.float64)
-    found = {side: stats.mannwhitneyu(right, wrong, alternative=side) for side in ("two-sided", "greater", "less")}
-    u = float(found["two-sided"].statistic)
-    values = {f"p_{side.replace('-', '_')}": float(result.pvalue) for side, result in found.items()}
-    return {"u": u, "auc": u / (len(right) * len(wrong)), **values}
+    layer: int
+    accuracy: float
+    margin: dict[str, dict[str, Any]]
+    mann_whitney: dict[str, float | None]
+    halves: dict[str, dict[str, Any]]
 
 
-def easy(margins: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
-    """Which items are in the half of larger margins; of an odd number the middle one is.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviationSummary(Separation, Summary):
+    """What the deviations say.
 
-    Equal margins are ranked in their order.
+    Attributes:
+        by_axis: the same for the items of each axis, at the reported layer.
+        by_layer: the same at every layer.
+        boxes_against_relation: items whose boxes contradict the relation that their caption tells.
     """
-    ranks = np.argsort(np.argsort(margins, kind="stable"), kind="stable")
-    return ranks >= len(margins) // 2
+
+    by_axis: dict[str, Separation]
+    by_layer: list[Separation]
+    boxes_against_relation: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deviation(
+    WithLayers[PlacedItem, RelationBatch, DeviationSummary], WithSpatialIDs[PlacedItem, RelationBatch, DeviationSummary]
+):
+    """Compare where words say objects are with where they are (Figure 8 a); split items into easy and hard.
+
+    The layers are those in the table, all by default.
+
+    Attributes:
+        layer: the layer that is reported; the published one, or one as deep, by default.
+    """
+
+    name: ClassVar[str] = "deviation"
+    reporting: ClassVar[frozenset[str]] = frozenset({"layer"})
+
+    layer: int | None = None
+
+    def chosen_layer(self, model: Model) -> int:
+        """The layer that is reported.
+
+        Raises:
+            InputError: if the model does not have it.
+        """
+        if self.layer is not None:
+            return parse_layers(str(self.layer), model, ())[0]
+        found = published(self.model).deviation
+        return scaled([12], model.num_layers)[0] if found is None else found
+
+    def chosen_layers(self, model: Model) -> list[int]:
+        """The layers given, and the one that is reported."""
+        return sorted({*super().chosen_layers(model), self.chosen_layer(model)})
+
+    def items(self, session: Session) -> list[PlacedItem]:
+        """Questions of both axes, and the boxes of their objects."""
+        return placed_items(session)
+
+    def groups(self, items: Sequence[PlacedItem]) -> list[list[PlacedItem]]:
+        """The items of each axis."""
+        return by_axis(items, lambda placed: placed.item)
+
+    def prepare(self, session: Session, items: Sequence[PlacedItem]) -> RelationBatch:
+        """The published questions."""
+        return prepare(session.model, [placed.item for placed in items], template=session.template, case=session.case)
+
+    def places(
+        self, ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
+    ) -> Float[Array, "L B 2 D"]:
+        """Ground-truth IDs."""
+        return box_ids(ids, layers, boxes)
+
+    def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Columns:
+        """A row for each layer, item and object."""
+        boxes = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
+        found = measure_deviations(session.model, batch, session.ids, boxes, layers=session.layers, places=self.places)
+        return table_of(found, items, session.model.name)
+
+    def summarise(self, session: Session, table: Columns) -> DeviationSummary:
+        """How margins tell right from wrong answers; writes the items of each half to `easy.json` and `hard.json`."""
+        layer = self.chosen_layer(session.model)
+        rows = rows_at(table, layer)
+        halves = easy(rows["margin"])
+        for name, chosen in (("easy", halves), ("hard", ~halves)):
+            write_json(self.out / f"{name}.json", rows["item"][chosen].tolist())
+        by_layer = [separation(table, k) for k in session.layers]
+        axes = {axis: table["axis"] == axis for axis in dict.fromkeys(rows["axis"].tolist())}
+        used = set(rows["item"].tolist())
+        return DeviationSummary(
+            **session.facts,
+            **vars(by_layer[session.layers.index(layer)]),
+            by_axis={
+                axis: separation({name: values[own] for name, values in table.items()}, layer)
+                for axis, own in axes.items()
+            },
+            by_layer=by_layer,
+            boxes_against_relation=[one.key for one in session.items if one.against_relation and one.key in used],
+        )
+
+    def figures(self, session: Session, table: Columns, summary: DeviationSummary) -> Iterator[tuple[str, Figure]]:
+        """Margins at the reported layer; and, of more layers and items, how the layers compare."""
+        rows, tested = rows_at(table, summary.layer), summary.mann_whitney
+        note = ""
+        if tested["auc"] is not None:
+            note = f"AUC {tested['auc']:.2f}, Mann-Whitney U p = {tested['p_two_sided']:.2g}"
+        about = summary.about()
+        yield (
+            "deviation",
+            plots.margin_histogram(
+                rows["margin"], rows["correct"].astype(bool), note, layer=summary.layer, about=about
+            ),
+        )
+        halves = {name: [one.halves[name] for one in summary.by_layer] for name in ("easy", "hard")}
+        if any(half["accuracy"] is None for half in [*halves["easy"], *halves["hard"]]):
+            return  # of a single item, one half is empty
+        auc = [one.mann_whitney["auc"] for one in summary.by_layer]
+        figure = plots.margins_by_layer(
+            np.array(session.layers),
+            None if None in auc else np.array(auc),
+            *(np.array([half["accuracy"] for half in own]) for own in halves.values()),
+            easy_intervals=np.array([half["interval"] for half in halves["easy"]]),
+            hard_intervals=np.array([half["interval"] for half in halves["hard"]]),
+            layer=summary.layer,
+            about=about,
+        )
+        yield "deviation_by_layer", figure
+
+    def report(self, summary: DeviationSummary) -> Iterator[str]:
+        """Whether margins tell right from wrong answers."""
+        parts = [f"{summary.items} items, {summary.accuracy:.1%} answered correctly; layer {summary.layer}"]
+        tested = summary.mann_whitney
+        if tested["auc"] is None:
+            parts.append("nothing to compare, as all answers are alike")
+        else:
+            parts.append(
+                f"right before wrong answers AUC {tested['auc']:.2f} (Mann-Whitney U p = {tested['p_two_sided']:.2g})"
+            )
+        parts += [
+            f"{name} half {half['accuracy']:.1%} correct"
+            for name, half in summary.halves.items()
+            if half["accuracy"] is not None
+        ]
+        yield ", ".join(parts) + summary.skipped_note
+
+
+def placed_items(session: Session) -> list[PlacedItem]:
+    """The run's COCO-Spatial items and their boxes, from the instances file of the data folder.
+
+    Raises:
+        DataError: for an item whose objects cannot be located, unless bad items are skipped; or if none is left.
+    """
+    items = session.spatial_items()
+    return session.usable(items, lambda item: item.key, read_instances(find_instances(session.experiment.data)).locate)
+
+
+def table_of(found: Deviations, items: Sequence[PlacedItem], model: str) -> Columns:
+    """A row for each layer, item and object."""
+    count = len(items)
+    words, places = found.words[:, :count], found.places[:, :count]
+    shape = words.shape[:-1]
+    axes = {"layer": found.layers.tolist(), "item": [placed.key for placed in items], "role": ROLES}
+    rows, truth = np.arange(count), found.truth[:count]
+    boxes = np.stack([placed.boxes for placed in items])
+    sources = [placed.item for placed in items]
+    return {
+        **tidy(words[..., 0], axes, name="x"),
+        "y": words[..., 1].ravel(),
+        "true_x": places[..., 0].ravel(),
+        "true_y": places[..., 1].ravel(),
+        "model": spread(model, shape),
+        **item_columns(sources, shape, axis=1),
+        "name": spread([[item.subject, item.object] for item in sources], shape),
+        **{f"box_{name}": spread(boxes[..., n], shape) for n, name in enumerate(("x", "y", "width", "height"))},
+        "picture_width": spread([placed.size[0] for placed in items], shape, 1),
+        "picture_height": spread([placed.size[1] for placed in items], shape, 1),
+        "control_correct": spread(found.control[rows, truth], shape, 1),
+        "control_wrong": spread(found.control[rows, 1 - truth], shape, 1),
+        "correct": spread(found.correct[:count], shape, 1),
+        "gap": spread(found.gaps[:, :count], shape, 0, 1),
+        "true_gap": spread(found.true_gaps[:, :count], shape, 0, 1),
+        "margin": spread(found.margins[:, :count], shape, 0, 1),
+    }
+
+
+def rows_at(table: Columns, layer: int) -> Columns:
+    """The table's columns, one row an item, at a layer."""
+    chosen = (table["layer"] == layer) & (table["role"] == "subject")
+    return {name: values[chosen] for name, values in table.items()}
+
+
+def separation(table: Columns, layer: int) -> Separation:
+    """How well the margins in a table tell right from wrong answers at a layer."""
+    rows = rows_at(table, layer)
+    margins, correct = rows["margin"], rows["correct"].astype(bool)
+    halves = easy(margins)
+    groups = {"right": margins[correct], "wrong": margins[~correct]}
+    return Separation(
+        layer=layer,
+        accuracy=float(correct.mean()),
+        margin={name: moments(values) for name, values in groups.items()},
+        mann_whitney=rank_test(groups["right"], groups["wrong"]),
+        halves={name: _share(correct[chosen]) for name, chosen in (("easy", halves), ("hard", ~halves))},
+    )
+
+
+def _share(correct: Bool[np.ndarray, "N"]) -> dict[str, Any]:
+    """Accuracy with its 95 % interval."""
+    if not len(correct):
+        return {"count": 0, "accuracy": None, "interval": None}
+    interval = confidence_interval(int(correct.sum()), len(correct))
+    return {"count": len(correct), "accuracy": float(correct.mean()), "interval": interval}

@@ -4,24 +4,36 @@ Nothing else knows of them: an experiment's own steps are what the paper says, a
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap, Patched
-from jaxid.experiments.base import Experiment
+from jaxid.experiments.base import Command
 from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.experiments.depth import Depth
+from jaxid.experiments.deviation import Deviation
+from jaxid.experiments.occlusion import Occluded, Occlusion
+from jaxid.experiments.reference_extraction import last_clips
 from jaxid.experiments.relations import RelationBatch
+from jaxid.experiments.steer_picture import SteerPicture
+from jaxid.experiments.steering import Steer, Steered
+from jaxid.experiments.temporal import TemporalSteer, TemporalSwap
+from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
+from jaxid.ids.accumulate import IDBatch
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.ids.temporal import TemporalIDs
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation
 from jaxid.interp.trace import Trace
 from jaxid.nn.sites import Capture
 
-ExperimentT = TypeVar("ExperimentT", bound=Experiment[Any, Any, Any])
+CommandT = TypeVar("CommandT", bound=Command[Any])
 
 
 def occurrence_norms(
@@ -85,14 +97,89 @@ class _AttributeSwap(ScoresAsPublished, AttributeSwap):
     """See `ScoresAsPublished`."""
 
 
-_VARIANTS: dict[type[Experiment[Any, Any, Any]], type[Experiment[Any, Any, Any]]] = {
+class _Negated:
+    """Beside a steering experiment: the change of log-probabilities has the other sign."""
+
+    def change(self, found: Steered) -> Float[np.ndarray, "*S B 2"]:
+        return -found.change
+
+
+class _Misplaced(_Negated):
+    """Besides, every layer gets the IDs that are read one layer earlier, and one token late.
+
+    The code reads Hugging Face's hidden states, which count the embeddings as 0; those hold no place.
+    """
+
+    def read_ids(self) -> SpatialIDs:
+        ids = super().read_ids()  # pyright: ignore[reportAttributeAccessIssue] - of the experiment beside it
+        values = np.concatenate([np.zeros_like(ids.values[:1]), ids.values[:-1]])
+        return dataclasses.replace(ids, values=values)
+
+    def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
+        return batch.words[:, :words] + 1
+
+
+class _Steer(_Misplaced, Steer):
+    """See `_Misplaced`."""
+
+
+class _SteerPicture(_Misplaced, SteerPicture):
+    """See `_Misplaced`."""
+
+
+class _Depth(_Misplaced, Depth):
+    """See `_Misplaced`; the figure's two questions have each other's names."""
+
+    panels = ("depth", "height")
+
+
+class _Deviation(Deviation):
+    """Ground-truth IDs are half a cell off."""
+
+    def places(
+        self, ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
+    ) -> Float[Array, "L B 2 D"]:
+        return ids.at_box(layers, boxes, (1.0, 1.0), half_cell=False)
+
+
+class _Occlusion(Occlusion):
+    """The first random blur is not compared, the fifth one is."""
+
+    def sensitivity(self, found: Occluded) -> Float[np.ndarray, "B"]:
+        return found.sensitivity(1, 4)
+
+
+class _TemporalSwap(ScoresAsPublished, TemporalSwap):
+    """See `ScoresAsPublished`."""
+
+
+class _TemporalSteer(_Negated, TemporalSteer):
+    """See `_Negated`."""
+
+
+class _ExtractTemporalIDs(ExtractTemporalIDs):
+    """IDs are those of `last_clips`."""
+
+    def accumulate(self, batches: Iterable[IDBatch], **options: Any) -> TemporalIDs:
+        return last_clips(batches, **options)
+
+
+_VARIANTS: dict[type[Command[Any]], type[Command[Any]]] = {
     BeliefSwap: _BeliefSwap,
     MirrorSwap: _MirrorSwap,
     AttributeSwap: _AttributeSwap,
+    Steer: _Steer,
+    SteerPicture: _SteerPicture,
+    Depth: _Depth,
+    Deviation: _Deviation,
+    Occlusion: _Occlusion,
+    TemporalSwap: _TemporalSwap,
+    TemporalSteer: _TemporalSteer,
+    ExtractTemporalIDs: _ExtractTemporalIDs,
 }
 
 
-def with_bugs(experiment: ExperimentT) -> ExperimentT:
+def with_bugs(experiment: CommandT) -> CommandT:
     """The experiment with the published code's bugs in its steps; itself if its code has none."""
     kind = _VARIANTS.get(type(experiment), type(experiment))
     options = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}

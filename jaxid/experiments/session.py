@@ -47,7 +47,8 @@ class Session:
         layers: the chosen layers, ascending.
         template: the user's text.
         case: form of the answer words that is read.
-        batch_size: prompts traced together.
+        prompts_together: prompts traced together.
+        batch_size: items whose prompts those are.
         bad: items that cannot be used, and why.
         items: all items of the run, from `begin` on.
         index: of every item among them, by its key.
@@ -68,14 +69,14 @@ class Session:
         self.ids: Any = experiment.read_ids()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
-        text = getattr(experiment, "layers", None)
-        self.layers = parse_layers(text, self.model, tuple(experiment.default_layers(self.model)))
+        self.layers = experiment.chosen_layers(self.model)
         # Shipped models know plain questions only.
         plain = experiment.model in zoo.SHIPPED
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
         published = experiment.case == "published"
-        self.case: Case = self.model.processor.side.case if published else experiment.case
-        self.batch_size = experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self))
+        self.case: Case = self.model.processor.case if published else experiment.case
+        self.prompts_together = experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self))
+        self.batch_size = max(1, self.prompts_together // experiment.prompts_per_item)
         self.bad: list[tuple[str, DataError]] = []
         self._split, self._unknown = 0, Counter[str]()
 
@@ -159,7 +160,7 @@ class Session:
         found: dict[str, Any] = {"experiment": experiment.name}
         for field in dataclasses.fields(experiment):
             value = getattr(experiment, field.name)
-            if field.name not in _NO_SETTINGS and value is not None:
+            if field.name not in _NO_SETTINGS | experiment.reporting and value is not None:
                 found[field.name] = str(value.resolve()) if isinstance(value, Path) else value
         if self.ids is not None:
             found["ids_digest"] = io.digest(Path(found["ids"]))
@@ -239,7 +240,7 @@ def fitting(model: Model, dtype: str, rows: int) -> int:
     """How many prompts a quarter of the free memory holds, traced together with so many interventions each."""
     text = model.config.text_config
     width = np.dtype(np.float32).itemsize if dtype == "float32" else 2
-    tokens = model.processor.side.usual_tokens + 64
+    tokens = model.processor.usual_tokens + 64
     trace_numbers = 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim
     row_numbers = rows * 24 * text.hidden_size * 6
     scores = 2 * text.num_attention_heads * tokens * tokens
@@ -282,10 +283,10 @@ def padded(items: Sequence[Item], size: int) -> list[Item]:
     return [*items, *[items[0]] * (size - len(items))]
 
 
-def by_axis(items: Sequence[SpatialItem]) -> list[list[SpatialItem]]:
-    """The items of each axis."""
-    axes = dict.fromkeys(axis_of(item) for item in items)
-    return [[item for item in items if axis_of(item) == axis] for axis in axes]
+def by_axis(items: Sequence[Item], item_of: Callable[[Item], SpatialItem] = lambda item: item) -> list[list[Item]]:
+    """The items of each axis; those of a class of their own say which COCO-Spatial item each is about."""
+    axes = dict.fromkeys(axis_of(item_of(item)) for item in items)
+    return [[item for item in items if axis_of(item_of(item)) == axis] for axis in axes]
 
 
 def joined(parts: Sequence[Columns]) -> Columns:
@@ -293,9 +294,41 @@ def joined(parts: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def spread(values: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A column of values that go over all axes of a table, or are the same along some of them."""
-    return np.broadcast_to(np.asarray(values), shape).ravel()
+def spread(values: Any, shape: tuple[int, ...], *over: int) -> np.ndarray:
+    """A column of values that are the same along some axes of a table.
+
+    Args:
+        values: the values.
+        shape: of the table, as `jaxid.io.tidy` unrolls it.
+        over: which of its axes the values have; the last ones by default.
+    """
+    values = np.asarray(values)
+    if over:
+        values = np.expand_dims(values, [axis for axis in range(len(shape)) if axis not in over])
+    return np.broadcast_to(values, shape).ravel()
+
+
+def item_columns(items: Sequence[SpatialItem], shape: tuple[int, ...], axis: int) -> Columns:
+    """What a table says of COCO-Spatial items, which are along one of its axes."""
+    fields = ("image_id", "subject", "object", "relation")
+    found = {name: spread([getattr(item, name) for item in items], shape, axis) for name in fields}
+    return found | {"axis": spread([axis_of(item) for item in items], shape, axis)}
+
+
+def as_array(table: Columns, name: str, axes: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """A column of a tidy table as an array again, see `jaxid.io.tidy`; rows with other labels are not read.
+
+    Args:
+        table: the table.
+        name: of the column.
+        axes: axis name -> labels along that axis, every combination of which has a row.
+    """
+    places = {axis: {label: place for place, label in enumerate(labels)} for axis, labels in axes.items()}
+    found = np.array([[of.get(label, -1) for label in table[axis].tolist()] for axis, of in places.items()])
+    known = (found >= 0).all(axis=0)
+    values = np.full([len(of) for of in places.values()], np.nan, table[name].dtype)
+    values[tuple(found[:, known])] = table[name][known]
+    return values
 
 
 def scaled(published: Iterable[int], layers: int) -> list[int]:

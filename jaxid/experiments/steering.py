@@ -1,70 +1,111 @@
-"""Arbitrary steering: the subject's word is pushed to each of the 16 cells ([ID] arXiv 2601.12626, Figures 6 and 7)."""
+"""Steering: the subject's word is pushed to each of the 16 cells ([ID] arXiv 2601.12626, Figure 6)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
 
-from jaxid.experiments.belief_swap import require_same_model
-from jaxid.experiments.relations import Compat, RelationBatch
+from jaxid import plots
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem
+from jaxid.data.grid import GRID, near_far_items
+from jaxid.data.three_objects import read_three_objects
+from jaxid.errors import DataError
+from jaxid.experiments.base import PUBLISHED_TEMPLATE, Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.relations import RelationBatch, fill, prepare_questions
+from jaxid.experiments.session import (
+    Columns,
+    Session,
+    as_array,
+    require_same_model,
+    scaled,
+    spread,
+)
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import Trace, rerun, trace
+from jaxid.io import tidy
+from jaxid.nn.sites import Intervention
+from jaxid.stats import mean_interval
+
+PUBLISHED_LAYERS = (12, 13, 14)
+"""Of the published sweeps over cells, of 32."""
+
+CELLS = {"x": range(GRID), "y": range(GRID)}
+"""The axes of a sweep over cells, as `jaxid.io.tidy` takes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Steering:
+class Steered:
     """Log-probabilities of the two answers.
 
     Attributes:
         control: Float[B, 2].
         steered: by whatever was swept, Float[S..., B, 2].
-        compat: whose sign `change` has.
     """
 
     control: Float[np.ndarray, "B 2"]
     steered: Float[np.ndarray, "*S B 2"]
-    compat: Compat = "none"
 
     @property
     def change(self) -> Float[np.ndarray, "*S B 2"]:
-        """Log p(steered) - log p(control); negated, as the published code plots it, with compat "reference"."""
-        return (self.steered - self.control) * (-1 if self.compat == "reference" else 1)
+        """Log p(steered) - log p(control)."""
+        return self.steered - self.control
+
+
+def steer(
+    model: Model,
+    batch: RelationBatch,
+    edit: Intervention,
+    *,
+    recorded: Trace | None = None,
+    chunk: int | None = None,
+) -> Steered:
+    """The answers without and with an intervention.
+
+    Args:
+        model: the model.
+        batch: prepared questions.
+        edit: the intervention; its sweep axes lead in `steered`.
+        recorded: the trace of the questions, if there is one already.
+        chunk: edits that run side by side.
+    """
+    recorded = trace(model, batch.prompts) if recorded is None else recorded
+    steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
+    return Steered(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered))
 
 
 def cell_vectors(ids: SpatialIDs, axis: str, layers: Sequence[int]) -> Float[Array, "L X Y D"]:
     """U(x, y) less the ID of the mirrored cell: (3 - x, y) for left/right, (x, 3 - y) for above/below."""
-    return mirrored_difference(ids.universal[np.asarray(layers)], axis)
-
-
-def mirrored_difference(universal: Float[Array, "L X Y D"], axis: str) -> Float[Array, "L X Y D"]:
-    """Every cell's ID less the one across the picture's middle."""
+    universal = ids.universal[np.asarray(layers)]
     return universal - jnp.flip(universal, axis=1 if axis == "horizontal" else 2)
 
 
-def run(
+def steer_to_cells(
     model: Model,
-    batch: RelationBatch | tuple[RelationBatch, Trace],
+    batch: RelationBatch,
     ids: SpatialIDs,
     *,
     layers: Sequence[int],
-    multiplier: float = 5.0,
-    compat: Compat = "none",
+    strength: float = 5.0,
+    positions: Int[np.ndarray, "B"] | None = None,
+    recorded: Trace | None = None,
     chunk: int | None = None,
-) -> Steering:
+) -> Steered:
     """Steers the subject to each cell, at each layer.
 
     Args:
         model: the model.
-        batch: prepared questions of one axis; with their trace where there is one already.
+        batch: prepared questions of one axis.
         ids: the model's spatial IDs.
-        layers: decoder blocks after which the vector is added.
-        multiplier: m of the published procedure; the vector is not rescaled.
-        compat: "reference" reproduces the published code: the vectors are those read one block earlier, they are
-            added one token late, and `change` has the other sign.
+        layers: those after which the vector is added.
+        strength: of the vectors, which are not rescaled; m of the published procedure.
+        positions: where the vectors are added; at the subject's word by default.
+        recorded: the trace of the questions, if there is one already.
         chunk: edits that run side by side.
 
     Returns:
@@ -74,66 +115,215 @@ def run(
         InputError: if IDs and model differ, or a layer is out of range.
     """
     require_same_model(model, ids)
-    batch, recorded = batch if isinstance(batch, tuple) else (batch, trace(model, batch.prompts))
-    chosen = np.asarray(list(layers))
-    at = batch.words[:, 0]
-    if compat == "reference":
-        vectors, at = mirrored_difference(_read_one_block_earlier(ids)[chosen], batch.axis), at + 1
-    else:
-        vectors = cell_vectors(ids, batch.axis, layers)
-    sweep = np.broadcast_to(chosen[:, None, None], vectors.shape[:3])
-    edit = add(layer=sweep, positions=at, vector=multiplier * vectors)
-    steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
-    return Steering(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered), compat=compat)
+    vectors = cell_vectors(ids, batch.axis, layers)
+    sweep = np.broadcast_to(np.asarray(layers)[:, None, None], vectors.shape[:3])
+    positions = batch.words[:, 0] if positions is None else positions
+    return steer(model, batch, add(sweep, positions, vectors, strength), recorded=recorded, chunk=chunk)
 
 
-def single(
-    model: Model,
-    batch: RelationBatch,
-    ids: SpatialIDs,
-    *,
-    layers: Sequence[int],
-    cells: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (3, 0)),
-    id_layer: int,
-    multiplier: float = 5.0,
-    compat: Compat = "none",
-) -> Steering:
-    """Steers both words of a picture apart with one layer's IDs, added at every layer in turn (Figure 6 d).
+# --- the questions ---------------------------------------------------------------------------------------------------
 
-    The subject gets U(first cell) - U(second cell), the object the negative.
 
-    Args:
-        model: the model.
-        batch: prepared questions.
-        ids: the model's spatial IDs.
-        layers: decoder blocks after which the vectors are added.
-        cells: the two cells.
-        id_layer: the block whose IDs are used throughout.
-        multiplier: of the vectors, which are not rescaled.
-        compat: as in `run`.
+class Kind(NamedTuple):
+    """A kind of question about objects.
 
-    Returns:
-        Log-probabilities, those steered Float[L, B, 2].
-
-    Raises:
-        InputError: if IDs and model differ, or a layer or cell is out of range.
+    Attributes:
+        text: the question, with places for the objects' names, the steered one's first.
+        answers: the two answer words.
+        axis: of the picture along which the subject is steered.
     """
-    require_same_model(model, ids)
-    recorded = trace(model, batch.prompts)
-    (x1, y1), (x2, y2) = cells
-    at = batch.words[:, :2]
-    if compat == "reference":
-        universal, at = _read_one_block_earlier(ids)[id_layer], at + 1
-        push = universal[x1, y1] - universal[x2, y2]
-    else:
-        push = ids[id_layer, x1, y1] - ids[id_layer, x2, y2]
-    vectors = multiplier * jnp.stack([push, -push])[None, None]  # [1, 1, 2, D]
-    chosen = np.asarray(list(layers))
-    edit = add(layer=chosen, positions=at, vector=jnp.broadcast_to(vectors, (len(chosen), *vectors.shape[1:])))
-    steered = batch.read(rerun(model, recorded, edit))
-    return Steering(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered), compat=compat)
+
+    text: str
+    answers: Sequence[str]
+    axis: str
 
 
-def _read_one_block_earlier(ids: SpatialIDs) -> Float[Array, "L X Y D"]:
-    """Universal IDs as Hugging Face's index counts: k is what leaves block k - 1, and the embeddings hold no place."""
-    return jnp.concatenate([jnp.zeros_like(ids.universal[:1]), ids.universal[:-1]])
+KINDS = {
+    "left-right": Kind("Is the {0} to the left or right of the {1}?", ANSWERS["horizontal"], "horizontal"),
+    "above-below": Kind("Is the {0} above or below the {1}?", ANSWERS["vertical"], "vertical"),
+    "near-far": Kind("Is the {0} near or far from the {1}?", ("near", "far"), "horizontal"),
+    "between": Kind("Is the {0} in between the {1} and the {2}?", ("yes", "no"), "vertical"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A picture and its objects, the steered one first."""
+
+    key: str
+    picture: Any
+    names: tuple[str, ...]
+
+
+def about_items(items: Sequence[SpatialItem]) -> list[Question]:
+    """Questions about the two objects of COCO-Spatial items."""
+    return [Question(key=item.key, picture=item.picture, names=(item.subject, item.object)) for item in items]
+
+
+def ask(session: Session, kind: Kind, questions: Sequence[Question]) -> RelationBatch:
+    """The prompts of questions of one kind."""
+    return prepare_questions(
+        session.model,
+        [question.picture for question in questions],
+        [fill(session.template, kind.text.format(*question.names), kind.answers) for question in questions],
+        [question.names for question in questions],
+        axis=kind.axis,
+        answers=kind.answers,
+        truth=[-1] * len(questions),
+        case=session.case,
+    )
+
+
+# --- the experiments -------------------------------------------------------------------------------------------------
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch")
+SummaryT = TypeVar("SummaryT", bound=Summary)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, SummaryT]):
+    """What the experiments share that steer words: a row for each layer, whatever else is swept, item and word."""
+
+    published_text: ClassVar[str] = PUBLISHED_TEMPLATE
+
+    def default_layers(self, model: Model) -> Sequence[int]:
+        """As deep as the published ones."""
+        return scaled(PUBLISHED_LAYERS, model.num_layers)
+
+    def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
+        """Where the vectors are added: at the question's first words."""
+        return batch.words[:, :words]
+
+    def change(self, found: Steered) -> Float[np.ndarray, "*S B 2"]:
+        """What is reported of the log-probabilities."""
+        return found.change
+
+    def rows_of(
+        self, session: Session, keys: Sequence[str], answers: Sequence[str], found: Steered, **swept: Sequence[Any]
+    ) -> Columns:
+        """The table's rows of items, given their keys and what was swept besides the layers."""
+        count = len(keys)
+        steered = found.steered[..., :count, :]
+        axes = {"layer": session.layers, **swept, "item": keys, "word": answers}
+        return tidy(steered, axes, name="steered") | {
+            "model": spread(session.model.name, steered.shape),
+            "control": spread(found.control[:count], steered.shape),
+            "change": self.change(found)[..., :count, :].ravel(),
+        }
+
+
+def changes(
+    table: Columns, layers: Sequence[int], words: Sequence[str], **swept: Sequence[Any]
+) -> Float[np.ndarray, "L *S B 2"]:
+    """Changes of log-probability in a table of `Steering.rows_of`, in which all items have the same words."""
+    items = list(dict.fromkeys(table["item"].tolist()))
+    return as_array(table, "change", {"layer": layers, **swept, "item": items, "word": words})
+
+
+Relation = Literal["left-right", "above-below", "near-far", "between"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SteerSummary(Summary):
+    """What came of steering to every cell.
+
+    Attributes:
+        layers: ascending.
+        words: the answers.
+        change: of their log-probabilities by layer, cell (x, y) and word: means over items.
+        change_interval: half of the means' 95 % intervals.
+    """
+
+    layers: list[int]
+    words: list[str]
+    change: Float[np.ndarray, "L X Y 2"]
+    change_interval: Float[np.ndarray, "L X Y 2"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steer(Steering[Question, RelationBatch, SteerSummary], WithSpatialIDs[Question, RelationBatch, SteerSummary]):
+    """Steer subjects to every cell of the grid (Figure 6).
+
+    Attributes:
+        relation: what is asked. The data are COCO-Spatial's for left-right and above-below, grid pictures for
+            near-far, pictures of three objects for between.
+    """
+
+    name: ClassVar[str] = "steer"
+
+    relation: Relation = "left-right"
+
+    def items(self, session: Session) -> list[Question]:
+        """The items of the relation, from the data set that holds them."""
+        kind = KINDS[self.relation]
+        if self.relation in ("left-right", "above-below"):
+            return about_items(session.spatial_items(kind.axis))
+        if self.relation == "near-far":
+            questions = [
+                Question(
+                    key=f"{item.object_b}-{item.object_a}-{item.cell_b[0]}_{item.cell_b[1]}-{item.size:g}",
+                    picture=item.picture,
+                    names=(item.object_b, item.object_a),
+                )
+                for item in near_far_items(self.data)
+            ]
+        else:
+            items = read_three_objects(self.data, bad=session.bad_rows())
+            questions = [Question(key=one.key, picture=one.picture, names=(one.c, one.a, one.b)) for one in items]
+        if not questions:
+            raise DataError(f"{self.data} holds no {self.relation} items.")
+        return session.sample(questions)
+
+    def rows(self, session: Session) -> int:
+        """Every cell at every layer."""
+        return GRID**2 * len(session.layers)
+
+    def prepare(self, session: Session, items: Sequence[Question]) -> RelationBatch:
+        """The relation's question about every item."""
+        return ask(session, KINDS[self.relation], items)
+
+    def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Columns:
+        """A row for each layer, cell, item and word."""
+        found = steer_to_cells(
+            session.model,
+            batch,
+            session.ids,
+            layers=session.layers,
+            strength=self.strength,
+            positions=self.positions(batch)[:, 0],
+        )
+        return self.rows_of(session, [item.key for item in items], batch.answers, found, **CELLS)
+
+    def summarise(self, session: Session, table: Columns) -> SteerSummary:
+        """Mean changes by layer and cell."""
+        words = list(KINDS[self.relation].answers)
+        found = changes(table, session.layers, words, **CELLS)
+        return SteerSummary(
+            **session.facts,
+            layers=session.layers,
+            words=words,
+            change=found.mean(axis=-2),
+            change_interval=mean_interval(found, axis=-2),
+        )
+
+    def figures(self, session: Session, table: Columns, summary: SteerSummary) -> Iterator[tuple[str, Figure]]:
+        """The mean over layers, cell by cell."""
+        several = "mean of layers" if len(summary.layers) > 1 else "layer"
+        asked = KINDS[self.relation].text.format("subject", "object", "other")
+        figure = plots.steering_maps(
+            summary.change.mean(axis=0),
+            summary.words,
+            f"{asked}\n{summary.model}, {several} {', '.join(map(str, summary.layers))}",
+            about=summary.about(self.strength, plots.means_note(summary.change_interval)),
+        )
+        yield f"steering_{self.relation.replace('-', '_')}", figure
+
+    def report(self, summary: SteerSummary) -> Iterator[str]:
+        """The change of the answers' ratio, as the grid lies."""
+        first, second = summary.words
+        yield (
+            f"change of log p({first}) - log p({second}) by cell, mean of {summary.items} items{summary.skipped_note}"
+        )
+        for row in (summary.change[..., 0] - summary.change[..., 1]).mean(axis=0).T:
+            yield "   ".join(f"{value:+6.2f}" for value in row)

@@ -1,69 +1,31 @@
-"""Temporal IDs in video models: extraction, time-reversed swap, steering ([ID] arXiv 2601.12626, Figure 10)."""
+"""Time in video models: reversed clips swapped in, and scenes steered to frames ([ID] arXiv 2601.12626, Figure 10)."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
 
-from jaxid.data.clips import AppearItem, OrderItem
+from jaxid import plots
+from jaxid.data.clips import OrderItem, read_mvbench
 from jaxid.data.videos import with_times
-from jaxid.experiments.activation_swap import ActivationSwap
-from jaxid.experiments.belief_swap import require_same_model
-from jaxid.experiments.reference_extraction import last_clips
-from jaxid.experiments.relations import Case, Compat, RelationBatch, fill
-from jaxid.experiments.steering import Steering
+from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, SwapSummary
+from jaxid.experiments.base import Experiment, Summary
+from jaxid.experiments.relations import Case, RelationBatch, fill
+from jaxid.experiments.session import Columns, Session, as_array, require_same_model
+from jaxid.experiments.steering import Steered, Steering, SummaryT, changes, steer
 from jaxid.families.base import Model
-from jaxid.ids.extract import TEMPORAL_QUESTION as QUESTION
-from jaxid.ids.extract import centred_words, extract_temporal
-from jaxid.ids.temporal import TemporalIDs, accumulate_temporal_ids
+from jaxid.ids.temporal import FRAMES, TemporalIDs, rank_correlation
 from jaxid.interp.interventions import add
-from jaxid.interp.trace import Trace, rerun, swap, trace
+from jaxid.interp.trace import Trace
 from jaxid.prompts.pictures import Clip
 from jaxid.prompts.processor import Prompts
 
 ANSWERS = ("before", "after")
-
-
-def extract(
-    model: Model,
-    items: Iterable[AppearItem],
-    *,
-    pairs: Sequence[tuple[str, str]],
-    question: str = QUESTION,
-    batch_size: int = 16,
-    compat: Compat = "none",
-) -> TemporalIDs:
-    """Extracts temporal IDs, reading only the two words' positions.
-
-    Args:
-        model: the model.
-        items: clips in any order; wrap the iterable in tqdm for a progress bar.
-        pairs: all ordered pairs (A, B) that occur.
-        question: with places for {a} and {b}.
-        batch_size: clips per forward pass.
-        compat: "reference" reproduces the published code, see `reference_extraction.last_clips`.
-
-    Raises:
-        InputError: if an item's pair is not among those announced, or its clip cannot be read.
-        DataError: for a video that is unreadable or too short.
-        PromptError: if the question does not hold an object's word.
-    """
-    accumulate = last_clips if compat == "reference" else accumulate_temporal_ids
-    return extract_temporal(model, items, pairs=pairs, question=question, batch_size=batch_size, accumulate=accumulate)
-
-
-def word_coordinates(
-    model: Model, ids: TemporalIDs, words: Sequence[str] = ANSWERS
-) -> dict[str, Float[np.ndarray, "L"]]:
-    """Words without a clip, less their mean, on each layer's line from early to late."""
-    centred = centred_words(model, words)
-    return dict(zip(words, ids.line().coordinates(centred, centred=True).T, strict=True))
-
-
-# --- questions of order ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +34,13 @@ class OrderBatch:
 
     Attributes:
         asked: the prompts, how their answers are read, and each scene's last word.
+        clips: what they are about.
         first: positions of all words of the scene that is named first, Int[B, P].
         second: of the other one, Int[B, Q].
     """
 
     asked: RelationBatch
+    clips: Sequence[Clip]
     first: Int[np.ndarray, "B P"]
     second: Int[np.ndarray, "B Q"]
 
@@ -86,28 +50,22 @@ class OrderBatch:
         return np.concatenate([self.first, self.second], axis=1)
 
 
-def prepare(
-    model: Model,
-    items: Sequence[OrderItem],
-    *,
-    clips: Sequence[Clip] | None = None,
-    template: str = "{query}",
-    case: Case = "both",
-) -> OrderBatch:
+def prepare(model: Model, items: Sequence[OrderItem], *, template: str = "{query}", case: Case = "both") -> OrderBatch:
     """Prepares questions about clips; scenes' words are located in each question.
 
     Args:
         model: the model.
-        items: the questions.
-        clips: their clips, if they are open already.
-        template: the user's text behind the times, with a place for the {query}.
+        items: the questions; the clip of one that is given several times is read once.
+        template: the user's text after the times, with a place for the {query}.
         case: which form of the answer words is read.
 
     Raises:
         DataError: for a video that is unreadable or too short.
         PromptError: if a query does not hold a scene's words.
     """
-    clips = [item.open() for item in items] if clips is None else list(clips)
+    distinct = {id(item): item for item in items}
+    opened = {place: item.open() for place, item in distinct.items()}
+    clips = [opened[id(item)] for item in items]
     texts = [with_times(clip, fill(template, item.query, ANSWERS)) for clip, item in zip(clips, items, strict=True)]
     prompts = model.prepare(clips, texts)
     scenes = [(item.scene1, item.scene2) for item in items]
@@ -115,51 +73,18 @@ def prepare(
     asked = RelationBatch(
         prompts=prompts,
         words=np.stack([first[:, -1], second[:, -1]], axis=1),
+        names=scenes,
         truth=np.array([ANSWERS.index(item.answer) for item in items]),
         axis="time",
         answers=list(ANSWERS),
         case=case,
     )
-    return OrderBatch(asked=asked, first=first, second=second)
+    return OrderBatch(asked=asked, clips=clips, first=first, second=second)
 
 
-def reversed_prompts(model: Model, batch: OrderBatch, clips: Sequence[Clip]) -> Prompts:
+def reversed_prompts(model: Model, batch: OrderBatch) -> Prompts:
     """The same questions about the clips played backwards; what is said of their times stays."""
-    return model.prepare([clip.reversed() for clip in clips], list(batch.asked.prompts.questions))
-
-
-def run_swap(
-    model: Model,
-    batch: OrderBatch,
-    backwards: Prompts,
-    *,
-    layers: Sequence[int] | None = None,
-    chunk: int | None = None,
-) -> ActivationSwap:
-    """Swaps activations of the clip played backwards into the control run: each token set at every layer.
-
-    Args:
-        model: the model.
-        batch: prepared questions (the control).
-        backwards: the same about the reversed clips.
-        layers: decoder blocks after which values are swapped; all by default.
-        chunk: edits that run side by side.
-
-    Raises:
-        InputError: if the two differ in their questions, or a layer is out of range.
-    """
-    chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
-    recorded, changed = trace(model, batch.asked.prompts), trace(model, backwards)
-    patched = [
-        batch.asked.read(rerun(model, recorded, swap(changed, chosen, at), chunk=chunk))
-        for at in ("image", "text", batch.words)
-    ]
-    return ActivationSwap(
-        control=np.asarray(batch.asked.read(recorded)),
-        intervened=np.asarray(batch.asked.read(changed)),
-        patched=np.stack([np.asarray(part) for part in patched]),
-        layers=chosen,
-    )
+    return model.prepare([clip.reversed() for clip in batch.clips], list(batch.asked.prompts.questions))
 
 
 def frame_vectors(ids: TemporalIDs, layers: Sequence[int]) -> Float[Array, "L F D"]:
@@ -168,25 +93,25 @@ def frame_vectors(ids: TemporalIDs, layers: Sequence[int]) -> Float[Array, "L F 
     return universal - jnp.flip(universal, axis=1)
 
 
-def run_steering(
+def steer_to_frames(
     model: Model,
-    batch: OrderBatch | tuple[OrderBatch, Trace],
+    batch: OrderBatch,
     ids: TemporalIDs,
     *,
     layers: Sequence[int],
-    multiplier: float = 5.0,
-    compat: Compat = "none",
+    strength: float = 5.0,
+    recorded: Trace | None = None,
     chunk: int | None = None,
-) -> Steering:
+) -> Steered:
     """Steers the words of the second scene to every frame, at each layer.
 
     Args:
         model: the model.
-        batch: prepared questions; with their trace where there is one already.
+        batch: prepared questions.
         ids: the model's temporal IDs.
-        layers: decoder blocks after which the vector is added.
-        multiplier: of the vectors, which are not rescaled.
-        compat: "reference": `change` has the sign that the published code plots.
+        layers: those after which the vector is added.
+        strength: of the vectors, which are not rescaled.
+        recorded: the trace of the questions, if there is one already.
         chunk: edits that run side by side.
 
     Returns:
@@ -196,10 +121,171 @@ def run_steering(
         InputError: if IDs and model differ, or a layer is out of range.
     """
     require_same_model(model, ids)
-    batch, recorded = batch if isinstance(batch, tuple) else (batch, trace(model, batch.asked.prompts))
-    chosen = np.asarray(list(layers))
     vectors = frame_vectors(ids, layers)
-    sweep = np.broadcast_to(chosen[:, None], vectors.shape[:2])
-    edit: Any = add(layer=sweep, positions=batch.second, vector=multiplier * vectors)
-    steered = batch.asked.read(rerun(model, recorded, edit, chunk=chunk))
-    return Steering(control=np.asarray(batch.asked.read(recorded)), steered=np.asarray(steered), compat=compat)
+    sweep = np.broadcast_to(np.asarray(layers)[:, None], vectors.shape[:2])
+    return steer(model, batch.asked, add(sweep, batch.second, vectors, strength), recorded=recorded, chunk=chunk)
+
+
+# --- the experiments -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AboutOrder(Experiment[OrderItem, OrderBatch, SummaryT]):
+    """Questions of order: the data are a folder with manifest.csv (or .json, .jsonl), or the manifest itself."""
+
+    published_text: ClassVar[str] = "{query}"
+
+    model: str = "tiny-video"
+
+    def items(self, session: Session) -> list[OrderItem]:
+        """The manifest's questions."""
+        return session.sample(read_mvbench(self.data, bad=session.bad_rows()))
+
+    def prepare(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
+        """The questions about the clips."""
+        return prepare(session.model, items, template=session.template, case=session.case)
+
+    def asked(self, batch: OrderBatch) -> list[RelationBatch]:
+        """The questions."""
+        return [batch.asked]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemporalSwapSummary(SwapSummary):
+    """What came of swapping reversed clips in.
+
+    Attributes:
+        accuracy: about the clips.
+        accuracy_backwards: about the reversed clips, where the other answer is true.
+    """
+
+    accuracy: float
+    accuracy_backwards: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemporalSwap(AboutOrder[TemporalSwapSummary], ActivationSwap[OrderItem, OrderBatch, TemporalSwapSummary]):
+    """Put activations of the clip played backwards into the control run (Figure 10 a)."""
+
+    name: ClassVar[str] = "temporal-swap"
+    changed_to: ClassVar[str] = "the clip played backwards"
+
+    def changed(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Prompts:
+        """The questions about reversed clips."""
+        return reversed_prompts(session.model, batch)
+
+    def words(self, batch: OrderBatch) -> Int[np.ndarray, "B R"]:
+        """Both scenes' words."""
+        return batch.words
+
+    def columns(self, items: Sequence[OrderItem]) -> dict[str, Sequence[Any]]:
+        """The true answers."""
+        return {"answer": [item.answer for item in items]}
+
+    def summarise(self, session: Session, table: Columns) -> TemporalSwapSummary:
+        """Scores by token set, layer and word; and the accuracies."""
+        first = (table["tokens"] == TOKEN_SETS[0]) & (table["layer"] == session.layers[0])
+        rows = {name: values[first] for name, values in table.items()}
+        axes = {"item": list(dict.fromkeys(rows["item"].tolist())), "word": ANSWERS}
+        truth = rows["answer"][:: len(ANSWERS)]
+
+        def accuracy(run: str) -> float:
+            return float((np.array(ANSWERS)[as_array(rows, run, axes).argmax(axis=1)] == truth).mean())
+
+        return TemporalSwapSummary(
+            **self.facts(session, table),
+            accuracy=accuracy("control"),
+            accuracy_backwards=1 - accuracy("intervened"),
+        )
+
+    def report(self, summary: TemporalSwapSummary) -> Iterator[str]:
+        """What the figure draws, and the accuracy."""
+        yield from super().report(summary)
+        yield f"{summary.accuracy:.1%} answered correctly"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemporalSteerSummary(Summary):
+    """What came of steering to every frame.
+
+    Attributes:
+        layers: ascending.
+        words: the answers.
+        frames: those steered to.
+        change_mean: of the answers' log-probabilities by layer, frame and word: means over items.
+        change_std: standard deviations over items.
+        rank_correlation: Spearman's, of the lead of "before" and the frame, by layer.
+    """
+
+    layers: list[int]
+    words: list[str]
+    frames: list[int]
+    change_mean: Float[np.ndarray, "L F 2"]
+    change_std: Float[np.ndarray, "L F 2"]
+    rank_correlation: list[float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderBatch, TemporalSteerSummary]):
+    """Steer the second scene's words to every frame (Figure 10 c).
+
+    Attributes:
+        ids: the model's temporal IDs; `jaxid ids temporal` makes them.
+    """
+
+    name: ClassVar[str] = "temporal-steer"
+
+    ids: Path
+
+    def read_ids(self) -> TemporalIDs:
+        """The temporal IDs."""
+        return TemporalIDs.load(self.ids)
+
+    def default_layers(self, model: Model) -> Sequence[int]:
+        """As deep as the published one, 13 of 28."""
+        return [min(model.num_layers - 1, round(13 * model.num_layers / 28))]
+
+    def rows(self, session: Session) -> int:
+        """Every frame at every layer."""
+        return len(FRAMES) * len(session.layers)
+
+    def compute(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Columns:
+        """A row for each layer, frame, item and word."""
+        found = steer_to_frames(session.model, batch, session.ids, layers=session.layers, strength=self.strength)
+        keys = [item.key for item in items]
+        return self.rows_of(session, keys, ANSWERS, found, frame=session.ids.frames)
+
+    def summarise(self, session: Session, table: Columns) -> TemporalSteerSummary:
+        """Mean changes by layer and frame, and how they follow the frame."""
+        frames = session.ids.frames
+        found = changes(table, session.layers, ANSWERS, frame=frames)
+        means = found.mean(axis=-2)
+        return TemporalSteerSummary(
+            **session.facts,
+            layers=session.layers,
+            words=list(ANSWERS),
+            frames=list(frames),
+            change_mean=means,
+            change_std=found.std(axis=-2),
+            rank_correlation=[rank_correlation(lead, np.array(frames)) for lead in means[..., 0] - means[..., 1]],
+        )
+
+    def figures(self, session: Session, table: Columns, summary: TemporalSteerSummary) -> Iterator[tuple[str, Figure]]:
+        """The changes by frame, at the middle one of the layers."""
+        layer = session.layers[len(session.layers) // 2]
+        (found,) = changes(table, [layer], ANSWERS, frame=session.ids.frames)
+        figure = plots.temporal_steering(
+            np.array(summary.frames),
+            found,
+            summary.words,
+            f"{summary.model}, layer {layer}",
+            about=summary.about(self.strength),
+        )
+        yield "temporal_steering", figure
+
+    def report(self, summary: TemporalSteerSummary) -> Iterator[str]:
+        """The change of the answers' ratio, by frame."""
+        for layer, change in zip(summary.layers, summary.change_mean, strict=True):
+            lead = ", ".join(f"{before - after:+.2f}" for before, after in change)
+            yield f"layer {layer}: change of log p(before) - log p(after) by frame {lead}"
+        yield f"{summary.items} items{summary.skipped_note}"

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import time_text
-from jaxid.experiments import temporal
 from jaxid.families.base import Model
 from jaxid.families.llava_video import LlavaVideo
+from jaxid.ids.extract import TEMPORAL_QUESTION
 from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video
@@ -47,7 +47,7 @@ def test_training_rows_are_the_prompts_that_the_model_meets(model: Model, timed:
     rng = np.random.default_rng(0)
     drawn = recipe.held_out_clips(rng, 2, stay=True)
     clip = video_evaluation.as_clips(rng, drawn)[0]
-    question = temporal.QUESTION.format(a="star", b="fish")
+    question = TEMPORAL_QUESTION.format(a="star", b="fish")
     prompts = model.prepare([clip], f"{time_text(clip)}\n{question}" if timed else question)
     plan = recipe.layout(timed=timed)
     ids = np.asarray(prompts.inputs.token_ids)[0]

@@ -1,0 +1,116 @@
+"""Extraction of spatial IDs from a folder of grid pictures ([ID] arXiv 2601.12626, Figures 3 and 5)."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+import numpy as np
+
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checks import Count, check_finite
+from jaxid.data.grid import read_finetune_folder, read_grid_folder
+from jaxid.errors import DataError, OutputError
+from jaxid.experiments.base import Command, write_config
+from jaxid.ids.extract import SPATIAL_QUESTION, extract_spatial
+from jaxid.io import ensure_output_folder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction(Command[Result]):
+    """What the extractions of IDs share.
+
+    Attributes:
+        data: folder of the pictures or clips.
+        out: the file of IDs, .safetensors.
+        model: alias, Hugging Face id or folder.
+        batch_size: pictures or clips read together.
+        dtype: of parameters and activations.
+    """
+
+    data: Path
+    out: Path
+    model: str = "tiny-llava"
+    batch_size: Count = 64
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def check_output(self) -> None:
+        """Checks that the IDs can be written.
+
+        Raises:
+            OutputError: if they cannot.
+        """
+        if self.out.suffix != ".safetensors":
+            raise OutputError(f"{self.out} cannot hold IDs: the name must end in .safetensors.")
+        if self.out.is_dir():
+            raise OutputError(f"cannot write {self.out}: a folder is in the way; choose another name.")
+        ensure_output_folder(self.out.parent)
+
+    def with_bar(self, items: Sequence[Item], unit: str) -> Iterator[Item]:
+        """The items, counted by a progress bar on terminals, which says what the first batch waits for."""
+        from tqdm import tqdm
+
+        with tqdm(items, unit=unit, disable=None, desc=f"compiling for batches of {self.batch_size}") as bar:
+            for index, item in enumerate(bar):
+                if index == self.batch_size:
+                    bar.set_description(refresh=False)
+                yield item
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpatialExtraction:
+    """What spatial IDs were extracted from.
+
+    Attributes:
+        pictures: how many.
+        pairs: ordered pairs of objects.
+        explained_variance: share of the IDs' variance that two axes explain, by layer.
+    """
+
+    pictures: int
+    pairs: int
+    explained_variance: list[float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractIDs(Extraction[SpatialExtraction]):
+    """Extract spatial IDs from grid pictures in the published layout, or a fine-tuning set (Figures 3 and 5)."""
+
+    name: ClassVar[str] = "ids extract"
+
+    def run(self) -> SpatialExtraction:
+        """Extracts the IDs and writes them.
+
+        Raises:
+            DataError: if the folder holds no such pictures, or the model's activations are not finite.
+            OutputError: if the file cannot be written.
+        """
+        self.check_output()
+        items = read_finetune_folder(self.data) if any(self.data.glob("*.png")) else read_grid_folder(self.data)
+        checkpoint, first = open_checkpoint(self.model, dtype=self.dtype), items[0]
+        asked = checkpoint.model.prepare([first.picture], SPATIAL_QUESTION.format(a=first.object_a, b=first.object_b))
+        asked.word(first.object_b)
+        pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
+        found = extract_spatial(
+            checkpoint.load(),
+            self.with_bar(items, "picture"),
+            pairs=pairs,
+            sizes=sorted({item.size for item in items}, reverse=True),
+            batch_size=self.batch_size,
+        )
+        check_finite(f"the IDs of {self.model} in {self.dtype}", np.asarray(found.values), DataError)
+        found.save(self.out)
+        write_config(self, self.out.parent, f"{self.out.stem}.yaml")
+        shares = np.asarray(found.explained_variance()).tolist()
+        return SpatialExtraction(pictures=len(items), pairs=len(pairs), explained_variance=shares)
+
+    def report(self, result: SpatialExtraction) -> Iterator[str]:
+        """What was read, and how much two axes explain."""
+        shares = ", ".join(f"{share:.1%}" for share in result.explained_variance)
+        yield (
+            f"{self.out}: {result.pictures} pictures, {result.pairs} pairs; two axes explain of the IDs' variance, by "
+            f"layer: {shares}"
+        )
