@@ -48,17 +48,14 @@ def finetune(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events for TensorBoard.")] = False,
 ) -> None:
     """Fine-tune on grid scenes with a loss on spatial IDs; run again after a kill, it goes on."""
-    from jaxid.checkpoints.loading import find_folder, parsed, read_config
+    from jaxid.checkpoints.loading import described, find_folder
     from jaxid.experiments.finetune import FinetuneConfig
-    from jaxid.families.registry import family, kind_of
     from jaxid.runs import finetune as job
     from jaxid.runs.common import PLAIN, PUBLISHED_SUFFIX
     from jaxid.zoo import SHIPPED
 
-    folder = find_folder(model, weights=False)
-    fields = read_config(folder)
-    kind = family(kind_of(fields), str(folder / "config.json"))
-    blocks = parsed(kind, fields, folder / "config.json").text_config.num_hidden_layers
+    kind, described_config = described(find_folder(model, weights=False))
+    blocks = described_config.text_config.num_hidden_layers
     published = kind.processor.case
     config = FinetuneConfig(
         steps=steps,
@@ -174,11 +171,12 @@ def zoo_evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 1,
 ) -> None:
     """Print a model's accuracy on scenes that training never showed."""
-    from jaxid.checkpoints.loading import find_folder, load, read_config
+    from jaxid.checkpoints.loading import find_folder, load
+    from jaxid.io import read_json
     from jaxid.zoo import evaluation, video_evaluation
 
     check_seed(seed)
-    kind_of_model = read_config(find_folder(model, weights=False)).get("model_type")
+    kind_of_model = read_json(find_folder(model, weights=False) / "config.json").get("model_type")
     if kind_of_model == "clip":
         _evaluate_clip(model, count, seed)
         return
@@ -211,8 +209,7 @@ def zoo_finetune_study(
 
 def _evaluate_clip(model: str, count: int, seed: int) -> None:
     from jaxid.checkpoints.encoders import load_encoder
-    from jaxid.dcsm.scoring import Scorer
-    from jaxid.dcsm.scoring import own_scorer
+    from jaxid.dcsm.scoring import Scorer, own_scorer
     from jaxid.zoo import clip_evaluation
 
     path = own_scorer(model)

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxid.checkpoints import openclip, tensors
-from jaxid.checkpoints.loading import check_dtype, find_folder, load_network, parsed, read_config
+from jaxid.checkpoints.loading import check_dtype, described, find_folder, load_network, parsed
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
 from jaxid.families.openclip import OpenCLIPImages, kind_of
-from jaxid.families.registry import ENCODERS, family
+from jaxid.families.registry import ENCODERS
 from jaxid.io import without_advice
 from jaxid.prompts.dual import DualProcessor
 
@@ -49,9 +49,7 @@ def load_encoder(
         return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer)
     if tokenizer is not None:
         raise InputError(f"{folder} is in Hugging Face's layout, which brings its own tokenizer; leave it out.")
-    fields = read_config(folder)
-    kind = family(str(fields.get("model_type")), str(folder / "config.json"), ENCODERS)
-    config = parsed(kind, fields, folder / "config.json")
+    kind, config = described(folder, ENCODERS)
     processor = kind.processor.from_folder(folder, config)
     files = tensors.TensorFolder(folder)
     return Encoder(**load_network(kind, config, files, dtype), processor=processor, name=str(name))
@@ -65,7 +63,7 @@ def _open_clip(
     dtype: str,
     tokenizer: str | Path | None,
 ) -> Encoder:
-    """A model from OpenCLIP's config and weights; its captions are filled up with zeros."""
+    """A model from OpenCLIP's config and weights; its captions are padded with zeros."""
     kind = ENCODERS[kind_of(fields)]
     config = parsed(kind, fields, weights.parent / openclip.CONFIG_FILE)
     words = openclip.load_words(weights.parent, tokenizer, config.text_config.vocab_size)

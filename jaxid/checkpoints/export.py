@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxid.checkpoints.loading import as_stored, find_folder, parsed, read_config
+from jaxid.checkpoints.loading import as_stored, described, find_folder
 from jaxid.checkpoints.tensors import TensorFolder, flatten, published_name
 from jaxid.errors import CheckpointError, OutputError
 from jaxid.families.base import Model
-from jaxid.families.registry import family, kind_of
 from jaxid.nn.keys import Key
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*", "*.md")
@@ -39,9 +38,8 @@ def export(model: Model, folder: str | Path, paths: set[str] | None = None) -> P
     source, target = find_folder(model.name).resolve(), Path(folder).resolve()
     if target == source or source in target.parents:
         raise OutputError(f"{folder} would overwrite the checkpoint {source}; choose another folder.")
-    fields = read_config(source)
-    kind = family(kind_of(fields), str(source / "config.json"))
-    config, renames, _ = as_stored(kind, parsed(kind, fields, source / "config.json"), TensorFolder(source))
+    kind, described_config = described(source)
+    config, renames, _ = as_stored(kind, described_config, TensorFolder(source))
     if config != model.config:
         raise CheckpointError(f"{source} holds another model than {model.name}, which was loaded from there.")
     temporary = target.with_name(f".{target.name}.tmp")

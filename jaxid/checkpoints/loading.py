@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from jaxid import zoo
 from jaxid.checkpoints import tensors
 from jaxid.checkpoints.identity import fingerprint
 from jaxid.errors import CheckpointError, InputError
-from jaxid.families.base import Model
-from jaxid.families.registry import ALIASES, Family, family, kind_of
+from jaxid.families.base import Family, Model
+from jaxid.families.registry import ALIASES, FAMILIES, family, kind_of
 from jaxid.io import first_line, read_json, reading, redacted, without_advice
 from jaxid.nn.fields import check_fields
 
@@ -57,16 +58,22 @@ def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: boo
         raise CheckpointError(f"{repository} is neither in the Hugging Face cache nor reachable: {reason}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint folder.
+def described(folder: Path, known: Mapping[str, Family] = FAMILIES) -> tuple[Family, Any]:
+    """The family and the config that a checkpoint folder's config.json tells.
+
+    Args:
+        folder: the checkpoint's.
+        known: the families to choose from.
 
     Raises:
-        CheckpointError: if it is missing or not a JSON object.
+        CheckpointError: if it is missing, not a JSON object, of another family, or holds what is not implemented.
     """
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(f"{folder} is not a checkpoint folder: it has no config.json.")
-    return read_json(path)
+    fields = read_json(path)
+    kind = family(kind_of(fields), str(path), known)
+    return kind, parsed(kind, fields, path)
 
 
 def abstract_parameters(kind: Family, config: Any) -> tuple[Any, tensors.Leaves]:
@@ -113,9 +120,7 @@ def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
     """
     check_dtype(dtype)
     folder = find_folder(name, weights=False)
-    fields = read_config(folder)
-    kind = family(kind_of(fields), str(folder / "config.json"))
-    config = parsed(kind, fields, folder / "config.json")
+    kind, config = described(folder)
     processor = kind.processor.from_folder(folder, config)
     model = Model(parameters={}, definition=None, config=config, processor=processor, name=str(name), fingerprint="")
     return Checkpoint(model=model, kind=kind, dtype=dtype)

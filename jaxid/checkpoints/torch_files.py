@@ -3,7 +3,6 @@
 The only module that imports torch, and only when a file is read.
 """
 
-import importlib.util
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ def read_torch_file(path: str | Path) -> Any:
     """Contents of a file written by `torch.save`, tensors as numpy arrays of the same type.
 
     Args:
-        path: The file: nested dictionaries, lists and tuples of tensors and plain values.
+        path: the file: nested dictionaries, lists and tuples of tensors and plain values.
 
     Returns:
         The same nesting; keys and plain values as they are.
@@ -30,12 +29,8 @@ def read_torch_file(path: str | Path) -> Any:
         CheckpointError: torch is not installed, or the file is missing, damaged, or holds anything but
             tensors and plain containers (such a file could run code when read, and is refused).
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"Reading {path} needs PyTorch, which is not installed: pip install 'jaxid-vlm[torch]'."
-        ) from error
+    check_torch(f"Reading {path}")
+    import torch
 
     def to_numpy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -88,8 +83,12 @@ def check_torch(purpose: str) -> None:
     Raises:
         CheckpointError: torch is not installed.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise CheckpointError(f"{purpose} needs PyTorch, which is not installed: pip install 'jaxid-vlm[torch]'.")
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"{purpose} needs PyTorch, which is not installed: pip install 'jaxid-vlm[torch]'."
+        ) from error
 
 
 def write_torch_file(path: Path, tree: Mapping[str, Any]) -> None:
@@ -98,12 +97,8 @@ def write_torch_file(path: Path, tree: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: torch is not installed.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"Writing {path} needs PyTorch, which is not installed: pip install 'jaxid-vlm[torch]'."
-        ) from error
+    check_torch(f"Writing {path}")
+    import torch
 
     def to_torch(value: Any) -> Any:
         if isinstance(value, Mapping):
