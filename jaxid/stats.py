@@ -34,7 +34,7 @@ def mean_interval(values: Any, axis: int = 0) -> np.ndarray:
     count = sample.shape[axis]
     if count < 2:
         return np.full(sample.mean(axis=axis).shape, np.nan)
-    return np.asarray(stats.t.ppf(0.975, count - 1) * sample.std(axis=axis, ddof=1) / np.sqrt(count))
+    return np.asarray(stats.t.ppf(0.975, count - 1) * stats.sem(sample, axis=axis))
 
 
 def confidence_interval(successes: int, count: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from jaxid.checks import check_finite
 from jaxid.errors import InputError
 from jaxid.plots.style import BLUE, CHANCE, STYLE, VERMILLION, WILSON, About, captioned, chance_line, finite, new_figure
+from jaxid.stats import mean_interval
 
 _COLORS = (BLUE, VERMILLION)
 
@@ -85,8 +86,6 @@ def finetune_comparison(
     Raises:
         InputError: The arrays do not fit each other, there are none, or a value is not finite.
     """
-    from scipy import stats
-
     if not sets or any(rows.shape[1:] != steps.shape for kinds in sets.values() for rows in kinds.values()):
         raise InputError("finetune_comparison needs a row of as many values as steps for every run.")
     figure = new_figure(3.8 * len(sets), 3.0)
@@ -102,7 +101,7 @@ def finetune_comparison(
             panel.plot(steps, rows.T, color=color, linewidth=0.6, alpha=0.5)
             panel.plot(steps, mean, color=color, label=f"{shown}, {len(rows)} seeds", marker="o")
             if len(rows) > 1:
-                half = stats.t.ppf(0.975, len(rows) - 1) * rows.std(axis=0, ddof=1) / np.sqrt(len(rows))
+                half = mean_interval(rows)
                 panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
         panel.set(xlabel="step", ylabel="share of right answers", title=name)
         chance_line(panel)

@@ -14,7 +14,7 @@ from jaxid.dcsm.evaluate import answer
 from jaxid.dcsm.scoring import SCORER_FILE, Scorer
 from jaxid.families.base import Encoder
 from jaxid.io import write_json
-from jaxid.stats import confidence_interval
+from jaxid.stats import confidence_interval, mean_interval
 from jaxid.zoo import tiny_dcsm
 
 SCENES = 2000
@@ -100,11 +100,6 @@ def train_scorers(
 
 
 def _over_seeds(values: np.ndarray) -> dict[str, Any]:
-    """Mean of accuracies over seeds, and Student's 95 % interval."""
-    from scipy import stats
-
-    half = 0.0
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    mean = float(values.mean())
+    """Mean of accuracies over seeds, and Student's 95 % interval; of a single seed, the value alone."""
+    mean, half = float(values.mean()), float(np.nan_to_num(mean_interval(values)))
     return {"accuracy": mean, "low": mean - half, "high": mean + half, "seeds": values.tolist()}
