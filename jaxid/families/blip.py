@@ -40,7 +40,7 @@ class BlipConfig(DualConfig):
             CheckpointError: for a field that is not implemented.
         """
         text = {**_TEXT, **part(fields, "text_config")}
-        text |= {"causal": False, "first_norm": True, "final_norm": False, "norms_behind": True}
+        text |= {"causal": False, "first_norm": True, "final_norm": False, "norms_after": True}
         vision = {**_VISION, **part(fields, "vision_config"), "patch_bias": True, "pre_norm": False}
         # What only decoding, cross-attention and training read.
         ignored = {"encoder_hidden_size", "hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"}

@@ -193,8 +193,8 @@ class Decoder(nnx.Module):
         """Tokens as views take them.
 
         Args:
-            positions: place of every token in its prompt.
-            rope_positions: positions along several axes, for families that turn heads by them.
+            positions: of every token in its prompt.
+            rope_positions: positions along several axes, for families that rotate heads by them.
             last: which of them is its prompt's last, as in `rotations`.
             length: tokens of the whole sequences, for windows.
         """

@@ -98,7 +98,7 @@ def rms_norm(
     """The last axis divided by its root mean square, computed in float32, times scale + offset."""
     exact = x.astype(jnp.float32)
     exact = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + epsilon)
-    if offset:  # Gemma rounds behind the multiplication, Llama before it
+    if offset:  # Gemma rounds after the multiplication, Llama before it
         return (exact * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
     return exact.astype(x.dtype) * scale
 
@@ -107,7 +107,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32 (HF LlamaRMSNorm, Gemma3RMSNorm)."""
 
     def __init__(self, width: int, epsilon: float, offset: float = 0.0):
-        """Starts with a factor of one."""
+        """Starts with a scale of one."""
         self.scale = filled(1.0 - offset, (width,))
         self.epsilon, self.offset = epsilon, offset
 
@@ -166,15 +166,16 @@ def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def take_tokens(values: Float[Array, "*layers B T D"], at: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
+def take_tokens(values: Float[Array, "*layers B T D"], positions: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
     """Every prompt's tokens at its own positions; NaN where there is no such position."""
-    shape = (1,) * (values.ndim - 3) + (*at.shape, 1)
-    at = jnp.where(at < 0, values.shape[-2], at)  # or negative positions would count from the end
-    return jnp.take_along_axis(values, at.reshape(shape), axis=-2, mode="fill")
+    shape = (1,) * (values.ndim - 3) + (*positions.shape, 1)
+    # Negative positions would count from the end.
+    positions = jnp.where(positions < 0, values.shape[-2], positions)
+    return jnp.take_along_axis(values, positions.reshape(shape), axis=-2, mode="fill")
 
 
 def layer_of(parameters: Any, layer: Any) -> Any:
-    """One layer's parameters out of stacked ones; the number may be traced."""
+    """One layer's parameters out of stacked ones; the index may be traced."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), parameters)
 
 
@@ -207,10 +208,10 @@ class Stackable(nnx.Module):
     learning: Learning | None = None
 
 
-def by_number(layers: Any) -> bool:
+def by_index(layers: Any) -> bool:
     """Whether some of stacked layers can be run at no cost for the others.
 
-    Scanning over a part of the parameters copies it. Picking layers by their number does not, but differentiated with
+    Scanning over a part of the parameters copies it. Picking layers by their index does not, but differentiated with
     respect to the parameters it costs the whole stack for every layer, and a layer that is not recomputed is kept.
     """
     learning = layers.learning
@@ -245,11 +246,11 @@ def scan_stack(
     end = count if depth is None else depth
 
     def picked(x: Any, xs: Any, first: int, last: int) -> Any:
-        body = recomputed(layers, lambda x, number: step(x, layer_of(xs, number)))
+        body = recomputed(layers, lambda x, index: step(x, layer_of(xs, index)))
         return jax.lax.scan(body, x, jnp.arange(first, last))
 
     def learning(x: Any, first: int) -> Any:
-        if (first, end) != (0, count) and by_number(layers):
+        if (first, end) != (0, count) and by_index(layers):
             return picked(x, xs, first, end)
         part = xs if (first, end) == (0, count) else jax.tree.map(lambda leaf: leaf[first:end], xs)
         return jax.lax.scan(recomputed(layers, step), x, part)

@@ -23,15 +23,15 @@ class Network(nnx.Module):
 
     @abc.abstractmethod
     def features(self, inputs: Inputs) -> Float[Array, "... D"]:
-        """All pictures' decoder tokens, which `inputs.image_slots` counts through all leading axes."""
+        """All pictures' decoder tokens, which `inputs.image_rows` counts through all leading axes."""
 
     def pixels(self, inputs: Inputs) -> Float[Array, "N ..."]:
         """The pictures in the number format of the parameters."""
         return jnp.asarray(inputs.pixels, self.decoder.embedding[...].dtype)
 
     def spans(self, inputs: Inputs) -> Int[Array, "B T"]:
-        """Number of the picture that every token belongs to, or -1; neighbouring pictures' tokens count as one."""
-        pictured = inputs.image_slots >= 0
+        """Index of the picture that every token belongs to, or -1; neighbouring pictures' tokens count as one."""
+        pictured = inputs.image_rows >= 0
         starts = pictured & ~jnp.pad(pictured, ((0, 0), (1, 0)))[:, :-1]
         return jnp.where(pictured, jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, -1)
 
@@ -39,12 +39,12 @@ class Network(nnx.Module):
         """Token embeddings with the pictures' tokens merged in."""
         if inputs.pixels is None:
             return self.decoder.embed(inputs.token_ids)
-        pictured = inputs.image_slots >= 0
+        pictured = inputs.image_rows >= 0
         # The image token itself may have no row in the embedding.
         text = self.decoder.embed(jnp.where(pictured, 0, inputs.token_ids))
         features = self.features(inputs).astype(text.dtype)
         flat = features.reshape(-1, features.shape[-1])
-        pictures = jnp.take(flat, jnp.maximum(inputs.image_slots, 0), axis=0)
+        pictures = jnp.take(flat, jnp.maximum(inputs.image_rows, 0), axis=0)
         return jnp.where(pictured[..., None], pictures, text)
 
     def mask(self, inputs: Inputs) -> Bool[Array, "B T T"]:

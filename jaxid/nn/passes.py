@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.nn.decoder import Decoder, Tap
-from jaxid.nn.layers import by_number, recomputed, scan_stack, take_tokens
+from jaxid.nn.layers import by_index, recomputed, scan_stack, take_tokens
 from jaxid.nn.sites import DECODER_SITES, Capture, Site, SiteFunction, clean
 from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Swapped, View
 
@@ -63,11 +63,11 @@ def forward(
     Args:
         decoder: the decoder.
         embeddings: Float[B, T, D], pictures already merged in.
-        positions: place of every token in its prompt, Int[B, T].
+        positions: of every token in its prompt, Int[B, T].
         mask: which tokens each token reads, Bool[B, T, T]; none reads a later one, but for pictures' own tokens.
         intervention: called as `intervention(site, value)` at every site.
         capture: what to return; block sites come stacked over layers.
-        rope_positions: positions along several axes, for families that turn heads by them.
+        rope_positions: positions along several axes, for families that rotate heads by them.
         memory: what cross-attention layers read.
         wanted: the tokens whose final hidden states are returned, by index; all by default. The last block is then
             run for them, and for the captured ones, alone, unless blocks are trained or all tokens captured.
@@ -98,7 +98,7 @@ def forward(
         return x, found
 
     keep = None
-    if wanted is not None and by_number(decoder.layers) and not (sites and others is None):
+    if wanted is not None and by_index(decoder.layers) and not (sites and others is None):
         keep = wanted if others is None else jnp.concatenate([wanted, others], axis=1)
     x, found = _stack(decoder, step, x, keep)
     if wanted is not None:
@@ -188,8 +188,8 @@ class Suffix(NamedTuple):
 
     Attributes:
         residuals: recorded residual stream of these tokens, entering every layer (and leaving the last).
-        positions: their places in the prompt.
-        rope_positions: what their heads turn by, if not the places.
+        positions: their positions in the prompt.
+        rope_positions: what their heads are rotated by, if not the positions.
         last: which of them is the prompt's last token.
         prefix_keys: recorded keys, heads first, of the tokens before them (and of later ones, which are not read).
         prefix_values: likewise.
@@ -341,7 +341,7 @@ class Shared(NamedTuple):
         keys: recorded, heads first, Float[L, B, K, T, E].
         values: likewise.
         valid: which of them belong to the prefix, Bool[B, T].
-        first: place in the prompt of the rows' own first token, Int[B].
+        first: position of the rows' own first token, Int[B].
         memory: what cross-attention layers read.
     """
 
@@ -384,8 +384,8 @@ def decode(
         decoder: the decoder.
         shared: what all rows read.
         start: the rows' own tokens of the prompt.
-        last: place of the prompts' last tokens.
-        last_rope: what their heads turn by, if not the place.
+        last: position of the prompts' last tokens.
+        last_rope: what their heads are rotated by, if not that position.
         stop_ids: tokens that end a row; ended rows are padded with the first of them.
         edits: interventions, a row each, called at the new tokens too; None leaves them as they are.
         steps: the most new tokens.
@@ -410,8 +410,8 @@ def decode(
     def next_token(token: Array, index: Array, caches: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         """The tokens after those of that index, and the caches with these in them."""
         positions = last[:, None] + 1 + index
-        turned = None if last_rope is None else (last_rope + 1 + index)[:, :, None]
-        tokens = decoder.tokens(positions, turned, None, shared.keys.shape[3] + steps)
+        rope_positions = None if last_rope is None else (last_rope + 1 + index)[:, :, None]
+        tokens = decoder.tokens(positions, rope_positions, None, shared.keys.shape[3] + steps)
         recorded = (tokens, shared.keys, shared.values, shared.valid)
         slot = own + index
 

@@ -26,8 +26,8 @@ class TextConfig(BlockConfig):
     causal: bool = True  # tokens read only those before them
     reads_padding: bool = False  # padding is read like any other token
     first_norm: bool = False  # a norm before the first block
-    final_norm: bool = True  # a norm behind the last block
-    class_token: bool = False  # a token of its own stands behind the window
+    final_norm: bool = True  # a norm after the last block
+    class_token: bool = False  # a token of its own stands after the window
 
     @property
     def context(self) -> int:
@@ -36,7 +36,7 @@ class TextConfig(BlockConfig):
 
     @property
     def whole_window(self) -> bool:
-        """Whether what a caption becomes depends on the padding behind it, so that the window must be full."""
+        """Whether what a caption becomes depends on the padding after it, so that the window must be full."""
         return self.class_token or (self.reads_padding and not self.causal)
 
 
@@ -70,7 +70,7 @@ class TextEncoder(nnx.Module):
     def __call__(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "L1 N S D"]:
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k; before the final norm.
 
-        S is T, and one more where a class token stands behind the window.
+        S is T, and one more where a class token stands after the window.
 
         Args:
             token_ids: Int[N, T].
@@ -96,8 +96,8 @@ class TextEncoder(nnx.Module):
     def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N S S"]:
         """Which tokens each token reads."""
         if self.config.class_token:
-            # Published weights were trained with the padding's mask one place too far right: the start token is always
-            # read, any other token if the one before it is no padding.
+            # Published weights were trained with the padding's mask shifted right by one: the start token is always read,
+            # any other token if the one before it is no padding.
             valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         read = jnp.ones_like(valid) if self.config.reads_padding else valid
         if not self.config.causal:
@@ -106,7 +106,7 @@ class TextEncoder(nnx.Module):
         return attention.causal_mask(positions, positions, read)
 
     def normed(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-        """Behind the final norm, if there is one."""
+        """After the final norm, if there is one."""
         return self.final_norm(x) if self.config.final_norm else x
 
 
@@ -116,8 +116,8 @@ def at_end(x: Float[Array, "N T D"], token_ids: Int[Array, "N T"], eos_token_id:
     Args:
         x: Float[N, T, D].
         token_ids: Int[N, T].
-        eos_token_id: the end token, whose first place counts; 2 stands for the highest id of each caption, as in the
+        eos_token_id: the end token, whose first position counts; 2 stands for the highest id of each caption, as in the
             configs of early CLIP checkpoints.
     """
-    place = jnp.argmax(token_ids if eos_token_id == 2 else token_ids == eos_token_id, axis=1)
-    return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
+    position = jnp.argmax(token_ids if eos_token_id == 2 else token_ids == eos_token_id, axis=1)
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]

@@ -43,7 +43,7 @@ class BlockConfig(Config):
     layer_scale: bool = False  # what attention and MLP add is multiplied by learned vectors
     gated_mlp: bool = False  # down(act(gate(x)) * up(x)) in place of down(act(up(x)))
     tanh_gates: bool = False  # what attention and MLP add is multiplied by the tanh of learned numbers
-    norms_behind: bool = False  # norms stand behind each sum, as in BERT, not before attention and MLP
+    norms_after: bool = False  # norms stand after each sum, as in BERT, not before attention and MLP
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
 
 
 class Block(Stackable):
-    """Attention and MLP, norms before or behind them (HF CLIPEncoderLayer, BlipTextLayer and their kin)."""
+    """Attention and MLP, norms before or after them (HF CLIPEncoderLayer, BlipTextLayer and their kin)."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         """Builds the block's parts."""
@@ -152,7 +152,7 @@ class Block(Stackable):
         rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
     ) -> Float[Array, "N I D"]:
         """One block: `read(query, key, value)` says who reads whom."""
-        if self.config.norms_behind:
+        if self.config.norms_after:
             x = self.attention_norm(x + self._scaled("attention", self.attention(x, read, rotation)))
             return self.mlp_norm(x + self._scaled("mlp", self._mlp(x)))
         x = x + self._scaled("attention", self.attention(self.attention_norm(x), read, rotation))

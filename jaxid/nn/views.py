@@ -43,7 +43,7 @@ class View(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens that go through a block, by their place in the prompt.
+    """The tokens that go through a block, by their positions in the prompt.
 
     Attributes:
         positions: of every token.
@@ -65,7 +65,7 @@ class Tokens:
         return jnp.asarray(np.array(self.slides))[layer]
 
     def rotated(self, layer: Any, heads: Float[Array, "*R B S H E"], keep: Keep = None) -> Float[Array, "*R B S H E"]:
-        """The kept tokens' queries or keys, turned by their positions."""
+        """The kept tokens' queries or keys, rotated by their positions."""
         cosine, sine = self.rotation
         if cosine.ndim == 4:
             cosine, sine = (jnp.where(self._sliding(layer), sliding, full) for full, sliding in self.rotation)
@@ -114,7 +114,7 @@ class Own(View):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(View):
-    """Rows that share a prefix of their prompts and go on each with tokens of its own.
+    """Rows that share a prefix of their prompts and continue each with tokens of its own.
 
     Attributes:
         tokens: the rows' own tokens, the same positions in all rows.

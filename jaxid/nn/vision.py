@@ -26,7 +26,7 @@ class VisionConfig(BlockConfig):
     class_token: bool = True  # a token of its own stands before the patches
     patch_bias: bool = False  # bias of the patch embedding
     pre_norm: bool = True  # a norm before the first block
-    post_norm: bool = True  # a norm behind the last block, for what reads the tower's end
+    post_norm: bool = True  # a norm after the last block, for what reads the tower's end
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
