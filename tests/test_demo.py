@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxid import demo, report
+from jaxid.data.coco_spatial import ANSWERS
 from jaxid.data.grid import placements
 from jaxid.data.objects import OBJECTS
-from jaxid.experiments.belief_swap import BeliefSwap
-from jaxid.experiments.relations import ANSWERS
+from jaxid.experiments import demo
+from jaxid.experiments.belief_swap import Swapped
+from jaxid.experiments.demo_report import render
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.io import read_table
 
@@ -32,31 +33,31 @@ GEOMETRY = (
 )
 
 
-def swap(turned: np.ndarray) -> BeliefSwap:
-    """A belief swap in which exactly the given items [condition, layer, factor, item] turn round."""
-    control = np.tile([-0.5, -1.5], (turned.shape[-1], 1))
-    return BeliefSwap(
+def swap(swapped: np.ndarray) -> Swapped:
+    """A belief swap in which exactly the given items [condition, layer, strength, item] are swapped."""
+    control = np.tile([-0.5, -1.5], (swapped.shape[-1], 1))
+    return Swapped(
         control=control,
-        steered=np.where(turned[..., None], control[:, ::-1], control),
-        layers=np.arange(turned.shape[1]),
-        factors=np.arange(1.0, 1 + turned.shape[2]),
-        truth=np.zeros(turned.shape[-1], int),
-        control_texts=np.full(turned.shape[-1], "", object),
-        steered_texts=np.full(turned.shape, "", object),
+        steered=np.where(swapped[..., None], control[:, ::-1], control),
+        layers=np.arange(swapped.shape[1]),
+        strengths=np.arange(1.0, 1 + swapped.shape[2]),
+        truth=np.zeros(swapped.shape[-1], int),
+        control_texts=np.full(swapped.shape[-1], "", object),
+        steered_texts=np.full(swapped.shape, "", object),
     )
 
 
 def test_choose_best_weighs_belief_against_noise_on_the_chosen_items_alone() -> None:
-    turned = np.zeros((2, 3, 2, 8), bool)
-    turned[0, 0, 1, 4:] = True  # many, but among the items that are reported, not chosen on
-    turned[:, 1, 0] = True  # all, but by noise as well
-    turned[0, 2, 1, :3] = True
-    turned[0, 2, 0, :2] = True
-    other = np.zeros_like(turned)
+    swapped = np.zeros((2, 3, 2, 8), bool)
+    swapped[0, 0, 1, 4:] = True  # many, but among the items that are reported, not chosen on
+    swapped[:, 1, 0] = True  # all, but by noise as well
+    swapped[0, 2, 1, :3] = True
+    swapped[0, 2, 0, :2] = True
+    other = np.zeros_like(swapped)
     other[0, 2, 0, :1] = True
-    assert demo.choose_best({"horizontal": swap(turned), "vertical": swap(other)}, 4) == (2, 0)
-    assert demo.choose_best({"horizontal": swap(turned)}, 4) == (2, 1)
-    assert demo.choose_best({"horizontal": swap(turned)}, 8) == (0, 1)
+    assert demo.choose_best({"horizontal": swap(swapped), "vertical": swap(other)}, 4) == (2, 0)
+    assert demo.choose_best({"horizontal": swap(swapped)}, 4) == (2, 1)
+    assert demo.choose_best({"horizontal": swap(swapped)}, 8) == (0, 1)
 
 
 def test_grid_items_cover_every_placement_of_every_object() -> None:
@@ -76,32 +77,32 @@ def test_grid_items_cover_every_placement_of_every_object() -> None:
 
 
 def synthetic_summary() -> dict[str, Any]:
-    """A summary of three blocks in which every number is another one."""
+    """A summary of three layers in which every number is another one."""
     numbers = (round(0.101 + 0.001 * k, 3) for k in itertools.count())
 
-    def per_block() -> list[float]:
+    def per_layer() -> list[float]:
         return [next(numbers) for _ in range(3)]
 
     def condition() -> dict[str, Any]:
-        return {"rate": per_block(), "interval": [[next(numbers), next(numbers)] for _ in range(3)]}
+        return {"rate": per_layer(), "interval": [[next(numbers), next(numbers)] for _ in range(3)]}
 
-    steering = {"correlation": per_block(), "monotone": [True, False, True], "preference_by_cell": [[0.0] * 4] * 3}
+    steering = {"correlation": per_layer(), "monotone": [True, False, True], "preference_by_cell": [[0.0] * 4] * 3}
     return {
         "model": "some-model",
         "fingerprint": "abc123",
         "seconds": 12.5,
         "accuracy": {"left_right": next(numbers), "above_below": next(numbers)},
         "accuracy_interval": {name: [next(numbers), next(numbers)] for name in ("left_right", "above_below")},
-        **{name: per_block() for name in GEOMETRY},
+        **{name: per_layer() for name in GEOMETRY},
         "best_layer": 1,
         "best_factor": 2.0,
-        "belief_swap": per_block(),
-        "noise_swap": per_block(),
+        "belief_swap": per_layer(),
+        "noise_swap": per_layer(),
         "swap_by_factor": {factor: {"belief": next(numbers), "noise": next(numbers)} for factor in ("2.0", "5.0")},
         "swap_by_relation": {"left_right": {"belief": condition(), "noise": condition()}},
         "swap_items": {"choosing": 24, "reported": 72, "per": "relation"},
         "steering": {"left_right": steering, "above_below": steering},
-        "mirror_swap": {name: per_block() for name in ("image", "text", "words")},
+        "mirror_swap": {name: per_layer() for name in ("image", "text", "words")},
         "versions": {"jax": "9.8.7", "python": "3.99"},
     }
 
@@ -110,9 +111,9 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_report_shows_every_number_and_figure(tmp_path: Path) -> None:
+def test_report_shows_every_number_and_figure() -> None:
     summary = synthetic_summary()
-    text = report.render(summary)
+    text = render(summary)
     assert re.findall(r"!\[[^]]+\]\(figures/(\w+)\.png\)", text) == list(FIGURES)
     for line in ("some-model", "abc123", "12.5 s", "jax 9.8.7", "24 items per relation", "other 72", "here 2.0"):
         assert line in text
@@ -133,15 +134,13 @@ def test_report_shows_every_number_and_figure(tmp_path: Path) -> None:
         assert [factor, *(f"{100 * entry[name]:.1f} %" for name in ("belief", "noise"))] in rows
     entry = summary["swap_by_relation"]["left_right"]
     shown = ["left/right"]
-    for name in ("belief", "noise"):  # at the best block
+    for name in ("belief", "noise"):  # at the best layer
         low, high = entry[name]["interval"][1]
         shown += [f"{100 * entry[name]['rate'][1]:.1f} %", f"{100 * low:.1f} % to {100 * high:.1f} %"]
     assert shown in rows
     # Every table is whole: as many cells in each row as in its header.
     for table in re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE):
         assert len({len(row) for row in table_rows(table)}) == 1
-    report.write(tmp_path / "report.md", summary)
-    assert (tmp_path / "report.md").read_text() == text
 
 
 # --- the whole of it -----------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def test_report_shows_every_number_and_figure(tmp_path: Path) -> None:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The demo's folder, and what it returned."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, demo.run(out, progress=False)
+    return out, demo.Demo(out=out, progress=False).run()
 
 
 def columns_of(path: Path) -> dict[str, np.ndarray]:
@@ -173,10 +172,10 @@ def test_summary_is_complete(done: tuple[Path, dict[str, Any]]) -> None:
         assert all(0 <= value <= 1 for value in summary[name]), name
     for name in ("id_agreement", "column_correlation", "row_correlation", "axes_cosine"):
         assert all(-1 <= value <= 1 for value in summary[name]), name
-    factors = demo.DemoConfig().factors
-    assert list(summary["swap_by_factor"]) == [str(factor) for factor in factors]
+    strengths = demo.Demo().strengths
+    assert list(summary["swap_by_factor"]) == [str(strength) for strength in strengths]
     assert all(set(entry) == {"belief", "noise"} for entry in summary["swap_by_factor"].values())
-    assert summary["best_layer"] in range(layers) and summary["best_factor"] in factors
+    assert summary["best_layer"] in range(layers) and summary["best_factor"] in strengths
     at_best = summary["swap_by_factor"][str(summary["best_factor"])]
     assert at_best["belief"] == summary["belief_swap"][summary["best_layer"]]
     assert at_best["noise"] == summary["noise_swap"][summary["best_layer"]]
@@ -200,23 +199,29 @@ def test_figures_are_drawn_and_reported(done: tuple[Path, dict[str, Any]]) -> No
             assert picture.format == "PNG" and min(picture.size) >= 300
             pixels = np.asarray(picture.convert("RGB"))
         assert pixels.std() > 10 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100, name
-    assert sorted(path.name for path in out.iterdir()) == ["figures", "report.md", "results", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml",
+        "figures",
+        "report.md",
+        "results",
+        "summary.json",
+    ]
 
 
 @pytest.mark.slow
 def test_swap_table_gives_the_rates(done: tuple[Path, dict[str, Any]]) -> None:
     out, summary = done
     table = columns_of(out / "results" / "belief_swap.parquet")
-    config = demo.DemoConfig()
+    config = demo.Demo()
     choosing = config.swap_items // 4
     reported = table["item"] >= choosing
     counted = config.swap_items - choosing
     assert summary["swap_items"] == {"choosing": choosing, "reported": counted, "per": "relation"}
 
-    def rate(axis: str, condition: str, layer: int, factor: float) -> float:
+    def rate(axis: str, condition: str, layer: int, strength: float) -> float:
         """Share of items whose preferred word is no longer that of the control pass."""
         rows = reported & (table["relation"] == axis) & (table["condition"] == condition)
-        rows &= (table["layer"] == layer) & np.isclose(table["factor"], factor)
+        rows &= (table["layer"] == layer) & np.isclose(table["strength"], strength)
         first, second = (rows & (table["word"] == word) for word in ANSWERS[axis])
         np.testing.assert_array_equal(table["item"][first], table["item"][second])
         assert first.sum() == counted
@@ -231,12 +236,12 @@ def test_swap_table_gives_the_rates(done: tuple[Path, dict[str, Any]]) -> None:
                 entry = summary["swap_by_relation"]["_".join(ANSWERS[axis])][condition]
                 assert entry["rate"][layer] == pytest.approx(value, abs=1e-4)
                 assert entry["interval"][layer][0] <= value <= entry["interval"][layer][1]
-        for factor in config.factors:
-            mean = np.mean([rate(axis, condition, summary["best_layer"], factor) for axis in ANSWERS])
-            assert summary["swap_by_factor"][str(factor)][condition] == pytest.approx(mean, abs=1e-4)
+        for strength in config.strengths:
+            mean = np.mean([rate(axis, condition, summary["best_layer"], strength) for axis in ANSWERS])
+            assert summary["swap_by_factor"][str(strength)][condition] == pytest.approx(mean, abs=1e-4)
     for axis in ANSWERS:
         once = (table["relation"] == axis) & (table["condition"] == "belief") & (table["layer"] == 0)
-        once &= np.isclose(table["factor"], config.factors[0])
+        once &= np.isclose(table["strength"], config.strengths[0])
         first = once & (table["word"] == ANSWERS[axis][0])
         second = once & (table["word"] == ANSWERS[axis][1])
         says_first = table["control"][first] > table["control"][second]
@@ -257,7 +262,7 @@ def test_other_tables_agree_with_the_summary(done: tuple[Path, dict[str, Any]]) 
         np.testing.assert_allclose(geometry[name], summary[name], atol=1e-9)
     ids = SpatialIDs.load(out / "results" / "spatial_ids.safetensors")
     assert (ids.model, ids.fingerprint) == (summary["model"], summary["fingerprint"])
-    assert ids.objects == tuple(OBJECTS) and (ids.counts == 15 * demo.DemoConfig().partners).all()
+    assert ids.objects == tuple(OBJECTS) and (ids.counts == 15 * demo.Demo().partners).all()
     np.testing.assert_allclose(ids.explained_variance(), summary["explained_variance"], atol=1e-4)
     for axis, words in ANSWERS.items():
         steering = columns_of(out / "results" / f"steering_{axis}.parquet")

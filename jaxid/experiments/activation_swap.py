@@ -17,7 +17,7 @@ from jaxid.data.pictures import mirrored, recoloured
 from jaxid.errors import DataError
 from jaxid.experiments.base import Summary, WithLayers
 from jaxid.experiments.relations import RelationBatch, prepare
-from jaxid.experiments.session import Columns, Session, padded, spread
+from jaxid.experiments.session import Columns, Session, as_array, padded, spread
 from jaxid.families.base import Model
 from jaxid.interp.trace import rerun, swap, trace
 from jaxid.io import tidy
@@ -202,7 +202,6 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
     def compute(self, session: Session, items: Sequence[Item], batch: Batch) -> Columns:
         """A row for each token set, layer, item and answer word."""
         model, asked, count = session.model, self.asked(batch)[0], len(items)
-        of_items = {name: np.asarray(values)[:, None] for name, values in self.columns(items).items()}
         other = self.changed(session, padded(items, session.batch_size), batch)
         found = swap_activations(model, asked, other, words=self.words(batch), layers=session.layers)
         patched = found.patched[:, :, :count]
@@ -214,7 +213,7 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         }
         return tidy(patched, axes, name="patched") | {
             "model": spread(model.name, patched.shape),
-            **{name: spread(values, patched.shape) for name, values in of_items.items()},
+            **{name: spread(values, patched.shape, 2) for name, values in self.columns(items).items()},
             "control": spread(found.control[:count], patched.shape),
             "intervened": spread(found.intervened[:count], patched.shape),
             "score": self.scores(found)[:, :, :count].ravel(),
@@ -260,13 +259,8 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
 
 def scores_of(table: Columns) -> dict[str, Float[np.ndarray, "L B 2"]]:
     """Scores by token set, from a table."""
-    words, layers = dict.fromkeys(table["word"].tolist()), np.unique(table["layer"])
-
-    def scores(tokens: str) -> np.ndarray:
-        layer, word, score = (table[name][table["tokens"] == tokens] for name in ("layer", "word", "score"))
-        return np.stack([np.stack([score[(layer == k) & (word == w)] for w in words], axis=-1) for k in layers])
-
-    return {tokens: scores(tokens) for tokens in TOKEN_SETS}
+    axes = {name: list(dict.fromkeys(table[name].tolist())) for name in ("tokens", "layer", "item", "word")}
+    return dict(zip(axes["tokens"], as_array(table, "score", axes), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from jaxid.checks import Range
-from jaxid.data.coco_spatial import SpatialItem, axis_of
+from jaxid.data.coco_spatial import SpatialItem
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.compare import CONDITIONS, Rates, draw_best, draw_layers, rates
 from jaxid.experiments.relations import RelationBatch, answer_of, prepare
-from jaxid.experiments.session import Columns, Session, by_axis, require_same_model
+from jaxid.experiments.session import Columns, Session, by_axis, item_columns, require_same_model, spread
 from jaxid.families.base import Model
 from jaxid.families.registry import published
 from jaxid.ids.spatial import SpatialIDs
@@ -264,44 +264,31 @@ class BeliefSwap(
 
 def table_of(found: Swapped, items: Sequence[SpatialItem], batch: RelationBatch, model: str) -> Columns:
     """A row for each item, condition and layer, at the first strength."""
-    count = len(items)
-    rows, truth = np.arange(count), found.truth[:count]
-    control, steered = found.control[:count], np.moveaxis(found.steered[:, :, 0, :count], 2, 0)  # [B, C, L, 2]
-    texts = np.moveaxis(found.steered_texts[:, :, 0, :count], 2, 0)
+    count, rows = len(items), np.arange(len(items))
+    truth, control, control_texts = found.truth[:count], found.control[:count], found.control_texts[:count]
+    steered, swapped, texts = (  # by item, condition, layer
+        np.moveaxis(values[:, :, 0, :count], 2, 0) for values in (found.steered, found.swapped, found.steered_texts)
+    )
     shape = texts.shape
 
-    def of_items(values: Any) -> np.ndarray:
-        return np.broadcast_to(np.asarray(values)[:, None, None], shape).ravel()
+    def said(texts: np.ndarray) -> np.ndarray:
+        return np.array([answer_of(text, batch.answers) for text in texts.ravel()], int).reshape(texts.shape)
 
-    written = bool(found.control_texts[:count].any())
-    said = np.array([answer_of(text, batch.answers) for text in found.control_texts[:count]])
-    answered = np.where([bool(text) for text in found.control_texts[:count]], said, control.argmax(axis=-1))
-    answers = steered.argmax(axis=-1)
-    if written:
-        flat = [answer_of(text, batch.answers) for text in texts.ravel()]
-        spoken = of_items([bool(text) for text in found.control_texts[:count]]).reshape(shape)
-        answers = np.where(spoken, np.array(flat).reshape(shape), answers)
-    axes = {
-        "item": [item.key for item in items],
-        "condition": CONDITIONS,
-        "layer": found.layers.tolist(),
-    }
-    flipped = (steered[..., 0] > steered[..., 1]) != (control[:, 0] > control[:, 1])[:, None, None]
+    written = control_texts != ""
+    answered = np.where(written, said(control_texts), control.argmax(axis=-1))
+    answers = np.where(written[:, None, None], said(texts), steered.argmax(axis=-1))
+    axes = {"item": [item.key for item in items], "condition": CONDITIONS, "layer": found.layers.tolist()}
     return tidy(steered[rows, :, :, truth], axes, name="steered_correct") | {
         "steered_wrong": steered[rows, :, :, 1 - truth].ravel(),
-        "model": np.full(steered[..., 0].size, model),
-        **{
-            name: of_items([getattr(item, name) for item in items])
-            for name in ("image_id", "subject", "object", "relation")
-        },
-        "axis": of_items([axis_of(item) for item in items]),
-        "strength": np.full(steered[..., 0].size, float(found.strengths[0])),
-        "control_correct": of_items(control[rows, truth]),
-        "control_wrong": of_items(control[rows, 1 - truth]),
-        "swapped": flipped.ravel(),
-        "control_verdict": of_items(_verdicts(answered, truth)),
+        "model": spread(model, shape),
+        **item_columns(items, shape, 0),
+        "strength": spread(float(found.strengths[0]), shape),
+        "control_correct": spread(control[rows, truth], shape, 0),
+        "control_wrong": spread(control[rows, 1 - truth], shape, 0),
+        "swapped": swapped.ravel(),
+        "control_verdict": spread(_verdicts(answered, truth), shape, 0),
         "verdict": _verdicts(answers, truth[:, None, None]).ravel(),
-        "control_text": of_items(found.control_texts[:count].astype(str)),
+        "control_text": spread(control_texts.astype(str), shape, 0),
         "text": texts.ravel().astype(str),
     }
 

@@ -1,4 +1,4 @@
-"""The runs: what they write equals the experiments' functions, they resume, and bad items are named or left out."""
+"""The runs: what they write equals the experiments' functions, they resume, and bad items are named or skipped."""
 
 import dataclasses
 import functools
@@ -12,18 +12,24 @@ import fixtures
 import numpy as np
 import oracle
 import pytest
-from families import CASES
+from run_data import CASE, ITEMS, columns, experiment, ids
+from run_data import place as place
+from test_cli import refused
 from test_cli import run as command
 
 from jaxid.data.coco_spatial import CAPTIONS_FILE, find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.scenes import sample_free
-from jaxid.errors import DataError, InputError, OutputError, PromptError
-from jaxid.experiments import belief_swap as experiment
+from jaxid.errors import DataError, InputError, JaxidWarning, OutputError, PromptError
+from jaxid.experiments import activation_swap, belief_swap, reference
+from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap
+from jaxid.experiments.belief_swap import BeliefSwap, BeliefSwapSummary, swap_beliefs
+from jaxid.experiments.compare import Compare
+from jaxid.experiments.reference import occurrence_norms
 from jaxid.experiments.relations import prepare
+from jaxid.experiments.session import parse_layers
 from jaxid.families.base import Model
-from jaxid.io import read_table
-from jaxid.runs import activation_swap, belief_swap, steer
-from jaxid.runs.common import RunConfig, parse_layers
+from jaxid.interp.generate import generate
+from jaxid.interp.trace import trace
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -31,75 +37,39 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]
 
-CASE = CASES[0]
-ITEMS = 12
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set in COCO's layout, and IDs of the tiny model."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_coco_spatial(folder / "data", sample_free(np.random.default_rng(1), ITEMS, num_objects=(2, 2)), 48)
-    ids().save(folder / "ids.safetensors")
-    return folder
-
 
 @functools.cache
-def ids() -> Any:
-    return dataclasses.replace(oracle.ids(), fingerprint=fixtures.model(CASE).fingerprint)
-
-
-def options(place: Path, out: str, **changed: Any) -> dict[str, Any]:
-    return {
-        "model": str(fixtures.folder(CASE)),
-        "data": place / "data",
-        "ids": place / "ids.safetensors",
-        "out": place / out,
-        "batch_size": 4,
-        "template": "{query}",
-        "progress": False,
-    } | changed
-
-
-def columns(out: Path) -> dict[str, np.ndarray]:
-    table = read_table(out / "table.parquet")
-    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-
-
-@functools.cache
-def swapped(place: Path) -> dict[str, Any]:
-    return belief_swap.run(
-        belief_swap.BeliefSwapConfig(**options(place, "swap", factor=2.0, layers="0-1", max_new_tokens=0))
-    )
+def swapped(place: Path) -> BeliefSwapSummary:
+    return experiment(BeliefSwap, place, "swap", strength=2.0, layers="0-1", max_new_tokens=0).run()
 
 
 def test_belief_swap_writes_what_the_experiment_computes(place: Path) -> None:
     summary, table = swapped(place), columns(place / "swap")
     items = read_coco_spatial(*find_coco_spatial(place / "data"))
-    assert summary["items"] == ITEMS and summary["skipped"]["count"] == 0
-    assert summary["not_finite"] == {"count": 0, "items": []}
+    assert summary.items == ITEMS and summary.skipped["count"] == 0
+    assert summary.not_finite == {"count": 0, "items": []}
     assert len(table["item"]) == ITEMS * 2 * 2
     model = fixtures.model(CASE)
     for axis, words in (("horizontal", ("left", "right")), ("vertical", ("above", "below"))):
         some = [item for item in items if item.relation in words]
         batch = prepare(model, some, case="both")
         order = list(dict.fromkeys(table["item"].tolist()))
-        numbers = np.array([order.index(item.key) for item in some])
-        expected = experiment.run(model, batch, ids(), layers=[0, 1], factors=(2.0,), numbers=numbers)
+        indices = np.array([order.index(item.key) for item in some])
+        expected = swap_beliefs(model, batch, ids(), layers=[0, 1], strengths=(2.0,), indices=indices)
         for row, item in enumerate(some):
-            for number, condition in enumerate(experiment.CONDITIONS):
+            for index, condition in enumerate(belief_swap.CONDITIONS):
                 for layer in (0, 1):
                     (at,) = np.flatnonzero(
                         (table["item"] == item.key) & (table["condition"] == condition) & (table["layer"] == layer)
                     )
                     truth = int(expected.truth[row])
-                    steered = expected.steered[number, layer, 0, row]
+                    steered = expected.steered[index, layer, 0, row]
                     found = [table[name][at] for name in ("steered_correct", "steered_wrong")]
                     np.testing.assert_allclose(found, steered[[truth, 1 - truth]], atol=1e-4)
                     found = [table[name][at] for name in ("control_correct", "control_wrong")]
                     np.testing.assert_allclose(found, expected.control[row][[truth, 1 - truth]], atol=1e-4)
-                    assert table["swapped"][at] == expected.swapped[number, layer, 0, row]
-                    assert table["text"][at] == expected.steered_texts[number, layer, 0, row]
+                    assert table["swapped"][at] == expected.swapped[index, layer, 0, row]
+                    assert table["text"][at] == expected.steered_texts[index, layer, 0, row]
                     assert (table["axis"][at], table["relation"][at]) == (axis, item.relation)
 
 
@@ -108,9 +78,9 @@ def test_belief_swap_files(place: Path) -> None:
     out = place / "swap"
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     pictures = {"belief_swap.png", "belief_swap_by_layer.png"}
-    assert names == {"parts", "settings.json", "summary.json", "table.parquet"} | pictures
+    assert names == {"parts", "config.yaml", "settings.json", "summary.json", "table.parquet"} | pictures
     stored = json.loads((out / "summary.json").read_text())
-    assert stored["best"]["belief"] == pytest.approx(swapped(place)["best"]["belief"])
+    assert stored["best"]["belief"] == pytest.approx(swapped(place).best.belief)
     assert stored["settings"]["fingerprint"] == fixtures.model(CASE).fingerprint
 
 
@@ -123,15 +93,12 @@ def test_a_finished_run_is_not_computed_again(place: Path, monkeypatch: pytest.M
 
     def spy(model: Model, batch: Any, *arguments: Any, **more: Any) -> Any:
         asked.append(len(batch.prompts))
-        return experiment_run(model, batch, *arguments, **more)
+        return swap_beliefs(model, batch, *arguments, **more)
 
-    experiment_run = experiment.run
-    monkeypatch.setattr(belief_swap.belief_swap, "run", spy)
-    config = belief_swap.BeliefSwapConfig(
-        **options(place, "again", factor=2.0, layers="0-1", max_new_tokens=0, resume=True)
-    )
-    summary = belief_swap.run(config)
-    assert sum(asked) in (4, 8) and summary["resumed_items"] == ITEMS - 4  # the lost chunk, of one axis or both
+    monkeypatch.setattr(belief_swap, "swap_beliefs", spy)
+    again = experiment(BeliefSwap, place, "again", strength=2.0, layers="0-1", max_new_tokens=0)
+    summary = again.run()
+    assert sum(asked) in (4, 8) and summary.resumed_items == ITEMS - 4  # the lost chunk, of one axis or both
     after = columns(place / "again")
     assert set(after) == set(before)
     for name, values in before.items():
@@ -139,11 +106,11 @@ def test_a_finished_run_is_not_computed_again(place: Path, monkeypatch: pytest.M
             np.testing.assert_allclose(after[name], values, atol=1e-5)
         else:
             np.testing.assert_array_equal(after[name], values)
-    for changed, named in (({"factor": 3.0}, "factor"), ({"seed": 5}, "seed"), ({"layers": "0-2"}, "layers")):
-        with pytest.raises(OutputError, match=named):
-            belief_swap.run(dataclasses.replace(config, **changed))
-    with pytest.raises(OutputError, match="resume"):
-        belief_swap.run(dataclasses.replace(config, resume=False))
+    for changed, named in (({"strength": 3.0}, "strength"), ({"seed": 5}, "seed"), ({"layers": "0-2"}, "layers")):
+        with pytest.raises(OutputError, match=rf"{named} was .*--restart"):
+            dataclasses.replace(again, **changed).run()
+    asked.clear()
+    assert dataclasses.replace(again, restart=True).run().resumed_items == 0 and sum(asked) >= ITEMS
 
 
 def test_reference_norms_count_every_occurrence(place: Path) -> None:
@@ -151,9 +118,9 @@ def test_reference_norms_count_every_occurrence(place: Path) -> None:
     model = fixtures.model(CASE)
     items = oracle.items("horizontal")
     batch = prepare(model, items, template="{query} {query}")  # every word stands twice
-    plain = experiment.run(model, batch, ids(), layers=[1], factors=(1.0,), max_new_tokens=2)
-    written = experiment.generate(model, batch.prompts, max_new_tokens=2)
-    norms = np.asarray(experiment.occurrence_norms(model, batch, written))[1]
+    recorded = trace(model, batch.prompts)
+    written = generate(model, recorded, max_new_tokens=2)
+    norms = np.asarray(occurrence_norms(model, batch, recorded, written))[1]
     token_ids = np.asarray(batch.prompts.inputs.token_ids)
     residuals = oracle.torch_residuals(batch)[1]
     for row, places in enumerate(batch.words):
@@ -163,42 +130,99 @@ def test_reference_norms_count_every_occurrence(place: Path) -> None:
             if token_ids[row, at] not in written.tokens[row]:
                 expected = np.linalg.norm(residuals[row, same])
                 assert norms[row, column] == pytest.approx(expected, rel=1e-4)
-    reference = experiment.run(model, batch, ids(), layers=[1], factors=(1.0,), max_new_tokens=2, compat="reference")
-    assert np.abs(reference.steered - plain.steered).max() > 1e-3
+    plain, published = (
+        swap_beliefs(model, batch, ids(), layers=[1], strengths=(1.0,), max_new_tokens=2, norms=norms)
+        for norms in (belief_swap.word_norms, occurrence_norms)
+    )
+    assert np.abs(published.steered - plain.steered).max() > 1e-3
+
+
+def test_the_bugs_of_the_published_belief_swap(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms reach the edits, and the best layers are chosen on the items that are reported."""
+    measured = []
+
+    def spy(*arguments: Any) -> Any:
+        measured.append(occurrence_norms(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(reference, "occurrence_norms", spy)
+    monkeypatch.setattr(belief_swap, "answer_of", lambda *_: 0)  # what the tiny model writes is no answer
+    published = experiment(BeliefSwap, place, "bugs", reference_bugs=True, layers="1", max_new_tokens=2, limit=4)
+    assert published.run().best.chosen_on == "same items" and measured
     with pytest.raises(InputError, match="max_new_tokens"):
-        experiment.run(model, batch, ids(), layers=[1], compat="reference")
+        dataclasses.replace(published, max_new_tokens=0).run()
 
 
 def test_comparison_of_runs(place: Path) -> None:
     swapped(place)
     shutil.copytree(place / "swap", place / "other")
-    found = belief_swap.compare([place / "swap", place / "other"], place / "comparison")
+    compare = Compare((place / "swap", place / "other"), out=place / "comparison")
+    found = compare.run()
     assert len(found) == 2
+    for line, (name, entry) in zip(compare.report(found), found.items(), strict=True):
+        assert line.startswith(name) and f"swapped {entry.best.belief:6.1%}" in line
     names = {path.name for path in (place / "comparison").iterdir()}
     assert names == {"belief_swap.png", "accuracy_against_steerability.png", "comparison.json"}
     with pytest.raises(DataError, match="no summary"):
-        belief_swap.compare([place / "data"], place / "comparison")
+        Compare((place / "data",), out=place / "comparison").run()
 
 
-def test_default_layers_are_the_published_ones() -> None:
-    assert list(belief_swap.default_layers("llava-7b", 32)) == list(range(7, 20))
-    assert list(belief_swap.default_layers("mine", 8)) == list(range(8))
-    assert list(belief_swap.default_layers("mine", 32)) == list(range(8, 21))
+@pytest.mark.parametrize(
+    ("name", "count", "expected"), [("llava-7b", 32, range(7, 20)), ("mine", 8, range(8)), ("mine", 32, range(8, 21))]
+)
+def test_default_layers_are_the_published_ones(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int, expected: range
+) -> None:
+    monkeypatch.setattr(Model, "num_layers", property(lambda _: count))
+    swap = experiment(BeliefSwap, place, "x", model=name)
+    assert list(swap.default_layers(fixtures.model(CASE))) == list(expected)
 
 
 def test_mirror_swap(place: Path) -> None:
-    summary = activation_swap.run(RunConfig(**options(place, "mirror")), "mirror")
-    table = columns(place / "mirror")
-    count = summary["items"]
-    assert len(table["score"]) == 3 * oracle.LAYERS * count * 2
+    mirror = experiment(MirrorSwap, place, "mirror")
+    summary, table = mirror.run(), columns(place / "mirror")
+    assert len(table["score"]) == 3 * oracle.LAYERS * summary.items * 2
     quotient = (table["control"] - table["patched"]) / (table["control"] - table["intervened"])
     np.testing.assert_allclose(table["score"], quotient, rtol=1e-3, atol=1e-3)
     last = table["layer"] == oracle.LAYERS - 1
     np.testing.assert_allclose(table["score"][last & (table["tokens"] == "text")], 1, atol=1e-2)
     np.testing.assert_allclose(table["score"][last & (table["tokens"] == "image")], 0, atol=1e-2)
+    for tokens in ("image", "text", "words"):
+        for layer in range(oracle.LAYERS):
+            chosen = (table["tokens"] == tokens) & (table["layer"] == layer)
+            medians = [np.median(table["score"][chosen & (table["word"] == word)]) for word in summary.words]
+            np.testing.assert_allclose(summary.score_median[tokens][layer], medians, rtol=1e-5)
     assert (place / "mirror" / "mirror_swap.png").stat().st_size > 1000
-    recoloured = activation_swap.run(RunConfig(**options(place, "attribute")), "attribute")
-    assert recoloured["mean_change_of_answers"] != pytest.approx(summary["mean_change_of_answers"])
+    first, *scores, last_line = mirror.report(summary)
+    assert first.startswith(f"median score of {summary.items} items by layer") and len(scores) == 6
+    assert scores[2].split() == [
+        "text",
+        "left",
+        *(f"{value:.2f}" + "," for value in summary.score_median["text"][:-1, 0]),
+        "1.00",
+    ]
+    assert last_line == f"{summary.items} items"
+    recoloured = experiment(AttributeSwap, place, "attribute").run()
+    assert recoloured.mean_change_of_answers != pytest.approx(summary.mean_change_of_answers)
+
+
+def test_published_swaps_score_unchanged_answers_0_and_draw_means(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that the changed picture leaves as it is has no score; the published code counts it as 0."""
+    whole = activation_swap.swap_activations
+
+    def unchanged(*arguments: Any, **more: Any) -> Any:
+        found = whole(*arguments, **more)
+        return dataclasses.replace(found, intervened=np.concatenate([found.control[:1], found.intervened[1:]]))
+
+    monkeypatch.setattr(activation_swap, "swap_activations", unchanged)
+    published = experiment(MirrorSwap, place, "published", reference_bugs=True, layers="1", batch_size=ITEMS)
+    summary, table = published.run(), columns(place / "published")
+    first = table["item"] == table["item"][0]
+    assert (table["score"][first] == 0).all() and not (table["score"][~first] == 0).any()
+    assert summary.statistic == "mean" and "mean score of" in next(iter(published.report(summary)))
+    plain = dataclasses.replace(published, out=place / "plain", reference_bugs=False)
+    with pytest.warns(JaxidWarning, match="skipped"):
+        assert plain.run().not_finite["items"] == [table["item"][0]]
 
 
 BAD_ROWS = {
@@ -209,39 +233,34 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
-def test_bad_items_are_named_or_left_out(place: Path, kind: str, tmp_path: Path) -> None:
+def test_bad_items_are_named_or_skipped(place: Path, kind: str, tmp_path: Path) -> None:
     shutil.copytree(place / "data", tmp_path / "data")
     path = tmp_path / "data" / CAPTIONS_FILE
     rows = json.loads(path.read_text())
     path.write_text(json.dumps([*rows[:3], BAD_ROWS[kind], *rows[3:]]))
-    config = steer.SteerConfig(
-        **options(tmp_path, "out", ids=place / "ids.safetensors", layers="1", relation="above-below")
-    )
+    more = {"ids": place / "ids.safetensors", "layers": "1", "max_new_tokens": 0}
+    swap = experiment(BeliefSwap, tmp_path, "out", **more)
     with pytest.raises((DataError, InputError), match=r"row 3|00003"):
-        steer.run(config)
-    summary = steer.run(dataclasses.replace(config, skip_bad=True, resume=True))
-    (entry,) = summary["skipped"]["items"]
-    assert summary["skipped"]["count"] == 1 and re.search("row 3|00003", entry["key"]), entry
-    assert len(set(columns(tmp_path / "out")["item"])) == summary["items"]
+        swap.run()
+    summary = dataclasses.replace(swap, skip_bad=True).run()
+    (entry,) = summary.skipped["items"]
+    assert summary.skipped["count"] == 1 and re.search("row 3|00003", entry["key"]), entry
+    assert len(set(columns(tmp_path / "out")["item"])) == summary.items
+    assert "1 bad items skipped" in "".join(swap.report(summary))
 
 
-def test_options_that_cannot_be(place: Path) -> None:
+def test_options_that_cannot_be(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for changed, named in (
-        ({"compat": "wrong"}, "compat"),
-        ({"case": "upper"}, "case"),
         ({"limit": 0}, "limit"),
         ({"batch_size": 0}, "batch_size"),
         ({"template": "no place"}, "query"),
-        ({"split_words": "first"}, "split_words"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
     ):
         with pytest.raises(InputError, match=named):
-            RunConfig(**options(place, "x", **changed))
-    with pytest.raises(InputError, match="--ids"):
-        steer.run(steer.SteerConfig(**options(place, "x", ids=None)))
-    with pytest.raises(InputError, match="--data"):
-        activation_swap.run(RunConfig(**options(place, "x", data=None)), "mirror")
-    with pytest.raises(InputError, match="relation"):
-        steer.SteerConfig(**options(place, "x", relation="over"))
+            experiment(BeliefSwap, place, "x", **changed)
+    for option in ("--case=upper", "--split-words=first", "--dtype=float8"):
+        arguments = ("--data", place / "data", "--ids", place / "ids.safetensors", "--out", place / "x", option)
+        assert option.partition("=")[2] in refused(capsys, "run", "belief-swap", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +293,7 @@ def test_layers_out_of_range(text: str) -> None:
         parse_layers(text, fixtures.model(CASE), [0])
 
 
-def test_layers_are_blocks_and_ranges() -> None:
+def test_layers_are_indices_and_ranges() -> None:
     assert parse_layers("2,0-1,1", fixtures.model(CASE), [0]) == [0, 1, 2]
     assert parse_layers(None, fixtures.model(CASE), [2, 0]) == [0, 2]
     assert parse_layers(" 1 - 2 , 0-0", fixtures.model(CASE), []) == [0, 1, 2]
@@ -282,22 +301,22 @@ def test_layers_are_blocks_and_ranges() -> None:
 
 def test_an_answer_without_a_token_is_refused(place: Path) -> None:
     with pytest.raises(PromptError, match="Left"):
-        steer.run(steer.SteerConfig(**options(place, "case", case="capital")))
+        experiment(BeliefSwap, place, "case", case="capital").run()
 
 
 def test_ids_of_another_model_are_refused(place: Path, tmp_path: Path) -> None:
     dataclasses.replace(ids(), fingerprint="of another").save(tmp_path / "ids.safetensors")
     with pytest.raises(InputError, match="of another"):
-        belief_swap.run(belief_swap.BeliefSwapConfig(**options(place, "foreign", ids=tmp_path / "ids.safetensors")))
+        experiment(BeliefSwap, place, "foreign", ids=tmp_path / "ids.safetensors").run()
 
 
 @pytest.mark.slow
-def test_beliefs_of_the_shipped_model_turn_and_its_words_follow(tmp_path: Path) -> None:
+def test_beliefs_of_the_shipped_model_are_swapped_and_its_words_follow(tmp_path: Path) -> None:
     write_coco_spatial(tmp_path / "data", sample_free(np.random.default_rng(7), 32, num_objects=(2, 2)), 72)
     assert command("data", "grid", "--pair", "star,fish", "--picture-size", "96", "--out", tmp_path / "grid") == 0
     made = tmp_path / "ids.safetensors"
     assert command("ids", "extract", "--data", tmp_path / "grid", "--out", made) == 0
-    arguments = ["--data", tmp_path / "data", "--ids", made, "--out", tmp_path / "out", "--factor", "1"]
+    arguments = ["--data", tmp_path / "data", "--ids", made, "--out", tmp_path / "out", "--strength", "1"]
     assert command("run", "belief-swap", *arguments, "--layers", "3-4", "--max-new-tokens", "8") == 0
     summary, table = json.loads((tmp_path / "out" / "summary.json").read_text()), columns(tmp_path / "out")
     assert summary["accuracy"] > 0.9 and summary["unanswered_items"] == 0
