@@ -96,8 +96,8 @@ class TextEncoder(nnx.Module):
     def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N S S"]:
         """Which tokens each token reads."""
         if self.config.class_token:
-            # Published weights were trained with the padding's mask shifted right by one: the start token is always read,
-            # any other token if the one before it is no padding.
+            # Published weights were trained with the padding's mask shifted right by one: the first token is always
+            # read, any other if the one before it is no padding.
             valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         read = jnp.ones_like(valid) if self.config.reads_padding else valid
         if not self.config.causal:
