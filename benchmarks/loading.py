@@ -90,10 +90,9 @@ def write_folder(folder: Path, fields: dict[str, Any]) -> int:
     for key in kind.keys(config):
         if key.copy:
             continue
-        shape, stacked = tuple(abstract[key.target].shape), "{layer}" in key.source
-        example = key.to_checkpoint(np.broadcast_to(np.zeros((), np.int8), shape[1:] if stacked else shape))
-        for layer, _ in key.places(shape[0]) if stacked else [(0, 0)]:
-            name = key.source.format(layer=layer)
+        shape = tuple(abstract[key.target].shape)
+        for name, row in key.tensors(shape):
+            example = key.to_checkpoint(np.broadcast_to(np.zeros((), np.int8), shape if row is None else shape[1:]))
             values = draw(example.shape, name)
             if key.part is not None:
                 parts.setdefault(name, []).append(values)

@@ -223,7 +223,7 @@ def test_sharded_is_unsharded(case: Case) -> None:
     inputs = dataclasses.replace(
         prompts.inputs,
         token_ids=jax.device_put(prompts.inputs.token_ids, by_prompt),
-        image_slots=jax.device_put(prompts.inputs.image_slots, by_prompt),
+        image_rows=jax.device_put(prompts.inputs.image_rows, by_prompt),
     )
     spread_prompts = dataclasses.replace(prompts, inputs=inputs)
     found = forward(sharded, spread_prompts)

@@ -139,14 +139,14 @@ def grown(prompts: Prompts, new: np.ndarray, room: int) -> Prompts:
     def longer(name: str, fill: int) -> np.ndarray:
         return np.pad(np.asarray(getattr(inputs, name)), ((0, 0), (0, room)), constant_values=fill)
 
-    token_ids, valid, slots = longer("token_ids", 3), longer("valid", 0), longer("image_slots", -1)
+    token_ids, valid, slots = longer("token_ids", 3), longer("valid", 0), longer("image_rows", -1)
     for row, last in enumerate(prompts.last()):
         token_ids[row, last + 1 : last + 1 + new.shape[1]] = new[row]
         valid[row, last + 1 : last + 1 + new.shape[1]] = True
     places = np.tile(np.arange(token_ids.shape[1], dtype=np.int32), (batch, 1))
     last = (prompts.last() + new.shape[1]).astype(np.int32)
     whole = dataclasses.replace(
-        inputs, token_ids=token_ids, valid=valid, image_slots=slots, positions=places, last=last
+        inputs, token_ids=token_ids, valid=valid, image_rows=slots, positions=places, last=last
     )
     return dataclasses.replace(prompts, inputs=whole, offsets=np.pad(prompts.offsets, ((0, 0), (0, room), (0, 0))))
 

@@ -59,7 +59,7 @@ def test_ids_and_pixels_are_hugging_faces(case: Case) -> None:
     assert not prompts.inputs.valid[:, length:].any()
     np.testing.assert_allclose(prompts.inputs.pixels, expected["pixel_values"], atol=1e-6)
     np.testing.assert_array_equal(prompts.last(), expected["attention_mask"].sum(axis=1) - 1)
-    slots = np.asarray(prompts.inputs.image_slots)
+    slots = np.asarray(prompts.inputs.image_rows)
     tokens = fixtures.model(case).config.image_tokens
     assert tokens == (10 if case is FULL else 16)
     np.testing.assert_array_equal(slots[slots >= 0], np.arange(4 * tokens))
@@ -114,7 +114,7 @@ def test_several_pictures_are_hugging_faces() -> None:
 def test_every_prompt_has_its_own_pictures_in_order(processor: Processor) -> None:
     prompts = processor.prepare([squares(1, 2), squares(3, 4)], ["star", "Where is the fish?"])
     assert greys(prompts) == [1, 2, 3, 4]
-    slots = np.asarray(prompts.inputs.image_slots)
+    slots = np.asarray(prompts.inputs.image_rows)
     for row, first in enumerate((0, 32)):
         np.testing.assert_array_equal(slots[row][slots[row] >= 0], np.arange(first, first + 32))
     where = prompts.image_tokens()
@@ -130,7 +130,7 @@ def test_every_prompt_has_its_own_pictures_in_order(processor: Processor) -> Non
 def test_several_questions_share_several_pictures(processor: Processor) -> None:
     prompts = processor.prepare([squares(1, 2)], ["star", "fish", "cat"])
     assert len(prompts) == 3 and greys(prompts) == [1, 2]
-    slots = np.asarray(prompts.inputs.image_slots)
+    slots = np.asarray(prompts.inputs.image_rows)
     for row in range(3):
         np.testing.assert_array_equal(slots[row][slots[row] >= 0], np.arange(32))
 
@@ -139,7 +139,7 @@ def test_prompts_may_hold_different_numbers_of_pictures(processor: Processor) ->
     one, two = squares(1), squares(2, 3)
     prompts = processor.prepare([one[0], tuple(two), np.stack(squares(4, 5, 6))], "star")
     assert greys(prompts) == [1, 2, 3, 4, 5, 6]
-    assert (np.asarray(prompts.inputs.image_slots) >= 0).sum(axis=1).tolist() == [16, 32, 48]
+    assert (np.asarray(prompts.inputs.image_rows) >= 0).sum(axis=1).tolist() == [16, 32, 48]
     with pytest.raises(PromptError, match=r"\[16, 32, 48\] picture tokens; take them in groups"):
         prompts.image_tokens()
     assert [read(processor, prompts, row, prompts.word("star")[row]) for row in range(3)] == [["star"]] * 3
@@ -206,7 +206,7 @@ def test_one_picture_or_one_question_for_all(processor: Processor) -> None:
     assert len(processor.prepare([first, second], "star")) == 2
     shared = processor.prepare(first, ["star", "fish", "cat"])
     assert len(shared) == 3 and shared.inputs.pixels is not None and shared.inputs.pixels.shape[0] == 1
-    np.testing.assert_array_equal(np.asarray(shared.inputs.image_slots).max(axis=1), [15, 15, 15])
+    np.testing.assert_array_equal(np.asarray(shared.inputs.image_rows).max(axis=1), [15, 15, 15])
 
 
 def test_pictures_that_cannot_be_opened(processor: Processor, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_text_only_template_gives_the_same_picture_tokens(processor: Processor
     )
     assert one.texts == two.texts
     np.testing.assert_array_equal(one.inputs.token_ids, two.inputs.token_ids)
-    np.testing.assert_array_equal(one.inputs.image_slots, two.inputs.image_slots)
+    np.testing.assert_array_equal(one.inputs.image_rows, two.inputs.image_rows)
     np.testing.assert_array_equal(one.words([("star", "left")] * 2), two.words([("star", "left")] * 2))
 
 

@@ -96,7 +96,7 @@ def test_padding(processor: Processor) -> None:
     long = processor.prepare(fixtures.pictures()[0], "star", pad_to_multiple=64)
     tokens = short.inputs.token_ids.shape[1]
     assert long.inputs.token_ids.shape == (1, 64) and np.asarray(short.inputs.valid).all()
-    assert (long.inputs.token_ids[:, tokens:] == 3).all() and (long.inputs.image_slots[:, tokens:] == -1).all()
+    assert (long.inputs.token_ids[:, tokens:] == 3).all() and (long.inputs.image_rows[:, tokens:] == -1).all()
     np.testing.assert_array_equal(long.inputs.token_ids[:, :tokens], short.inputs.token_ids)
     np.testing.assert_array_equal(short.last(), long.last())
 
@@ -347,7 +347,7 @@ def test_words_of_extended_prompts(processor: Processor) -> None:
     new = np.array([[7, 8, 9], [10, 11, 12]], np.int32)
     longer = prompts.extended(new, np.array([3, 1]))
     ids, last = np.asarray(longer.inputs.token_ids), prompts.last()
-    assert ids.shape == longer.inputs.valid.shape == longer.inputs.image_slots.shape
+    assert ids.shape == longer.inputs.valid.shape == longer.inputs.image_rows.shape
     np.testing.assert_array_equal(longer.last(), last + np.array([3, 1]))
     for row, count in enumerate((3, 1)):
         end = last[row] + 1

@@ -66,7 +66,7 @@ def _write_over(
     parameters: Mapping[str, Any],
     paths: set[str] | None,
 ) -> None:
-    """Puts parameters in the place of a folder's tensors, in the tensors' own number formats."""
+    """Writes parameters over a folder's tensors, in the tensors' own number formats."""
     names = {published_name(name, renames): name for name in tensors.entries}
     opened: dict[Path, np.memmap] = {}
     for key in keys:

@@ -193,7 +193,7 @@ def as_stored(kind: Family, config: Any, files: tensors.Tensors) -> tuple[Any, R
     """The config that the tensors obey, and how they are then to be read.
 
     Where a config ties the unembedding to the embedding, Hugging Face's `tie_weights` looks at the tensors: two of
-    other values are two, and one that stands alone serves as both. So does this.
+    other values are two, and one that is alone serves as both. So does this.
 
     Returns:
         The config, and the family's renames and unused tensors, extended.

@@ -125,7 +125,7 @@ def architecture(name: str | None, path: Path) -> dict[str, Any]:
 
 
 class OpenCLIPWords:
-    """CLIP's tokenizer behind OpenCLIP's cleaning of captions; used like a tokenizer of transformers.
+    """CLIP's tokenizer after OpenCLIP's cleaning of captions; used like a tokenizer of transformers.
 
     Escapes of HTML become what they stand for, twice, and curly quotes straight; CLIP's tokenizer itself lowers case
     and collapses blanks. OpenCLIP also repairs text that was decoded wrongly, which is not done here.
@@ -142,10 +142,10 @@ class OpenCLIPWords:
         del return_offsets_mapping
         plain, spans = cleaned(text)
         found = self.tokenizer(plain, return_offsets_mapping=True)
-        places = [
+        edges = [
             (spans[first][0], spans[last - 1][1]) if last > first else (0, 0) for first, last in found["offset_mapping"]
         ]
-        return {"input_ids": found["input_ids"], "offset_mapping": places}
+        return {"input_ids": found["input_ids"], "offset_mapping": edges}
 
 
 def cleaned(text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -154,17 +154,17 @@ def cleaned(text: str) -> tuple[str, list[tuple[int, int]]]:
     Returns:
         The caption, and for each of its characters the first and last + 1 of those in `text` that it stands for.
     """
-    spans = [(place, place + 1) for place in range(len(text))]
+    spans = [(index, index + 1) for index in range(len(text))]
     for _ in range(2):  # some captions of the web were escaped twice
-        pieces, places, end = [], [], 0
+        pieces, edges, end = [], [], 0
         for found in _ESCAPE.finditer(text):
             character = html.unescape(found.group())
             if character != found.group():
                 first, last = found.span()
                 pieces += [text[end:first], character]
-                places += [*spans[end:first], *[(spans[first][0], spans[last - 1][1])] * len(character)]
+                edges += [*spans[end:first], *[(spans[first][0], spans[last - 1][1])] * len(character)]
                 end = last
-        text, spans = "".join([*pieces, text[end:]]), [*places, *spans[end:]]
+        text, spans = "".join([*pieces, text[end:]]), [*edges, *spans[end:]]
     return text.translate(_STRAIGHT), spans
 
 
@@ -181,12 +181,12 @@ def load_words(folder: Path, tokenizer: str | Path | None, vocabulary: int) -> O
     """
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = folder
-    place = Path(tokenizer or TOKENIZER).expanduser()
-    words = read_tokenizer(place if place.is_dir() else _downloaded(str(tokenizer or TOKENIZER)))
+    where = Path(tokenizer or TOKENIZER).expanduser()
+    words = read_tokenizer(where if where.is_dir() else _downloaded(str(tokenizer or TOKENIZER)))
     if len(words) != vocabulary:
-        raise CheckpointError(f"the tokenizer in {place} has {len(words)} tokens, the model {vocabulary}.")
+        raise CheckpointError(f"the tokenizer in {where} has {len(words)} tokens, the model {vocabulary}.")
     if max(words.get_vocab().values()) >= vocabulary:
-        raise CheckpointError(f"the tokenizer in {place} has ids beyond the model's {vocabulary} tokens.")
+        raise CheckpointError(f"the tokenizer in {where} has ids beyond the model's {vocabulary} tokens.")
     return OpenCLIPWords(words)
 
 

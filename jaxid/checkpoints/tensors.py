@@ -61,7 +61,7 @@ def unflatten(leaves: Leaves) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Entry:
-    """Where a tensor stands.
+    """Where a tensor is.
 
     Attributes:
         mapping: of its file.
@@ -112,7 +112,7 @@ class TensorFolder:
         """Opens `model.safetensors`, the shards that `model.safetensors.index.json` lists, or one file by its own name.
 
         Raises:
-            CheckpointError: listing every missing, truncated or corrupt file, every tensor that stands in two files
+            CheckpointError: listing every missing, truncated or corrupt file, every tensor that is in two files
                 and every tensor that the index promises of a file without it.
         """
         self.folder = folder.parent if folder.is_file() else folder
@@ -126,9 +126,7 @@ class TensorFolder:
             except CheckpointError as error:
                 problems.append(f"{first_line(error)}; it is truncated or corrupt: copy it again")
                 continue
-            problems += [
-                f"tensor {name!r} stands in more than one file of {folder}" for name in found if name in entries
-            ]
+            problems += [f"tensor {name!r} is in more than one file of {folder}" for name in found if name in entries]
             problems += [
                 f"the index promises tensor {name!r} in {file}, which does not have it"
                 for name in promised.get(file.name, ())
@@ -174,7 +172,7 @@ class TensorFolder:
         return self.entries[key].dtype in _FLOATS
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
-        """A tensor as it stands in the file, which cannot be written to and is read where it is touched.
+        """A tensor as it is in the file, which cannot be written to and is read where it is touched.
 
         Raises:
             CheckpointError: if it holds no floating-point numbers of a format that NumPy knows.
@@ -243,10 +241,10 @@ def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) 
     # A transposing copy leaves a cache line after one number: tiles go through a small array that caches hold.
     target, source = (np.moveaxis(array, (contiguous, last), (-2, -1)) for array in (target, source))
     held = np.empty((_TILE, _TILE + _PADDING), target.dtype)
-    for place in np.ndindex(target.shape[:-2]):
+    for outer in np.ndindex(target.shape[:-2]):
         for row in range(0, target.shape[-2], _TILE):
             for column in range(0, target.shape[-1], _TILE):
-                tile = (*place, slice(row, row + _TILE), slice(column, column + _TILE))
+                tile = (*outer, slice(row, row + _TILE), slice(column, column + _TILE))
                 numbers = source[tile].T
                 transposed = held[: numbers.shape[0], : numbers.shape[1]]
                 transposed[...] = numbers
@@ -325,7 +323,7 @@ def read_parameters(
 
     Returns:
         Nested dictionaries of arrays on the default device, and a digest of every number in the tensors that they were
-        made of, whatever files these stand in.
+        made of, whatever files these are in.
 
     Raises:
         CheckpointError: listing every unknown key, missing tensor, double assignment, wrong shape, tensor of no

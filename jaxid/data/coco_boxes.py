@@ -66,7 +66,7 @@ class Instances:
     coco: Any
 
     def boxes(self, item: SpatialItem, name: str) -> Float[np.ndarray, "M 4"]:
-        """Boxes of a category's instances in an item's picture, in the file's order; crowds are left out.
+        """Boxes of a category's instances in an item's picture, in the file's order; crowds are skipped.
 
         Raises:
             DataError: The file lacks the picture, the category or an instance of it, or has a malformed box.
@@ -74,7 +74,9 @@ class Instances:
         where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
         if item.image_id not in self.coco.imgs:
             raise DataError(f"{where}: there is no such picture in the file. Give the file of the same pictures.")
-        known = [number for number, entry in self.coco.cats.items() if str(entry.get("name")).lower() == name.lower()]
+        known = [
+            category for category, entry in self.coco.cats.items() if str(entry.get("name")).lower() == name.lower()
+        ]
         if not known:
             raise DataError(f"{where}: there is no category {name!r} in the file; add it, or correct the caption.")
         own = [entry for entry in self.coco.imgToAnns.get(item.image_id, []) if entry.get("category_id") in known]
@@ -149,10 +151,10 @@ def upright_boxes(
 ) -> Float[np.ndarray, "M 4"]:
     """Boxes as those of the upright picture, which is what models are shown (see `open_picture`).
 
-    Where a picture's orientation tag turns it, boxes may be of its pixels as they are stored, or of the upright
+    Where a picture's orientation tag rotates it, boxes may be of its pixels as they are stored, or of the upright
     picture. The size that their file states tells which; where it states none, the only size that holds the boxes. If
     both fit, as for tags that keep the size, the boxes are taken for those of the upright picture, with a warning: the
-    usual readers of pictures, with which boxes are drawn, turn them.
+    usual readers of pictures, with which boxes are drawn, rotate them.
 
     Args:
         boxes: (x, y, width, height) in pixels.
@@ -178,7 +180,7 @@ def upright_boxes(
     if picture.orientation == 1:
         return boxes
     if fits == [True, False]:
-        return picture.turned(boxes)
+        return picture.rotated(boxes)
     if fits != [False, True]:
         warnings.warn(
             f"{where}: the picture's orientation tag {picture.orientation} leaves open whether its boxes are of the "

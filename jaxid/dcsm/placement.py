@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from jaxid.errors import InputError
 from jaxid.prompts.dual import Captions
-from jaxid.prompts.words import places
+from jaxid.prompts.words import word_spans
 
 PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
 """The published functional words ([DCSM] arXiv 2503.08723)."""
@@ -42,7 +42,7 @@ def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
         caption: the text.
         vocabulary: functional words.
     """
-    spans = places(caption, vocabulary, ignore_case=True)
+    spans = word_spans(caption, vocabulary, ignore_case=True)
     return sorted(((number, *own[0]) for number, own in enumerate(spans) if own), key=lambda one: one[1])
 
 

@@ -14,7 +14,7 @@ from jaxid.families.base import Model
 from jaxid.interp.forward import Output
 from jaxid.interp.trace import Trace
 from jaxid.prompts.processor import Processor, Prompts
-from jaxid.prompts.words import places
+from jaxid.prompts.words import word_spans
 
 Case = Literal["lower", "capital", "both"]
 """Which form of an answer word is read: "lower" (left), "capital" (Left), or "both", their probabilities together."""
@@ -72,7 +72,7 @@ def answer_forms(processor: Processor, answers: Sequence[str], case: Case) -> li
 
 def answer_of(text: str, words: Sequence[str]) -> int:
     """Index of the answer word that a generated text holds, -1 unless it is exactly one of them."""
-    found = [index for index, spans in enumerate(places(text, words, ignore_case=True)) if spans]
+    found = [index for index, spans in enumerate(word_spans(text, words, ignore_case=True)) if spans]
     return found[0] if len(found) == 1 else -1
 
 

@@ -1,4 +1,4 @@
-"""CoCa's contrastive side: an attentional pooler over patches, a class token behind captions (`open_clip.CoCa`)."""
+"""CoCa's contrastive side: an attentional pooler over patches, a class token after captions (`open_clip.CoCa`)."""
 
 import dataclasses
 from typing import Any
@@ -54,10 +54,10 @@ def coca_keys(config: CoCaConfig) -> list[Key]:
     pooler, heads = "visual.attn_pool", {"h": config.pooler_heads}
     projections = [
         key
-        for number, name in enumerate(("query", "key", "value"))
+        for index, name in enumerate(("query", "key", "value"))
         for key in (
             Key(f"{pooler}.attn.{name[0]}_proj_weight", f"pooler.{name}", "(h e) d -> d h e", heads),
-            Key(f"{pooler}.attn.in_proj_bias", f"pooler.{name}_bias", "(h e) -> h e", heads, part=(number, 3)),
+            Key(f"{pooler}.attn.in_proj_bias", f"pooler.{name}_bias", "(h e) -> h e", heads, part=(index, 3)),
         )
     ]
     return [
@@ -79,7 +79,7 @@ UNUSED = (r"^text_decoder\.",)
 
 
 class Pooler(nnx.Module):
-    """Learned queries read the tower's tokens (`open_clip`'s AttentionalPooler), and the norm behind it."""
+    """Learned queries read the tower's tokens (`open_clip`'s AttentionalPooler), and the norm after it."""
 
     def __init__(self, config: CoCaConfig, *, rngs: nnx.Rngs):
         """Builds the pooler."""
@@ -101,16 +101,16 @@ class Pooler(nnx.Module):
         query = jnp.einsum("qd,dhe->qhe", self.query_norm(self.queries[...]), self.query[...]) + self.query_bias[...]
         key = jnp.einsum("nid,dhe->nihe", source, self.key[...]) + self.key_bias[...]
         query = jnp.broadcast_to(query, (len(x), *query.shape))
-        return self._behind(attention.attend(query, key, self._values(source)))
+        return self._projected(attention.attend(query, key, self._values(source)))
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I E"]:
         """What any query would read of every token if that were the only one."""
-        return self._behind(self._values(self.key_norm(x)))
+        return self._projected(self._values(self.key_norm(x)))
 
     def _values(self, source: Float[Array, "N I D"]) -> Float[Array, "N I H e"]:
         return jnp.einsum("nid,dhe->nihe", source, self.value[...]) + self.value_bias[...]
 
-    def _behind(self, x: Float[Array, "N S H e"]) -> Float[Array, "N S E"]:
+    def _projected(self, x: Float[Array, "N S H e"]) -> Float[Array, "N S E"]:
         return self.post_norm(join_heads(x) @ join_heads(self.out[...], 0) + self.out_bias[...])
 
 
@@ -131,7 +131,7 @@ class CoCa(DualEncoder):
         return Encoded(self.image_projection(self.pooler.each(states)), self.image_projection(pooled))
 
     def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
-        """Captions in the joint space; pooled at the class token, which stands behind the window."""
+        """Captions in the joint space; pooled at the class token, which comes after the window."""
         del valid
         # Published weights were trained so: id 0 counts as padding though "!" within a word has it too.
         states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0)[-1])

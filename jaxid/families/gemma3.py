@@ -31,7 +31,7 @@ class Gemma3Config(ModelConfig):
     mm_tokens_per_image: int = 256  # decoder tokens of a picture
     image_token_index: int = 262144  # id of the token that pictures replace
     boi_token_index: int = 255999  # id of the token before a picture
-    eoi_token_index: int = 256000  # id of the token behind a picture
+    eoi_token_index: int = 256000  # id of the token after a picture
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "Gemma3Config":

@@ -209,7 +209,7 @@ class InternVLProcessor(Processor):
         return tiles * self.config.image_tokens
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as tiles; rows of zeros bring their number to one of few.
+        """Pictures as tiles; padded with rows of zeros, so that few programs are compiled.
 
         Raises:
             InputError: for a picture that cannot be opened.

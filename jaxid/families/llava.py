@@ -98,7 +98,7 @@ RENAMES = (
 
 
 UNUSED = (*ROTARY, r"\.position_ids$", r"^(model\.vision_tower\.)?vision_tower\.(vision_model\.)?head\.")
-"""Tensors that nothing here reads: numbers of positions, and SigLIP's pooling head, which serves retrieval."""
+"""Tensors that nothing here reads: indices of positions, and SigLIP's pooling head, which serves retrieval."""
 
 
 class Llava(Network):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from jaxid.nn.vision import VisionConfig
 
 NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
-"""After what of a clip the token `image_newline` stands."""
+"""After what in a clip the token `image_newline` comes."""
 
 POOL_MODES = ("bilinear", "average")
 """How frames are halved."""
@@ -19,8 +19,8 @@ def taps(length: int, new: int) -> tuple[Int[np.ndarray, "new 2"], Float[np.ndar
     """Linear interpolation of a row of values to another length, as `torch.nn.functional.interpolate` does it.
 
     Args:
-        length: number of values.
-        new: number wanted.
+        length: how many there are.
+        new: how many are wanted.
 
     Returns:
         Which two values each new one mixes, and their weights (corners not aligned, nothing smoothed).
@@ -47,9 +47,9 @@ def clip_rows(frames: int, side: int, position: str, first: int) -> Int[np.ndarr
     """Which row of the features each token of a clip takes; row 0 is `image_newline`.
 
     Args:
-        frames: number of frames.
+        frames: how many.
         side: rows, and columns, of a frame's tokens.
-        position: after what newlines stand: every row ("grid"), every frame, the clip ("one_token") or nothing.
+        position: after what newlines come: every row ("grid"), every frame, the clip ("one_token") or nothing.
         first: row of the clip's first token.
     """
     tokens = first + np.arange(frames * side * side)
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
             k-th mixed token.
         taps: patches that the mixed tokens mix, Int[R, 4].
         weights: their weights, Float[R, 4].
-        squares: number of squares.
+        squares: how many there are.
     """
 
     rows: Int[np.ndarray, "I"]
@@ -107,14 +107,14 @@ _NO_TAPS = np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32)
 def picture_layout(height: int, width: int, config: Cut, *, alone: bool) -> Layout:
     """Tokens of a picture (HF `pack_image_features`).
 
-    The whole picture as one square; then, if it stands alone in its prompt, its squares side by side without their
+    The whole picture as one square; then, if it is alone in its prompt, its squares side by side without their
     padding, a newline after every row. A picture beside others is one square and a newline.
 
     Args:
         height: of the picture, pixels.
         width: of the picture, pixels.
         config: the network's.
-        alone: no other picture stands in the prompt.
+        alone: no other picture is in the prompt.
     """
     side = config.patch_side
     whole, newline = np.arange(side * side), np.array([-1])

@@ -60,7 +60,7 @@ max_position_embeddings tie_word_embeddings""".split()
 
 # Fields that say how the model was trained; that the prompt's text answers (time instruction); that only concern
 # pictures, which are not read in this layout; or that LLaVA-NeXT's SigLIP tower does not read (it always gives the
-# patches after the last block left to it). `image_token_index` is a number that never reaches the embedding, and
+# patches after the last block left to it). `image_token_index` is an id that never reaches the embedding, and
 # LLaVA-NeXT overwrites `rope_scaling` with None.
 _UNREAD = frozenset(
     """add_time_instruction delay_load faster_token_stride force_sample freeze_mm_mlp_adapter frames_upbound
@@ -94,7 +94,7 @@ class LlavaVideoConfig(LlavaConfig):
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()  # heights and widths that a picture is cut from; none: clips
     max_squares: int = 9  # a picture's tokens are interpolated down to about those of so many squares
     mm_spatial_pool_mode: str = "bilinear"  # how frames are halved, "bilinear" or "average"
-    mm_newline_position: str = "one_token"  # behind what of a clip `image_newline` stands: "grid" rows, "frame" ...
+    mm_newline_position: str = "one_token"  # after what in a clip `image_newline` comes: "grid" rows, "frame" ...
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "LlavaVideoConfig":
@@ -112,7 +112,7 @@ class LlavaVideoConfig(LlavaConfig):
         ratio = fields.pop("vision_aspect_ratio", None) or "anyres_max_9"
         found = re.fullmatch(r"anyres_max_(\d+)", ratio)
         if not found or found[1] == "0":
-            raise CheckpointError(f"vision_aspect_ratio {ratio!r} is not 'anyres_max_' and a number.")
+            raise CheckpointError(f"vision_aspect_ratio {ratio!r} is not 'anyres_max_' and an integer.")
         tower = vision_config(SO400M_TOWER if vision is None else vision, "siglip_vision_model")
         side = tower.image_size
         steps = range(side, 7 * side, side)
@@ -241,7 +241,7 @@ class LlavaVideo(Llava):
 
 IMAGE_TOKEN = "<image>"
 
-# Conversation "qwen_1_5" of LLaVA-NeXT; clips stand before the user's text.
+# Conversation "qwen_1_5" of LLaVA-NeXT; clips come before the user's text.
 QWEN_TEMPLATE = """{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
@@ -371,11 +371,11 @@ class OnevisionProcessor(LlavaVideoProcessor):
         """Pictures as squares, clips as frames, and both as tokens.
 
         Raises:
-            InputError: for one that cannot be opened, or a picture that stands alone in one prompt and beside others
+            InputError: for one that cannot be opened, or a picture that is alone in one prompt and beside others
                 in another, where its squares differ.
         """
         cut = self._cut(pictures, members)
-        tiles = [cut[number][0] for number in sorted(cut)]
+        tiles = [cut[index][0] for index in sorted(cut)]
         clips = [picture for picture in pictures if isinstance(picture, Clip)]
         frames = [self.frames(clip, self.image_processor.frames) for clip in clips]
         count = sum(map(len, tiles))
@@ -389,13 +389,13 @@ class OnevisionProcessor(LlavaVideoProcessor):
         clip_row = 1 + (len(pixels) * patches if count else 0)
         mixed_row = clip_row + sum(map(len, frames)) * side**2
         tokens, mixes, weights, square = [], [], [], 0
-        for number, picture in enumerate(pictures):
+        for index, picture in enumerate(pictures):
             if isinstance(picture, Clip):
                 rows = clip_rows(len(picture.frames), side, self.config.mm_newline_position, clip_row)
                 clip_row += len(picture.frames) * side**2
                 tokens.append(PictureTokens(self.clip_placeholder * len(rows), rows))
                 continue
-            layout = cut[number][1]
+            layout = cut[index][1]
             rows = np.where(layout.rows >= 0, 1 + square * patches + layout.rows, 0)
             rows = np.where(layout.rows < -1, mixed_row - 2 - layout.rows, rows)
             tokens.append(PictureTokens(self.placeholder * len(rows), rows))
@@ -416,44 +416,42 @@ class OnevisionProcessor(LlavaVideoProcessor):
     def _cut(
         self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]
     ) -> dict[int, tuple[Float[np.ndarray, "S C Y X"], Layout]]:
-        """Squares and layout of every picture that is no clip, by its number."""
+        """Squares and layout of every picture that is no clip, by its index."""
         alone: dict[int, bool] = {}
         for shown in members:
-            numbers = [number for number in shown if not isinstance(pictures[number], Clip)]
-            for number in numbers:
-                if alone.setdefault(number, len(numbers) == 1) != (len(numbers) == 1):
+            stills = [index for index in shown if not isinstance(pictures[index], Clip)]
+            for index in stills:
+                if alone.setdefault(index, len(stills) == 1) != (len(stills) == 1):
                     raise InputError(
-                        f"picture {number} stands alone in one prompt and beside others in another, and would be cut "
+                        f"picture {index} is alone in one prompt and beside others in another, and would be cut "
                         "differently: prepare these prompts in batches of their own."
                     )
-        opened = {number: self.open(pictures[number]) for number in sorted(alone)}
-        together = [number for number in opened if not alone[number]]
+        opened = {index: self.open(pictures[index]) for index in sorted(alone)}
+        together = [index for index in opened if not alone[index]]
         processor, squares = self.image_processor.pictures, {}
         if together:
             # One list within a list stands for one prompt of several pictures.
-            made = processed(processor, [[opened[number] for number in together]])["pixel_values"]
+            made = processed(processor, [[opened[index] for index in together]])["pixel_values"]
             squares = dict(zip(together, made, strict=True))
         cut = {}
-        for number, image in opened.items():
-            if alone[number]:
-                squares[number] = processed(processor, [image])["pixel_values"][0]
-            layout = picture_layout(image.height, image.width, self.config, alone=alone[number])
-            if len(squares[number]) != layout.squares:
+        for index, image in opened.items():
+            if alone[index]:
+                squares[index] = processed(processor, [image])["pixel_values"][0]
+            layout = picture_layout(image.height, image.width, self.config, alone=alone[index])
+            if len(squares[index]) != layout.squares:
                 raise CheckpointError(
-                    f"the image processor cuts a picture into {len(squares[number])} squares, where config.json's "
+                    f"the image processor cuts a picture into {len(squares[index])} squares, where config.json's "
                     f"image_grid_pinpoints make {layout.squares}."
                 )
-            cut[number] = np.asarray(squares[number], np.float32), layout
+            cut[index] = np.asarray(squares[index], np.float32), layout
         return cut
 
-    def image_slots(
+    def image_rows(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B T"]:
-        """Which row of the features stands at each position, or -1; clips have a token of their own."""
+        """Which row of the features is at each position, or -1; clips have a token of their own."""
         clips = token_ids == self.config.video_token_index
-        return super().image_slots(
-            np.where(clips, self.image_token_id, token_ids).astype(token_ids.dtype), valid, shown
-        )
+        return super().image_rows(np.where(clips, self.image_token_id, token_ids).astype(token_ids.dtype), valid, shown)
 
 
 def _video_settings(folder: Path) -> dict[str, Any] | None:

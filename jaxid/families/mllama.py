@@ -320,7 +320,7 @@ class MllamaProcessor(Processor):
         tokens = tuple(PictureTokens(self.placeholder, np.zeros(1, np.int32)) for _ in pictures)
         return Encoded(np.asarray(found["pixel_values"], np.float32)[:, 0], tokens, extras)
 
-    def image_slots(
+    def image_rows(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B T"]:
         """0 where a picture is shown, which marks where the text behind it begins; else -1.

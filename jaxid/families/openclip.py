@@ -184,11 +184,11 @@ class OpenCLIPImages:
         size = settings.get("size", side)
         if not size or any(one != side for one in (size if isinstance(size, list | tuple) else [size])):
             raise CheckpointError(f"preprocess_cfg.size {size} is not the tower's {side}.")
-        ways = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-        way, mode = settings.get("interpolation") or "bicubic", settings.get("resize_mode") or "shortest"
-        if str(way) not in ways or mode != "shortest":
-            raise CheckpointError(f"preprocess_cfg resizes by {way!r}, {mode!r}, which is not implemented.")
-        self.side, self.way = side, ways[way]
+        filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+        name, mode = settings.get("interpolation") or "bicubic", settings.get("resize_mode") or "shortest"
+        if str(name) not in filters or mode != "shortest":
+            raise CheckpointError(f"preprocess_cfg resizes by {name!r}, {mode!r}, which is not implemented.")
+        self.side, self.filter = side, filters[name]
         self.image_mean, self.image_std = settings.get("mean") or MEAN, settings.get("std") or STD
         check_settings({"image_mean": self.image_mean, "image_std": self.image_std}, "preprocess_cfg")
 
@@ -201,7 +201,7 @@ class OpenCLIPImages:
         width, height = picture.size
         shortest = min(width, height)
         size = (int(self.side * width / shortest), int(self.side * height / shortest))
-        resized = picture.resize(size, self.way)
+        resized = picture.resize(size, self.filter)
         # Python rounds half to even, as the published code does.
         left, top = (round((length - self.side) / 2) for length in size)
         cropped = resized.crop((left, top, left + self.side, top + self.side))

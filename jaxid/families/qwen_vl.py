@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: towers that read pictures of any size, merged patches, decoders that turn heads in 2-D."""
+"""Qwen2-VL and Qwen2.5-VL: towers that read pictures of any size, merged patches, decoders that rotate heads in 2-D."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ _EPSILON = 1e-6  # of all norms of both towers
 class QwenVisionConfig(Config):
     """Shape of the tower; names as in HF's Qwen2VLVisionConfig and Qwen2_5_VLVisionConfig, defaults of the latter."""
 
-    depth: int = 32  # number of blocks
+    depth: int = 32  # how many blocks
     embed_dim: int = 3584  # D of the tower
     intermediate_size: int = 3420  # width of the MLP
     out_hidden_size: int = 3584  # D of the decoder
@@ -242,12 +242,12 @@ class QwenTower(nnx.Module):
             return mixed.reshape(pictures, -1, *mixed.shape[2:])
 
         def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, Array]:
-            own, number = layer
+            own, index = layer
 
             def read(query: Array, key: Array, value: Array) -> Array:
                 if everywhere is None:
                     return read_picture(query, key, value)
-                return jax.lax.cond(jnp.asarray(everywhere)[number], read_picture, read_window, query, key, value)
+                return jax.lax.cond(jnp.asarray(everywhere)[index], read_picture, read_window, query, key, value)
 
             x = nnx.merge(definition, own)(x, read, rotation)
             return x, x
@@ -282,10 +282,10 @@ class QwenVL(Network):
         return self.tower.merge(self.tower_states(inputs)[-1])
 
 
-def token_places(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
-    """Where each decoder token of a picture stands among its padded tokens, tokens row by row.
+def token_indices(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
+    """Which of a picture's padded tokens each of its decoder tokens is, tokens row by row.
 
-    Without windows they follow each other. With them, window after window stands, each of window * window places.
+    Without windows they follow each other. With them, window follows window, each padded to window * window tokens.
 
     Args:
         rows: of tokens.
@@ -294,7 +294,7 @@ def token_places(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
     """
     if not window:
         return np.arange(rows * columns)
-    row, column = (places.ravel() for places in np.mgrid[:rows, :columns])
+    row, column = (indices.ravel() for indices in np.mgrid[:rows, :columns])
     across = -(-columns // window)
     inside = row % window * window + column % window
     return (row // window * across + column // window) * window**2 + inside
@@ -354,21 +354,21 @@ class QwenVLProcessor(Processor):
         together = side * side
         patches, grids = self._grids([self.open(picture) for picture in pictures])
         shapes = [(int(rows) // side, int(columns) // side) for _, rows, columns in grids]
-        places = [token_places(rows, columns, window) for rows, columns in shapes]
+        tokens_at = [token_indices(rows, columns, window) for rows, columns in shapes]
         unit = max(1, window * window)
-        most = bucketed(max(-(-int(own.max() + 1) // unit) for own in places)) * unit
+        most = bucketed(max(-(-int(own.max() + 1) // unit) for own in tokens_at)) * unit
         pixels = np.zeros((len(pictures), most, together, patches.shape[1]), np.float32)
         positions = np.zeros((len(pictures), most, together, 2), np.int32)
         valid = np.zeros((len(pictures), most, together), bool)
         tokens, first = [], 0
-        for number, ((rows, columns), own) in enumerate(zip(shapes, places, strict=True)):
+        for index, ((rows, columns), own) in enumerate(zip(shapes, tokens_at, strict=True)):
             count = rows * columns
-            pixels[number, own] = patches[first * together : (first + count) * together].reshape(count, together, -1)
+            pixels[index, own] = patches[first * together : (first + count) * together].reshape(count, together, -1)
             token, inner = np.mgrid[:count, :together]
-            positions[number, own, :, 0] = token // columns * side + inner // side
-            positions[number, own, :, 1] = token % columns * side + inner % side
-            valid[number, own] = True
-            tokens.append(PictureTokens(self.placeholder * count, number * most + own, (rows, columns)))
+            positions[index, own, :, 0] = token // columns * side + inner // side
+            positions[index, own, :, 1] = token % columns * side + inner % side
+            valid[index, own] = True
+            tokens.append(PictureTokens(self.placeholder * count, index * most + own, (rows, columns)))
             first += count
         flat = (len(pictures), most * together)
         extras = {"patch_positions": positions.reshape(*flat, 2), "patch_valid": valid.reshape(flat)}
@@ -377,7 +377,7 @@ class QwenVLProcessor(Processor):
     def rope_positions(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B A T"]:
-        """Positions in time, height and width: a picture's tokens share a time, and text goes on behind its far end.
+        """Positions in time, height and width: a picture's tokens share a time, and the text resumes after its far end.
 
         Source: `Qwen2VLModel.get_rope_index`.
         """
@@ -393,7 +393,7 @@ class QwenVLProcessor(Processor):
                 found[row, :, at:start] = position + np.arange(start - at)
                 position += start - at
                 at = start + rows * columns
-                down, across = (places.ravel() for places in np.mgrid[:rows, :columns])
+                down, across = (indices.ravel() for indices in np.mgrid[:rows, :columns])
                 found[row, :, start:at] = position + np.stack([0 * down, down, across])
                 position += max(rows, columns)
                 here = here[rows * columns :]

@@ -98,16 +98,16 @@ class PoolingHead(nnx.Module):
     def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N D"]:
         """What the query reads of all tokens."""
         x = self.attention.cross(jnp.broadcast_to(self.probe[...], (len(x), 1, x.shape[-1])), x)[:, 0]
-        return self._behind(x)
+        return self._with_mlp(x)
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
         """What the query would read of every token if that were the only one."""
         own = self.attention
         value = jnp.einsum("nid,dhe->nihe", x, own.value[...]) + own.value_bias[...]
         out = join_heads(value) @ join_heads(own.out[...], 0) + own.out_bias[...]
-        return self._behind(out)
+        return self._with_mlp(out)
 
-    def _behind(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    def _with_mlp(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return x + self.down(ACTIVATIONS[self.config.hidden_act](self.up(self.norm(x))))
 
 

@@ -47,7 +47,7 @@ class RopeConfig(Config):
     low_freq_factor: float = 1.0  # "llama3": turns below which the full stretch applies
     high_freq_factor: float = 4.0  # "llama3": turns above which none applies
     original_max_position_embeddings: int = 8192  # "llama3", "yarn", "longrope": context length before stretching
-    mrope_section: tuple[int, ...] = ()  # pairs that turn by time, height, width; empty: all by one position
+    mrope_section: tuple[int, ...] = ()  # pairs that rotate by time, height, width; empty: all by one position
     context: int = 0  # "dynamic": length beyond which the base grows
     attention_factor: float = 1.0  # "yarn", "longrope": cosine and sine are multiplied by it
     beta_fast: float = 32.0  # "yarn": turns above which no stretch applies
@@ -132,7 +132,7 @@ class DecoderConfig(Config):
     rope: RopeConfig = RopeConfig()  # positions; in the layers of full attention, if there are others
     sliding_rope: RopeConfig | None = None  # positions in the layers of sliding-window attention
     layer_types: tuple[str, ...] = ()  # kind of self-attention of every layer; empty: full everywhere
-    sliding_window: int = 0  # places that a sliding-window layer reads
+    sliding_window: int = 0  # positions that a sliding-window layer reads
     norm_offset: float = 0.0  # added to every norm's scale (Gemma: 1)
     query_key_norm: bool = False  # norms of every head's queries and keys
     post_norms: bool = False  # norms also of what attention and MLP add to the residual stream
@@ -140,7 +140,7 @@ class DecoderConfig(Config):
     embedding_scale: float = 1.0  # embeddings are multiplied by it
     bidirectional_pictures: bool = False  # tokens of one picture read each other
     extra_embeddings: int = 0  # rows of the embedding beyond V, of tokens that are never written
-    cross_attention_layers: tuple[int, ...] = ()  # layers that read the picture's memory in place of earlier tokens
+    cross_attention_layers: tuple[int, ...] = ()  # layers that read the picture's memory instead of earlier tokens
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
@@ -294,7 +294,7 @@ def decoder_config(fields: Mapping[str, Any], kind: str) -> DecoderConfig:
 
 
 def _read_layer_types(fields: dict[str, Any], kind: str) -> None:
-    """Brings the ways to say which layers slide to `layer_types`, in place."""
+    """Brings the spellings of which layers slide to `layer_types`, in place."""
     layers = fields.get("num_hidden_layers", DecoderConfig.num_hidden_layers)
     pattern = fields.pop("sliding_window_pattern", None) or fields.pop("_sliding_window_pattern", None) or 6
     fields.pop("_sliding_window_pattern", None)
@@ -374,7 +374,7 @@ def _refuse(fields: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def decoder_keys(config: DecoderConfig) -> list[Key]:
-    """Key table of a decoder, below HF's `model.` (the unembedding stands outside)."""
+    """Key table of a decoder, below HF's `model.` (the unembedding is outside)."""
     heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
     layers = [
         Key("input_layernorm.weight", "attention_norm.scale"),

@@ -59,7 +59,7 @@ class DualEncoder(nnx.Module):
         return Encoded(tokens, tokens[:, 0])
 
     def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
-        """Captions in the joint space; padding stands at the end."""
+        """Captions in the joint space; padding comes last."""
         tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
         return Encoded(tokens, self.pooled(tokens, token_ids))
 

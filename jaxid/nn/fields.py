@@ -100,7 +100,7 @@ def check_fields(fields: Mapping[str, Any], where: str = "") -> None:
 
     Args:
         fields: the parsed JSON object.
-        where: how to name it in an error: nothing, or what stands before the names of its fields.
+        where: how to name it in an error: nothing, or what precedes the names of its fields.
 
     Raises:
         CheckpointError: naming the first such field and what it may hold; or if the weights are quantised.

@@ -14,17 +14,17 @@ AnyArray = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A batch of prompts as arrays; padding stands on the right.
+    """A batch of prompts as arrays, padded on the right.
 
     Attributes:
         token_ids: Int[B, T].
-        positions: place of every token in its prompt, Int[B, T].
+        positions: of every token in its prompt, Int[B, T].
         valid: false at padding, Bool[B, T].
         last: position of the last real token, where the answer is read, Int[B].
         pixels: pictures after the image processor, in the family's layout, N first: pictures Float[N, C, Y, X], or
             tiles or patches of them; None without pictures.
-        image_slots: which row of the pictures' flattened tokens stands at each position, or -1, Int[B, T].
-        rope_positions: what rotary embedding turns by, where it is not the place, Int[B, A, T] for A axes.
+        image_rows: which row of the pictures' flattened tokens is at each position, or -1, Int[B, T].
+        rope_positions: what rotary embedding rotates by, where it is not the position, Int[B, A, T] for A axes.
         extras: further arrays that a family's network reads beside the pixels, by name.
     """
 
@@ -33,6 +33,6 @@ class Inputs:
     valid: Bool[AnyArray, "B T"]
     last: Int[AnyArray, "B"]
     pixels: Float[AnyArray, "N ..."] | None
-    image_slots: Int[AnyArray, "B T"]
+    image_rows: Int[AnyArray, "B T"]
     rope_positions: Int[AnyArray, "B A T"] | None = None
     extras: Mapping[str, AnyArray] = dataclasses.field(default_factory=dict)

@@ -27,7 +27,7 @@ class PictureTokens(NamedTuple):
     """One picture in a prompt.
 
     Attributes:
-        text: what stands in the prompt where the chat template places the picture.
+        text: what the picture becomes in the prompt, where the chat template places it.
         rows: which row of all pictures' flattened tokens each of its image tokens takes, in order, Int[I]; empty in
             families whose pictures do not enter as tokens.
         grid: rows and columns of its tokens, for families that rotate heads by them.
@@ -92,7 +92,7 @@ def check_settings(settings: Mapping[str, Any], path: str | Path, most: int = 40
             if name.startswith("do_"):
                 fits, needed = type(value) is bool, "true or false"
             elif name == "resample":
-                fits, needed = isinstance(value, int) and value in range(6), "a whole number from 0 to 5"
+                fits, needed = isinstance(value, int) and value in range(6), "an integer from 0 to 5"
             elif name == "rescale_factor":
                 fits, needed = real(value) and 0 < value <= 1, "a number above 0, at most 1"
             elif name in ("image_mean", "image_std"):
@@ -101,7 +101,7 @@ def check_settings(settings: Mapping[str, Any], path: str | Path, most: int = 40
             elif name in _SIZES or name in _COUNTS:
                 last = most if name in _SIZES else _MOST_COUNTED
                 fits = all(type(one) is int and 0 < one <= last for one in numbers(value))
-                needed = f"whole numbers from 1 to {last}"
+                needed = f"integers from 1 to {last}"
             else:
                 continue
             if not fits and value is not None:
@@ -162,7 +162,7 @@ def processed(processor: ImageProcessor, pictures: Sequence[PILImage], **options
 
 
 def bucketed(count: int) -> int:
-    """The next number whose binary form has three leading digits at most, so that few programs are compiled."""
+    """The next integer whose binary form has three leading digits at most, so that few programs are compiled."""
     step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step
 
@@ -280,18 +280,18 @@ class PictureReader:
         del token_ids, valid, shown
         return None
 
-    def image_slots(
+    def image_rows(
         self,
         token_ids: Int[np.ndarray, "B T"],
         valid: Bool[np.ndarray, "B T"],
         shown: Shown,
     ) -> Int[np.ndarray, "B T"]:
-        """Which row of the pictures' flattened tokens stands at each position, or -1.
+        """Which row of the pictures' flattened tokens is at each position, or -1.
 
         Raises:
-            PromptError: if a prompt holds another number of image tokens than its pictures need.
+            PromptError: if a prompt holds more or fewer image tokens than its pictures need.
         """
-        slots = np.full(token_ids.shape, -1, np.int32)
+        found = np.full(token_ids.shape, -1, np.int32)
         for row, pictures in enumerate(shown):
             rows = np.concatenate([np.zeros(0, np.int32), *(picture.rows.astype(np.int32) for picture in pictures)])
             here = (token_ids[row] == self.image_token_id) & valid[row]
@@ -302,5 +302,5 @@ class PictureReader:
                     f"prompt {row} holds {here.sum()} picture tokens instead of {len(rows)}: "
                     f"the chat template must place every picture once, as {self.placeholder!r}."
                 )
-            slots[row, here] = rows
-        return slots
+            found[row, here] = rows
+        return found

@@ -21,14 +21,14 @@ from jaxid.prompts.words import shown
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Captions:
-    """A batch of captions: the arrays, and where everything stands in them.
+    """A batch of captions: the arrays, and where everything is in them.
 
     Attributes:
         texts: the captions, length N.
         token_ids: Int[N, T].
         valid: false at padding, Bool[N, T].
-        offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal where a token stands
-            for no characters.
+        offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal where a token has no
+            characters.
         lost: what the window cuts off of every caption; empty where nothing.
         unknown: the words of every caption that the vocabulary does not hold.
     """
@@ -44,7 +44,7 @@ class Captions:
         return len(self.texts)
 
     def __getitem__(self, chosen: list[int]) -> "Captions":
-        """Some of them, by their numbers."""
+        """Some of them, by index."""
         return Captions(
             texts=tuple(self.texts[row] for row in chosen),
             token_ids=self.token_ids[chosen],
@@ -187,13 +187,13 @@ class DualProcessor:
         offsets = np.zeros((len(texts), length, 2), np.int32)
         valid, lost = np.zeros((len(texts), length), bool), []
         for row, (text, found) in enumerate(zip(texts, rows, strict=True)):
-            ids, places = found["input_ids"], found["offset_mapping"]
+            ids, edges = found["input_ids"], found["offset_mapping"]
             left = ""
             if len(ids) > length:
-                left = text[places[length - 2][1] :].strip()
-                # The end token stands at the window's end, as the published tokenizers cut.
-                ids, places = [*ids[: length - 1], ids[-1]], [*places[: length - 1], (0, 0)]
-            token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, places, True
+                left = text[edges[length - 2][1] :].strip()
+                # The end token comes last in the window, as the published tokenizers cut.
+                ids, edges = [*ids[: length - 1], ids[-1]], [*edges[: length - 1], (0, 0)]
+            token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, edges, True
             lost.append(left)
         unknown = tuple(self._unknown(text, found) for text, found in zip(texts, rows, strict=True))
         words.warn_unknown(unknown, "captions", self.tokenizer.unk_token, stacklevel=2)

@@ -50,7 +50,7 @@ class Clip:
 
 
 class Stored(NamedTuple):
-    """How a picture is stored, where a file's orientation tag turns or mirrors its pixels.
+    """How a picture is stored, where a file's orientation tag rotates or mirrors its pixels.
 
     Attributes:
         size: width and height of the stored pixels.
@@ -66,7 +66,7 @@ class Stored(NamedTuple):
         width, height = self.size
         return (height, width) if _TURNS[self.orientation].swap else (width, height)
 
-    def turned(self, boxes: Float[np.ndarray, "M 4"]) -> Float[np.ndarray, "M 4"]:
+    def rotated(self, boxes: Float[np.ndarray, "M 4"]) -> Float[np.ndarray, "M 4"]:
         """Boxes (x, y, width, height) of the stored pixels, as boxes of the upright picture."""
         swap, *mirrored = _TURNS[self.orientation]
         low, extent = np.split(boxes[:, [1, 0, 3, 2]] if swap else boxes, 2, axis=1)
@@ -102,7 +102,7 @@ def open_picture(image: Picture) -> Any:
 
     A file is read as viewers show it:
 
-    - Turned and mirrored upright, as its orientation tag says.
+    - Rotated and mirrored upright, as its orientation tag says.
     - 16 bits become 8: grey values are divided by 257 and rounded, colours keep their upper byte. Floating-point values
       must lie between 0 and 1. 32-bit integers, which do not say what white is, are refused, but for those that Pillow
       makes of PGM files.
@@ -145,7 +145,7 @@ def stored(image: Picture, error: type[JaxidError] = InputError) -> Stored:
     if not isinstance(image, str | os.PathLike):
         return Stored(open_picture(image).size)
     with _file(image, error) as file:
-        if file.format == "PNG":  # whose tag may stand after the pixels
+        if file.format == "PNG":  # whose tag may follow the pixels
             file.load()
         tags = getattr(file, "tag_v2", {})  # Pillow gives a TIFF's upright size
         return Stored((tags.get(_WIDTH, file.width), tags.get(_HEIGHT, file.height)), _orientation(file))

@@ -1,4 +1,4 @@
-"""Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word sits."""
+"""Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word is."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ ProcessorT = TypeVar("ProcessorT", bound="Processor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prompts:
-    """A batch of prompts: the arrays, and where everything stands in them.
+    """A batch of prompts: the arrays, and where everything is in them.
 
     Attributes:
         inputs: the arrays a model reads.
@@ -53,13 +53,13 @@ class Prompts:
 
         Args:
             names: of each prompt, as many for all.
-            occurrence: which one, 0-based, where a name stands more than once; None refuses such names.
+            occurrence: which one, 0-based, where a name occurs more than once; None refuses such names.
 
         Returns:
             Int[B, N], positions in the prompt.
 
         Raises:
-            InputError: if two names of a prompt are the same, or prompts have different numbers of them.
+            InputError: if two names of a prompt are the same, or prompts do not all have as many.
             PromptError: if a prompt's question does not hold a name.
         """
         if len({len(own) for own in names}) > 1:
@@ -76,7 +76,7 @@ class Prompts:
             word: the word, the same for all prompts or one per prompt; matched whole, case-sensitively.
             beside: other names in each prompt's question; the word is not looked for inside longer ones of them. May
                 hold the word itself.
-            occurrence: which one, 0-based, where the word stands more than once.
+            occurrence: which one, 0-based, where the word occurs more than once.
 
         Returns:
             Int[B], positions in the prompt.
@@ -110,18 +110,20 @@ class Prompts:
                 same = next(name for name in names if list(names).count(name) > 1)
                 raise InputError(f"item {row} asks for two objects of the same name, {same!r}.")
             question = shown(self.questions[row])
-            places = words.places(self.questions[row], [word, *(name for name in names if name != word)])[0]
-            if not places:
-                inside = " on its own, outside its other names" if words.places(self.questions[row], [word])[0] else ""
-                raise PromptError(f"prompt {row} ({question}) does not hold the word {word!r}{inside}.")
-            if occurrence is None and len(places) > 1:
-                raise PromptError(
-                    f"prompt {row} ({question}) holds the word {word!r} {len(places)} times; "
-                    f"say which one with occurrence=0..{len(places) - 1}."
+            spans = words.word_spans(self.questions[row], [word, *(name for name in names if name != word)])[0]
+            if not spans:
+                inside = (
+                    " on its own, outside its other names" if words.word_spans(self.questions[row], [word])[0] else ""
                 )
-            if not 0 <= (occurrence or 0) < len(places):
+                raise PromptError(f"prompt {row} ({question}) does not hold the word {word!r}{inside}.")
+            if occurrence is None and len(spans) > 1:
+                raise PromptError(
+                    f"prompt {row} ({question}) holds the word {word!r} {len(spans)} times; "
+                    f"say which one with occurrence=0..{len(spans) - 1}."
+                )
+            if not 0 <= (occurrence or 0) < len(spans):
                 raise PromptError(f"prompt {row} ({question}) has no occurrence {occurrence} of {word!r}.")
-            first, end = (place + int(self.spans[row, 0]) for place in places[occurrence or 0])
+            first, end = (edge + int(self.spans[row, 0]) for edge in spans[occurrence or 0])
             starts, ends = self.offsets[row, :, 0], self.offsets[row, :, 1]
             tokens = np.flatnonzero((starts < end) & (ends > first) & (ends > starts))
             if not len(tokens):
@@ -135,7 +137,7 @@ class Prompts:
         Raises:
             PromptError: if the prompts hold different numbers of them.
         """
-        return self._where(np.asarray(self.inputs.image_slots) >= 0, "picture tokens", equal=True)
+        return self._where(np.asarray(self.inputs.image_rows) >= 0, "picture tokens", equal=True)
 
     def text_tokens(self) -> Int[np.ndarray, "B P"]:
         """Positions of all tokens after the picture, shorter rows padded with their last position."""
@@ -145,7 +147,7 @@ class Prompts:
 
     def text_start(self) -> Int[np.ndarray, "B"]:
         """Position of the first token after the picture; 0 without one."""
-        pictured = np.asarray(self.inputs.image_slots) >= 0
+        pictured = np.asarray(self.inputs.image_rows) >= 0
         after = pictured.shape[1] - np.argmax(pictured[:, ::-1], axis=1)
         return np.where(pictured.any(axis=1), after, 0).astype(np.int32)
 
@@ -153,7 +155,7 @@ class Prompts:
         rows = [np.flatnonzero(row) for row in chosen]
         lengths = {len(row) for row in rows}
         if 0 in lengths or (equal and len(lengths) > 1):
-            raise PromptError(f"the prompts hold {sorted(lengths)} {what}; take them in groups of equal number.")
+            raise PromptError(f"the prompts hold {sorted(lengths)} {what}; take them in groups of equal size.")
         longest = max(lengths)
         return np.array([np.append(row, [row[-1]] * (longest - len(row))) for row in rows], np.int32)
 
@@ -162,20 +164,20 @@ class Prompts:
         return np.asarray(self.inputs.last)
 
     def extended(self, tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, "B"]) -> "Prompts":
-        """The prompts with new tokens behind them, as if they had been written so.
+        """The prompts with new tokens after them, as if they had been written so.
 
         Args:
             tokens: new tokens, Int[B, N].
             lengths: how many of them count, Int[B].
 
         Returns:
-            Prompts of N places more, whose last token is the last new one; the new tokens stand in no text.
+            Prompts with N more positions, whose last token is the last new one; the new tokens are in no text.
         """
         inputs, last = self.inputs, self.last()
         batch, room = tokens.shape
-        places = np.arange(self.offsets.shape[1] + room, dtype=np.int32)
+        positions = np.arange(self.offsets.shape[1] + room, dtype=np.int32)
         ends = (last + lengths).astype(np.int32)
-        valid = places <= ends[:, None]
+        valid = positions <= ends[:, None]
 
         def longer(values: np.ndarray, fill: int) -> np.ndarray:
             widths = [(0, 0)] * (values.ndim - 1) + [(0, room)]
@@ -193,10 +195,10 @@ class Prompts:
             inputs=dataclasses.replace(
                 inputs,
                 token_ids=token_ids,
-                positions=np.tile(places, (batch, 1)),
+                positions=np.tile(positions, (batch, 1)),
                 valid=valid,
                 last=ends,
-                image_slots=longer(inputs.image_slots, -1),
+                image_rows=longer(inputs.image_rows, -1),
                 rope_positions=rope_positions,
             ),
             offsets=np.pad(self.offsets, [(0, 0), (0, room), (0, 0)]),
@@ -260,11 +262,11 @@ class Processor(PictureReader):
         return self.encode(images, [[index] for index in range(len(images))]).pixels
 
     def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
-        """The prompt's text, pictures' tokens filled in, and the first character of the question in it.
+        """The prompt's text, pictures' tokens inserted, and the first character of the question in it.
 
         Args:
             question: the user's text.
-            pictures: what stands in the text for every picture.
+            pictures: what takes the place of every picture in the text.
             chat: end with the generation prompt.
 
         Raises:
@@ -335,11 +337,11 @@ class Processor(PictureReader):
         if any(not group for group in groups):
             raise InputError("a prompt was given an empty list of pictures; give None for text alone.")
         counts = np.cumsum([0, *(len(group) for group in groups)])
-        numbers = [list(range(first, end)) for first, end in itertools.pairwise(counts.tolist())]
-        members = numbers * len(asked) if len(numbers) == 1 else numbers or [[] for _ in asked]
+        shared = [list(range(first, end)) for first, end in itertools.pairwise(counts.tolist())]
+        members = shared * len(asked) if len(shared) == 1 else shared or [[] for _ in asked]
         pictures = [picture for group in groups for picture in group]
         encoded = self.encode(pictures, members) if pictures else None
-        shown = [[encoded.tokens[number] for number in some] if encoded else [] for some in members]
+        shown = [[encoded.tokens[index] for index in some] if encoded else [] for some in members]
 
         texts, starts = [], []
         for question, some in zip(asked, shown, strict=True):
@@ -358,8 +360,8 @@ class Processor(PictureReader):
         asked = [question.strip() for question in asked]
         spans = [(start, start + len(question)) for start, question in zip(starts, asked, strict=True)]
         unknown = tuple(
-            words.unknown(question, ids, np.array(places).reshape(-1, 2) - start, self.tokenizer.unk_token_id)
-            for question, start, ids, places in zip(
+            words.unknown(question, ids, np.array(edges).reshape(-1, 2) - start, self.tokenizer.unk_token_id)
+            for question, start, ids, edges in zip(
                 asked, starts, tokens["input_ids"], tokens["offset_mapping"], strict=True
             )
         )
@@ -371,7 +373,7 @@ class Processor(PictureReader):
                 valid=valid,
                 last=np.array(lengths, np.int32) - 1,
                 pixels=encoded.pixels if encoded else None,
-                image_slots=self.image_slots(token_ids, valid, shown),
+                image_rows=self.image_rows(token_ids, valid, shown),
                 rope_positions=self.rope_positions(token_ids, valid, shown),
                 extras=encoded.extras if encoded else {},
             ),
@@ -420,7 +422,7 @@ class Processor(PictureReader):
         return np.array(ids, np.int32)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Text of tokens, special ones skipped."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 

@@ -169,7 +169,7 @@ def _content(form: str, text: str, pictures: int, placeholder: str) -> Any:
 def render(
     template: str, text: str, *, placeholder: str, pictures: int, chat: bool, variables: Mapping[str, Any]
 ) -> tuple[str, int]:
-    """What a template makes of a user's message of some pictures and a text behind them.
+    """What a template makes of a user's message of some pictures and a text after them.
 
     The message is a list of parts where the template takes one. Templates for text alone want a string: then the
     pictures' placeholders begin it, a line each, unless the template places them itself.
@@ -177,8 +177,8 @@ def render(
     Args:
         template: the source.
         text: the user's, without white space around it.
-        placeholder: what stands in the rendered text for a picture.
-        pictures: their number.
+        placeholder: what a picture is in the rendered text.
+        pictures: how many there are.
         chat: end with the generation prompt.
         variables: the tokenizer's special tokens by name, which templates may use.
 
@@ -203,7 +203,7 @@ def render(
 def _form(template: str, placeholder: str, pictures: int, chat: bool, variables: str) -> tuple[str, str]:
     """In which form a template takes a message, and what it writes before the text.
 
-    Found with a stand-in that no template holds: the text itself may also stand in the template ("USER").
+    Found with a stand-in that no template holds: the text itself may also occur in the template ("USER").
 
     Returns:
         The form and the text; or "" and what is wrong, "" again if the stand-in is gone.

@@ -1,4 +1,4 @@
-"""Words in texts: where whole ones stand, which ones a tokenizer does not know, and which texts it cannot take."""
+"""Words in texts: where whole ones are, which ones a tokenizer does not know, and which texts it cannot take."""
 
 import re
 import warnings
@@ -24,8 +24,8 @@ _SHOWN = 200
 """Characters of a text that an error repeats."""
 
 
-def places(text: str, names: Sequence[str], *, ignore_case: bool = False) -> list[list[tuple[int, int]]]:
-    """Where each name stands in a text as whole words; longer names come first, and no two places overlap.
+def word_spans(text: str, names: Sequence[str], *, ignore_case: bool = False) -> list[list[tuple[int, int]]]:
+    """Where each name occurs in a text as whole words; longer names come first, and no two spans overlap.
 
     Args:
         text: the text.
@@ -33,7 +33,7 @@ def places(text: str, names: Sequence[str], *, ignore_case: bool = False) -> lis
         ignore_case: take capitals and small letters as the same.
 
     Returns:
-        First and last + 1 character of all places of each name, in their order.
+        First and last + 1 character of every occurrence of each name, in order.
     """
     found: list[list[tuple[int, int]]] = [[] for _ in names]
     taken: list[tuple[int, int]] = []
@@ -70,7 +70,7 @@ def unknown(
     for match in _PIECE.finditer(text):
         part = slice(*match.span())
         dropped = ~(lost[part] | kept[part])
-        if lost[part].any() or any(text[match.start() + number].isalnum() for number in np.flatnonzero(dropped)):
+        if lost[part].any() or any(text[match.start() + index].isalnum() for index in np.flatnonzero(dropped)):
             found[match.group()] = None
     return tuple(found)
 
@@ -124,7 +124,7 @@ def shown(text: str) -> str:
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """What the tokenizer takes for its own signs wherever it stands in a text."""
+    """What the tokenizer takes for its own signs anywhere in a text."""
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content)
 
 
@@ -137,7 +137,7 @@ def read_tokenizer(folder: Path, kind: Any = None, **options: Any) -> Any:
         options: of its `from_pretrained`.
 
     Raises:
-        CheckpointError: if it is missing, unreadable, or cannot tell where its tokens stand.
+        CheckpointError: if it is missing, unreadable, or cannot tell where its tokens are.
     """
     from transformers import AutoTokenizer
 
@@ -147,7 +147,7 @@ def read_tokenizer(folder: Path, kind: Any = None, **options: Any) -> Any:
     with reading(file if file.exists() else folder, "a tokenizer"):
         tokenizer = (kind or AutoTokenizer).from_pretrained(folder, local_files_only=True, **options)
         if not tokenizer.is_fast:
-            raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens stand.")
+            raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens are.")
         # A damaged file may be readable and fail at the first text.
         tokenizer.decode(tokenizer(tokenizer.unk_token or "a", return_offsets_mapping=True)["input_ids"])
         for role in ("unk", "pad", "bos", "eos"):  # looked up in the vocabulary, endlessly if that lacks "unk"

@@ -47,7 +47,7 @@ def arguments(batch: Prompts) -> dict[str, Any]:
     found, inputs = tensors(batch), batch.inputs
     if inputs.pixels is None:
         return found
-    slots = np.asarray(inputs.image_slots)
+    slots = np.asarray(inputs.image_rows)
     tiles = slots[slots >= 0].reshape(-1, 4)[:, 0] // 4
     return found | {"pixel_values": torch.tensor(np.asarray(inputs.pixels)[tiles])}
 

@@ -51,7 +51,7 @@ SIDE, MERGE = 4, 2
 
 def order(batch: Prompts) -> np.ndarray:
     """Rows of the merged tokens that the prompts show, pictures and tokens as Hugging Face has them."""
-    slots = np.asarray(batch.inputs.image_slots)
+    slots = np.asarray(batch.inputs.image_rows)
     return slots[slots >= 0]
 
 

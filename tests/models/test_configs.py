@@ -290,7 +290,7 @@ def test_full_size_forward_traces() -> None:
         valid=jnp.ones((batch, tokens), bool),
         last=jnp.zeros((batch,), jnp.int32),
         pixels=jnp.zeros((batch, 3, 336, 336)),
-        image_slots=jnp.zeros((batch, tokens), jnp.int32),
+        image_rows=jnp.zeros((batch, tokens), jnp.int32),
     )
     definition, state = nnx.split(nnx.eval_shape(lambda: family.network(config, rngs=nnx.Rngs(0))))
     output = jax.eval_shape(

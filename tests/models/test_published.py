@@ -148,7 +148,7 @@ def test_full_size_forward_traces(alias: str) -> None:
         valid=jax.ShapeDtypeStruct((1, 1600), jnp.bool_),
         last=jax.ShapeDtypeStruct((1,), jnp.int32),
         pixels=jax.ShapeDtypeStruct(shape, jnp.float32),
-        image_slots=tokens,
+        image_rows=tokens,
         rope_positions=jax.ShapeDtypeStruct((1, 3, 1600), jnp.int32) if isinstance(config, QwenVLConfig) else None,
         extras=extras,
     )

@@ -170,7 +170,7 @@ def test_prompts_are_hugging_faces(make: Any, several: bool) -> None:
     inputs, length = prompts.inputs, expected["input_ids"].shape[1]
     np.testing.assert_array_equal(inputs.token_ids[:, :length], expected["input_ids"])
     np.testing.assert_array_equal(inputs.valid[:, :length], expected["attention_mask"].astype(bool))
-    np.testing.assert_array_equal(np.asarray(inputs.image_slots)[:, :length] >= 0, expected["token_type_ids"] == 1)
+    np.testing.assert_array_equal(np.asarray(inputs.image_rows)[:, :length] >= 0, expected["token_type_ids"] == 1)
     np.testing.assert_allclose(inputs.pixels, expected["pixel_values"], atol=1e-6)
     assert (inputs.token_ids[:, 0] == cases.IDS["<bos>"]).all() and not (
         inputs.token_ids[:, 1] == cases.IDS["<bos>"]
@@ -197,7 +197,7 @@ def test_words_are_found_behind_the_picture() -> None:
     assert hourglass.shape[1] > 2  # of several pieces
     # A picture stands between marks and line breaks; the line break of "user" and two more are one token.
     three, two = tokenizer.convert_tokens_to_ids(["\n\n\n", "\n\n"])
-    start = int(np.flatnonzero(np.asarray(prompts.inputs.image_slots)[0] >= 0)[0])
+    start = int(np.flatnonzero(np.asarray(prompts.inputs.image_rows)[0] >= 0)[0])
     marks = [three, cases.IDS["<start_of_image>"]], [cases.IDS["<end_of_image>"], two]
     assert ids[0, start - 2 : start].tolist() == marks[0] and ids[0, start + 16 : start + 18].tolist() == marks[1]
     assert model.prepare(picture, QUESTIONS[0], chat=False).texts[0].endswith(f"\n\n{QUESTIONS[0]}")

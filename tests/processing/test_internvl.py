@@ -96,7 +96,7 @@ def test_prompts_and_tiles_are_hugging_faces(numbers: list[list[int]]) -> None:
     np.testing.assert_array_equal(inputs.token_ids[:, :length], theirs["input_ids"])
     np.testing.assert_array_equal(inputs.valid[:, :length], theirs["attention_mask"].astype(bool))
     assert not inputs.valid[:, length:].any()
-    ours, slots = CASE.arguments(prompts), np.asarray(inputs.image_slots)
+    ours, slots = CASE.arguments(prompts), np.asarray(inputs.image_rows)
     np.testing.assert_array_equal(ours["pixel_values"].numpy(), theirs["pixel_values"])
     np.testing.assert_array_equal(slots >= 0, inputs.token_ids == model.config.image_token_index)
     # Four tokens for each tile, in the prompts' order, and none for the rows that only fill up.
@@ -124,7 +124,7 @@ def test_tiles_by_aspect_ratio() -> None:
 def test_a_picture_that_several_prompts_share_is_one() -> None:
     model, picture = fixtures.model(CASE), shapes()[0]
     prompts = model.prepare(picture, QUESTIONS)
-    slots = np.asarray(prompts.inputs.image_slots)
+    slots = np.asarray(prompts.inputs.image_rows)
     assert len(prompts.inputs.pixels) == 4
     for row in slots:
         np.testing.assert_array_equal(row[row >= 0], np.arange(16))
@@ -134,7 +134,7 @@ def test_rows_that_fill_up_change_nothing() -> None:
     model, pictures = fixtures.model(CASE), shapes()
     prompts = model.prepare([pictures[5], pictures[0], pictures[2]], QUESTIONS)
     pixels = np.array(prompts.inputs.pixels)
-    used = np.asarray(prompts.inputs.image_slots).max() // 4 + 1
+    used = np.asarray(prompts.inputs.image_rows).max() // 4 + 1
     assert used == 8 == len(pixels)
     longer = np.concatenate([pixels, np.full((2, *pixels.shape[1:]), 3.0, np.float32)])
     filled = dataclasses.replace(prompts, inputs=dataclasses.replace(prompts.inputs, pixels=longer))

@@ -106,7 +106,7 @@ def test_clips_are_those_of_the_original(position: str, mode: str) -> None:
         valid=none > 0,
         last=none[0],
         pixels=jnp.asarray(encoded.pixels),
-        image_slots=none,
+        image_rows=none,
         extras=encoded.extras,
     )
     features = np.asarray(network.features(inputs))
@@ -193,7 +193,7 @@ def test_ids_and_pixels_of_pictures() -> None:
         assert batch.texts[row] == text
         ids = batch.inputs.token_ids[row][batch.inputs.valid[row]]
         assert ids.tolist() == model.processor.tokenizer(text)["input_ids"]
-        assert ids.tolist().count(cases.IDS) == (batch.inputs.image_slots[row] >= 0).sum() == tokens.count("<image>")
+        assert ids.tolist().count(cases.IDS) == (batch.inputs.image_rows[row] >= 0).sum() == tokens.count("<image>")
 
 
 def test_pictures_in_one_prompt_are_not_cut() -> None:
@@ -202,7 +202,7 @@ def test_pictures_in_one_prompt_are_not_cut() -> None:
     made = hf_processor(PICTURES).image_processor([pictures], return_tensors="np")["pixel_values"]
     np.testing.assert_array_equal(batch.inputs.pixels, np.concatenate(made))
     assert batch.texts[0].count("<image>") == 2 * (25 + 1)
-    with pytest.raises(InputError, match="picture 0 stands alone in one prompt and beside others"):
+    with pytest.raises(InputError, match="picture 0 is alone in one prompt and beside others"):
         model.processor.encode(pictures, [[0], [0, 1]])
 
 
@@ -457,7 +457,7 @@ def test_full_size_features_trace(
         valid=none > 0,
         last=none[0],
         pixels=jax.ShapeDtypeStruct((8, 3, 384, 384), jnp.float32),
-        image_slots=none,
+        image_rows=none,
         extras={name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name, shape in extras.items()},
     )
 

@@ -57,7 +57,7 @@ def test_prompts_and_tiles_are_hugging_faces(pairs: bool) -> None:
         np.testing.assert_allclose(ours[name].numpy(), theirs[name], atol=1e-6)
     assert len(set(inputs.extras["tile_count"].tolist())) > 1
     shown = np.asarray(inputs.token_ids) == fixtures.model(MLLAMA).config.image_token_index
-    np.testing.assert_array_equal(np.asarray(inputs.image_slots) >= 0, shown)
+    np.testing.assert_array_equal(np.asarray(inputs.image_rows) >= 0, shown)
 
 
 def test_memory_masks_are_hugging_faces() -> None:

@@ -150,7 +150,7 @@ def test_boxes_are_turned_with_their_picture(orientation: int) -> None:
     boxes = np.array([[3, 2, 5, 4], [0, 0, 1, 1], [20, 10, 10, 10]])
     here = Stored((30, 20), orientation)
     for (x, y, width, height), (left, top, across, down) in zip(
-        boxes, here.turned(boxes * 1.0).astype(int), strict=True
+        boxes, here.rotated(boxes * 1.0).astype(int), strict=True
     ):
         marked = np.zeros((20, 30), np.uint8)
         marked[y : y + height, x : x + width] = 255

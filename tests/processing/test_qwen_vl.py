@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.families.qwen_vl import QwenVLConfig, QwenVLProcessor, token_places
+from jaxid.families.qwen_vl import QwenVLConfig, QwenVLProcessor, token_indices
 from jaxid.families.registry import FAMILIES
 from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs
@@ -67,7 +67,7 @@ def theirs(ours: Processor, groups: list[list[np.ndarray]], questions: tuple[str
 
 def in_order(batch: Prompts, values: Any) -> np.ndarray:
     """Values of patches, four and four as the prompts' image tokens show them."""
-    slots = np.asarray(batch.inputs.image_slots)
+    slots = np.asarray(batch.inputs.image_rows)
     values = np.asarray(values)
     merged = values.reshape(-1, cases.MERGE**2, *values.shape[2:])
     return merged[slots[slots >= 0]].reshape(-1, *values.shape[2:])
@@ -146,9 +146,9 @@ def test_what_is_written_behind_a_prompt_goes_on_turning() -> None:
 
 def test_where_tokens_stand_in_windows() -> None:
     """Three rows and five columns in windows of 2 x 2: the window at the right and the one below are not full."""
-    assert token_places(3, 5, 2).tolist() == [0, 1, 4, 5, 8, 2, 3, 6, 7, 10, 12, 13, 16, 17, 20]
-    assert token_places(2, 3, 0).tolist() == [0, 1, 2, 3, 4, 5]
-    assert token_places(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]
+    assert token_indices(3, 5, 2).tolist() == [0, 1, 4, 5, 8, 2, 3, 6, 7, 10, 12, 13, 16, 17, 20]
+    assert token_indices(2, 3, 0).tolist() == [0, 1, 2, 3, 4, 5]
+    assert token_indices(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]
 
 
 def published(alias: str) -> QwenVLProcessor:
@@ -337,7 +337,7 @@ def test_full_size_features_trace(alias: str) -> None:
         valid=none > 0,
         last=none[0],
         pixels=jax.ShapeDtypeStruct((*patches, 1176), jnp.float32),
-        image_slots=none,
+        image_rows=none,
         extras={
             "patch_positions": jax.ShapeDtypeStruct((*patches, 2), jnp.int32),
             "patch_valid": jax.ShapeDtypeStruct(patches, jnp.bool_),

@@ -102,7 +102,7 @@ def test_real_prompts_have_the_ids_and_places_of_the_training_prompts(
     length = int(prompts.last()[0]) + 1
     expected = [*plan.token_ids[: plan.text_start], *recipe.encode(f"{spaced} ASSISTANT :")]
     assert np.asarray(prompts.inputs.token_ids)[0, :length].tolist() == expected
-    assert np.asarray(prompts.inputs.image_slots)[0, : plan.text_start].tolist() == [
+    assert np.asarray(prompts.inputs.image_rows)[0, : plan.text_start].tolist() == [
         -1,
         -1,
         -1,

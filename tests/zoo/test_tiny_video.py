@@ -55,7 +55,7 @@ def test_training_rows_are_the_prompts_that_the_model_meets(model: Model, timed:
     expected = plan.token_ids[: plan.text_start].copy()
     if timed:
         expected[plan.image_start + plan.image_tokens :] = recipe.time_tokens(32 / clip.seconds)
-    shown = np.asarray(prompts.inputs.image_slots)[0] >= 0
+    shown = np.asarray(prompts.inputs.image_rows)[0] >= 0
     assert np.flatnonzero(shown).tolist() == list(range(plan.image_start, plan.image_start + plan.image_tokens))
     assert words(ids[: plan.text_start][~shown[: plan.text_start]]) == words(expected[~shown[: plan.text_start]])
     text = recipe.PUBLISHED_QUESTION.format("star", "fish") + recipe.CLOSING
