@@ -5,7 +5,6 @@ frame i on and B from frame j on. The manifest lists what happens first in a vid
 section on temporal IDs, arXiv 2601.12626.
 """
 
-import csv
 import dataclasses
 import json
 import re
@@ -16,8 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxid.data.files import inside, read_csv, save_bytes
-from jaxid.data.scenes import OBJECTS, Scenes, render, sample_free
+from jaxid.data.files import inside, read_csv, usable, write_csv
+from jaxid.data.objects import OBJECTS, check_pairs
+from jaxid.data.scenes import Scenes, concatenate, render, sample_free
 from jaxid.data.videos import FRAMES, VIDEO_ENDINGS, read_video, write_video
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, reading
@@ -31,10 +31,20 @@ _HOLD, _RATES = 4, (8, 16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AppearItem:
-    """A clip into which A comes at one frame and B at another; of eight, counted from 0."""
+class _Filmed:
+    """What is asked of a video."""
 
     video: Any  # a Path, or a Clip
+
+    def open(self) -> Clip:
+        """The clip's eight frames."""
+        return self.video if isinstance(self.video, Clip) else read_video(self.video)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AppearItem(_Filmed):
+    """A clip into which A comes at one frame and B at another; of eight, counted from 0."""
+
     object_a: str
     frame_a: int
     object_b: str
@@ -45,16 +55,11 @@ class AppearItem:
         """A name of its own."""
         return f"{self.object_a}{self.frame_a}_{self.object_b}{self.frame_b}"
 
-    def open(self) -> Clip:
-        """The clip's eight frames."""
-        return _open(self.video)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OrderItem:
+class OrderItem(_Filmed):
     """A question about which of two scenes of a video comes first."""
 
-    video: Any  # a Path, or a Clip
     scene1: str  # the words of the scene that the query names first
     scene2: str
     query: str
@@ -67,14 +72,6 @@ class OrderItem:
         name = self.video.stem if isinstance(self.video, Path) else "clip"
         return f"{self.row:05d}-{name}"
 
-    def open(self) -> Clip:
-        """The clip's eight frames."""
-        return _open(self.video)
-
-
-def _open(video: Any) -> Clip:
-    return video if isinstance(video, Clip) else read_video(video)
-
 
 # --- clips of objects that appear ----------------------------------------------------------------------------------
 
@@ -84,7 +81,7 @@ def read_appear_folder(folder: str | Path, *, bad: list[tuple[str, DataError]] |
 
     Args:
         folder: where they are.
-        bad: where given, clips of other names are left out and noted here.
+        bad: where given, clips of other names are skipped and noted here.
 
     Raises:
         DataError: if the folder is missing or holds none, or for a video of another name.
@@ -114,8 +111,8 @@ def read_appear_folder(folder: str | Path, *, bad: list[tuple[str, DataError]] |
 
 def frame_states(starts: Int[np.ndarray, "N K"], stops: Int[np.ndarray, "N K"], frames: int = FRAMES) -> np.ndarray:
     """Which objects are in the picture at every frame, Bool[N, F, K]: those that came and have not gone."""
-    number = np.arange(frames)[:, None]
-    return (starts[:, None] <= number) & (number < stops[:, None])
+    frame = np.arange(frames)[:, None]
+    return (starts[:, None] <= frame) & (frame < stops[:, None])
 
 
 def draw_clip(scene: Scenes, present: np.ndarray, size: int) -> UInt8[np.ndarray, "F Y X 3"]:
@@ -152,13 +149,12 @@ def write_appear_folder(
         OutputError: if a file cannot be written.
     """
     frames = [(i, j) for i in range(1, FRAMES) for j in range(1, FRAMES) if i != j] if frames is None else frames
-    if any(len(set(pair)) != 2 or not set(pair) <= set(OBJECTS) for pair in pairs):
-        raise InputError(f"pairs are of two different names of {', '.join(OBJECTS)}; got {list(pairs)}.")
+    check_pairs(pairs)
     if any(i == j or not {i, j} <= set(range(1, FRAMES)) for i, j in frames):
         raise InputError(f"frames are two different numbers from 1 to {FRAMES - 1}; got {list(frames)}.")
     items = []
-    for number, pair in enumerate(pairs):
-        rng = np.random.default_rng((seed, number))
+    for index, pair in enumerate(pairs):
+        rng = np.random.default_rng((seed, index))
         scenes = of_objects(rng, np.array([[OBJECTS.index(name) for name in pair]] * len(frames)))
         for row, (i, j) in enumerate(frames):
             present = frame_states(np.array([[i, j]]), np.full((1, 2), FRAMES))[0]
@@ -180,13 +176,7 @@ def of_objects(rng: np.random.Generator, objects: Int[np.ndarray, "N K"]) -> Sce
         good = np.flatnonzero((np.diff(ninths, axis=1) > 0).all(axis=1))[:missing]
         kept.append(drawn[good])
         missing -= len(good)
-    scenes = kept[0] if len(kept) == 1 else _joined(kept)
-    return dataclasses.replace(scenes, objects=objects)
-
-
-def _joined(parts: Sequence[Scenes]) -> Scenes:
-    names = [field.name for field in dataclasses.fields(Scenes)]
-    return Scenes(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+    return dataclasses.replace(concatenate(kept), objects=objects)
 
 
 def _write(path: Path, scene: Scenes, present: np.ndarray, size: int, rate: int) -> None:
@@ -205,20 +195,13 @@ def read_mvbench(path: str | Path, *, bad: list[tuple[str, DataError]] | None = 
 
     Args:
         path: the manifest (.csv, .json, .jsonl), or the folder that holds `manifest.csv`, `.json` or `.jsonl`.
-        bad: where given, rows that cannot be used are left out and noted here.
+        bad: where given, rows that cannot be used are skipped and noted here.
 
     Raises:
         DataError: if it is missing or unreadable, or for a row that lacks a field or its video.
     """
     path = _manifest(Path(path))
-    items = []
-    for number, row in enumerate(_rows(path)):
-        try:
-            items.append(_order_item(row, number, path))
-        except DataError as error:
-            if bad is None:
-                raise
-            bad.append((f"row {number}", error))
+    items = usable(_rows(path), lambda index, row: _order_item(row, index, path), bad)
     if not items:
         raise DataError(f"{path} holds no usable rows{f': {bad[0][1]}' if bad else ''}.")
     return items
@@ -244,8 +227,8 @@ def _rows(path: Path) -> list[Any]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
-def _order_item(row: Any, number: int, path: Path) -> OrderItem:
-    where = f"row {number} of {path}"
+def _order_item(row: Any, index: int, path: Path) -> OrderItem:
+    where = f"row {index} of {path}"
     fields = row if isinstance(row, Mapping) else {}
     missing = [name for name in _FIELDS if not fields.get(name)]
     if missing:
@@ -264,7 +247,7 @@ def _order_item(row: Any, number: int, path: Path) -> OrderItem:
         scene2=scenes[named[1]],
         query=fields["query"].strip(),
         answer="before" if named == happened else "after",
-        row=number,
+        row=index,
     )
 
 
@@ -299,7 +282,7 @@ def write_mvbench(folder: str | Path, count: int, *, seed: int = 0, picture_size
     starts, stops = draw_windows(rng, count)
     lines = []
     for row in range(count):
-        first, second = (OBJECTS[number] for number in objects[row])
+        first, second = (OBJECTS[index] for index in objects[row])
         order = (1, 2) if row % 2 == 0 else (2, 1)  # in which the query names them
         named = (first, second)[:: 1 if order == (1, 2) else -1]
         name = f"videos/{row:05d}_{first}_{second}.mp4"
@@ -307,8 +290,7 @@ def write_mvbench(folder: str | Path, count: int, *, seed: int = 0, picture_size
         _write(Path(folder) / name, scenes[row : row + 1], present, picture_size, _RATES[row % 2])
         query = f"Does the {named[0]} come before or after the {named[1]}? Answer in one word."
         lines.append([name, first, second, query, "scene1,scene2", f"scene{order[0]},scene{order[1]}"])
-    text = _csv([list(_FIELDS), *lines])
-    save_bytes(Path(folder) / MANIFEST, text.encode())
+    write_csv(Path(folder) / MANIFEST, [_FIELDS, *lines])
     return read_mvbench(folder)
 
 
@@ -317,11 +299,3 @@ def draw_windows(rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, 
     cuts = np.sort(rng.random((count, 6)).argsort(axis=1)[:, :4] + 1, axis=1)  # four different ones of 1..6
     starts, stops = cuts[:, [0, 2]], cuts[:, [1, 3]]
     return starts, stops + np.array([0, 1])
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    import io
-
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()

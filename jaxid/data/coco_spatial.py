@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxid.data.files import save_bytes, save_picture
+from jaxid.data.files import save_picture, usable
 from jaxid.data.scenes import OBJECTS, Scenes, render
 from jaxid.errors import DataError, InputError
-from jaxid.io import read_json
+from jaxid.io import read_json, write_text
 
 CAPTIONS_FILE = "coco_qa_two_obj.json"
 INSTANCES_FILE = "instances_val2017.json"
@@ -145,7 +145,7 @@ def read_coco_spatial(
     Args:
         json_path: `coco_qa_two_obj.json`.
         image_dir: Folder of the pictures `{image_id:012d}.jpg`.
-        bad: Where given, rows that are malformed or lack their picture are left out and noted here: the row's name
+        bad: Where given, rows that are malformed or lack their picture are skipped and noted here: the row's name
             and its error.
 
     Returns:
@@ -156,15 +156,7 @@ def read_coco_spatial(
             content), or a picture is missing (named by path).
     """
     rows = read_json(json_path, DataError, expected=list)
-    items = []
-    for index, row in enumerate(rows):
-        try:
-            items.append(_item(index, row, Path(json_path), Path(image_dir)))
-        except DataError as error:
-            if bad is None:
-                raise
-            bad.append((f"row {index}", error))
-    return items
+    return usable(rows, lambda index, row: _item(index, row, Path(json_path), Path(image_dir)), bad)
 
 
 def _item(index: int, row: object, json_path: Path, image_dir: Path) -> SpatialItem:
@@ -244,14 +236,7 @@ def write_coco_spatial(
         save_picture(path, np.clip(picture + added, 0, 255).astype(np.uint8))
         rows.append([image_id, caption(subject, object, relation), caption(subject, object, OPPOSITE[relation])])
         items.append(
-            SpatialItem(
-                image_id=image_id,
-                picture=path,
-                subject=subject,
-                object=object,
-                relation=relation,
-                row=index,
-            )
+            SpatialItem(image_id=image_id, picture=path, subject=subject, object=object, relation=relation, row=index)
         )
         for slot in slots:
             x, y, width, height = (float(value) * size for value in scenes.boxes[index, slot])
@@ -279,8 +264,8 @@ def write_coco_spatial(
             {"id": index + 1, "name": name, "supercategory": "drawing"} for index, name in enumerate(OBJECTS)
         ],
     }
-    save_bytes(folder / INSTANCES_FILE, json.dumps(instances).encode())
-    save_bytes(folder / CAPTIONS_FILE, json.dumps(rows, indent=1).encode())
+    write_text(folder / INSTANCES_FILE, json.dumps(instances))
+    write_text(folder / CAPTIONS_FILE, json.dumps(rows, indent=1))
     return items
 
 

@@ -1,26 +1,19 @@
-"""Atomic writing of files and pictures, tables of text, and the files that they name."""
+"""Pictures and tables of text on disk, rows that can be used, and the files that rows name."""
 
 import csv
 import io
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.errors import DataError, OutputError
-from jaxid.io import reading, whole_file
+from jaxid.io import reading, whole_file, write_text
 
-
-def save_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a whole file or nothing: a temporary name in the same folder, then a rename; makes missing folders.
-
-    Raises:
-        OutputError: The file cannot be written. A file that was there is then unharmed.
-    """
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+Item = TypeVar("Item")
 
 
 def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
@@ -35,9 +28,8 @@ def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
     if Path(path).suffix.lower() not in kinds:
         raise OutputError(f"{path} cannot be written: a picture's name must end in .png or .jpg.")
     kind, options = kinds[Path(path).suffix.lower()]
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **options)
-    save_bytes(path, buffer.getvalue())
+    with whole_file(path) as temporary:
+        Image.fromarray(picture).save(temporary, kind, **options)
 
 
 def read_csv(path: str | Path) -> list[Any]:
@@ -48,6 +40,41 @@ def read_csv(path: str | Path) -> list[Any]:
     """
     with reading(path, "a CSV file", DataError), open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes rows as a CSV file, atomically.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def usable(
+    rows: Iterable[Any], read: Callable[[int, Any], Item], bad: list[tuple[str, DataError]] | None
+) -> list[Item]:
+    """What the rows of a file hold, in their order.
+
+    Args:
+        rows: the rows.
+        read: makes an item of a row's index and the row.
+        bad: where given, rows that cannot be used are skipped and noted here: "row 3" and its error.
+
+    Raises:
+        DataError: without `bad`, for the first row that cannot be used.
+    """
+    items = []
+    for index, row in enumerate(rows):
+        try:
+            items.append(read(index, row))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append((f"row {index}", error))
+    return items
 
 
 def inside(folder: str | Path, name: Any, where: str) -> Path:

@@ -7,14 +7,15 @@ row counted downwards.
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxid.data.files import save_picture
-from jaxid.data.scenes import OBJECTS, render, sample_grid
+from jaxid.data.objects import OBJECTS, check_pairs
+from jaxid.data.scenes import render, sample_grid
 from jaxid.errors import DataError, InputError
 
 Cell = tuple[int, int]
@@ -46,7 +47,7 @@ class GridItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneItem:
-    """What the name of a fine-tuning picture says."""
+    """Two objects and their cells: what the name of a fine-tuning picture says."""
 
     object_a: str
     object_b: str
@@ -60,8 +61,8 @@ def placements(
     """All ordered placements of two objects in different cells: 240 on the 4 x 4 grid.
 
     Args:
-        forbid_same_row: Leave out placements whose objects share a row.
-        forbid_same_column: Leave out placements whose objects share a column.
+        forbid_same_row: Skips placements whose objects share a row.
+        forbid_same_column: Skips placements whose objects share a column.
         grid: Cells a side.
 
     Returns:
@@ -99,9 +100,9 @@ def write_grid_folder(
         object_sizes: Sides of the objects, in pixels of the published 224-pixel cell.
         backgrounds: Kinds of background (`scenes.BACKGROUNDS`); white is the paper's transparent setting.
         jitter_size: Sides change by up to this share either way.
-        jitter_angle: Objects are turned by up to this many degrees either way.
-        forbid_same_row: Leave out placements whose objects share a row.
-        forbid_same_column: Leave out placements whose objects share a column.
+        jitter_angle: Objects are rotated by up to this many degrees either way.
+        forbid_same_row: Skips placements whose objects share a row.
+        forbid_same_column: Skips placements whose objects share a column.
         cells: Draws only these placements (cell of A, cell of B), such as `NEAR_FAR`.
 
     Returns:
@@ -111,39 +112,64 @@ def write_grid_folder(
         InputError: A pair is not two different drawn objects.
         OutputError: A picture cannot be written.
     """
-    for pair in pairs:
-        if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
-            raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
     placed = placements(forbid_same_row, forbid_same_column)
     if cells is not None:
         strange = [pair for pair in cells if pair not in placed]
         if strange or not cells:
             raise InputError(f"{strange or 'An empty list'} names no placements of two objects on the grid.")
         placed = list(dict.fromkeys(cells))
+
+    def path(item: FinetuneItem, size: int) -> Path:
+        (ax, ay), (bx, by) = item.cell_a, item.cell_b
+        return Path(folder) / f"{item.object_a}_{item.object_b}" / f"{ax}_{ay}" / f"{bx}_{by}_{size}.png"
+
+    return _draw(
+        pairs,
+        placed,
+        object_sizes,
+        path,
+        seed,
+        picture_size,
+        jitter_size=jitter_size,
+        jitter_angle=jitter_angle,
+        backgrounds=backgrounds,
+    )
+
+
+def _draw(
+    pairs: Sequence[tuple[str, str]],
+    placed: Sequence[tuple[Cell, Cell]],
+    sizes: Sequence[int],
+    path: Callable[[FinetuneItem, int], Path],
+    seed: int,
+    picture_size: int,
+    **drawing: Any,
+) -> list[GridItem]:
+    """Draws the placements of every pair at every size.
+
+    Args:
+        pairs: ordered pairs of different names from `OBJECTS`.
+        placed: cells of both objects.
+        sizes: sides of the objects, in pixels of the published 224-pixel cell.
+        path: the file of a picture.
+        seed: chooses colours, backgrounds and jitter.
+        picture_size: side of the square pictures, in pixels.
+        drawing: further options of `sample_grid`.
+    """
+    check_pairs(pairs)
+    cells_a, cells_b = np.asarray(placed).reshape(-1, 2, 2).swapaxes(0, 1)
     items = []
-    for number, (name_a, name_b) in enumerate(pairs):
-        rng = np.random.default_rng((seed, number))
-        for side in object_sizes:
-            both = np.asarray(placed).reshape(-1, 2, 2)
-            scenes = sample_grid(
-                rng,
-                np.full(len(placed), OBJECTS.index(name_a)),
-                both[:, 0],
-                np.full(len(placed), OBJECTS.index(name_b)),
-                both[:, 1],
-                scale=side / CELL_SIZE,
-                jitter_size=jitter_size,
-                jitter_angle=jitter_angle,
-                backgrounds=backgrounds,
-            )
-            for index, (cell_a, cell_b) in enumerate(placed):
-                name = f"{cell_b[0]}_{cell_b[1]}_{side}.png"
-                path = Path(folder) / f"{name_a}_{name_b}" / f"{cell_a[0]}_{cell_a[1]}" / name
+    for index, (name_a, name_b) in enumerate(pairs):
+        rng = np.random.default_rng((seed, index))
+        first, second = (np.full(len(placed), OBJECTS.index(name)) for name in (name_a, name_b))
+        for size in sizes:
+            scenes = sample_grid(rng, first, cells_a, second, cells_b, scale=size / CELL_SIZE, **drawing)
+            for row, (cell_a, cell_b) in enumerate(placed):
+                item = FinetuneItem(object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b)
                 # One picture at a time: all 240 of the published size together would take gigabytes.
-                save_picture(path, render(scenes[index : index + 1], picture_size)[0])
-                items.append(
-                    GridItem(picture=path, object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b, size=side)
-                )
+                picture = path(item, size)
+                save_picture(picture, render(scenes[row : row + 1], picture_size)[0])
+                items.append(GridItem(picture=picture, size=size, **dataclasses.asdict(item)))
     return items
 
 
@@ -155,7 +181,7 @@ _PLACED = re.compile(r"([0-3])_([0-3])_([1-9][0-9]*)\.png")
 def read_grid_folder(folder: str | Path) -> list[GridItem]:
     """Lists the pictures of a grid folder, sorted by pair, cells and size (greatest first).
 
-    Hidden files and folders are passed over. Object names may hold spaces but no underscores.
+    Hidden files and folders are skipped. Object names may hold spaces but no underscores.
 
     Raises:
         DataError: The folder is missing or empty, or something in it does not fit
@@ -202,6 +228,11 @@ def near_far_items(folder: str | Path) -> list[GridItem]:
     items = [item for item in read_grid_folder(folder) if (item.cell_a, item.cell_b) in NEAR_FAR]
     if not items:
         raise DataError(f"{folder} holds no picture with objects at 0_0 and 3_0, which near/far questions are about.")
+    return _largest(items)
+
+
+def _largest(items: Sequence[GridItem]) -> list[GridItem]:
+    """The items of the greatest size."""
     largest = max(item.size for item in items)
     return [item for item in items if item.size == largest]
 
@@ -266,30 +297,17 @@ def write_finetune_folder(
 
     Arguments and errors as in `write_grid_folder`.
     """
-    for pair in pairs:
-        if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
-            raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
-    items = []
-    for number, (name_a, name_b) in enumerate(pairs):
-        placed = placements()
-        both = np.asarray(placed).reshape(-1, 2, 2)
-        first, second = (np.full(len(placed), OBJECTS.index(name)) for name in (name_a, name_b))
-        scenes = sample_grid(
-            np.random.default_rng((seed, number)),
-            first,
-            both[:, 0],
-            second,
-            both[:, 1],
-            jitter_size=jitter_size,
-            jitter_angle=jitter_angle,
-            backgrounds=backgrounds,
-        )
-        for index, (cell_a, cell_b) in enumerate(placed):
-            item = FinetuneItem(object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b)
-            path = Path(folder) / finetune_name(item)
-            save_picture(path, render(scenes[index : index + 1], picture_size)[0])
-            items.append(GridItem(picture=path, size=CELL_SIZE, **dataclasses.asdict(item)))
-    return items
+    return _draw(
+        pairs,
+        placements(),
+        (CELL_SIZE,),
+        lambda item, _: Path(folder) / finetune_name(item),
+        seed,
+        picture_size,
+        jitter_size=jitter_size,
+        jitter_angle=jitter_angle,
+        backgrounds=backgrounds,
+    )
 
 
 def read_finetune_folder(folder: str | Path) -> list[GridItem]:
@@ -301,9 +319,7 @@ def read_finetune_folder(folder: str | Path) -> list[GridItem]:
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))
     if not found:
-        items = read_grid_folder(folder)
-        largest = max(item.size for item in items)
-        return [item for item in items if item.size == largest]
+        return _largest(read_grid_folder(folder))
     return [
         GridItem(picture=path, size=CELL_SIZE, **dataclasses.asdict(parse_finetune_name(path.name))) for path in found
     ]

@@ -11,6 +11,8 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxid.errors import InputError
+
 Points: TypeAlias = Float[np.ndarray, "*S 2"]
 Distance: TypeAlias = Float[np.ndarray, "*S"]
 
@@ -166,6 +168,17 @@ OBJECTS: tuple[str, ...] = tuple(_SHAPES)
 """Names of the drawn objects; `Scenes.objects` holds indices into this tuple."""
 
 
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuses pairs of objects that cannot be drawn.
+
+    Raises:
+        InputError: A pair is not of two different names of `OBJECTS`.
+    """
+    for pair in pairs:
+        if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
+            raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
+
+
 def _lattice(reach: float, size: int) -> Points:
     ticks = np.linspace(-reach, reach, size)
     return np.stack(np.meshgrid(ticks, ticks), axis=-1)
@@ -189,11 +202,11 @@ def _rasterised() -> tuple[Float[np.ndarray, "O S S 2"], Float[np.ndarray, "O 36
             distances[index, ..., 1] = _DETAILS[name](points) / half
         rim = (coarse[(distance <= 0) & (distance > -2 * spacing)] - middle) / half
         x, y = rim[:, 0], rim[:, 1]
-        turned = [
+        rotated = [
             np.outer(np.cos(angles), x) - np.outer(np.sin(angles), y),
             np.outer(np.sin(angles), x) + np.outer(np.cos(angles), y),
         ]
-        halves[index] = np.abs(turned).max(axis=(0, 2)) + spacing / 2
+        halves[index] = np.abs(rotated).max(axis=(0, 2)) + spacing / 2
     distances.flags.writeable = halves.flags.writeable = False
     return distances, halves
 
@@ -211,7 +224,7 @@ def templates() -> Float[np.ndarray, "O S S 2"]:
 
 
 def half_sides() -> Float[np.ndarray, "O 360"]:
-    """Half the side of the centred square that holds each object turned by 0..359 degrees, in template units."""
+    """Half the side of the centred square that holds each object rotated by 0..359 degrees, in template units."""
     return _rasterised()[1]
 
 

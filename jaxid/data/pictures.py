@@ -1,10 +1,10 @@
 """Changed pictures for activation swaps: mirrored, and recoloured by a rainbow ([ID] arXiv 2601.12626, Figure 4)."""
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 CYCLES = (0.8, 2.5)
-"""Fewest and most turns of the colour circle over the picture."""
+"""Fewest and most cycles of the rainbow over the picture."""
 
 MIX = 0.75
 """Share of the rainbow's hue in the new one."""
@@ -14,7 +14,7 @@ SATURATION = 1.1
 
 
 def mirrored(picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
-    """The picture turned left-right."""
+    """The picture reversed left to right."""
     return np.ascontiguousarray(picture[:, ::-1])
 
 
@@ -30,6 +30,8 @@ def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) ->
     Returns:
         A new picture.
     """
+    from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
+
     height, width = picture.shape[:2]
     angle, cycles, phase = rng.uniform(0, 2 * np.pi), rng.uniform(*CYCLES), rng.uniform()
     y, x = np.mgrid[:height, :width]
@@ -37,22 +39,7 @@ def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) ->
     along = np.cos(angle) * (x + 0.5) / width + np.sin(angle) * (y + 0.5) / height
     along /= abs(np.cos(angle)) + abs(np.sin(angle))
     rainbow = (cycles * along + phase) % 1.0
-    hue, saturation, value = _to_hsv(picture)
+    hue, saturation, value = np.moveaxis(rgb_to_hsv(picture / 255.0), -1, 0)  # 0 to 1 each
     way = (rainbow - hue + 0.5) % 1.0 - 0.5
-    return _from_hsv((hue + MIX * way) % 1.0, np.minimum(SATURATION * saturation, 1.0), value)
-
-
-def _to_hsv(picture: UInt8[np.ndarray, "Y X 3"]) -> tuple[Float[np.ndarray, "Y X"], ...]:
-    """Hue, saturation and value, 0 to 1 each."""
-    from matplotlib.colors import rgb_to_hsv
-
-    hsv = rgb_to_hsv(picture / 255.0)
-    return hsv[..., 0], hsv[..., 1], hsv[..., 2]
-
-
-def _from_hsv(
-    hue: Float[np.ndarray, "Y X"], saturation: Float[np.ndarray, "Y X"], value: Float[np.ndarray, "Y X"]
-) -> UInt8[np.ndarray, "Y X 3"]:
-    from matplotlib.colors import hsv_to_rgb
-
-    return np.rint(255 * hsv_to_rgb(np.stack([hue, saturation, value], axis=-1))).astype(np.uint8)
+    mixed = np.stack([(hue + MIX * way) % 1.0, np.minimum(SATURATION * saturation, 1.0), value], axis=-1)
+    return np.rint(255 * hsv_to_rgb(mixed)).astype(np.uint8)

@@ -20,6 +20,7 @@ __all__ = [
     "BACKGROUNDS",
     "COLORS",
     "OBJECTS",
+    "SLOT_FIELDS",
     "Scenes",
     "concatenate",
     "mirror",
@@ -82,12 +83,16 @@ class Scenes:
         return np.concatenate([self.centers - sides / 2, sides], axis=-1)
 
 
+SLOT_FIELDS = ("objects", "colors", "fills", "centers", "sizes", "angles")
+"""The fields of `Scenes` that have an axis of object slots."""
+
+
 def _arrays(scenes: Scenes) -> dict[str, np.ndarray]:
     return {field.name: getattr(scenes, field.name) for field in dataclasses.fields(scenes)}
 
 
 def concatenate(parts: Sequence[Scenes]) -> Scenes:
-    """All scenes of the parts in order; missing object slots are filled with "none".
+    """All scenes of the parts in order; missing object slots are padded with "none".
 
     Raises:
         InputError: There are no parts.
@@ -97,7 +102,7 @@ def concatenate(parts: Sequence[Scenes]) -> Scenes:
     slots = max(part.objects.shape[1] for part in parts)
 
     def padded(name: str, value: np.ndarray) -> np.ndarray:
-        if name not in ("objects", "colors", "fills", "centers", "sizes", "angles"):
+        if name not in SLOT_FIELDS:
             return value
         widths = [(0, 0), (0, slots - value.shape[1])] + [(0, 0)] * (value.ndim - 2)
         return np.pad(value, widths, constant_values=-1 if name in ("objects", "colors") else 0)
@@ -159,7 +164,7 @@ def _draw_objects(
     window = min(int(np.ceil(sides.max())) + 2, size)
     corner = np.clip(np.floor(places - window / 2 + 0.5).astype(np.int64), 0, size - window)
 
-    # Template units per pixel: the turned object just fills its bounding square.
+    # Template units per pixel: the rotated object just fills its bounding square.
     scale = 2 * half_sides()[objects, np.rint(angles).astype(np.int64) % 360] / sides
     turn = np.deg2rad(angles).astype(np.float32)
     cosine, sine = (scale * np.cos(turn))[:, None, None], (scale * np.sin(turn))[:, None, None]
@@ -212,7 +217,7 @@ def sample_free(
         size_range: Least and greatest side of an object, in picture fractions.
         min_gap: Least free space between two bounding squares, in picture fractions.
         distinct: Whether all objects of a scene differ.
-        max_angle: Objects are turned by up to this many degrees either way.
+        max_angle: Objects are rotated by up to this many degrees either way.
         mirror_share: Share of the scenes that are drawn left-right reversed.
         backgrounds: Kinds of background to draw from (`BACKGROUNDS`).
         forbid: Symmetric table of object pairs that never share a scene.
@@ -259,7 +264,7 @@ def sample_grid(
         grid: Cells a side.
         scale: Side of both objects in cells; the paper's are 224, 174, 124 and 74 of 224.
         jitter_size: Sides change by up to this share either way.
-        jitter_angle: Objects are turned by up to this many degrees either way.
+        jitter_angle: Objects are rotated by up to this many degrees either way.
         jitter_center: Centres move by up to this many cells either way along each axis. Jitter of size and place is
             reduced where the objects would otherwise overlap, and objects stay in the picture.
         mirror_share: Share of the scenes drawn left-right reversed (each object still sits in its given cell).

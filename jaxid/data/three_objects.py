@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxid.data.coco_spatial import MOST_IDS, PICTURES_FOLDER, find_pictures, picture_name
-from jaxid.data.files import save_bytes, save_picture
+from jaxid.data.files import save_picture, usable
 from jaxid.data.grid import GRID
-from jaxid.data.scenes import OBJECTS, VARIED, Scenes, render, sample_grid
+from jaxid.data.scenes import OBJECTS, SLOT_FIELDS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
-from jaxid.io import read_json
+from jaxid.io import read_json, write_text
 
 FILE = "three_objects.json"
 _EXPECTED = '[image_id, A, B, C, "yes" or "no"], three different names'
@@ -48,7 +48,7 @@ def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] |
 
     Args:
         folder: Holds `three_objects.json` and the pictures, in `val2017` or beside it.
-        bad: Where given, rows that cannot be used are left out and noted here: the row's name and its error.
+        bad: Where given, rows that cannot be used are skipped and noted here: the row's name and its error.
 
     Raises:
         DataError: The file is missing or no JSON list, or there are no pictures at all; and without `bad`, a row is
@@ -56,15 +56,8 @@ def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] |
     """
     folder = Path(folder)
     rows = read_json(folder / FILE, DataError, expected=list)
-    pictures, items = find_pictures(folder) if rows else folder, []
-    for index, row in enumerate(rows):
-        try:
-            items.append(_item(index, row, folder / FILE, pictures))
-        except DataError as error:
-            if bad is None:
-                raise
-            bad.append((f"row {index}", error))
-    return items
+    pictures = find_pictures(folder) if rows else folder
+    return usable(rows, lambda index, row: _item(index, row, folder / FILE, pictures), bad)
 
 
 def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectItem:
@@ -103,8 +96,8 @@ def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequ
     names = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :3]
     rows, columns = rng.integers(GRID, size=count), rng.integers(GRID, size=count)
     first, last = np.stack([0 * rows, rows], axis=-1), np.stack([0 * rows + GRID - 1, rows], axis=-1)
-    turned = rng.random((count, 1)) < 0.5
-    first, last = np.where(turned, last, first), np.where(turned, first, last)
+    swapped = rng.random((count, 1)) < 0.5
+    first, last = np.where(swapped, last, first), np.where(swapped, first, last)
     away = np.abs(np.arange(GRID) - rows[:, None]) >= 2
     far_rows = np.where(away, rng.random((count, GRID)), -1).argmax(axis=1)
     inside = np.stack([rng.integers(1, GRID - 1, size=count), rows], axis=-1)
@@ -112,17 +105,14 @@ def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequ
     options: dict[str, Any] = {"scale": 0.85, "jitter_angle": 10.0, "backgrounds": backgrounds}
     pair = sample_grid(rng, names[:, 0], first, names[:, 1], last, **options)
     other = sample_grid(rng, names[:, 2], third, names[:, 0], first, **options)
-    slots = ("objects", "colors", "fills", "centers", "sizes", "angles")
-    return dataclasses.replace(
-        pair,
-        **{name: np.concatenate([getattr(pair, name), getattr(other, name)[:, :1]], axis=1) for name in slots},
-    )
+    both = {name: [getattr(pair, name), getattr(other, name)[:, :1]] for name in SLOT_FIELDS}
+    return dataclasses.replace(pair, **{name: np.concatenate(parts, axis=1) for name, parts in both.items()})
 
 
 def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[ThreeObjectItem]:
     """Draws three-object scenes as a data set, balanced over yes and no as far as the scenes allow.
 
-    Which object is C is chosen so that the answer is clear; scenes without a clear question are left out.
+    Which object is C is chosen so that the answer is clear; scenes without a clear question are skipped.
 
     Args:
         folder: Gets `three_objects.json` and `val2017/` with the pictures as JPEG.
@@ -157,7 +147,7 @@ def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[T
     if not items:
         raise InputError("No scene has an object that is clearly in between two others, or clearly not.")
     rows = [[item.image_id, item.a, item.b, item.c, "yes" if item.between else "no"] for item in items]
-    save_bytes(folder / FILE, json.dumps(rows, indent=1).encode())
+    write_text(folder / FILE, json.dumps(rows, indent=1))
     return items
 
 

@@ -52,7 +52,7 @@ def spread(total: int, count: int = FRAMES) -> Int[np.ndarray, "count"]:
 def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> Clip:
     """Reads a clip from a video file, or from a folder of pictures in the order of the numbers in their names.
 
-    Frames are turned upright: those of a file by its display matrix, as phones write it, pictures by their tag.
+    Frames are rotated upright: those of a file by its display matrix, as phones write it, pictures by their tag.
 
     Args:
         path: the file or folder.
@@ -72,7 +72,7 @@ def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> 
     if path.is_dir():
         found = sorted((file for file in path.iterdir() if file.suffix.lower() in _PICTURES), key=_numbers)
         chosen = _chosen(path, len(found), frames)
-        pictures: list[Any] = [found[number] for number in chosen]
+        pictures: list[Any] = [found[index] for index in chosen]
     elif path.is_file():
         pictures, chosen, total, rate = _read_file(path, frames)
         with reading(path, "a video", DataError):  # whose size may change within
@@ -83,11 +83,11 @@ def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> 
 
 
 def _times(chosen: Int[np.ndarray, "F"], rate: float) -> tuple[float, ...]:
-    return tuple(float(number) / rate for number in chosen)
+    return tuple(float(index) / rate for index in chosen)
 
 
 def _numbers(path: Path) -> list[Any]:
-    """Sorts "frame10" behind "frame9"."""
+    """Sorts "frame10" after "frame9"."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.stem)]
 
 
@@ -98,7 +98,7 @@ def _chosen(path: Path, total: int, count: int) -> Int[np.ndarray, "count"]:
 
 
 def _read_file(path: Path, count: int) -> tuple[list[UInt8[np.ndarray, "Y X 3"]], Int[np.ndarray, "count"], int, float]:
-    """Frames, their numbers, how many the file has, and how many a second."""
+    """Frames, their indices, how many the file has, and how many a second."""
     # Counted first: what a file says of its length is often wrong, and all frames together may not fit in memory.
     with _opened(path) as (stream, decoded):
         total = sum(1 for _ in decoded)
@@ -107,10 +107,10 @@ def _read_file(path: Path, count: int) -> tuple[list[UInt8[np.ndarray, "Y X 3"]]
     kept: dict[int, UInt8[np.ndarray, "Y X 3"]] = {}
     wanted = set(chosen.tolist())
     with _opened(path) as (_, decoded):
-        for number, frame in enumerate(decoded):
-            if number in wanted:
-                kept[number] = _upright(frame)
-    return [kept[number] for number in chosen.tolist()], chosen, total, rate
+        for index, frame in enumerate(decoded):
+            if index in wanted:
+                kept[index] = _upright(frame)
+    return [kept[index] for index in chosen.tolist()], chosen, total, rate
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def _upright(frame: Any) -> UInt8[np.ndarray, "Y X 3"]:
     """A decoded frame as it is to be shown.
 
     Raises:
-        ValueError: if it is to be turned by no quarter of a turn.
+        ValueError: if it is to be rotated by anything but quarter turns.
     """
     pixels = frame.to_ndarray(format="rgb24")
     for data in frame.side_data:

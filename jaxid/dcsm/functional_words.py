@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxid.checks import check_finite
-from jaxid.data.files import save_bytes
 from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
-from jaxid.io import first_line, read_json, reading
+from jaxid.io import first_line, read_json, reading, write_text
 
 SIMPLIFY = (
     "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "
@@ -224,7 +223,7 @@ class Endpoint:
             if isinstance(kept, str):
                 return kept
         answer = self._answer(self._sent(json.dumps(body).encode()))
-        save_bytes(path, json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False).encode())
+        write_text(path, json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
         return answer
 
     def forget(self, prompt: str) -> None:

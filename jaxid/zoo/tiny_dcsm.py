@@ -1,8 +1,6 @@
 """The recipe of tiny-clip's scorer: pairs of opposite scenes to learn from, and questions on scenes never shown."""
 
-import csv
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from jaxtyping import Bool, UInt8
 
 from jaxid.checks import Range, check_seed
 from jaxid.data import scenes as drawn
-from jaxid.data.files import save_bytes, save_picture
+from jaxid.data.files import save_picture, write_csv
 from jaxid.data.scenes import Scenes
 from jaxid.dcsm import datasets
 from jaxid.dcsm.datasets import Item
@@ -302,9 +300,7 @@ def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> 
         captions = [f"{article(here)} but no {missing}", *wrong, f"no {here} but {article(missing)}"]
         lines.append([f"val2017/{number:012d}.jpg", "0", *captions, "hybrid"])
     head = ["image_path", "correct_answer", *(f"caption_{k}" for k in range(4)), "correct_answer_template"]
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([head, *lines])
-    save_bytes(folder / "images" / "COCO_val_mcq_llama3.1_rephrased.csv", buffer.getvalue().encode())
+    write_csv(folder / "images" / "COCO_val_mcq_llama3.1_rephrased.csv", [head, *lines])
     return str(out)
 
 
