@@ -19,7 +19,7 @@ _HEADWISE_FROM = 64 * 64
 """Scores of one head from which going head by head pays on CPU."""
 
 _QUERY_BLOCK = 192
-"""Queries that go together head by head; the keys after them are left out where attention is causal."""
+"""Queries that go together head by head; the keys after them are skipped where attention is causal."""
 
 
 def causal_mask(
@@ -36,8 +36,8 @@ def causal_mask(
         query 2 reads 1 1 1 0
 
     Args:
-        query_positions: place in the prompt of every query, Int[B, S].
-        key_positions: place in the prompt of every key, Int[B, T].
+        query_positions: position in the prompt of every query, Int[B, S].
+        key_positions: position in the prompt of every key, Int[B, T].
         key_valid: false where a key is padding, Bool[B, T].
 
     Returns:
@@ -48,7 +48,7 @@ def causal_mask(
 
 
 def near(query_positions: Int[Array, "B S"], key_positions: Int[Array, "B T"], window: int) -> Bool[Array, "B S T"]:
-    """Which keys stand less than `window` places before each query, or after it (sliding-window attention)."""
+    """Which keys stand less than `window` positions before each query, or after it (sliding-window attention)."""
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 
 

@@ -16,7 +16,6 @@ def log_probs(
     token_ids: Int[Array, "*ids"],
     *,
     block: int = 8192,
-    soft_cap: float | None = None,
 ) -> Float[Array, "*result"]:
     """Log-softmax over the vocabulary at chosen entries, in float32.
 
@@ -31,7 +30,6 @@ def log_probs(
         token_ids: Entries to read: [n], the same for every row, or [*batch, n]. An id outside the vocabulary
             gives NaN.
         block: Vocabulary entries taken at a time; a vocabulary no larger than this is taken at once.
-        soft_cap: Where given, logits z become soft_cap * tanh(z / soft_cap) first (Gemma).
 
     Returns:
         Log-probabilities, float32 [*batch, n].
@@ -42,17 +40,17 @@ def log_probs(
     token_ids = jnp.where(token_ids < 0, unembedding.shape[1], token_ids)
     chosen_columns = jnp.take(unembedding, token_ids, axis=1)  # [D, n] or [D, *batch, n]
     pattern = "...d,dn->...n" if token_ids.ndim == 1 else "...d,d...n->...n"
-    chosen = _cap(_contract(pattern, hidden, chosen_columns), soft_cap)
-    return chosen - _log_normaliser(hidden, unembedding, block, soft_cap)[..., None]
+    chosen = _contract(pattern, hidden, chosen_columns)
+    return chosen - _log_normaliser(hidden, unembedding, block)[..., None]
 
 
 def _log_normaliser(
-    hidden: Float[Array, "*batch D"], unembedding: Float[Array, "D V"], block: int, soft_cap: float | None
+    hidden: Float[Array, "*batch D"], unembedding: Float[Array, "D V"], block: int
 ) -> Float[Array, "*batch"]:
     """Log of the sum of exponentials of all logits, a block of the vocabulary at a time."""
     vocabulary = unembedding.shape[1]
     if vocabulary <= block:
-        return jax.nn.logsumexp(_cap(_contract("...d,dv->...v", hidden, unembedding), soft_cap), axis=-1)
+        return jax.nn.logsumexp(_contract("...d,dv->...v", hidden, unembedding), axis=-1)
 
     # Recomputed in the backward pass: otherwise the scan would store every block's logits, the table we
     # avoid.
@@ -65,7 +63,7 @@ def _log_normaliser(
         # shares with the block before is masked.
         start = jnp.minimum(first, vocabulary - block)
         columns = jax.lax.dynamic_slice_in_dim(unembedding, start, block, axis=1)
-        logits = _cap(_contract("...d,dv->...v", hidden, columns), soft_cap)
+        logits = _contract("...d,dv->...v", hidden, columns)
         logits = jnp.where(start + jnp.arange(block) >= first, logits, -jnp.inf)
         # The result does not depend on the shift, so neither does the gradient.
         new_largest = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(axis=-1)))
@@ -81,8 +79,3 @@ def _log_normaliser(
 def _contract(pattern: str, left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array, "..."]:
     """Product with float32 sums; float32 inputs keep their full precision on accelerators too."""
     return jnp.einsum(pattern, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-def _cap(logits: Float[Array, "..."], soft_cap: float | None) -> Float[Array, "..."]:
-    """Soft-capped logits, or the logits themselves."""
-    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

@@ -43,13 +43,13 @@ def accumulate(
         state: Sums so far.
         activations: One row an image, any float type; summed in float32.
         group: Group of each row (an object, a pair, a frame: the caller's choice).
-        cell: Cell of each row. A row whose group or cell is outside the state is left out (-1 for padding).
+        cell: Cell of each row. A row whose group or cell is outside the state is skipped (-1 for padding).
 
     Returns:
         The sums with the batch in them.
     """
     groups, cells = state.counts.shape
-    # A negative index would wrap around, so rows to leave out get an index past the end, which is dropped.
+    # A negative index would wrap around, so skipped rows get an index past the end, which is dropped.
     inside = (group >= 0) & (cell >= 0)
     group = jnp.where(inside, group, groups)
     cell = jnp.where(inside, cell, cells)
@@ -125,18 +125,11 @@ def placed_ids(
     return _divide(centred, places.counts[..., None, None]), places.counts
 
 
-def axes(
-    universal: Float[Array, "*batch X Y D"], *, include_diagonal: bool = False
-) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
+def axes(universal: Float[Array, "*batch X Y D"]) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
     """Spatial axes: the mean step to the right and the mean step down.
 
     The x axis is the mean over rows and over pairs of columns x1 < x2 of U(x2, y) - U(x1, y); the y axis
     likewise down the rows ([ID] arXiv 2601.12626, spatial axes).
-
-    Args:
-        universal: IDs of a grid.
-        include_diagonal: Averages over pairs x1 <= x2, as the published code does: the same axes, shorter by
-            (n - 1)/(n + 1) for n columns.
 
     Returns:
         The x axis (rightwards) and the y axis (downwards).
@@ -147,7 +140,7 @@ def axes(
         # Summed over pairs, line i is added once for each line before it and taken away once for each after.
         length = lines.shape[-2]
         weights = 2.0 * jnp.arange(length, dtype=jnp.float32) - (length - 1)
-        pairs = length * (length + 1 if include_diagonal else length - 1) / 2
+        pairs = length * (length - 1) / 2
         return jnp.einsum("...nd,n->...d", lines, weights / pairs, precision=_HIGHEST)
 
     return mean_step(universal.mean(axis=-2)), mean_step(universal.mean(axis=-3))
@@ -304,14 +297,14 @@ def bilinear(
     return mixed.reshape(*universal.shape[:-3], *x.shape, universal.shape[-1])
 
 
-def _divide(total: Float[Array, "..."], number: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."]:
+def _divide(total: Float[Array, "..."], count: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."]:
     """Quotient in float32, zero where the divisor is zero; NaN arises neither forwards nor backwards."""
-    number = number.astype(jnp.float32)
-    return jnp.where(number > 0, total / jnp.where(number > 0, number, 1.0), 0.0)
+    count = count.astype(jnp.float32)
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
 
 
 def _spread(present: Bool[Array, "G C"], means: Float[Array, "G C *rest"]) -> Bool[Array, "G C *ones"]:
-    """Presence with axes of length one behind, to go with the entries."""
+    """Presence with axes of length one at the end, to go with the entries."""
     return present.reshape(*present.shape, *(1,) * (means.ndim - 2))
 
 

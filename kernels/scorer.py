@@ -3,7 +3,7 @@
 The tiled form follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
 channels is nine (or 36) multiply-adds of whole vectors with a number. (2) Rows one column longer than the map, the
 last column zero, make every shift of a map one shift of flat memory. (3) The borders come out of the matrix product
-that makes the maps, whose picture tokens have rows around them, and caption tokens a column behind. Both sides are
+that makes the maps, whose picture tokens have rows around them, and caption tokens a column after them. Both sides are
 centred, so that maps of nearly equal numbers keep their differences; what the means add lies in the borders
 (`score_tile`).
 Source: [DCSM] arXiv 2503.08723, section 4.
@@ -123,7 +123,7 @@ def apply(
     Args:
         network: the scorer.
         maps: standardised.
-        key: of dropout behind every hidden layer of a CNN; without it, nothing is dropped.
+        key: of dropout after every hidden layer of a CNN; without it, nothing is dropped.
         rate: share of the numbers that dropout drops.
     """
     padded = jnp.pad(maps, ((0, 0), (BORDER, BORDER), (0, 1)))
@@ -131,10 +131,10 @@ def apply(
     return _head(network, _weights(network), flat, key if rate else None, rate)
 
 
-def _dropped(x: Float[Array, "*B"], key: Array | None, number: int, rate: float) -> Float[Array, "*B"]:
+def _dropped(x: Float[Array, "*B"], key: Array | None, layer: int, rate: float) -> Float[Array, "*B"]:
     if key is None:
         return x
-    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape), x / (1 - rate), 0)
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 # --- tiles ---------------------------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def score(
     rows, columns = -(-count // height), -(-captions // width)
     offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
     tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
-    images = _filled(images, rows * height).reshape(rows, height, *images.shape[1:])
-    texts = _filled(texts, columns * width).reshape(columns, width, *texts.shape[1:])
+    images = _padded(images, rows * height).reshape(rows, height, *images.shape[1:])
+    texts = _padded(texts, columns * width).reshape(columns, width, *texts.shape[1:])
     texts = jax.vmap(_caption_side)(texts)
     weights = _weights(network)
 
@@ -202,10 +202,10 @@ def score_rows(
     height = min(max(1, PAIRS // captions), count)
     rows = -(-count // height)
     offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
-    offset = _filled(offset, rows * height).reshape(rows, -1)
-    deviation = jnp.pad(deviation, ((0, rows * height - count), (0, 0)), constant_values=1).reshape(rows, -1)
-    images = _filled(images, rows * height).reshape(rows, height, *images.shape[1:])
-    texts = _filled(texts, rows * height).reshape(rows, height, *texts.shape[1:])
+    offset = _padded(offset, rows * height).reshape(rows, -1)
+    deviation = _padded(deviation, rows * height, fill=1.0).reshape(rows, -1)
+    images = _padded(images, rows * height).reshape(rows, height, *images.shape[1:])
+    texts = _padded(texts, rows * height).reshape(rows, height, *texts.shape[1:])
     weights = _weights(network)
 
     def row(given: tuple[Array, Array, Array, Array]) -> Float[Array, "p"]:
@@ -229,7 +229,7 @@ def score_tile(
     Args:
         network: the scorer.
         weights: its first wide layer, as `_weights` lays it out.
-        maps: products of centred tokens, flat, with `BORDER` rows above and below and a column behind each row. The
+        maps: products of centred tokens, flat, with `BORDER` rows above and below and a column after each row. The
             first row is that of the picture's mean token, the column that of the caption's: added to all others, they
             make the products maps about their own mean.
         offset: of every pair, from its group's mean.
@@ -255,7 +255,7 @@ def _head(
         return network.fc3 @ hidden + network.fc3_bias
     (image_tokens, text_tokens), pairs = map_shape(network), maps.shape[1]
     stride = text_tokens + 1
-    # The first convolution is needed a row further on both sides, and one number before and behind that.
+    # The first convolution is needed a row further on both sides, and one number before and after that.
     start, length = (BORDER - 1) * stride - 1, (image_tokens + 2) * stride + 2
     around = stride + 1
     inside = jnp.asarray(_inside(image_tokens, text_tokens)[start : start + length], maps.dtype)
@@ -268,6 +268,7 @@ def _head(
     return network.fc2 @ hidden + network.fc2_bias
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: int, pairs: int) -> Float[Array, "C s"]:
     """A 3 x 3 correlation of maps that lie flat, pairs fastest, where all nine numbers are there.
 
@@ -283,11 +284,6 @@ def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: i
     Returns:
         C channels, shorter by a row and a number on either side.
     """
-    return _correlate(x, kernel, stride, pairs)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _correlate(x: Array, kernel: Array, stride: int, pairs: int) -> Array:
     length = x.shape[1] - 2 * (stride + 1) * pairs
 
     def channel(_: None, own: Float[Array, "K 3 3"]) -> tuple[None, Float[Array, "s"]]:
@@ -308,21 +304,21 @@ def _shifted(x: Array, source: int, down: int, across: int, stride: int, pairs: 
 
 
 def _correlate_forward(x: Array, kernel: Array, stride: int, pairs: int) -> tuple[Array, tuple[Array, Array]]:
-    return _correlate(x, kernel, stride, pairs), (x, kernel)
+    return correlate(x, kernel, stride, pairs), (x, kernel)
 
 
 def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
     around = 2 * (stride + 1) * pairs
-    turned = jnp.swapaxes(kernel[:, :, ::-1, ::-1], 0, 1)
-    back = correlate(jnp.pad(gradient, ((0, 0), (around, around))), turned, stride, pairs)
+    rotated = jnp.swapaxes(kernel[:, :, ::-1, ::-1], 0, 1)
+    back = correlate(jnp.pad(gradient, ((0, 0), (around, around))), rotated, stride, pairs)
     # Row by row, so that the nine shifted copies stay in the cache.
     row = stride * pairs
     count = -(-gradient.shape[1] // row)
     gradient, x = (jnp.pad(side, ((0, 0), (0, count * row - gradient.shape[1]))) for side in (gradient, x))
 
-    def add(total: Float[Array, "C n"], number: Array) -> tuple[Float[Array, "C n"], None]:
-        first = number * row
+    def add(total: Float[Array, "C n"], index: Array) -> tuple[Float[Array, "C n"], None]:
+        first = index * row
         shifts = [
             jax.lax.dynamic_slice_in_dim(x, first + (down * stride + across) * pairs, row, axis=1)
             for down in range(3)
@@ -334,7 +330,7 @@ def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], grad
     return back, jnp.moveaxis(total.reshape(len(kernel), 3, 3, len(x)), -1, 1)
 
 
-_correlate.defvjp(_correlate_forward, _correlate_backward)
+correlate.defvjp(_correlate_forward, _correlate_backward)
 
 
 def _weights(network: Network) -> Float[Array, "H K"]:
@@ -356,15 +352,15 @@ def _picture_side(pictures: Float[Array, "p I E"]) -> Float[Array, "p R E"]:
 
 
 def _caption_side(texts: Float[Array, "m T E"]) -> Float[Array, "E J"]:
-    """Captions as the right side of the product: tokens less their mean, which stands behind each; captions fastest."""
+    """Captions as the right side of the product: tokens less their mean, which stands after them; captions fastest."""
     mean, rest = centred(texts, 1)
     padded = jnp.concatenate([rest, mean], axis=1)
     return jnp.transpose(padded, (2, 1, 0)).reshape(texts.shape[-1], -1)
 
 
-def _filled(x: Float[Array, "n *B"], count: int) -> Float[Array, "m *B"]:
-    """Zeros appended up to a length."""
-    return jnp.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1))
+def _padded(x: Float[Array, "n *B"], count: int, fill: float = 0.0) -> Float[Array, "m *B"]:
+    """Padded to a length with one number."""
+    return jnp.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
 
 
 def _blocks(

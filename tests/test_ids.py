@@ -109,7 +109,6 @@ def test_planted_geometry_is_recovered(ids):
     ):
         cosine = (axis * step).sum(-1) / np.linalg.norm(axis, axis=-1) / np.linalg.norm(step, axis=-1)
         np.testing.assert_allclose(cosine, 1.0, atol=1e-5)
-    np.testing.assert_allclose(ids.axes(include_diagonal=True)[0], 0.6 * x_axis, rtol=1e-5)
     coordinates = ids.plane_coordinates()
     assert coordinates.shape == (LAYERS, 4, 4, 2)
     assert (np.diff(coordinates[..., 1], axis=2) > 0).all()  # the second coordinate grows down the rows
@@ -142,7 +141,7 @@ def test_bfloat16_activations_give_float32_ids(ids):
     np.testing.assert_allclose(found.values, ids.values, atol=0.1)
 
 
-def test_objects_and_cells_without_pictures_are_left_out():
+def test_objects_and_cells_without_pictures_are_skipped():
     pictures = _pictures(_planted())
     keep = (pictures.object_index != 2) & ~((pictures.object_index == 1) & (pictures.own_index == 6))
     found = _extract(_select(pictures, keep))

@@ -119,13 +119,9 @@ class SpatialIDs(IDs):
         y = (boxes[..., 1] + boxes[..., 3] / 2) * (rows / height)
         return probing.bilinear(take(self.universal, layers), x, y, half_cell=half_cell)
 
-    def axes(self, *, include_diagonal: bool = False) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
-        """The x axis (rightwards) and the y axis (downwards) of each layer's universal IDs.
-
-        Args:
-            include_diagonal: The published factor, see `kernels.probing.axes`.
-        """
-        return probing.axes(self.universal, include_diagonal=include_diagonal)
+    def axes(self) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
+        """The x axis (rightwards) and the y axis (downwards) of each layer's universal IDs."""
+        return probing.axes(self.universal)
 
     def plane(self) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
         """Orthonormal directions (u, v) of each layer's plane of axes."""
@@ -180,7 +176,7 @@ class SpatialIDs(IDs):
         )
 
     def _size_index(self, size: Size | None) -> int:
-        """Position of a size, of the largest by default."""
+        """Index of a size, of the largest by default."""
         size = max(self.sizes) if size is None else size
         if size not in self.sizes:
             raise InputError(f"There are no IDs of size {size}; the sizes are {list(self.sizes)}.")
