@@ -445,8 +445,8 @@ def test_authors_universal_files(ids, tmp_path, sized):
         (lambda tree: tree[3]["cup"].update({"0_0": torch.zeros(WIDTH)}), r"\['cup'\] has the key '0_0'"),
         (lambda tree: tree[1].pop("cup"), "layer 1 is of"),
         (lambda tree: tree.pop(2), "has no layer 2"),
-        (lambda tree: tree.update({"2": tree[2]}), r"\['2'\] is not the number of a layer, or is one twice"),
-        (lambda tree: tree.update({"last": tree[2]}), r"\['last'\] is not the number"),
+        (lambda tree: tree.update({"2": tree[2]}), r"\['2'\] is not the index of a layer, or is one twice"),
+        (lambda tree: tree.update({"last": tree[2]}), r"\['last'\] is not the index"),
         (lambda tree: tree.update({2: torch.zeros(WIDTH)}), r"\[2\] is not a dictionary"),
         (
             lambda tree: tree[2].update({"fish": {}}),

@@ -79,7 +79,7 @@ def _layers(tree: Any, size: Size | None, path: str) -> dict[int, dict[str, dict
     for key, entry in _filled(tree, path).items():
         where = f"{path}: [{key!r}]"
         if isinstance(key, bool) or not str(key).isdecimal() or int(key) in layers:
-            raise CheckpointError(f"{where} is not the number of a layer, or is one twice.")
+            raise CheckpointError(f"{where} is not the index of a layer, or is one twice.")
         if all(isinstance(name, tuple) for name in _filled(entry, where)):
             entry = {"universal": entry}
         if not all(isinstance(name, str) for name in entry):

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxid.checks import check_finite
 from jaxid.data.grid import CELL_SIZE, GRID
@@ -68,7 +68,7 @@ class SpatialIDs(IDs):
         """
         index = self._size_index(size)
         values, counts = self.values[:, :, index], self.counts[:, index]
-        self._require_cells((counts > 0).any(axis=0), "any object", index)
+        self._require_cells(counts, "any object", index)
         return mean_over_objects(values, counts)
 
     def for_object(self, name: str, size: Size | None = None) -> Float[Array, "L X Y D"]:
@@ -80,7 +80,7 @@ class SpatialIDs(IDs):
         if name not in self.objects:
             raise InputError(f"There are no IDs of {name!r}; the objects are {', '.join(self.objects)}.")
         row, index = self.objects.index(name), self._size_index(size)
-        self._require_cells(self.counts[row, index] > 0, repr(name), index)
+        self._require_cells(self.counts[[row], index], repr(name), index)
         return jnp.asarray(self.values[:, row, index])
 
     def at_box(
@@ -182,10 +182,10 @@ class SpatialIDs(IDs):
             raise InputError(f"There are no IDs of size {size}; the sizes are {list(self.sizes)}.")
         return self.sizes.index(size)
 
-    def _require_cells(self, present: Bool[np.ndarray, "X Y"], whose: str, size_index: int) -> None:
+    def _require_cells(self, counts: Int[np.ndarray, "O X Y"], whose: str, size_index: int) -> None:
         """Refuses a grid with holes: axes and mixes of it would silently count them as zero vectors."""
-        if not present.all():
-            holes = [(int(x), int(y)) for x, y in np.argwhere(~present)]
+        holes = [(int(x), int(y)) for x, y in np.argwhere((counts == 0).all(axis=0))]
+        if holes:
             raise InputError(
                 f"There is no ID of {whose} at cells {holes}, size {self.sizes[size_index]}: extract from "
                 "pictures that cover every cell."
