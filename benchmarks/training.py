@@ -123,7 +123,14 @@ def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
         layer_names=tuple(f"blocks.{layer}.resid_post" for layer in range(layers)),
         model=model.name,
     )
-    config = FinetuneConfig(groups=1, batch_size=pictures, id_layer=11 * layers // 32, recompute=recompute)
+    config = FinetuneConfig(
+        groups=1,
+        batch_size=pictures,
+        id_layer=11 * layers // 32,
+        recompute=recompute,
+        template="{query}",
+        case="lower",
+    )
     return task(model, items, ids, config)
 
 
@@ -141,7 +148,7 @@ class JaxidSteps:
         self.batch = jax.device_put(dict(stage.batch(0)))
         self.constants = jax.device_put(dict(stage.constants))
         trained = task.selection.split(task.model.parameters)
-        self.state = {"parameters": trained, "optimizer": stage.optimizer.init(trained)}
+        self.state = training._start(stage, trained)
         self.step = training._step_function(stage, 1)
 
     def __call__(self) -> Mapping[str, float]:
@@ -198,13 +205,13 @@ def write_torch_inputs(task: Any, folder: Path) -> None:
     inputs = batch["inputs"]
     if batch["labels"].shape[-1] != 1:
         raise JaxidError("the answers have more than one token, for which the PyTorch step is not written.")
-    length = int(batch["places"].max()) + 1
+    length = int(batch["positions"].max()) + 1
     np.savez(
         folder / "batch.npz",
         token_ids=inputs["token_ids"][0, :, :length].astype(np.int64),
         valid=inputs["valid"][0, :, :length].astype(np.int64),
         pixels=inputs["pixels"][0],
-        places=batch["places"][0, :, 0].astype(np.int64),
+        places=batch["positions"][0, :, 0].astype(np.int64),
         labels=batch["labels"][0, :, 0].astype(np.int64),
         word=batch["word"][0].reshape(-1).astype(np.int64),
         target=batch["target"][0],

@@ -7,7 +7,7 @@ activations, less their mean over the batch, and the universal IDs of its cells.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxid.checks import check_finite, check_options
-from jaxid.data.coco_spatial import SpatialItem
+from jaxid import zoo
+from jaxid.checks import Count, Range, check_finite, check_options
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.data.grid import GridItem
 from jaxid.errors import DataError, InputError
-from jaxid.experiments.belief_swap import require_same_model
-from jaxid.experiments.relations import ANSWERS, Case, fill, prepare
+from jaxid.experiments.base import PUBLISHED_SUFFIX
+from jaxid.experiments.relations import fill, prepare
+from jaxid.experiments.session import padded, require_same_model, scaled
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.forward import forward
@@ -30,7 +32,7 @@ from jaxid.nn.layers import Recompute
 from jaxid.nn.sites import Capture, clean
 from jaxid.prompts.processor import Prompts
 from jaxid.train.loop import Metrics, Stage
-from jaxid.train.trainable import Selection, Tensor, choose, for_learning, tensors
+from jaxid.train.trainable import Selection, choose, for_learning, tensors
 
 QUESTIONS = {
     "horizontal": "Is the {b} to the left or right of the {a}?",
@@ -38,61 +40,96 @@ QUESTIONS = {
 }
 """As in the extraction of IDs, the object whose word is read stands second in the pair and first in the question."""
 
+PUBLISHED_LAYER = 11
+"""Of 32: the layer after which activations are compared with IDs."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """All that decides the outcome of a run, besides model, data and IDs."""
+    """All that decides the outcome of a run, besides model, data and IDs.
 
-    steps: int = 800  # optimiser steps
-    groups: int = 2  # small batches a step, whose gradients are averaged
-    batch_size: int = 12  # pictures of a small batch: the cells of one object, the other's place being the same
-    id_weight: float = 1.0  # of the ID loss; 0 trains on answers alone
-    id_layer: int = 11  # the decoder block after which the second object's word is compared with its ID
-    learning_rate: float = 5e-5  # peak
-    weight_decay: float = 0.01  # of all trained tensors
-    warmup: float = 0.03  # share of the steps in which the learning rate rises
-    schedule: str = "linear"  # after that: "linear" or "cosine" to zero, or "constant"
-    clip_norm: float = 1.0  # of the gradient of all trained tensors
-    selectors: tuple[str, ...] = ("vision-mlp", "projector")  # kinds of tensors, see `trainable.GROUPS`
-    vision_blocks: int | None = 6  # of the tower's blocks, so many last ones
-    budget: float = 0.3  # share of all parameters that may be trained
-    recompute: str = "cheap"  # in the backward pass: nothing, all but products with weights, or all of a block
-    held_out: float = 0.15  # share of the object pairs that training never sees
-    template: str = "{query}"  # the user's text
-    case: Case = "lower"  # form of the answer that is trained, "lower" or "capital"
-    seed: int = 0  # of held-out pairs, order of the data and "random"
+    Attributes:
+        steps: optimiser steps.
+        groups: small batches whose gradients a step averages.
+        batch_size: pictures of a small batch, which differ in the second object's cell alone.
+        id_weight: weight of the ID loss; 0 trains on answers alone.
+        id_layer: decoder layer after which the second object's word is compared with its ID; as deep as 11 of 32 by
+            default.
+        learning_rate: the peak.
+        weight_decay: of AdamW, on all trained tensors.
+        warmup: share of the steps in which the learning rate ascends.
+        schedule: of the learning rate after that: to zero along a line or a cosine, or constant.
+        clip_norm: largest norm of the gradient.
+        train: kinds of tensors, joined by commas: vision-mlp, projector, lm-attention, ..., all, random.
+        vision_blocks: last blocks of the vision tower that may be trained.
+        budget: share of all parameters that may be trained.
+        recompute: what the backward pass recomputes: nothing, all but products with weights (cheap), or all of a block.
+        held_out: share of the object pairs that training never sees.
+        template: the user's text, with {query}, {first}, {second}, {First}, {Second}; the published one by default.
+        case: form of the answer that is trained; the one that the published code reads for the model's family by
+            default.
+        seed: of held-out pairs, the order of the data and random tensors.
+    """
+
+    steps: Count = 800
+    groups: Count = 2
+    batch_size: Count = 12
+    id_weight: Annotated[float, Range(0)] = 1.0
+    id_layer: Annotated[int, Range(0)] | None = None
+    learning_rate: float = 5e-5
+    weight_decay: Annotated[float, Range(0)] = 0.01
+    warmup: Annotated[float, Range(0)] = 0.03
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip_norm: float = 1.0
+    train: str = "vision-mlp,projector"
+    vision_blocks: Count | None = 6
+    budget: Annotated[float, Range(0, 1)] = 0.3
+    recompute: Recompute = "cheap"
+    held_out: Annotated[float, Range(0)] = 0.15
+    template: str | None = None
+    case: Literal["lower", "capital"] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks every number's range.
+        """Checks what does not need the model.
 
         Raises:
-            InputError: naming the field.
+            InputError: naming the option.
         """
         check_options(self)
-        for name in ("steps", "groups", "batch_size", "vision_blocks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be 1 or more, not {getattr(self, name)}.")
         if self.batch_size < 2 and self.id_weight:
             raise InputError("the ID loss needs batches of 2 or more: activations are compared with their mean.")
-        for name, high in (("warmup", 1.0), ("held_out", 1.0)):
-            if not 0 <= getattr(self, name) < high:
-                raise InputError(f"{name} is a share from 0 to below 1, not {getattr(self, name)}.")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "clip_norm", "budget"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, not {getattr(self, name)}.")
-        if self.id_weight < 0 or self.weight_decay < 0 or self.id_layer < 0:
-            raise InputError("id_weight, weight_decay and id_layer must not be below 0.")
-        if not 0 < self.budget <= 1:
-            raise InputError(f"budget is a share of all parameters, above 0 and at most 1, not {self.budget}.")
-        if "{query}" not in self.template:
+        for name in ("warmup", "held_out"):
+            if not getattr(self, name) < 1:
+                raise InputError(f"{name} is a share below 1, not {getattr(self, name)}.")
+        if self.template is not None and "{query}" not in self.template:
             raise InputError(f"the template {self.template!r} has no place for the {{query}}.")
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise InputError(f"schedule is linear, cosine or constant, not {self.schedule!r}.")
-        if self.recompute not in get_args(Recompute):
-            raise InputError(f"recompute is {', '.join(get_args(Recompute))}, not {self.recompute!r}.")
-        if self.case not in ("lower", "capital"):
-            raise InputError(f"case is lower or capital, not {self.case!r}.")
+
+
+Config = TypeVar("Config", bound=FinetuneConfig)
+
+
+def resolved(config: Config, model: Model) -> Config:
+    """The settings with layer, template and case as the model has them, where none are given.
+
+    Raises:
+        InputError: if the model lacks the layer.
+    """
+    shipped = model.name in zoo.SHIPPED  # which know plain questions and answers in lower case only
+    (deep,) = scaled((PUBLISHED_LAYER,), model.num_layers)
+    layer = deep if config.id_layer is None else config.id_layer
+    if layer >= model.num_layers:
+        raise InputError(f"id_layer {layer} is out of range: {model.name} has layers 0..{model.num_layers - 1}.")
+    capital = model.processor.case == "capital" and not shipped
+    return dataclasses.replace(
+        config,
+        id_layer=layer,
+        template=config.template or ("{query}" if shipped else PUBLISHED_SUFFIX),
+        case=config.case or ("capital" if capital else "lower"),
+    )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -110,8 +147,8 @@ def groups_of(items: Sequence[GridItem]) -> list[Group]:
     """All groups of two or more pictures: same pair, same cell of the first object, a true answer along the axis."""
     found: dict[tuple[Any, ...], list[GridItem]] = {}
     for item in items:
-        for number, axis in enumerate(QUESTIONS):
-            if item.cell_a[number] != item.cell_b[number]:
+        for along, axis in enumerate(QUESTIONS):
+            if item.cell_a[along] != item.cell_b[along]:
                 found.setdefault((item.object_a, item.cell_a, item.object_b, axis), []).append(item)
     return [Group(axis=key[3], items=tuple(group)) for key, group in sorted(found.items()) if len(group) > 1]
 
@@ -123,8 +160,7 @@ def split_pairs(items: Sequence[GridItem], share: float, seed: int) -> tuple[lis
         DataError: if either would be empty though a share is held out.
     """
     pairs = sorted({tuple(sorted((item.object_a, item.object_b))) for item in items})
-    count = round(share * len(pairs)) if share else 0
-    count = max(count, 1) if share else 0
+    count = max(round(share * len(pairs)), 1) if share else 0
     if len(pairs) <= count:
         raise DataError(f"the pictures hold {len(pairs)} pairs of objects, too few to hold out {share:.0%} of them.")
     rows = np.random.default_rng((seed, 15)).permutation(len(pairs))[:count]
@@ -143,12 +179,12 @@ def spatial_items(items: Sequence[GridItem]) -> list[SpatialItem]:
             picture=item.picture,
             subject=item.object_b,
             object=item.object_a,
-            relation=words[int(item.cell_b[number] > item.cell_a[number])],
+            relation=words[int(item.cell_b[along] > item.cell_a[along])],
             row=row,
         )
         for row, item in enumerate(items)
-        for number, words in enumerate(ANSWERS.values())
-        if item.cell_a[number] != item.cell_b[number]
+        for along, words in enumerate(ANSWERS.values())
+        if item.cell_a[along] != item.cell_b[along]
     ]
 
 
@@ -160,50 +196,49 @@ def group_batch(
     Args:
         model: whose processor reads the pictures.
         group: the pictures.
-        chosen: which of them; fewer than the batch size are filled up by the first one, with weight 0.
+        chosen: which of them; fewer than the batch size are padded with the first one, of weight 0.
         ids: universal IDs of the model.
-        config: the run's settings.
+        config: the run's settings, resolved.
 
     Returns:
-        "inputs", the fields of `Inputs` by name; "places" and "labels", Int[B, n]: where each token of the answer is
-        read, and its id, -1 where an answer is shorter; "word", Int[B]: the second object's; "target", Float[B, D]: its
-        cell's ID; "weight", Float[B].
+        "inputs", the fields of `Inputs` by name; "positions" and "labels", Int[B, n]: where each token of the answer
+        is read, and its id, -1 where an answer is shorter; "word", Int[B]: position of the second object's; "target",
+        Float[B, D]: its cell's ID; "weight", Float[B].
 
     Raises:
         PromptError: for a word that the question does not hold, or an answer out of the vocabulary.
     """
-    items = [group.items[number] for number in chosen]
-    count = len(items)
-    full = items + items[:1] * (config.batch_size - count)
-    number, words = list(ANSWERS).index(group.axis), ANSWERS[group.axis]
-    queries = [QUESTIONS[group.axis].format(a=item.object_a, b=item.object_b) for item in full]
-    prompts = model.prepare([item.picture for item in full], [fill(config.template, one, words) for one in queries])
-    form = str.lower if config.case == "lower" else str.capitalize
+    items = padded([group.items[row] for row in chosen], config.batch_size)
+    along, words = list(ANSWERS).index(group.axis), ANSWERS[group.axis]
+    queries = [QUESTIONS[group.axis].format(a=item.object_a, b=item.object_b) for item in items]
+    texts = [fill(config.template or "{query}", query, words) for query in queries]
+    prompts = model.prepare([item.picture for item in items], texts)
+    form = str.capitalize if config.case == "capital" else str.lower
     tokens = model.processor.answer_tokens([form(word) for word in words])
-    answers = [tokens[int(item.cell_b[number] > item.cell_a[number])] for item in full]
-    prompts, places, labels = with_answers(prompts, answers)
-    cells = np.array([item.cell_b for item in full])
+    answers = [tokens[int(item.cell_b[along] > item.cell_a[along])] for item in items]
+    prompts, positions, labels = with_answers(prompts, answers)
+    cells = np.array([item.cell_b for item in items])
     return {
         "inputs": {field.name: getattr(prompts.inputs, field.name) for field in dataclasses.fields(Inputs)},
-        "places": places,
+        "positions": positions,
         "labels": labels,
-        "word": prompts.words([(item.object_b, item.object_a) for item in full])[:, 0],
+        "word": prompts.words([(item.object_b, item.object_a) for item in items])[:, 0],
         "target": np.asarray(ids.universal)[config.id_layer, cells[:, 0], cells[:, 1]],
-        "weight": (np.arange(len(full)) < count).astype(np.float32),
+        "weight": (np.arange(len(items)) < len(chosen)).astype(np.float32),
     }
 
 
 def with_answers(
     prompts: Prompts, answers: Sequence[Sequence[int]]
 ) -> tuple[Prompts, Int[np.ndarray, "B n"], Int[np.ndarray, "B n"]]:
-    """Prompts that go on with all but the last token of their answers; where each token is read, and its id or -1."""
+    """Prompts continued by all but the last token of their answers; where each token is read, and its id or -1."""
     longest = max(map(len, answers))
     lengths = np.array([len(answer) for answer in answers])
     labels = np.array([[*answer, *[-1] * (longest - len(answer))] for answer in answers], np.int32)
-    places = prompts.last()[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
+    positions = prompts.last()[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
     if longest > 1:
         prompts = prompts.extended(np.maximum(labels[:, :-1], 0), lengths - 1)
-    return prompts, places.astype(np.int32), labels
+    return prompts, positions.astype(np.int32), labels
 
 
 def step_batch(
@@ -212,8 +247,8 @@ def step_batch(
     """The small batches of a step, stacked: a pure function of seed and step, so that a resumed run sees the same."""
     rng = np.random.default_rng((config.seed, step))
     parts = []
-    for number in rng.choice(len(groups), config.groups, replace=len(groups) < config.groups):
-        group = groups[number]
+    for row in rng.choice(len(groups), config.groups, replace=len(groups) < config.groups):
+        group = groups[row]
         size = min(config.batch_size, len(group.items))
         parts.append(group_batch(model, group, rng.permutation(len(group.items))[:size].tolist(), ids, config))
     longest = max(part["inputs"]["token_ids"].shape[1] for part in parts)
@@ -229,18 +264,18 @@ def lengthened(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """The fields of `Inputs` with more padding."""
     count, length = inputs["token_ids"].shape
 
-    def longer(values: np.ndarray, fill: int) -> np.ndarray:
+    def longer(values: np.ndarray, padding: int) -> np.ndarray:
         widths = [(0, 0)] * (values.ndim - 1) + [(0, tokens - length)]
-        return np.pad(np.asarray(values), widths, constant_values=fill)
+        return np.pad(np.asarray(values), widths, constant_values=padding)
 
-    turned = inputs["rope_positions"]
+    rope = inputs["rope_positions"]
     return {
         **inputs,
         "token_ids": longer(inputs["token_ids"], 0),
         "positions": np.tile(np.arange(tokens, dtype=np.int32), (count, 1)),
         "valid": longer(inputs["valid"], 0),
-        "image_slots": longer(inputs["image_slots"], -1),
-        "rope_positions": None if turned is None else longer(turned, 0),
+        "image_rows": longer(inputs["image_rows"], -1),
+        "rope_positions": None if rope is None else longer(rope, 0),
     }
 
 
@@ -253,9 +288,9 @@ def id_loss(
     """One minus the mean cosine between activations, less their mean, and the IDs of their cells.
 
     Args:
-        activations: of the second object's word, after one block.
+        activations: of the second object's word, after one layer.
         targets: IDs.
-        weight: 0 for rows that only fill up the batch.
+        weight: 0 for rows of padding.
     """
     activations, total = activations.astype(jnp.float32), weight.sum()
     centred = activations - (activations * weight[:, None]).sum(axis=0) / total
@@ -285,7 +320,7 @@ def loss(
     """The whole loss of a small batch and its parts; see the module, and `group_batch` for the arrays."""
     network = nnx.merge(definition, nnx.State(parameters))
     capture = Capture(("resid_post",), positions=batch["word"][:, None])
-    output = network(Inputs(**batch["inputs"]), clean, capture, batch["places"])
+    output = network(Inputs(**batch["inputs"]), clean, capture, batch["positions"])
     matrix = network.decoder.unembed_matrix()
     logits = jnp.einsum("bnd,dv->bnv", output.hidden, matrix, preferred_element_type=jnp.float32)
     answer, accuracy = answer_loss(logits, batch["labels"], batch["weight"])
@@ -298,7 +333,7 @@ def loss(
 
 
 def learning_rates(config: FinetuneConfig) -> Callable[[Any], Any]:
-    """The learning rate of a step, counted from 0: a linear rise, then as the schedule says."""
+    """The learning rate of a step, counted from 0: ascending along a line, then as the schedule says."""
     rise = max(1, math.ceil(config.warmup * config.steps)) if config.warmup else 0
     fall = max(1, config.steps - rise)
 
@@ -313,14 +348,11 @@ def learning_rates(config: FinetuneConfig) -> Callable[[Any], Any]:
 
 
 def optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
-    """AdamW behind clipping; a step whose gradient is not finite is left out."""
-    # After this many skipped steps in a row, optax would apply updates that are not finite.
-    never = np.iinfo(np.int32).max
-    inner = optax.chain(
+    """AdamW on clipped gradients."""
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(learning_rates(config), weight_decay=config.weight_decay),
     )
-    return optax.apply_if_finite(inner, max_consecutive_errors=int(never))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,7 +365,7 @@ class Task:
         trained: how many numbers that is.
         definition: the network's, for training.
         groups: the training data.
-        config: the settings.
+        config: the settings, resolved.
         ids: the model's universal IDs.
     """
 
@@ -350,9 +382,8 @@ class Task:
 
         def of_trained(trained: Any, batch: dict[str, Any]) -> tuple[Array, Metrics]:
             parameters = self.selection.merge(batch["frozen"], trained)
-            return loss(
-                self.definition, parameters, batch, id_layer=self.config.id_layer, id_weight=self.config.id_weight
-            )
+            layer = cast(int, self.config.id_layer)
+            return loss(self.definition, parameters, batch, id_layer=layer, id_weight=self.config.id_weight)
 
         return Stage(
             name="fine-tuning",
@@ -370,18 +401,16 @@ class Task:
         return self.model.with_parameters(self.selection.merge(self.model.parameters, trained))
 
 
-def trained_tensors(model: Model, config: FinetuneConfig) -> tuple[Tensor, ...]:
+def select(model: Model, config: FinetuneConfig) -> Selection:
     """What is trained of a model, whose parameters may be shapes alone.
 
     Raises:
-        InputError: if no tensor fits the budget, or the layer is out of range.
+        InputError: for an unknown kind of tensors, or if none fits the budget.
     """
-    if not 0 <= config.id_layer < model.num_layers:
-        raise InputError(
-            f"id_layer {config.id_layer} is out of range: {model.name} has blocks 0..{model.num_layers - 1}."
-        )
     every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
-    return choose(every, config.selectors, budget=config.budget, vision_blocks=config.vision_blocks, seed=config.seed)
+    kinds = [kind.strip() for kind in config.train.split(",")]
+    found = choose(every, kinds, budget=config.budget, vision_blocks=config.vision_blocks, seed=config.seed)
+    return Selection.of(found)
 
 
 def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: FinetuneConfig) -> Task:
@@ -397,22 +426,20 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         InputError: if no tensor fits the budget, the layer is out of range, or the IDs are another model's.
         DataError: if no two pictures differ in the second object's cell alone.
     """
+    config = resolved(config, model)
     if config.id_weight:
         require_same_model(model, ids)
-    chosen = trained_tensors(model, config)
-    groups = groups_of(items)
+    selection, groups = select(model, config), groups_of(items)
     if not groups:
-        raise DataError("no two pictures show the same pair with the first object in one place: nothing to train on.")
+        raise DataError("no two pictures show the same pair with the first object in one cell: nothing to train on.")
     if config.id_weight:
         check_finite(f"the universal IDs of layer {config.id_layer}", np.asarray(ids.universal)[config.id_layer])
-    selection = Selection.of(chosen)
+    shapes = jax.eval_shape(selection.split, model.parameters)
     return Task(
         model=model,
         selection=selection,
-        trained=sum(tensor.size for tensor in chosen),
-        definition=for_learning(
-            model.definition, model.parameters, selection, recompute=cast(Recompute, config.recompute)
-        ),
+        trained=sum(leaf.size for leaf in shapes.values()),
+        definition=for_learning(model.definition, model.parameters, selection, recompute=config.recompute),
         groups=tuple(groups),
         config=config,
         ids=ids,
@@ -443,8 +470,7 @@ def evaluate(
         of_axis = [item for item in items if item.relation in words]
         for start in range(0, len(of_axis), batch_size):
             part = of_axis[start : start + batch_size]
-            full = part + part[:1] * (batch_size - len(part))
-            batch = prepare(model, full, template=template, case="both")
+            batch = prepare(model, padded(part, batch_size), template=template, case="both")
             found = np.asarray(batch.read(forward(model, batch.prompts)))[: len(part)]
             check_finite(f"log-probabilities of {model.name}'s answers", found)
             right += int((found.argmax(axis=-1) == batch.truth[: len(part)]).sum())

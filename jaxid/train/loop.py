@@ -78,7 +78,7 @@ def fit(
         columns: of `metrics.csv`, to which "skipped" is added.
         save_every: steps between saves.
         record_every: steps between rows of metrics.
-        progress: show a progress bar.
+        progress: show a progress bar, on terminals.
         log: is also given every row of metrics.
         check: is given the count of steps done and the parameters, every so often and at the end; after a kill, the
             steps that it undid are checked again.
@@ -113,7 +113,7 @@ def fit(
             state = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
             step_function = _step_function(stage, mesh.size)
             constants = jax.device_put(dict(stage.constants), same)
-            bar = tqdm(total=end, initial=first, unit="step", disable=not progress, desc=stage.name)
+            bar = tqdm(total=end, initial=first, unit="step", disable=None if progress else True, desc=stage.name)
             for step, batch in batches(stage, first):
                 whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
                 placed = {

@@ -90,7 +90,7 @@ def group_of(path: str, *, tied: bool) -> str:
     return "vision-attention" if any(part.startswith("attention") for part in parts) else "vision-mlp"
 
 
-def tensors(parameters: Mapping[str, Any], *, tied: bool) -> list[Tensor]:
+def tensors(parameters: dict[str, Any], *, tied: bool) -> list[Tensor]:
     """All tensors of a network, from its parameters or their shapes."""
     flat = flatten(parameters)
     lengths: dict[str, int] = {}
@@ -192,7 +192,7 @@ class Selection:
             found[tensor.path] = None if tensor.row is None else (*(found.get(tensor.path) or ()), tensor.row)
         return cls(tuple(sorted(found.items())))
 
-    def split(self, parameters: Mapping[str, Any]) -> Trained:
+    def split(self, parameters: dict[str, Any]) -> Trained:
         """The trained tensors as float32 copies, whatever the model's number format.
 
         Raises:
@@ -204,7 +204,7 @@ class Selection:
             for path, rows in self.rows
         }
 
-    def merge(self, parameters: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    def merge(self, parameters: dict[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters with the trained tensors in place, in the parameters' own number format."""
         flat = self._checked(parameters)
         for path, rows in self.rows:
@@ -217,7 +217,7 @@ class Selection:
                 flat[path] = leaf.at[np.array(rows)].set(new)
         return unflatten(flat)
 
-    def _checked(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """The network's parameters by path, in which all selected rows exist."""
         flat = dict(flatten(parameters))
         for path, rows in self.rows:

@@ -22,10 +22,12 @@ from families import CASES, EACH, Case, over
 
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.tensors import flatten
+from jaxid.checks import check_values
 from jaxid.data.grid import FinetuneItem, GridItem, finetune_name, placements, read_finetune_folder
 from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
+from jaxid.experiments.finetune_run import CompareFinetune
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.nn.layers import Recompute
@@ -36,7 +38,17 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CASE = CASES[0]
 PAIRS = (("star", "fish"), ("cat", "star"), ("fish", "cat"))
-QUICK = FinetuneConfig(steps=6, groups=2, batch_size=4, id_layer=1, learning_rate=1e-3, held_out=0.3, seed=3)
+QUICK = FinetuneConfig(
+    steps=6,
+    groups=2,
+    batch_size=4,
+    id_layer=1,
+    learning_rate=1e-3,
+    held_out=0.3,
+    template="{query}",
+    case="lower",
+    seed=3,
+)
 
 
 def model() -> Model:
@@ -221,10 +233,10 @@ def test_batch_says_what_the_pictures_show() -> None:
 
 def test_answers_of_several_tokens() -> None:
     prompts = model().prepare([items()[0].picture] * 2, ["Is the star above or below the fish?"] * 2)
-    longer, places, labels = finetune.with_answers(prompts, [[7, 8, 9], [5]])
+    longer, positions, labels = finetune.with_answers(prompts, [[7, 8, 9], [5]])
     last = prompts.last()
     assert labels.tolist() == [[7, 8, 9], [5, -1, -1]]
-    assert places.tolist() == [[last[0], last[0] + 1, last[0] + 2], [last[1]] * 3]
+    assert positions.tolist() == [[last[0], last[0] + 1, last[0] + 2], [last[1]] * 3]
     assert np.asarray(longer.inputs.token_ids)[0, last[0] + 1 : last[0] + 3].tolist() == [7, 8]
     assert not np.asarray(longer.inputs.valid)[1, last[1] + 1 :].any()
     logits = jax.random.normal(jax.random.key(0), (2, 3, 11))
@@ -257,8 +269,8 @@ def test_learning_rates() -> None:
         assert (np.diff(rates[10:]) <= 1e-6).all() and abs(rates[100] - end) < 1e-6
 
 
-def test_a_step_that_is_not_finite_is_left_out() -> None:
-    rule = finetune.optimizer(dataclasses.replace(QUICK, warmup=0.0))
+def test_a_step_that_is_not_finite_is_skipped() -> None:
+    rule = training.skip_not_finite(finetune.optimizer(dataclasses.replace(QUICK, warmup=0.0)))
     update: Any = rule.update
     parameters = {"a": jnp.ones(3)}
     with jax.numpy_dtype_promotion("standard"):
@@ -279,9 +291,8 @@ def losses(folder: Path) -> list[list[str]]:
 def trained(folder: Path, config: FinetuneConfig, loaded: Model | None = None) -> tuple[finetune.Task, Any]:
     task = finetune.task(loaded or model(), items(), ids(), config)
     with jax.numpy_dtype_promotion("standard"):
-        found = training.train(
+        found = training.fit(
             folder,
-            {},
             task.selection.split(task.model.parameters),
             [task.stage()],
             columns=("step", "stage", "loss", "answer_loss", "id_loss", "accuracy"),
@@ -408,10 +419,11 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads((folder / "both" / "comparison.json").read_text())["held_out"]
     assert found["difference"]["mean"] == pytest.approx(found["with_ids"]["mean"] - found["without_ids"]["mean"])
     assert (folder / "both" / "comparison.png").stat().st_size > 10_000
-    # Other settings do not go on with a run; a model is never written over.
+    # Other settings do not resume a run; a model is never written over.
     with pytest.raises(SystemExit) as ended:
         main(command(folder, "run", "--learning-rate", "0.5"))
-    assert ended.value.code == 2 and "other settings" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "other settings: learning rate was 5e-05, is now 0.5. Repeat those" in capsys.readouterr().err
     from jaxid.checkpoints.export import export
 
     with pytest.raises(OutputError, match="would overwrite the checkpoint"):
@@ -440,23 +452,21 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     [
         ({"steps": 0}, "steps must be 1 or more"),
         ({"batch_size": 1}, "batches of 2 or more"),
-        ({"warmup": 1.0}, "warmup is a share"),
-        ({"held_out": -0.1}, "held_out is a share"),
+        ({"warmup": 1.0}, "warmup is a share below 1"),
+        ({"held_out": -0.1}, "held_out must be 0 or more"),
+        ({"held_out": 1.0}, "held_out is a share below 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"id_weight": -1.0}, "must not be below 0"),
-        ({"schedule": "steps"}, "linear, cosine or constant"),
-        ({"case": "both"}, "lower or capital"),
-        ({"recompute": "some"}, "nothing, cheap, all"),
+        ({"id_weight": -1.0}, "id_weight must be 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
         ({"id_weight": float("inf")}, "id_weight must be a finite number"),
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
         ({"clip_norm": float("inf")}, "clip_norm must be a finite number"),
         ({"warmup": float("nan")}, "warmup must be a finite number"),
         ({"budget": float("nan")}, "budget must be a finite number"),
-        ({"budget": 1.5}, "budget is a share"),
-        ({"budget": 0.0}, "budget is a share"),
+        ({"budget": 1.5}, "budget must be at most 1"),
+        ({"budget": 0.0}, "budget must be above 0"),
         ({"vision_blocks": 0}, "vision_blocks must be 1 or more"),
-        ({"id_layer": -1}, "id_layer must not be below 0"),
+        ({"id_layer": -1}, "id_layer must be 0 or more"),
         ({"seed": -5}, "the seed must be an integer from 0"),
         ({"seed": 10**20}, "the seed must be an integer from 0"),
         ({"template": "What?"}, "has no place for the {query}"),
@@ -467,11 +477,33 @@ def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(QUICK, **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "steps"}, "schedule is one of linear, cosine, constant, not 'steps'"),
+        ({"case": "both"}, "case is one of lower, capital, not 'both'"),
+        ({"recompute": "some"}, "recompute is one of nothing, cheap, all"),
+    ],
+)
+def test_choices_that_do_not_exist(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_values(FinetuneConfig, change)  # what its constructor calls: here, types are checked before that
+
+
+def test_options_that_are_not_given_follow_the_model() -> None:
+    found = finetune.resolved(FinetuneConfig(), dataclasses.replace(model(), name="tiny-llava"))
+    layer = round(11 * model().num_layers / 32)
+    assert (found.id_layer, found.template, found.case) == (layer, "{query}", "lower")
+    other = finetune.resolved(FinetuneConfig(id_layer=0, case="capital"), model())
+    assert (other.id_layer, other.case) == (0, "capital") and "only" in (other.template or "")
+    assert finetune.resolved(other, model()) == other
+
+
 def test_what_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="id_layer 9 is out of range"):
         finetune.task(model(), items(), ids(), dataclasses.replace(QUICK, id_layer=9))
     with pytest.raises(InputError, match="no tensor of lm-mlp fits"):
-        finetune.task(model(), items(), ids(), dataclasses.replace(QUICK, selectors=("lm-mlp",), budget=1e-6))
+        finetune.task(model(), items(), ids(), dataclasses.replace(QUICK, train="lm-mlp", budget=1e-6))
     with pytest.raises(DataError, match="nothing to train on"):
         finetune.task(model(), items()[:1], ids(), QUICK)
     other = dataclasses.replace(ids(), fingerprint="another")
@@ -480,7 +512,5 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
     (tmp_path / "star_0-0_fish.png").write_bytes(b"")
     with pytest.raises(DataError, match="is no fine-tuning picture"):
         read_finetune_folder(tmp_path)
-    from jaxid.runs.finetune import compare
-
     with pytest.raises(DataError, match="holds no finished fine-tuning run"):
-        compare([tmp_path], tmp_path)
+        CompareFinetune((tmp_path,), out=tmp_path).run()

@@ -38,7 +38,7 @@ def batch(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(3)
     return {
         "inputs": vars(fixtures.device_inputs(prompts)),
-        "places": jnp.asarray(prompts.last()[:, None]),
+        "positions": jnp.asarray(prompts.last()[:, None]),
         "labels": jnp.asarray(rng.integers(5, 20, (2, 1)), jnp.int32),
         "word": jnp.asarray(prompts.word("fish")),
         "target": jnp.asarray(rng.standard_normal((2, model.width)), jnp.float32),
@@ -85,7 +85,7 @@ def theirs(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], fl
     handle.remove()
     rows = torch.arange(2)
     answer = torch.nn.functional.cross_entropy(
-        output.logits[rows, arrays["places"][:, 0].long()], arrays["labels"][:, 0].long()
+        output.logits[rows, arrays["positions"][:, 0].long()], arrays["labels"][:, 0].long()
     )
     word = held[0][rows, arrays["word"].long()]
     near = torch.nn.functional.cosine_similarity(word - word.mean(0), arrays["target"], dim=-1)

@@ -11,8 +11,8 @@ import pytest
 from test_finetune import command, ids, model, process, write_data
 
 from jaxid.errors import JaxidError
+from jaxid.experiments.finetune_study import FinetuneStudy
 from jaxid.io import locked
-from jaxid.runs import finetune_study
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -127,16 +127,18 @@ def test_a_run_is_compared_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairs": 121}, "2 to 120 pairs"),
-        ({"questions": 0}, "questions"),
-        ({"seeds": ()}, "needs seeds"),
-        ({"seeds": (-1,)}, "seed must be"),
-        ({"config": dataclasses.replace(finetune_study.CONFIG, id_layer=99)}, "id_layer 99 is out of range"),
-        ({"config": dataclasses.replace(finetune_study.CONFIG, selectors=("mlp",))}, "selectors"),
+        ({"pairs": 121}, "pairs must be at most 120"),
+        ({"pairs": 1}, "pairs must be 2 or more"),
+        ({"questions": 0}, "questions must be 1"),
+        ({"seeds": 0}, "seeds must be 1"),
+        ({"seed": -1}, "seed must be"),
+        ({"id_layer": 99}, "id_layer 99 is out of range"),
+        ({"id_weight": 0.0}, "id_weight above 0"),
+        ({"train": "mlp"}, "selectors"),
         ({"model": "none"}, "no model folder"),
     ],
 )
 def test_a_study_that_cannot_be_made(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(JaxidError, match=message):
-        finetune_study.run(tmp_path / "study", **options)
+        FinetuneStudy(out=tmp_path / "study", **options).run()
     assert not (tmp_path / "study").exists()
