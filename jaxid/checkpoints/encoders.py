@@ -1,7 +1,6 @@
 """From a name to a CLIP-like model: alias, Hugging Face id, local folder, or OpenCLIP weight file."""
 
 from pathlib import Path
-from typing import Any
 
 from jaxid.checkpoints import openclip, tensors
 from jaxid.checkpoints.loading import check_dtype, described, find_folder, load_network, parsed
@@ -10,6 +9,7 @@ from jaxid.families.base import Encoder
 from jaxid.families.openclip import OpenCLIPImages, kind_of
 from jaxid.families.registry import ENCODERS
 from jaxid.io import without_advice
+from jaxid.nn.fields import Json
 from jaxid.prompts.dual import DualProcessor
 
 
@@ -57,8 +57,8 @@ def load_encoder(
 
 def _open_clip(
     name: str,
-    fields: dict[str, Any],
-    settings: dict[str, Any],
+    fields: Json,
+    settings: Json,
     weights: Path,
     dtype: str,
     tokenizer: str | Path | None,

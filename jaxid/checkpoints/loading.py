@@ -16,7 +16,7 @@ from jaxid.errors import CheckpointError, InputError
 from jaxid.families.base import Family, Model
 from jaxid.families.registry import ALIASES, FAMILIES, family, kind_of
 from jaxid.io import first_line, read_json, reading, redacted, without_advice
-from jaxid.nn.fields import check_fields
+from jaxid.nn.fields import Json, check_fields
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""
@@ -153,7 +153,7 @@ def check_dtype(dtype: str) -> None:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
 
 
-def parsed(kind: Family, fields: dict[str, Any], path: Path) -> Any:
+def parsed(kind: Family, fields: Json, path: Path) -> Any:
     """A family's config from the fields of a file.
 
     Raises:

@@ -15,6 +15,7 @@ from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.errors import CheckpointError
 from jaxid.families.openclip import ARCHITECTURES
 from jaxid.io import first_line, read_json, redacted
+from jaxid.nn.fields import Json
 from jaxid.prompts.words import read_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
@@ -92,7 +93,7 @@ def find_weights(folder: Path) -> Path:
     return found[0]
 
 
-def read_openclip_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_openclip_config(path: Path) -> tuple[Json, Json]:
     """`model_cfg` and `preprocess_cfg` of a folder's config.
 
     Raises:
@@ -110,7 +111,7 @@ def read_openclip_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return parts[0], parts[1]
 
 
-def architecture(name: str | None, path: Path) -> dict[str, Any]:
+def architecture(name: str | None, path: Path) -> Json:
     """The `model_cfg` of a named architecture.
 
     Raises:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from jaxid.nn.decoder_config import ModelConfig
 from jaxid.nn.dual import DualConfig, DualEncoder
+from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key
 from jaxid.nn.network import Network
 from jaxid.prompts.dual import DualProcessor
@@ -51,7 +52,7 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    config: Callable[[dict[str, Any]], Any]
+    config: Callable[[Json], Any]
     network: Callable[..., nnx.Module]
     keys: Callable[[Any], list[Key]]
     processor: type[Processor] | type[DualProcessor]

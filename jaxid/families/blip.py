@@ -1,13 +1,13 @@
 """BLIP's contrastive side: BERT's blocks over captions, a ViT over pictures (HF BlipForImageTextRetrieval)."""
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 
 from jaxid.families.base import Family
 from jaxid.nn.dual import DualConfig, DualEncoder, part
-from jaxid.nn.keys import Key, fused_heads_in, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.fields import Json
+from jaxid.nn.keys import Key, attention_keys, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.text import TextConfig
 from jaxid.nn.vision import VisionConfig
 from jaxid.prompts.dual import DualProcessor
@@ -33,7 +33,7 @@ class BlipConfig(DualConfig):
     image_text_hidden_size: int = 256  # E
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "BlipConfig":
+    def from_hf(cls, fields: Json) -> "BlipConfig":
         """Reads a BLIP config.json.
 
         Raises:
@@ -82,12 +82,9 @@ def blip_keys(config: BlipConfig) -> list[Key]:
 
 def bert_keys(config: TextConfig) -> list[Key]:
     """Key table of a text encoder in BERT's names."""
-    heads = config.num_attention_heads
+    heads, names = config.num_attention_heads, ("query", "key", "value")
     block = [
-        *heads_in("attention.self.query", "attention.query", heads, bias=True),
-        *heads_in("attention.self.key", "attention.key", heads, bias=True),
-        *heads_in("attention.self.value", "attention.value", heads, bias=True),
-        *heads_out("attention.output.dense", "attention.out", heads, bias=True),
+        *attention_keys("attention.self.{}", names, "attention.output.dense", heads, bias=True, out_bias=True),
         *layer_norm("attention.output.LayerNorm", "attention_norm"),
         *linear("intermediate.dense", "up", bias=True),
         *linear("output.dense", "down", bias=True),

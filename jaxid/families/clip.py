@@ -1,13 +1,13 @@
 """CLIP: causal text encoder, class token, two projections (HF CLIPModel)."""
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxid.families.base import Family
 from jaxid.nn.dual import DualConfig, DualEncoder, part
+from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, linear, prefixed
 from jaxid.nn.layers import filled
 from jaxid.nn.text import TextConfig, at_end, text_keys
@@ -22,7 +22,7 @@ class CLIPConfig(DualConfig):
     projection_dim: int = 512  # E
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "CLIPConfig":
+    def from_hf(cls, fields: Json) -> "CLIPConfig":
         """Reads a CLIP config.json.
 
         Raises:

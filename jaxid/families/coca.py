@@ -1,7 +1,6 @@
 """CoCa's contrastive side: an attentional pooler over patches, a class token after captions (`open_clip.CoCa`)."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +11,7 @@ from jaxid.families import openclip
 from jaxid.families.base import Family
 from jaxid.kernels import attention
 from jaxid.nn.dual import DualConfig, DualEncoder, Encoded
+from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, heads_out, layer_norm
 from jaxid.nn.layers import LayerNorm, Linear, filled, join_heads, normal
 from jaxid.prompts.dual import DualProcessor
@@ -26,7 +26,7 @@ class CoCaConfig(DualConfig):
     pooler_heads: int = 8  # H of the pooler
 
     @classmethod
-    def from_openclip(cls, fields: dict[str, Any]) -> "CoCaConfig":
+    def from_openclip(cls, fields: Json) -> "CoCaConfig":
         """Reads the `model_cfg` of a CoCa.
 
         Raises:

@@ -1,7 +1,6 @@
 """FLAVA's contrastive side: two pre-norm towers with class tokens (HF FlavaModel)."""
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -9,7 +8,8 @@ from jaxtyping import Array, Float, Int
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Family
 from jaxid.nn.dual import DualConfig, DualEncoder
-from jaxid.nn.keys import Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.fields import Json
+from jaxid.nn.keys import Key, attention_keys, layer_norm, linear, prefixed
 from jaxid.nn.layers import filled, normal
 from jaxid.nn.text import TextConfig, TextEncoder
 from jaxid.nn.vision import VisionConfig
@@ -29,7 +29,7 @@ class FlavaConfig(DualConfig):
     type_vocab_size: int = 2  # kinds of segments; captions are all of kind 0
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "FlavaConfig":
+    def from_hf(cls, fields: Json) -> "FlavaConfig":
         """Reads a FLAVA config.json.
 
         Raises:
@@ -64,13 +64,10 @@ class FlavaConfig(DualConfig):
 
 
 def _block_keys(config: TextConfig | VisionConfig) -> list[Key]:
-    heads, bias = config.num_attention_heads, config.attention_bias
+    heads, bias, names = config.num_attention_heads, config.attention_bias, ("query", "key", "value")
     return [
         *layer_norm("layernorm_before", "attention_norm"),
-        *heads_in("attention.attention.query", "attention.query", heads, bias=bias),
-        *heads_in("attention.attention.key", "attention.key", heads, bias=bias),
-        *heads_in("attention.attention.value", "attention.value", heads, bias=bias),
-        *heads_out("attention.output.dense", "attention.out", heads, bias=True),
+        *attention_keys("attention.attention.{}", names, "attention.output.dense", heads, bias=bias, out_bias=True),
         *layer_norm("layernorm_after", "mlp_norm"),
         *linear("intermediate.dense", "up", bias=True),
         *linear("output.dense", "down", bias=True),

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -13,6 +12,7 @@ from jaxid.families.base import Family, Published, hidden_states
 from jaxid.families.llava import RENAMES, UNUSED
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, prefixed
 from jaxid.nn.layers import Linear, RMSNorm, with_token_indices
@@ -34,7 +34,7 @@ class Gemma3Config(ModelConfig):
     eoi_token_index: int = 256000  # id of the token after a picture
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "Gemma3Config":
+    def from_hf(cls, fields: Json) -> "Gemma3Config":
         """Reads a Gemma 3 config.json.
 
         Raises:

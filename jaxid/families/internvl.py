@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -13,8 +12,9 @@ from jaxid.errors import CheckpointError
 from jaxid.families.base import Family, Published, hidden_states
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, layer_norm, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, state_indices
@@ -36,7 +36,7 @@ _TOWER = {
 """Defaults of HF's InternVLVisionConfig."""
 
 
-def _vision_config(fields: dict[str, Any]) -> VisionConfig:
+def _vision_config(fields: Json) -> VisionConfig:
     """Reads the `vision_config`, whose sizes may be pairs."""
     fields = _TOWER | {name: value for name, value in fields.items() if value is not None}
     for name in ("image_size", "patch_size"):
@@ -74,7 +74,7 @@ class InternVLConfig(ModelConfig):
     vision_feature_layer: int = -1  # tower hidden states to project
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "InternVLConfig":
+    def from_hf(cls, fields: Json) -> "InternVLConfig":
         """Reads a config.json in Hugging Face's layout.
 
         Raises:
@@ -126,17 +126,10 @@ def internvl_keys(config: InternVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
     vision = config.vision_config
     heads, bias = vision.num_attention_heads, vision.attention_bias
-
-    def norm(source: str, target: str) -> list[Key]:
-        return [Key(f"{source}.weight", f"{target}.scale")] if vision.rms_norm else layer_norm(source, target)
-
     block = [
-        *norm("layernorm_before", "attention_norm"),
-        *heads_in("attention.q_proj", "attention.query", heads, bias=bias),
-        *heads_in("attention.k_proj", "attention.key", heads, bias=bias),
-        *heads_in("attention.v_proj", "attention.value", heads, bias=bias),
-        *heads_out("attention.projection_layer", "attention.out", heads, bias=True),
-        *norm("layernorm_after", "mlp_norm"),
+        *layer_norm("layernorm_before", "attention_norm", bias=not vision.rms_norm),
+        *attention_keys("attention.{}_proj", "qkv", "attention.projection_layer", heads, bias=bias, out_bias=True),
+        *layer_norm("layernorm_after", "mlp_norm", bias=not vision.rms_norm),
         *linear("mlp.fc1", "up", bias=True),
         *linear("mlp.fc2", "down", bias=True),
         Key("lambda_1", "attention_scale"),

@@ -1,7 +1,6 @@
 """LLaVA-1.5 and its variants: CLIP or SigLIP tower, two-layer projector, decoder (HF LlavaForConditionalGeneration)."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +10,7 @@ from jaxid.errors import CheckpointError
 from jaxid.families.base import Family, Published, hidden_states
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, Linear, with_token_indices
@@ -41,7 +41,7 @@ class LlavaConfig(ModelConfig):
     multimodal_projector_bias: bool = True  # biases in the projector
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "LlavaConfig":
+    def from_hf(cls, fields: Json) -> "LlavaConfig":
         """Reads a LLaVA config.json.
 
         Raises:

@@ -22,6 +22,7 @@ from jaxid.families.llava import RENAMES, UNUSED, Llava, LlavaConfig, llava_keys
 from jaxid.families.llava_packing import NEWLINE_POSITIONS, POOL_MODES, Layout, clip_rows, picture_layout, pooling
 from jaxid.io import read_json, reading
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
+from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, linear, prefixed
 from jaxid.nn.layers import normal, with_token_indices
@@ -97,7 +98,7 @@ class LlavaVideoConfig(LlavaConfig):
     mm_newline_position: str = "one_token"  # after what in a clip `image_newline` comes: "grid" rows, "frame" ...
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "LlavaVideoConfig":
+    def from_hf(cls, fields: Json) -> "LlavaVideoConfig":
         """Reads a config.json of Hugging Face's LLaVA-OneVision layout.
 
         Raises:
@@ -132,7 +133,7 @@ class LlavaVideoConfig(LlavaConfig):
         return _checked(cls.from_fields(fields | read, where="the top level", ignored=ignored))
 
     @classmethod
-    def from_original(cls, fields: dict[str, Any]) -> "LlavaVideoConfig":
+    def from_original(cls, fields: Json) -> "LlavaVideoConfig":
         """Reads a flat config.json of LLaVA-NeXT's own layout.
 
         The tower is known by its name; a checkpoint with another SigLIP tower may describe it as `vision_config`.

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +14,9 @@ from jaxid.families.base import Family, Published, hidden_states
 from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
 from jaxid.kernels import attention
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, unembedding_key
-from jaxid.nn.fields import check_parts, check_patches
+from jaxid.nn.fields import Json, check_parts, check_patches
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, layer_norm, linear, prefixed
 from jaxid.nn.layers import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig, run_blocks
@@ -81,7 +80,7 @@ class MllamaVisionConfig(Config):
         )
 
 
-def _vision_config(fields: dict[str, Any]) -> MllamaVisionConfig:
+def _vision_config(fields: Json) -> MllamaVisionConfig:
     """Reads the `vision_config`."""
     fields = {name: value for name, value in fields.items() if value is not None}
     ratios = fields.pop("supported_aspect_ratios", None)
@@ -106,7 +105,7 @@ class MllamaConfig(ModelConfig):
     image_token_index: int = 128256  # id of the token that stands where a picture is shown
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "MllamaConfig":
+    def from_hf(cls, fields: Json) -> "MllamaConfig":
         """Reads a config.json.
 
         Raises:
@@ -133,10 +132,7 @@ def mllama_keys(config: MllamaConfig) -> list[Key]:
     heads = config.vision_config.attention_heads
     block = [
         *layer_norm("input_layernorm", "attention_norm"),
-        *heads_in("self_attn.q_proj", "attention.query", heads, bias=False),
-        *heads_in("self_attn.k_proj", "attention.key", heads, bias=False),
-        *heads_in("self_attn.v_proj", "attention.value", heads, bias=False),
-        *heads_out("self_attn.o_proj", "attention.out", heads, bias=False),
+        *attention_keys("self_attn.{}_proj", "qkv", "self_attn.o_proj", heads, bias=False, out_bias=False),
         *layer_norm("post_attention_layernorm", "mlp_norm"),
         *linear("mlp.fc1", "up", bias=True),
         *linear("mlp.fc2", "down", bias=True),
@@ -246,6 +242,8 @@ class MllamaTower(nnx.Module):
 
 class Mllama(Network):
     """The network; pictures enter by cross-attention, not as tokens."""
+
+    decoder: MllamaDecoder
 
     def __init__(self, config: MllamaConfig, *, rngs: nnx.Rngs):
         """Builds tower, projector and decoder."""

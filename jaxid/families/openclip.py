@@ -9,16 +9,16 @@ from jaxtyping import Float
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Family
 from jaxid.families.clip import CLIP, CLIPConfig
+from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.text import TextConfig
 from jaxid.nn.vision import VisionConfig
 from jaxid.prompts.base import check_settings
 from jaxid.prompts.dual import DualProcessor
+from jaxid.prompts.pictures import PILImage
 
 
-def _architecture(
-    embed_dim: int, vision: tuple[int, int, int], text: tuple[int, int], **further: Any
-) -> dict[str, Any]:
+def _architecture(embed_dim: int, vision: tuple[int, int, int], text: tuple[int, int], **further: Any) -> Json:
     """A `model_cfg` from the tower's layers, width and patch size and the text's width and heads."""
     layers, width, patch_size = vision
     return {
@@ -29,7 +29,7 @@ def _architecture(
     }
 
 
-def _coca(config: Mapping[str, Any], pooler_heads: int) -> dict[str, Any]:
+def _coca(config: Json, pooler_heads: int) -> Json:
     vision = {**config["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": pooler_heads}
     return {
         **config,
@@ -42,7 +42,7 @@ def _coca(config: Mapping[str, Any], pooler_heads: int) -> dict[str, Any]:
 
 _B32, _B16 = (_architecture(512, (12, 768, patch), (512, 8)) for patch in (32, 16))
 _L14 = _architecture(768, (24, 1024, 14), (768, 12))
-ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+ARCHITECTURES: Mapping[str, Json] = {
     "ViT-B-32": _B32,
     "ViT-B-32-quickgelu": {**_B32, "quick_gelu": True},
     "ViT-B-16": _B16,
@@ -55,7 +55,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 """The `model_cfg` of OpenCLIP's architectures by name, for files that bring none."""
 
 
-def parts(fields: Mapping[str, Any]) -> tuple[TextConfig, VisionConfig]:
+def parts(fields: Json) -> tuple[TextConfig, VisionConfig]:
     """Text encoder and tower of a `model_cfg`.
 
     Raises:
@@ -91,7 +91,7 @@ def parts(fields: Mapping[str, Any]) -> tuple[TextConfig, VisionConfig]:
     )
 
 
-def openclip_config(fields: dict[str, Any]) -> CLIPConfig:
+def openclip_config(fields: Json) -> CLIPConfig:
     """Reads the `model_cfg` of a CLIP.
 
     Raises:
@@ -158,7 +158,7 @@ def openclip_keys(config: CLIPConfig) -> list[Key]:
     ]
 
 
-def kind_of(fields: Mapping[str, Any]) -> str:
+def kind_of(fields: Json) -> str:
     """The family by which a `model_cfg` is looked up."""
     return "open_clip_coca" if "multimodal_cfg" in fields else "open_clip"
 
@@ -169,7 +169,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class OpenCLIPImages:
     """Shortest side resized, centre cropped, normalised; used like an image processor of transformers."""
 
-    def __init__(self, side: int, settings: Mapping[str, Any]):
+    def __init__(self, side: int, settings: Json):
         """Reads a `preprocess_cfg`.
 
         Args:
@@ -192,12 +192,14 @@ class OpenCLIPImages:
         self.image_mean, self.image_std = settings.get("mean") or MEAN, settings.get("std") or STD
         check_settings({"image_mean": self.image_mean, "image_std": self.image_std}, "preprocess_cfg")
 
-    def __call__(self, pictures: Sequence[Any], return_tensors: str = "np") -> dict[str, Float[np.ndarray, "N 3 Y X"]]:
+    def __call__(
+        self, pictures: Sequence[PILImage], return_tensors: str = "np"
+    ) -> dict[str, Float[np.ndarray, "N 3 Y X"]]:
         """PIL pictures as pixels."""
         del return_tensors
         return {"pixel_values": np.stack([self._prepared(picture) for picture in pictures])}
 
-    def _prepared(self, picture: Any) -> Float[np.ndarray, "3 Y X"]:
+    def _prepared(self, picture: PILImage) -> Float[np.ndarray, "3 Y X"]:
         width, height = picture.size
         shortest = min(width, height)
         size = (int(self.side * width / shortest), int(self.side * height / shortest))

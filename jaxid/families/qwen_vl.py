@@ -1,7 +1,7 @@
 """Qwen2-VL and Qwen2.5-VL: towers that read pictures of any size, merged patches, decoders that rotate heads in 2-D."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from jaxid.families.base import Family, Published, hidden_states
 from jaxid.kernels import attention, rope
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
-from jaxid.nn.fields import check_parts
+from jaxid.nn.fields import Json, check_parts
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import ROTARY, Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import BOOKKEEPING, Config, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig
-from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, PILImage, Shown, bucketed, processed
-from jaxid.prompts.pictures import Clip, Picture
+from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, bucketed, processed
+from jaxid.prompts.pictures import Clip, Picture, PILImage
 from jaxid.prompts.processor import Processor
 
 _EPSILON = 1e-6  # of all norms of both towers
@@ -80,7 +80,7 @@ class QwenVisionConfig(Config):
         return self.window_size // self.spatial_merge_size // self.patch_size
 
 
-def _vision_config(fields: Mapping[str, Any], *, old: bool) -> QwenVisionConfig:
+def _vision_config(fields: Json, *, old: bool) -> QwenVisionConfig:
     """Reads the `vision_config` of Qwen2-VL (`old`) or Qwen2.5-VL."""
     fields = {name: value for name, value in fields.items() if value is not None}
     channels = fields.pop("in_chans", None)
@@ -125,7 +125,7 @@ class QwenVLConfig(ModelConfig):
     image_token_index: int = 151655  # id of the token that pictures replace
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "QwenVLConfig":
+    def from_hf(cls, fields: Json) -> "QwenVLConfig":
         """Reads a config.json, flat as published or with a `text_config`.
 
         Raises:
@@ -162,27 +162,23 @@ class QwenVLConfig(ModelConfig):
 
 def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
-    vision = config.vision_config
-
-    def norm(source: str, target: str) -> list[Key]:
-        return [Key(f"{source}.weight", f"{target}.scale")] if vision.gated else layer_norm(source, target)
-
+    vision, bias = config.vision_config, not config.vision_config.gated
     if vision.gated:
         mlp = [*linear("mlp.gate_proj", "gate", bias=True), *linear("mlp.up_proj", "up", bias=True)]
         mlp += linear("mlp.down_proj", "down", bias=True)
     else:
         mlp = [*linear("mlp.fc1", "up", bias=True), *linear("mlp.fc2", "down", bias=True)]
     block = [
-        *norm("norm1", "attention_norm"),
+        *layer_norm("norm1", "attention_norm", bias=bias),
         *fused_heads_in("attn.qkv.", "attention", vision.num_heads),
         *heads_out("attn.proj", "attention.out", vision.num_heads, bias=True),
-        *norm("norm2", "mlp_norm"),
+        *layer_norm("norm2", "mlp_norm", bias=bias),
         *mlp,
     ]
     tower = [
         Key("patch_embed.proj.weight", "patch_kernel", "d c t p q -> (c t p q) d", _patch_sizes(vision)),
         *prefixed(block, "blocks.{layer}.", "layers."),
-        *norm("merger.ln_q", "merge_norm"),
+        *layer_norm("merger.ln_q", "merge_norm", bias=bias),
         *linear("merger.mlp.0", "merge_in", bias=True),
         *linear("merger.mlp.2", "merge_out", bias=True),
     ]

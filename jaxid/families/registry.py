@@ -1,7 +1,6 @@
 """Which families there are, and the short names of published checkpoints."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from jaxid.errors import CheckpointError
 from jaxid.families import (
@@ -19,6 +18,7 @@ from jaxid.families import (
     siglip,
 )
 from jaxid.families.base import Family, Published
+from jaxid.nn.fields import Json
 
 _MODELS = (
     llava.FAMILY,
@@ -43,7 +43,7 @@ ALIASES: Mapping[str, str] = {
 """Short names of published checkpoints, and their Hugging Face ids."""
 
 
-def kind_of(fields: Mapping[str, Any]) -> str:
+def kind_of(fields: Json) -> str:
     """The `model_type` by which a parsed config.json is looked up here.
 
     LLaVA-NeXT wrote "llava" into some of its own files too, which are told from Hugging Face's by their tower's name.

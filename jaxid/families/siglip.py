@@ -1,7 +1,6 @@
 """SigLIP: bidirectional text encoder, attention-pooling head, no projection of pictures (HF SiglipModel)."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +10,7 @@ from jaxid.errors import CheckpointError
 from jaxid.families.base import Family
 from jaxid.families.clip import UNUSED
 from jaxid.nn.dual import DualConfig, DualEncoder, Encoded, part
+from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, filled, join_heads, normal
 from jaxid.nn.text import TextConfig, text_keys
@@ -37,7 +37,7 @@ class SiglipConfig(DualConfig):
     projection_size: int  # E: of captions' tokens; the tower's width
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> "SiglipConfig":
+    def from_hf(cls, fields: Json) -> "SiglipConfig":
         """Reads a SigLIP config.json.
 
         Raises:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.kernels import rope
-from jaxid.nn.fields import check_parts
-from jaxid.nn.keys import LINEAR, Key, heads_in, heads_out, linear, prefixed
+from jaxid.nn.fields import Json, check_parts
+from jaxid.nn.keys import LINEAR, Key, attention_keys, linear, prefixed
 from jaxid.nn.layers import Config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -255,7 +255,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 """Kinds of decoder by the `model_type` of their `text_config`, and what it implies."""
 
 
-def decoder_config(fields: Mapping[str, Any], kind: str) -> DecoderConfig:
+def decoder_config(fields: Json, kind: str) -> DecoderConfig:
     """Reads Hugging Face's `text_config`, in its old (`rope_theta`, `rope_scaling`) and new form.
 
     Args:
@@ -293,7 +293,7 @@ def decoder_config(fields: Mapping[str, Any], kind: str) -> DecoderConfig:
     return DecoderConfig.from_fields(fields | {"rope": full, "sliding_rope": sliding}, where="text_config")
 
 
-def _read_layer_types(fields: dict[str, Any], kind: str) -> None:
+def _read_layer_types(fields: Json, kind: str) -> None:
     """Brings the spellings of which layers slide to `layer_types`, in place."""
     layers = fields.get("num_hidden_layers", DecoderConfig.num_hidden_layers)
     pattern = fields.pop("sliding_window_pattern", None) or fields.pop("_sliding_window_pattern", None) or 6
@@ -310,7 +310,7 @@ def _read_layer_types(fields: dict[str, Any], kind: str) -> None:
     fields["layer_types"] = tuple(types)
 
 
-def _read_rope(fields: dict[str, Any], kind: str) -> tuple[RopeConfig, RopeConfig | None]:
+def _read_rope(fields: Json, kind: str) -> tuple[RopeConfig, RopeConfig | None]:
     """Takes the rotary settings out of the fields: of all layers, or of full and of sliding ones.
 
     What counts where a setting stands in several places is what Hugging Face's configs make of it
@@ -366,7 +366,7 @@ def _rope_config(settings: dict[str, Any], context: int) -> RopeConfig:
     return RopeConfig.from_fields(settings, where="rope_parameters")
 
 
-def _refuse(fields: dict[str, Any], names: tuple[str, ...]) -> None:
+def _refuse(fields: Json, names: tuple[str, ...]) -> None:
     """Drops settings that are off, in place; those that are on are left and refused as unknown."""
     for name in names:
         if not fields.get(name):
@@ -375,16 +375,20 @@ def _refuse(fields: dict[str, Any], names: tuple[str, ...]) -> None:
 
 def decoder_keys(config: DecoderConfig) -> list[Key]:
     """Key table of a decoder, below HF's `model.` (the unembedding is outside)."""
-    heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
     layers = [
         Key("input_layernorm.weight", "attention_norm.scale"),
         *linear("mlp.gate_proj", "mlp.gate", bias=config.mlp_bias),
         *linear("mlp.up_proj", "mlp.up", bias=config.mlp_bias),
         *linear("mlp.down_proj", "mlp.down", bias=config.mlp_bias),
-        *heads_in("self_attn.q_proj", "attention.query", heads, bias=bias),
-        *heads_in("self_attn.k_proj", "attention.key", kv_heads, bias=bias),
-        *heads_in("self_attn.v_proj", "attention.value", kv_heads, bias=bias),
-        *heads_out("self_attn.o_proj", "attention.out", heads, bias=config.attention_out_bias),
+        *attention_keys(
+            "self_attn.{}_proj",
+            "qkv",
+            "self_attn.o_proj",
+            config.num_attention_heads,
+            bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
+            kv_heads=config.num_key_value_heads,
+        ),
     ]
     if config.post_norms:
         layers += [

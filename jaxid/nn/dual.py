@@ -1,12 +1,12 @@
 """What the CLIP-like networks share: a picture tower and a text encoder that meet in one space."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxid.nn.fields import Json
 from jaxid.nn.layers import Config, Linear
 from jaxid.nn.text import TextConfig, TextEncoder
 from jaxid.nn.vision import VisionConfig, VisionTower
@@ -69,6 +69,6 @@ class DualEncoder(nnx.Module):
         return tokens[:, 0]
 
 
-def part(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+def part(fields: Json, name: str) -> Json:
     """One tower's part of a config.json; `{name}_dict`, where early files have it, overrides it."""
     return {**(fields.get(name) or {}), **(fields.get(f"{name}_dict") or {})}

@@ -7,6 +7,9 @@ from typing import Any
 
 from jaxid.errors import CheckpointError
 
+Json = dict[str, Any]
+"""A parsed JSON object."""
+
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value is allowed, and what is, in words."""
 

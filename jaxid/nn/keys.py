@@ -1,7 +1,7 @@
 """The key table: how a checkpoint's tensors map to a network's parameters, both ways."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from einops import EinopsError, rearrange
@@ -98,9 +98,10 @@ def linear(source: str, target: str, *, bias: bool) -> list[Key]:
     return [*rows, Key(f"{source}.bias", f"{target}.bias")] if bias else rows
 
 
-def layer_norm(source: str, target: str) -> list[Key]:
-    """Rows of a `LayerNorm`."""
-    return [Key(f"{source}.weight", f"{target}.scale"), Key(f"{source}.bias", f"{target}.bias")]
+def layer_norm(source: str, target: str, *, bias: bool = True) -> list[Key]:
+    """Rows of a `LayerNorm`, or without the bias of an `RMSNorm`."""
+    rows = [Key(f"{source}.weight", f"{target}.scale")]
+    return [*rows, Key(f"{source}.bias", f"{target}.bias")] if bias else rows
 
 
 def heads_in(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
@@ -109,13 +110,36 @@ def heads_in(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
     return [*rows, Key(f"{source}.bias", f"{target}_bias", "(h e) -> h e", {"h": heads})] if bias else rows
 
 
+def attention_keys(
+    source: str, names: Sequence[str], out: str, heads: int, *, bias: bool, out_bias: bool, kv_heads: int | None = None
+) -> list[Key]:
+    """Rows of an attention layer whose queries, keys and values have tensors of their own.
+
+    Args:
+        source: name of a projection into heads, with `{}` for which one: "self_attn.{}_proj".
+        names: what stands for queries, keys and values there.
+        out: name of the projection back to the width.
+        heads: how many.
+        bias: of the projections into heads.
+        out_bias: of the projection back.
+        kv_heads: heads of keys and values, if they are fewer.
+    """
+    counts = (heads, kv_heads or heads, kv_heads or heads)
+    into = [
+        row
+        for name, target, count in zip(names, ("query", "key", "value"), counts, strict=True)
+        for row in heads_in(source.format(name), f"attention.{target}", count, bias=bias)
+    ]
+    return [*into, *heads_out(out, "attention.out", heads, bias=out_bias)]
+
+
 def fused_heads_in(source: str, target: str, heads: int) -> list[Key]:
     """Rows of queries, keys and values, each a third of one tensor.
 
     Args:
         source: names of weight and bias up to these words, with what joins them: "attn.qkv.", "in_proj_".
         target: where the three projections are.
-        heads: their number.
+        heads: how many.
     """
     return [
         Key(f"{source}{kind}", f"{target}.{name}{suffix}", pattern, {"h": heads}, part=(index, 3))

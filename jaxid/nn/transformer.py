@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxid.kernels import attention, rope
 from jaxid.nn.fields import check_parts
-from jaxid.nn.keys import Key, heads_in, heads_out, layer_norm, linear
+from jaxid.nn.keys import Key, attention_keys, layer_norm, linear
 from jaxid.nn.layers import (
     ACTIVATIONS,
     Config,
@@ -54,10 +54,7 @@ def block_keys(heads: int) -> list[Key]:
     """Key table of one block as HF's CLIP and SigLIP name it."""
     return [
         *layer_norm("layer_norm1", "attention_norm"),
-        *heads_in("self_attn.q_proj", "attention.query", heads, bias=True),
-        *heads_in("self_attn.k_proj", "attention.key", heads, bias=True),
-        *heads_in("self_attn.v_proj", "attention.value", heads, bias=True),
-        *heads_out("self_attn.out_proj", "attention.out", heads, bias=True),
+        *attention_keys("self_attn.{}_proj", "qkv", "self_attn.out_proj", heads, bias=True, out_bias=True),
         *layer_norm("layer_norm2", "mlp_norm"),
         *linear("mlp.fc1", "up", bias=True),
         *linear("mlp.fc2", "down", bias=True),

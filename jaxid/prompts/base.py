@@ -11,16 +11,13 @@ from jaxtyping import Bool, Float, Int
 from jaxid.errors import InputError, PromptError
 from jaxid.io import read_json, reading, reporting
 from jaxid.nn.decoder_config import ModelConfig
-from jaxid.prompts.pictures import Clip, Picture, open_picture
+from jaxid.prompts.pictures import Clip, Picture, PILImage, open_picture
 
 Tokenizer = Any
 """A fast tokenizer of transformers, or what is used like one."""
 
 ImageProcessor = Any
 """An image processor of transformers, or what is used like one."""
-
-PILImage = Any
-"""An image of Pillow, which is imported only where pictures are opened."""
 
 
 class PictureTokens(NamedTuple):
@@ -151,8 +148,10 @@ def load_image_processor(folder: Path, most_size: int = 4096) -> ImageProcessor:
     return found
 
 
-def processed(processor: ImageProcessor, pictures: Sequence[PILImage], **options: Any) -> Any:
-    """What an image processor makes of PIL images.
+def processed(
+    processor: ImageProcessor, pictures: Sequence[PILImage] | Sequence[Sequence[PILImage]], **options: Any
+) -> Any:
+    """What an image processor makes of PIL images, or of lists of those that a prompt shows together.
 
     Raises:
         InputError: if it refuses one.

@@ -5,13 +5,19 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from jaxid.errors import InputError, JaxidError
 from jaxid.io import reading
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+    from PIL.ImageFile import ImageFile
+else:  # Pillow is imported only where pictures are opened
+    PILImage = ImageFile = Any
 
 Picture = Any
 """A path, a PIL image, or an array UInt8[Y, X, 3] or, in grey, UInt8[Y, X]."""
@@ -97,7 +103,7 @@ _ORIENTATION, _BITS, _PHOTOMETRIC, _WIDTH, _HEIGHT = 274, 258, 262, 256, 257
 """Tags of EXIF and TIFF."""
 
 
-def open_picture(image: Picture) -> Any:
+def open_picture(image: Picture) -> PILImage:
     """A picture as an RGB PIL image of eight bits a channel.
 
     A file is read as viewers show it:
@@ -152,7 +158,7 @@ def stored(image: Picture, error: type[JaxidError] = InputError) -> Stored:
 
 
 @contextlib.contextmanager
-def _file(path: str | os.PathLike[str], error: type[JaxidError]) -> Iterator[Any]:
+def _file(path: str | os.PathLike[str], error: type[JaxidError]) -> Iterator[ImageFile]:
     """A picture file, opened but not decoded; what Pillow raises inside is raised as the given error."""
     from PIL import Image
 
@@ -169,7 +175,7 @@ def _file(path: str | os.PathLike[str], error: type[JaxidError]) -> Iterator[Any
             yield file
 
 
-def _orientation(file: Any) -> int:
+def _orientation(file: ImageFile) -> int:
     """1 to 8; 1 where a file says nothing, or nothing readable."""
     try:
         found = file.getexif().get(_ORIENTATION)
@@ -178,7 +184,7 @@ def _orientation(file: Any) -> int:
     return found if found in _TURNS else 1
 
 
-def _upright(image: Any, orientation: int) -> Any:
+def _upright(image: PILImage, orientation: int) -> PILImage:
     from PIL.Image import Transpose
 
     ways = Transpose.TRANSPOSE, Transpose.FLIP_LEFT_RIGHT, Transpose.FLIP_TOP_BOTTOM
@@ -187,7 +193,7 @@ def _upright(image: Any, orientation: int) -> Any:
     return image
 
 
-def _scale_transparency(file: Any) -> None:
+def _scale_transparency(file: ImageFile) -> None:
     """Brings a PNG's transparent value to the range to which Pillow scales its samples."""
     value = file.info.get("transparency")
     if value is None or file.format != "PNG" or not file.tile:
@@ -199,7 +205,7 @@ def _scale_transparency(file: Any) -> None:
         file.info["transparency"] = tuple(part >> 8 for part in value)
 
 
-def _rgb(image: Any) -> Any:
+def _rgb(image: PILImage) -> PILImage:
     """In colour, transparent parts on white, as transformers shows them to the models."""
     from PIL import Image
 
@@ -213,7 +219,7 @@ def _rgb(image: Any) -> Any:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _eight_bits(image: Any) -> Any:
+def _eight_bits(image: PILImage) -> PILImage:
     """A grey image of 16 or 32 bits as one of 8, with an alpha channel if one of its values is transparent.
 
     Raises:
@@ -240,7 +246,7 @@ def _eight_bits(image: Any) -> Any:
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
-def _array(image: Any) -> UInt8[np.ndarray, "Y X *C"]:
+def _array(image: Picture) -> UInt8[np.ndarray, "Y X *C"]:
     """An array of a picture, checked.
 
     Raises:
