@@ -15,14 +15,12 @@ import numpy as np
 
 from jaxid.data.files import save_picture
 from jaxid.data.objects import OBJECTS, check_pairs
-from jaxid.data.scenes import render, sample_grid
+from jaxid.data.scenes import GRID, render, sample_grid
 from jaxid.errors import DataError, InputError
 
 Cell = tuple[int, int]
 """(column, row), each 0..3."""
 
-GRID = 4
-"""Cells a side."""
 CELL_SIZE = 224
 """Side of a cell in the published pictures, in pixels."""
 OBJECT_SIZES = (224, 174, 124, 74)
@@ -55,25 +53,13 @@ class FinetuneItem:
     cell_b: Cell
 
 
-def placements(
-    forbid_same_row: bool = False, forbid_same_column: bool = False, *, grid: int = GRID
-) -> list[tuple[Cell, Cell]]:
-    """All ordered placements of two objects in different cells: 240 on the 4 x 4 grid.
-
-    Args:
-        forbid_same_row: Skips placements whose objects share a row.
-        forbid_same_column: Skips placements whose objects share a column.
-        grid: Cells a side.
+def placements() -> list[tuple[Cell, Cell]]:
+    """All 240 ordered placements of two objects in different cells.
 
     Returns:
         ((column, row) of the first object, (column, row) of the second), the first object's cell varying slowest.
     """
-    cells = [(x, y) for y in range(grid) for x in range(grid)]
-    return [
-        (a, b)
-        for a, b in itertools.permutations(cells, 2)
-        if not (forbid_same_row and a[1] == b[1]) and not (forbid_same_column and a[0] == b[0])
-    ]
+    return list(itertools.permutations([(x, y) for y in range(GRID) for x in range(GRID)], 2))
 
 
 def write_grid_folder(
@@ -86,8 +72,6 @@ def write_grid_folder(
     backgrounds: Sequence[str] = ("white",),
     jitter_size: float = 0.0,
     jitter_angle: float = 0.0,
-    forbid_same_row: bool = False,
-    forbid_same_column: bool = False,
     cells: Sequence[tuple[Cell, Cell]] | None = None,
 ) -> list[GridItem]:
     """Draws every placement of every pair at every size as `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
@@ -101,8 +85,6 @@ def write_grid_folder(
         backgrounds: Kinds of background (`scenes.BACKGROUNDS`); white is the paper's transparent setting.
         jitter_size: Sides change by up to this share either way.
         jitter_angle: Objects are rotated by up to this many degrees either way.
-        forbid_same_row: Skips placements whose objects share a row.
-        forbid_same_column: Skips placements whose objects share a column.
         cells: Draws only these placements (cell of A, cell of B), such as `NEAR_FAR`.
 
     Returns:
@@ -112,7 +94,7 @@ def write_grid_folder(
         InputError: A pair is not two different drawn objects.
         OutputError: A picture cannot be written.
     """
-    placed = placements(forbid_same_row, forbid_same_column)
+    placed = placements()
     if cells is not None:
         strange = [pair for pair in cells if pair not in placed]
         if strange or not cells:

@@ -19,6 +19,7 @@ from jaxid.errors import InputError
 __all__ = [
     "BACKGROUNDS",
     "COLORS",
+    "GRID",
     "OBJECTS",
     "SLOT_FIELDS",
     "Scenes",
@@ -42,11 +43,15 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 """Names of the object colours -> red, green, blue in 0..1; `Scenes.colors` holds indices in this order."""
 
+GRID = 4
+"""Cells a side of a grid scene."""
+
 VARIED = BACKGROUNDS[1:]
 """The backgrounds of free scenes."""
 
 _OUTLINE = 0.09  # width of the dark outline, in units of half the object's side
 _INK = 0.22  # what remains of a colour under the outline and the dark details
+_GAP = 0.02  # least free space between two bounding squares, in picture fractions
 _CHUNK = 32  # pictures drawn together: few enough to stay in a core's cache
 
 
@@ -199,43 +204,38 @@ def sample_free(
     *,
     num_objects: tuple[int, int] = (1, 4),
     size_range: tuple[float, float] = (0.17, 0.25),
-    min_gap: float = 0.02,
-    distinct: bool = True,
     max_angle: float = 15.0,
-    mirror_share: float = 0.5,
     backgrounds: Sequence[str] = VARIED,
-    forbid: Bool[np.ndarray, "O O"] | None = None,
 ) -> Scenes:
-    """Scenes of objects at random continuous places whose bounding squares do not overlap.
+    """Scenes of different objects at random continuous places, whose bounding squares do not overlap.
 
-    Object, colour, number, size and place are independent draws; only the places of one scene depend on each other.
+    Half of them are drawn reversed left to right. Object, colour, number, size and place are independent draws; only
+    the places of one scene depend on each other.
 
     Args:
         rng: Source of randomness.
         count: Number of scenes.
         num_objects: Least and most objects in a scene.
         size_range: Least and greatest side of an object, in picture fractions.
-        min_gap: Least free space between two bounding squares, in picture fractions.
-        distinct: Whether all objects of a scene differ.
         max_angle: Objects are rotated by up to this many degrees either way.
-        mirror_share: Share of the scenes that are drawn left-right reversed.
         backgrounds: Kinds of background to draw from (`BACKGROUNDS`).
-        forbid: Symmetric table of object pairs that never share a scene.
 
     Raises:
         InputError: An argument is out of range, or that many objects of that size do not fit.
     """
     least, most = num_objects
-    if not 0 <= least <= most or (distinct and most > len(OBJECTS)):
-        raise InputError(f"num_objects must be (least, most) with 0 <= least <= most, got {num_objects}.")
+    if not 0 <= least <= most <= len(OBJECTS):
+        raise InputError(
+            f"num_objects must be (least, most) with 0 <= least <= most <= {len(OBJECTS)}, got {num_objects}."
+        )
     if not 0 < size_range[0] <= size_range[1] <= 1:
         raise InputError(f"size_range must be (least, most) within 0..1, got {size_range}.")
     present = np.arange(most) < rng.integers(least, most + 1, size=count)[:, None]
-    objects = np.where(present, _draw_names(rng, present, distinct=distinct, forbid=forbid), -1)
+    objects = np.where(present, rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :most], -1)
     sizes = np.where(present, rng.uniform(*size_range, size=(count, most)), 0)
-    centers = _draw_places(rng, present, sizes, min_gap)
+    centers = _draw_places(rng, present, sizes)
     angles = np.where(present, rng.uniform(-max_angle, max_angle, size=(count, most)), 0)
-    return _dress(rng, objects, centers, sizes, angles, backgrounds, mirror_share)
+    return _dress(rng, objects, centers, sizes, angles, backgrounds, 0.5)
 
 
 def sample_grid(
@@ -245,12 +245,10 @@ def sample_grid(
     objects_b: Int[np.ndarray, "N"],
     cells_b: Int[np.ndarray, "N 2"],
     *,
-    grid: int = 4,
     scale: float | Float[np.ndarray, "N"] = 1.0,
     jitter_size: float = 0.0,
     jitter_angle: float = 0.0,
     jitter_center: float = 0.0,
-    mirror_share: float = 0.0,
     backgrounds: Sequence[str] = VARIED,
 ) -> Scenes:
     """Two-object scenes on a grid of cells ([ID] section 3, arXiv 2601.12626).
@@ -261,13 +259,11 @@ def sample_grid(
         cells_a: Its cell (column, row), counted from the upper left.
         objects_b: Second object.
         cells_b: Its cell.
-        grid: Cells a side.
         scale: Side of both objects in cells; the paper's are 224, 174, 124 and 74 of 224.
         jitter_size: Sides change by up to this share either way.
         jitter_angle: Objects are rotated by up to this many degrees either way.
         jitter_center: Centres move by up to this many cells either way along each axis. Jitter of size and place is
             reduced where the objects would otherwise overlap, and objects stay in the picture.
-        mirror_share: Share of the scenes drawn left-right reversed (each object still sits in its given cell).
         backgrounds: Kinds of background to draw from; ("white",) gives the paper's transparent setting.
 
     Raises:
@@ -280,20 +276,20 @@ def sample_grid(
         raise InputError(f"Objects must be [N] and cells [N, 2]; got {objects.shape}, {cells.shape} stacked.")
     if count and not (objects.min() >= 0 and objects.max() < len(OBJECTS)):
         raise InputError(f"Objects are indices 0..{len(OBJECTS) - 1} in OBJECTS; got {objects.min()}..{objects.max()}.")
-    if count and not (cells.min() >= 0 and cells.max() < grid):
-        raise InputError(f"Cells are (column, row) in 0..{grid - 1}; got {cells.min()}..{cells.max()}.")
+    if count and not (cells.min() >= 0 and cells.max() < GRID):
+        raise InputError(f"Cells are (column, row) in 0..{GRID - 1}; got {cells.min()}..{cells.max()}.")
     if (cells[:, 0] == cells[:, 1]).all(-1).any():
         shared = int((cells[:, 0] == cells[:, 1]).all(-1).argmax())
         raise InputError(f"Scene {shared} has both objects in cell {tuple(cells[shared, 0].tolist())}.")
 
-    sides = np.broadcast_to(np.asarray(scale, float).reshape(-1, 1) / grid, (count, 2))
+    sides = np.broadcast_to(np.asarray(scale, float).reshape(-1, 1) / GRID, (count, 2))
     size_steps = rng.uniform(-jitter_size, jitter_size, size=(count, 2))
-    steps = rng.uniform(-jitter_center, jitter_center, size=(count, 2, 2)) / grid
+    steps = rng.uniform(-jitter_center, jitter_center, size=(count, 2, 2)) / GRID
 
     def placed(strength: Float[np.ndarray, "N 1"]) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "N 2 2"]]:
         sizes = sides * (1 + strength * size_steps)
         half = np.minimum(sizes / 2, 0.5)[..., None]
-        return sizes, np.clip((cells + 0.5) / grid + strength[..., None] * steps, half, 1 - half)
+        return sizes, np.clip((cells + 0.5) / GRID + strength[..., None] * steps, half, 1 - half)
 
     strength = np.ones((count, 1))
     for weaker in np.arange(7, -1, -1) / 8:
@@ -302,48 +298,20 @@ def sample_grid(
         strength = np.where((apart < 0)[:, None], weaker, strength)
     sizes, centers = placed(strength)
     angles = rng.uniform(-jitter_angle, jitter_angle, size=(count, 2))
-    return _dress(rng, objects, centers, sizes, angles, backgrounds, mirror_share)
-
-
-def _draw_names(
-    rng: np.random.Generator, present: Bool[np.ndarray, "N K"], *, distinct: bool, forbid: np.ndarray | None
-) -> Int[np.ndarray, "N K"]:
-    """Object indices for every slot; scenes with a forbidden pair are drawn again as a whole."""
-    count, slots = present.shape
-    if not distinct and forbid is None:
-        return rng.integers(len(OBJECTS), size=(count, slots))
-    banned = np.zeros((len(OBJECTS),) * 2, bool) if forbid is None else np.asarray(forbid, bool)
-    if banned.shape != (len(OBJECTS),) * 2:
-        raise InputError(f"forbid must be [{len(OBJECTS)}, {len(OBJECTS)}], got {list(banned.shape)}.")
-    result = np.zeros((count, slots), np.int64)
-    pending = np.arange(count)
-    for _ in range(1000):
-        if len(pending) == 0:
-            return result
-        if distinct:
-            drawn = rng.random((len(pending), len(OBJECTS))).argsort(axis=1)[:, :slots]
-        else:
-            drawn = rng.integers(len(OBJECTS), size=(len(pending), slots))
-        result[pending] = drawn
-        both = present[pending, :, None] & present[pending, None, :] & ~np.eye(slots, dtype=bool)
-        pending = pending[(banned[drawn[:, :, None], drawn[:, None, :]] & both).any(axis=(1, 2))]
-    raise InputError("forbid leaves too few allowed combinations of objects; forbid fewer pairs.")
+    return _dress(rng, objects, centers, sizes, angles, backgrounds, 0.0)
 
 
 def _draw_places(
-    rng: np.random.Generator,
-    present: Bool[np.ndarray, "N K"],
-    sizes: Float[np.ndarray, "N K"],
-    min_gap: float,
+    rng: np.random.Generator, present: Bool[np.ndarray, "N K"], sizes: Float[np.ndarray, "N K"]
 ) -> Float[np.ndarray, "N K 2"]:
-    """Uniform places among all those where no two squares come nearer than `min_gap`.
+    """Uniform places among all those where no two squares come nearer than `_GAP`.
 
     All objects of a scene are drawn together and drawn again together, so that every slot has the same distribution.
     """
     count, slots = present.shape
     result = np.zeros((count, slots, 2), np.float32)
     first, second = np.triu_indices(slots, 1)
-    reach = (sizes[:, first] + sizes[:, second]) / 2 + min_gap
+    reach = (sizes[:, first] + sizes[:, second]) / 2 + _GAP
     reach = np.where(present[:, first] & present[:, second], reach, -1).astype(np.float32)
     half = (sizes / 2).astype(np.float32)
     pending, idle_rounds = np.arange(count), 0
@@ -362,7 +330,7 @@ def _draw_places(
         pending = pending[~done]
         idle_rounds = 0 if done.any() else idle_rounds + 1
     raise InputError(
-        f"{slots} objects with sides up to {float(sizes.max()):.2f} and gaps of {min_gap} do not fit in a picture; "
+        f"{slots} objects with sides up to {float(sizes.max()):.2f} and gaps of {_GAP} do not fit in a picture; "
         "ask for fewer or smaller objects."
     )
 

@@ -117,8 +117,6 @@ def test_near_far_is_picked_out_of_a_whole_folder(tmp_path: Path):
 def test_cells_off_the_grid_are_refused(cells: list, tmp_path: Path):
     with pytest.raises(InputError, match="names no placements"):
         write_grid_folder(tmp_path, [("star", "fish")], cells=cells)
-    with pytest.raises(InputError, match="names no placements"):
-        write_grid_folder(tmp_path, [("star", "fish")], forbid_same_row=True, cells=NEAR_FAR)
     assert not list(tmp_path.iterdir())
 
 

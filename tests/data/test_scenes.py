@@ -110,19 +110,6 @@ def test_places_of_all_slots_have_the_same_spread(free: Scenes):
     assert np.allclose(spread, spread.mean(), rtol=0.08)
 
 
-def test_forbidden_pairs_never_share_a_scene():
-    forbid = np.zeros((16, 16), bool)
-    forbid[np.ix_([0, 1, 2, 3], range(16))] = forbid[np.ix_(range(16), [0, 1, 2, 3])] = True
-    forbid[2, 7] = forbid[7, 2] = False
-    scenes = sample_free(np.random.default_rng(0), 400, num_objects=(2, 2), forbid=forbid)
-    assert not forbid[scenes.objects[:, 0], scenes.objects[:, 1]].any()
-    assert (np.sort(scenes.objects, axis=1) == [2, 7]).all(1).any()
-    with pytest.raises(InputError, match="forbid leaves too few"):
-        sample_free(np.random.default_rng(0), 2, num_objects=(2, 2), forbid=np.ones((16, 16), bool))
-    with pytest.raises(InputError, match=r"\[16, 16\], got \[3, 3\]"):
-        sample_free(np.random.default_rng(0), 2, forbid=np.ones((3, 3), bool))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,12 +123,6 @@ def test_forbidden_pairs_never_share_a_scene():
 def test_impossible_scenes_are_refused(arguments: dict, message: str):
     with pytest.raises(InputError, match=message):
         sample_free(np.random.default_rng(0), 2, **arguments)
-
-
-def test_same_object_may_repeat_when_not_distinct():
-    scenes = sample_free(np.random.default_rng(0), 300, num_objects=(2, 2), distinct=False)
-    share = (scenes.objects[:, 0] == scenes.objects[:, 1]).mean()
-    assert 0.01 < share < 0.15
 
 
 @pytest.mark.parametrize("size", [37, 72])
