@@ -249,7 +249,7 @@ def shared_prefix_attention(
     value: Float[Array, "R B T K E"],
     mask: Bool[Array, "#R #B S T"],
 ) -> Float[Array, "R B S H E"]:
-    """Attention of R rows that share a prompt's prefix and go on each with tokens of its own.
+    """Attention of R rows that share a prompt's prefix and continue each with tokens of its own.
 
     The prefix is never copied per row: its scores are one product for all rows, and the two softmax parts are merged
     by their log-sum-exps.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxid.errors import CheckpointError, InputError, OutputError
-from jaxid.experiments.reference_extraction import last_clips
+from jaxid.experiments.reference import last_clips
 from jaxid.ids.accumulate import IDBatch
 from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids, early_to_late
 

@@ -4,7 +4,7 @@ Nothing else knows of them: an experiment's own steps are what the paper says, a
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from jaxid.experiments.belief_swap import BeliefSwap
 from jaxid.experiments.depth import Depth
 from jaxid.experiments.deviation import Deviation
 from jaxid.experiments.occlusion import Occluded, Occlusion
-from jaxid.experiments.reference_extraction import last_clips
 from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.steer_picture import SteerPicture
 from jaxid.experiments.steering import Steer, Steered
@@ -27,7 +26,7 @@ from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
 from jaxid.ids.accumulate import IDBatch
 from jaxid.ids.spatial import SpatialIDs
-from jaxid.ids.temporal import TemporalIDs
+from jaxid.ids.temporal import TemporalIDs, accumulate_temporal_ids
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation
 from jaxid.interp.trace import Trace
@@ -60,6 +59,28 @@ def occurrence_norms(
     counted = np.take_along_axis(same, order, axis=1).transpose(0, 2, 1)  # [B, 2, most]
     squares = jnp.square(found.astype(jnp.float32)).sum(axis=-1).reshape(-1, rows, 2, most)
     return jnp.sqrt(jnp.where(counted, squares, 0.0).sum(axis=-1))
+
+
+def last_clips(batches: Iterable[IDBatch], **options: Any) -> TemporalIDs:
+    """Temporal IDs without any mean: the last clip of an object and frame counts alone, and nothing is subtracted.
+
+    Arguments and errors as in `accumulate_temporal_ids`, whose place it takes in `extract_temporal`.
+    """
+    last: dict[tuple[int, int], np.ndarray] = {}
+
+    def noted() -> Iterator[IDBatch]:
+        for batch in batches:
+            yield batch  # it is checked before the next one is asked for
+            for row in np.flatnonzero(np.asarray(batch.pair_index) != -1):
+                key = int(batch.object_index[row]), int(batch.own_index[row])
+                last[key] = np.asarray(batch.activations[row], np.float32)
+
+    ids = accumulate_temporal_ids(noted(), **options)
+    values = np.zeros((len(ids.values) + 1, *ids.values.shape[1:]), np.float32)
+    counts = np.zeros_like(ids.counts)
+    for (row, frame), activation in last.items():
+        values[:, row, frame], counts[row, frame] = activation, 1
+    return dataclasses.replace(ids, values=values[1:], embeddings=values[0], counts=counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

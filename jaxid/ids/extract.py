@@ -61,7 +61,7 @@ def extract_spatial(
         items: grid pictures in any order; wrap the iterable in tqdm for a progress bar.
         pairs: all ordered pairs (A, B) that occur.
         sizes: all object sizes that occur, pixels.
-        question: with places for {a} and {b}.
+        question: with {a} and {b} where the names go.
         batch_size: pictures per forward pass.
 
     Returns:
@@ -104,7 +104,7 @@ def extract_temporal(
         model: the model.
         items: clips in any order; wrap the iterable in tqdm for a progress bar.
         pairs: all ordered pairs (A, B) that occur.
-        question: with places for {a} and {b}.
+        question: with {a} and {b} where the names go.
         batch_size: clips per forward pass.
         accumulate: what makes IDs of the batches, called as `accumulate_temporal_ids` is.
 

@@ -115,7 +115,7 @@ class Line(NamedTuple):
 
 
 def early_to_late(universal: Float[np.ndarray, "L F D"], frames: Int[np.ndarray, "F"]) -> Line:
-    """The first principal component of every layer's IDs, turned so that later frames lie further."""
+    """The first principal component of every layer's IDs, with the sign that puts later frames further along."""
     origin = universal.mean(axis=1)
     centred = (universal - origin[:, None]).astype(np.float64)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
