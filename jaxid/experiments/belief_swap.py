@@ -15,7 +15,7 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.compare import CONDITIONS, Rates, draw_best, draw_layers, rates
 from jaxid.experiments.relations import RelationBatch, answer_of, prepare
-from jaxid.experiments.session import Columns, Session, by_axis, item_columns, require_same_model, spread
+from jaxid.experiments.session import Columns, Session, by_axis, item_columns, padded, require_same_model, spread
 from jaxid.families.base import Model
 from jaxid.families.registry import published
 from jaxid.ids.spatial import SpatialIDs
@@ -110,6 +110,7 @@ def swap_beliefs(
     indices: Int[np.ndarray, "B"] | None = None,
     max_new_tokens: int = 0,
     norms: Norms = word_norms,
+    recorded: Trace | None = None,
     chunk: int | None = None,
 ) -> Swapped:
     """Swaps the belief of every item at every layer and strength, beside noise of the same norm, in one call.
@@ -126,6 +127,7 @@ def swap_beliefs(
             then what the control run wrote (as published), where that is one of the two words; else the answer of
             higher probability.
         norms: of the words, which the strengths multiply.
+        recorded: the trace of the questions, if there is one already.
         chunk: edits that run side by side.
 
     Raises:
@@ -133,7 +135,7 @@ def swap_beliefs(
     """
     require_same_model(model, ids)
     chosen, multiples = np.asarray(layers), np.asarray(strengths, np.float32)
-    recorded = trace(model, batch.prompts)
+    recorded = trace(model, batch.prompts) if recorded is None else recorded
     control = np.asarray(batch.read(recorded))
     believed = control.argmax(axis=-1)
     count = len(batch.prompts)
@@ -226,7 +228,6 @@ class BeliefSwap(
 
     def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Columns:
         """A row for each item, condition and layer."""
-        indices = [session.index[item.key] for item in items]
         found = swap_beliefs(
             session.model,
             batch,
@@ -234,7 +235,7 @@ class BeliefSwap(
             layers=session.layers,
             strengths=(self.strength,),
             seed=self.seed,
-            indices=np.array(indices + indices[:1] * (len(batch.prompts) - len(items))),
+            indices=np.array(padded([session.index[item.key] for item in items], session.batch_size)),
             max_new_tokens=self.max_new_tokens,
             norms=self.norms,
         )

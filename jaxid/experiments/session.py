@@ -326,7 +326,8 @@ def as_array(table: Columns, name: str, axes: Mapping[str, Sequence[Any]]) -> np
     places = {axis: {label: place for place, label in enumerate(labels)} for axis, labels in axes.items()}
     found = np.array([[of.get(label, -1) for label in table[axis].tolist()] for axis, of in places.items()])
     known = (found >= 0).all(axis=0)
-    values = np.full([len(of) for of in places.values()], np.nan, table[name].dtype)
+    kind = table[name].dtype
+    values = np.full([len(of) for of in places.values()], np.nan if kind.kind == "f" else kind.type(), kind)
     values[tuple(found[:, known])] = table[name][known]
     return values
 

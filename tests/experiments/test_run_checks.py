@@ -34,11 +34,11 @@ pytestmark = [
 
 
 def start(place: Path, kind: type[Any], changed: dict[str, Any]) -> Any:
-    """Starts a run of a kind."""
+    """Starts a run of a kind; `changed` says where it writes."""
     if kind is SteerPicture:
         picture = next((place / "data" / "val2017").glob("*.jpg"))
         changed = {"data": None, "picture": picture, "subject": "star", "object": "fish"} | changed
-    return experiment(kind, place, "early", **changed).run()
+    return experiment(kind, place, **changed | {"out": changed["out"].absolute()}).run()
 
 
 @pytest.fixture

@@ -1,0 +1,244 @@
+"""Blank image, a control: what is left of answers, spatial IDs and belief swaps when there is nothing to see?
+
+The questions of the belief swap are asked about the picture itself and about blank ones of its size: grey, and the
+mean picture of the data set.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+
+from jaxid import plots
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem
+from jaxid.errors import JaxidError
+from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.belief_swap import BeliefSwap, swap_beliefs
+from jaxid.experiments.deviation import gap
+from jaxid.experiments.relations import RelationBatch, prepare
+from jaxid.experiments.session import Columns, Session, as_array, by_axis, item_columns, padded, spread
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.interp.trace import Trace, residuals_at, trace
+from jaxid.io import tidy
+from jaxid.prompts.pictures import open_picture
+from jaxid.stats import confidence_interval, mean_interval
+
+PICTURES = ("original", "grey", "mean")
+COORDINATES = ("subject_x", "subject_y", "object_x", "object_y")
+GREY = 128
+
+
+def mean_picture(pictures: Iterable[Any]) -> UInt8[np.ndarray, "Y X 3"]:
+    """The mean of pictures' pixels, all resized to the first one's size.
+
+    Pictures that cannot be opened take no part: whoever asks about them is told.
+    """
+    total, count, size = np.full((1, 1, 3), GREY, float), 0, (1, 1)
+    for picture in pictures:
+        with contextlib.suppress(JaxidError):
+            opened = open_picture(picture)
+            if not count:
+                total, size = np.zeros((opened.height, opened.width, 3)), opened.size
+            total, count = total + np.asarray(opened.resize(size)), count + 1
+    return np.rint(total / max(count, 1)).astype(np.uint8)
+
+
+def blank_like(picture: Any, kind: str, mean: UInt8[np.ndarray, "Y X 3"]) -> Any:
+    """The picture itself, or a blank one of its size, which therefore becomes as many tokens.
+
+    Args:
+        picture: the picture.
+        kind: one of `PICTURES`.
+        mean: the data set's mean picture.
+    """
+    if kind == "original":
+        return picture
+    size = open_picture(picture).size
+    return Image.new("RGB", size, (GREY, GREY, GREY)) if kind == "grey" else Image.fromarray(mean).resize(size)
+
+
+def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float[np.ndarray, "L B 2 2"]:
+    """What a picture adds to the words of subject and object, in every layer's plane of the spatial IDs.
+
+    That is their activations, less those in the same questions without a picture: the deviations of Figure 8 a.
+    """
+    text = recorded.model.prepare(None, list(batch.prompts.questions))
+    alone = residuals_at(recorded.model, text, text.words(batch.names)[:, :2])
+    added = np.asarray(recorded.at(batch.words[:, :2]), np.float32) - np.asarray(alone, np.float32)
+    return np.asarray(ids.plane_coordinates(added[1:]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankItem:
+    """A question, and the data set's mean picture."""
+
+    key: str
+    item: SpatialItem
+    mean: UInt8[np.ndarray, "Y X 3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankImageSummary(Summary):
+    """What is left, by kind of picture; intervals are of 95 %.
+
+    Attributes:
+        pictures: the kinds.
+        accuracy: share of true answers.
+        accuracy_interval: Wilson's.
+        agreement: share of items answered as about the picture itself.
+        lead: mean of log p(true answer) - log p(other answer).
+        lead_interval: half of Student's.
+        layers: ascending.
+        id_norm: root mean square distance of what the picture adds to the words (`place_words`) from its mean over the
+            items of an axis, by layer. What a picture adds whatever it shows is in the mean; places are not.
+        gap: mean of how far the subject is from the object along the asked axis, in the true direction, by layer. It
+            tells places that are seen from places that are made up, which have a norm but a gap about 0.
+        gap_interval: half of Student's.
+        swapped: share of beliefs swapped by IDs, by layer.
+        swapped_interval: Wilson's.
+        noise: share swapped by noise of the same norm, by layer.
+    """
+
+    pictures: Sequence[str]
+    accuracy: Float[np.ndarray, "P"]
+    accuracy_interval: Float[np.ndarray, "P 2"]
+    agreement: Float[np.ndarray, "P"]
+    lead: Float[np.ndarray, "P"]
+    lead_interval: Float[np.ndarray, "P"]
+    layers: list[int]
+    id_norm: Float[np.ndarray, "P L"]
+    gap: Float[np.ndarray, "P L"]
+    gap_interval: Float[np.ndarray, "P L"]
+    swapped: Float[np.ndarray, "P L"]
+    swapped_interval: Float[np.ndarray, "P L 2"]
+    noise: Float[np.ndarray, "P L"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlankImage(
+    WithSpatialIDs[BlankItem, Mapping[str, RelationBatch], BlankImageSummary],
+    WithLayers[BlankItem, Mapping[str, RelationBatch], BlankImageSummary],
+    WithStrength[BlankItem, Mapping[str, RelationBatch], BlankImageSummary],
+):
+    """Ask about blank pictures: what is left of answers, spatial IDs and belief swaps (a control)."""
+
+    name: ClassVar[str] = "blank-image"
+    prompts_per_item: ClassVar[int] = len(PICTURES)
+    default_layers = BeliefSwap.default_layers
+
+    def items(self, session: Session) -> list[BlankItem]:
+        """Questions of both axes, with the mean of their pictures."""
+        items = session.spatial_items()
+        mean = mean_picture({item.image_id: item.picture for item in items}.values())
+        return [BlankItem(key=item.key, item=item, mean=mean) for item in items]
+
+    def groups(self, items: Sequence[BlankItem]) -> list[list[BlankItem]]:
+        """The items of each axis."""
+        return by_axis(items, lambda one: one.item)
+
+    def rows(self, session: Session) -> int:
+        """IDs and noise at every layer."""
+        return 2 * len(session.layers)
+
+    def prepare(self, session: Session, items: Sequence[BlankItem]) -> dict[str, RelationBatch]:
+        """The published questions about every kind of picture."""
+
+        def shown(kind: str) -> list[SpatialItem]:
+            pictures = [blank_like(one.item.picture, kind, one.mean) for one in items]
+            return [dataclasses.replace(one.item, picture=new) for one, new in zip(items, pictures, strict=True)]
+
+        options = {"template": session.template, "case": session.case}
+        return {kind: prepare(session.model, shown(kind), **options) for kind in PICTURES}
+
+    def asked(self, batch: Mapping[str, RelationBatch]) -> list[RelationBatch]:
+        """The questions about every kind of picture."""
+        return list(batch.values())
+
+    def compute(self, session: Session, items: Sequence[BlankItem], batch: Mapping[str, RelationBatch]) -> Columns:
+        """A row for each kind of picture, layer and item."""
+        count, swaps, words = len(items), [], []
+        indices = np.array(padded([session.index[one.key] for one in items], session.batch_size))
+        options = {"layers": session.layers, "strengths": (self.strength,), "seed": self.seed, "indices": indices}
+        for asked in batch.values():
+            recorded = trace(session.model, asked.prompts)
+            swaps.append(swap_beliefs(session.model, asked, session.ids, recorded=recorded, **options))
+            words.append(place_words(asked, recorded, session.ids)[session.layers, :count])
+        swapped = np.stack([found.swapped[:, :, 0, :count] for found in swaps], axis=1)  # [2, P, L, B]
+        control, truth = np.stack([found.control[:count] for found in swaps]), swaps[0].truth[:count]
+        axes = {"picture": PICTURES, "layer": session.layers, "item": [one.key for one in items]}
+        shape, places = swapped.shape[1:], np.stack(words).reshape(-1, len(COORDINATES))
+        return {
+            **tidy(swapped[0], axes, name="swapped"),
+            "swapped_by_noise": swapped[1].ravel(),
+            "control_correct": spread(control[:, np.arange(count), truth], shape, 0, 2),
+            "control_wrong": spread(control[:, np.arange(count), 1 - truth], shape, 0, 2),
+            **dict(zip(COORDINATES, places.T, strict=True)),
+            **item_columns([one.item for one in items], shape, 2),
+            "model": spread(session.model.name, shape),
+        }
+
+    def summarise(self, session: Session, table: Columns) -> BlankImageSummary:
+        """What is left, by kind of picture."""
+        axes = {"picture": PICTURES, "layer": session.layers, "item": list(dict.fromkeys(table["item"].tolist()))}
+        columns = {name: as_array(table, name, axes) for name in table if name not in axes}  # [P, L, B]
+        lead = (columns["control_correct"] - columns["control_wrong"])[:, 0]
+        words = np.stack([columns[name] for name in COORDINATES], axis=-1).reshape(*columns["axis"].shape, 2, 2)
+        gaps, centred = np.empty(words.shape[:3]), np.empty(words.shape)
+        for axis, answers in ANSWERS.items():
+            own = columns["axis"][0, 0] == axis
+            truth = (columns["relation"][0, 0, own] == answers[1]).astype(int)
+            gaps[:, :, own] = gap(words[:, :, own], axis, truth)
+            centred[:, :, own] = words[:, :, own] - words[:, :, own].mean(axis=2, keepdims=True) if own.any() else 0
+        return BlankImageSummary(
+            **session.facts,
+            pictures=PICTURES,
+            accuracy=(lead > 0).mean(axis=-1),
+            accuracy_interval=_intervals(lead > 0),
+            agreement=((lead > 0) == (lead[0] > 0)).mean(axis=-1),
+            lead=lead.mean(axis=-1),
+            lead_interval=mean_interval(lead, axis=-1),
+            layers=session.layers,
+            id_norm=np.sqrt(np.square(centred).sum(axis=-1).mean(axis=(2, 3))),
+            gap=gaps.mean(axis=-1),
+            gap_interval=mean_interval(gaps, axis=-1),
+            swapped=columns["swapped"].mean(axis=-1),
+            swapped_interval=_intervals(columns["swapped"]),
+            noise=columns["swapped_by_noise"].mean(axis=-1),
+        )
+
+    def figures(self, session: Session, table: Columns, summary: BlankImageSummary) -> Iterator[tuple[str, Figure]]:
+        """What is left, picture beside picture."""
+        names = (
+            "accuracy",
+            "accuracy_interval",
+            "id_norm",
+            "gap",
+            "gap_interval",
+            "swapped",
+            "swapped_interval",
+            "noise",
+        )
+        drawn = {name: getattr(summary, name) for name in names}
+        yield "blank_image", plots.blank_image(np.array(summary.layers), **drawn, about=summary.about(self.strength))
+
+    def report(self, summary: BlankImageSummary) -> Iterator[str]:
+        """A line for each kind of picture, at the layer at which IDs swap most beliefs about the pictures."""
+        best = int(summary.swapped[0].argmax())
+        norm = summary.id_norm[:, best] / summary.id_norm[0, best]
+        for row, kind in enumerate(summary.pictures):
+            yield (
+                f"{kind:8s} {summary.accuracy[row]:6.1%} correct, {summary.agreement[row]:6.1%} as about the picture; "
+                f"layer {summary.layers[best]}: {norm[row]:6.1%} of the IDs' norm, beliefs swapped "
+                f"{summary.swapped[row, best]:6.1%} by IDs, {summary.noise[row, best]:6.1%} by noise"
+            )
+        yield f"{summary.items} items{summary.skipped_note}"
+
+
+def _intervals(hits: np.ndarray) -> Float[np.ndarray, "*S 2"]:
+    """Wilson's interval of the share along the last axis."""
+    return np.apply_along_axis(lambda own: np.array(confidence_interval(int(own.sum()), own.size)), -1, hits)
