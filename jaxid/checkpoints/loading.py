@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,35 @@ def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: boo
         raise CheckpointError(
             f"no model folder at {redacted(str(name))}; give a folder, a Hugging Face id or one of: {known}."
         )
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt", *further, *(["*.safetensors"] if weights else [])]
+    return downloaded(repository, patterns)
+
+
+def downloaded(repository: str, patterns: Sequence[str], advice: str = "") -> Path:
+    """The Hub's cache of a repository, downloaded if need be.
+
+    Args:
+        repository: its Hugging Face id.
+        patterns: of the files that are wanted.
+        advice: what else to do if it cannot be reached.
+
+    Raises:
+        CheckpointError: if it is not in the cache and cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        patterns = ["*.json", "*.model", "*.jinja", "*.txt", *further, *(["*.safetensors"] if weights else [])]
         # Some repositories hold the weights once more, in folders or as consolidated files of another layout.
-        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+        ignored = ["*/*", "consolidated*"]
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), ignore_patterns=ignored))
     except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
         reason = first_line(error)
         if isinstance(error, GatedRepoError):
             reason = f"accept its terms at https://huggingface.co/{repository}, and log in with `hf auth login`"
-        raise CheckpointError(f"{repository} is neither in the Hugging Face cache nor reachable: {reason}") from error
+        raise CheckpointError(
+            f"{redacted(repository)} is neither in the Hugging Face cache nor reachable: {reason}{advice}"
+        ) from error
 
 
 def described(folder: Path, known: Mapping[str, Family] = FAMILIES) -> tuple[Family, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxid.checkpoints.tensors import TensorFolder
+from jaxid.checkpoints.loading import downloaded
+from jaxid.checkpoints.tensors import TensorFolder, Tensors
 from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.errors import CheckpointError
 from jaxid.families.openclip import ARCHITECTURES
-from jaxid.io import first_line, read_json, redacted
+from jaxid.io import read_json
 from jaxid.nn.fields import Json
 from jaxid.prompts.words import read_tokenizer
 
@@ -33,7 +34,7 @@ _STRAIGHT |= {ord(curly): '"' for curly in "\u201c\u201d\u201e\u201f"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-class TensorArrays:
+class TensorArrays(Tensors):
     """Tensors of a file written by `torch.save`, in memory; what `TensorFolder` is for safetensors."""
 
     def __init__(self, path: Path):
@@ -55,10 +56,6 @@ class TensorArrays:
             arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
         self.entries: Mapping[str, Any] = arrays
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        return self.entries[key].shape
-
     def readable(self, key: str) -> bool:
         """Whether a tensor holds floating-point numbers."""
         kind = self.entries[key].dtype
@@ -68,11 +65,8 @@ class TensorArrays:
         """A tensor."""
         return self.entries[key]
 
-    def release(self, key: str, part: Shaped[np.ndarray, "..."]) -> None:
-        """Nothing to let go of: the whole file is in memory."""
 
-
-def open_weights(path: Path) -> TensorFolder | TensorArrays:
+def open_weights(path: Path) -> Tensors:
     """The tensors of one weight file.
 
     Raises:
@@ -183,25 +177,15 @@ def load_words(folder: Path, tokenizer: str | Path | None, vocabulary: int) -> O
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = folder
     where = Path(tokenizer or TOKENIZER).expanduser()
-    words = read_tokenizer(where if where.is_dir() else _downloaded(str(tokenizer or TOKENIZER)))
+    if not where.is_dir():
+        advice = "; give a folder that holds CLIP's tokenizer as `tokenizer`."
+        where = downloaded(str(tokenizer or TOKENIZER), [*_TOKENIZER_FILES, "config.json"], advice)
+    words = read_tokenizer(where)
     if len(words) != vocabulary:
         raise CheckpointError(f"the tokenizer in {where} has {len(words)} tokens, the model {vocabulary}.")
     if max(words.get_vocab().values()) >= vocabulary:
         raise CheckpointError(f"the tokenizer in {where} has ids beyond the model's {vocabulary} tokens.")
     return OpenCLIPWords(words)
-
-
-def _downloaded(repository: str) -> Path:
-    """The tokenizer's files of a Hugging Face repository, without its weights."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[*_TOKENIZER_FILES, "config.json"]))
-    except Exception as error:  # the client's own kinds, and all those of the HTTP library below it
-        raise CheckpointError(
-            f"the tokenizer {redacted(repository)} is neither in the Hugging Face cache nor reachable: "
-            f"{first_line(error)}; give a folder that holds CLIP's tokenizer as `tokenizer`."
-        ) from error
 
 
 def fingerprint(files: str, config: Any, words: OpenCLIPWords) -> str:

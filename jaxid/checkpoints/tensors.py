@@ -1,5 +1,6 @@
 """Reading and writing of safetensors folders, strict in both directions."""
 
+import abc
 import dataclasses
 import json
 import math
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -80,32 +81,41 @@ class _Entry:
     file: Path
 
 
-@runtime_checkable
-class Tensors(Protocol):
-    """The tensors of a checkpoint by name, however they are stored."""
+class Tensors(abc.ABC):
+    """The tensors of a checkpoint by name, however they are stored.
 
-    folder: Path  # where they lie
-    files: list[Path]  # that hold them
-    entries: Mapping[str, Any]  # their names; the values have a `dtype`
+    Attributes:
+        folder: where they lie.
+        files: that hold them.
+        entries: their names; the values have a `shape` and a `dtype`.
+    """
+
+    folder: Path
+    files: list[Path]
+    entries: Mapping[str, Any]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        ...
+        """A tensor's shape, without reading it."""
+        return self.entries[key].shape
 
+    @abc.abstractmethod
     def readable(self, key: str) -> bool:
         """Whether a tensor holds floating-point numbers of a format that NumPy knows."""
-        ...
 
+    @abc.abstractmethod
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
-        """A tensor."""
-        ...
+        """A tensor, which is not to be written to.
+
+        Raises:
+            CheckpointError: if it holds no floating-point numbers of a format that NumPy knows.
+        """
 
     def release(self, key: str, part: Shaped[np.ndarray, "..."]) -> None:
-        """Lets go of the memory of a part that is no longer needed."""
-        ...
+        """Lets go of the memory of a part that is no longer needed, if that is possible."""
+        del key, part
 
 
-class TensorFolder:
+class TensorFolder(Tensors):
     """The tensors of a checkpoint folder, memory-mapped."""
 
     def __init__(self, folder: Path):
@@ -163,20 +173,12 @@ class TensorFolder:
             )
         return files, promised
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self.entries[key].shape
-
     def readable(self, key: str) -> bool:
         """Whether a tensor holds floating-point numbers of a format that NumPy knows."""
         return self.entries[key].dtype in _FLOATS
 
     def read(self, key: str) -> Shaped[np.ndarray, "..."]:
-        """A tensor as it is in the file, which cannot be written to and is read where it is touched.
-
-        Raises:
-            CheckpointError: if it holds no floating-point numbers of a format that NumPy knows.
-        """
+        """A tensor as it is in the file, which is read where it is touched."""
         entry = self.entries[key]
         if not self.readable(key):
             raise CheckpointError(f"tensor {key!r} cannot be read: it holds {entry.dtype} numbers.")

@@ -127,11 +127,7 @@ class Gemma3Processor(Processor):
         self.placeholder, self.end = (tokenizer.convert_ids_to_tokens(index) for index in marks.values())
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as arrays, and their tokens between marks and blank lines.
-
-        Raises:
-            InputError: for a picture that cannot be opened.
-        """
+        """Pictures as arrays, and their tokens between marks and blank lines."""
         del members
         count = self.config.image_tokens
         text = f"\n\n{self.placeholder}{self.image_token * count}{self.end}\n\n"

@@ -202,11 +202,7 @@ class InternVLProcessor(Processor):
         return tiles * self.config.image_tokens
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as tiles; padded with rows of zeros, so that few programs are compiled.
-
-        Raises:
-            InputError: for a picture that cannot be opened.
-        """
+        """Pictures as tiles; padded with rows of zeros, so that few programs are compiled."""
         del members
         opened = [self.open(picture) for picture in pictures]
         # Pictures are cut whatever the image processor's own setting, as the published processor does.

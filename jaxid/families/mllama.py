@@ -301,11 +301,7 @@ class MllamaProcessor(Processor):
         return self.config.image_tokens * len(text.cross_attention_layers) // text.num_hidden_layers
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as tiles, and which of them every prompt shows.
-
-        Raises:
-            InputError: for a picture that cannot be opened.
-        """
+        """Pictures as tiles, and which of them every prompt shows."""
         found = processed(self.image_processor, [[self.open(picture)] for picture in pictures])
         shown = np.full((len(members), max(map(len, members))), -1, np.int32)
         for row, own in enumerate(members):

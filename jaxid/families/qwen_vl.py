@@ -339,11 +339,7 @@ class QwenVLProcessor(Processor):
         return np.asarray(found["pixel_values"], np.float32), np.asarray(found["image_grid_thw"])
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as rows of patches, padded to one length.
-
-        Raises:
-            InputError: for a picture that cannot be opened, or of an extreme aspect ratio.
-        """
+        """Pictures as rows of patches, padded to one length."""
         del members
         vision = self.config.vision_config
         side, window = vision.spatial_merge_size, vision.window_side
