@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.nn.decoder import Decoder, Tap
+from jaxid.nn.decoder import Decoder, Tap, kept
 from jaxid.nn.layers import by_index, recomputed, scan_stack, take_tokens
 from jaxid.nn.sites import DECODER_SITES, Capture, Site, SiteFunction, clean
 from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Swapped, View
@@ -214,8 +214,8 @@ class Suffix(NamedTuple):
     other_memory: Memory | None = None
     swapped: Int[Array, "R"] | None = None
 
-    def view(self, decoder: Decoder, swapped: Int[Array, "R"] | None = None) -> View:
-        """What the rows' suffixes read; `swapped` as in the attributes, for the rows that run together."""
+    def views(self, decoder: Decoder) -> tuple[View, View | None]:
+        """What the rows' suffixes read, and what they read instead after `swapped`."""
         tokens = decoder.tokens(self.positions, self.rope_positions, self.last, self.prefix_keys.shape[3])
 
         def recorded(keys: Array, values: Array, memory: Memory | None) -> View:
@@ -223,9 +223,9 @@ class Suffix(NamedTuple):
             return decoder.view(Prefix(tokens, keys, values, self.prefix_mask), memory)
 
         own = recorded(self.prefix_keys, self.prefix_values, self.memory)
-        if swapped is None or self.other_keys is None or self.other_values is None:
-            return own
-        return Swapped(own, recorded(self.other_keys, self.other_values, self.other_memory), swapped)
+        if self.other_keys is None or self.other_values is None:
+            return own, None
+        return own, recorded(self.other_keys, self.other_values, self.other_memory)
 
 
 def _by_row(edits: Any) -> SiteFunction:
@@ -268,12 +268,7 @@ def resume(
     first = jnp.where(jnp.arange(chunks * chunk) < rows, start[padded], count).reshape(chunks, chunk)
     edits, swapped = grouped(edits), grouped(suffix.swapped)
 
-    def joined(first: Array, layer: Any) -> Array:
-        return (first <= layer)[:, None, None, None]
-
-    def step(block: Any, layer: Any, x: Array, edits: Any, swapped: Any, keep: Keep = None) -> Array:
-        view, tap = suffix.view(decoder, swapped), _tap(_by_row(edits), layer, suffix.positions, keep)
-        return decoder.step(block, layer, x, view, tap, keep)[0]
+    own, other = suffix.views(decoder)
 
     def enter(edit: Any, first: Array) -> Array:
         """What a row starts from: the recorded values, with edits between two layers applied."""
@@ -282,36 +277,31 @@ def resume(
         # An edit may name any layer, where it is traced: one that does not exist must not count.
         return jnp.where(first > 0, edit(Site("resid_post", first - 1, positions), x), embedded)
 
+    def advance(block: Any, layer: Any, chunk: tuple[Array, Any, Array, Any], keep: Keep = None) -> Array:
+        """Those rows of a chunk through a block that have joined by then."""
+        x, edits, first, swapped = chunk
+        waiting = kept(x, keep)
+
+        def go(x: Array) -> Array:
+            view = own if other is None else Swapped(own, other, swapped)
+            tap = _tap(_by_row(edits), layer, suffix.positions, keep)
+            after, _ = decoder.step(block, layer, x, view, tap, keep)
+            return jnp.where((first <= layer)[:, None, None, None], after, waiting)
+
+        return jax.lax.cond((first <= layer).any(), go, lambda x: waiting, x)
+
     def through(x: Array, layer: Array) -> tuple[Array, None]:
         def run(x: Array) -> Array:
             block = decoder.block(layer)
-
-            def together(arguments: tuple[Array, Any, Array, Array | None]) -> Array:
-                x, edits, first, swapped = arguments
-
-                def go(x: Array) -> Array:
-                    return jnp.where(joined(first, layer), step(block, layer, x, edits, swapped), x)
-
-                return jax.lax.cond((first <= layer).any(), go, lambda x: x, x)
-
-            return jax.lax.map(together, (x, edits, first, swapped))
+            return jax.lax.map(lambda chunk: advance(block, layer, chunk), (x, edits, first, swapped))
 
         return jax.lax.cond((first <= layer).any(), run, lambda x: x, x), None
 
-    entered = jax.lax.map(lambda rows: jax.vmap(enter)(*rows), (edits, first))
-    x, _ = jax.lax.scan(through, entered, jnp.arange(count - 1))
-    block, last = decoder.block(count - 1), suffix.last[:, None]
-
-    def finish(arguments: tuple[Array, Any, Array, Array | None]) -> Array:
-        x, edits, first, swapped = arguments
-        unchanged = take_tokens(x, last)
-
-        def go(x: Array) -> Array:
-            return jnp.where(joined(first, count - 1), step(block, count - 1, x, edits, swapped, last), unchanged)
-
-        return jax.lax.cond((first < count).any(), go, lambda x: unchanged, x)
-
-    hidden = decoder.norm(jax.lax.map(finish, (x, edits, first, swapped))[:, :, :, 0])
+    x = jax.lax.map(lambda chunk: jax.vmap(enter)(*chunk), (edits, first))
+    x, _ = jax.lax.scan(through, x, jnp.arange(count - 1))
+    final, last = decoder.block(count - 1), suffix.last[:, None]
+    x = jax.lax.map(lambda chunk: advance(final, count - 1, chunk, last), (x, edits, first, swapped))
+    hidden = decoder.norm(x[:, :, :, 0])
     return hidden.reshape(chunks * chunk, *hidden.shape[2:])[jnp.argsort(order)]
 
 
@@ -354,7 +344,7 @@ class Shared(NamedTuple):
 
 def prefill(decoder: Decoder, suffix: Suffix, edits: Any, rows: int) -> Start:
     """Runs the suffix of R rows, each under its own edit, through all layers and keeps its keys and values."""
-    recorded, edit, view = suffix.residuals[0], _by_row(edits), suffix.view(decoder)
+    recorded, edit, (view, _) = suffix.residuals[0], _by_row(edits), suffix.views(decoder)
 
     def step(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
         return decoder.step(decoder.block(layer), layer, x, view, _tap(edit, layer, suffix.positions))
