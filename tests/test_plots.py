@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 PLANE = np.stack(np.meshgrid(np.arange(4) - 1.5, np.arange(4) - 1.5, indexing="ij"), axis=-1)
 RATES = np.linspace(0.1, 0.9, 12).reshape(2, 6)
 INTERVALS = np.stack([RATES - 0.05, RATES + 0.05], axis=-1)
-FACTORS = np.array([0.5, 1.0, 5.0])
+STRENGTHS = np.array([0.5, 1.0, 5.0])
 COLUMNS = np.outer(np.arange(1, 7), [1.5, 0.5, -0.5, -1.5])
 CHANGE = RNG.normal(size=(4, 4, 2))
 SCORES = {name: RNG.normal(0.5, 0.2, size=(6, 9, 2)) for name in ("image", "text", "words")}
@@ -38,10 +38,10 @@ BELIEF: dict[str, Any] = {
     "relation_names": ["left/right", "above/below"],
     "belief_intervals": INTERVALS,
     "noise_intervals": INTERVALS / 5,
-    "factor": 1.0,
-    "factors": FACTORS,
-    "belief_by_factor": np.array([0.2, 0.9, 0.6]),
-    "noise_by_factor": np.array([0.0, 0.1, 0.4]),
+    "strength": 1.0,
+    "strengths": STRENGTHS,
+    "belief_by_strength": np.array([0.2, 0.9, 0.6]),
+    "noise_by_strength": np.array([0.0, 0.1, 0.4]),
 }
 SCENES: dict[str, Any] = {
     "pictures": RNG.integers(0, 256, size=(5, 72, 72, 3), dtype=np.uint8),
@@ -59,15 +59,15 @@ STEERING: dict[str, Any] = {"layers": LAYERS, "change_first": COLUMNS, "change_s
 PLANE_ARGUMENTS: dict[str, Any] = {
     "coordinates": PLANE,
     "words": {"left": np.array([-1.0, 0.2]), "right": np.array([1.0, -0.2])},
-    "title": "star, block 3",
+    "title": "star, layer 3",
 }
 
 # Function, its arguments, number of axes (colour bars are axes too), and some of the text in the figure.
 FIGURES: list[tuple[Callable[..., Figure], dict[str, Any], int, list[str]]] = [
     (plots.scenes_with_answers, SCENES, 5, ["✓ left", "✗ right (truth: left)", "✗ $ (truth: below)"]),
-    (plots.id_plane, PLANE_ARGUMENTS, 1, ["star, block 3", "(0, 0)", "(3, 2)", "left", "right", "x-axis coordinate"]),
-    (plots.variance_by_layer, VARIANCE, 2, ["the two axes", "column (x)", "row (y)", "block"]),
-    (plots.belief_swap_by_layer, BELIEF, 4, ["left/right", "above/below", "mean", "by factor", "IDs", "0.5"]),
+    (plots.id_plane, PLANE_ARGUMENTS, 1, ["star, layer 3", "(0, 0)", "(3, 2)", "left", "right", "x-axis coordinate"]),
+    (plots.variance_by_layer, VARIANCE, 2, ["the two axes", "column (x)", "row (y)", "layer"]),
+    (plots.belief_swap_by_layer, BELIEF, 4, ["left/right", "above/below", "mean", "by strength", "IDs", "0.5"]),
     (plots.steering_by_column, STEERING, 3, ["“left”", "“right”", "subject steered to column", "change of log p"]),
     (plots.steering_map, {"change": CHANGE, "words": WORDS, "layer": 3}, 2, ["column", "row"]),
     (plots.swap_scores, {"scores": SCORES, "words": WORDS}, 2, ["“left”", "image tokens", "the two words"]),
@@ -144,18 +144,18 @@ def test_id_plane_needs_no_words() -> None:
 
 
 def test_belief_panels_hold_their_rates() -> None:
-    figure = plots.belief_swap_by_layer(**BELIEF, factor_layer=3)
-    first, second, mean, factor = figure.axes
+    figure = plots.belief_swap_by_layer(**BELIEF, strength_layer=3)
+    first, second, mean, strength = figure.axes
     legend = {text.get_text(): to_hex(line.get_color()) for text, line in named_lines(figure)}
     assert legend == {"IDs": style.BLUE, "noise of the same norm": style.GREY}
     assert [to_hex(line.get_color()) for line in first.get_lines()] == [style.GREY, style.BLUE]
     np.testing.assert_array_equal(lines(first), [RATES[0] / 5, RATES[0]])
     np.testing.assert_array_equal(lines(second), [RATES[1] / 5, RATES[1]])
     np.testing.assert_allclose(lines(mean), [RATES.mean(0) / 5, RATES.mean(0)])
-    np.testing.assert_array_equal(lines(factor), [BELIEF["noise_by_factor"], BELIEF["belief_by_factor"]])
-    assert factor.get_xscale() == "log"
-    assert [tick.get_text() for tick in factor.get_xticklabels()] == ["0.5", "1", "5"]
-    assert factor.get_title(loc="left") == "by factor, block 3"
+    np.testing.assert_array_equal(lines(strength), [BELIEF["noise_by_strength"], BELIEF["belief_by_strength"]])
+    assert strength.get_xscale() == "log"
+    assert [tick.get_text() for tick in strength.get_xticklabels()] == ["0.5", "1", "5"]
+    assert strength.get_title(loc="left") == "by strength, layer 3"
     assert len(first.collections) == 2 and not mean.collections  # the intervals
 
 
@@ -164,7 +164,7 @@ def test_belief_swap_of_one_relation_is_one_panel() -> None:
     assert len(figure.axes) == 1
 
 
-def test_steering_panels_hold_both_words_by_block() -> None:
+def test_steering_panels_hold_both_words_by_layer() -> None:
     first, second, bar = plots.steering_by_column(**STEERING, words=("above", "below"), along="row").axes
     np.testing.assert_array_equal(lines(first), COLUMNS)
     np.testing.assert_array_equal(lines(second), -COLUMNS)
@@ -173,7 +173,7 @@ def test_steering_panels_hold_both_words_by_block() -> None:
     assert [tick.get_text() for tick in bar.get_yticklabels()] == [str(layer) for layer in LAYERS]
 
 
-def test_steering_of_many_blocks_names_some_of_them() -> None:
+def test_steering_of_many_layers_names_some_of_them() -> None:
     layers = np.arange(10, 50)
     bar = plots.steering_by_column(layers, np.zeros((40, 4)), np.zeros((40, 4))).axes[-1]
     assert [tick.get_text() for tick in bar.get_yticklabels()] == [str(layer) for layer in layers[::4]]
@@ -222,8 +222,8 @@ def test_names_at_line_ends_keep_apart_and_beside_their_panel(share: float) -> N
         (plots.variance_by_layer, VARIANCE, {"agreement": np.zeros(5)}, r"agreement is \[5\]"),
         (plots.belief_swap_by_layer, BELIEF, {"noise": RATES.T}, r"noise is \[6, 2\].* L = 6, R = 2"),
         (plots.belief_swap_by_layer, BELIEF, {"belief_intervals": RATES}, "belief_intervals"),
-        (plots.belief_swap_by_layer, BELIEF, {"noise_by_factor": None}, "go together"),
-        (plots.belief_swap_by_layer, BELIEF, {"factors": np.array([0.0, 1.0, 2.0])}, "above 0"),
+        (plots.belief_swap_by_layer, BELIEF, {"noise_by_strength": None}, "go together"),
+        (plots.belief_swap_by_layer, BELIEF, {"strengths": np.array([0.0, 1.0, 2.0])}, "above 0"),
         (plots.steering_by_column, STEERING, {"change_second": COLUMNS[:, :3]}, "change_second"),
         (plots.steering_by_column, STEERING, {"words": ("left",)}, "words"),
         (plots.steering_map, {"change": CHANGE, "words": WORDS, "layer": 1}, {"change": CHANGE[0]}, "change"),

@@ -1,4 +1,4 @@
-"""What stands below the figures: model, items, strength, what bands are, and how many values are left out."""
+"""What stands below the figures: model, items, strength, what bands are, and how many values are skipped."""
 
 import inspect
 from collections.abc import Callable
@@ -148,7 +148,7 @@ def test_a_long_name_is_broken_not_cut() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("robust", [False, True])
-def test_items_without_a_finite_score_are_left_out_and_counted(robust: bool, bad: float) -> None:
+def test_items_without_a_finite_score_are_skipped_and_counted(robust: bool, bad: float) -> None:
     """Without such items the curves are the same."""
     spoilt = {name: values.copy() for name, values in SCORES.items()}
     spoilt["image"][2, 4, 1] = bad
@@ -161,7 +161,7 @@ def test_items_without_a_finite_score_are_left_out_and_counted(robust: bool, bad
             np.testing.assert_array_equal(line.get_xydata(), right.get_xydata())
         for band, right in zip(axes.collections, other.collections, strict=True):
             np.testing.assert_array_equal(band.get_paths()[0].vertices, right.get_paths()[0].vertices)
-    assert "2 of 9 items not finite, left out" in caption(figure)
+    assert "2 of 9 items not finite, skipped" in caption(figure)
     assert "n = 7" in caption(figure)
 
 

@@ -20,7 +20,6 @@ from PIL import Image
 from jaxid import plots
 from jaxid.errors import InputError
 from jaxid.plots import style
-from jaxid.plots.names import offsets
 
 RNG = np.random.default_rng(0)
 NAMES = [f"model-{letter}{number}b" for letter in "abc" for number in (1, 3, 8, 14)]
@@ -68,10 +67,10 @@ FIGURES: list[tuple[Callable[..., Figure], dict[str, Any], int, list[str]]] = [
     (plots.steering_maps, MAPS, 3, ["“Yes”", "“No”", "row", "column", "change of log p", MAPS["title"]]),
     (plots.steering_maps, MAPS | {"title": LONG, "marks": {"dining table": (3, 1)}}, 3, ["dining table"]),
     (plots.steering_maps, {"change": CHANGE, "words": ("Near", "Far")}, 3, ["“Near”"]),
-    (plots.steering_by_layer, SINGLE, 1, ["left", "right", "block steered"]),
+    (plots.steering_by_layer, SINGLE, 1, ["left", "right", "layer steered"]),
     (plots.steering_by_layer, SINGLE | {"picture": PICTURE}, 2, ["left", "right", "change of log p"]),
     (plots.steering_by_layer, SINGLE | {"picture": PICTURE[:, :20], "title": "$x"}, 2, ["$x"]),
-    (plots.depth_by_row, DEPTH, 2, ["height: “above” over “below”", "depth: “front” over “behind”", "block 13"]),
+    (plots.depth_by_row, DEPTH, 2, ["height: “above” over “below”", "depth: “front” over “behind”", "layer 13"]),
     (plots.swap_scores, SWAPS | {"layers": np.array([0, 8, 31])}, 2, ["image tokens"]),
 ]
 
@@ -133,18 +132,6 @@ def test_names_stay_apart_and_in_the_panel(spread: float, count: int) -> None:
     np.testing.assert_allclose(curves(axes)[0], np.stack([accuracy, drop], axis=-1))
 
 
-def test_a_lone_point_is_named_at_its_side_and_far_names_have_lines() -> None:
-    frame, half = np.array([[0.0, 0.0], [300.0, 200.0]]), np.array([[20.0, 5.0]])
-    ((center, end),) = offsets(np.array([[150.0, 100.0]]), half, frame)
-    assert center[0] > 20 and abs(center[1]) < 1e-9 and not end.any()
-    found = offsets(np.full((9, 2), [150.0, 100.0]), np.repeat(half, 9, axis=0), frame)
-    led = found[:, 1].any(axis=-1)
-    assert led.any()
-    # A line ends at the rim of its name.
-    rim = np.abs(found[led, 1] - found[led, 0]) <= half + 1e-9
-    assert rim.all()
-
-
 @pytest.mark.parametrize(("accuracy", "drop"), [(0.99, 0.45), (0.99, -0.02), (0.0, 0.0), (1.0, 1.0)])
 def test_a_lone_model_lies_within_its_panel(accuracy: float, drop: float) -> None:
     figure = plots.accuracy_against_steerability(["tiny"], np.array([accuracy]), np.array([drop]))
@@ -186,7 +173,7 @@ def test_single_picture_stands_beside_its_curves() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_depth_panels_hold_log_ratios_and_name_few_blocks(count: int) -> None:
+def test_depth_panels_hold_log_ratios_and_name_few_layers(count: int) -> None:
     layers, height = np.arange(count) + 3, RNG.normal(size=(count, 4, 2))
     figure = plots.depth_by_row(layers, height, 2 * height, ("above", "below"), ("front", "behind"))
     first, second = figure.axes
@@ -194,13 +181,13 @@ def test_depth_panels_hold_log_ratios_and_name_few_blocks(count: int) -> None:
     np.testing.assert_allclose([curve[:, 1] for curve in curves(second)], 2 * (height[..., 0] - height[..., 1]))
     (legend,) = figure.legends
     named = [text.get_text() for text in legend.get_texts()]
-    assert named[0] == "block 3" and len(named) <= 6
+    assert named[0] == "layer 3" and len(named) <= 6
     for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True):
-        number = int(text.get_text().removeprefix("block ")) - 3
+        number = int(text.get_text().removeprefix("layer ")) - 3
         assert to_hex(line.get_color()) == to_hex(style.gradient(count)[number])
 
 
-def test_swap_scores_stand_at_the_blocks_that_were_swapped() -> None:
+def test_swap_scores_stand_at_the_layers_that_were_swapped() -> None:
     layers = np.array([0, 8, 31])
     scores = SWAPS["scores"]["image"]
     for robust, middle in ((False, np.mean), (True, np.median)):

@@ -197,7 +197,7 @@ def draw_layers(found: Rates, strength: float, about: plots.About) -> Figure:
         [names[axis] for axis in found.swapped_by_axis],
         belief_intervals=belief[1],
         noise_intervals=noise[1],
-        factor=strength,
+        strength=strength,
         about=about,
     )
 

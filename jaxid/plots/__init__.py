@@ -1,9 +1,10 @@
 """The figures: plain arrays in, a Matplotlib `Figure` out, in one house style; `save` writes it as PNG.
 
 No function touches pyplot or leaves a setting changed. Arrays that do not fit each other raise `InputError`.
-Layers are decoder blocks counted from 0; log-probabilities are in nats.
+Layers are decoder layers, counted from 0; log-probabilities are in nats.
 """
 
+from jaxid.plots.blank_image import blank_image
 from jaxid.plots.dcsm import benchmark_bars, caption_maps, training_curves
 from jaxid.plots.diagnosis import margin_histogram, margins_by_layer, occlusion_example, sensitivities
 from jaxid.plots.finetune import finetune_comparison, finetune_curves
@@ -22,6 +23,7 @@ __all__ = [
     "belief_swap_bars",
     "belief_swap_by_layer",
     "benchmark_bars",
+    "blank_image",
     "caption_maps",
     "depth_by_row",
     "finetune_comparison",

@@ -23,6 +23,7 @@ from jaxid.plots.style import (
     About,
     captioned,
     check_shapes,
+    color_bar,
     finite,
     new_figure,
     wrapped,
@@ -99,9 +100,7 @@ def caption_maps(
             panel.imshow(
                 patches[row, :, :, column], extent=(0, side, side, 0), cmap="magma", vmin=low, vmax=high, alpha=0.72
             )
-    bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.12, pad=0.04, aspect=28)
-    bar.set_label("cosine of patch and word")
-    bar.outline.set_visible(False)
+    color_bar(figure, heat, axes[:, -1].tolist(), "cosine of patch and word", fraction=0.12, pad=0.04)
     return captioned(figure, about, "bold: the greatest score")
 
 
@@ -170,8 +169,13 @@ def benchmark_bars(
     Raises:
         InputError: The arrays do not fit each other.
     """
-    check_shapes(names=(names, "R"), benchmarks=(benchmarks, "B"), accuracy=(accuracy, "R B"))
-    check_shapes(accuracy=(accuracy, "R B"), interval=(interval, "R 2 B"))
+    check_shapes(
+        names=(names, "R"),
+        benchmarks=(benchmarks, "B"),
+        accuracy=(accuracy, "R B"),
+        interval=(interval, "R 2 B"),
+        chance=(chance, "B"),
+    )
     figure = new_figure(max(4.2, 1.4 + 0.22 * accuracy.size + 0.4 * len(benchmarks)), 3.2)
     axes = figure.subplots()
     width = 0.8 / len(names)
@@ -189,7 +193,6 @@ def benchmark_bars(
             error_kw={"elinewidth": 0.8, "ecolor": INK},
         )
     if chance is not None:
-        check_shapes(chance=(np.asarray(chance), "B"), benchmarks=(benchmarks, "B"))
         places = np.arange(len(benchmarks))
         axes.hlines(chance, places - 0.47, places + 0.47, colors=INK, linestyles="dotted", linewidth=1.2)
     axes.set_xticks(np.arange(len(benchmarks)), [wrapped(name.replace("-", " "), 12) for name in benchmarks])

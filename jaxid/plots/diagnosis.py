@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from jaxid.errors import InputError
 from jaxid.plots.style import (
@@ -22,17 +22,19 @@ from jaxid.plots.style import (
     RULE,
     STYLE,
     VERMILLION,
-    WILSON,
     About,
-    block_axis,
+    bands_note,
     captioned,
     chance_line,
     check_shapes,
+    curve,
     finite,
     finite_items,
     label_ends,
     last,
+    layer_axis,
     new_figure,
+    shares,
     wrapped,
 )
 
@@ -70,7 +72,7 @@ def margin_histogram(
         margins: how much further apart the two words are than the two objects, along the asked axis.
         correct: whether each item was answered rightly.
         note: of a test, in the panel.
-        layer: the block at which they were read.
+        layer: at which they were read.
         about: what was measured on what; stands below the figure.
 
     Raises:
@@ -82,7 +84,7 @@ def margin_histogram(
     figure = new_figure(4.8, 3.0)
     axes = figure.add_subplot()
     _histogram(axes, {"right": margins[correct], "wrong": margins[~correct]})
-    place = "" if layer is None else f", block {layer}"
+    place = "" if layer is None else f", layer {layer}"
     axes.set_xlabel(f"margin: distance of the two words, less that of the objects{place}")
     if note:
         axes.set_title(note, fontsize=8.5, color=GREY, parse_math=False)
@@ -101,17 +103,17 @@ def margins_by_layer(
     layer: int | None = None,
     about: About | None = None,
 ) -> Figure:
-    """How well margins tell right from wrong answers, by block ([ID] arXiv 2601.12626, Figure 8 a).
+    """How well margins tell right from wrong answers, by layer ([ID] arXiv 2601.12626, Figure 8 a).
 
     Args:
-        layers: the blocks.
+        layers: of the model.
         auc: share of pairs of a right and a wrong answer in which the right one has the larger margin; None where
-            there is no such pair, which leaves that panel out.
+            there is no such pair, which drops that panel.
         easy: accuracy of the half of items with larger margins.
         hard: of the other half.
         easy_intervals: lower and upper bound (95 %) of `easy`, drawn as a band.
         hard_intervals: likewise of `hard`.
-        layer: the block to mark.
+        layer: the one to mark.
         about: what was measured on what; stands below the figure.
 
     Raises:
@@ -131,9 +133,9 @@ def margins_by_layer(
     for axes in row:
         if layer is not None:
             axes.axvline(layer, color=RULE, linewidth=6, zorder=0)
-        block_axis(axes)
+        layer_axis(axes)
     if auc is not None:
-        row[0].plot(layers, auc, color=BLUE, marker="o")
+        curve(row[0], layers, auc, BLUE)
         row[0].set(
             title="right before wrong answers",
             ylabel="area under the curve",
@@ -142,18 +144,16 @@ def margins_by_layer(
     halves = {"larger margins": (easy, easy_intervals, BLUE), "smaller margins": (hard, hard_intervals, VERMILLION)}
     bottom = 0.48  # chance is in the panel
     for values, bounds, color in halves.values():
-        row[-1].plot(layers, values, color=color, marker="o")
-        if bounds is not None:
-            row[-1].fill_between(layers, *bounds.T, color=color, alpha=0.16, linewidth=0)
+        curve(row[-1], layers, values, color, bounds)
         bottom = min(bottom, float(np.nanmin(values if bounds is None else bounds)))
     row[-1].set(title="accuracy of either half", ylim=(max(0.0, bottom - 0.02), 1.01))
     row[-1].set_yticks([tick for tick in row[-1].get_yticks() if bottom <= tick < 1.001])
-    row[-1].yaxis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
+    shares(row[-1].yaxis)
     label_ends(row[-1], layers, {name: (last(values), color) for name, (values, _, color) in halves.items()})
     for axes in row:
         chance_line(axes)
-    bands = "" if easy_intervals is None and hard_intervals is None else f"bands: {WILSON}"
-    return captioned(figure, about, bands, CHANCE, "" if layer is None else f"grey: block {layer}", gaps)
+    bands, marked = bands_note(easy_intervals, hard_intervals), "" if layer is None else f"grey: layer {layer}"
+    return captioned(figure, about, bands, CHANCE, marked, gaps)
 
 
 @rc_context(STYLE)
@@ -194,20 +194,20 @@ def occlusion_example(
     figure = new_figure(7.4, rows * (1.16 * height / width + 0.36) + top)
     panels = figure.subplots(rows, _WIDE, squeeze=False).ravel()
     blurs = [None, subject, *elsewhere]
-    for number, axes in enumerate(panels):
+    for index, axes in enumerate(panels):
         axes.axis("off")
-        if number >= count:
+        if index >= count:
             continue
-        axes.imshow(pictures[number], interpolation="lanczos")
-        box = blurs[number]
+        axes.imshow(pictures[index], interpolation="lanczos")
+        box = blurs[index]
         if box is None:
             _frame(axes, subject, BLUE, names[0])
             _frame(axes, object, VERMILLION, names[1])
             name = "the picture"
         else:
-            _frame(axes, box, BLUE if number == 1 else "white")
-            name = "subject blurred" if number == 1 else f"elsewhere {number - 1}"
-        axes.set_title(f"{name}\nlog p = {round(float(right[number]), 2) + 0.0:.2f}", fontsize=7, pad=3, loc="center")
+            _frame(axes, box, BLUE if index == 1 else "white")
+            name = "subject blurred" if index == 1 else f"elsewhere {index - 1}"
+        axes.set_title(f"{name}\nlog p = {round(float(right[index]), 2) + 0.0:.2f}", fontsize=7, pad=3, loc="center")
     if title:
         figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, parse_math=False)
     return captioned(figure, about, "log p: of the right answer")
@@ -301,8 +301,8 @@ def _histogram(axes: Axes, groups: Mapping[str, Float[np.ndarray, "_"]], width: 
             axes.hist(own, edges, histtype="step", linewidth=1.2, **style)
             highest = max(highest, float(np.max(heights)))
     below = -0.055 * highest
-    for number, (name, own) in enumerate(shown.items()):
-        at = below * (number + 1)
+    for index, (name, own) in enumerate(shown.items()):
+        at = below * (index + 1)
         label = f"{name} answers (n = {len(own)})"
         axes.plot(np.median(own), at, "v", color=colors[name], markersize=6, zorder=4, label=label)
         if len(own) < _FEW:
@@ -312,7 +312,7 @@ def _histogram(axes: Axes, groups: Mapping[str, Float[np.ndarray, "_"]], width: 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     axes.set(ylim=(below * (len(shown) + 1), highest / _HEAD))
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= highest * 1.1])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    shares(axes.yaxis)
     axes.legend(loc="upper left", frameon=False, handlelength=1.0, fontsize=7.5)
 
 
@@ -331,7 +331,7 @@ def _exceeded(axes: Axes, drops: Mapping[str, tuple[Float[np.ndarray, "B"], str]
     for name, (values, color) in drops.items():
         axes.plot(amounts, (values[:, None] > amounts).mean(axis=0), color=color, label=name)
     axes.set(xscale="log", ylim=(-0.02, 1.02), ylabel="items that fall by more")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    shares(axes.yaxis)
     axes.legend(loc="upper right", frameon=False, handlelength=1.4, fontsize=7.5)
 
 

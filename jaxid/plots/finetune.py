@@ -9,7 +9,19 @@ from matplotlib.figure import Figure
 
 from jaxid.checks import check_finite
 from jaxid.errors import InputError
-from jaxid.plots.style import BLUE, CHANCE, STYLE, VERMILLION, WILSON, About, captioned, chance_line, finite, new_figure
+from jaxid.plots.style import (
+    BLUE,
+    CHANCE,
+    STYLE,
+    VERMILLION,
+    About,
+    bands_note,
+    captioned,
+    chance_line,
+    curve,
+    finite,
+    new_figure,
+)
 from jaxid.stats import mean_interval
 
 _COLORS = (BLUE, VERMILLION)
@@ -45,16 +57,14 @@ def finetune_curves(
     shares, more = finite(**{name: rows[:, 1] for name, rows in accuracies.items()})
     figure = new_figure(7.0, 2.8)
     left, right = figure.subplots(1, 2)
-    for color, (name, rows), curve in zip(_COLORS, losses.items(), curves, strict=False):
+    for color, (name, rows), values in zip(_COLORS, losses.items(), curves, strict=False):
         marker = "o" if len(rows) <= _FEW else ""
-        left.plot(rows[:, 0], curve, color=color, marker=marker, label=name.replace("_", " "))
+        curve(left, rows[:, 0], values, color, marker=marker, label=name.replace("_", " "))
     left.set(xlabel="step", ylabel="loss", title=title)
     left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the names
     left.legend(frameon=False, loc="upper right", ncols=2)
     for color, (name, rows), share in zip(_COLORS, accuracies.items(), shares, strict=False):
-        right.plot(rows[:, 0], share, color=color, marker="o", label=name)
-        if intervals is not None and name in intervals:
-            right.fill_between(rows[:, 0], *intervals[name].T, color=color, alpha=0.15, linewidth=0)
+        curve(right, rows[:, 0], share, color, (intervals or {}).get(name), label=name)
     chance_line(right)
     right.set(xlabel="step", ylabel="share of right answers", title="evaluation")
     if accuracies:
@@ -62,7 +72,7 @@ def finetune_curves(
     return captioned(
         figure,
         about,
-        f"bands: {WILSON}" if intervals else "",
+        bands_note(intervals or None),
         CHANCE,
         f"losses: {gaps}" if gaps else "",
         f"shares: {more}" if more else "",
@@ -97,12 +107,10 @@ def finetune_comparison(
         ):
             rows = kinds[kind]
             check_finite(f"{name}, {shown},", rows)
-            mean = rows.mean(axis=0)
+            mean, half = rows.mean(axis=0), mean_interval(rows)
             panel.plot(steps, rows.T, color=color, linewidth=0.6, alpha=0.5)
-            panel.plot(steps, mean, color=color, label=f"{shown}, {len(rows)} seeds", marker="o")
-            if len(rows) > 1:
-                half = mean_interval(rows)
-                panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+            band = np.stack([mean - half, mean + half], axis=-1) if len(rows) > 1 else None
+            curve(panel, steps, mean, color, band, label=f"{shown}, {len(rows)} seeds")
         panel.set(xlabel="step", ylabel="share of right answers", title=name)
         chance_line(panel)
         panel.legend(frameon=False, loc="lower right")

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import PercentFormatter
 
 from jaxid.checks import check_finite
 from jaxid.plots.style import (
@@ -20,14 +19,16 @@ from jaxid.plots.style import (
     STYLE,
     VERMILLION,
     About,
-    block_axis,
     captioned,
     check_shapes,
+    curve,
     finite,
     gradient,
     label_ends,
     last,
+    layer_axis,
     new_figure,
+    shares,
 )
 
 
@@ -47,15 +48,16 @@ def id_plane(
     Args:
         coordinates: cell (x, y) -> coordinates along the x-axis and the y-axis, in units of the activations.
         words: word -> its coordinates in the same plane, e.g. of "left" and "right"; may be empty.
-        title: above the figure, e.g. the object and the block.
+        title: above the figure, e.g. the object and the layer.
         about: what was measured on what; stands below the figure.
 
     Raises:
         InputError: The coordinates are not Float[4, 4, 2], or a word's are not Float[2], or something is not finite.
     """
     check_shapes(coordinates=(coordinates, "4 4 2"), **{f"word {word!r}": (at, "2") for word, at in words.items()})
-    for name, at in {"coordinates": coordinates, **{f"word {word!r}": at for word, at in words.items()}}.items():
-        check_finite(name, at)
+    check_finite("coordinates", coordinates)
+    for word, at in words.items():
+        check_finite(f"word {word!r}", at)
     figure = new_figure(4.8, 4.5)
     axes = figure.add_subplot()
     axes.grid(False)
@@ -105,7 +107,7 @@ def variance_by_layer(
     *,
     about: About | None = None,
 ) -> Figure:
-    """How much of the IDs' variance the two axes hold, block by block, and how alike two objects' IDs are.
+    """How much of the IDs' variance the two axes hold, layer by layer, and how alike two objects' IDs are.
 
     Args:
         two_axis: share of the variance that lies in the plane of the two axes, 0 to 1.
@@ -122,17 +124,17 @@ def variance_by_layer(
     (two_axis, row_share, column_share, agreement), gaps = finite(**shares_of, agreement=agreement)
     layers = np.arange(len(two_axis))
     figure = new_figure(7.6, 2.9)
-    shares, alike = figure.subplots(1, 2)
+    explained, alike = figure.subplots(1, 2)
     named = {"the two axes": (two_axis, INK), "column (x)": (column_share, BLUE), "row (y)": (row_share, VERMILLION)}
     for values, color in named.values():
-        shares.plot(layers, values, color=color, marker="o")
-    shares.set(title="Variance of the IDs explained by", ylim=(0, 1.02))
-    shares.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    label_ends(shares, layers, {name: (last(values), color) for name, (values, color) in named.items()})
-    alike.plot(layers, agreement, color=GREEN, marker="o")
+        curve(explained, layers, values, color)
+    explained.set(title="Variance of the IDs explained by", ylim=(0, 1.02))
+    shares(explained.yaxis)
+    label_ends(explained, layers, {name: (last(values), color) for name, (values, color) in named.items()})
+    curve(alike, layers, agreement, GREEN)
     alike.set(title="Agreement of two objects' IDs (cosine)", ylim=(min(0, 1.1 * float(np.nanmin(agreement))), 1.02))
-    for axes in (shares, alike):
-        block_axis(axes)
+    for axes in (explained, alike):
+        layer_axis(axes)
     return captioned(figure, about, gaps)
 
 

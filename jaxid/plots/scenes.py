@@ -23,7 +23,7 @@ def scenes_with_answers(
 ) -> Figure:
     """A contact sheet, four scenes to a row: each with its question and the model's answer.
 
-    A right answer has a green tick; a wrong one a red cross and the truth behind it.
+    A right answer has a green tick; a wrong one a red cross and the truth after it.
 
     Args:
         pictures: the scenes; a dozen fit well.

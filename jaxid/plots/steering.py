@@ -18,21 +18,23 @@ from jaxid.errors import InputError
 from jaxid.plots.style import (
     BLUE,
     CELLS,
-    GREY,
     INK,
     RULE,
     STYLE,
     VERMILLION,
     About,
-    block_axis,
     captioned,
     check_shapes,
+    color_bar,
+    curve,
     finite,
     gradient,
     label_ends,
     last,
+    layer_axis,
     new_figure,
     wrapped,
+    zero_line,
 )
 
 
@@ -48,11 +50,11 @@ def steering_by_column(
 ) -> Figure:
     """What steering the subject to each column does to both answers ([ID] arXiv 2601.12626, Figure 6).
 
-    One panel an answer word, one line a block, from dark (early) to light (late).
+    One panel an answer word, one line a layer, from dark (early) to light (late).
 
     Args:
-        layers: the blocks, rising.
-        change_first: log p(steered) - log p(control) of the first word, by block and column.
+        layers: ascending.
+        change_first: log p(steered) - log p(control) of the first word, by layer and column.
         change_second: likewise of the second word.
         words: the two words.
         along: "column" or "row": what the subject was steered along.
@@ -61,29 +63,27 @@ def steering_by_column(
     Raises:
         InputError: The arrays do not fit each other, there are not two words, or a word has no finite value.
     """
-    check_shapes(layers=(layers, "L"), change_first=(change_first, "L 4"), change_second=(change_second, "L 4"))
-    check_shapes(words=(words, "2"))
+    check_shapes(
+        layers=(layers, "L"),
+        change_first=(change_first, "L 4"),
+        change_second=(change_second, "L 4"),
+        words=(words, "2"),
+    )
     (change_first, change_second), gaps = finite(change_first=change_first, change_second=change_second)
     colors = gradient(len(layers))
     figure = new_figure(6.6, 3.0)
     pair = figure.subplots(1, 2, sharey=True)
     for axes, change, word in zip(pair, (change_first, change_second), words, strict=True):
-        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+        zero_line(axes)
         for values, color in zip(change, colors, strict=True):
-            axes.plot(range(CELLS), values, color=color, marker="o")
+            curve(axes, range(CELLS), values, color)
         axes.set(title=f"“{word}”", xlabel=f"subject steered to {along}", xticks=range(CELLS), xlim=(-0.2, 3.2))
     pair[0].set_ylabel("change of log p")
-    step = -(-len(layers) // 12)  # no more than a dozen blocks are named
-    bar = figure.colorbar(
-        ScalarMappable(BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers)), ListedColormap(colors)),
-        ax=pair,
-        ticks=range(0, len(layers), step),
-        aspect=26,
-        label="block",
-    )
+    step = -(-len(layers) // 12)  # no more than a dozen layers are named
+    ranks = ScalarMappable(BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers)), ListedColormap(colors))
+    bar = color_bar(figure, ranks, pair, "layer", ticks=range(0, len(layers), step))
     bar.minorticks_off()
     bar.ax.set_yticklabels([str(layer) for layer in layers[::step]])
-    bar.outline.set_visible(False)
     return captioned(figure, about, "lines: means over items", gaps)
 
 
@@ -91,12 +91,12 @@ def steering_by_column(
 def steering_map(
     change: Float[np.ndarray, "4 4 2"], words: Sequence[str], layer: int, *, about: About | None = None
 ) -> Figure:
-    """Which answer steering to each of the 16 cells favours, at one block ([ID] arXiv 2601.12626, Figure 6).
+    """Which answer steering to each of the 16 cells favours, at one layer ([ID] arXiv 2601.12626, Figure 6).
 
     Args:
         change: log p(steered) - log p(control) of both words, by cell (x, y).
         words: the two words.
-        layer: the block.
+        layer: the one layer.
         about: what was measured on what; stands below the figure.
 
     Raises:
@@ -108,9 +108,8 @@ def steering_map(
     axes = figure.add_subplot()
     image = _cell_map(axes, preference, float(np.nanmax(np.abs(preference))))
     axes.set_ylabel("row")
-    axes.set_title(f"Subject steered to each cell, block {layer}")
-    bar = figure.colorbar(image, ax=axes, aspect=26, label=f"change of log p({words[0]}) - log p({words[1]})")
-    bar.outline.set_visible(False)
+    axes.set_title(f"Subject steered to each cell, layer {layer}")
+    color_bar(figure, image, axes, f"change of log p({words[0]}) - log p({words[1]})")
     return captioned(figure, about, "cells: means over items", gaps)
 
 
@@ -157,8 +156,7 @@ def steering_maps(
             plate = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
             label.set(fontsize=6, parse_math=False, bbox=plate)
     pair[0].set_ylabel("row")
-    bar = figure.colorbar(images[0], ax=pair, aspect=26, label="change of log p")
-    bar.outline.set_visible(False)
+    color_bar(figure, images[0], pair, "change of log p")
     if title:
         figure.suptitle(text, x=0.01, ha="left", fontsize=9.5, parse_math=False)
     return captioned(figure, about, gaps)
@@ -192,11 +190,11 @@ def steering_by_layer(
     title: str = "",
     about: About | None = None,
 ) -> Figure:
-    """One picture steered at every block in turn ([ID] arXiv 2601.12626, Figure 6 d).
+    """One picture steered at every layer in turn ([ID] arXiv 2601.12626, Figure 6 d).
 
     Args:
-        layers: the blocks.
-        change: log p(steered) - log p(control) by block and word.
+        layers: of the model.
+        change: log p(steered) - log p(control) by layer and word.
         words: the two words.
         picture: shown beside the curves.
         title: the question; stands below the picture, or above the curves without one.
@@ -217,12 +215,14 @@ def steering_by_layer(
         shown.set(xticks=[], yticks=[])
         shown.spines[:].set_visible(False)
         shown.set_xlabel(wrapped(title, 26), parse_math=False)
-    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    for curve, color in zip(curves, (BLUE, VERMILLION), strict=True):
-        axes.plot(layers, curve, color=color, marker="o")
+    zero_line(axes)
+    ends = {}
+    for word, values, color in zip(words, curves, (BLUE, VERMILLION), strict=True):
+        curve(axes, layers, values, color)
+        ends[word] = last(values), color
     axes.set_ylabel("change of log p")
-    block_axis(axes, " steered")
-    label_ends(axes, layers, {word: (last(curves[n]), (BLUE, VERMILLION)[n]) for n, word in enumerate(words)})
+    layer_axis(axes, " steered")
+    label_ends(axes, layers, ends)
     return captioned(figure, about, gaps)
 
 
@@ -238,11 +238,11 @@ def depth_by_row(
 ) -> Figure:
     """Steering along the vertical axis under two questions ([ID] arXiv 2601.12626, Figure 7).
 
-    A panel a question: the change of log p(first word) - log p(second word), by the row steered to; a line a block.
+    A panel a question: the change of log p(first word) - log p(second word), by the row steered to; a line a layer.
 
     Args:
-        layers: the blocks.
-        height: change of log-probability under the question about height, by block, row and word.
+        layers: of the model.
+        height: change of log-probability under the question about height, by layer, row and word.
         depth: likewise under the question about depth.
         height_words: the two words of the one.
         depth_words: the two words of the other.
@@ -251,17 +251,22 @@ def depth_by_row(
     Raises:
         InputError: The arrays do not fit each other, there are not two words each, or a question has no finite value.
     """
-    check_shapes(layers=(layers, "L"), height=(height, "L 4 2"), depth=(depth, "L 4 2"))
-    check_shapes(height_words=(height_words, "2"), depth_words=(depth_words, "2"))
+    check_shapes(
+        layers=(layers, "L"),
+        height=(height, "L 4 2"),
+        depth=(depth, "L 4 2"),
+        height_words=(height_words, "2"),
+        depth_words=(depth_words, "2"),
+    )
     (height, depth), gaps = finite(height=height, depth=depth)
     figure = new_figure(6.8, 3.0)
     pair = figure.subplots(1, 2, sharey=True)
     colors = gradient(len(layers))
     panels = {"height": (height, height_words), "depth": (depth, depth_words)}
     for axes, (name, (change, words)) in zip(pair, panels.items(), strict=True):
-        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+        zero_line(axes)
         for values, color, layer in zip(change, colors, layers, strict=True):
-            axes.plot(range(CELLS), values[:, 0] - values[:, 1], color=color, marker="o", label=f"block {layer}")
+            curve(axes, range(CELLS), values[:, 0] - values[:, 1], color, label=f"layer {layer}")
         axes.set(title=f"{name}: “{words[0]}” over “{words[1]}”", xlabel="subject steered to row", xticks=range(CELLS))
     pair[0].set_ylabel("change of the log-ratio")
     shown = slice(None) if len(layers) <= 6 else slice(None, None, -(-len(layers) // 6))

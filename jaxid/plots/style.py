@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from matplotlib.patheffects import withStroke
@@ -26,6 +30,17 @@ CELLS = 4
 
 _CAPTION_SIZE, _CAPTION_LINE, _LETTERS = 6.5, 0.115, 18.5
 """Of the line below a figure: size in points, height of a line in inches, letters an inch."""
+
+_NAMES: dict[str, Any] = {
+    "force_text": (0.5, 0.5),
+    "force_static": (0.2, 0.3),
+    "force_explode": (0.2, 0.5),
+    "expand": (1.25, 1.8),
+    "max_move": (30, 30),
+    "prevent_crossings": False,  # it exchanges names of unequal lengths, which then stand in each other's way
+    "iter_lim": 500,
+}
+"""How names push each other away: a dozen models of one accuracy find room."""
 
 _TICKS = {"color": GREY, "labelcolor": INK, "labelsize": 8}
 
@@ -114,7 +129,7 @@ def captioned(figure: Figure, about: About | None, *parts: str, items: int | Non
         for part in (
             about.model,
             "" if count is None else f"n = {count} {about.unit}",
-            "" if about.strength is None else f"strength (factor) {strength}",
+            "" if about.strength is None else f"strength {strength}",
             *parts,
             about.note,
         )
@@ -131,21 +146,21 @@ def captioned(figure: Figure, about: About | None, *parts: str, items: int | Non
 def finite(**arrays: Any) -> tuple[list[Any], str]:
     """Arrays with NaN for everything that is not finite, and a note of how many values that leaves out.
 
+    Args:
+        **arrays: by name; None stays None.
+
     Raises:
         InputError: if nothing of an array is finite.
     """
-    shown, lost, total = [], 0, 0
-    for name, array in arrays.items():
-        if array is None:
-            shown.append(None)
-            continue
-        values = np.asarray(array, np.float64)
-        known = np.isfinite(values)
-        if not known.any():
+    given = {name: np.asarray(array, np.float64) for name, array in arrays.items() if array is not None}
+    known = {name: np.isfinite(values) for name, values in given.items()}
+    for name, values in given.items():
+        if not known[name].any():
             raise InputError(f"none of the {values.size} values of {name} is finite; there is nothing to draw.")
-        shown.append(np.where(known, values, np.nan))
-        lost, total = lost + int((~known).sum()), total + values.size
-    return shown, f"{lost} of {total} values not finite, not drawn" if lost else ""
+    shown = {name: np.where(known[name], values, np.nan) for name, values in given.items()}
+    total = sum(values.size for values in given.values())
+    lost = total - sum(int(own.sum()) for own in known.values())
+    return [shown.get(name) for name in arrays], f"{lost} of {total} values not finite, not drawn" if lost else ""
 
 
 def finite_items(axis: int, /, **arrays: Any) -> tuple[np.ndarray, str]:
@@ -161,7 +176,7 @@ def finite_items(axis: int, /, **arrays: Any) -> tuple[np.ndarray, str]:
     lost = int((~known).sum())
     if lost == len(known):
         raise InputError(f"none of the {lost} items of {', '.join(arrays)} is finite; there is nothing to draw.")
-    return known, f"{lost} of {len(known)} items not finite, left out" if lost else ""
+    return known, f"{lost} of {len(known)} items not finite, skipped" if lost else ""
 
 
 def means_note(half_widths: Any) -> str:
@@ -191,8 +206,38 @@ def chance_line(axes: Axes, *, chance: float = 0.5, across: bool = True) -> None
         axes.set_ylim(min(low, chance - 0.02), max(high, chance + 0.02))
 
 
+def zero_line(axes: Axes) -> None:
+    """A rule at zero, across a panel."""
+    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+
+
+def shares(*axes: Axis) -> None:
+    """Writes the ticks of axes as percentages."""
+    for axis in axes:
+        axis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
+
+
+def curve(axes: Axes, x: Any, y: Any, color: Any, band: Any = None, **options: Any) -> None:
+    """A line with a dot at every value, over a band of lower and upper bounds [..., 2] if those are given."""
+    if band is not None:
+        axes.fill_between(x, *np.asarray(band).T, color=color, alpha=0.16, linewidth=0)
+    axes.plot(x, y, color=color, **{"marker": "o"} | options)
+
+
+def color_bar(figure: Figure, mappable: ScalarMappable, axes: Any, label: str, **options: Any) -> Colorbar:
+    """A bar beside panels that says what their colours mean."""
+    bar = figure.colorbar(mappable, ax=axes, label=label, **{"aspect": 26} | options)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    return bar
+
+
 CHANCE = "dotted: chance, 50 %"
 WILSON = "95 % Wilson intervals"
+
+
+def bands_note(*bounds: Any) -> str:
+    """What bands of intervals are, if there are any."""
+    return f"bands: {WILSON}" if any(one is not None for one in bounds) else ""
 
 
 def gradient(count: int) -> list[tuple[float, float, float, float]]:
@@ -200,9 +245,9 @@ def gradient(count: int) -> list[tuple[float, float, float, float]]:
     return [colormaps["viridis"](place) for place in np.linspace(0.05, 0.8, count)]
 
 
-def block_axis(axes: Axes, note: str = "") -> None:
-    """Names the axis of decoder blocks and gives it whole numbers."""
-    axes.set_xlabel(f"block{note}")
+def layer_axis(axes: Axes, note: str = "") -> None:
+    """Names the axis of decoder layers and gives it whole numbers."""
+    axes.set_xlabel(f"layer{note}")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
 
 
@@ -226,13 +271,38 @@ def label_ends(axes: Axes, x: np.ndarray, ends: Mapping[str, tuple[Any, str]]) -
         label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
+def name_points(axes: Axes, names: Sequence[str], x: Float[np.ndarray, "M"], y: Float[np.ndarray, "M"]) -> None:
+    """Writes every name near its point, over no other name or point; a thin line leads to those that stand further off.
+
+    Args:
+        axes: the panel, laid out, with its points and limits.
+        names: one a point.
+        x: of the points.
+        y: of the points.
+    """
+    from adjustText import adjust_text  # it imports pyplot
+
+    labels = [axes.text(*point, name, parse_math=False) for *point, name in zip(x, y, names, strict=True)]
+    for label in labels:
+        label.set_in_layout(False)
+        label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # whiskers may run behind
+    adjust_text(
+        labels,
+        x,
+        y,
+        ax=axes,
+        **_NAMES,
+        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "zorder": 1},
+    )
+
+
 def wrapped(text: str, width: int) -> str:
     """Text in lines of at most `width` letters; line breaks in it stay."""
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def check_shapes(**arrays: tuple[np.ndarray | Sequence[str] | None, str]) -> None:
-    """Checks arrays (or lists; None is let pass) against shapes in which a letter is one size above 0 throughout."""
+    """Checks arrays (or lists; None is passed over) against shapes in which a letter is one size above 0 throughout."""
     sizes: dict[str, int] = {}
     for name, (array, shape) in arrays.items():
         if array is None:

@@ -7,11 +7,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from jaxid.checks import check_finite
 from jaxid.errors import InputError
-from jaxid.plots.names import place_names
 from jaxid.plots.style import (
     BLUE,
     CHANCE,
@@ -24,15 +22,19 @@ from jaxid.plots.style import (
     VERMILLION,
     WILSON,
     About,
-    block_axis,
+    bands_note,
     captioned,
     chance_line,
     check_shapes,
+    curve,
     finished,
     finite,
     finite_items,
     label_ends,
+    layer_axis,
+    name_points,
     new_figure,
+    shares,
 )
 from jaxid.stats import centre_and_spread
 
@@ -46,34 +48,34 @@ def belief_swap_by_layer(
     *,
     belief_intervals: Float[np.ndarray, "R L 2"] | None = None,
     noise_intervals: Float[np.ndarray, "R L 2"] | None = None,
-    factor: float | None = None,
-    factors: Float[np.ndarray, "F"] | None = None,
-    belief_by_factor: Float[np.ndarray, "F"] | None = None,
-    noise_by_factor: Float[np.ndarray, "F"] | None = None,
-    factor_layer: int | None = None,
+    strength: float | None = None,
+    strengths: Float[np.ndarray, "S"] | None = None,
+    belief_by_strength: Float[np.ndarray, "S"] | None = None,
+    noise_by_strength: Float[np.ndarray, "S"] | None = None,
+    strength_layer: int | None = None,
     about: About | None = None,
 ) -> Figure:
-    """How often swapped IDs turn the answer round, beside noise of the same norm ([ID] arXiv 2601.12626, Figure 2).
+    """How often swapped IDs reverse the answer, beside noise of the same norm ([ID] arXiv 2601.12626, Figure 2).
 
-    One panel a relation, one for their mean (if there are several), and one over factors (if given).
+    One panel a relation, one for their mean (if there are several), and one over strengths (if given).
 
     Args:
-        layers: the blocks.
-        belief: share of beliefs swapped by IDs, 0 to 1, by relation and block.
+        layers: of the model.
+        belief: share of beliefs swapped by IDs, 0 to 1, by relation and layer.
         noise: the same by noise.
         relation_names: of the R relations.
         belief_intervals: lower and upper bound (95 %) of `belief`, drawn as a band.
         noise_intervals: likewise of `noise`.
-        factor: norm of the added vector over the activation's, at which `belief` and `noise` were measured.
-        factors: other factors, above 0.
-        belief_by_factor: mean share swapped by IDs at each of `factors`.
-        noise_by_factor: likewise by noise.
-        factor_layer: the block at which the factors were tried.
+        strength: norm of the added vector over the activation's, at which `belief` and `noise` were measured.
+        strengths: other ones, above 0.
+        belief_by_strength: mean share swapped by IDs at each of `strengths`.
+        noise_by_strength: likewise by noise.
+        strength_layer: the layer at which the strengths were tried.
         about: what was measured on what; stands below the panels.
 
     Raises:
-        InputError: The arrays do not fit each other, only some of the three over factors are given, or a
-            factor is not above 0.
+        InputError: The arrays do not fit each other, only some of the three over strengths are given, or a strength is
+            not above 0.
     """
     check_shapes(
         layers=(layers, "L"),
@@ -82,53 +84,53 @@ def belief_swap_by_layer(
         relation_names=(relation_names, "R"),
         belief_intervals=(belief_intervals, "R L 2"),
         noise_intervals=(noise_intervals, "R L 2"),
-        factors=(factors, "F"),
-        belief_by_factor=(belief_by_factor, "F"),
-        noise_by_factor=(noise_by_factor, "F"),
+        strengths=(strengths, "S"),
+        belief_by_strength=(belief_by_strength, "S"),
+        noise_by_strength=(noise_by_strength, "S"),
     )
-    (belief, noise, belief_by_factor, noise_by_factor), gaps = finite(
-        belief=belief, noise=noise, belief_by_factor=belief_by_factor, noise_by_factor=noise_by_factor
+    (belief, noise, belief_by_strength, noise_by_strength), gaps = finite(
+        belief=belief, noise=noise, belief_by_strength=belief_by_strength, noise_by_strength=noise_by_strength
     )
-    over_factors = [values for values in (factors, belief_by_factor, noise_by_factor) if values is not None]
-    if len(over_factors) not in (0, 3):
-        raise InputError("factors, belief_by_factor and noise_by_factor go together: give all three or none.")
-    if factors is not None and np.min(factors) <= 0:
-        raise InputError(f"factors must be above 0 for their logarithmic axis, not {np.min(factors):g}.")
+    over_strengths = [values is not None for values in (strengths, belief_by_strength, noise_by_strength)]
+    if any(over_strengths) and not all(over_strengths):
+        raise InputError("strengths, belief_by_strength and noise_by_strength go together: give all three or none.")
+    if strengths is not None and np.min(strengths) <= 0:
+        raise InputError(f"strengths must be above 0 for their logarithmic axis, not {np.min(strengths):g}.")
     relations = len(relation_names)
-    panels = relations + (relations > 1) + bool(over_factors)
+    panels = relations + (relations > 1) + (strengths is not None)
     figure = new_figure(2.35 * panels + 0.4, 2.75)
     row = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    for rates, bounds, color in ((noise, noise_intervals, GREY), (belief, belief_intervals, BLUE)):
-        for number, name in enumerate(relation_names):
-            row[number].plot(layers, rates[number], color=color, marker="o")
-            row[number].set_title(name)
-            if bounds is not None:
-                row[number].fill_between(layers, *bounds[number].T, color=color, alpha=0.2, linewidth=0)
+    for rates, bounds, by_strength, color in (
+        (noise, noise_intervals, noise_by_strength, GREY),
+        (belief, belief_intervals, belief_by_strength, BLUE),
+    ):
+        for index, name in enumerate(relation_names):
+            curve(row[index], layers, rates[index], color, None if bounds is None else bounds[index])
+            row[index].set_title(name)
         if relations > 1:
-            row[relations].plot(layers, rates.mean(axis=0), color=color, marker="o")
+            curve(row[relations], layers, rates.mean(axis=0), color)
             row[relations].set_title("mean")
+        if strengths is not None:
+            curve(row[-1], strengths, by_strength, color)
     for axes in row[: relations + (relations > 1)]:
-        block_axis(axes, "" if factor is None else f", at factor {factor:g}")
-    if factors is not None and belief_by_factor is not None and noise_by_factor is not None:
+        layer_axis(axes, "" if strength is None else f", at strength {strength:g}")
+    if strengths is not None:
         axes = row[-1]
-        axes.plot(factors, noise_by_factor, color=GREY, marker="o")
-        axes.plot(factors, belief_by_factor, color=BLUE, marker="o")
         axes.set_xscale("log")
-        axes.set_xticks(factors, [f"{value:g}" for value in factors])
+        axes.set_xticks(strengths, [f"{value:g}" for value in strengths])
         axes.minorticks_off()
-        if factor is not None:
-            axes.axvline(factor, color=RULE, linewidth=6, zorder=0)
-        place = "" if factor_layer is None else f", block {factor_layer}"
-        axes.set(title=f"by factor{place}", xlabel="factor (norm over activation's)")
+        if strength is not None:
+            axes.axvline(strength, color=RULE, linewidth=6, zorder=0)
+        place = "" if strength_layer is None else f", layer {strength_layer}"
+        axes.set(title=f"by strength{place}", xlabel="strength (norm over activation's)")
     row[0].set(ylim=(-0.02, 1.02), ylabel="beliefs swapped")
-    row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    shares(row[0].yaxis)
     for axes in row:
         chance_line(axes)
     lines = row[-1].get_lines()
     names = ["IDs", "noise of the same norm"]
     figure.legend([lines[1], lines[0]], names, loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
-    bands = "" if belief_intervals is None and noise_intervals is None else f"bands: {WILSON}"
-    return captioned(figure, about, bands, CHANCE, gaps)
+    return captioned(figure, about, bands_note(belief_intervals, noise_intervals), CHANCE, gaps)
 
 
 @rc_context(STYLE)
@@ -140,17 +142,17 @@ def swap_scores(
     robust: bool = False,
     about: About | None = None,
 ) -> Figure:
-    """How far swapped activations carry the answers, by block ([ID] arXiv 2601.12626, Figure 4).
+    """How far swapped activations carry the answers, by layer ([ID] arXiv 2601.12626, Figure 4).
 
     One panel an answer word; lines are means over items, bands one standard deviation to each side. Bands may
     leave the panel: the score of an item whose answers hardly change is a quotient of two small numbers. Items with a
-    score that is not finite are left out.
+    score that is not finite are skipped.
 
     Args:
-        scores: token set ("image", "text", "words", or others) -> score by block, item and word; 0 where the
+        scores: token set ("image", "text", "words", or others) -> score by layer, item and word; 0 where the
             answer stays that of the control run, 1 where it becomes that of the other picture.
         words: the two words.
-        layers: the blocks that were swapped; 0 to L - 1 by default.
+        layers: those that were swapped; 0 to L - 1 by default.
         robust: medians and quartiles instead, which a few such quotients do not move.
         about: what was measured on what; stands below the panels.
 
@@ -174,12 +176,11 @@ def swap_scores(
     high = max(1.2, *(float(centre.max()) + 0.1 for centre, _, _ in drawn.values()))
     figure = new_figure(7.4, 2.9)
     pair = figure.subplots(1, 2, sharey=True)
-    for number, (axes, word) in enumerate(zip(pair, words, strict=True)):
-        for (centre, *band), color in zip((parts[..., number] for parts in drawn.values()), colors, strict=False):
-            axes.fill_between(layers, *band, color=color, alpha=0.14, linewidth=0)
-            axes.plot(layers, centre, color=color, marker="o")
+    for index, (axes, word) in enumerate(zip(pair, words, strict=True)):
+        for (centre, *band), color in zip((parts[..., index] for parts in drawn.values()), colors, strict=False):
+            curve(axes, layers, centre, color, np.stack(band, axis=-1))
         axes.set(title=f"“{word}”", ylim=(low, high))
-        block_axis(axes)
+        layer_axis(axes)
     ends = zip(drawn.items(), colors, strict=False)
     label_ends(pair[1], layers, {names.get(name, name): (parts[0, -1, 1], color) for (name, parts), color in ends})
     pair[0].set_ylabel("swap score (median)" if robust else "swap score (mean)")
@@ -204,9 +205,9 @@ def belief_swap_bars(
 
     Args:
         names: of the models.
-        belief: share of beliefs swapped by IDs, the mean over each model's best blocks.
-        belief_std: its standard deviation over those blocks.
-        noise: the same of noise at the same blocks.
+        belief: share of beliefs swapped by IDs, the mean over each model's best layers.
+        belief_std: its standard deviation over those layers.
+        noise: the same of noise at the same layers.
         noise_std: likewise.
         belief_interval: lower and upper bound (95 %) of `belief`, drawn as whiskers in place of the deviations.
         noise_interval: likewise of `noise`; both or none are given.
@@ -216,8 +217,12 @@ def belief_swap_bars(
         InputError: The arrays do not fit each other, are empty, or hold something that is not finite.
     """
     values = {"belief": belief, "belief_std": belief_std, "noise": noise, "noise_std": noise_std}
-    check_shapes(names=(names, "M"), **{name: (array, "M") for name, array in values.items()})
-    check_shapes(names=(names, "M"), belief_interval=(belief_interval, "M 2"), noise_interval=(noise_interval, "M 2"))
+    check_shapes(
+        names=(names, "M"),
+        **{name: (array, "M") for name, array in values.items()},
+        belief_interval=(belief_interval, "M 2"),
+        noise_interval=(noise_interval, "M 2"),
+    )
     for name, array in values.items():
         check_finite(name, array)
     places = np.arange(len(names))
@@ -243,16 +248,16 @@ def belief_swap_bars(
                 ha="center",
                 fontsize=7.5,
             )
-    turned = len(names) > 4 or max(map(len, names)) > 12
-    axes.set_xticks(places, names, rotation=35 if turned else 0, ha="right" if turned else "center")
+    tilted = len(names) > 4 or max(map(len, names)) > 12
+    axes.set_xticks(places, names, rotation=35 if tilted else 0, ha="right" if tilted else "center")
     axes.tick_params(axis="x", length=0)
     axes.set(ylim=(0, 1.1), ylabel="beliefs swapped", xlim=(-0.6, len(names) - 0.4))
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    shares(axes.yaxis)
     chance_line(axes)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.0)
-    whiskers = f"whiskers: {WILSON}" if known else "whiskers: one standard deviation over the best blocks"
-    return captioned(figure, about, "bars: mean of the best blocks", whiskers, CHANCE)
+    whiskers = f"whiskers: {WILSON}" if known else "whiskers: one standard deviation over the best layers"
+    return captioned(figure, about, "bars: mean of the best layers", whiskers, CHANCE)
 
 
 @rc_context(STYLE)
@@ -269,15 +274,16 @@ def accuracy_against_steerability(
     Args:
         names: of the models.
         accuracy: share of right answers without steering.
-        drop: how much of it steering takes away, the mean over the steered blocks.
+        drop: how much of it steering takes away, the mean over the steered layers.
         accuracy_interval: lower and upper bound (95 %) of `accuracy`, drawn as whiskers.
         about: what was measured on what; stands below the panel.
 
     Raises:
         InputError: The arrays do not fit each other, are empty, or hold something that is not finite.
     """
-    check_shapes(names=(names, "M"), accuracy=(accuracy, "M"), drop=(drop, "M"))
-    check_shapes(names=(names, "M"), accuracy_interval=(accuracy_interval, "M 2"))
+    check_shapes(
+        names=(names, "M"), accuracy=(accuracy, "M"), drop=(drop, "M"), accuracy_interval=(accuracy_interval, "M 2")
+    )
     check_finite("accuracy", accuracy)
     check_finite("drop", drop)
     figure = new_figure(4.8, 3.6)
@@ -295,9 +301,8 @@ def accuracy_against_steerability(
     if low < 0.5 < high:
         chance_line(axes, across=False)
     axes.set_xticks([tick for tick in axes.get_xticks() if max(0, low) <= tick <= min(1, high)])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
+    shares(axes.xaxis, axes.yaxis)
     whiskers = "" if accuracy_interval is None else f"whiskers: {WILSON}, cut at the panel's edge"
-    captioned(figure, about, "drop: mean over blocks", whiskers, "chance: 50 %")
-    place_names(axes, names, np.stack([accuracy, drop], axis=1))
+    captioned(figure, about, "drop: mean over layers", whiskers, "chance: 50 %")
+    name_points(axes, names, accuracy, drop)
     return finished(figure)

@@ -15,14 +15,16 @@ from jaxid.plots.style import (
     STYLE,
     VERMILLION,
     About,
-    block_axis,
     captioned,
     check_shapes,
+    curve,
     finite,
     finite_items,
     gradient,
     label_ends,
+    layer_axis,
     new_figure,
+    zero_line,
 )
 
 
@@ -39,19 +41,19 @@ def temporal_line(
 ) -> Figure:
     """Temporal IDs along their first principal component ([ID] arXiv 2601.12626, Figure 10 b).
 
-    Left, one block: where each frame's ID lies, with the words; right, the rank correlation with the frame by block.
+    Left, one layer: where each frame's ID lies, with the words; right, the rank correlation with the frame by layer.
 
     Args:
-        coordinates: 0 as the earliest, 1 as the latest, by block and frame.
-        frames: their numbers.
-        words: coordinates of words by block.
-        order: Spearman's rank correlation by block.
-        best: the block on the left.
+        coordinates: 0 as the earliest, 1 as the latest, by layer and frame.
+        frames: their indices.
+        words: coordinates of words by layer.
+        order: Spearman's rank correlation by layer.
+        best: the layer on the left.
         title: of the figure.
         about: what was measured on what; stands below the figure.
 
     Raises:
-        InputError: The arrays do not fit each other, or something at the best block is not finite.
+        InputError: The arrays do not fit each other, or something at the best layer is not finite.
     """
     check_shapes(
         coordinates=(coordinates, "L F"),
@@ -59,18 +61,19 @@ def temporal_line(
         order=(order, "L"),
         **{f"word {word!r}": (at, "L") for word, at in words.items()},
     )
-    for name, at in {"coordinates": coordinates, **{f"word {word!r}": at for word, at in words.items()}}.items():
-        check_finite(f"{name}, block {best},", at[best])
+    check_finite(f"coordinates, layer {best},", coordinates[best])
+    for word, at in words.items():
+        check_finite(f"word {word!r}, layer {best},", at[best])
     (order,), gaps = finite(order=order)
     figure = new_figure(7.4, 2.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1.0])
     colors = gradient(len(frames))
-    left.axhline(0, color=GREY, linewidth=0.8)
-    for number, (at, frame) in enumerate(zip(coordinates[best], frames, strict=True)):
-        left.plot([at], [0], marker="o", markersize=9, color=colors[number])
-        # Neighbours may lie close to each other: their numbers stand at different heights.
+    zero_line(left)
+    for index, (at, frame) in enumerate(zip(coordinates[best], frames, strict=True)):
+        left.plot([at], [0], marker="o", markersize=9, color=colors[index])
+        # Neighbours may lie close to each other: their indices stand at different heights.
         left.annotate(
-            str(frame), (at, 0), (0, 9 + 11 * (number % 2)), textcoords="offset points", ha="center", color=INK
+            str(frame), (at, 0), (0, 9 + 11 * (index % 2)), textcoords="offset points", ha="center", color=INK
         )
     # Words that lie close to each other are named to both sides.
     ranked = sorted(words, key=lambda word: words[word][best])
@@ -79,14 +82,14 @@ def temporal_line(
         left.plot([at[best]], [0], marker="^", markersize=7, color=color)
         place = {"textcoords": "offset points", "ha": sides.get(word, "center"), "color": color}
         left.annotate(f"“{word}”", (at[best], 0), (0, -20), **place)
-    left.set(ylim=(-1, 1), yticks=[], xlabel="early to late", title=f"{title}, block {best}".strip(", "))
+    left.set(ylim=(-1, 1), yticks=[], xlabel="early to late", title=f"{title}, layer {best}".strip(", "))
     left.grid(False)
     left.spines["left"].set_visible(False)
     left.margins(x=0.12)
-    right.plot(np.arange(len(order)), order, color=BLUE, marker="o")
+    curve(right, np.arange(len(order)), order, BLUE)
     right.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
     right.set(ylim=(min(-0.05, float(np.nanmin(order)) - 0.05), 1.05), ylabel="rank correlation", title="ID and frame")
-    block_axis(right)
+    layer_axis(right)
     return captioned(figure, about, "circles: frames", "triangles: words" if words else "", gaps)
 
 
@@ -102,7 +105,7 @@ def temporal_steering(
     """Change of both answers as the second scene is pushed to each frame ([ID] arXiv 2601.12626, Figure 10 c).
 
     Args:
-        frames: their numbers.
+        frames: their indices.
         changes: of log-probability, by frame, item and word.
         words: the two words.
         title: of the figure.
@@ -117,11 +120,10 @@ def temporal_steering(
     figure = new_figure(4.6, 2.9)
     axes = figure.subplots()
     mean, spread = changes.mean(axis=1), changes.std(axis=1)
-    for number, color in enumerate((VERMILLION, BLUE)):
-        low, high = mean[:, number] - spread[:, number], mean[:, number] + spread[:, number]
-        axes.fill_between(frames, low, high, color=color, alpha=0.14, linewidth=0)
-        axes.plot(frames, mean[:, number], color=color, marker="o")
-    axes.axhline(0, color=GREY, linewidth=0.8)
+    bands = np.stack([mean - spread, mean + spread], axis=-1)
+    for index, color in enumerate((VERMILLION, BLUE)):
+        curve(axes, frames, mean[:, index], color, bands[:, index])
+    zero_line(axes)
     axes.set(xlabel="second scene steered to frame", ylabel="change of log p", title=title, xticks=frames)
     ends = zip(words, mean[-1], (VERMILLION, BLUE), strict=True)
     label_ends(axes, frames, {f"“{word}”": (float(end), color) for word, end, color in ends})
