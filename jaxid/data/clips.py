@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -34,7 +33,7 @@ _HOLD, _RATES = 4, (8, 16)
 class _Filmed:
     """What is asked of a video."""
 
-    video: Any  # a Path, or a Clip
+    video: Clip | str | Path
 
     def open(self) -> Clip:
         """The clip's eight frames."""
@@ -217,7 +216,7 @@ def _manifest(path: Path) -> Path:
     raise DataError(f"{path} holds no {MANIFEST} (or .json, .jsonl); give the manifest or its folder.")
 
 
-def _rows(path: Path) -> list[Any]:
+def _rows(path: Path) -> list[object]:
     ending = path.suffix.lower()
     if ending == ".csv":
         return read_csv(path)
@@ -227,7 +226,7 @@ def _rows(path: Path) -> list[Any]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
-def _order_item(row: Any, index: int, path: Path) -> OrderItem:
+def _order_item(row: object, index: int, path: Path) -> OrderItem:
     where = f"row {index} of {path}"
     fields = row if isinstance(row, Mapping) else {}
     missing = [name for name in _FIELDS if not fields.get(name)]
@@ -251,7 +250,7 @@ def _order_item(row: Any, index: int, path: Path) -> OrderItem:
     )
 
 
-def _order(value: Any, scenes: Mapping[str, str], where: str) -> tuple[str, str]:
+def _order(value: str | list[object], scenes: Mapping[str, str], where: str) -> tuple[str, str]:
     """("1", "2") or ("2", "1"), from a list or a text of the scenes' names, numbers or words."""
     parts = value if isinstance(value, list) else re.split(r"\s*(?:,|;|->|<|\|)\s*", value.strip("[]() "))
     numbers = {words: number for number, words in scenes.items()}

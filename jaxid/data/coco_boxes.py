@@ -147,7 +147,7 @@ def read_instances(path: str | Path) -> Instances:
 
 
 def upright_boxes(
-    boxes: Float[np.ndarray, "M 4"], picture: Stored, where: str, stated: tuple[Any, Any] = (None, None)
+    boxes: Float[np.ndarray, "M 4"], picture: Stored, where: str, stated: tuple[object, object] = (None, None)
 ) -> Float[np.ndarray, "M 4"]:
     """Boxes as those of the upright picture, which is what models are shown (see `open_picture`).
 

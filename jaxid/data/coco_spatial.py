@@ -8,7 +8,6 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from jaxid.data.files import save_picture, usable
 from jaxid.data.scenes import OBJECTS, Scenes, render
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, write_text
+from jaxid.prompts.pictures import Picture
 
 CAPTIONS_FILE = "coco_qa_two_obj.json"
 INSTANCES_FILE = "instances_val2017.json"
@@ -48,7 +48,7 @@ class SpatialItem:
     """One question about a picture: a file, or UInt8[Y, X, 3]."""
 
     image_id: int
-    picture: Any  # a Path, or UInt8[Y, X, 3]
+    picture: Picture
     subject: str
     object: str
     relation: str  # of the subject to the object: left, right, above or below

@@ -14,6 +14,7 @@ from jaxid.errors import DataError, OutputError
 from jaxid.io import reading, whole_file, write_text
 
 Item = TypeVar("Item")
+Row = TypeVar("Row")
 
 
 def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
@@ -42,7 +43,7 @@ def read_csv(path: str | Path) -> list[Any]:
         return list(csv.DictReader(file))
 
 
-def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: str | Path, rows: Iterable[Sequence[object]]) -> None:
     """Writes rows as a CSV file, atomically.
 
     Raises:
@@ -54,7 +55,7 @@ def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def usable(
-    rows: Iterable[Any], read: Callable[[int, Any], Item], bad: list[tuple[str, DataError]] | None
+    rows: Iterable[Row], read: Callable[[int, Row], Item], bad: list[tuple[str, DataError]] | None
 ) -> list[Item]:
     """What the rows of a file hold, in their order.
 
@@ -77,7 +78,7 @@ def usable(
     return items
 
 
-def inside(folder: str | Path, name: Any, where: str) -> Path:
+def inside(folder: str | Path, name: object, where: str) -> Path:
     """The path of a file that a manifest names relative to a folder, which it must not leave.
 
     Links inside the folder may point anywhere: whoever made them meant it.

@@ -17,6 +17,7 @@ from jaxid.data.files import save_picture
 from jaxid.data.objects import OBJECTS, check_pairs
 from jaxid.data.scenes import GRID, render, sample_grid
 from jaxid.errors import DataError, InputError
+from jaxid.prompts.pictures import Picture
 
 Cell = tuple[int, int]
 """(column, row), each 0..3."""
@@ -35,7 +36,7 @@ NEAR_FAR: tuple[tuple[Cell, Cell], ...] = (((0, 0), (3, 0)), ((3, 0), (0, 0)))
 class GridItem:
     """One grid picture: a file, or UInt8[Y, X, 3]."""
 
-    picture: Any  # a Path, or UInt8[Y, X, 3]
+    picture: Picture
     object_a: str
     object_b: str
     cell_a: Cell

@@ -5,11 +5,11 @@ the pictures are named by the twelve-digit id.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from jaxid.data.grid import GRID
 from jaxid.data.scenes import OBJECTS, SLOT_FIELDS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, write_text
+from jaxid.prompts.pictures import Picture
 
 FILE = "three_objects.json"
 _EXPECTED = '[image_id, A, B, C, "yes" or "no"], three different names'
@@ -30,7 +31,7 @@ class ThreeObjectItem:
     """One question: is C in between A and B?"""
 
     image_id: int
-    picture: Any  # a Path, or UInt8[Y, X, 3]
+    picture: Picture
     a: str
     b: str
     c: str
@@ -102,9 +103,9 @@ def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequ
     far_rows = np.where(away, rng.random((count, GRID)), -1).argmax(axis=1)
     inside = np.stack([rng.integers(1, GRID - 1, size=count), rows], axis=-1)
     third = np.where(np.arange(count)[:, None] % 2 == 0, inside, np.stack([columns, far_rows], axis=-1))
-    options: dict[str, Any] = {"scale": 0.85, "jitter_angle": 10.0, "backgrounds": backgrounds}
-    pair = sample_grid(rng, names[:, 0], first, names[:, 1], last, **options)
-    other = sample_grid(rng, names[:, 2], third, names[:, 0], first, **options)
+    draw = functools.partial(sample_grid, rng, scale=0.85, jitter_angle=10.0, backgrounds=backgrounds)
+    pair = draw(names[:, 0], first, names[:, 1], last)
+    other = draw(names[:, 2], third, names[:, 0], first)
     both = {name: [getattr(pair, name), getattr(other, name)[:, :1]] for name in SLOT_FIELDS}
     return dataclasses.replace(pair, **{name: np.concatenate(parts, axis=1) for name, parts in both.items()})
 

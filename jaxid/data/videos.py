@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt8
 
 from jaxid.errors import DataError, InputError
 from jaxid.io import reading, whole_file
-from jaxid.prompts.pictures import MOST_PIXELS, Clip
+from jaxid.prompts.pictures import MOST_PIXELS, Clip, Picture
 
 FRAMES = 8
 """Frames of a clip, as published."""
@@ -72,7 +72,7 @@ def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> 
     if path.is_dir():
         found = sorted((file for file in path.iterdir() if file.suffix.lower() in _PICTURES), key=_numbers)
         chosen = _chosen(path, len(found), frames)
-        pictures: list[Any] = [found[index] for index in chosen]
+        pictures: list[Picture] = [found[index] for index in chosen]
     elif path.is_file():
         pictures, chosen, total, rate = _read_file(path, frames)
         with reading(path, "a video", DataError):  # whose size may change within
@@ -86,7 +86,7 @@ def _times(chosen: Int[np.ndarray, "F"], rate: float) -> tuple[float, ...]:
     return tuple(float(index) / rate for index in chosen)
 
 
-def _numbers(path: Path) -> list[Any]:
+def _numbers(path: Path) -> list[tuple[int, int, str]]:
     """Sorts "frame10" after "frame9"."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.stem)]
 

@@ -73,7 +73,7 @@ def read_authors_ids(
     return blocks, values[0] if order[0] < first else None, objects, sizes
 
 
-def _layers(tree: Any, size: Size | None, path: str) -> dict[int, dict[str, dict[Cell, np.ndarray]]]:
+def _layers(tree: object, size: Size | None, path: str) -> dict[int, dict[str, dict[Cell, np.ndarray]]]:
     """The nested dictionary as [layer][object][(x, y, size)], whichever of the layouts the file has."""
     layers = {}
     for key, entry in _filled(tree, path).items():
@@ -88,14 +88,14 @@ def _layers(tree: Any, size: Size | None, path: str) -> dict[int, dict[str, dict
     return layers
 
 
-def _filled(value: Any, where: str) -> Mapping[Any, Any]:
+def _filled(value: object, where: str) -> Mapping[Any, Any]:
     """The value, which must be a dictionary with something in it."""
     if not isinstance(value, Mapping) or not value:
         raise CheckpointError(f"{where} is not a dictionary of spatial IDs, or an empty one.")
     return value
 
 
-def _cells(cells: Any, size: Size | None, where: str) -> dict[Cell, np.ndarray]:
+def _cells(cells: object, size: Size | None, where: str) -> dict[Cell, np.ndarray]:
     """Vectors by (x, y, size): of the asked size, or of all."""
     found = {}
     for key, vector in _filled(cells, where).items():

@@ -1,7 +1,7 @@
 """The container of IDs: vectors with named axes, their checks, their indices, their mean over objects, their files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -154,7 +154,7 @@ class IDs:
             if json.loads(metadata["axes"]) != axes:
                 raise CheckpointError(f"{path} has axes {metadata['axes']}, not {axes}.")
             for name, tensor in tensors.items():
-                expected: Any = np.int32 if name == "counts" else np.float32
+                expected: type[np.generic] = np.int32 if name == "counts" else np.float32
                 if tensor.dtype != expected or not np.isfinite(tensor).all():
                     raise CheckpointError(f"{name} in {path} must be finite numbers of {expected.__name__}.")
             names = {field: tuple(json.loads(metadata[field])) for field in cls.NAMES.values()}
@@ -169,7 +169,7 @@ class IDs:
             )
 
     @classmethod
-    def _axes(cls, tensors: Mapping[str, Any]) -> dict[str, list[str]]:
+    def _axes(cls, tensors: Iterable[str]) -> dict[str, list[str]]:
         """The axes of each tensor of a file."""
         axes = {"values": cls.AXES, "counts": cls.AXES[1:-1], "embeddings": cls.AXES[1:]}
         return {name: list(axes[name]) for name in tensors}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from jaxid.ids.accumulate import IDBatch
 from jaxid.ids.spatial import SpatialIDs, accumulate_ids
 from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids
 from jaxid.interp.trace import residuals_at
-from jaxid.prompts.pictures import Clip
+from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Prompts
 
 SPATIAL_QUESTION = "Is the {b} to the left or right of the {a}?"
@@ -135,7 +135,7 @@ def _batches(
     objects: Sequence[str],
     question: str,
     batch_size: int,
-    picture: Callable[[Item], Any],
+    picture: Callable[[Item], Picture | Clip],
     words: Callable[[Item], list[_Word]],
 ) -> Iterator[IDBatch]:
     """Activations at the words to read: for a batch of items, one batch for each word of an item.
