@@ -5,32 +5,31 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fixtures
 import numpy as np
 import oracle
 import pytest
-from families import CASES, EVERY, over
+from families import CASES, over
 from families.base import Case
+from run_data import columns, experiment
 from scipy import stats
 from test_cli import refused
 from test_cli import run as command
 
-import jaxid.cli_diagnosis
 from jaxid.data.coco_boxes import find_instances, read_instances
 from jaxid.data.coco_spatial import INSTANCES_FILE, find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.scenes import sample_free
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import deviation
-from jaxid.experiments.deviation import easy, gap, rank_test
+from jaxid.experiments.deviation import ROLES, Deviation, Deviations, DeviationSummary, easy, gap, measure_deviations
+from jaxid.experiments.reference import with_bugs
 from jaxid.experiments.relations import prepare
 from jaxid.interp.forward import forward
-from jaxid.io import read_table
 from jaxid.nn.sites import Capture
-from jaxid.runs import deviation as job
-
-assert jaxid.cli_diagnosis  # its commands are tested here
+from jaxid.stats import rank_test
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -43,15 +42,23 @@ BOXES = np.random.default_rng(3).uniform(0.05, 0.45, (4, 2, 4))
 ITEMS = 10
 
 
+# The steps of the run, as we have them and as the published code does.
+STEPS = {
+    bugs: with_bugs(one) if bugs else one
+    for one in [Deviation(out=Path("out"), data=Path("data"), ids=Path("ids.safetensors"))]
+    for bugs in (False, True)
+}
+
+
 @functools.cache
-def found(axis: str, compat: str = "none") -> deviation.Deviation:
+def found(axis: str, bugs: bool = False) -> Deviations:
     model, batch = fixtures.model(CASE), oracle.batch(axis)
-    return deviation.run(model, batch, oracle.ids(), oracle.PAIRS, BOXES, compat=compat)
+    return measure_deviations(model, batch, oracle.ids(), BOXES, places=STEPS[bugs].places)
 
 
-def true_id(layer: int, box: np.ndarray, slip: bool, universal: np.ndarray) -> np.ndarray:
+def true_id(layer: int, box: np.ndarray, bug: bool, universal: np.ndarray) -> np.ndarray:
     """The bilinear mix of the four cells around a box's centre, by floors and ceilings."""
-    places = 4 * (box[:2] + box[2:] / 2) - (0 if slip else 0.5)
+    places = 4 * (box[:2] + box[2:] / 2) - (0 if bug else 0.5)
     x, y = np.clip(places, 0, 3)
     (x0, y0), (x1, y1) = (int(x), int(y)), (min(int(x) + 1, 3), min(int(y) + 1, 3))
     right, down = x - x0, y - y0
@@ -73,10 +80,8 @@ def plane(layer: int, universal: np.ndarray) -> np.ndarray:
     return np.stack([u, v / np.linalg.norm(v)], axis=1)
 
 
-@pytest.mark.parametrize(
-    ("axis", "compat"), [("horizontal", "none"), ("vertical", "none"), ("horizontal", "reference")]
-)
-def test_margins_equal_those_from_pytorchs_hidden_states(axis: str, compat: str) -> None:
+@pytest.mark.parametrize(("axis", "bugs"), [("horizontal", False), ("vertical", False), ("horizontal", True)])
+def test_margins_equal_those_from_pytorchs_hidden_states(axis: str, bugs: bool) -> None:
     batch = oracle.batch(axis)
     text = fixtures.model(CASE).prepare(None, list(batch.prompts.questions))
     shown, alone = oracle.torch_residuals(batch), fixtures.record(CASE, text)["resid_post"]
@@ -88,31 +93,29 @@ def test_margins_equal_those_from_pytorchs_hidden_states(axis: str, compat: str)
         for layer in range(oracle.LAYERS):
             basis = plane(layer, oracle.universal())
             e = (shown[layer, row, here] - alone[layer, row, there]) @ basis
-            g = np.stack([true_id(layer, box, compat == "reference", oracle.universal()) for box in BOXES[row]]) @ basis
-            np.testing.assert_allclose(found(axis, compat).words[layer, row], e, atol=1e-4)
-            np.testing.assert_allclose(found(axis, compat).places[layer, row], g, atol=1e-4)
+            g = np.stack([true_id(layer, box, bugs, oracle.universal()) for box in BOXES[row]]) @ basis
+            np.testing.assert_allclose(found(axis, bugs).words[layer, row], e, atol=1e-4)
+            np.testing.assert_allclose(found(axis, bugs).places[layer, row], g, atol=1e-4)
             sign = {"left": -1, "above": -1, "right": 1, "below": 1}[batch.answers[oracle.TRUTHS[row]]]
             margin = sign * (e[0, along] - e[1, along]) - sign * (g[0, along] - g[1, along])
-            assert found(axis, compat).margins[layer, row] == pytest.approx(margin, abs=1e-3)
+            assert found(axis, bugs).margins[layer, row] == pytest.approx(margin, abs=1e-3)
     control = oracle.torch_logprobs(batch)
-    np.testing.assert_allclose(found(axis, compat).control, control, atol=1e-4)
-    np.testing.assert_array_equal(found(axis, compat).correct, control.argmax(axis=1) == oracle.TRUTHS)
-    assert np.abs(found(axis).places - found(axis, "reference").places).max() > 0.01
+    np.testing.assert_allclose(found(axis, bugs).control, control, atol=1e-4)
+    np.testing.assert_array_equal(found(axis, bugs).correct, control.argmax(axis=1) == oracle.TRUTHS)
+    assert np.abs(found(axis).places - found(axis, True).places).max() > 0.01
 
 
-def test_a_cells_centre_has_its_id_and_the_slip_is_half_a_cell() -> None:
+def test_a_cells_centre_has_its_id_and_the_bug_is_half_a_cell() -> None:
     model, batch = fixtures.model(CASE), oracle.batch("horizontal")
     boxes = np.tile([1.25 / 4, 2.25 / 4, 0.5 / 4, 0.5 / 4], (4, 2, 1))  # the centre of cell (1, 2)
     places = {
-        compat: deviation.run(model, batch, oracle.ids(), oracle.PAIRS, boxes, layers=[1], compat=compat).places[
-            0, 0, 0
-        ]
-        for compat in ("none", "reference")
+        bugs: measure_deviations(model, batch, oracle.ids(), boxes, layers=[1], places=steps.places).places[0, 0, 0]
+        for bugs, steps in STEPS.items()
     }
     cells = oracle.universal()[1]
     basis = plane(1, oracle.universal())
-    np.testing.assert_allclose(places["none"], cells[1, 2] @ basis, atol=1e-4)
-    np.testing.assert_allclose(places["reference"], cells[1:3, 2:4].mean(axis=(0, 1)) @ basis, atol=1e-4)
+    np.testing.assert_allclose(places[False], cells[1, 2] @ basis, atol=1e-4)
+    np.testing.assert_allclose(places[True], cells[1:3, 2:4].mean(axis=(0, 1)) @ basis, atol=1e-4)
 
 
 def test_gaps_by_hand() -> None:
@@ -126,8 +129,8 @@ def test_gaps_by_hand() -> None:
 def test_items_and_layers_do_not_depend_on_their_company() -> None:
     model, items = fixtures.model(CASE), oracle.items("horizontal")
     whole = found("horizontal")
-    for row, (item, names) in enumerate(zip(items, oracle.PAIRS, strict=True)):
-        alone = deviation.run(model, prepare(model, [item]), oracle.ids(), [names], BOXES[row : row + 1], layers=[2, 0])
+    for row, item in enumerate(items):
+        alone = measure_deviations(model, prepare(model, [item]), oracle.ids(), BOXES[row : row + 1], layers=[2, 0])
         np.testing.assert_allclose(alone.margins[:, 0], whole.margins[[2, 0], row], atol=1e-3)
         np.testing.assert_array_equal(alone.layers, [2, 0])
 
@@ -136,7 +139,7 @@ def test_items_and_layers_do_not_depend_on_their_company() -> None:
 def test_other_families(case: Case) -> None:
     model, items = fixtures.model(case), oracle.items("vertical")[:2]
     batch, ids = prepare(model, items), oracle.ids(model.num_layers, model.width)
-    result = deviation.run(model, batch, ids, oracle.PAIRS[:2], BOXES[:2])
+    result = measure_deviations(model, batch, ids, BOXES[:2])
     text = model.prepare(None, list(batch.prompts.questions))
     shown, alone = (
         np.asarray(forward(model, prompts, capture=Capture(("resid_post",))).captured["resid_post"])
@@ -155,11 +158,11 @@ def test_other_families(case: Case) -> None:
 def test_input_that_does_not_fit() -> None:
     model, batch = fixtures.model(CASE), oracle.batch("horizontal")
     with pytest.raises(InputError, match="4 items"):
-        deviation.run(model, batch, oracle.ids(), oracle.PAIRS[:3], BOXES)
+        measure_deviations(model, batch, oracle.ids(), BOXES[:3])
     with pytest.raises(InputError, match="layer"):
-        deviation.run(model, batch, oracle.ids(), oracle.PAIRS, BOXES, layers=[3])
+        measure_deviations(model, batch, oracle.ids(), BOXES, layers=[3])
     with pytest.raises(InputError, match="width"):
-        deviation.run(model, batch, oracle.ids(3, 16), oracle.PAIRS, BOXES)
+        measure_deviations(model, batch, oracle.ids(3, 16), BOXES)
 
 
 def test_rank_test_of_a_hand_made_table() -> None:
@@ -192,47 +195,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(place: Path, out: Path, **changed: Any) -> job.DeviationConfig:
-    options = {
-        "model": str(fixtures.folder(CASE)),
-        "data": place / "data",
-        "ids": place / "ids.safetensors",
-        "out": out,
-        "batch_size": 4,
-        "template": "{query}",
-        "progress": False,
-    }
-    return job.DeviationConfig(**{**options, **changed})
-
-
 @functools.cache
-def whole(place: Path) -> dict[str, Any]:
-    return job.run(config(place, place / "out"))
+def whole(place: Path) -> DeviationSummary:
+    return experiment(Deviation, place, "out").run()
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs whose figures are drawn in another test."""
-    monkeypatch.setattr(job, "_draw", lambda *_: None)
-
-
-def columns(out: Path) -> dict[str, np.ndarray]:
-    table = read_table(out / "table.parquet")
-    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    monkeypatch.setattr(Deviation, "figures", lambda *_: ())
 
 
 def test_table_holds_what_the_experiment_computes(place: Path) -> None:
     summary, table = whole(place), columns(place / "out")
-    assert summary["items"] == ITEMS and len(table["x"]) == ITEMS * oracle.LAYERS * 2
+    assert summary.items == ITEMS and len(table["x"]) == ITEMS * oracle.LAYERS * 2
     model, instances = fixtures.model(CASE), read_instances(find_instances(place / "data"))
     ids = oracle.ids()
     for item in read_coco_spatial(*find_coco_spatial(place / "data"))[:3]:
         placed = instances.locate(item)
-        names = [(item.subject, item.object)] * 4  # as many as the run's batches have: the same programs
-        boxes = np.stack([placed.shares] * 4)
-        one = deviation.run(model, prepare(model, [item] * 4, case="both"), ids, names, boxes)
+        boxes = np.stack([placed.shares] * 4)  # as many as the run's batches have: the same programs
+        one = measure_deviations(model, prepare(model, [item] * 4, case="both"), ids, boxes)
         for layer in range(oracle.LAYERS):
-            for role, name in enumerate(job.ROLES):
+            for role, name in enumerate(ROLES):
                 (at,) = np.flatnonzero(
                     (table["item"] == item.key) & (table["layer"] == layer) & (table["role"] == name)
                 )
@@ -240,39 +224,44 @@ def test_table_holds_what_the_experiment_computes(place: Path) -> None:
                 truth = table["true_x"][at], table["true_y"][at]
                 assert truth == pytest.approx(one.places[layer, 0, role], abs=1e-4)
                 assert table["margin"][at] == pytest.approx(one.margins[layer, 0], abs=1e-3)
-                assert table["name"][at] == names[0][role] and table["correct"][at] == one.correct[0]
+                assert (
+                    table["name"][at] == table[name][at] == getattr(item, name)
+                    and table["correct"][at] == one.correct[0]
+                )
                 box = [table[f"box_{part}"][at] for part in ("x", "y", "width", "height")]
                 assert box == pytest.approx(placed.boxes[role])
 
 
 def test_summary_is_of_the_table(place: Path) -> None:
     summary, table = whole(place), columns(place / "out")
-    assert summary["layer"] == 1  # as deep as block 12 of 32
+    assert summary.layer == 1  # as deep as layer 12 of 32
     chosen = (table["layer"] == 1) & (table["role"] == "subject")
     margin, correct, item = (table[name][chosen] for name in ("margin", "correct", "item"))
-    assert summary["accuracy"] == pytest.approx(correct.mean()) and 0 < correct.sum() < ITEMS
+    assert summary.accuracy == pytest.approx(correct.mean()) and 0 < correct.sum() < ITEMS
     expected = stats.mannwhitneyu(margin[correct], margin[~correct])
-    assert summary["mann_whitney"]["u"] == expected.statistic
-    assert summary["mann_whitney"]["p_two_sided"] == pytest.approx(expected.pvalue, rel=1e-5)
+    assert summary.mann_whitney["u"] == expected.statistic
+    assert summary.mann_whitney["p_two_sided"] == pytest.approx(expected.pvalue, rel=1e-5)
     ranked = item[np.argsort(margin)]
     files = {name: json.loads((place / "out" / f"{name}.json").read_text()) for name in ("easy", "hard")}
     assert sorted(files["hard"]) == sorted(ranked[:5]) and sorted(files["easy"]) == sorted(ranked[5:])
     for name in ("easy", "hard"):
-        half = summary["halves"][name]
+        half = summary.halves[name]
         assert half["accuracy"] == pytest.approx(correct[np.isin(item, files[name])].mean())
         assert half["interval"][0] < half["accuracy"] < half["interval"][1] or half["accuracy"] in (0, 1)
-    assert [entry["layer"] for entry in summary["by_layer"]] == [0, 1, 2]
-    assert set(summary["by_axis"]) == {"horizontal", "vertical"}
-    assert summary["boxes_against_relation"] == []  # drawn scenes are as their captions say
+    assert [one.layer for one in summary.by_layer] == [0, 1, 2]
+    assert set(summary.by_axis) == {"horizontal", "vertical"}
+    assert summary.boxes_against_relation == []  # drawn scenes are as their captions say
     names = {path.name for path in (place / "out").iterdir() if not path.name.startswith(".")}
-    written = {"parts", "settings.json", "summary.json", "table.parquet", "easy.json", "hard.json"}
+    written = {"parts", "config.yaml", "settings.json", "summary.json", "table.parquet", "easy.json", "hard.json"}
     assert names == written | {"deviation.png", "deviation_by_layer.png"}
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_stopped_run_goes_on_to_the_same_table(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_is_resumed_to_the_same_table(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole(place)
-    original, calls = deviation.run, []
+    original, calls = measure_deviations, []
 
     def stopping(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -281,22 +270,22 @@ def test_a_stopped_run_goes_on_to_the_same_table(place: Path, tmp_path: Path, mo
         return original(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.deviation, "run", stopping)
+        patch.setattr(deviation, "measure_deviations", stopping)
         with pytest.raises(KeyboardInterrupt):
-            job.run(config(place, tmp_path / "out"))
-    summary = job.run(config(place, tmp_path / "out", resume=True, layer=2))  # another layer is in the table already
-    assert 0 < summary["resumed_items"] < ITEMS and summary["layer"] == 2
+            experiment(Deviation, place, tmp_path / "out").run()
+    summary = experiment(Deviation, place, tmp_path / "out", layer=2).run()  # that layer is in the table already
+    assert 0 < summary.resumed_items < ITEMS and summary.layer == 2
     before, after = columns(place / "out"), columns(tmp_path / "out")
     assert list(before) == list(after)
     for name, values in before.items():
         np.testing.assert_array_equal(after[name], values)
-    with pytest.raises(OutputError, match="compat"):
-        job.run(config(place, tmp_path / "out", resume=True, compat="reference"))
+    with pytest.raises(OutputError, match="reference bugs"):
+        experiment(Deviation, place, tmp_path / "out", reference_bugs=True).run()
 
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("kind", ["outside", "missing", "malformed"])
-def test_bad_boxes_are_named_or_left_out(place: Path, tmp_path: Path, kind: str) -> None:
+def test_bad_boxes_are_named_or_skipped(place: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(place / "data", tmp_path / "data")
     path = tmp_path / "data" / INSTANCES_FILE
     content = json.loads(path.read_text())
@@ -306,13 +295,13 @@ def test_bad_boxes_are_named_or_left_out(place: Path, tmp_path: Path, kind: str)
     else:
         annotation["bbox"] = [40, 40, 20, 20] if kind == "outside" else [1, 2]
     path.write_text(json.dumps(content))
-    bad = config(tmp_path, tmp_path / "out", ids=place / "ids.safetensors", layers="1")
+    bad = experiment(Deviation, tmp_path, "out", ids=place / "ids.safetensors", layers="1")
     with pytest.raises(DataError, match=r"item '00003-.*--skip-bad"):
-        job.run(bad)
-    summary = job.run(dataclasses.replace(bad, skip_bad=True, resume=True))
-    (entry,) = summary["skipped"]["items"]
+        bad.run()
+    summary = dataclasses.replace(bad, skip_bad=True).run()
+    (entry,) = summary.skipped["items"]
     assert entry["key"].startswith("00003-") and str(path) in entry["reason"]
-    assert summary["items"] == ITEMS - 1 == len(set(columns(tmp_path / "out")["item"]))
+    assert summary.items == ITEMS - 1 == len(set(columns(tmp_path / "out")["item"]))
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -329,13 +318,21 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "data" / INSTANCES_FILE).unlink()
     assert f"no {INSTANCES_FILE}" in refused(capsys, *arguments, "--data", tmp_path / "data")
     assert command(*arguments, "--data", place / "data", "--layer", "0", "--layers", "2") == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("3 items, ") and "block 0" in first and second == str(tmp_path / "out" / "summary.json")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("3 items, ") and "layer 0" in line
     assert set(columns(tmp_path / "out")["layer"]) == {0, 2}
 
 
-def test_default_layers_are_the_published_ones() -> None:
-    assert job.default_layer("llava-7b", 32) == job.default_layer("llava-hf/llava-1.5-7b-hf", 32) == 12
-    assert job.default_layer("llama-11b", 40) == 14
-    assert job.default_layer("mine", 28) == round(12 * 28 / 32)
-    assert {case.name for case in EVERY} >= {"mllama"}
+@pytest.mark.parametrize(
+    ("name", "layers", "expected"),
+    [
+        ("llava-7b", 32, 12),
+        ("llava-hf/llava-1.5-7b-hf", 32, 12),
+        ("llama-11b", 40, 14),
+        ("mine", 28, round(12 * 28 / 32)),
+    ],
+)
+def test_default_layers_are_the_published_ones(name: str, layers: int, expected: int) -> None:
+    sized = SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=layers))
+    model = dataclasses.replace(fixtures.model(CASE), config=sized)
+    assert dataclasses.replace(STEPS[False], model=name).chosen_layer(model) == expected

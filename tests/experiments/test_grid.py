@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import fixtures
@@ -10,10 +11,12 @@ import numpy as np
 import oracle
 import pytest
 from families import VOCABULARY
+from test_cli import refused, run
 
-from jaxid.data.grid import GridItem, placements
+from jaxid.data.grid import CELL_SIZE, GridItem, placements, read_grid_folder, write_grid_folder
 from jaxid.errors import InputError, PromptError
 from jaxid.ids import extract
+from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.trace import residuals_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")  # of the tiny vocabulary
@@ -150,3 +153,26 @@ def test_names_inside_names(pair: tuple[str, str]) -> None:
     # IDs are activations less their mean over the pictures of A's cell.
     assert made[0].cell_b != made[1].cell_b
     np.testing.assert_allclose(found[0] - found[1], expected[:, 0] - expected[:, 1], rtol=1e-4, atol=1e-5)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_extracts_what_the_function_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_grid_folder(tmp_path / "grid", [("star", "fish")], picture_size=32, object_sizes=(CELL_SIZE,))
+    out = tmp_path / "ids.safetensors"
+    arguments = ["ids", "extract", "--data", tmp_path / "grid", "--out", out, "--model", fixtures.folder(oracle.CASE)]
+    assert run(*arguments, "--batch-size", "48") == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 240 pictures, 1 pairs; ")
+    items = read_grid_folder(tmp_path / "grid")
+    expected = extract.extract_spatial(fixtures.model(oracle.CASE), items, pairs=[("star", "fish")], batch_size=48)
+    found = SpatialIDs.load(out)
+    assert found.fingerprint == expected.fingerprint
+    np.testing.assert_allclose(found.universal, expected.universal, atol=1e-5)
+    assert "batch_size: 48" in out.with_suffix(".yaml").read_text()
+
+
+def test_command_checks_the_file_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    for out, message in (("ids.npz", ".safetensors"), ("folder.safetensors", "a folder is in the way")):
+        assert message in refused(capsys, "ids", "extract", "--data", tmp_path, "--out", tmp_path / out)

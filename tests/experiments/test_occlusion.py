@@ -1,6 +1,5 @@
 """Occlusion: where boxes lie, what a blur touches, answers variant by variant, and the run."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -14,20 +13,30 @@ import pytest
 from families import CASES, over
 from families.base import Case
 from PIL import Image, ImageFilter
+from run_data import columns, experiment
 from test_cli import refused
 from test_cli import run as command
 
-import jaxid.cli_diagnosis
 from jaxid.data.coco_spatial import INSTANCES_FILE, write_coco_spatial
 from jaxid.data.scenes import sample_free
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments import occlusion
-from jaxid.experiments.occlusion import KINDS, blurred, pixels, random_boxes, variants
+from jaxid.experiments.occlusion import (
+    KINDS,
+    Occluded,
+    Occlusion,
+    OcclusionSummary,
+    ask,
+    blurred,
+    occlude,
+    pixels,
+    random_boxes,
+    variants,
+)
+from jaxid.experiments.reference import with_bugs
+from jaxid.families.base import Model
 from jaxid.interp.forward import forward
-from jaxid.io import read_table, write_json, write_table
-from jaxid.runs import occlusion as job
-
-assert jaxid.cli_diagnosis  # its commands are tested here
+from jaxid.io import write_json, write_table
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -90,11 +99,13 @@ def test_a_blur_touches_its_box_alone() -> None:
 
 def test_sensitivity_by_hand() -> None:
     right = np.array([[-1.0, -3, -9, -2, -1, -4, -5, -7, -8, -1, -1, -1]])
-    result = occlusion.Occlusion(right=right, wrong=right)
-    assert result.sensitivity == [-9 + 3] and result.drop == [2]
+    result = Occluded(right=right, wrong=right)
+    assert result.sensitivity() == [-9 + 3] and result.drop == [2]
     assert result.random_drop == pytest.approx([-1 + 3.9])
+    steps = Occlusion(out=Path("out"), data=Path("data"))
+    assert steps.sensitivity(result) == [-9 + 3]
     # The published code leaves out the first blur and takes in the fifth.
-    assert dataclasses.replace(result, compat="reference").sensitivity == [-5 + 3]
+    assert with_bugs(steps).sensitivity(result) == [-5 + 3]
 
 
 @functools.cache
@@ -107,10 +118,14 @@ def shown() -> list[list[np.ndarray]]:
     return made
 
 
+def answers(model: Model, items: list[Any], together: int | None = None) -> Occluded:
+    return occlude(model, ask(model, items, shown()[: len(items)], together=together), len(items))
+
+
 @over((CASE.name,), (CASE.name, "gemma3"))
 def test_answers_are_those_of_each_variant_by_itself(case: Case) -> None:
     model, items = fixtures.model(case), oracle.items("horizontal")[:2]
-    result = occlusion.run(model, items, shown()[:2])
+    result = answers(model, items)
     assert result.right.shape == (2, len(KINDS))
     for row, item in enumerate(items):
         truth = ("left", "right").index(item.relation)
@@ -121,14 +136,14 @@ def test_answers_are_those_of_each_variant_by_itself(case: Case) -> None:
             assert result.wrong[row, variant] == pytest.approx(alone[1 - truth], abs=1e-4)
     assert np.ptp(result.right, axis=1).min() > 1e-3
     if case is CASE:  # passes of other sizes
-        split = occlusion.run(model, items, shown()[:2], together=5)
+        split = answers(model, items, together=5)
         np.testing.assert_allclose(split.right, result.right, atol=1e-5)
         np.testing.assert_allclose(split.wrong, result.wrong, atol=1e-5)
 
 
 def test_every_item_needs_all_variants() -> None:
     with pytest.raises(InputError, match="12 pictures each"):
-        occlusion.run(fixtures.model(CASE), oracle.items("horizontal"), [own[:5] for own in shown()])
+        ask(fixtures.model(CASE), oracle.items("horizontal"), [own[:5] for own in shown()])
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -141,39 +156,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(place: Path, out: Path, **changed: Any) -> job.OcclusionConfig:
-    options = {
-        "model": str(fixtures.folder(CASE)),
-        "data": place / "data",
-        "out": out,
-        "batch_size": 24,
-        "radius": 5.0,
-        "template": "{query}",
-        "progress": False,
-    }
-    return job.OcclusionConfig(**{**options, **changed})
+def run(place: Path, out: str | Path, **changed: Any) -> OcclusionSummary:
+    return experiment(Occlusion, place, out, **{"batch_size": 24, "radius": 5.0} | changed).run()
 
 
 @functools.cache
-def whole(place: Path) -> dict[str, Any]:
-    return job.run(config(place, place / "out"))
+def whole(place: Path) -> OcclusionSummary:
+    return run(place, "out")
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For runs whose figures are drawn in another test."""
-    monkeypatch.setattr(job, "_draw", lambda *_: None)
-    monkeypatch.setattr(job, "_draw_example", lambda *_: "")
-
-
-def columns(out: Path) -> dict[str, np.ndarray]:
-    table = read_table(out / "table.parquet")
-    return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    monkeypatch.setattr(Occlusion, "figures", lambda *_: ())
 
 
 def test_table_and_summary(place: Path) -> None:
     summary, table = whole(place), columns(place / "out")
-    assert summary["items"] == ITEMS and len(table["item"]) == ITEMS * len(KINDS)
+    assert summary.items == ITEMS and len(table["item"]) == ITEMS * len(KINDS)
     boxes = {}
     for entry in json.loads((place / "data" / INSTANCES_FILE).read_text())["annotations"]:
         boxes.setdefault(entry["image_id"], []).append(entry["bbox"])
@@ -190,18 +190,18 @@ def test_table_and_summary(place: Path) -> None:
                 assert apart or own["upper"][row] >= y + height or own["lower"][row] <= y
     first = table["variant"] == 0
     sensitivity, correct = table["sensitivity"][first], table["correct"][first]
-    assert summary["sensitivity"]["all"]["mean"] == pytest.approx(sensitivity.mean())
-    assert summary["share_sensitive"] == (sensitivity > 0).mean()
-    assert summary["accuracy"] == summary["accuracy_by_kind"]["original"] == correct.mean()
+    assert summary.sensitivity["all"]["mean"] == pytest.approx(sensitivity.mean())
+    assert summary.share_sensitive == (sensitivity > 0).mean()
+    assert summary.accuracy == summary.accuracy_by_kind["original"] == correct.mean()
     names = {path.name for path in (place / "out").iterdir() if not path.name.startswith(".")}
     pictures = {"occlusion.png", "occlusion_example.png"}
-    assert names == {"parts", "settings.json", "summary.json", "table.parquet"} | pictures
+    assert names == {"parts", "config.yaml", "settings.json", "summary.json", "table.parquet"} | pictures
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_compat_and_seed_count(place: Path, tmp_path: Path) -> None:
+def test_reference_bugs_and_seed_count(place: Path, tmp_path: Path) -> None:
     whole(place)
-    summary = job.run(config(place, tmp_path / "out", compat="reference", seed=3))
+    summary = run(place, tmp_path / "out", reference_bugs=True, seed=3)
     before, after = columns(place / "out"), columns(tmp_path / "out")
     assert (before["left"] != after["left"]).any()
     objects = before["variant"] < 2
@@ -209,13 +209,15 @@ def test_compat_and_seed_count(place: Path, tmp_path: Path) -> None:
     right = after["logp_correct"].reshape(ITEMS, 12)
     expected = right[:, 3:7].min(axis=1) - right[:, 1]
     np.testing.assert_allclose(after["sensitivity"].reshape(ITEMS, 12)[:, 0], expected, atol=1e-5)
-    assert summary["settings"]["radius"] == 5
+    assert summary.settings["radius"] == 5
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_stopped_run_goes_on_to_the_same_table(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_is_resumed_to_the_same_table(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole(place)
-    original, calls = occlusion.run, []
+    original, calls = occlude, []
 
     def stopping(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -224,20 +226,19 @@ def test_a_stopped_run_goes_on_to_the_same_table(place: Path, tmp_path: Path, mo
         return original(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.occlusion, "run", stopping)
+        patch.setattr(occlusion, "occlude", stopping)
         with pytest.raises(KeyboardInterrupt):
-            job.run(config(place, tmp_path / "out"))
-    summary = job.run(config(place, tmp_path / "out", resume=True))
-    assert summary["resumed_items"] == 2
+            run(place, tmp_path / "out")
+    assert run(place, tmp_path / "out").resumed_items == 2
     before, after = columns(place / "out"), columns(tmp_path / "out")
     for name, values in before.items():
         np.testing.assert_array_equal(after[name], values)
     with pytest.raises(OutputError, match="radius"):
-        job.run(config(place, tmp_path / "out", resume=True, radius=6.0))
+        run(place, tmp_path / "out", radius=6.0)
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_crowded_items_are_named_or_left_out(place: Path, tmp_path: Path) -> None:
+def test_crowded_items_are_named_or_skipped(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "data", tmp_path / "data")
     path = tmp_path / "data" / INSTANCES_FILE
     content = json.loads(path.read_text())
@@ -246,15 +247,15 @@ def test_crowded_items_are_named_or_left_out(place: Path, tmp_path: Path) -> Non
             entry["bbox"] = [1, 1, 45, 45]
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"item '00001-.*too crowded.*--skip-bad"):
-        job.run(config(tmp_path, tmp_path / "out"))
-    summary = job.run(config(tmp_path, tmp_path / "out", skip_bad=True))
-    (entry,) = summary["skipped"]["items"]
-    assert entry["key"].startswith("00001-") and summary["items"] == ITEMS - 1
+        run(tmp_path, "out")
+    summary = run(tmp_path, "out", skip_bad=True)
+    (entry,) = summary.skipped["items"]
+    assert entry["key"].startswith("00001-") and summary.items == ITEMS - 1
     for entry in content["annotations"]:
         entry["bbox"] = [1, 1, 45, 45]
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"no item .* could be used.*crowded"):
-        job.run(config(tmp_path, tmp_path / "none", skip_bad=True))
+        run(tmp_path, "none", skip_bad=True)
 
 
 def test_margins_of_a_deviation_run(place: Path, tmp_path: Path) -> None:
@@ -268,12 +269,13 @@ def test_margins_of_a_deviation_run(place: Path, tmp_path: Path) -> None:
     names, layers, roles = zip(*rows, strict=True)
     write_table(tmp_path / "dev" / "table.parquet", {"item": names, "layer": layers, "role": roles, "margin": margins})
     shutil.copytree(place / "out", tmp_path / "out")
-    summary = job.run(config(place, tmp_path / "out", resume=True, deviation=tmp_path / "dev"))
-    assert summary["margins"]["items"] == ITEMS - 1
-    assert summary["margins"]["spearman"] == pytest.approx(-1)
+    summary = run(place, tmp_path / "out", deviation=tmp_path / "dev")
+    assert summary.margins is not None
+    assert summary.margins["items"] == ITEMS - 1
+    assert summary.margins["spearman"] == pytest.approx(-1)
     for folder in (tmp_path, place / "out"):
         with pytest.raises(DataError, match="no finished jaxid run deviation"):
-            job.run(config(place, tmp_path / "other", deviation=folder))
+            run(place, tmp_path / "other", deviation=folder)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -284,6 +286,5 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert "radius must be" in refused(capsys, *arguments, "--radius", "0")
     assert "no finished jaxid run deviation" in refused(capsys, *arguments, "--deviation", tmp_path)
     assert command(*arguments) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("2 items, ") and second == str(tmp_path / "out" / "summary.json")
-    assert "jaxid" not in first
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("2 items, ") and "jaxid" not in line

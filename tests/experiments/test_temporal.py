@@ -1,6 +1,8 @@
 """Time in video models: the swap and the steering beside full passes, where words are read, the commands' errors."""
 
+import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import EVERY
+from run_data import columns
+from test_cli import refused
 
-from jaxid.data.clips import AppearItem, OrderItem, write_appear_folder
-from jaxid.data.videos import write_video
+from jaxid.data.clips import AppearItem, OrderItem, read_mvbench, write_appear_folder
+from jaxid.data.videos import with_times, write_video
 from jaxid.errors import DataError, InputError, PromptError
 from jaxid.experiments import temporal
+from jaxid.experiments.activation_swap import Patched, swap_activations
+from jaxid.experiments.reference import with_bugs
+from jaxid.experiments.temporal import TemporalSteer, TemporalSwap, steer_to_frames
+from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
+from jaxid.ids.extract import TEMPORAL_QUESTION, extract_temporal
 from jaxid.ids.temporal import TemporalIDs
 from jaxid.interp.forward import forward
 from jaxid.interp.interventions import add, replace
 from jaxid.nn.sites import Capture
 from jaxid.prompts.pictures import Clip
-from jaxid.runs import temporal as runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -84,7 +92,7 @@ def test_words_are_located_behind_the_times() -> None:
 
 
 def backwards() -> Any:
-    return temporal.reversed_prompts(model(), batch(), [item.open() for item in items()])
+    return temporal.reversed_prompts(model(), batch())
 
 
 def test_the_source_is_the_clip_played_backwards() -> None:
@@ -95,7 +103,7 @@ def test_the_source_is_the_clip_played_backwards() -> None:
 
 
 def test_swap_is_that_of_full_passes() -> None:
-    found = temporal.run_swap(model(), batch(), backwards(), chunk=2)
+    found = swap_activations(model(), batch().asked, backwards(), words=batch().words, chunk=2)
     prompts, other = batch().asked.prompts, backwards()
     sets = (prompts.image_tokens(), prompts.text_tokens(), batch().words)
     for number, at in enumerate(sets):
@@ -111,7 +119,7 @@ def test_swap_is_that_of_full_passes() -> None:
 
 def test_steering_is_that_of_full_passes() -> None:
     layers = [0, 2]
-    found = temporal.run_steering(model(), batch(), ids(), layers=layers, multiplier=2.0)
+    found = steer_to_frames(model(), batch(), ids(), layers=layers, strength=2.0)
     assert found.steered.shape == (2, 7, 2, 2)
     for row, layer in enumerate(layers):
         for frame in (1, 4, 6):
@@ -121,15 +129,14 @@ def test_steering_is_that_of_full_passes() -> None:
     np.testing.assert_allclose(found.steered[:, 3], np.broadcast_to(found.control, (2, 2, 2)), atol=1e-4)
     vectors = temporal.frame_vectors(ids(), layers)
     np.testing.assert_allclose(vectors, -vectors[:, ::-1], atol=1e-6)
-    mirrored = temporal.run_steering(model(), batch(), ids(), layers=layers, multiplier=2.0, compat="reference")
-    np.testing.assert_allclose(mirrored.change, -found.change, atol=1e-6)
+    steps = TemporalSteer(out=Path("out"), data=Path("data"), ids=Path("ids.safetensors"))
+    np.testing.assert_array_equal(steps.change(found), found.steered - found.control)
+    np.testing.assert_array_equal(with_bugs(steps).change(found), found.control - found.steered)
 
 
 def test_ids_of_another_model() -> None:
-    import dataclasses
-
     with pytest.raises(InputError, match="extracted from"):
-        temporal.run_steering(model(), batch(), dataclasses.replace(ids(), fingerprint="other"), layers=[0])
+        steer_to_frames(model(), batch(), dataclasses.replace(ids(), fingerprint="other"), layers=[0])
 
 
 def test_extraction_reads_both_words() -> None:
@@ -139,10 +146,10 @@ def test_extraction_reads_both_words() -> None:
         AppearItem(video=clip(int(rng.integers(1000))), object_a="star", frame_a=i, object_b="fish", frame_b=j)
         for i, j in frames
     ]
-    found = temporal.extract(model(), clips, pairs=[("star", "fish")], batch_size=11)
+    found = extract_temporal(model(), clips, pairs=[("star", "fish")], batch_size=11)
     assert found.objects == ("star", "fish") and (found.counts == 6).all()
     # By hand: B's word, less the mean over its frames beside the same frame of A, averaged over A's frames.
-    texts = [temporal.with_times(item.open(), temporal.QUESTION.format(a="star", b="fish")) for item in clips]
+    texts = [with_times(item.open(), TEMPORAL_QUESTION.format(a="star", b="fish")) for item in clips]
     prompts = model().prepare([item.open() for item in clips], texts)
     at = jnp.asarray(prompts.word("fish", occurrence=0))[:, None]
     states = np.asarray(
@@ -154,73 +161,112 @@ def test_extraction_reads_both_words() -> None:
     expected = np.nanmean(table[1:, 1:] - np.nanmean(table[1:, 1:], axis=1, keepdims=True), axis=0)
     np.testing.assert_allclose(found.values[:, 1], np.moveaxis(expected, 0, 1), atol=1e-4)
     with pytest.raises(InputError, match="was not announced"):
-        temporal.extract(model(), clips, pairs=[("fish", "star")])
+        extract_temporal(model(), clips, pairs=[("fish", "star")])
 
 
-def command(*arguments: str) -> None:
-    from jaxid.cli import main
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips with a question each, and IDs of the tiny model."""
+    folder = tmp_path_factory.mktemp("time")
+    rows = ["video_path,scene1,scene2,query,correct_order,query_order"]
+    for row, order in enumerate(("1,2", "2,1", "1,2")):
+        frames = np.random.default_rng(row).integers(0, 256, (16, 32, 32, 3), np.uint8)
+        write_video(folder / f"{row}.mp4", frames, rate=8)
+        rows.append(f'{row}.mp4,star,fish,"{QUERY}","{order}","1,2"')
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    ids().save(folder / "ids.safetensors")
+    return folder
 
-    main(arguments)
+
+def experiment(kind: type[Any], place: Path, out: Path, **changed: Any) -> Any:
+    given = {"model": str(fixtures.folder(CASE)), "data": place, "out": out, "batch_size": 2, "progress": False}
+    return kind(**given | changed)
+
+
+def test_swap_as_a_run(place: Path, tmp_path: Path) -> None:
+    summary = experiment(TemporalSwap, place, tmp_path).run()
+    table, layers = columns(tmp_path), model().num_layers
+    assert summary.items == 3 and len(table["score"]) == 3 * layers * 3 * 2
+    read = read_mvbench(place)
+    assert [item.answer for item in read] == ["before", "after", "before"]
+    for row in (0, 2):  # of the first batch, and of the padded one
+        asked = temporal.prepare(model(), [read[row]] * 2)
+        found = swap_activations(model(), asked.asked, temporal.reversed_prompts(model(), asked), words=asked.words)
+        own = {name: values[table["item"] == read[row].key] for name, values in table.items()}
+        np.testing.assert_allclose(own["patched"].reshape(3, layers, 2), found.patched[:, :, 0], atol=1e-4)
+        np.testing.assert_allclose(own["control"][:2], found.control[0], atol=1e-4)
+        np.testing.assert_allclose(own["intervened"][:2], found.intervened[0], atol=1e-4)
+        assert set(own["answer"]) == {read[row].answer}
+    first = (table["tokens"] == "image") & (table["layer"] == 0)
+    for run, share in (("control", summary.accuracy), ("intervened", 1 - summary.accuracy_backwards)):
+        preferred = table[run][first].reshape(3, 2).argmax(axis=1)
+        assert share == pytest.approx((preferred == [0, 1, 0]).mean())
+    same = np.zeros((2, 2), np.float32)
+    patched = np.stack([same[None]] * 3)
+    nothing = Patched(control=same, intervened=same, patched=patched, layers=np.zeros(1, int))
+    steps = experiment(TemporalSwap, place, tmp_path)
+    assert np.isnan(steps.scores(nothing)).all() and (with_bugs(steps).scores(nothing) == 0).all()
+
+
+def test_steering_as_a_run(place: Path, tmp_path: Path) -> None:
+    steps = experiment(TemporalSteer, place, tmp_path, ids=place / "ids.safetensors", layers="0,2", strength=2.0)
+    summary, table = steps.run(), columns(tmp_path)
+    asked = temporal.prepare(model(), read_mvbench(place))
+    found = steer_to_frames(model(), asked, ids(), layers=[0, 2], strength=2.0)
+    assert len(table["change"]) == 2 * 7 * 3 * 2
+    np.testing.assert_allclose(summary.change_mean, found.change.mean(axis=2), atol=1e-4)
+    np.testing.assert_allclose(summary.change_std, found.change.std(axis=2), atol=1e-4)
+    for layer, frame, word in ((0, 1, "before"), (2, 6, "after")):
+        chosen = (table["layer"] == layer) & (table["frame"] == frame) & (table["word"] == word)
+        expected = found.change[layer // 2, frame - 1, :, ("before", "after").index(word)]
+        np.testing.assert_allclose(np.sort(table["change"][chosen]), np.sort(expected), atol=1e-4)
+    assert (tmp_path / "temporal_steering.png").stat().st_size > 1000
+    assert experiment(TemporalSteer, place, tmp_path, ids=place).default_layers(model()) == [1]  # 13 of 28
 
 
 def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(fixtures.folder(CASE))
     header = "video_path,scene1,scene2,query,correct_order,query_order\n"
     write_video(tmp_path / "short.mp4", np.zeros((5, 32, 32, 3), np.uint8), rate=4)
     (tmp_path / "manifest.csv").write_text(f'{header}short.mp4,star,fish,"{QUERY}","1,2","1,2"\n')
     (tmp_path / "lacking.csv").write_text(f"{header}short.mp4,star,fish,,1,2\n")
-    for arguments, message in (
-        (("ids", "temporal", "--data", str(tmp_path), "--out", str(tmp_path / "x"), "--model", folder), ".safetensors"),
-        (
-            ("run", "temporal-swap", "--data", str(tmp_path), "--out", str(tmp_path / "a"), "--model", folder),
-            "5 frames",
-        ),
-        (
-            (
-                *("run", "temporal-swap", "--data", str(tmp_path / "lacking.csv")),
-                "--out",
-                str(tmp_path / "b"),
-                "--model",
-                folder,
-            ),
-            "lacks query",
-        ),
-        (
-            (
-                *("run", "temporal-steer", "--data", str(tmp_path), "--out", str(tmp_path / "c")),
-                "--ids",
-                str(tmp_path / "no"),
-                "--model",
-                folder,
-            ),
-            "expected a file of temporal IDs",
-        ),
+    swap, steer = ("run", "temporal-swap"), ("run", "temporal-steer", "--ids", tmp_path / "no")
+    for command, data, out, message in (
+        (("ids", "temporal"), tmp_path, "x", ".safetensors"),
+        (swap, tmp_path, "a", "5 frames"),
+        (swap, tmp_path / "lacking.csv", "b", "lacks query"),
+        (steer, tmp_path, "c", "expected a file of temporal IDs"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            command(*arguments)
-        shown = capsys.readouterr().err
-        assert ended.value.code == 2 and message in shown and len(shown.strip().splitlines()) == 1, shown
+        arguments = ("--data", data, "--out", tmp_path / out, "--model", fixtures.folder(CASE))
+        assert message in refused(capsys, *command, *arguments)
 
 
-def test_bad_clips_are_named_or_left_out(tmp_path: Path) -> None:
+def test_bad_clips_are_named_or_skipped(tmp_path: Path) -> None:
     """A clip too short, one unreadable, one misnamed: the run ends with the first, or lists them in the end."""
     frames = [(i, i % 7 + 1) for i in range(1, 8)]
     write_appear_folder(tmp_path / "clips", [("star", "fish")], frames=frames, picture_size=32)
     write_video(tmp_path / "clips" / "appear_fish1_star2.mp4", np.zeros((5, 32, 32, 3), np.uint8), rate=8)
     (tmp_path / "clips" / "appear_fish1_star3.mp4").write_bytes(b"no video")
-    out, name = tmp_path / "ids.safetensors", str(fixtures.folder(CASE))
-    with pytest.raises(DataError, match=r"appear_fish1_star2.mp4 has 5 frames .* --skip-bad leaves such clips out"):
-        runs.extract(tmp_path / "clips", out, model=name)
+    out = tmp_path / "ids.safetensors"
+    extraction = ExtractTemporalIDs(data=tmp_path / "clips", out=out, model=str(fixtures.folder(CASE)))
+    with pytest.raises(DataError, match=r"item 'fish1_star2'.*appear_fish1_star2.mp4 has 5 frames .* --skip-bad"):
+        extraction.run()
     (tmp_path / "clips" / "holiday.mp4").write_bytes(b"")
-    found = runs.extract(tmp_path / "clips", out, model=name, skip_bad=True)
-    assert found["clips"] == len(frames) and found["skipped"]["count"] == 3
-    assert [entry["key"] for entry in found["skipped"]["items"]] == ["holiday.mp4", "fish1_star2", "fish1_star3"]
-    clean = tmp_path / "clean"
-    write_appear_folder(clean, [("star", "fish")], frames=frames, picture_size=32)
-    runs.extract(clean, tmp_path / "clean.safetensors", model=name)
-    ours, theirs = TemporalIDs.load(out), TemporalIDs.load(tmp_path / "clean.safetensors")
+    found = dataclasses.replace(extraction, skip_bad=True).run()
+    assert found.clips == len(frames) and found.skipped["count"] == 3
+    assert [entry["key"] for entry in found.skipped["items"]] == ["holiday.mp4", "fish1_star2", "fish1_star3"]
+    stored = json.loads(out.with_suffix(".json").read_text())
+    assert stored["rank_correlation"] == pytest.approx(found.rank_correlation.tolist())
+    assert out.with_suffix(".png").stat().st_size > 1000
+    clean = dataclasses.replace(extraction, data=tmp_path / "clean", out=tmp_path / "clean.safetensors")
+    write_appear_folder(clean.data, [("star", "fish")], frames=frames, picture_size=32)
+    clean.run()
+    ours, theirs = TemporalIDs.load(out), TemporalIDs.load(clean.out)
     np.testing.assert_allclose(ours.universal, theirs.universal, atol=1e-5)
-    for path in clean.iterdir():
+    # As published, the last clip of an object and frame is its ID.
+    dataclasses.replace(clean, out=tmp_path / "bugs.safetensors", reference_bugs=True).run()
+    bugs = TemporalIDs.load(tmp_path / "bugs.safetensors")
+    assert (bugs.counts == 1).all() and np.abs(bugs.universal - theirs.universal).max() > 0.1
+    for path in clean.data.iterdir():
         path.write_bytes(b"no video")
-    with pytest.raises(DataError, match="no clip could be used"):
-        runs.extract(clean, out, model=name, skip_bad=True)
+    with pytest.raises(DataError, match=r"no clip .*could be used"):
+        dataclasses.replace(clean, skip_bad=True).run()
