@@ -111,7 +111,7 @@ def easy(margins: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
     return ranks >= len(margins) // 2
 
 
-Places = Callable[[SpatialIDs, Int[np.ndarray, "L"], Float[np.ndarray, "B 2 4"]], Float[Array, "L B 2 D"]]
+TrueIDs = Callable[[SpatialIDs, Int[np.ndarray, "L"], Float[np.ndarray, "B 2 4"]], Float[Array, "L B 2 D"]]
 """Ground-truth IDs: IDs, layers, and boxes (x, y, width, height) as shares of the picture -> IDs."""
 
 
@@ -129,7 +129,7 @@ def measure_deviations(
     boxes: Float[np.ndarray, "B 2 4"],
     *,
     layers: Sequence[int] | None = None,
-    places: Places = box_ids,
+    true_ids: TrueIDs = box_ids,
 ) -> Deviations:
     """Deviations and ground truth of every item, at all layers from one pass with pictures and one without.
 
@@ -139,7 +139,7 @@ def measure_deviations(
         ids: the model's spatial IDs.
         boxes: (x, y, width, height) of subject and object, as shares of the picture's width and height.
         layers: those after which activations are read; all by default.
-        places: makes the ground-truth IDs.
+        true_ids: makes the ground-truth IDs.
 
     Raises:
         InputError: if IDs and model differ, a layer is out of range, or the boxes are of other items.
@@ -149,7 +149,7 @@ def measure_deviations(
     if boxes.shape != (count, 2, 4):
         raise InputError(f"{count} items need boxes of shape [{count}, 2, 4], not {list(boxes.shape)}.")
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
-    truths = places(ids, chosen, boxes)
+    truths = true_ids(ids, chosen, boxes)
     shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(batch.words[:, :2])))
     text = model.prepare(None, list(batch.prompts.questions))
     alone = residuals_at(model, text, text.words(batch.names))[1:]
@@ -246,7 +246,7 @@ class Deviation(
         """The published questions."""
         return prepare(session.model, [placed.item for placed in items], template=session.template, case=session.case)
 
-    def places(
+    def true_ids(
         self, ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
     ) -> Float[Array, "L B 2 D"]:
         """Ground-truth IDs."""
@@ -255,7 +255,9 @@ class Deviation(
     def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Columns:
         """A row for each layer, item and object."""
         boxes = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
-        found = measure_deviations(session.model, batch, session.ids, boxes, layers=session.layers, places=self.places)
+        found = measure_deviations(
+            session.model, batch, session.ids, boxes, layers=session.layers, true_ids=self.true_ids
+        )
         return table_of(found, items, session.model.name)
 
     def summarise(self, session: Session, table: Columns) -> DeviationSummary:

@@ -365,7 +365,7 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
         return np.array([margins.get(key, np.nan) for key in rows["item"].tolist()])
 
     def summarise(self, session: Session, table: Columns) -> OcclusionSummary:
-        """Accuracy by kind of picture, and what blurs do to items answered rightly and wrongly."""
+        """Accuracy by kind of picture, and what blurs do to items answered right and wrong."""
         rows = originals(table)
         correct, sensitivity = rows["correct"].astype(bool), rows["sensitivity"]
         still = table["logp_correct"] > table["logp_wrong"]

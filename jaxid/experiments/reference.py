@@ -126,9 +126,9 @@ class _Negated:
 
 
 class _Misplaced(_Negated):
-    """Besides, every layer gets the IDs that are read one layer earlier, and one token late.
+    """Beside a steering experiment: the same; and IDs read one layer earlier are added, one token late.
 
-    The code reads Hugging Face's hidden states, which count the embeddings as 0; those hold no place.
+    The code counts as Hugging Face's hidden states do, where 0 is the embeddings, which hold no place.
     """
 
     def read_ids(self) -> SpatialIDs:
@@ -157,7 +157,7 @@ class _Depth(_Misplaced, Depth):
 class _Deviation(Deviation):
     """Ground-truth IDs are half a cell off."""
 
-    def places(
+    def true_ids(
         self, ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
     ) -> Float[Array, "L B 2 D"]:
         return ids.at_box(layers, boxes, (1.0, 1.0), half_cell=False)

@@ -53,7 +53,7 @@ STEPS = {
 @functools.cache
 def found(axis: str, bugs: bool = False) -> Deviations:
     model, batch = fixtures.model(CASE), oracle.batch(axis)
-    return measure_deviations(model, batch, oracle.ids(), BOXES, places=STEPS[bugs].places)
+    return measure_deviations(model, batch, oracle.ids(), BOXES, true_ids=STEPS[bugs].true_ids)
 
 
 def true_id(layer: int, box: np.ndarray, bug: bool, universal: np.ndarray) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_a_cells_centre_has_its_id_and_the_bug_is_half_a_cell() -> None:
     model, batch = fixtures.model(CASE), oracle.batch("horizontal")
     boxes = np.tile([1.25 / 4, 2.25 / 4, 0.5 / 4, 0.5 / 4], (4, 2, 1))  # the centre of cell (1, 2)
     places = {
-        bugs: measure_deviations(model, batch, oracle.ids(), boxes, layers=[1], places=steps.places).places[0, 0, 0]
+        bugs: measure_deviations(model, batch, oracle.ids(), boxes, layers=[1], true_ids=steps.true_ids).places[0, 0, 0]
         for bugs, steps in STEPS.items()
     }
     cells = oracle.universal()[1]
