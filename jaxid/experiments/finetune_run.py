@@ -278,7 +278,9 @@ Comparison = Mapping[str, Mapping[str, Interval]]
 
 @dataclasses.dataclass(frozen=True)
 class CompareFinetune(Command[Comparison]):
-    """Compare finished fine-tuning runs with and without the ID loss; runs of one seed also pair by pair.
+    """Compare fine-tuning runs with and without the ID loss.
+
+    Those of one seed are also compared pair by pair.
 
     Attributes:
         folders: of the runs, equal but for seed and weight of the ID loss, several seeds of both.

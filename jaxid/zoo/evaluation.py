@@ -1,19 +1,26 @@
 """What tiny-llava answers on scenes that training never showed."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.checks import check_finite
 from jaxid.data import scenes as drawn
-from jaxid.data.coco_spatial import SpatialItem
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.data.scenes import OBJECTS, Scenes
-from jaxid.experiments.relations import ANSWERS
 from jaxid.families.base import Model
 from jaxid.interp.forward import forward
 from jaxid.stats import confidence_interval
 from jaxid.zoo import tiny_llava as recipe
+
+Shown = Sequence[Any] | UInt8[np.ndarray, "N Y X 3"]
+"""Pictures or clips."""
+
+QUESTIONS = 512
+"""Questions of each kind by which a trained model is told."""
 
 
 def held_out_scenes(rng: np.random.Generator, count: int) -> Scenes:
@@ -29,9 +36,9 @@ def relation_items(
     rng: np.random.Generator, count: int, axis: str
 ) -> tuple[list[SpatialItem], UInt8[np.ndarray, "N Y X 3"]]:
     """Held-out scenes with a question about one axis, answers balanced by chance, subjects in either order."""
-    number = list(ANSWERS).index(axis)
+    along = list(ANSWERS).index(axis)
     scenes = held_out_scenes(rng, 2 * count)
-    gap = scenes.centers[:, 0, number] - scenes.centers[:, 1, number]
+    gap = scenes.centers[:, 0, along] - scenes.centers[:, 1, along]
     chosen = np.flatnonzero(np.abs(gap) >= recipe.MIN_GAP)
     scenes = scenes[rng.permutation(chosen)[:count]]
     pictures = drawn.render(scenes, recipe.IMAGE_SIZE)
@@ -39,7 +46,7 @@ def relation_items(
     for row, picture in enumerate(pictures):
         first = int(rng.integers(2))
         subject, other = scenes.objects[row, first], scenes.objects[row, 1 - first]
-        after = scenes.centers[row, first, number] > scenes.centers[row, 1 - first, number]
+        after = scenes.centers[row, first, along] > scenes.centers[row, 1 - first, along]
         items.append(
             SpatialItem(
                 image_id=row,
@@ -62,21 +69,23 @@ class Accuracy:
     count: int
 
 
-def answers(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: list[str]) -> list[str]:
-    """The model's one-word answers: the most probable token of the whole vocabulary."""
+def answers(model: Model, shown: Shown, questions: Sequence[str], batch_size: int = 128) -> list[str]:
+    """The model's one-word answers about pictures or clips: the most probable token of the whole vocabulary."""
     found: list[str] = []
-    for start in range(0, len(questions), 128):
-        prompts = model.prepare(list(pictures[start : start + 128]), questions[start : start + 128])
-        logits = np.asarray(forward(model, prompts).logits)
+    for start in range(0, len(questions), batch_size):
+        rows = slice(start, start + batch_size)
+        logits = np.asarray(forward(model, model.prepare(list(shown[rows]), list(questions[rows]))).logits)
         check_finite(f"logits of {model.name}", logits)
-        best = logits.argmax(-1)
-        found += [model.processor.decode([int(token)]) for token in best]
+        found += [model.processor.decode([int(token)]) for token in logits.argmax(-1)]
     return found
 
 
-def accuracy(model: Model, pictures: UInt8[np.ndarray, "N Y X 3"], questions: list[str], truths: list[str]) -> Accuracy:
+def accuracy(
+    model: Model, shown: Shown, questions: Sequence[str], truths: Sequence[str], batch_size: int = 128
+) -> Accuracy:
     """Share of questions whose answer is exactly the true word."""
-    right = sum(given == truth for given, truth in zip(answers(model, pictures, questions), truths, strict=True))
+    given = answers(model, shown, questions, batch_size)
+    right = sum(answer == truth for answer, truth in zip(given, truths, strict=True))
     low, high = confidence_interval(right, len(truths))
     return Accuracy(value=right / len(truths), low=low, high=high, count=len(truths))
 

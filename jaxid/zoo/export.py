@@ -1,7 +1,7 @@
 """Writing a trained network as a checkpoint folder in Hugging Face layout."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 def write_llava(
     folder: Path,
     config: LlavaConfig,
-    parameters: Mapping[str, Any],
+    parameters: dict[str, Any],
     *,
     vocabulary: Sequence[str],
     chat_template: str,
@@ -186,7 +186,7 @@ def _save_words(
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_clip(folder: Path, config: CLIPConfig, parameters: Mapping[str, Any], vocabulary: Sequence[str]) -> None:
+def write_clip(folder: Path, config: CLIPConfig, parameters: dict[str, Any], vocabulary: Sequence[str]) -> None:
     """Writes a CLIP folder with a word-level tokenizer.
 
     Args:
@@ -239,9 +239,7 @@ def write_clip(folder: Path, config: CLIPConfig, parameters: Mapping[str, Any], 
     write_json(folder / "processor_config.json", {"processor_class": "CLIPProcessor"})
 
 
-def write_video(
-    folder: Path, config: LlavaVideoConfig, parameters: Mapping[str, Any], vocabulary: Sequence[str]
-) -> None:
+def write_video(folder: Path, config: LlavaVideoConfig, parameters: dict[str, Any], vocabulary: Sequence[str]) -> None:
     """Writes a LLaVA-Video folder in LLaVA-NeXT's layout, with a word-level tokenizer.
 
     Args:

@@ -2,14 +2,12 @@
 
 import numpy as np
 
-from jaxid.checks import check_finite
 from jaxid.data.clips import draw_clip
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import spread, time_text
 from jaxid.families.base import Model
-from jaxid.interp.forward import forward
 from jaxid.prompts.pictures import Clip
-from jaxid.stats import confidence_interval
+from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo.evaluation import Accuracy
 
@@ -26,26 +24,17 @@ def as_clips(rng: np.random.Generator, drawn: recipe.Clips) -> list[Clip]:
 
 
 def accuracy(model: Model, clips: list[Clip], questions: list[str], truths: list[str], *, timed: bool) -> Accuracy:
-    """Share of questions whose most probable next token is the true word."""
+    """Share of questions, after the text with the frames' times if asked for, whose answer is the true word."""
     texts = [
         f"{time_text(clip)}\n{question}" if timed else question for clip, question in zip(clips, questions, strict=True)
     ]
-    right = 0
-    for start in range(0, len(texts), 64):
-        prompts = model.prepare(clips[start : start + 64], texts[start : start + 64])
-        logits = np.asarray(forward(model, prompts).logits)
-        check_finite(f"logits of {model.name}", logits)
-        best = logits.argmax(-1)
-        words = [model.processor.decode([int(token)]) for token in best]
-        right += sum(word == truth for word, truth in zip(words, truths[start : start + 64], strict=True))
-    low, high = confidence_interval(right, len(texts))
-    return Accuracy(value=right / len(texts), low=low, high=high, count=len(texts))
+    return evaluation.accuracy(model, clips, texts, truths, batch_size=64)
 
 
 def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accuracy]:
     """Accuracy on held-out clips: order of what comes and stays, of what goes before the next comes, times, existence.
 
-    "before_after" asks as published, behind the text with the frames' times; "untimed" is the same without it.
+    "before_after" asks as published, after the text with the frames' times; "untimed" is the same without it.
     """
     rng = np.random.default_rng((978, seed))
     drawn = recipe.held_out_clips(rng, count, stay=True)
@@ -72,9 +61,9 @@ def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accu
     words = ["before" if starts[0] < starts[1] else "after" for starts in drawn.starts]
     questions = [f"Does the {own[0]} come before or after the {own[1]}? Answer in one word." for own in names]
     results["one_then_other"] = accuracy(model, clips, questions, words, timed=True)
-    turned = [clip.reversed() for clip in clips]
+    backwards = [clip.reversed() for clip in clips]
     other = ["after" if word == "before" else "before" for word in words]
-    results["reversed"] = accuracy(model, turned, questions, other, timed=True)
+    results["reversed"] = accuracy(model, backwards, questions, other, timed=True)
 
     absent = [OBJECTS[rng.choice([k for k in range(len(OBJECTS)) if OBJECTS[k] not in own])] for own in names]
     half = count // 2

@@ -3,13 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -21,49 +18,36 @@ from jaxid.io import write_json
 from jaxid.nn.layers import Linear
 from jaxid.nn.passes import forward
 from jaxid.nn.sites import Capture, clean
-from jaxid.train import loop as training
-from jaxid.train.loop import Metrics, Stage, adamw
+from jaxid.train.loop import Metrics, Stage
+from jaxid.zoo import evaluation, video_evaluation
 from jaxid.zoo import tiny_video as recipe
-from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video
 from jaxid.zoo.packing import Layout
-from jaxid.zoo.sampling import check_recipe
-from jaxid.zoo.training import SEEING_BLOCKS, cross_entropy, shallow
+from jaxid.zoo.recipes import Recipe, RecipeConfig, balanced_cross_entropy, begin, cross_entropy, in_turn
+from jaxid.zoo.training import SEEING_BLOCKS, shallow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(RecipeConfig):
     """All that decides the outcome of a training run."""
 
     sight_steps: int = 1600  # steps in which tower and projector learn to see, without the decoder
     sight_batch_size: int = 160  # pictures a step of these
-    timing_steps: int = 500  # steps in which the decoder's first blocks learn when things come
+    timing_steps: int = 500  # steps in which the decoder's first layers learn when things come
     steps: int = 600  # steps on questions and captions, after those
     timed_steps: int = 200  # last steps, with the text that says the frames' times
     batch_size: int = 32  # clips a step
     sight_learning_rate: float = 2e-3  # peak, in the first two stages
     learning_rate: float = 1.5e-3  # peak, in the third
     timed_learning_rate: float = 6e-4  # peak, in the last
-    warmup_steps: int = 60  # linear, then cosine to zero, in every stage
-    weight_decay: float = 0.02  # on block matrices only
-    clip_norm: float = 1.0  # of the whole gradient
+    warmup_steps: int = 60
+    weight_decay: float = 0.02
     frame_weight: float = 0.3  # of the auxiliary loss on the frames' tokens
     blur: float = 1.5  # frames: standard deviation of what is asked for in the place of one frame's name
-    seed: int = 0  # of parameters and data
-
-    def __post_init__(self) -> None:
-        """Checks the numbers.
-
-        Raises:
-            InputError: naming the first one that is out of range.
-        """
-        check_recipe(self)
 
 
 CLASSES = (len(OBJECTS) + 1, FRAMES)
 """What the auxiliary heads tell apart at every token of a frame: the object, and when it came."""
-
-COLUMNS = ("step", "stage", "loss", "accuracy", "object", "start")
 
 
 class Learner(nnx.Module):
@@ -88,7 +72,7 @@ def frame_tokens(network: LlavaVideo, batch: dict[str, Array]) -> Float[Array, "
 
 
 def clip_tokens(network: LlavaVideo, frames: Float[Array, "N F 9 D"]) -> Float[Array, "N I D"]:
-    """A clip's tokens with `image_newline` behind them."""
+    """A clip's tokens followed by `image_newline`."""
     flat = frames.reshape(len(frames), -1, frames.shape[-1])
     newline = jnp.broadcast_to(network.newline[...], (len(frames), 1, frames.shape[-1]))
     return jnp.concatenate([flat, newline], axis=1)
@@ -112,33 +96,14 @@ def _near_words(blur: float) -> Float[np.ndarray, "V V"]:
     return table
 
 
-def soft_cross_entropy(
-    logits: Float[Array, "*B C"], labels: Int[Array, "*B"], table: Float[np.ndarray, "C C"]
-) -> tuple[Array, Array]:
-    """Mean loss against a label's row of a table, and accuracy, over the labels that are not negative."""
-    counted = (labels >= 0).astype(jnp.float32)
-    total = jnp.maximum(counted.sum(), 1.0)
-    targets = jnp.take(jnp.asarray(table), jnp.maximum(labels, 0), axis=0)
-    losses = optax.softmax_cross_entropy(logits, targets)
-    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-    return (losses * counted).sum() / total, (hits * counted).sum() / total
-
-
-def _object_loss(logits: Float[Array, "N F 9 C"], objects: Int[Array, "N F 9"]) -> tuple[Array, Array]:
-    """Objects and background count alike, though few tokens hold an object."""
-    loss, accuracy = cross_entropy(logits, jnp.where(objects > 0, objects, -1))
-    ground, _ = cross_entropy(logits, jnp.where(objects > 0, -1, objects))
-    return loss + ground, accuracy
-
-
 def _frame_loss(
     learner: Learner, tokens: Float[Array, "N I D"], cells: Int[Array, "N F 9 2"], blur: float
 ) -> tuple[Array, Metrics]:
     """Loss of the head that reads the frames' tokens in the decoder."""
     states = learner.network.decoder.norm(tokens[:, :-1]).reshape(*cells.shape[:3], -1)
     objects, starts = jnp.split(learner.time_head(states), [CLASSES[0]], axis=-1)
-    object_loss, object_accuracy = _object_loss(objects, cells[..., 0])
-    start_loss, start_accuracy = soft_cross_entropy(starts, cells[..., 1], near_frames(blur))
+    object_loss, object_accuracy = balanced_cross_entropy(objects, cells[..., 0], cells[..., 0] > 0)
+    start_loss, start_accuracy = cross_entropy(starts, cells[..., 1], jnp.asarray(near_frames(blur)))
     return object_loss + start_loss, {"object": object_accuracy, "start": start_accuracy}
 
 
@@ -146,12 +111,13 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
     """The first stage's loss: which object is where, told by the projector's output."""
     del config
     tokens = frame_tokens(learner.network, batch)
-    loss, accuracy = _object_loss(learner.object_head(tokens), batch["cells"][..., 0])
+    objects = batch["cells"][..., 0]
+    loss, accuracy = balanced_cross_entropy(learner.object_head(tokens), objects, objects > 0)
     return loss, {"loss": loss, "object": accuracy}
 
 
 def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
-    """The second stage's loss: which object is where and since when, told by the decoder's first blocks."""
+    """The second stage's loss: which object is where and since when, told by the decoder's first layers."""
     network, plan = learner.network, recipe.layout(timed=False)
     features = clip_tokens(network, frame_tokens(network, batch))
     size, end = len(features), plan.image_start + plan.image_tokens
@@ -180,17 +146,14 @@ def language_loss(
     output = forward(network.decoder, embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     labels = batch["labels"][:, plan.text_start :]
-    text_loss, accuracy = soft_cross_entropy(logits, labels, _near_words(config.blur))
+    text_loss, accuracy = cross_entropy(logits, labels, jnp.asarray(_near_words(config.blur)))
     seen = output.captured["resid_post"][SEEING_BLOCKS - 1]
     frame_loss, metrics = _frame_loss(learner, seen, batch["cells"], config.blur)
     return text_loss + config.frame_weight * frame_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
-def stages(definition: Any, config: TrainingConfig) -> tuple[Stage, ...]:
+def stages(definition: Any, config: TrainingConfig) -> list[Stage]:
     """The stages of a run: seeing, timing, language, and language with the frames' times."""
-
-    def optimizer(rate: float, steps: int, decay: float) -> optax.GradientTransformation:
-        return adamw(rate, steps, warmup_steps=config.warmup_steps, weight_decay=decay, clip_norm=config.clip_norm)
 
     def loss(function: Callable[..., tuple[Array, Metrics]], **further: Any) -> Callable[..., tuple[Array, Metrics]]:
         return lambda parameters, batch: function(
@@ -204,55 +167,36 @@ def stages(definition: Any, config: TrainingConfig) -> tuple[Stage, ...]:
             made = recipe.training_batch(config.seed, step, config.batch_size, timed=timed)
         return {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
 
-    rate, decay, first, found = config.sight_learning_rate, config.weight_decay, 0, []
-    for name, steps, peak, weight, timed, function in (
-        ("seeing", config.sight_steps, rate, 0.0, None, loss(sight_loss)),
-        ("timing", config.timing_steps, rate, 0.0, False, loss(timing_loss)),
-        ("language", config.steps, config.learning_rate, decay, False, None),
-        ("times", config.timed_steps, config.timed_learning_rate, decay, True, None),
-    ):
-        found.append(
+    rate, decay = config.sight_learning_rate, config.weight_decay
+    return in_turn(
+        [
             Stage(
                 name=name,
-                first=first,
+                first=0,
                 steps=steps,
                 loss=function or loss(language_loss, plan=recipe.layout(timed=bool(timed))),
                 batch=partial(drawn, timed=timed),
-                optimizer=optimizer(peak, steps, weight),
+                optimizer=config.optimizer(peak, steps, weight_decay=weight),
             )
-        )
-        first += steps
-    return tuple(found)
+            for name, steps, peak, weight, timed, function in (
+                ("seeing", config.sight_steps, rate, 0.0, None, loss(sight_loss)),
+                ("timing", config.timing_steps, rate, 0.0, False, loss(timing_loss)),
+                ("language", config.steps, config.learning_rate, decay, False, None),
+                ("times", config.timed_steps, config.timed_learning_rate, decay, True, None),
+            )
+        ]
+    )
 
 
-def train_and_export(folder: Path, config: TrainingConfig, *, save_every: int = 100, progress: bool = True) -> Path:
-    """Trains tiny-video, or goes on from the last saved step, and writes its checkpoint folder and accuracy.
-
-    Args:
-        folder: of the run (`state/`, `metrics.csv`, `run.json`); one begun with other settings is refused.
-        config: the run's settings.
-        save_every: steps between saves.
-        progress: show a progress bar.
-
-    Returns:
-        The checkpoint folder, `folder / "model"`.
-
-    Raises:
-        CheckpointError: if the folder holds a run with other settings.
-    """
-    settings = dataclasses.asdict(config) | {"vocabulary": len(recipe.VOCABULARY)}
-    definition, initial = nnx.split(Learner(rngs=nnx.Rngs(config.seed)))
-    with training.begun(folder, settings):
-        parameters = training.fit(
-            folder,
-            nnx.to_pure_dict(initial),
-            stages(definition, config),
-            columns=COLUMNS,
-            save_every=save_every,
-            progress=progress,
-        )
-        model_folder = folder / "model"
-        write_video(model_folder, recipe.config(), jax.device_get(parameters["network"]), recipe.VOCABULARY)
-        results = video_evaluation.evaluate(load(model_folder), count=512)
-        write_json(folder / "accuracy.json", {name: dataclasses.asdict(result) for name, result in results.items()})
-    return model_folder
+RECIPE = Recipe(
+    config=TrainingConfig,
+    start=begin(Learner),
+    stages=stages,
+    columns=("step", "stage", "loss", "accuracy", "object", "start"),
+    vocabulary=len(recipe.VOCABULARY),
+    write=lambda folder, parameters: write_video(folder, recipe.config(), parameters, recipe.VOCABULARY),
+    finish=lambda folder, model: write_json(
+        folder / "accuracy.json", video_evaluation.evaluate(load(model), count=evaluation.QUESTIONS)
+    ),
+)
+"""How tiny-video is trained."""

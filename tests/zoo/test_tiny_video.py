@@ -140,7 +140,7 @@ video_evaluation.evaluate = lambda *_, **__: {}
 config = video_training.TrainingConfig(
     sight_steps=16, sight_batch_size=8, timing_steps=8, steps=8, timed_steps=8, batch_size=8, warmup_steps=2
 )
-video_training.train_and_export(Path(sys.argv[1]), config, save_every=8, progress=False)
+video_training.RECIPE.train(Path(sys.argv[1]), config, save_every=8, progress=False)
 """
 
 

@@ -19,13 +19,13 @@ import pytest
 from flax import nnx
 
 from jaxid.checkpoints.loading import load
-from jaxid.errors import CheckpointError, InputError
+from jaxid.errors import InputError, OutputError
 from jaxid.interp.forward import forward
 from jaxid.train import loop
 from jaxid.zoo import clip_evaluation, clip_training, training, video_training
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
-from jaxid.zoo.sampling import limited
+from jaxid.zoo.recipes import balanced_cross_entropy, cross_entropy, limited
 from jaxid.zoo.training import TrainingConfig
 
 DEFINITION = nnx.graphdef(training.Learner(rngs=nnx.Rngs(0)))
@@ -38,7 +38,7 @@ from typing import Any
 import jax, numpy as np
 from jaxid.zoo import training
 config = training.{TINY!r}
-parameters = training.train(Path(sys.argv[1]), config, save_every=6, progress=False)
+parameters = training.RECIPE.train(Path(sys.argv[1]), config, save_every=6, progress=False, export=False)
 np.savez(Path(sys.argv[1]) / "parameters.npz", *jax.tree.leaves(parameters))
 """
 
@@ -93,7 +93,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     # A finished run is not trained again, and its state is that of the last step.
     assert max(saved_steps(killed)) == 60
     with jax.numpy_dtype_promotion("standard"):
-        again = training.train(killed, TINY, progress=False)
+        again = training.RECIPE.train(killed, TINY, progress=False, export=False)
     with np.load(killed / "parameters.npz") as resumed:
         for leaf, name in zip(jax.tree.leaves(again), resumed.files, strict=True):
             np.testing.assert_array_equal(leaf, resumed[name])
@@ -108,8 +108,9 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, change: dict[str, float]) -> None:
     settings = dataclasses.asdict(dataclasses.replace(TINY, **change)) | {"vocabulary": len(recipe.VOCABULARY)}
     (tmp_path / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match="other settings; choose another folder"):
-        training.train(tmp_path, TINY, progress=False)
+    name = next(iter(change))
+    with pytest.raises(OutputError, match=f"other settings: {name.replace('_', ' ')} was {change[name]}, is now"):
+        training.RECIPE.train(tmp_path, TINY, progress=False)
     assert json.loads((tmp_path / "run.json").read_text()) == settings
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
@@ -117,9 +118,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, change: dict[str, fl
 def test_metrics_of_undone_steps_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for step, loss in [(20, 3.0), (40, 2.0), (60, 1.0), (40, 2.5)]:
-        loop.append_metrics(path, training.COLUMNS, {"step": step, "stage": "seeing", "loss": loss})
+        loop.append_metrics(path, training.RECIPE.columns, {"step": step, "stage": "seeing", "loss": loss})
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [("20", "3.0"), ("40", "2.5")]
-    assert tuple(read_metrics(path)[0]) == training.COLUMNS
+    assert tuple(read_metrics(path)[0]) == training.RECIPE.columns
 
 
 def test_stages_follow_each_other_on_their_own_data() -> None:
@@ -194,7 +195,7 @@ def test_recipes_out_of_range(recipe: Any, change: dict[str, Any], message: str)
 
 def test_weight_decay_acts_on_block_matrices_alone() -> None:
     """With no gradient, only what decays moves."""
-    optimizer = training._optimizer(dataclasses.replace(TINY, warmup_steps=0), 0.1, 10, weight_decay=0.5)
+    optimizer = dataclasses.replace(TINY, warmup_steps=0).optimizer(0.1, 10, weight_decay=0.5)
     parameters = {"block": jnp.ones((3, 2, 2)), "embedding": jnp.ones((3, 2)), "norm": jnp.ones((3,))}
     nothing = jax.tree.map(jnp.zeros_like, parameters)
     with jax.numpy_dtype_promotion("standard"):  # optax is not written for strict promotion
@@ -206,11 +207,25 @@ def test_weight_decay_acts_on_block_matrices_alone() -> None:
 
 def test_cross_entropy_by_hand() -> None:
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]]))
-    loss, accuracy = training.cross_entropy(logits, jnp.array([0, 1, -1]))
+    loss, accuracy = cross_entropy(logits, jnp.array([0, 1, -1]))
     np.testing.assert_allclose(loss, -(np.log(0.5) + np.log(0.1)) / 2, rtol=1e-5)
     np.testing.assert_allclose(accuracy, 0.5)
-    nothing = training.cross_entropy(logits, jnp.array([-1, -1, -1]))
+    nothing = cross_entropy(logits, jnp.array([-1, -1, -1]))
     np.testing.assert_array_equal(nothing, (0, 0))
+    # Of the second class half of the third is asked for.
+    table = jnp.array([[1.0, 0, 0], [0, 0.5, 0.5], [0, 0, 1]])
+    loss, accuracy = cross_entropy(logits, jnp.array([-1, -1, 1]), table)
+    np.testing.assert_allclose(loss, -(np.log(0.6) + np.log(0.2)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(accuracy, 1.0)
+
+
+def test_things_and_background_count_alike() -> None:
+    """Of four places, one shows a thing."""
+    logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]))
+    labels = jnp.array([1, 0, 0, 0])
+    loss, accuracy = balanced_cross_entropy(logits, labels, labels > 0)
+    np.testing.assert_allclose(loss, -np.log(0.5) - np.log([0.9, 0.8, 0.7]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, 0.0)
 
 
 @pytest.mark.slow

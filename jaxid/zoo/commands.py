@@ -1,0 +1,101 @@
+"""`jaxid zoo train` and `jaxid zoo evaluate`."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from jaxid.checks import Count, Range, check_values
+from jaxid.errors import CheckpointError, InputError
+from jaxid.io import read_json
+from jaxid.zoo import RECIPES
+
+
+def train(
+    name: str,
+    out: Path,
+    *,
+    steps: Count | None = None,
+    batch_size: Annotated[int, Range(8)] | None = None,
+    seed: int = 0,
+    save_every: Count = 100,
+) -> str:
+    """Train a shipped model from scratch, or resume from the last save after a kill.
+
+    Args:
+        name: which model: tiny-llava, tiny-video, or tiny-clip with its scorers.
+        out: folder of the run; the checkpoint is written to its folder `model`.
+        steps: most steps of every stage, and of every scorer; the recipe's by default.
+        batch_size: pictures or clips per step, in every stage; the recipe's by default.
+        seed: of parameters and data.
+        save_every: steps between saves.
+
+    Returns:
+        What to print.
+    """
+    given = {"steps": steps, "batch_size": batch_size, "seed": seed, "save_every": save_every}
+    check_values(train, given)
+    if name not in RECIPES:
+        raise InputError(f"{name!r} has no recipe; recipes exist for {', '.join(RECIPES)}.")
+    from jaxid.zoo import clip_evaluation, clip_training, training, video_training
+    from jaxid.zoo.recipes import Recipe, limited
+
+    recipes: dict[str, Recipe[Any]] = {
+        "tiny-llava": training.RECIPE,
+        "tiny-video": video_training.RECIPE,
+        "tiny-clip": dataclasses.replace(
+            clip_training.RECIPE, finish=partial(clip_evaluation.train_scorers, steps=steps)
+        ),
+    }
+    recipe = recipes[name]
+    recipe.train(out, limited(recipe.config(seed=seed), steps, batch_size), save_every=save_every)
+    return f"checkpoint: {out / 'model'}"
+
+
+def evaluate(model: str = "tiny-llava", *, count: Annotated[int, Range(8)] = 512, seed: int = 1) -> str:
+    """Print a model's accuracy on scenes that training never showed.
+
+    Args:
+        model: tiny-llava, tiny-video, tiny-clip, or the folder of one trained like them.
+        count: questions of each kind.
+        seed: of the scenes.
+
+    Returns:
+        What to print.
+    """
+    check_values(evaluate, {"count": count, "seed": seed})
+    from jaxid.checkpoints.loading import find_folder
+
+    # Everything else of the file is told by whoever loads the model.
+    kind = read_json(find_folder(model, weights=False) / "config.json", CheckpointError, missing={}).get("model_type")
+    return "\n".join((_encoder_lines if kind == "clip" else _model_lines)(model, count, seed))
+
+
+def _model_lines(model: str, count: int, seed: int) -> Iterator[str]:
+    from jaxid.checkpoints.loading import load
+    from jaxid.families.llava_video import LlavaVideoConfig
+    from jaxid.zoo import evaluation, video_evaluation
+
+    loaded = load(model)
+    video = isinstance(loaded.config, LlavaVideoConfig)
+    found = (video_evaluation if video else evaluation).evaluate(loaded, count=count, seed=seed)
+    for kind, result in found.items():
+        bounds = f"{result.low:.1%} to {result.high:.1%}"
+        yield f"{kind:14s} {result.value:7.1%}   95 % interval {bounds}   n = {result.count}"
+
+
+def _encoder_lines(model: str, count: int, seed: int) -> Iterator[str]:
+    from jaxid.checkpoints.encoders import load_encoder
+    from jaxid.dcsm.scoring import Scorer, own_scorer
+    from jaxid.zoo import clip_evaluation
+
+    path = own_scorer(model)
+    scorer = None if path is None else Scorer.load(path)
+    for kind, entry in clip_evaluation.evaluate(load_encoder(model), scorer, count=count, seed=seed).items():
+        shown = [
+            f"{name} {entry[method]['accuracy']:.1%} ({entry[method]['low']:.1%} to {entry[method]['high']:.1%})"
+            for method, name in (("cosine", "pooled cosine"), ("dcsm", "dense maps"))
+            if method in entry
+        ]
+        yield f"{kind:9s} chance {entry['chance']:.0%}   {'   '.join(shown)}"
