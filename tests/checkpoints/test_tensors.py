@@ -324,7 +324,7 @@ def test_everything_wrong_with_the_files_at_once(tmp_path: Path) -> None:
     save_file({"0": noise(5), "4": noise(5)}, tmp_path / "4.safetensors")
     with pytest.raises(CheckpointError) as caught:
         TensorFolder(tmp_path)
-    for part in ("1.safetensors cannot be read", "3.safetensors cannot", "'0' stands in more", "promises tensor '4b'"):
+    for part in ("1.safetensors cannot be read", "3.safetensors cannot", "'0' is in more", "promises tensor '4b'"):
         assert part in str(caught.value), part
     for part in ("2.safetensors", "'2b'", "'1b'"):
         assert part not in str(caught.value), part
