@@ -68,7 +68,7 @@ def moments(values: Float[np.ndarray, "N"]) -> dict[str, Any]:
     }
 
 
-def rank_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "M"]) -> dict[str, float | None]:
+def rank_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "M"]) -> dict[str, Any]:
     """Mann-Whitney U of two samples: are values of the first the larger ones?
 
     Returns:

@@ -183,7 +183,7 @@ class Separation:
     layer: int
     accuracy: float
     margin: dict[str, dict[str, Any]]
-    mann_whitney: dict[str, float | None]
+    mann_whitney: dict[str, Any]
     halves: dict[str, dict[str, Any]]
 
 

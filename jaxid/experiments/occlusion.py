@@ -258,7 +258,7 @@ class OcclusionSummary(Summary):
     sensitivity: Groups
     drop: Groups
     random_drop: Groups
-    mann_whitney: dict[str, float | None]
+    mann_whitney: dict[str, Any]
     margins: dict[str, Any] | None
     example: str
 
@@ -371,10 +371,10 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
         still = table["logp_correct"] > table["logp_wrong"]
         kinds = {kind: float(still[table["kind"] == kind].mean()) for kind in dict.fromkeys(KINDS)}
         groups = {"all": np.ones(len(correct), bool), "right": correct, "wrong": ~correct}
-        moved = {
-            name: {group: moments(rows[name][chosen]) for group, chosen in groups.items()}
-            for name in ("sensitivity", "drop", "random_drop")
-        }
+
+        def moments_of(name: str) -> Groups:
+            return {group: moments(rows[name][chosen]) for group, chosen in groups.items()}
+
         # Of the items answered correctly, where there are any.
         likely = np.flatnonzero(correct if correct.any() else ~correct)
         return OcclusionSummary(
@@ -382,7 +382,9 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
             accuracy=kinds["original"],
             accuracy_by_kind=kinds,
             share_sensitive=float((sensitivity > 0).mean()),
-            **moved,
+            sensitivity=moments_of("sensitivity"),
+            drop=moments_of("drop"),
+            random_drop=moments_of("random_drop"),
             mann_whitney=rank_test(sensitivity[correct], sensitivity[~correct]),
             margins=None if self.deviation is None else correlation(sensitivity, self.own_margins(rows)),
             example=rows["item"][likely[sensitivity[likely].argmax()]],

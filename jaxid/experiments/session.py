@@ -283,7 +283,7 @@ def padded(items: Sequence[Item], size: int) -> list[Item]:
     return [*items, *[items[0]] * (size - len(items))]
 
 
-def by_axis(items: Sequence[Item], item_of: Callable[[Item], SpatialItem] = lambda item: item) -> list[list[Item]]:
+def by_axis(items: Sequence[Item], item_of: Callable[[Any], SpatialItem] = lambda item: item) -> list[list[Item]]:
     """The items of each axis; those of a class of their own say which COCO-Spatial item each is about."""
     axes = dict.fromkeys(axis_of(item_of(item)) for item in items)
     return [[item for item in items if axis_of(item_of(item)) == axis] for axis in axes]

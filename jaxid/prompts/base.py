@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -173,7 +173,7 @@ class PictureReader:
         image_token_id: the token that pictures replace.
         placeholder: what the chat template writes for a picture.
         template: chat template for checkpoints that bring none that places pictures.
-        case: how the family writes answers ("lower", "capital", or "both").
+        case: how the family writes answers.
         tokenizer_of: `model_type` of the language model that lends its tokenizer, where transformers does not know
             the checkpoint's own.
         most_size: the largest size that settings may ask for: of a side in pixels.
@@ -182,7 +182,7 @@ class PictureReader:
 
     template: str | None = None
     tokenizer_of: str | None = None
-    case: str = "lower"
+    case: Literal["lower", "capital", "both"] = "lower"
     most_size: int = 4096
     trial: tuple[Picture | Clip, ...] = (SMALL,)
 
