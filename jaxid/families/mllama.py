@@ -35,8 +35,8 @@ class MllamaVisionConfig(Config):
 
     hidden_size: int = 1280  # D of the tower
     intermediate_size: int = 5120  # width of the MLP
-    num_hidden_layers: int = 32  # number of local blocks
-    num_global_layers: int = 8  # number of gated blocks behind them
+    num_hidden_layers: int = 32  # local blocks
+    num_global_layers: int = 8  # gated blocks after them
     attention_heads: int = 16  # H
     num_channels: int = 3  # colour channels
     image_size: int = 448  # side of a tile, pixels
@@ -45,7 +45,7 @@ class MllamaVisionConfig(Config):
     norm_eps: float = 1e-5  # added to the variance
     max_num_tiles: int = 4  # most tiles of a picture
     intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)  # local blocks whose outputs are read too
-    aspect_ratios: int = 8  # number of ways to arrange tiles
+    aspect_ratios: int = 8  # ways to arrange tiles
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
@@ -102,7 +102,7 @@ class MllamaConfig(ModelConfig):
     """Shape of a Llama 3.2 Vision model; names and defaults as in HF's MllamaConfig."""
 
     vision_config: MllamaVisionConfig  # the tower
-    image_token_index: int = 128256  # id of the token that stands where a picture is shown
+    image_token_index: int = 128256  # id of the token where a picture is shown
 
     @classmethod
     def from_hf(cls, fields: Json) -> "MllamaConfig":
@@ -147,8 +147,8 @@ def mllama_keys(config: MllamaConfig) -> list[Key]:
         Key("gated_positional_embedding.tile_embedding.weight", "tile_position", "a (t p d) -> a t p d", sizes),
         Key("pre_tile_positional_embedding.gate", "before_gate"),
         Key("pre_tile_positional_embedding.embedding.weight", "before", "a (t d) -> a t d", {"t": sizes["t"]}),
-        Key("post_tile_positional_embedding.gate", "behind_gate"),
-        Key("post_tile_positional_embedding.embedding.weight", "behind", "a (t d) -> a t d", {"t": sizes["t"]}),
+        Key("post_tile_positional_embedding.gate", "after_gate"),
+        Key("post_tile_positional_embedding.embedding.weight", "after", "a (t d) -> a t d", {"t": sizes["t"]}),
         *layer_norm("layernorm_pre", "pre_norm"),
         *layer_norm("layernorm_post", "post_norm"),
         *prefixed(block, "transformer.layers.{layer}.", "layers."),
@@ -183,10 +183,10 @@ class MllamaTower(nnx.Module):
         )
         self.patch_kernel = normal(rngs, (patch, patch, config.num_channels, width), 0.02)
         self.class_token = normal(rngs, (width,), 0.02)
-        self.position_gate, self.before_gate, self.behind_gate = (filled(0.0, (1,)) for _ in range(3))
+        self.position_gate, self.before_gate, self.after_gate = (filled(0.0, (1,)) for _ in range(3))
         self.position = normal(rngs, (config.num_patches, width), 0.02)
         self.tile_position = normal(rngs, (kinds, tiles, config.num_patches, width), 0.02)
-        self.before, self.behind = (normal(rngs, (kinds, tiles, width), 0.02) for _ in range(2))
+        self.before, self.after = (normal(rngs, (kinds, tiles, width), 0.02) for _ in range(2))
         self.pre_norm, self.post_norm = LayerNorm(width, 1e-5), LayerNorm(width, 1e-5)
         local, gated = config.blocks(gated=False), config.blocks(gated=True)
         self.layers = stacked(lambda rngs: Block(local, rngs=rngs), config.num_hidden_layers, rngs)
@@ -199,7 +199,7 @@ class MllamaTower(nnx.Module):
 
         Args:
             pixels: tiles, zeros where a picture has fewer.
-            ratio: number of the arrangement of every picture's tiles, 1-based.
+            ratio: index of the arrangement of every picture's tiles, 1-based.
             tiles: how many tiles every picture has.
         """
         config = self.config
@@ -217,7 +217,7 @@ class MllamaTower(nnx.Module):
         x = jnp.pad(self.pre_norm(x), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
         real = (jnp.arange(most) < tiles[:, None])[:, :, None] & (jnp.arange(padded) < tokens)
         real = real.reshape(count, -1)
-        # As published, only pairs of which both are padding are left out.
+        # As published, only pairs of which both are padding are skipped.
         allowed = real[:, :, None] | real[:, None, :]
 
         def read(query: Array, key: Array, value: Array) -> Array:
@@ -225,7 +225,7 @@ class MllamaTower(nnx.Module):
 
         local = run_blocks(self.layers, x.reshape(count, most * padded, -1), read=read)
         x = self.post_norm(local[-1]).reshape(count, most, padded, -1)
-        x = x + (self.behind[...][ratio] * jnp.tanh(self.behind_gate[...]))[:, :, None]
+        x = x + (self.after[...][ratio] * jnp.tanh(self.after_gate[...]))[:, :, None]
         x = x.reshape(count, most * padded, -1)
         return local, run_blocks(self.global_layers, x, read=read)
 
@@ -258,13 +258,13 @@ class Mllama(Network):
         return self.projector(self.tower(self.pixels(inputs), extras["aspect_ratio"], extras["tile_count"]))
 
     def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
-        """Token embeddings; a picture's place is a token like others."""
+        """Token embeddings; where a picture is shown is a token like others."""
         return self.decoder.embed(inputs.token_ids)
 
     def memory(self, inputs: Inputs) -> Memory | None:
         """The tokens of every prompt's pictures, and which of them each token reads.
 
-        A token reads the pictures of the latest run of picture tokens before it, as far as they stand before it.
+        A token reads the pictures of the latest run of picture tokens before it, as far as they come before it.
         """
         if inputs.pixels is None:
             return None
@@ -273,12 +273,12 @@ class Mllama(Network):
         states = states.reshape(states.shape[0], -1, states.shape[-1])
         pictured = (inputs.token_ids == self.config.image_token_index) & inputs.valid
         starts = pictured & ~jnp.pad(pictured, ((0, 0), (1, 0)))[:, :-1]
-        number, run = (jnp.cumsum(marks, axis=1, dtype=jnp.int32) for marks in (pictured, starts))
-        places = jnp.arange(shown.shape[1])
+        count, run = (jnp.cumsum(marks, axis=1, dtype=jnp.int32) for marks in (pictured, starts))
+        pictures = jnp.arange(shown.shape[1])
         own_run = jnp.max(
-            jnp.where(pictured[:, :, None] & (number[:, :, None] == places + 1), run[:, :, None], 0), axis=1
+            jnp.where(pictured[:, :, None] & (count[:, :, None] == pictures + 1), run[:, :, None], 0), axis=1
         )
-        seen = (places < number[:, :, None]) & (run[:, :, None] == own_run[:, None]) & (shown >= 0)[:, None]
+        seen = (pictures < count[:, :, None]) & (run[:, :, None] == own_run[:, None]) & (shown >= 0)[:, None]
         tiles = jnp.arange(self.config.vision_config.max_num_tiles)
         real = tiles < inputs.extras["tile_count"][jnp.maximum(shown, 0)][:, :, None]
         mask = (seen[..., None] & real[:, None]).reshape(*seen.shape[:2], -1)
@@ -317,10 +317,10 @@ class MllamaProcessor(Processor):
     def image_rows(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B T"]:
-        """0 where a picture is shown, which marks where the text behind it begins; else -1.
+        """0 where a picture is shown, which marks where the text after it begins; else -1.
 
         Raises:
-            PromptError: if a prompt shows another number of pictures than it was given.
+            PromptError: if a prompt shows more or fewer pictures than it was given.
         """
         here = (token_ids == self.image_token_id) & valid
         for row, pictures in enumerate(shown):

@@ -313,7 +313,7 @@ def _read_layer_types(fields: Json, kind: str) -> None:
 def _read_rope(fields: Json, kind: str) -> tuple[RopeConfig, RopeConfig | None]:
     """Takes the rotary settings out of the fields: of all layers, or of full and of sliding ones.
 
-    What counts where a setting stands in several places is what Hugging Face's configs make of it
+    What counts where a setting is given more than once is what Hugging Face's configs make of it
     (`convert_rope_params_to_dict`).
     """
     scaling, parameters = fields.pop("rope_scaling", None) or {}, fields.pop("rope_parameters", None) or {}
