@@ -1,1 +1,0 @@
-"""The published experiments as resumable jobs on data sets: tables, summaries and figures in a folder."""
