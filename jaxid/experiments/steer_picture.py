@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from cyclopts import Parameter
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
@@ -126,7 +127,9 @@ class SteerPicture(
 
     name: ClassVar[str] = "steer-picture"
 
-    data: None = None  # pyright: ignore[reportIncompatibleVariableOverride] - the picture takes its place
+    # The picture takes the data set's place.
+    data: Annotated[None, Parameter(parse=False)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    limit: Annotated[None, Parameter(parse=False)] = None
     batch_size: Count | None = 1
     picture: Path
     subject: str

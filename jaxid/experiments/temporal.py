@@ -131,10 +131,15 @@ def steer_to_frames(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AboutOrder(Experiment[OrderItem, OrderBatch, SummaryT]):
-    """Questions of order: the data are a folder with manifest.csv (or .json, .jsonl), or the manifest itself."""
+    """Questions of order.
+
+    Attributes:
+        data: folder with manifest.csv (or .json, .jsonl), or the manifest itself.
+    """
 
     published_text: ClassVar[str] = "{query}"
 
+    data: Path
     model: str = "tiny-video"
 
     def items(self, session: Session) -> list[OrderItem]:
