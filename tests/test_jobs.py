@@ -109,9 +109,7 @@ def test_resume_computes_only_what_is_missing(tmp_path: Path) -> None:
     assert finished.resumed == 4
     assert finished.table.equals(whole, check_metadata=True)
 
-    compute = Compute()
-    assert start(out, compute).table.equals(whole)
-    assert compute.calls == []
+    assert start(out, Compute({0: RuntimeError("asked again")})).table.equals(whole)
 
 
 def test_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
@@ -132,6 +130,8 @@ def test_restart_discards_what_the_folder_holds(tmp_path: Path) -> None:
     assert not (tmp_path / "table.parquet").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert start(tmp_path, items=range(4)).resumed == 4
+    (tmp_path / "settings.json").write_text("{")
+    assert start(tmp_path, restart=True).resumed == 0
 
 
 def test_a_restart_that_is_killed_leaves_parts_that_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +148,6 @@ def test_a_restart_that_is_killed_leaves_parts_that_are_known(tmp_path: Path, mo
         start(tmp_path, restart=True)
     monkeypatch.undo()
     assert start(tmp_path).table.equals(whole.table)
-
-
-def test_a_restart_mends_damaged_settings(tmp_path: Path) -> None:
-    start(tmp_path)
-    (tmp_path / "settings.json").write_text("{")
-    assert start(tmp_path, restart=True).resumed == 0
 
 
 def test_each_setting_that_differs_is_named_with_both_values(tmp_path: Path) -> None:
@@ -202,11 +196,10 @@ def test_damaged_settings_are_refused(tmp_path: Path, damage: Callable[[str], st
 def test_parts_without_settings_are_refused(tmp_path: Path) -> None:
     start(tmp_path)
     (tmp_path / "settings.json").unlink()
-    for _ in range(2):
-        with pytest.raises(
-            OutputError, match=r"holds parts of a run whose settings\.json is gone; give --restart to begin anew"
-        ):
-            start(tmp_path)
+    with pytest.raises(
+        OutputError, match=r"holds parts of a run whose settings\.json is gone; give --restart to begin"
+    ):
+        start(tmp_path)
     assert not (tmp_path / "settings.json").exists()
 
 
@@ -424,9 +417,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_begins_where_the_job_goes_on_and_ends_before_the_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_begins_where_it_resumes_and_ends_before_the_error(tmp_path: Path, monkeypatch: Any) -> None:
     def shown(terminal: io.StringIO, **options: Any) -> str:
         monkeypatch.setattr(sys, "stderr", terminal)
         with pytest.raises(InputError):
