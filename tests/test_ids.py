@@ -291,6 +291,14 @@ def test_save_and_load(ids, tmp_path):
     assert metadata["created_by"].startswith("jaxid ")
 
 
+def test_files_of_the_first_version_are_read(ids, tmp_path):
+    path = tmp_path / "new" / "ids.safetensors"
+    ids.save(path)  # makes the folder
+    # Version 0.1 wrote sizes as floating-point numbers.
+    save_file(load_file(path), path, _metadata(path) | {"sizes": "[224.0, 124.0]"})
+    assert SpatialIDs.load(path).sizes == SIZES
+
+
 def test_failed_save_leaves_nothing_behind(ids, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="folder"):
