@@ -283,7 +283,7 @@ def test_gradient_with_respect_to_a_steering_vector() -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda at, v: add(3, at, v), "layer 3 is out of range for site 'resid_post': .* has blocks 0..2"),
+        (lambda at, v: add(3, at, v), "layer 3 is out of range for site 'resid_post': .* has layers 0..2"),
         (lambda at, v: add(-1, at, v), "layer -1 is out of range for site 'resid_post'"),
         (lambda at, v: scale([0, 1, 9], at, 1.0), "layer 9 is out of range"),
         (lambda at, v: add(0, at, v, site="embed"), "layer 0 is out of range for site 'embed': .* layer -1"),

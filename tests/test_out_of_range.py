@@ -1,5 +1,6 @@
 """Layers and positions that do not exist: refused where they are known, without effect or NaN where they are traced."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
 GQA = CASES[1]
 LAYERS = [-5, -1, 0, 2, 3, 6, 2**31 - 1, -(2**31)]
-"""The model has blocks 0..2."""
+"""The model has layers 0..2."""
 
 LASTS = [26, 19]
 POSITIONS = np.array([[17, 19], [27, 19], [17, 20], [-1, -1], [31, 31], [32, -27], [10**6, -(2**31)]])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import jaxid.interp.trace
 from jaxid.interp.forward import forward
 from jaxid.interp.interventions import Reach, add, chain, project_out, replace, scale, stack
-from jaxid.interp.trace import Trace, rerun, rows_together, trace
+from jaxid.interp.trace import Trace, rerun, trace
 from jaxid.nn.sites import SITES, Site, clean
 from jaxid.prompts.processor import Prompts
 
@@ -44,10 +44,10 @@ def mixed(case: Case) -> Prompts:
         if name == "positions":
             b = a
         elif b.ndim == 2:
-            b = np.pad(b, ((0, 0), (0, rest)), constant_values={"image_slots": -1, "token_ids": 3}.get(name, 0))
+            b = np.pad(b, ((0, 0), (0, rest)), constant_values={"image_rows": -1, "token_ids": 3}.get(name, 0))
         return np.concatenate([a, b])
 
-    names = ("token_ids", "positions", "valid", "last", "image_slots")
+    names = ("token_ids", "positions", "valid", "last", "image_rows")
     inputs = dataclasses.replace(pictured.inputs, **{name: join(name) for name in names})
     rest = pictured.offsets.shape[1] - bare.offsets.shape[1]
     return Prompts(
@@ -257,42 +257,3 @@ def test_what_does_not_say_where_it_begins_falls_back(full_passes: list[Any]) ->
     assert distance(rerun(model, recorded(GQA), clean).hidden, recorded(GQA).hidden) == 0
     assert distance(rerun(model, recorded(GQA), chain()).hidden, recorded(GQA).hidden) < 1e-6
     assert len(full_passes) == 4
-
-
-# --- chunks ---------------------------------------------------------------------------------------------------------
-
-
-def evaluations(start: np.ndarray, chunk: int, layers: int) -> int:
-    """Rows that go through blocks, useful or not: sorted, a chunk joins with the first of its rows."""
-    firsts = np.sort(start)[::chunk]
-    return int(sum(chunk * (firsts <= layer).sum() for layer in range(layers)))
-
-
-@given(
-    st.integers(1, 40).flatmap(
-        lambda layers: st.tuples(st.just(layers), st.lists(st.integers(0, layers), min_size=1, max_size=60))
-    ),
-    st.integers(1, 3000),
-)
-@settings(derandomize=True, deadline=None, max_examples=300)
-def test_chunks_waste_little(drawn: tuple[int, list[int]], tokens: int) -> None:
-    layers, start = drawn[0], np.array(drawn[1])
-    chunk = rows_together(start, tokens, layers)
-    assert 1 <= chunk <= len(start)
-    assert chunk == 1 or chunk * tokens <= 2048
-    useful = int(np.maximum(layers - start, 0).sum())
-    assert evaluations(start, chunk, layers) <= 1.15 * max(useful, 1)
-
-
-def test_chunks_at_the_edges() -> None:
-    assert rows_together(np.zeros(10, int), 8, 32) == 10
-    assert rows_together(np.full(10, 32), 8, 32) == 10  # nothing to compute
-    assert rows_together(np.array([0]), 10**6, 32) == 1
-    assert rows_together(np.zeros(1000, int), 100, 32) == 20
-    assert rows_together(np.arange(32), 8, 32) < 32
-
-    def traced(start: jax.Array) -> jax.Array:
-        assert rows_together(start, 100, 32) == 7 and rows_together(start, 1024, 32) == 2
-        return start
-
-    jax.jit(traced)(jnp.arange(7))

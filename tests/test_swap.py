@@ -128,7 +128,7 @@ def test_one_word_and_one_layer(ours: Trace) -> None:
         (
             3,
             "text",
-            r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is model.num_layers - 1",
+            r"layer 3 is out of range for site 'resid_post': .* has layers 0\.\.2, the last is model.num_layers - 1",
         ),
         ([0, -1], "text", "layer -1 is out of range"),
         (1.0, "text", "`layer` must hold integers, not float64"),
@@ -160,7 +160,7 @@ def test_what_cannot_stand_beside_a_swapped_picture(model: Model, ours: Trace) -
 @pytest.mark.parametrize(
     ("after", "named"),
     [
-        (3, r"layer 3 is out of range for site 'resid_post': .* has blocks 0\.\.2, the last is model.num_layers - 1"),
+        (3, r"layer 3 is out of range for site 'resid_post': .* has layers 0\.\.2, the last is model.num_layers - 1"),
         ([0, -1], "layer -1 is out of range"),
         (1.0, "`after` must hold integers, not float64"),
         (None, "`pictures_of` and `after` go together"),

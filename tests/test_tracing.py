@@ -181,7 +181,7 @@ def test_one_program_for_any_layer_vector_strength_and_word(model: Model, prompt
 
 @quickly
 def test_first_layers_of_a_sweep_are_data(model: Model, prompts: Prompts, recorded: Trace) -> None:
-    """Only by how many rows go together do programs differ, where the number is not given."""
+    """With a chunk of one's own too."""
     at = prompts.last()
     sweeps = ([0, 1, 2, 2], [2, 1, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0])
     results = []
@@ -359,7 +359,7 @@ def test_traces_of_deleted_parameters(model: Model, recorded: Trace) -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda at, v: add(3, at, v), "layer 3 is out of range for site 'resid_post': .* has blocks 0..2"),
+        (lambda at, v: add(3, at, v), "layer 3 is out of range for site 'resid_post': .* has layers 0..2"),
         (lambda at, v: add([0, -1], at, v[None].repeat(2, 0)), "layer -1 is out of range for site 'resid_post'"),
         (lambda at, v: add(0, at, v, site="embed"), "layer 0 is out of range for site 'embed': .* layer -1"),
         (lambda at, v: chain(scale(0, at, 1.0), chain(scale(7, at, 1.0))), "layer 7 is out of range"),

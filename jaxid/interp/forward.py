@@ -1,7 +1,7 @@
 """Forward passes of a model under interventions, and sweeps over many of them."""
 
 import dataclasses
-import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.interventions import Edit, VectorEdit, as_intervention, check_layers, parts_of
+from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.kernels.logprobs import log_probs
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, SiteFunction, as_integers, as_positions, clean
@@ -38,7 +39,7 @@ class Output:
     @property
     def logits(self) -> Float[Array, "*S B V"]:
         """Next-token logits at the last position, float32."""
-        return _unembed(self.model.definition, self.model.parameters, self.hidden)
+        return self._read(_unembed)
 
     def logprobs(self, answers: Any) -> Float[Array, "*S B n"]:
         """Log-probabilities of answers as the next token, over the full vocabulary.
@@ -54,7 +55,12 @@ class Output:
         ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
         if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():
             raise InputError(f"answers must be token ids from 0 to {entries - 1}, not {ids.tolist()}.")
-        return _answer_log_probs(self.model.definition, self.model.parameters, self.hidden, jnp.asarray(ids))
+        return self._read(_answer_log_probs, jnp.asarray(ids))
+
+    def _read(self, function: Callable[..., Array], *arguments: Array) -> Float[Array, "*S B _"]:
+        sweep = Sweep(self.hidden.shape[:-2])
+        found = function(self.model.definition, self.model.parameters, sweep.flat(self.hidden), *arguments)
+        return sweep.unflat(found)
 
 
 def _matrix(definition: Any, parameters: Any) -> Float[Array, "D V"]:
@@ -78,29 +84,31 @@ def _pass(definition: Any, parameters: Any, inputs: Inputs, intervention: SiteFu
     return last, output.captured
 
 
-@partial(jax.jit, static_argnames=("definition", "depth", "chunk"))
+@partial(jax.jit, static_argnames=("definition", "chunk"))
 def _run(
     definition: Any,
     parameters: Any,
     inputs: Inputs,
     intervention: Any,
     capture: Capture,
+    count: Int[Array, ""] | None,
     *,
-    depth: int,
     chunk: int,
 ) -> Any:
-    """One pass, or `depth` sweep axes of passes, `chunk` at a time."""
-    if depth == 0:
+    """One pass; or passes of R rows, `chunk` at a time, of which the first `count` are wanted."""
+    if count is None:
         return _pass(definition, parameters, inputs, intervention, capture)
-    leading = jax.tree.leaves(intervention)[0].shape[:depth]
-    count = math.prod(leading)
-    flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[depth:]), intervention)
+    rows = jax.tree.leaves(intervention)[0].shape[0]
+    chunks = -(-rows // chunk)
+    row = (jnp.arange(chunks * chunk) % rows).reshape(chunks, chunk)
 
-    def one(edit: Any) -> Any:
-        return _pass(definition, parameters, inputs, edit, capture)
+    def run(row: Array) -> Any:
+        edits = jax.tree.map(lambda leaf: leaf[row], intervention)
+        return jax.vmap(lambda edit: _pass(definition, parameters, inputs, edit, capture))(edits)
 
-    swept = jax.lax.map(one, flat, batch_size=min(chunk, count))
-    return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), swept)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, row[0]))
+    swept = jax.lax.map(lambda row: jax.lax.cond(row[0] < count, run, lambda _: empty, row), row)
+    return jax.tree.map(lambda leaf: leaf.reshape(chunks * chunk, *leaf.shape[2:])[:rows], swept)
 
 
 def forward(
@@ -109,7 +117,7 @@ def forward(
     intervention: SiteFunction = clean,
     capture: Capture | None = None,
     *,
-    chunk: int = 16,
+    chunk: int | None = None,
 ) -> Output:
     """Runs a model on prompts, all interventions of a sweep in one call.
 
@@ -119,7 +127,7 @@ def forward(
         intervention: called at every site as `(site, value) -> value`. Edits made by `jaxid.add` and its kin carry
             their sweep axes S; any other pytree-registered callable or plain function counts as a single one.
         capture: sites and positions to return.
-        chunk: interventions that run side by side; bounds the memory.
+        chunk: interventions that run side by side, which bounds the memory; chosen from their number by default.
 
     Returns:
         The output, with sweep axes leading.
@@ -136,9 +144,12 @@ def forward(
     check(model, prompts, intervention)
     positions = None if capture.positions is None else checked_positions(prompts, capture.positions)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    depth = len(intervention.sweep_shape)
-    wanted = Capture(capture.sites, positions)
-    hidden, captured = _run(model.definition, model.parameters, inputs, intervention, wanted, depth=depth, chunk=chunk)
+    sweep, wanted = Sweep(intervention.sweep_shape), Capture(capture.sites, positions)
+    chunk = rows_together(sweep.rows, inputs.token_ids.size) if chunk is None else min(chunk, sweep.rows)
+    count = jnp.asarray(sweep.count) if sweep.shape else None
+    edits = sweep.flat(intervention) if sweep.shape else intervention
+    found = _run(model.definition, model.parameters, inputs, edits, wanted, count, chunk=chunk)
+    hidden, captured = sweep.unflat(found) if sweep.shape else found
     return Output(
         hidden=hidden,
         captured={name: nan_outside(prompts, positions, value) for name, value in captured.items()},

@@ -1,6 +1,7 @@
 """Greedy generation under interventions, all rows of a sweep together."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check
 from jaxid.interp.interventions import as_intervention
+from jaxid.interp.sweep import Sweep, bucket
 from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
 from jaxid.nn import passes
 from jaxid.nn.sites import AnyArray, Clean, SiteFunction, clean
@@ -45,10 +47,10 @@ class Generation:
         return texts
 
 
-@partial(jax.jit, static_argnums=0)
-def _prefill(definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, rows: Array) -> passes.Start:
+@partial(jax.jit, static_argnames=("definition", "rows"))
+def _prefill(definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, *, rows: int) -> passes.Start:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return passes.prefill(decoder, suffix, edits, rows.shape[0])
+    return passes.prefill(decoder, suffix, edits, rows)
 
 
 @partial(jax.jit, static_argnames=("definition", "steps"))
@@ -66,10 +68,6 @@ def _decode(
 ) -> Any:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
     return passes.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
-
-
-def _rows(tree: Any, first: int, count: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[first : first + count], tree)
 
 
 def generate(
@@ -94,7 +92,7 @@ def generate(
         max_new_tokens: the most new tokens.
         every_step: the intervention acts on the new tokens too, at the positions that follow the prompt
             (`prompts.last() + 1` and on); else in the prompt's pass only, as published.
-        chunk: rows of the sweep that are written together; bounds the memory.
+        chunk: the most rows of the sweep that are written together, which bounds the memory.
 
     Returns:
         Tokens, texts, and what the first token is read from.
@@ -117,8 +115,8 @@ def generate(
         recorded = record(model, batch)
     unedited = isinstance(intervention, Clean)
     known = None if unedited or reach is None or recorded is None else plan(recorded, reach.position)
-    count = int(np.prod(leading, dtype=int))
-    flat = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), intervention)
+    count = math.prod(leading)
+    edits = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), intervention)
     stop_ids = jnp.asarray(np.array(model.processor.stop_ids, np.int32))
     last, turned = jnp.asarray(batch.last()), batch.inputs.rope_positions
     last_rope = None if turned is None else jnp.asarray(turned[np.arange(len(batch)), :, batch.last()])
@@ -131,17 +129,17 @@ def generate(
         return start.hidden, tokens, lengths
 
     parts = []
-    step = chunk if known is not None else 1
+    step = next(size for size in range(chunk, 0, -1) if bucket(size) == size) if known is not None else 1
     for first in range(0, count, step):
-        rows = min(step, count - first)
-        some = _rows(flat, first, rows)
+        rows = Sweep((min(step, count - first),))
+        some = jax.tree.map(lambda leaf, start=first, end=first + rows.count: leaf[start:end], edits)
         if known is not None and recorded is not None:
-            suffix = suffix_of(recorded, known)
-            start = _prefill(model.definition, model.parameters, suffix, some, jnp.zeros(rows))
+            some = rows.flat(some)
+            start = _prefill(model.definition, model.parameters, suffix_of(recorded, known), some, rows=rows.rows)
             own = jnp.asarray(known.first)
             before = jnp.arange(recorded.keys.shape[3]) < own[:, None]
             shared = passes.Shared(recorded.keys, recorded.values, before, own, recorded.memory)
-            parts.append(write(shared, start, some))
+            parts.append(rows.unflat(write(shared, start, some)))
             continue
         single = jax.tree.map(lambda leaf: leaf[0], some)
         whole = recorded if unedited and recorded is not None else record(model, batch, single)

@@ -7,7 +7,7 @@ Layers, positions, vectors and strengths are arrays inside the pytree, so one co
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -187,9 +187,9 @@ def earliest(reaches: Iterable[Reach | None]) -> Reach | None:
         if reach is None:
             return None
         found.append(reach)
-    traced = any(isinstance(reach.block, Tracer) for reach in found)
+    traced = any(isinstance(reach.layer, Tracer) for reach in found)
     return Reach(
-        functools.reduce(jnp.minimum if traced else np.minimum, (reach.block for reach in found)),
+        functools.reduce(jnp.minimum if traced else np.minimum, (reach.layer for reach in found)),
         functools.reduce(np.minimum, (reach.position for reach in found)),
     )
 
@@ -203,7 +203,7 @@ class Wrapped:
         function: what is called; where it has attributes `reach` and `sweep_shape`, they are the intervention's.
     """
 
-    function: SiteFunction
+    function: Callable[..., Any]
 
     @property
     def reach(self) -> Reach | None:
@@ -236,11 +236,13 @@ def as_intervention(intervention: Any) -> Intervention:
     Raises:
         InputError: if it cannot be called.
     """
+    if isinstance(intervention, Edit | Chain | Clean | Wrapped):
+        return intervention
     if not callable(intervention):
         raise InputError(
             f"an intervention is called as (site, value) -> value; {intervention!r:.100} cannot be called."
         )
-    return intervention if isinstance(intervention, Edit | Chain | Clean | Wrapped) else Wrapped(intervention)
+    return Wrapped(intervention)
 
 
 def parts_of(intervention: Intervention) -> Iterator[Intervention]:
@@ -343,7 +345,7 @@ def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str
     Args:
         layer: the layers.
         site: the site.
-        layers: number of the model's blocks.
+        layers: how many the model has.
         where: the model's name.
 
     Raises:
@@ -355,8 +357,9 @@ def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str
     lowest, highest = (-1, -1) if site == "embed" else (0, layers - 1)
     wrong = layer[(layer < lowest) | (layer > highest)]
     if wrong.size:
-        blocks = f"{where} has blocks 0..{highest}, the last is model.num_layers - 1"
-        known = "the embedding is layer -1" if site == "embed" else blocks
+        known = f"{where} has layers 0..{highest}, the last is model.num_layers - 1"
+        if site == "embed":
+            known = "the embedding is layer -1"
         raise InputError(f"layer {wrong.flat[0]} is out of range for site {site!r}: {known}.")
 
 
@@ -393,7 +396,7 @@ def _numbers(name: str, value: Any) -> Float[Array, "..."]:
     return jnp.asarray(value)
 
 
-def stack(interventions: Any) -> Intervention:
+def stack(interventions: Any) -> Any:
     """Interventions that differ in the values of their arrays alone, as one with a new leading sweep axis.
 
     Raises:

@@ -1,7 +1,7 @@
 """Interventions at full speed: one recorded clean pass, then only what each edit can change.
 
 `trace` records a pass once. `rerun` gives what `forward` would give under an intervention, exactly, but computes only
-the tokens from the first edited one on, in the blocks from the first edited one on, for all interventions of a sweep
+the tokens from the first edited one on, in the layers from the first edited one on, for all interventions of a sweep
 at once, against the recorded keys and values of the tokens before.
 """
 
@@ -20,21 +20,13 @@ from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check, checked_positions, forward, nan_outside
 from jaxid.interp.interventions import Replace, as_intervention, check_layers, earliest, replace
+from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.nn import passes
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import take_tokens
 from jaxid.nn.sites import AnyArray, Clean, Intervention, Reach, SiteFunction, as_integers, clean
 from jaxid.nn.views import Memory
 from jaxid.prompts.processor import Prompts
-
-_TOKENS_TOGETHER = 2048
-"""Tokens that go through a block together, over all rows of a chunk."""
-
-_CHUNK_OVERHEAD = 32
-"""What another chunk costs in a block, in tokens."""
-
-_WASTE = 0.15
-"""Share of block evaluations that may be spent on rows that do not need them."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,10 +36,10 @@ class Trace:
 
     Attributes:
         hidden: normed final hidden state at the last position, Float[B, D].
-        keys: of every block and token, Float[L, B, K, T, E].
+        keys: of every layer and token, Float[L, B, K, T, E].
         values: likewise.
         residuals: residual stream of the tokens after the picture (all tokens, without one): the embeddings, then what
-            leaves every block, Float[L + 1, B, S, D].
+            leaves every layer, Float[L + 1, B, S, D].
         memory: what cross-attention layers read of the pictures, in families that have them.
         model: the model that made it.
         prompts: what it read.
@@ -78,7 +70,7 @@ class Trace:
         return self.output.logprobs(answers)
 
     def at(self, positions: Any) -> Float[Array, "L1 B P D"]:
-        """Residual stream at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
+        """Residual stream at chosen positions: index 0 the embeddings, k + 1 what leaves layer k.
 
         Args:
             positions: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
@@ -145,14 +137,14 @@ def _record(
 
 @partial(jax.jit, static_argnums=0)
 def _residuals(definition: Any, parameters: Any, inputs: Inputs, positions: Array) -> Array:
-    # Only what is returned is computed: no keys and values are kept, and the last block runs at the asked places alone.
+    # Only what is returned is computed: no keys and values are kept, and the last layer runs at these positions alone.
     return _record(definition, parameters, inputs, positions, clean).residuals
 
 
 def residuals_at(model: Model, prompts: Prompts, positions: Any) -> Float[Array, "L1 B P D"]:
-    """Residual stream of a clean pass at chosen positions: index 0 the embeddings, k + 1 what leaves block k.
+    """Residual stream of a clean pass at chosen positions: index 0 the embeddings, k + 1 what leaves layer k.
 
-    Cheaper than `forward` with a capture: the last block computes these positions only. Positions as in `Trace.at`.
+    Cheaper than `forward` with a capture: the last layer computes these positions only. Positions as in `Trace.at`.
 
     Raises:
         InputError: for a position that a prompt does not have; traced ones give NaN.
@@ -207,9 +199,9 @@ class Plan:
     """What of a trace a rerun runs again.
 
     Attributes:
-        first: first place that is run again, of every prompt, Int[B].
-        prefix: number of tokens before it that are read, of the longest prompt.
-        length: number of tokens that are run again, of the prompt with most of them.
+        first: first position that is run again, of every prompt, Int[B].
+        prefix: how many tokens before it are read, of the longest prompt.
+        length: how many tokens are run again, of the prompt with most of them.
     """
 
     first: Int[np.ndarray, "B"]
@@ -218,7 +210,7 @@ class Plan:
 
 
 def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
-    """Where the suffix begins for edits from given places on; None if they reach what a trace does not record."""
+    """Where the suffix begins for edits from given positions on; None if they reach what a trace does not record."""
     start, last = trace.prompts.text_start(), trace.prompts.last()
     position = np.broadcast_to(position, start.shape)
     if (position < start).any():
@@ -232,9 +224,9 @@ def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
 
 def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any = None) -> passes.Suffix:
     """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
-    places = plan.first[:, None] + np.arange(plan.length)
-    recorded = np.minimum(places - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
-    within = np.minimum(places, trace.prompts.offsets.shape[1] - 1)
+    positions = plan.first[:, None] + np.arange(plan.length)
+    recorded = np.minimum(positions - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
+    within = np.minimum(positions, trace.prompts.offsets.shape[1] - 1)
     turned = trace.prompts.inputs.rope_positions
     return passes.Suffix(
         residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
@@ -256,8 +248,12 @@ _tokens = jax.jit(take_tokens)
 
 
 @partial(jax.jit, static_argnames=("definition", "chunk"))
-def _resume(definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, start: Array, *, chunk: int) -> Array:
+def _resume(
+    definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, start: Array, count: Array, *, chunk: int
+) -> Array:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
+    # Padding never joins.
+    start = jnp.where(jnp.arange(start.shape[0]) < count, start, decoder.config.num_hidden_layers)
     return passes.resume(decoder, suffix, edits, start, chunk=chunk)
 
 
@@ -270,19 +266,20 @@ def rerun(
     after: Any = None,
     chunk: int | None = None,
 ) -> Output:
-    """What `forward` gives under an intervention, from a recorded pass and only what the intervention can change.
+    """What `forward` gives under an intervention, computed from a recorded pass where the intervention changes it.
 
     All interventions of a sweep run in one call, whatever their layers, as rows that share each prompt's prefix.
-    Exact: equal to the full pass up to rounding.
+    Exact: equal to the full pass up to rounding. One compiled program serves all layers, positions that begin alike,
+    and numbers of rows that share a bucket (see `jaxid.interp.sweep`).
 
     An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
     that acts on a picture's tokens or before them, falls back to a full pass. A callable of your own says it by an
     attribute `reach`, see `jaxid.nn.sites.Reach`.
 
-    With `pictures_of`, a row reads another trace's pictures in the blocks after a layer, as if all image tokens were
-    swapped there. Image tokens depend on nothing but pictures and what stands before them, so those blocks read the
+    With `pictures_of`, a row reads another trace's pictures in the layers after one, as if all image tokens were
+    swapped there. Image tokens depend on nothing but pictures and what stands before them, so those layers read the
     other trace's keys and values, and no image token is computed again. Where pictures enter by cross-attention
-    (Llama-3.2-Vision), the blocks after the layer read the other picture.
+    (Llama-3.2-Vision), they read the other picture.
 
     Args:
         model: the model that made the trace.
@@ -290,7 +287,7 @@ def rerun(
         intervention: as in `forward`; its sweep axes S lead in the output.
         pictures_of: a trace of prompts that are alike up to the picture's end.
         after: the last layer(s) of every row, 0-based, that still read their own pictures, Int[S...].
-        chunk: rows that go through a block together; chosen from their layers and lengths by default.
+        chunk: rows that go through a layer together; chosen from their number and lengths by default.
 
     Returns:
         The output; it captures nothing (use `forward`).
@@ -318,7 +315,7 @@ def rerun(
                 f"`after` has the sweep axes {list(after.shape)}, the intervention {list(leading)}; give both the same."
             )
         leading, last_own = after.shape, after
-        if isinstance(after, Tracer):  # a layer that does not exist: every block reads its own picture
+        if isinstance(after, Tracer):  # a layer that does not exist: every layer reads its own picture
             last_own = jnp.where(after < 0, model.num_layers, jnp.minimum(after, model.num_layers))
         reach = earliest([reach, Reach(last_own + 1, pictures_of.prompts.text_start())])
     plan_ = None if reach is None else plan(trace, reach.position)
@@ -326,9 +323,9 @@ def rerun(
         if pictures_of is not None:
             raise InputError("beside `pictures_of`, only edits of text tokens at known positions can be rerun.")
         return forward(model, trace.prompts, intervention)
-    start = reach.block if isinstance(reach.block, Tracer) else np.asarray(reach.block)
-    start = start.clip(0, model.num_layers).astype(np.int32).reshape(-1)  # traced ones may lie outside
-    flat = jax.tree.map(lambda leaf: leaf.reshape(start.size, *leaf.shape[len(leading) :]), intervention)
+    sweep, tokens = Sweep(leading), len(trace.prompts) * plan_.length
+    start = reach.layer if isinstance(reach.layer, Tracer) else np.asarray(reach.layer)
+    start = start.clip(0, model.num_layers).astype(np.int32)  # traced ones may lie outside
     own, other, swapped = trace, None, None
     if pictures_of is not None:
         plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, pictures_of.keys.shape[3]))
@@ -337,13 +334,17 @@ def rerun(
                 trace, keys=pictures_of.keys, values=pictures_of.values, memory=pictures_of.memory
             )
         else:
-            other, swapped = pictures_of, jnp.asarray(last_own).reshape(-1)
-    suffix = suffix_of(own, plan_, other, swapped)
-    if chunk is None:
-        chunk = rows_together(start, len(trace.prompts) * plan_.length, model.num_layers)
-    parameters = model.parameters
-    hidden = _resume(model.definition, parameters, suffix, flat, jnp.asarray(start), chunk=min(chunk, start.size))
-    return Output(hidden=hidden.reshape(*leading, *hidden.shape[1:]), captured={}, model=model)
+            other, swapped = pictures_of, sweep.flat(jnp.asarray(last_own))
+    hidden = _resume(
+        model.definition,
+        model.parameters,
+        suffix_of(own, plan_, other, swapped),
+        sweep.flat(intervention),
+        sweep.flat(jnp.broadcast_to(start, leading)),
+        jnp.asarray(sweep.count),
+        chunk=rows_together(sweep.rows, tokens) if chunk is None else min(chunk, sweep.rows),
+    )
+    return Output(hidden=sweep.unflat(hidden), captured={}, model=model)
 
 
 def check_trace(model: Model, trace: Trace, intervention: Intervention) -> None:
@@ -413,32 +414,5 @@ def check_pictures(trace: Trace, source: Trace, after: Int[AnyArray, "*S"]) -> N
             "`pictures_of` needs a trace of the same model whose prompts are alike up to the picture's end."
         )
     if ours.config.text_config.reads_length and trace.prompts.last().max() != source.prompts.last().max():
-        raise InputError(
-            "`pictures_of` needs prompts of one length here: the model's rotary embedding depends on it."
-        )
+        raise InputError("`pictures_of` needs prompts of one length here: the model's rotary embedding depends on it.")
     _check_model(source, ours)
-
-
-def rows_together(start: Any, tokens: int, layers: int) -> int:
-    """How many rows go through a block together.
-
-    The cheapest number that wastes less than 15 % of the useful block evaluations (rows that go along though they
-    join later, and filling up).
-
-    Args:
-        start: first block of every row; rows of unknown (traced) first blocks take the largest number that fits.
-        tokens: of one row, over all prompts.
-        layers: number of blocks.
-    """
-    rows = start.size
-    largest = max(1, min(rows, _TOKENS_TOGETHER // tokens))
-    if isinstance(start, Tracer):
-        return largest
-    active = np.array([(start <= layer).sum() for layer in range(layers)])
-    useful = max(1, int(active.sum()))
-    costs = {}
-    for chunk in range(1, largest + 1):
-        chunks = -(-active // chunk)
-        if chunk == 1 or chunk * chunks.sum() <= (1 + _WASTE) * useful:
-            costs[chunk] = int((chunks * (chunk * tokens + _CHUNK_OVERHEAD)).sum())
-    return min(costs, key=lambda chunk: (costs[chunk], -chunk))

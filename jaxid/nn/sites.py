@@ -53,11 +53,11 @@ class Reach(NamedTuple):
     """Where an intervention begins to act; all before it is as in the clean run.
 
     Attributes:
-        block: the first block that has to run again, Int[S...]: k + 1 for a change of what leaves block k.
+        layer: the first one that has to run again, Int[S...]: k + 1 for a change of what leaves layer k.
         position: the first changed position of every prompt, Int[B or 1].
     """
 
-    block: Int[AnyArray, "*S"]
+    layer: Int[AnyArray, "*S"]
     position: Int[np.ndarray, "Br"]
 
 

@@ -1,0 +1,197 @@
+"""Sweeps compile once per bucket of rows, and waste little on the rows that pad them."""
+
+from typing import Any
+
+import chex
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import CASES
+from fixtures import distance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxid.interp import forward as forwards
+from jaxid.interp import generate as generation
+from jaxid.interp import sweep, trace
+from jaxid.interp.forward import forward
+from jaxid.interp.generate import generate
+from jaxid.interp.interventions import add
+from jaxid.interp.sweep import Sweep, bucket, rows_together
+from jaxid.interp.trace import rerun, swap
+from jaxid.nn import passes
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+EXACT = 1e-5
+GQA = CASES[1]
+
+
+def vectors(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((*shape, 32)).astype(np.float32)
+
+
+# --- buckets and chunks ---------------------------------------------------------------------------------------------
+
+
+def test_buckets() -> None:
+    found = [bucket(count) for count in range(1, 2000)]
+    assert sorted(set(found))[:12] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(count <= size < 1.5 * count for count, size in enumerate(found, 1))
+    assert all(bucket(size) == size for size in found)
+
+
+def test_rows_keep_their_places() -> None:
+    values = {"a": np.arange(30).reshape(5, 1, 3, 2), "b": jnp.arange(5.0).reshape(5, 1)}
+    rows = Sweep((5, 1))
+    flat = rows.flat(values)
+    assert (rows.count, rows.rows) == (5, 6) and flat["a"].shape == (6, 3, 2) and flat["b"].shape == (6,)
+    assert flat["b"].tolist() == [0, 1, 2, 3, 4, 0]
+    back = rows.unflat(flat)
+    for name, value in values.items():
+        np.testing.assert_array_equal(back[name], value)
+    assert Sweep(()).flat(np.arange(3)).shape == (1, 3) and Sweep(()).unflat(np.arange(3)[None]).shape == (3,)
+
+
+def cost(start: np.ndarray, chunk: int, tokens: int, layers: int, overhead: int) -> int:
+    """Of the blocks that run, in tokens: rows are sorted, a chunk joins with the first of its rows."""
+    firsts = np.sort(start)[::chunk]
+    return int(sum((firsts <= layer).sum() * (chunk * tokens + overhead) for layer in range(layers)))
+
+
+@given(st.integers(1, 600), st.integers(1, 3000))
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_chunks_fit(count: int, tokens: int) -> None:
+    rows = bucket(count)
+    chunk = rows_together(rows, tokens)
+    assert 1 <= chunk <= rows and chunk == bucket(chunk)
+    assert chunk == 1 or chunk * tokens <= 2048
+
+
+SWEEPS = {
+    "every layer once": np.arange(32),
+    "every fourth layer": np.arange(0, 32, 4),
+    "a grid at every layer": np.repeat(np.arange(32), 16),
+    "a grid at every second layer": np.repeat(np.arange(0, 32, 2), 16),
+    "a grid at five layers": np.repeat([4, 10, 16, 22, 28], 16),
+    "a grid at one layer": np.full(16, 10),
+    "one edit": np.array([31]),
+}
+
+
+@pytest.mark.parametrize("tokens", [20, 80, 160, 640])
+@pytest.mark.parametrize(("backend", "overhead"), [("cpu", 32), ("gpu", 256)])
+@pytest.mark.parametrize("name", SWEEPS)
+def test_chunks_cost_little_more_than_the_best(
+    name: str, backend: str, overhead: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the layers are not looked at."""
+    monkeypatch.setattr(sweep.jax, "default_backend", lambda: backend)
+    start, layers = SWEEPS[name], 32
+    chunk = rows_together(bucket(len(start)), tokens)
+    costs = [cost(start, size, tokens, layers, overhead) for size in range(1, len(start) + 1) if size * tokens <= 2048]
+    limit = 1.35 if name == "a grid at one layer" else 1.2
+    assert cost(start, chunk, tokens, layers, overhead) <= limit * min(costs)
+
+
+# --- compilation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the programs that run a sweep may be compiled once."""
+    programs: list[Any] = [trace._resume, forwards._run, forwards._answer_log_probs]
+    for program in (*programs, generation._prefill, generation._decode):
+        program.clear_cache()
+    chex.clear_trace_counter()
+    for module, name in (
+        (passes, "resume"),
+        (passes, "prefill"),
+        (passes, "decode"),
+        (forwards, "_pass"),
+        (forwards, "log_probs"),
+    ):
+        # A single pass is traced once for its shapes and once for its values.
+        limit = 2 if name == "_pass" else 1
+        monkeypatch.setattr(module, name, chex.assert_max_traces(getattr(module, name), n=limit))
+
+
+LAYER_SETS: list[list[int]] = [[0, 1, 2, 0, 1], [2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0], [1, 0, 2, 2, 1, 0]]
+"""Of five layers and six, which share a bucket."""
+
+
+@pytest.mark.usefixtures("once")
+def test_edits_at_other_layers_and_other_numbers_of_layers() -> None:
+    model, recorded, prompts = fixtures.model(GQA), fixtures.recorded(GQA), fixtures.prompts(GQA)
+    words, pushes = np.stack([prompts.word("fish"), prompts.last()], axis=1), vectors(6, 2, 2)
+    outputs = [rerun(model, recorded, add(layers, words, pushes[: len(layers)])) for layers in LAYER_SETS]
+    found = [np.asarray(output.logprobs([14, 16])) for output in outputs]
+    by_layer = np.stack([np.asarray(outputs[k].hidden[0]) for k in (0, 3, 1)])
+    assert [len(values) for values in found] == [5, 5, 6, 6]
+    for output, layers in zip(outputs, LAYER_SETS, strict=True):
+        assert distance(output.hidden[0], by_layer[layers[0]]) < EXACT
+
+
+@pytest.mark.usefixtures("once")
+def test_swaps_after_other_layers() -> None:
+    model, recorded = fixtures.model(GQA), fixtures.recorded(GQA)
+    mirrored = model.prepare([picture[:, ::-1] for picture in fixtures.pictures()], fixtures.QUESTIONS)
+    other = trace.trace(model, mirrored)
+    for layers in LAYER_SETS:
+        rerun(model, recorded, swap(other, layers, "text")).logprobs([14, 16])
+
+
+@pytest.mark.usefixtures("once")
+def test_pictures_after_other_layers() -> None:
+    model, recorded = fixtures.model(GQA), fixtures.recorded(GQA)
+    mirrored = model.prepare([picture[:, ::-1] for picture in fixtures.pictures()], fixtures.QUESTIONS)
+    other = trace.trace(model, mirrored)
+    for layers in LAYER_SETS:
+        rerun(model, recorded, pictures_of=other, after=layers).logprobs([14, 16])
+
+
+@pytest.mark.usefixtures("once")
+def test_a_grid_of_cells_at_other_layers() -> None:
+    """Steering: every layer times 4 x 4 cells."""
+    model, recorded, prompts = fixtures.model(GQA), fixtures.recorded(GQA), fixtures.prompts(GQA)
+    for layers in ([0, 1], [1, 2], [2, 0]):
+        grid = np.broadcast_to(np.array(layers)[:, None, None], (2, 4, 4))
+        output = rerun(model, recorded, add(grid, prompts.last(), vectors(2, 4, 4)))
+        assert output.logprobs([14, 16]).shape == (2, 4, 4, 2, 2)
+
+
+@pytest.mark.usefixtures("once")
+def test_full_passes_of_other_layers() -> None:
+    model, prompts = fixtures.model(GQA), fixtures.prompts(GQA)
+    for layers in LAYER_SETS:
+        forward(model, prompts, add(layers, prompts.last(), vectors(len(layers)))).logprobs([14, 16])
+
+
+@pytest.mark.usefixtures("once")
+def test_texts_written_under_edits_at_other_layers() -> None:
+    model, recorded, prompts = fixtures.model(GQA), fixtures.recorded(GQA), fixtures.prompts(GQA)
+    for layers in LAYER_SETS:
+        edit = add(layers, prompts.last(), 10 * vectors(len(layers)))
+        assert generate(model, recorded, edit, max_new_tokens=3).tokens.shape == (len(layers), 2, 3)
+
+
+# --- padding changes nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 4, 7])
+def test_padded_sweeps_are_their_rows(chunk: int | None) -> None:
+    model, recorded, prompts = fixtures.model(GQA), fixtures.recorded(GQA), fixtures.prompts(GQA)
+    layers, pushes = [2, 0, 1, 0, 2], 10 * vectors(5)
+    edit = add(layers, prompts.last(), pushes)
+    again, whole = rerun(model, recorded, edit, chunk=chunk), forward(model, prompts, edit, chunk=chunk)
+    written = generate(model, recorded, edit, max_new_tokens=3, chunk=chunk or 64)
+    for row, layer in enumerate(layers):
+        single: Any = add(layer, prompts.last(), pushes[row])
+        alone = forward(model, prompts, single)
+        assert distance(again.hidden[row], alone.hidden) < EXACT and distance(whole.hidden[row], alone.hidden) < EXACT
+        assert distance(again.logits[row], alone.logits) < EXACT
+        np.testing.assert_array_equal(written.tokens[row], generate(model, recorded, single, max_new_tokens=3).tokens)
+    slope = jax.grad(lambda v: rerun(model, recorded, add(layers, prompts.last(), v), chunk=chunk).hidden.sum())(pushes)
+    wanted = jax.grad(lambda v: forward(model, prompts, add(layers, prompts.last(), v)).hidden.sum())(pushes)
+    assert distance(slope, wanted) < EXACT
