@@ -389,7 +389,7 @@ def _authors_file(ids: SpatialIDs, *, layer_key="hf", key_type=int, dtype=torch.
 
 
 @pytest.mark.parametrize("key_type", [int, str])
-@pytest.mark.parametrize("layer_key", ["hf", "block"])
+@pytest.mark.parametrize("layer_key", ["hf", "layer"])
 def test_authors_files_come_back(ids, tmp_path, key_type, layer_key):
     path = tmp_path / "ids.pt"
     torch.save(_authors_file(ids, layer_key=layer_key, key_type=key_type), path)
@@ -404,7 +404,7 @@ def test_authors_files_come_back(ids, tmp_path, key_type, layer_key):
     one = SpatialIDs.from_torch(path, size=124, layer_key=layer_key)
     np.testing.assert_array_equal(one.universal, ids.universal_at(124))
     back.save(tmp_path / "ids.safetensors")
-    assert (SpatialIDs.load(tmp_path / "ids.safetensors").embeddings is None) == (layer_key == "block")
+    assert (SpatialIDs.load(tmp_path / "ids.safetensors").embeddings is None) == (layer_key == "layer")
 
 
 def test_authors_bfloat16_file_without_embeddings(ids, tmp_path):
@@ -478,7 +478,7 @@ def test_asking_a_torch_file_for_what_it_has_not(ids, tmp_path):
     with pytest.raises(CheckpointError, match=r"no size 74; it has \[124, 224\]"):
         SpatialIDs.from_torch(tmp_path / "ids.pt", size=74)
     with pytest.raises(InputError, match="layer_key"):
-        SpatialIDs.from_torch(tmp_path / "ids.pt", layer_key="layer")
+        SpatialIDs.from_torch(tmp_path / "ids.pt", layer_key="block")
 
 
 class _Anything:

@@ -24,7 +24,7 @@ class IDBatch(NamedTuple):
     """One batch of activations, a row a word. A row with pair -1 is padding: nothing of it is read.
 
     Attributes:
-        activations: At the word's last sub-token; index 0 the embeddings, k + 1 the output of block k.
+        activations: At the word's last sub-token; index 0 the embeddings, k + 1 the output of layer k.
         object_index: Which object the word names.
         pair_index: Which object with which partner, in which role; a pair is of one object.
         own_index: Where the object is: its cell y * 4 + x in a picture, or the index of its frame in a clip.
@@ -135,5 +135,5 @@ def _checked(
 
 
 def layer_names(layers: int) -> tuple[str, ...]:
-    """Names of where IDs are read: after each block."""
+    """Names of where IDs are read: after each layer."""
     return tuple(f"blocks.{k}.resid_post" for k in range(layers))

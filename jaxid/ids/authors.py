@@ -30,10 +30,10 @@ def read_authors_ids(
     Args:
         path: The file: `[layer][object][(x, y, size)]` -> [D], or without the object, or keyed (x, y).
         size: Reads this size alone; all by default. Names the size of a file keyed (x, y), 224 by default.
-        layer_key: What layers are keyed by: "hf" (0 = embeddings, k + 1 = layer k) or "block" (k = layer k).
+        layer_key: What layers are keyed by: "hf" (0 = embeddings, k + 1 = layer k) or "layer" (k = layer k).
 
     Returns:
-        IDs after each block, IDs of the embeddings where the file has them, names of the objects (the one
+        IDs after each layer, IDs of the embeddings where the file has them, names of the objects (the one
         object "universal" where it names none), and sizes from large to small. All float32.
 
     Raises:
@@ -41,8 +41,8 @@ def read_authors_ids(
         CheckpointError: The file is missing, damaged, incomplete or of another layout; the message names the
             key.
     """
-    if layer_key not in ("hf", "block"):
-        raise InputError(f'layer_key is "hf" or "block", not {layer_key!r}.')
+    if layer_key not in ("hf", "layer"):
+        raise InputError(f'layer_key is "hf" or "layer", not {layer_key!r}.')
     layers = _layers(read_torch_file(path), size, str(path))
     first = 1 if layer_key == "hf" else 0
     order = [key for key in sorted(layers) if key >= first]
@@ -69,8 +69,8 @@ def read_authors_ids(
                 if vector.shape != (width,) or not np.isfinite(vector).all():
                     raise CheckpointError(f"{where}[{(x, y, s)}] is not a finite vector of width {width}.")
                 values[layer, row, sizes.index(s), x, y] = vector
-    blocks = values[-(len(order) - (order[0] < first)) :]
-    return blocks, values[0] if order[0] < first else None, objects, sizes
+    after = values[-(len(order) - (order[0] < first)) :]
+    return after, values[0] if order[0] < first else None, objects, sizes
 
 
 def _layers(tree: object, size: Size | None, path: str) -> dict[int, dict[str, dict[Cell, np.ndarray]]]:

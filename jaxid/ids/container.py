@@ -27,7 +27,7 @@ class IDs:
     """IDs of one model by layer, object and place; a subclass says which axes a place has.
 
     Indices (`ids[layer, place]`) read the universal IDs and broadcast as in numpy: `ids[layers, 0, 0]` is
-    [len(layers), D]. They count from 0; traced ones out of range give NaN. Layer k is the output of block k,
+    [len(layers), D]. They count from 0; traced ones out of range give NaN. Layer k is the output of decoder block k,
     `resid_post[k]`; the embeddings (index 0 in Hugging Face's `hidden_states`) are kept apart.
 
     Raises:

@@ -158,7 +158,7 @@ class SpatialIDs(IDs):
             path: The file.
             size: Reads this size alone; all of them by default. Names the size of a file keyed (x, y), 224 by
                 default.
-            layer_key: What layers are keyed by: "hf" (0 = embeddings, k + 1 = layer k) or "block" (layer k).
+            layer_key: What layers are keyed by: "hf" (0 = embeddings, k + 1 = layer k) or "layer" (k = layer k).
 
         Raises:
             CheckpointError: The file is missing, damaged, incomplete or of another layout; the message names
