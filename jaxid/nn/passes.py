@@ -90,8 +90,10 @@ def forward(
         def tap(name: str, value: Array) -> Array:
             value = edit(name, value)
             if name in sites:
-                apart = keep is not None and others is not None and name != "resid_pre"
-                found[name] = value[:, -others.shape[1] :] if apart else capture.take(value)
+                if keep is None or others is None or name == "resid_pre":
+                    found[name] = capture.take(value)
+                else:
+                    found[name] = value[:, -others.shape[1] :]
             return value
 
         x, _ = decoder.step(decoder.block(layer, parameters), layer, x, view, tap, keep)
@@ -162,9 +164,10 @@ def _tap(intervention: SiteFunction, layer: Any, positions: Int[Array, "B T"], k
     """An intervention at the sites of a layer."""
 
     def tap(name: str, value: Array) -> Array:
-        short = keep is not None and name != "resid_pre"
-        at = jnp.take_along_axis(positions, keep, axis=1) if short else positions
-        return intervention(Site(name, jnp.asarray(layer), at), value)
+        here = positions
+        if keep is not None and name != "resid_pre":
+            here = jnp.take_along_axis(positions, keep, axis=1)
+        return intervention(Site(name, jnp.asarray(layer), here), value)
 
     return tap
 

@@ -137,12 +137,14 @@ class Prefix(View):
     ) -> Float[Array, "R B S H E"]:
         """Attention to the prefix, which is read once for all rows, and to the row's own tokens."""
         count = self.mask.shape[1]
-        prefix = [jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, 2) for leaf in (self.keys, self.values)]
+        prefix_keys, prefix_values = (
+            jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2) for leaf in (self.keys, self.values)
+        )
         before = self.tokens.within(layer, self.mask[:, None], keep, jnp.arange(count)[None])
         keys, values, mask, positions = self.own(layer, stored, keep)
         mask = self.tokens.within(layer, mask, keep, positions)
         query = self.tokens.rotated(layer, query, keep)
-        return attention.shared_prefix_attention(*prefix, before, query, keys, values, mask[None])
+        return attention.shared_prefix_attention(prefix_keys, prefix_values, before, query, keys, values, mask[None])
 
     def own(
         self, layer: Any, stored: Stored, keep: Keep
