@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float
     """
     text = recorded.model.prepare(None, list(batch.prompts.questions))
     alone = residuals_at(recorded.model, text, text.words(batch.names)[:, :2])
-    added = np.asarray(recorded.at(batch.words[:, :2]), np.float32) - np.asarray(alone, np.float32)
+    added = recorded.at(batch.words[:, :2]).astype(jnp.float32) - alone.astype(jnp.float32)
     return np.asarray(ids.plane_coordinates(added[1:]))
 
 

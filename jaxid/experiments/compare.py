@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxid import io, plots
 from jaxid.errors import DataError, JaxidError, OutputError
 from jaxid.experiments.base import Command
-from jaxid.experiments.session import Columns
+from jaxid.experiments.session import Columns, as_array
 from jaxid.stats import confidence_interval
 
 CONDITIONS = ("belief", "noise")
@@ -100,84 +100,73 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
     Raises:
         DataError: if no item was answered with one of the two words.
     """
-    used = table["control_verdict"] != "nonsense"
-    first = (table["condition"] == "belief") & (table["layer"] == layers[0])
-    count = int((used & first).sum())
+    axes = {"condition": CONDITIONS, "layer": layers, "item": list(dict.fromkeys(table["item"].tolist()))}
+    swapped, verdict = as_array(table, "swapped", axes), as_array(table, "verdict", axes)  # [C, L, B]
+    control, axis, pictures = (as_array(table, name, axes)[0, 0] for name in ("control_verdict", "axis", "image_id"))
+    used = control != "nonsense"
+    count, right = int(used.sum()), int((control == "correct").sum())
     if not count:
         raise DataError("no item was answered with exactly one of the two words; look at control_text in the table.")
-    right = int(((table["control_verdict"] == "correct") & first & used).sum())
 
-    def at(condition: str, layer: int, axis: str | None = None) -> np.ndarray:
-        rows = used & (table["condition"] == condition) & (table["layer"] == layer)
-        return rows if axis is None else rows & (table["axis"] == axis)
+    def shares(items: np.ndarray) -> dict[str, list[float]]:
+        return dict(zip(CONDITIONS, swapped[:, :, items].mean(axis=-1).tolist(), strict=True))
 
-    def swapped(axis: str | None = None) -> dict[str, list[float]]:
-        return {name: [float(table["swapped"][at(name, k, axis)].mean()) for k in layers] for name in CONDITIONS}
-
-    def intervals(axis: str | None = None) -> dict[str, list[tuple[float, float]]]:
-        values = {name: [table["swapped"][at(name, k, axis)] for k in layers] for name in CONDITIONS}
-        return {
-            name: [confidence_interval(int(one.sum()), len(one)) for one in of_layers]
-            for name, of_layers in values.items()
-        }
+    def intervals(items: np.ndarray) -> dict[str, list[tuple[float, float]]]:
+        hits, many = swapped[:, :, items].sum(axis=-1).tolist(), int(items.sum())
+        found = [[confidence_interval(one, many) for one in of_layers] for of_layers in hits]
+        return dict(zip(CONDITIONS, found, strict=True))
 
     verdicts = {
         name: [
-            {word: float((table["verdict"][at(name, k)] == word).mean()) for word in ("correct", "wrong", "nonsense")}
-            for k in layers
+            {word: float((own[used] == word).mean()) for word in ("correct", "wrong", "nonsense")} for own in of_layers
         ]
-        for name in CONDITIONS
+        for name, of_layers in zip(CONDITIONS, verdict, strict=True)
     }
-    drops = [right / count - of_layer["correct"] for of_layer in verdicts["belief"]]
-    axes = list(dict.fromkeys(table["axis"][used].tolist()))
-    best, selection = _best(table, used, layers, seed, same_items)
+    drops = [right / count - own["correct"] for own in verdicts["belief"]]
+    by_axis = {name: used & (axis == name) for name in dict.fromkeys(axis[used].tolist())}
+    choosing, reporting = _halves(pictures, used, seed, same_items)
+    best = np.argsort(shares(choosing)["belief"], kind="stable")[::-1][:BEST]
+    picked = {name: np.array(of_layers)[best] for name, of_layers in shares(reporting).items()}
+    reported, chosen_on = int(reporting.sum()), "same items" if choosing is reporting else "other items"
+    keys = np.array(axes["item"])
     return Rates(
         answered_items=count,
-        unanswered_items=int((~used & first).sum()),
+        unanswered_items=len(used) - count,
         accuracy=right / count,
         accuracy_interval=confidence_interval(right, count),
         layers=list(layers),
-        swapped=swapped(),
-        swapped_interval=intervals(),
-        swapped_by_axis={axis: swapped(axis) for axis in axes},
-        swapped_by_axis_interval={axis: intervals(axis) for axis in axes},
+        swapped=shares(used),
+        swapped_interval=intervals(used),
+        swapped_by_axis={name: shares(items) for name, items in by_axis.items()},
+        swapped_by_axis_interval={name: intervals(items) for name, items in by_axis.items()},
         verdicts=verdicts,
         accuracy_drop=drops,
         mean_accuracy_drop=float(np.mean(drops)),
-        best=best,
-        selection=selection,
+        best=Best(
+            layers=[int(layers[row]) for row in best],
+            **{name: float(own.mean()) for name, own in picked.items()},
+            **{f"{name}_std": float(own.std()) for name, own in picked.items()},
+            **{
+                f"{name}_interval": confidence_interval(round(float(own.mean()) * reported), reported)
+                for name, own in picked.items()
+            },
+            items=reported,
+            chosen_on=chosen_on,
+        ),
+        selection={
+            "chosen_on": chosen_on,
+            "choosing": keys[choosing].tolist(),
+            "reporting": keys[reporting].tolist(),
+        },
     )
 
 
-def _best(
-    table: Columns, used: np.ndarray, layers: Sequence[int], seed: int, same_items: bool
-) -> tuple[Best, dict[str, Any]]:
-    """The best layers and what is swapped there; which items they were chosen on, and which are reported."""
-    pictures = np.unique(table["image_id"][used])
-    order = np.random.default_rng((seed, 2)).permutation(len(pictures))
-    choosing, reporting = used & np.isin(table["image_id"], pictures[order[: len(pictures) // 2]]), used
-    if same_items or not choosing.any():
-        choosing = used
-    else:
-        reporting = used & ~choosing
-
-    def shares(rows: np.ndarray, condition: str) -> np.ndarray:
-        rows = rows & (table["condition"] == condition)
-        return np.array([table["swapped"][rows & (table["layer"] == layer)].mean() for layer in layers])
-
-    best = np.argsort(shares(choosing, "belief"), kind="stable")[::-1][:BEST]
-    keys = {
-        name: list(dict.fromkeys(table["item"][rows].tolist()))
-        for name, rows in (("choosing", choosing), ("reporting", reporting))
-    }
-    count, found = len(keys["reporting"]), dict[str, Any]()
-    for condition in CONDITIONS:
-        picked = shares(reporting, condition)[best]
-        found[condition], found[f"{condition}_std"] = float(picked.mean()), float(picked.std())
-        found[f"{condition}_interval"] = confidence_interval(round(float(picked.mean()) * count), count)
-    chosen_on = "same items" if choosing is used else "other items"
-    chosen = Best(layers=[int(layers[row]) for row in best], items=count, chosen_on=chosen_on, **found)
-    return chosen, {"chosen_on": chosen_on, **keys}
+def _halves(pictures: np.ndarray, used: np.ndarray, seed: int, same_items: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Items that layers are chosen on, and items that are reported; all of them for both, where none would be left."""
+    different = np.unique(pictures[used])
+    order = np.random.default_rng((seed, 2)).permutation(len(different))
+    choosing = used & np.isin(pictures, different[order[: len(different) // 2]])
+    return (used, used) if same_items or not choosing.any() else (choosing, used & ~choosing)
 
 
 def draw_layers(found: Rates, strength: float, about: plots.About) -> Figure:

@@ -120,7 +120,7 @@ def test_comparison_says_whose_layers_were_chosen_on_the_same_items(
         folders.append(tmp_path / name)
     compare.Compare(tuple(folders), out=tmp_path / "all").run()
     assert "best layers of published, third chosen on the same items" in lines[0]
-    assert "n = 20 to 40 items; strength (factor) 5; " in lines[0] and "95 % Wilson" in lines[0]
+    assert "n = 20 to 40 items; strength 5; " in lines[0] and "95 % Wilson" in lines[0]
     assert "n = 40 items" in lines[1]
     compare.Compare(tuple(folders[1:]), out=tmp_path / "same").run()
     assert "; best layers chosen on the same items" in lines[2] and "one standard deviation" in lines[2]
