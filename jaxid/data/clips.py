@@ -2,7 +2,7 @@
 
 Synthetic clips are called `appear_{A}{i}_{B}{j}.mp4`: of eight evenly spread frames 0..7, A is in the picture from
 frame i on and B from frame j on. The manifest lists what happens first in a video and what after it. Source: [ID]
-section on temporal IDs, arXiv 2601.12626.
+arXiv 2601.12626, section on temporal IDs.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def write_appear_folder(
         folder: where to.
         pairs: ordered pairs of different names from `OBJECTS`.
         frames: (i, j), different, from 1 to 7; all 42 by default.
-        seed: of places, colours and grounds; the same seed draws the same clips.
+        seed: of places, colours and backgrounds; the same seed draws the same clips.
         picture_size: side of the pictures in pixels, even.
 
     Raises:
@@ -150,7 +150,7 @@ def write_appear_folder(
     frames = [(i, j) for i in range(1, FRAMES) for j in range(1, FRAMES) if i != j] if frames is None else frames
     check_pairs(pairs)
     if any(i == j or not {i, j} <= set(range(1, FRAMES)) for i, j in frames):
-        raise InputError(f"frames are two different numbers from 1 to {FRAMES - 1}; got {list(frames)}.")
+        raise InputError(f"frames are two different integers from 1 to {FRAMES - 1}; got {list(frames)}.")
     items = []
     for index, pair in enumerate(pairs):
         rng = np.random.default_rng((seed, index))
@@ -251,11 +251,11 @@ def _order_item(row: object, index: int, path: Path) -> OrderItem:
 
 
 def _order(value: str | list[object], scenes: Mapping[str, str], where: str) -> tuple[str, str]:
-    """("1", "2") or ("2", "1"), from a list or a text of the scenes' names, numbers or words."""
+    """("1", "2") or ("2", "1"), from a list or a text of the scenes' names, digits or words."""
     parts = value if isinstance(value, list) else re.split(r"\s*(?:,|;|->|<|\|)\s*", value.strip("[]() "))
-    numbers = {words: number for number, words in scenes.items()}
+    digits = {words: digit for digit, words in scenes.items()}
     order = tuple(
-        numbers.get(text) or text.lower().removeprefix("scene").strip(" _")
+        digits.get(text) or text.lower().removeprefix("scene").strip(" _")
         for text in (str(part).strip("'\" ") for part in parts)
     )
     if sorted(order) != ["1", "2"]:

@@ -227,7 +227,7 @@ def finetune_name(item: FinetuneItem) -> str:
     """The file name `{A}_{ax}-{ay}_{B}_{bx}-{by}.png` of a fine-tuning picture.
 
     Raises:
-        InputError: The item cannot be told by such a name: an underscore in an object's name, a cell outside 0..3,
+        InputError: No such name says what the item is: an underscore in an object's name, a cell outside 0..3,
             both objects in one cell.
     """
     (ax, ay), (bx, by) = item.cell_a, item.cell_b
@@ -252,8 +252,8 @@ def parse_finetune_name(name: str) -> FinetuneItem:
     match = _FINETUNE.fullmatch(name)
     if match is None or match[1] != match[1].strip() or match[4] != match[4].strip():
         raise DataError(
-            f"{name!r} is no fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png with cells 0..3 "
-            "and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
+            f"{name!r} is not the name of a fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png with "
+            "cells 0..3 and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
         )
     item = FinetuneItem(
         object_a=match[1],

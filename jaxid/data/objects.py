@@ -1,7 +1,7 @@
 """The sixteen drawn objects as signed-distance functions, and the templates that the renderer samples.
 
-Every object is told by its silhouette alone, down to about 12 pixels. Coordinates are (x right, y down); a distance
-is negative inside.
+Every object can be recognised by its silhouette alone, down to about 12 pixels. Coordinates are (x right, y down); a
+distance is negative inside.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """Procedural scenes: drawn objects of known place, size, angle and colour on varied backgrounds.
 
-A `Scenes` says completely what is in its pictures; `render` is a pure function of it. Objects are told by shape alone:
+A `Scenes` says completely what is in its pictures; `render` is a pure function of it. Objects differ in shape alone:
 colours, sizes and places are drawn independently of the object.
 """
 

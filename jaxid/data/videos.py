@@ -63,7 +63,7 @@ def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> 
         The frames, their times and the video's length.
 
     Raises:
-        DataError: if it is missing, unreadable, has fewer frames, or is to be shown aslant.
+        DataError: if it is missing, unreadable, has fewer frames, or is to be shown at an oblique angle.
         InputError: for a number of frames or a rate that is not above 0; for a file, where PyAV is not installed.
     """
     path = Path(path)
@@ -93,7 +93,7 @@ def _numbers(path: Path) -> list[tuple[int, int, str]]:
 
 def _chosen(path: Path, total: int, count: int) -> Int[np.ndarray, "count"]:
     if total < count:
-        raise DataError(f"{path} has {total} frames where {count} are needed; leave it out, or give a longer video.")
+        raise DataError(f"{path} has {total} frames where {count} are needed; remove it, or give a longer video.")
     return spread(total, count)
 
 
@@ -148,7 +148,10 @@ def _upright(frame: Any) -> UInt8[np.ndarray, "Y X 3"]:
             if a * d == 0:
                 pixels, a, b, c, d = pixels.swapaxes(0, 1), c, d, a, b
             if a * d == 0 or b or c:
-                raise ValueError("its frames are to be shown aslant; rotate them with a video editor")
+                raise ValueError(
+                    "its frames are to be shown at an angle that is not a multiple of 90 degrees; rotate them with a "
+                    "video editor"
+                )
             pixels = np.ascontiguousarray(pixels[:: int(d), :: int(a)])
     return pixels
 
