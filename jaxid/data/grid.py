@@ -252,8 +252,8 @@ def parse_finetune_name(name: str) -> FinetuneItem:
     match = _FINETUNE.fullmatch(name)
     if match is None or match[1] != match[1].strip() or match[4] != match[4].strip():
         raise DataError(
-            f"{name!r} is not the name of a fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png with "
-            "cells 0..3 and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
+            f"{name!r} is not the name of a fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png "
+            "with cells 0..3 and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
         )
     item = FinetuneItem(
         object_a=match[1],

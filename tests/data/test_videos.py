@@ -85,7 +85,7 @@ def test_frames_are_shown_upright(matrix: tuple[int, ...], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (0, 0, 0, 0), (1, 0, 0, 0), (1, 0.5, 0, 1)])
-def test_frames_that_are_shown_aslant_are_refused(matrix: tuple[float, ...], tmp_path: Path) -> None:
+def test_frames_shown_at_an_oblique_angle_are_refused(matrix: tuple[float, ...], tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", moving(8), rate=8)
     with_matrix(tmp_path / "a.mp4", matrix)
     with pytest.raises(DataError, match=r"a\.mp4 cannot be read as a video: .*multiple of 90 degrees"):
