@@ -213,9 +213,12 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         self, job: Task, pictures: int, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]
     ) -> Figure:
         questions = {name: int(evaluations[0][f"{name}_questions"]) for name in SETS if name in evaluations[0]}
-        shown = {name: f"{name.replace('_', ' ')} (n = {count})" for name, count in questions.items()}
+        shown = {name: f"{SETS[name]} (n = {count})" for name, count in questions.items()}
         return plots.finetune_curves(
-            {name: np.array([[row["step"], row[name]] for row in metrics]) for name in ("answer_loss", "id_loss")},
+            {
+                label: np.array([[row["step"], row[name]] for row in metrics])
+                for name, label in (("answer_loss", "answer loss"), ("id_loss", "ID loss"))
+            },
             {label: np.array([[row["step"], row[name]] for row in evaluations]) for name, label in shown.items()},
             title=f"{job.model.name}, weight of the ID loss {self.id_weight:g}",
             intervals={
@@ -308,7 +311,7 @@ class CompareFinetune(Command[Comparison]):
                 kind: np.array([[row[name] for row in run["evaluations"]] for _, run in sorted(of_kind.items())])
                 for kind, of_kind in kinds.items()
             }
-            curves[name.replace("_", " ")] = values
+            curves[SETS[name]] = values
             found[name] = {kind: Interval.of(rows[:, -1]) for kind, rows in values.items()}
             found[name]["before"] = Interval.of(np.concatenate(list(values.values()))[:, 0])
             with_ids, without_ids = kinds["with_ids"], kinds["without_ids"]

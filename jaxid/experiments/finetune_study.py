@@ -44,7 +44,7 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
             hold places, as deep as the published 11 of 32.
         train: kinds of tensors, joined by commas; of a tiny network's tower and projector alone nothing comes.
         learning_rate: the peak; a network of a million parameters moves too little at the published 5e-5.
-        seed: the first one.
+        seed: the first of the runs' seeds.
     """
 
     name: ClassVar[str] = "finetune-study"

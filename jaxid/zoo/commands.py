@@ -20,16 +20,18 @@ def train(
     batch_size: Annotated[int, Range(8)] | None = None,
     seed: int = 0,
     save_every: Count = 100,
+    restart: bool = False,
 ) -> str:
     """Train a shipped model from scratch, or resume from the last save after a kill.
 
     Args:
         name: which model: tiny-llava, tiny-video, or tiny-clip with its scorers.
-        out: folder of the run; the checkpoint is written to its folder `model`.
+        out: folder of the run, which is resumed if its settings agree; the checkpoint is written to its folder `model`.
         steps: most steps of every stage, and of every scorer; the recipe's by default.
         batch_size: pictures or clips per step, in every stage; the recipe's by default.
         seed: of parameters and data.
         save_every: steps between saves.
+        restart: discard the run that the folder holds, and begin anew.
 
     Returns:
         What to print.
@@ -49,7 +51,8 @@ def train(
         ),
     }
     recipe = recipes[name]
-    recipe.train(out, limited(recipe.config(seed=seed), steps, batch_size), save_every=save_every)
+    config = limited(recipe.config(seed=seed), steps, batch_size)
+    recipe.train(out, config, save_every=save_every, restart=restart)
     return f"checkpoint: {out / 'model'}"
 
 

@@ -95,7 +95,14 @@ class Recipe(Generic[Config]):
     weak_at: Callable[[Config], int] | None = None
 
     def train(
-        self, folder: Path, config: Config, *, save_every: int = 100, progress: bool = True, export: bool = True
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        save_every: int = 100,
+        restart: bool = False,
+        progress: bool = True,
+        export: bool = True,
     ) -> Any:
         """Trains the model, or resumes from the last saved step; writes and evaluates its checkpoint, `folder/model`.
 
@@ -103,6 +110,7 @@ class Recipe(Generic[Config]):
             folder: of the run; one begun with other settings is refused.
             config: the run's settings.
             save_every: steps between saves.
+            restart: discard the run in the folder and begin anew.
             progress: show a progress bar.
             export: write and evaluate the checkpoint.
 
@@ -119,7 +127,8 @@ class Recipe(Generic[Config]):
             if export and step == kept_at:
                 self.write(folder / "model-weak", jax.device_get(parameters["network"]))
 
-        with begun(folder, dataclasses.asdict(config) | {"vocabulary": self.vocabulary}):
+        settings = dataclasses.asdict(config) | {"vocabulary": self.vocabulary}
+        with begun(folder, settings, restart=restart, made=["model", "model-weak", "scorer-*", "accuracy.json"]):
             trained = fit(
                 folder,
                 parameters,
