@@ -1,4 +1,4 @@
-"""The published augmentations of training pictures: a little perspective, a little turn, salt and pepper."""
+"""The published augmentations of training pictures: a little perspective, a little rotation, salt and pepper."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ PERSPECTIVE_SHARE = 0.2
 """Share of the pictures that are tilted."""
 
 DEGREES = 4.0
-"""Pictures are turned by up to this much either way."""
+"""Pictures are rotated by up to this much either way."""
 
 NOISE = 0.02
 """Share of the pixels that become black or white."""
@@ -20,7 +20,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would otherwise round place
 
 
 def augment(key: Array, pictures: Float[Array, "N Y X C"]) -> Float[Array, "N Y X C"]:
-    """Pictures tilted, turned and sprinkled; what comes in from outside is black.
+    """Pictures tilted, rotated and sprinkled; what comes in from outside is black.
 
     Args:
         key: of the random changes.
@@ -39,7 +39,7 @@ def _augment_one(key: Array, picture: Float[Array, "Y X C"]) -> Float[Array, "Y 
     moved = square + inwards * reach * jax.random.uniform(corners, (4, 2))
     moved = jnp.where(jax.random.uniform(tilt) < PERSPECTIVE_SHARE, moved, square)
     angle = jnp.deg2rad(jax.random.uniform(turn, minval=-DEGREES, maxval=DEGREES))
-    # The turn comes last, so its inverse comes first.
+    # The rotation comes last, so its inverse comes first.
     back = jnp.matmul(homography(moved, square), rotation(-angle, height, width), precision=_HIGHEST)
     picture = warp(picture, back)
     pepper = jax.random.uniform(noise, (height, width, 1))
@@ -63,7 +63,7 @@ def homography(start: Float[Array, "4 2"], end: Float[Array, "4 2"]) -> Float[Ar
 
 
 def rotation(angle: Array, height: int, width: int) -> Float[Array, "3 3"]:
-    """A turn about the picture's centre, in radians, clockwise as seen."""
+    """A rotation about the picture's centre, in radians, clockwise as seen."""
     x, y = (width - 1) / 2, (height - 1) / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0.0, 0.0, 1.0]])

@@ -23,14 +23,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.data.coco_boxes import upright_boxes
 from jaxid.data.coco_spatial import picture_name
-from jaxid.data.files import inside, read_csv
+from jaxid.data.files import inside, read_csv, usable
 from jaxid.dcsm.datasets import named
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json
@@ -41,9 +41,6 @@ _ON_THE_PAGE = ((" behind ", " above "), (" in front of ", " below "), (" bottom
 
 _OF_TABLES = ((" on", " above"), (" under", " below"))
 """Words of What'sUp, likewise."""
-
-_MOST = 10**12
-"""Whole numbers in files are smaller."""
 
 _SUFFIXES = (".png", ".jpeg", ".jpg")
 _LARGEST = 10**12
@@ -70,22 +67,10 @@ class Question:
     crop: tuple[int, int, int, int] | None = None
 
 
-class Skipped(NamedTuple):
-    """A row that was left out: its file, its number counted from 0, and what was wrong with it."""
-
-    file: Path
-    row: int
-    reason: str
-
-
-class _BadRow(Exception):
-    """What is wrong with one row."""
-
-
 class _Row(NamedTuple):
-    """A row of a file, and its number."""
+    """A row of a file, and its index."""
 
-    number: int
+    index: int
     content: object
 
     def value(self, field: str) -> object:
@@ -96,7 +81,7 @@ class _Row(NamedTuple):
         """A field that must hold a text."""
         value = self.value(field)
         if not isinstance(value, str) or not value.strip():
-            raise _BadRow(f"field {field!r} is no text, in {self.shown}")
+            raise DataError(f"field {field!r} is no text, in {self.shown}")
         return value
 
     def texts(self, *fields: str) -> tuple[str, ...]:
@@ -109,7 +94,7 @@ class _Row(NamedTuple):
         if type(value) is int and abs(value) < _LARGEST:
             return value
         if not isinstance(value, str) or not value.strip().isdecimal() or len(value.strip()) >= len(str(_LARGEST)):
-            raise _BadRow(f"field {field!r} is no whole number below {_LARGEST}, in {self.shown}")
+            raise DataError(f"field {field!r} is no whole number below {_LARGEST}, in {self.shown}")
         return int(value)
 
     @property
@@ -119,13 +104,10 @@ class _Row(NamedTuple):
 
     def question(self, pictures: Path, name: str, captions: Iterable[str], *, kind: str = "") -> Question:
         """The row's question, if its picture exists, and below its folder."""
-        try:
-            picture = inside(pictures, name, "picture")
-        except DataError as error:
-            raise _BadRow(str(error).rstrip(".")) from error
+        picture = inside(pictures, name, "picture")
         if not picture.is_file():
-            raise _BadRow(f"there is no picture {picture}")
-        key = f"{self.number:05d}-{picture.stem}"
+            raise DataError(f"there is no picture {picture}")
+        key = f"{self.index:05d}-{picture.stem}"
         return Question(f"{key}-{kind}" if kind else key, picture, tuple(captions))
 
 
@@ -189,7 +171,7 @@ def _composite(row: _Row, pictures: Path, *, reverse: bool) -> Question:
     name = row.text("name")
     parts = named(Path(name).stem).split("_")
     if len(parts) < 4 or not all(parts[:4]):
-        raise _BadRow(f"the picture's name {name!r} has not the form colour_object_colour_object")
+        raise DataError(f"the picture's name {name!r} has not the form colour_object_colour_object")
     one, first, other, second = parts[:4]
     if reverse:
         captions = (f"a {other} {second} and a {one} {first}", f"a {one} {second} and a {other} {first}")
@@ -209,7 +191,7 @@ def _ncd_reversed(row: _Row, pictures: Path) -> Question:
 def _vg_attribution(row: _Row, pictures: Path) -> Question:
     left, top, width, height = (row.integer(f"bbox_{name}") for name in "xywh")
     if width <= 0 or height <= 0:
-        raise _BadRow(f"fields 'bbox_w' and 'bbox_h' give an empty box of {width} x {height} pixels")
+        raise DataError(f"fields 'bbox_w' and 'bbox_h' give an empty box of {width} x {height} pixels")
     question = row.question(pictures, row.text("image_path"), row.texts("true_caption", "false_caption"))
     return dataclasses.replace(question, crop=(left, top, left + width, top + height))
 
@@ -221,13 +203,13 @@ def _whatsup(row: _Row, pictures: Path) -> Question:
         or len(captions) < 2
         or not all(isinstance(c, str) and c.strip() for c in captions)
     ):
-        raise _BadRow(f"field 'caption_options' is no list of two or more texts, in {row.shown}")
+        raise DataError(f"field 'caption_options' is no list of two or more texts, in {row.shown}")
     name = PurePosixPath(row.text("image_path")).name
     # The published evaluation renames the files in place, so a folder that it has seen holds other names.
     renamed = name.replace("_on_", "_above_").replace("_under_", "_below_")
     try:
         return row.question(pictures, name, captions)
-    except _BadRow:
+    except DataError:
         if renamed == name:
             raise
     return row.question(pictures, renamed, captions)
@@ -242,10 +224,10 @@ def _vg_spatial(row: _Row, pictures: Path) -> Question:
 
 
 def _negbench(row: _Row, pictures: Path) -> Question:
-    captions = row.texts(*(f"caption_{number}" for number in range(4)))
+    captions = row.texts(*(f"caption_{index}" for index in range(4)))
     right = row.integer("correct_answer")
     if not 0 <= right < 4:
-        raise _BadRow(f"field 'correct_answer' is {right} instead of 0 to 3")
+        raise DataError(f"field 'correct_answer' is {right} instead of 0 to 3")
     captions = (captions[right], *captions[:right], *captions[right + 1 :])
     return row.question(
         pictures, PurePosixPath(row.text("image_path")).name, captions, kind=row.text("correct_answer_template")
@@ -342,21 +324,13 @@ def find(folder: str | Path) -> list[str]:
     return [name for name, benchmark in BENCHMARKS.items() if benchmark.find(folder)]
 
 
-@overload
 def read(
-    folder: str | Path, names: Iterable[str] | None = None, *, rewrite: bool = True, skip_bad: Literal[False] = False
-) -> dict[str, list[Question]]: ...
-
-
-@overload
-def read(
-    folder: str | Path, names: Iterable[str] | None = None, *, rewrite: bool = True, skip_bad: Literal[True]
-) -> tuple[dict[str, list[Question]], list[Skipped]]: ...
-
-
-def read(
-    folder: str | Path, names: Iterable[str] | None = None, *, rewrite: bool = True, skip_bad: bool = False
-) -> dict[str, list[Question]] | tuple[dict[str, list[Question]], list[Skipped]]:
+    folder: str | Path,
+    names: Iterable[str] | None = None,
+    *,
+    rewrite: bool = True,
+    bad: list[tuple[str, DataError]] | None = None,
+) -> dict[str, list[Question]]:
     """Reads evaluation sets. Pictures are not opened, but must exist.
 
     Args:
@@ -364,24 +338,23 @@ def read(
         names: which sets; every one that is there if None.
         rewrite: word the captions as the published evaluation words them for its scorer (see `published_caption`);
             otherwise as the files have them.
-        skip_bad: leave out malformed rows and rows without a picture, and return them too.
+        bad: where given, malformed rows and rows without a picture are skipped and noted here: "row 3" and its
+            error, which names the file.
 
     Returns:
-        The questions of every set by its name, in the file's order (NCD: of the pictures' names); with `skip_bad`
-        also the rows left out. A set all of whose rows are bad is then an empty list.
+        The questions of every set by its name, in the file's order (NCD: of the pictures' names). Where bad rows are
+        skipped, a set may be empty.
 
     Raises:
         InputError: a name is unknown.
         DataError: a set that was asked for is not there, or none is; a file cannot be read or holds no question; or,
-            without `skip_bad`, a row is malformed or lacks its picture.
+            without `bad`, a row is malformed or lacks its picture.
     """
     benchmarks = [_benchmark(name) for name in (find(folder) if names is None else names)]
     if not benchmarks:
         looked = sorted({place for benchmark in BENCHMARKS.values() for place in benchmark.files})
         raise DataError(f"{folder} holds no evaluation set; looked for {', '.join(looked)}.")
-    skipped: list[Skipped] | None = [] if skip_bad else None
-    questions = {benchmark.name: _read(benchmark, Path(folder), rewrite, skipped) for benchmark in benchmarks}
-    return questions if skipped is None else (questions, skipped)
+    return {benchmark.name: _read(benchmark, Path(folder), rewrite, bad) for benchmark in benchmarks}
 
 
 def published_caption(name: str, caption: str, *, flat: bool = True) -> str:
@@ -423,9 +396,7 @@ def load_picture(question: Question) -> UInt8[np.ndarray, "Y X 3"]:
     left, top, width, height = upright_boxes(box, stored(question.picture), str(question.picture))[0].tolist()
     inside = left < picture.width and top < picture.height and left + width > 0 and top + height > 0
     if not inside or width * height > MOST_PIXELS:
-        raise InputError(
-            f"{question.picture} has no part to show in the box {question.crop}; correct it or leave it out."
-        )
+        raise InputError(f"{question.picture} has no part to show in the box {question.crop}; correct it or skip it.")
     return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 
@@ -435,7 +406,7 @@ def _benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def _read(benchmark: Benchmark, folder: Path, rewrite: bool, skipped: list[Skipped] | None) -> list[Question]:
+def _read(benchmark: Benchmark, folder: Path, rewrite: bool, bad: list[tuple[str, DataError]] | None) -> list[Question]:
     file = benchmark.find(folder)
     if file is None:
         raise DataError(f"{folder} holds no {benchmark.name}; it belongs at {' or '.join(benchmark.files)}.")
@@ -444,19 +415,16 @@ def _read(benchmark: Benchmark, folder: Path, rewrite: bool, skipped: list[Skipp
         raise DataError(f"{file} holds no question; every row is {benchmark.row}.")
     places = [folder / place for place in benchmark.pictures]
     pictures = next((place for place in places if place.is_dir()), places[0])
-    questions = []
-    for number, content in enumerate(rows):
+
+    def question(index: int, content: object) -> Question:
         try:
-            question = benchmark.parse(_Row(number, content), pictures)
-        except _BadRow as bad:
-            if skipped is None:
-                raise DataError(
-                    f"{file}, row {number}: {bad}. A row is {benchmark.row}; skip_bad leaves bad ones out."
-                ) from bad
-            skipped.append(Skipped(file, number, str(bad)))
-            continue
-        if rewrite:
-            captions = tuple(published_caption(benchmark.name, caption) for caption in question.captions)
-            question = dataclasses.replace(question, captions=captions)
-        questions.append(question)
-    return questions
+            found = benchmark.parse(_Row(index, content), pictures)
+        except DataError as error:
+            reason = str(error).rstrip(".")
+            raise DataError(f"{file}, row {index}: {reason}. A row is {benchmark.row}; --skip-bad skips it.") from error
+        if not rewrite:
+            return found
+        captions = tuple(published_caption(benchmark.name, caption) for caption in found.captions)
+        return dataclasses.replace(found, captions=captions)
+
+    return usable(rows, question, bad)

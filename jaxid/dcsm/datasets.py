@@ -8,7 +8,7 @@
 | COCO | COCO-Spatial's rows [id, right caption, wrong caption] | none |
 
 Every item has its caption in two versions. Names of several words are joined by hyphens or further underscores.
-Several pictures of the same things are told apart by a number behind a full stop, as in `star_above_fish.2.png`.
+Several pictures of the same things are told apart by a number after a full stop, as in `star_above_fish.2.png`.
 """
 
 import dataclasses
@@ -135,8 +135,8 @@ def read_negation(path: str | Path) -> list[Item]:
     """
     path = Path(path)
     items = []
-    for number, row in enumerate(read_json(path, DataError, expected=list)):
-        where = f"{path}, row {number}"
+    for index, row in enumerate(read_json(path, DataError, expected=list)):
+        where = f"{path}, row {index}"
         fields = ("image_1", "image_2", "object_1", "object_2")
         values = [row.get(name) if isinstance(row, dict) else None for name in fields]
         missing = [
@@ -149,10 +149,10 @@ def read_negation(path: str | Path) -> list[Item]:
             if not picture.is_file():
                 raise DataError(f"{where}: there is no picture {picture}.")
         here, there = row["object_1"].strip(), row["object_2"].strip()
-        words = [NEGATIONS[(number + shift) % len(NEGATIONS)] for shift in range(2)]
+        words = [NEGATIONS[(index + shift) % len(NEGATIONS)] for shift in range(2)]
         items.append(
             Item(
-                key=f"{path.stem}-{number}",
+                key=f"{path.stem}-{index}",
                 picture=pictures[0],
                 opposite=pictures[1],
                 captions=(negated(here, words[0], there), negated(here, words[1], there)),
@@ -257,8 +257,8 @@ def write_negation(
         OutputError: if it cannot be written.
     """
     path, listed = Path(path), []
-    for number, (first, second, here, there) in enumerate(rows):
-        names = [f"{path.stem}_{number:05d}_{side}.png" for side in (1, 2)]
+    for index, (first, second, here, there) in enumerate(rows):
+        names = [f"{path.stem}_{index:05d}_{side}.png" for side in (1, 2)]
         for name, picture in zip(names, (first, second), strict=True):
             save_picture(path.parent / name, picture)
         listed.append({"image_1": names[0], "image_2": names[1], "object_1": here, "object_2": there})

@@ -1,7 +1,8 @@
 """Pictures and captions in a CLIP-like model's joint space: every token, and pooled."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ class Pictures:
         return len(self.tokens)
 
     def __getitem__(self, chosen: Any) -> "Pictures":
-        """Some of them, by slice or by a list of numbers."""
+        """Some of them, by slice or by a list of indices."""
         return Pictures(tokens=self.tokens[chosen], pooled=self.pooled[chosen])
 
 
@@ -60,7 +61,7 @@ class Texts:
         return len(self.tokens)
 
     def __getitem__(self, chosen: list[int]) -> "Texts":
-        """Some of them, by their numbers."""
+        """Some of them, by their indices."""
         return Texts(captions=self.captions[chosen], tokens=self.tokens[chosen], pooled=self.pooled[chosen])
 
 
@@ -103,15 +104,13 @@ def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, progress: boo
     Raises:
         InputError: if there are none, or one cannot be opened.
     """
-    from tqdm import tqdm
-
     if not len(pictures):
         raise InputError("give at least one picture.")
-    parts = []
-    for start in tqdm(range(0, len(pictures), BATCH), unit="batch", disable=None if progress else True):
-        pixels = encoder.processor.pixels(pictures[start : start + BATCH])
-        parts.append(_in_full(lambda pixels: _image(encoder, pixels), pixels.astype(_dtype(encoder))))
-    tokens, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
+
+    def pixels(rows: slice) -> tuple[np.ndarray]:
+        return (encoder.processor.pixels(pictures[rows]).astype(_dtype(encoder)),)
+
+    tokens, pooled = _in_batches(partial(_image, encoder), len(pictures), pixels, progress=progress)
     return Pictures(tokens=tokens, pooled=pooled)
 
 
@@ -127,17 +126,23 @@ def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TO
         InputError: if there are none, one is blank, or the encoder does not take that many tokens.
     """
     batch = encoder.processor.captions(captions, length)
-    parts = []
-    for start in range(0, len(batch), BATCH):
-        rows = slice(start, start + BATCH)
-        parts.append(_in_full(lambda *arrays: _text(encoder, *arrays), batch.token_ids[rows], batch.valid[rows]))
-    tokens, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
+    tokens, pooled = _in_batches(
+        partial(_text, encoder), len(batch), lambda rows: (batch.token_ids[rows], batch.valid[rows])
+    )
     return Texts(captions=batch.cut(length), tokens=tokens[:, :length], pooled=pooled)
 
 
-def _in_full(run: Any, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Runs a batch padded to a power of two, so that few programs are compiled, and cuts what it gives."""
-    count = len(arrays[0])
-    size = 1 << (count - 1).bit_length()
-    filled = [np.concatenate([array, np.repeat(array[-1:], size - count, axis=0)]) for array in arrays]
-    return tuple(np.asarray(value)[:count] for value in jax.device_get(run(*filled)))
+def _in_batches(
+    run: Callable[..., Any], count: int, arrays: Callable[[slice], tuple[np.ndarray, ...]], *, progress: bool = False
+) -> list[np.ndarray]:
+    """What a program gives for all rows, a batch at a time, padded to a power of two: few programs are compiled."""
+    from tqdm import tqdm
+
+    parts = []
+    for start in tqdm(range(0, count, BATCH), unit="batch", disable=None if progress else True):
+        own = arrays(slice(start, start + BATCH))
+        rows = len(own[0])
+        missing = (1 << (rows - 1).bit_length()) - rows
+        padded = [np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in own]
+        parts.append([np.asarray(value)[:rows] for value in jax.device_get(run(*padded))])
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]

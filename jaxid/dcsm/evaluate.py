@@ -1,6 +1,6 @@
 """Questions about pictures, answered by pooled cosine and by a scorer of dense maps ([DCSM] arXiv 2503.08723, 6)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxid.dcsm.scoring import Scorer, score_own
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
 from jaxid.prompts.pictures import Picture
+from jaxid.stats import confidence_interval
 
 
 class Answers(NamedTuple):
@@ -48,7 +49,7 @@ def answer(
     shown = range(len(pictures)) if shown is None else shown
     if not len(captions) or len(captions) != len(shown):
         raise InputError(f"{len(captions)} questions about {len(shown)} pictures: as many of both are needed, and one.")
-    alone = [number for number, own in enumerate(captions) if len(own) < 2]
+    alone = [index for index, own in enumerate(captions) if len(own) < 2]
     if alone:
         raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
     encoded = embed_images(encoder, pictures)
@@ -58,8 +59,9 @@ def answer(
     fits = length <= context and encoder.processor.longest([text for own in captions for text in own]) <= length
     known = _Captions(encoder, captions, length if fits else context)
     for rows, texts in known.by_count(captions):
-        scores = np.einsum("ne,nce->nc", encoded.pooled[[shown[row] for row in rows]], texts.pooled)
-        bad = [rows[place] for place in np.flatnonzero(~np.isfinite(scores).all(axis=1))]
+        pooled = texts.pooled.reshape(len(rows), -1, texts.pooled.shape[1])
+        scores = np.einsum("ne,nce->nc", encoded.pooled[[shown[row] for row in rows]], pooled)
+        bad = [rows[index] for index in np.flatnonzero(~np.isfinite(scores).all(axis=1))]
         if bad:
             named = f"{', '.join(map(str, bad[:5]))}{' and others' if len(bad) > 5 else ''}"
             raise InputError(f"questions {named} have no cosine: the encoder gives NaN or infinity for them.")
@@ -70,12 +72,11 @@ def answer(
     known = known if fits and scorer_captions is None else _Captions(encoder, asked, length)
     dcsm = np.zeros(len(captions), bool)
     for rows, texts in known.by_count(asked):
-        own = encoded[[shown[row] for row in rows]]
         scores = score_own(
             scorer,
-            own,
-            texts.flat,
-            texts.pooled.shape[1],
+            encoded[[shown[row] for row in rows]],
+            texts,
+            len(texts) // len(rows),
             group=group,
             name=lambda at, rows=rows: f"question {rows[at]}",
         )
@@ -88,34 +89,23 @@ def _first_is_best(scores: np.ndarray) -> np.ndarray:
     return scores[:, 0] > scores[:, 1:].max(axis=1) + 1e-6 * np.abs(scores).max()
 
 
-class _Own(NamedTuple):
-    """Captions of questions that have as many each."""
-
-    pooled: np.ndarray  # Float[n, C, E]
-    flat: Texts  # n * C
-
-
 class _Captions:
     """All different captions of some questions, encoded once."""
 
     def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]], length: int):
-        self.numbers: dict[str, int] = {}
+        self.indices: dict[str, int] = {}
         for own in captions:
             for caption in own:
-                self.numbers.setdefault(caption, len(self.numbers))
-        self.texts = embed_texts(encoder, list(self.numbers), length)
+                self.indices.setdefault(caption, len(self.indices))
+        self.texts = embed_texts(encoder, list(self.indices), length)
 
-    def by_count(self, captions: Sequence[Sequence[str]]) -> list[tuple[list[int], _Own]]:
-        """Questions by their number of captions: which, and what they are asked."""
+    def by_count(self, captions: Sequence[Sequence[str]]) -> Iterator[tuple[list[int], Texts]]:
+        """Questions that have as many captions: which, and all captions of theirs."""
         groups: dict[int, list[int]] = {}
         for row, own in enumerate(captions):
             groups.setdefault(len(own), []).append(row)
-        found = []
-        for count, rows in groups.items():
-            chosen = [self.numbers[caption] for row in rows for caption in captions[row]]
-            texts = self.texts[chosen]
-            found.append((rows, _Own(texts.pooled.reshape(len(rows), count, -1), texts)))
-        return found
+        for rows in groups.values():
+            yield rows, self.texts[[self.indices[caption] for row in rows for caption in captions[row]]]
 
 
 def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -125,8 +115,6 @@ def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
         rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm"; and "chance", the share of right answers
             that guessing would give, if it is to be told.
     """
-    from jaxid.stats import confidence_interval
-
     names = np.asarray(rows["benchmark"])
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for method in [name for name in ("cosine", "dcsm") if name in rows]:

@@ -4,28 +4,28 @@ Three steps of the model, one request each: every caption is simplified; its fun
 the list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
 """
 
+import asyncio
 import contextlib
 import hashlib
-import http.client
 import json
 import os
-import queue
 import re
-import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from jaxid.checks import check_finite
 from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
-from jaxid.io import first_line, read_json, reading, write_text
+from jaxid.io import read_json, reading, write_text
 
 SIMPLIFY = (
     "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "
@@ -95,7 +95,7 @@ def by_rules(captions: Sequence[str], vocabulary: Sequence[str] = ()) -> Found:
     """
     words = dict.fromkeys(word.lower() for word in vocabulary)
     for caption in captions:
-        words |= {RULES[number]: None for number, _, _ in find(caption, RULES)}
+        words |= {RULES[index]: None for index, _, _ in find(caption, RULES)}
     return Found(tuple(captions), tuple(words))
 
 
@@ -137,7 +137,7 @@ def by_model(
         except DataError:
             _forget(ask, prompt)
             raise
-        order = {word: number for number, word in enumerate(marked)}
+        order = {word: index for index, word in enumerate(marked)}
         words |= dict.fromkeys(sorted(cleaned, key=lambda word: order.get(word, len(order))))
     return Found(tuple(simple), tuple(words))
 
@@ -217,12 +217,12 @@ class Endpoint:
         Raises:
             DataError: the endpoint refuses, cannot be reached, or answers in another form.
         """
-        body, path = self._body(prompt), self._path(prompt)
+        path = self._path(prompt)
         with contextlib.suppress(DataError):  # a damaged answer is asked for again
             kept = read_json(path, DataError, missing={}).get("answer")
             if isinstance(kept, str):
                 return kept
-        answer = self._answer(self._sent(json.dumps(body).encode()))
+        answer = self._answer(self._sent(self._body(prompt)))
         write_text(path, json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
         return answer
 
@@ -237,64 +237,54 @@ class Endpoint:
         name = hashlib.sha256(json.dumps([self.url, self._body(prompt)], sort_keys=True).encode()).hexdigest()[:32]
         return self.cache / f"{name}.json"
 
-    def _sent(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json"}
-        for attempt in range(1, self.attempts + 1):
-            wait = float(2 ** (attempt - 1))
-            try:
-                request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
-                if self._key:  # not for hosts that a redirect leads to
-                    request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-                return json.loads(self._read(request))
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason, again = f"HTTP {error.code}", error.code in _AGAIN
-                    wait = _retry_after(error.headers, wait)
-            except http.client.HTTPException as error:  # its text may hold parts of an address
-                reason, again = type(error).__name__, True
-            except OSError as error:
-                cause = getattr(error, "reason", error)
-                reason, again = first_line(cause) if isinstance(cause, OSError) else type(error).__name__, True
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{self.host} does not answer in JSON.") from error
-            if not again or attempt == self.attempts:
-                hint = "; is the key right?" if reason in ("HTTP 401", "HTTP 403") else ""
-                raise DataError(
-                    f"{self.host} gave no answer ({reason}, attempt {attempt}{hint}); finished ones are kept."
-                )
-            self.sleep(wait)
-        raise AssertionError("unreachable")
-
-    def _read(self, request: urllib.request.Request) -> bytes:
-        """The answer's bytes, of bounded number and in bounded time.
-
-        The request runs in a thread: timeouts of sockets bound the wait for the next byte, not for the last one.
-        """
-        begun, outcome = threading.Event(), queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                with _OPENER.open(request, timeout=self.timeout) as response:
-                    begun.set()
-                    found = response.read(_MOST_BYTES + 1)
-                    if len(found) <= _MOST_BYTES and response.length:
-                        raise http.client.IncompleteRead(found)
-                    outcome.put(found)
-            except BaseException as error:
-                outcome.put(error)
-
-        threading.Thread(target=run, daemon=True).start()
+    def _sent(self, body: dict[str, Any]) -> Any:
+        """What the endpoint answers, in JSON; asked again while that may help."""
+        retrying = Retrying(
+            stop=stop_after_attempt(self.attempts),
+            wait=_seconds_to_wait,
+            retry=retry_if_exception(_worth_repeating),
+            sleep=self.sleep,
+            reraise=True,
+        )
         try:
-            found = outcome.get(timeout=self.timeout)
-        except queue.Empty:
-            if begun.is_set():
-                raise DataError(f"{self.host} sends too slowly: no whole answer in {self.timeout:g} s.") from None
-            raise TimeoutError(f"nothing came in {self.timeout:g} s") from None
-        if isinstance(found, BaseException):
-            raise found
-        if len(found) > _MOST_BYTES:
-            raise DataError(f"{self.host} sends more than {_MOST_BYTES // 2**20} MB; is it a chat endpoint?")
-        return found
+            return json.loads(retrying(lambda: _run(self._post(json.dumps(body).encode()))))
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:  # their texts may hold parts of an address
+            refused = isinstance(error, httpx.HTTPStatusError)
+            reason = f"HTTP {error.response.status_code}" if refused else type(error).__name__
+            hint = "; is the key right?" if reason in ("HTTP 401", "HTTP 403") else ""
+            attempt = retrying.statistics["attempt_number"]
+            raise DataError(
+                f"{self.host} gave no answer ({reason}, attempt {attempt}{hint}); finished ones are kept."
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.host} does not answer in JSON.") from error
+
+    async def _post(self, body: bytes) -> bytes:
+        """The answer's bytes, of bounded number and in bounded time; redirects are not followed."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        found, begun = bytearray(), False
+        try:
+            # httpx bounds the wait for the next byte, not for the last one.
+            async with (
+                asyncio.timeout(self.timeout),
+                httpx.AsyncClient(timeout=None) as client,
+                client.stream("POST", self.url, content=body, headers=headers) as response,
+            ):
+                begun = True
+                response.raise_for_status()
+                async for part in response.aiter_bytes():
+                    found += part
+                    if len(found) > _MOST_BYTES:
+                        raise DataError(
+                            f"{self.host} sends more than {_MOST_BYTES // 2**20} MB; is it a chat endpoint?"
+                        )
+        except TimeoutError:
+            if not begun:
+                raise
+            raise DataError(f"{self.host} sends too slowly: no whole answer in {self.timeout:g} s.") from None
+        return bytes(found)
 
     def _answer(self, response: Any) -> str:
         try:
@@ -306,16 +296,20 @@ class Endpoint:
         return answer
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to web addresses alone."""
+def _run(work: Coroutine[Any, Any, bytes]) -> bytes:
+    """Waits for a coroutine, even where a loop is running already, as in notebooks."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if not re.match(r"https?://", newurl, re.IGNORECASE):
-            raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
-
-_OPENER = urllib.request.build_opener(_Redirects)
+def _worth_repeating(error: BaseException) -> bool:
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in _AGAIN
+    return isinstance(error, httpx.TransportError | TimeoutError)
 
 
 def _host(url: str) -> str:
@@ -327,7 +321,7 @@ def _host(url: str) -> str:
     if not re.match(r"https?://", url, re.IGNORECASE):
         raise InputError("the base URL must begin with http:// or https://.")
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
@@ -350,14 +344,15 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _retry_after(headers: Any, default: float) -> float:
-    """Seconds that an answer asks to wait, given as a number or a date, 60 at most."""
-    asked = headers.get("Retry-After") or str(default)
+def _seconds_to_wait(state: RetryCallState) -> float:
+    """Seconds that an answer asks to wait, given as a number or a date, 60 at most; else 1, 2, 4, ..."""
+    error, default = state.outcome and state.outcome.exception(), wait_exponential()(state)
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, httpx.HTTPStatusError) else ""
     try:
         seconds = float(asked)
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(asked).astimezone(UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError, OverflowError):
-            seconds = default
+            return default
     return min(60.0, max(0.0, seconds)) if seconds == seconds else default

@@ -53,6 +53,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from jaxid.errors import InputError
+from jaxid.kernels.similarity import unit
 
 CONDITIONS = ("content", "binding", "relations", "negation")
 LAWS = ("free", "weighted", "fused", "equal")
@@ -182,24 +183,20 @@ def slacks(
         images: one vector a picture, in the world's order, of any length above zero.
         texts: likewise one a caption.
     """
-    at = _places(small_world)
-    cosines = _unit(images) @ _unit(texts).T
+    at = _indices(small_world)
+    cosines = unit(images) @ unit(texts).T
     return cosines[at[:, 0], at[:, 1]] - cosines[at[:, 2], at[:, 3]]
 
 
 @functools.cache
-def _places(small_world: World) -> Int[np.ndarray, "inequalities 4"]:
-    image = {name: number for number, name in enumerate(small_world.images)}
-    text = {name: number for number, name in enumerate(small_world.texts)}
+def _indices(small_world: World) -> Int[np.ndarray, "inequalities 4"]:
+    image = {name: index for index, name in enumerate(small_world.images)}
+    text = {name: index for index, name in enumerate(small_world.texts)}
     rows = [
         (image[one.image], text[one.text], image[one.other_image], text[one.other_text])
         for one in small_world.inequalities
     ]
     return np.array(rows)
-
-
-def _unit(vectors: Float[Array, "N dimension"]) -> Float[Array, "N dimension"]:
-    return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def chosen(small_world: World, conditions: Sequence[str]) -> Bool[np.ndarray, "inequalities"]:
@@ -211,27 +208,6 @@ def chosen(small_world: World, conditions: Sequence[str]) -> Bool[np.ndarray, "i
     if not conditions or not set(conditions) <= set(CONDITIONS):
         raise InputError(f"conditions are {list(conditions)}; choose one or more of {', '.join(CONDITIONS)}.")
     return np.array([one.condition in conditions for one in small_world.inequalities])
-
-
-def weakest(
-    small_world: World,
-    images: Float[Array, "I dimension"],
-    texts: Float[Array, "T dimension"],
-    conditions: Sequence[str],
-) -> tuple[float, Inequality]:
-    """The margin of an embedding: the smallest slack of some conditions' inequalities, and which one has it.
-
-    Args:
-        small_world: the world.
-        images: one vector a picture, in the world's order.
-        texts: likewise one a caption.
-        conditions: names from `CONDITIONS`.
-
-    Raises:
-        InputError: A condition is unknown, or none is given.
-    """
-    values = np.where(chosen(small_world, conditions), np.asarray(slacks(small_world, images, texts)), np.inf)
-    return float(values.min()), small_world.inequalities[int(values.argmin())]
 
 
 def membership(small_world: World, law: str) -> tuple[Float[np.ndarray, "I P"], Float[np.ndarray, "T P"]]:
@@ -266,7 +242,7 @@ def embed(
     if law == "weighted":
         of_images *= jnp.square(parameters.image_weights)
         of_texts *= jnp.square(parameters.text_weights)
-    return _unit(of_images @ _unit(parameters.image_parts)), _unit(of_texts @ _unit(parameters.text_parts))
+    return unit(of_images @ unit(parameters.image_parts)), unit(of_texts @ unit(parameters.text_parts))
 
 
 def random_parameters(key: PRNGKeyArray, small_world: World, law: str, dimension: int) -> Parameters:

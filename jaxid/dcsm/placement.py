@@ -15,7 +15,7 @@ PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "wi
 
 Placement = Literal["token", "replace", "insert"]
 """Where a functional word's column is put. "token": at the word's own first token. The two published code paths put it
-at the token whose number is the word's among the caption's words split at spaces, which the start token and words of
+at the token whose index is the word's among the caption's words split at spaces, which the start token and words of
 several tokens shift: "replace" takes that column's place, "insert" pushes it and all after it to the right."""
 
 PLACEMENTS = get_args(Placement)
@@ -25,8 +25,8 @@ class Columns(NamedTuple):
     """What stands in every column of the maps of M captions.
 
     Attributes:
-        words: number of the functional word, or -1.
-        sources: number of the caption token, where no functional word stands.
+        words: index of the functional word, or -1.
+        sources: index of the caption token, where no functional word stands.
     """
 
     words: Int[np.ndarray, "M T"]
@@ -34,7 +34,7 @@ class Columns(NamedTuple):
 
 
 def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
-    """First occurrence of every functional word: (its number, first character, last character + 1), by place.
+    """First occurrence of every functional word: (its index, first character, last character + 1), by place.
 
     Matches whole words in any case; entries of several words too, longer ones first, none within another.
 
@@ -43,7 +43,7 @@ def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
         vocabulary: functional words.
     """
     spans = word_spans(caption, vocabulary, ignore_case=True)
-    return sorted(((number, *own[0]) for number, own in enumerate(spans) if own), key=lambda one: one[1])
+    return sorted(((index, *own[0]) for index, own in enumerate(spans) if own), key=lambda one: one[1])
 
 
 def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token") -> Columns:
@@ -64,23 +64,22 @@ def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token
     count, length = captions.token_ids.shape
     words = np.full((count, length), -1, np.int32)
     sources = np.tile(np.arange(length, dtype=np.int32), (count, 1))
-    for row, caption in enumerate(captions.texts):
-        for number, column in _places(captions, row, caption, vocabulary, placement):
+    for row in range(count):
+        for index, column in _columns(captions, row, vocabulary, placement):
             if column is None or column >= length:
                 continue
             if placement == "insert":
                 words[row, column + 1 :] = words[row, column:-1].copy()
                 sources[row, column + 1 :] = sources[row, column:-1].copy()
-            words[row, column] = number
+            words[row, column] = index
     return Columns(words, sources)
 
 
-def _places(
-    captions: Captions, row: int, caption: str, vocabulary: Sequence[str], placement: str
-) -> list[tuple[int, int | None]]:
+def _columns(captions: Captions, row: int, vocabulary: Sequence[str], placement: str) -> list[tuple[int, int | None]]:
     """Every functional word of a caption and its column, in the caption's order."""
+    caption = captions.texts[row]
     if placement == "token":
-        return [(number, captions.token_at(row, start, stop)) for number, start, stop in find(caption, vocabulary)]
+        return [(index, captions.token_at(row, start, stop)) for index, start, stop in find(caption, vocabulary)]
     split = caption.split(" ")
-    found = [(split.index(word), number) for number, word in enumerate(vocabulary) if word in split]
-    return [(number, index) for index, number in sorted(found)]
+    found = sorted((split.index(word), index) for index, word in enumerate(vocabulary) if word in split)
+    return [(index, column) for column, index in found]

@@ -184,10 +184,10 @@ def check_vocabulary(words: Sequence[str]) -> None:
     """
     if not words:
         raise InputError("the list of functional words is empty.")
-    for number, word in enumerate(words):
+    for index, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
-            raise InputError(f"functional word {number} is {word!r:.80}, not a text.")
-    twice = next((word for number, word in enumerate(words) if word in words[:number]), None)
+            raise InputError(f"functional word {index} is {word!r:.80}, not a text.")
+    twice = next((word for index, word in enumerate(words) if word in words[:index]), None)
     if twice is not None:
         raise InputError(f"the functional word {twice!r:.80} is there twice; keep it once.")
 

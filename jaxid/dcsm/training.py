@@ -96,9 +96,9 @@ def two_way_loss(scores: Float[Array, "N M"], columns: Int[Array, "N"]) -> tuple
 
 def item_rows(count: int, step: int, size: int, seed: tuple[int, ...]) -> Int[np.ndarray, "B"]:
     """Which items a step takes of a data set: an endless stream, shuffled anew for every pass."""
-    places = np.arange(step * size, (step + 1) * size)
-    orders = {turn: np.random.default_rng((*seed, turn)).permutation(count) for turn in set((places // count).tolist())}
-    return np.array([orders[place // count][place % count] for place in places.tolist()])
+    passes, rows = np.divmod(np.arange(step * size, (step + 1) * size), count)
+    orders = {one: np.random.default_rng((*seed, one)).permutation(count) for one in set(passes.tolist())}
+    return np.array([orders[one][row] for one, row in zip(passes.tolist(), rows.tolist(), strict=True)])
 
 
 class Table:
@@ -129,13 +129,13 @@ class Table:
             rows = []
             for item in items:
                 shown = [item.picture] if item.opposite is None else [item.picture, item.opposite]
-                numbers = list(range(len(self.paths), len(self.paths) + len(shown)))
+                indices = list(range(len(self.paths), len(self.paths) + len(shown)))
                 self.paths += shown
                 texts = [
                     [captions.setdefault(text, len(captions)) for text in (right, wrong)]
                     for right, wrong in zip(item.captions, item.opposite_captions, strict=True)
                 ]
-                rows.append((numbers, texts))
+                rows.append((indices, texts))
             self.items.append(rows)
         texts = embed_texts(encoder, list(captions), scorer.map_shape[1])
         self.words, self.texts = caption_columns(scorer, texts)
@@ -144,12 +144,12 @@ class Table:
         if self.images is not None:
             check_finite("the encoder's image tokens", self.images)
 
-    def batch(self, number: int, chosen: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]]:
-        """Numbers of the pictures of some items of a data set, and the arrays of their captions.
+    def batch(self, index: int, chosen: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]]:
+        """Indices of the pictures of some items of a data set, and the arrays of their captions.
 
         Pictures stand first, then their opposites, where they have any; captions likewise, in both versions.
         """
-        rows = [self.items[number][place] for place in chosen]
+        rows = [self.items[index][row] for row in chosen]
         sides = len(rows[0][0])
         pictures = [row[0][side] for side in range(sides) for row in rows]
         captions = np.array(
@@ -208,9 +208,9 @@ def train(
 
     def batch(step: int) -> Batch:
         arrays: dict[str, np.ndarray] = {"step": np.asarray(step, np.int32)}
-        for number, (name, items) in enumerate(sets.items()):
-            chosen = item_rows(len(items), step, config.batch_size, (config.seed, number))
-            pictures, captions = table.batch(number, chosen.tolist())
+        for index, (name, items) in enumerate(sets.items()):
+            chosen = item_rows(len(items), step, config.batch_size, (config.seed, index))
+            pictures, captions = table.batch(index, chosen.tolist())
             if table.images is None:
                 shown = encoder.processor.pixels([table.paths[row] for row in pictures])
             else:
@@ -268,8 +268,8 @@ def loss(
     vectors = parameters.get("vectors", scorer.vectors)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), batch["step"])
     total, hits = jnp.zeros(()), jnp.zeros(())
-    for number, name in enumerate(sets):
-        own = jax.random.fold_in(key, number)
+    for index, name in enumerate(sets):
+        own = jax.random.fold_in(key, index)
         images = batch[f"{name}.images"]
         if config.augment:
             images = jax.lax.stop_gradient(embed_pixels(encoder, _augmented(encoder, own, images)))
@@ -291,7 +291,7 @@ def loss(
 
 
 def _augmented(encoder: Encoder, key: Array, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N C Y X"]:
-    """Prepared pictures turned, tilted and sprinkled, in their own colours."""
+    """Prepared pictures tilted, rotated and sprinkled, in their own colours."""
     settings = encoder.processor.image_processor
     mean, std = (jnp.asarray(value, jnp.float32)[:, None, None] for value in (settings.image_mean, settings.image_std))
     pictures = jnp.moveaxis(pixels * std + mean, 1, -1)

@@ -1,9 +1,7 @@
 """Pooled cosine and dense maps on the published benchmarks ([DCSM] arXiv 2503.08723, section 6)."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +13,11 @@ import numpy as np
 from jaxid import jobs, plots
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checks import Count
+from jaxid.data.files import write_csv
 from jaxid.dcsm import benchmarks, evaluate
 from jaxid.dcsm.benchmarks import Question
 from jaxid.dcsm.scoring import Scorer, own_scorer
-from jaxid.errors import InputError
+from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import Command, write_config
 from jaxid.experiments.session import Columns
 from jaxid.families.base import Encoder
@@ -88,8 +87,8 @@ class EvaluateScorers(Command[EvaluationSummary]):
         """
         ensure_output_folder(self.out)
         # Captions are worded below: the cosine and the scorer are shown different ones.
-        found = benchmarks.read(self.data, self.benchmark or None, rewrite=False, skip_bad=self.skip_bad)
-        read, bad_rows = found if isinstance(found, tuple) else (found, [])
+        bad: list[tuple[str, DataError]] | None = [] if self.skip_bad else None
+        read = benchmarks.read(self.data, self.benchmark or None, rewrite=False, bad=bad)
         asked = [(name, question) for name, questions in read.items() for question in questions]
         # Questions about one picture stand together, so that it is encoded once.
         asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
@@ -97,7 +96,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
         scorers = self._scorers()
         write_config(self, self.out)
         models, unknown = {}, {}
-        skipped = [{"item": f"{row.file}, row {row.row}", "reason": row.reason} for row in bad_rows]
+        skipped = [{"item": item, "reason": str(error)} for item, error in bad or ()]
         for model in self.model:
             encoder = load_encoder(model)
             done = self._answered(encoder, scorers[model], asked)
@@ -200,14 +199,12 @@ def _write_tables(out: Path, models: Mapping[str, Mapping[str, Mapping[str, Mapp
     chances = [known[name][0]["chance"] for name in columns]
     parts = ("accuracy", "low", "high", "questions", "chance")
 
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
     names = (name if part == "accuracy" else f"{name} {part}" for name in columns for part in parts)
-    table.writerow(["model", "method", *names])
+    table = [["model", "method", *names]]
     for model, method, found in rows:
         numbers = (f"{found[name][part]:.6g}" if name in found else "" for name in columns for part in parts)
-        table.writerow([model, method, *numbers])
-    write_text(out / "table.csv", buffer.getvalue())
+        table.append([model, method, *numbers])
+    write_csv(out / "table.csv", table)
 
     lines = [["model", "method", *columns], ["---"] * (2 + len(columns))]
     told = "{accuracy:.4f} ({low:.3f} to {high:.3f}, n = {questions})"

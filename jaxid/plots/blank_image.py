@@ -55,7 +55,7 @@ def blank_image(
         swapped: share of beliefs swapped by IDs.
         swapped_interval: lower and upper bound (95 %).
         noise: share swapped by noise of the same norm.
-        about: what was measured on what; stands below the panels.
+        about: what was measured on what.
 
     Raises:
         InputError: The arrays do not fit each other.

@@ -60,7 +60,7 @@ def caption_maps(
         about: what was measured on what.
 
     Raises:
-        InputError: The arrays do not fit each other, hold NaN, or there is no grid of patches.
+        InputError: The image tokens are no grid of patches.
     """
     check_shapes(
         maps=(maps, "M I T"),
@@ -119,9 +119,6 @@ def training_curves(
         loss: both directions' cross-entropy.
         accuracy: share of pictures whose caption scores highest in the batch.
         about: what was trained on what.
-
-    Raises:
-        InputError: The arrays do not fit each other, or nothing of one is finite.
     """
     check_shapes(epoch=(epoch, "N"), loss=(loss, "N"), accuracy=(accuracy, "N"))
     (loss, accuracy), lost = finite(loss=loss, accuracy=accuracy)
@@ -165,9 +162,6 @@ def benchmark_bars(
         interval: lower and upper ends.
         chance: what guessing would give in each benchmark.
         about: what was measured on what.
-
-    Raises:
-        InputError: The arrays do not fit each other.
     """
     check_shapes(
         names=(names, "R"),

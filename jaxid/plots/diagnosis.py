@@ -73,10 +73,7 @@ def margin_histogram(
         correct: whether each item was answered rightly.
         note: of a test, in the panel.
         layer: at which they were read.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, or no margin is finite.
+        about: what was measured on what.
     """
     check_shapes(margins=(margins, "B"), correct=(correct, "B"))
     known, lost = finite_items(0, margins=margins)
@@ -114,10 +111,7 @@ def margins_by_layer(
         easy_intervals: lower and upper bound (95 %) of `easy`, drawn as a band.
         hard_intervals: likewise of `hard`.
         layer: the one to mark.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, are empty, or have no finite value.
+        about: what was measured on what.
     """
     check_shapes(
         layers=(layers, "L"),
@@ -178,7 +172,7 @@ def occlusion_example(
         right: log-probability of the right answer about each of the pictures.
         names: of subject and object.
         title: above the figure, the question for example.
-        about: what was measured on what; stands below the figure.
+        about: what was measured on what.
 
     Raises:
         InputError: There is not a picture and a log-probability for each blur, and one more.
@@ -235,10 +229,7 @@ def sensitivities(
         correct: whether each item was answered rightly about its picture.
         margins: of a deviation run; NaN where there is none.
         note: of their correlation.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, or no item is finite.
+        about: what was measured on what.
     """
     check_shapes(
         sensitivity=(sensitivity, "B"),

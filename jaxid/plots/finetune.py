@@ -46,10 +46,7 @@ def finetune_curves(
         accuracies: by evaluation set, likewise.
         title: of the figure.
         intervals: by evaluation set, lower and upper bound (95 %) at every step, drawn as bands.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: There is no loss, or nothing of a curve is finite.
+        about: what was measured on what.
     """
     if not losses or not all(len(rows) for rows in (*losses.values(), *accuracies.values())):
         raise InputError("finetune_curves needs one or more losses, and a row of step and value for each curve.")
@@ -91,10 +88,7 @@ def finetune_comparison(
     Args:
         steps: at which runs were evaluated.
         sets: by evaluation set, by "with_ids" and "without_ids", a row for each run.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, there are none, or a value is not finite.
+        about: what was measured on what.
     """
     if not sets or any(rows.shape[1:] != steps.shape for kinds in sets.values() for rows in kinds.values()):
         raise InputError("finetune_comparison needs a row of as many values as steps for every run.")

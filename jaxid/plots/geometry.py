@@ -39,7 +39,7 @@ def attainable_margins(
         about: how the searches were made.
 
     Raises:
-        InputError: The arrays do not fit each other, or not every law has every set.
+        InputError: Not every law has every set.
     """
     check_shapes(law=(law, "N"), conditions=(conditions, "N"), margin=(margin, "N"))
     check_finite("margin", margin)

@@ -49,10 +49,7 @@ def id_plane(
         coordinates: cell (x, y) -> coordinates along the x-axis and the y-axis, in units of the activations.
         words: word -> its coordinates in the same plane, e.g. of "left" and "right"; may be empty.
         title: above the figure, e.g. the object and the layer.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The coordinates are not Float[4, 4, 2], or a word's are not Float[2], or something is not finite.
+        about: what was measured on what.
     """
     check_shapes(coordinates=(coordinates, "4 4 2"), **{f"word {word!r}": (at, "2") for word, at in words.items()})
     check_finite("coordinates", coordinates)
@@ -114,10 +111,7 @@ def variance_by_layer(
         row_share: share that the row (y) accounts for.
         column_share: share that the column (x) accounts for.
         agreement: mean cosine between two objects' IDs of the same cell.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The four differ in length, are empty, or have no finite value.
+        about: what was measured on what.
     """
     shares_of = {"two_axis": two_axis, "row_share": row_share, "column_share": column_share}
     check_shapes(**{name: (values, "L") for name, values in (shares_of | {"agreement": agreement}).items()})

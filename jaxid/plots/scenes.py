@@ -30,10 +30,7 @@ def scenes_with_answers(
         questions: one a picture.
         answers: what the model answered.
         truths: the right answers.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: There are no pictures, or not as many pictures as questions, answers and truths.
+        about: what was measured on what.
     """
     check_shapes(
         pictures=(pictures, "N Y X 3"), questions=(questions, "N"), answers=(answers, "N"), truths=(truths, "N")

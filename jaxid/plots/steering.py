@@ -58,10 +58,7 @@ def steering_by_column(
         change_second: likewise of the second word.
         words: the two words.
         along: "column" or "row": what the subject was steered along.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, there are not two words, or a word has no finite value.
+        about: what was measured on what.
     """
     check_shapes(
         layers=(layers, "L"),
@@ -97,10 +94,7 @@ def steering_map(
         change: log p(steered) - log p(control) of both words, by cell (x, y).
         words: the two words.
         layer: the one layer.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: `change` is not Float[4, 4, 2] or nowhere finite, or there are not two words.
+        about: what was measured on what.
     """
     check_shapes(change=(change, "4 4 2"), words=(words, "2"))
     (preference,), gaps = finite(change=change[..., 0] - change[..., 1])
@@ -129,11 +123,10 @@ def steering_maps(
         words: the two words.
         title: above the figure.
         marks: name -> cell (x, y) of objects that stay where they are; framed and named.
-        about: what was measured on what; stands below the figure.
+        about: what was measured on what.
 
     Raises:
-        InputError: `change` is not Float[4, 4, 2] or nowhere finite, there are not two words, or a marked cell is not
-            on the grid.
+        InputError: A marked cell is not on the grid.
     """
     check_shapes(change=(change, "4 4 2"), words=(words, "2"))
     marks = {} if marks is None else marks
@@ -198,10 +191,7 @@ def steering_by_layer(
         words: the two words.
         picture: shown beside the curves.
         title: the question; stands below the picture, or above the curves without one.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, there are not two words, or nothing is finite.
+        about: what was measured on what.
     """
     check_shapes(layers=(layers, "L"), change=(change, "L 2"), words=(words, "2"))
     curves, gaps = finite(**{f"change of {word!r}": change[:, n] for n, word in enumerate(words)})
@@ -246,10 +236,7 @@ def depth_by_row(
         depth: likewise under the question about depth.
         height_words: the two words of the one.
         depth_words: the two words of the other.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, there are not two words each, or a question has no finite value.
+        about: what was measured on what.
     """
     check_shapes(
         layers=(layers, "L"),

@@ -71,11 +71,10 @@ def belief_swap_by_layer(
         belief_by_strength: mean share swapped by IDs at each of `strengths`.
         noise_by_strength: likewise by noise.
         strength_layer: the layer at which the strengths were tried.
-        about: what was measured on what; stands below the panels.
+        about: what was measured on what.
 
     Raises:
-        InputError: The arrays do not fit each other, only some of the three over strengths are given, or a strength is
-            not above 0.
+        InputError: Only some of the three over strengths are given, or a strength is not above 0.
     """
     check_shapes(
         layers=(layers, "L"),
@@ -154,11 +153,10 @@ def swap_scores(
         words: the two words.
         layers: those that were swapped; 0 to L - 1 by default.
         robust: medians and quartiles instead, which a few such quotients do not move.
-        about: what was measured on what; stands below the panels.
+        about: what was measured on what.
 
     Raises:
-        InputError: The scores are empty, of different shapes, not of two words, of more than four token sets, or no
-            item's are finite.
+        InputError: There are more than four token sets.
     """
     colors = (BLUE, VERMILLION, GREEN, PURPLE)
     names = {"image": "image tokens", "text": "text tokens", "words": "the two words"}
@@ -211,10 +209,7 @@ def belief_swap_bars(
         noise_std: likewise.
         belief_interval: lower and upper bound (95 %) of `belief`, drawn as whiskers in place of the deviations.
         noise_interval: likewise of `noise`; both or none are given.
-        about: what was measured on what; stands below the panel.
-
-    Raises:
-        InputError: The arrays do not fit each other, are empty, or hold something that is not finite.
+        about: what was measured on what.
     """
     values = {"belief": belief, "belief_std": belief_std, "noise": noise, "noise_std": noise_std}
     check_shapes(
@@ -276,10 +271,7 @@ def accuracy_against_steerability(
         accuracy: share of right answers without steering.
         drop: how much of it steering takes away, the mean over the steered layers.
         accuracy_interval: lower and upper bound (95 %) of `accuracy`, drawn as whiskers.
-        about: what was measured on what; stands below the panel.
-
-    Raises:
-        InputError: The arrays do not fit each other, are empty, or hold something that is not finite.
+        about: what was measured on what.
     """
     check_shapes(
         names=(names, "M"), accuracy=(accuracy, "M"), drop=(drop, "M"), accuracy_interval=(accuracy_interval, "M 2")

@@ -50,10 +50,7 @@ def temporal_line(
         order: Spearman's rank correlation by layer.
         best: the layer on the left.
         title: of the figure.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, or something at the best layer is not finite.
+        about: what was measured on what.
     """
     check_shapes(
         coordinates=(coordinates, "L F"),
@@ -109,10 +106,7 @@ def temporal_steering(
         changes: of log-probability, by frame, item and word.
         words: the two words.
         title: of the figure.
-        about: what was measured on what; stands below the figure.
-
-    Raises:
-        InputError: The arrays do not fit each other, or no item is finite.
+        about: what was measured on what.
     """
     check_shapes(frames=(frames, "F"), changes=(changes, "F B 2"), words=(words, "2"))
     known, lost = finite_items(1, changes=changes)

@@ -209,7 +209,7 @@ def test_seeds_that_are_none(command: str, seed: str, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["score", "PICTURE"], "list of captions is empty"),
+        (["score", "PICTURE"], "captions requires an argument"),
         (["score", "nowhere.png", "a star"], "no picture at nowhere.png"),
         (["score", "PICTURE", "a star", "--model", "clip-z99"], "no model folder at clip-z99"),
         (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),

@@ -166,7 +166,9 @@ def test_pictures_without_opposites_have_hard_captions(tmp_path: Path) -> None:
         ({}, {}, "at least one data set"),
         ({"spatial": items(1)}, {}, "'spatial' has 1 items, a batch 2"),
         ({"spatial": [*items(2), *items(2, opposites=False)]}, {}, "mixes items with and without"),
-        (None, {"kind": "gru"}, "kind is one of cnn, mlp, not 'gru'"),
+        (None, {"batch_size": 1}, "batch_size must be 2 or more, not 1"),
+        (None, {"dropout": 1.0}, "dropout must be at most 0.99, not 1"),
+        (None, {"learning_rate": 0.0}, "learning rate must be above 0"),
         (None, {"vocabulary": ()}, "list of functional words is empty"),
     ],
 )

@@ -1,5 +1,6 @@
 """Functional words by rules, and by a language model behind a stub server over loopback."""
 
+import asyncio
 import contextlib
 import email.utils
 import http.server
@@ -33,6 +34,7 @@ class Stub(http.server.ThreadingHTTPServer):
     cut: int = 0  # answers that end too early
     stream: bytes = b""  # sent again and again, if there is one
     pause: float = 0.0  # between times
+    head_pause: float = 0.0  # between the bytes of a head that does not end, if not zero
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -41,6 +43,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.keys.append(self.headers.get("Authorization"))
+        with contextlib.suppress(OSError):  # the reader has gone
+            while self.server.head_pause:
+                self.wfile.write(b"a" if self.close_connection else b"HTTP/1.1 200 OK\r\nA: ")
+                self.close_connection = True
+                time.sleep(self.server.head_pause)
         if self.server.statuses:
             self.send_response(self.server.statuses.pop(0))
             self.send_header("Retry-After", self.server.retry_after)
@@ -118,11 +125,10 @@ CAPTIONS = ("A red cat behind a dog", "no birds")
 
 def test_three_steps_and_no_second_request(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "sk-very-secret")
-    done: list[int] = []
     ask = endpoint(stub, tmp_path, key_variable="SECRET_KEY")
-    found = by_model(CAPTIONS, ask, ("above",), progress=done.append)
+    found = by_model(CAPTIONS, ask, ("above",))
     assert found.captions == ("a red cat behind a dog", "no birds")
-    assert found.vocabulary == ("above", "behind", "no") and done == [1, 2]
+    assert found.vocabulary == ("above", "behind", "no")
     assert len(stub.prompts) == 5 and stub.prompts[-1].endswith(json.dumps(["red", "behind", "no"]))
     assert set(stub.keys) == {"Bearer sk-very-secret"}
     assert by_model(CAPTIONS, ask, ("above",)) == found and len(stub.prompts) == 5
@@ -170,9 +176,9 @@ def test_the_key_stays_with_its_endpoint(stub: Stub, tmp_path: Path, monkeypatch
     monkeypatch.setenv("SECRET_KEY", "sk-very-secret\n")
     with serving() as elsewhere:
         stub.redirect = f"http://localhost:{elsewhere.server_port}/"
-        with pytest.raises(DataError, match="HTTP 404"):
+        with pytest.raises(DataError, match="HTTP 302"):
             endpoint(stub, tmp_path, key_variable="SECRET_KEY")("hello")
-        assert stub.keys == ["Bearer sk-very-secret"] and elsewhere.keys == [None]
+        assert stub.keys == ["Bearer sk-very-secret"] and elsewhere.keys == []
     monkeypatch.setenv("SECRET_KEY", "sk-very\nsecret")
     with pytest.raises(InputError, match="line breaks") as caught:
         endpoint(stub, tmp_path, key_variable="SECRET_KEY")
@@ -241,9 +247,9 @@ def test_answers_that_no_file_can_hold(stub: Stub, tmp_path: Path, clean: str) -
         by_model(CAPTIONS, endpoint(stub, tmp_path, key_variable=None))
 
 
-def test_redirects_lead_to_web_addresses_alone(stub: Stub, tmp_path: Path) -> None:
+def test_redirects_are_not_followed(stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
-    for target in (f"file://{tmp_path / 'secret'}", "ftp://127.0.0.1/secret"):
+    for target in (f"file://{tmp_path / 'secret'}", "ftp://127.0.0.1/secret", f"http://127.0.0.1:{stub.server_port}/"):
         stub.redirect = target
         with pytest.raises(DataError, match="HTTP 302"):
             endpoint(stub, tmp_path / "cache", key_variable=None)("hello")
@@ -283,6 +289,21 @@ def test_a_damaged_answer_is_asked_for_again(stub: Stub, tmp_path: Path, damage:
     kept[0].write_bytes(damage)
     assert by_model(CAPTIONS, ask) == found and len(stub.prompts) == 6
     assert sorted(tmp_path.iterdir()) == kept and "answer" in json.loads(kept[0].read_text())
+
+
+def test_it_answers_where_a_loop_is_running(stub: Stub, tmp_path: Path) -> None:
+    async def notebook() -> str:
+        return endpoint(stub, tmp_path, key_variable=None)("Rewrite it. Caption: Yes")
+
+    assert asyncio.run(notebook()) == '"yes"'
+
+
+def test_heads_of_answers_are_bounded_in_time_too(stub: Stub, tmp_path: Path) -> None:
+    stub.head_pause, started = 0.1, time.monotonic()  # each byte comes in time
+    with pytest.raises(DataError, match="TimeoutError, attempt 1"):
+        endpoint(stub, tmp_path, key_variable=None, timeout=0.5, attempts=1)("hello")
+    stub.head_pause = 0.0
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("wrong", [{"timeout": float("nan")}, {"timeout": 0.0}, {"attempts": 0}])
