@@ -230,10 +230,9 @@ def test_indices_out_of_range_are_refused(ids, key):
 
 
 def test_unknown_objects_and_sizes_are_refused(ids):
-    with pytest.raises(InputError, match="star, fish, cup"):
-        ids.for_object("dog")
-    with pytest.raises(InputError, match=r"\[224, 124\]"):
-        ids.universal_at(74)
+    for function, name, known in ((ids.for_object, "dog", "star, fish, cup"), (ids.universal_at, 74, r"\[224, 124\]")):
+        with pytest.raises(InputError, match=known):
+            function(name)
 
 
 def test_at_box(ids):
@@ -294,8 +293,7 @@ def test_save_and_load(ids, tmp_path):
 def test_files_of_the_first_version_are_read(ids, tmp_path):
     path = tmp_path / "new" / "ids.safetensors"
     ids.save(path)  # makes the folder
-    # Version 0.1 wrote sizes as floating-point numbers.
-    save_file(load_file(path), path, _metadata(path) | {"sizes": "[224.0, 124.0]"})
+    save_file(load_file(path), path, _metadata(path) | {"sizes": "[224.0, 124.0]"})  # as version 0.1 wrote them
     assert SpatialIDs.load(path).sizes == SIZES
 
 
