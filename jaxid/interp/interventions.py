@@ -277,7 +277,7 @@ def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: s
     Raises:
         InputError: for an unknown site or shapes that do not fit.
     """
-    return _edit(Add, layer, positions, strength, site, vector)
+    return _edit(Add, layer, positions, strength, site, vector=vector)
 
 
 def replace(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Replace:
@@ -285,7 +285,7 @@ def replace(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, sit
 
     Arguments and errors as in `add`.
     """
-    return _edit(Replace, layer, positions, strength, site, vector)
+    return _edit(Replace, layer, positions, strength, site, vector=vector)
 
 
 def scale(layer: Any, positions: Any, strength: Any, *, site: str = "resid_post") -> Scale:
@@ -303,11 +303,11 @@ def project_out(
 
     Arguments and errors as in `add`.
     """
-    return _edit(ProjectOut, layer, positions, strength, site, vector)
+    return _edit(ProjectOut, layer, positions, strength, site, vector=vector)
 
 
-def _edit(kind: type[EditType], layer: Any, positions: Any, strength: Any, site: str, *vectors: Any) -> EditType:
-    """An edit of that kind from whatever its constructor was given; `vectors` holds its vector, if it has one."""
+def _edit(kind: type[EditType], layer: Any, positions: Any, strength: Any, site: str, **vector: Any) -> EditType:
+    """An edit of that kind from what its constructor was given, with its `vector` if it has one."""
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
     # Left on the host where they are known: what a rerun can skip is decided there, also while tracing.
@@ -315,28 +315,32 @@ def _edit(kind: type[EditType], layer: Any, positions: Any, strength: Any, site:
     sweep = layer.shape
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
-    found = {}
-    for vector in vectors:
-        vector = _numbers("vector", vector)
-        inner = vector.ndim - len(sweep)
-        if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
-            raise InputError(
-                f"`vector` of shape {list(vector.shape)} does not fit: expected "
-                f"[{', '.join(map(str, (*sweep, 'D')))}] or the same with axes B or B, P before D."
-            )
-        found["vector"] = vector = jnp.expand_dims(vector, {1: (-3, -2), 2: (-2,), 3: ()}[inner])
-        for axis, name in ((-3, "prompts"), (-2, "positions")):
-            size, expected = vector.shape[axis], positions.shape[axis + 1]
-            if size not in (1, expected):
-                raise InputError(f"`vector` is for {size} {name}, but `positions` names {expected}.")
+    vectors = {name: _vector(value, sweep, positions) for name, value in vector.items()}
     strength = _numbers("strength", strength)
-    strength = strength.astype(_wide(found["vector"].dtype if found else jnp.float32))
+    strength = strength.astype(_wide(vectors["vector"].dtype if vectors else jnp.float32))
     try:
         strength = jnp.broadcast_to(strength, sweep)
     except ValueError as error:
         raise InputError(f"strength of shape {list(strength.shape)} does not fit sweep axes {list(sweep)}.") from error
     positions = (jnp if isinstance(positions, Tracer) else np).broadcast_to(positions, (*sweep, *positions.shape))
-    return kind(site=site, layer=layer, positions=positions, strength=strength, **found)
+    return kind(site=site, layer=layer, positions=positions, strength=strength, **vectors)
+
+
+def _vector(value: Any, sweep: tuple[int, ...], positions: Int[AnyArray, "Br P"]) -> Float[Array, "*S Bv Pv D"]:
+    """A vector with all its axes, of length 1 where it is the same for all prompts or positions."""
+    vector = _numbers("vector", value)
+    inner = vector.ndim - len(sweep)
+    if vector.shape[: len(sweep)] != sweep or inner not in (1, 2, 3):
+        raise InputError(
+            f"`vector` of shape {list(vector.shape)} does not fit: expected [{', '.join(map(str, (*sweep, 'D')))}] "
+            "or the same with axes B or B, P before D."
+        )
+    vector = jnp.expand_dims(vector, {1: (-3, -2), 2: (-2,), 3: ()}[inner])
+    for axis, name in ((-3, "prompts"), (-2, "positions")):
+        size, expected = vector.shape[axis], positions.shape[axis + 1]
+        if size not in (1, expected):
+            raise InputError(f"`vector` is for {size} {name}, but `positions` names {expected}.")
+    return vector
 
 
 def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str) -> None:

@@ -318,17 +318,17 @@ def rerun(
         if isinstance(after, Tracer):  # a layer that does not exist: every layer reads its own picture
             last_own = jnp.where(after < 0, model.num_layers, jnp.minimum(after, model.num_layers))
         reach = earliest([reach, Reach(last_own + 1, pictures_of.prompts.text_start())])
-    plan_ = None if reach is None else plan(trace, reach.position)
-    if reach is None or plan_ is None:
+    planned = None if reach is None else plan(trace, reach.position)
+    if reach is None or planned is None:
         if pictures_of is not None:
             raise InputError("beside `pictures_of`, only edits of text tokens at known positions can be rerun.")
         return forward(model, trace.prompts, intervention)
-    sweep, tokens = Sweep(leading), len(trace.prompts) * plan_.length
+    sweep, tokens = Sweep(leading), len(trace.prompts) * planned.length
     start = reach.layer if isinstance(reach.layer, Tracer) else np.asarray(reach.layer)
     start = start.clip(0, model.num_layers).astype(np.int32)  # traced ones may lie outside
     own, other, swapped = trace, None, None
     if pictures_of is not None:
-        plan_ = dataclasses.replace(plan_, prefix=min(plan_.prefix, pictures_of.keys.shape[3]))
+        planned = dataclasses.replace(planned, prefix=min(planned.prefix, pictures_of.keys.shape[3]))
         if isinstance(intervention, Clean):  # then no row reads the trace's own prefix any more
             own = dataclasses.replace(
                 trace, keys=pictures_of.keys, values=pictures_of.values, memory=pictures_of.memory
@@ -338,7 +338,7 @@ def rerun(
     hidden = _resume(
         model.definition,
         model.parameters,
-        suffix_of(own, plan_, other, swapped),
+        suffix_of(own, planned, other, swapped),
         sweep.flat(intervention),
         sweep.flat(jnp.broadcast_to(start, leading)),
         jnp.asarray(sweep.count),
