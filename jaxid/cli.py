@@ -19,7 +19,7 @@ from cyclopts.config import Dict, Json, Toml, Yaml
 from jaxid import __version__
 from jaxid.checks import check_values
 from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
-from jaxid.io import ensure_output_folder
+from jaxid.io import ensure_output_folder, reading
 
 GROUPS = {
     "run": "The published experiments, as jobs that can be stopped and resumed.",
@@ -170,7 +170,8 @@ def _config(tokens: Sequence[str]) -> tuple[Dict, ...]:
     rest, file = _without_config(tokens)
     if file is None:
         return ()
-    options = CONFIGS[file.suffix](file, must_exist=True).config
+    with reading(file, "a file of options", InputError):
+        options = CONFIGS[file.suffix](file, must_exist=True).config
     for word in reversed(rest[: 2 if rest[:1] and rest[0] in GROUPS else 1]):
         options = {word: options}
     return (Dict(options, source=str(file)),)
