@@ -23,7 +23,7 @@ _METADATA = "jaxid"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """An item that was left out.
+    """An item that was skipped.
 
     Attributes:
         key: the item's.
@@ -40,7 +40,7 @@ class Finished:
 
     Attributes:
         table: the rows of all items, in the order of the items.
-        skipped: items that were left out, in their order.
+        skipped: items that were skipped, in their order.
         resumed: how many items were done when the job began, those skipped included.
         settings: as they are stored, in the types that JSON has.
     """
@@ -85,7 +85,7 @@ def run(
         first: what the progress bar says until a chunk is done, such as that programs are compiled.
 
     Returns:
-        The rows and the items left out.
+        The rows, and the items that were skipped.
 
     Raises:
         InputError: if there are no items, two have one key, the chunk size is not positive, or columns do not fit.
@@ -147,7 +147,7 @@ def check(
 
 
 def write_merged(out: Path, finished: Finished) -> Path:
-    """Writes the rows of a finished job as one file, `table.parquet`; the items left out are in its metadata.
+    """Writes the rows of a finished job as one file, `table.parquet`; the skipped items are in its metadata.
 
     Args:
         out: the job's folder.
@@ -280,8 +280,8 @@ def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
     """All chunks' parts, in order; what a killed process left half written is removed."""
     io.remove_temporary(folder)
     return [
-        _Part(start=start, keys=tuple(keys[start : start + chunk_size]), path=folder / f"{number:05d}.parquet")
-        for number, start in enumerate(range(0, len(keys), chunk_size))
+        _Part(start=start, keys=tuple(keys[start : start + chunk_size]), path=folder / f"{index:05d}.parquet")
+        for index, start in enumerate(range(0, len(keys), chunk_size))
     ]
 
 
@@ -291,7 +291,7 @@ def _computed(
     compute: Callable[[list[Item]], Mapping[str, Any]],
     skip_bad: bool,
 ) -> tuple[Mapping[str, Any], tuple[Skipped, ...]]:
-    """The chunk's columns, and the items that had to be left out."""
+    """The chunk's columns, and the items that had to be skipped."""
     try:
         return compute(list(chunk)), ()
     except ITEM_ERRORS as error:
@@ -299,28 +299,28 @@ def _computed(
         if not bad:
             raise
     if not skip_bad:
-        number, error = next(iter(bad.items()))
-        raise bad_item(keys[number], error) from error
-    good = [item for number, item in enumerate(chunk) if number not in bad]
-    skipped = tuple(Skipped(key=keys[number], reason=_one_line(error)) for number, error in bad.items())
+        index, error = next(iter(bad.items()))
+        raise bad_item(keys[index], error) from error
+    good = [item for index, item in enumerate(chunk) if index not in bad]
+    skipped = tuple(Skipped(key=keys[index], reason=_one_line(error)) for index, error in bad.items())
     return (compute(good) if good else {}), skipped
 
 
 def bad_item(key: str, error: JaxidError) -> JaxidError:
     """The error of an item, naming it."""
-    return type(error)(f"item {key!r}: {_one_line(error)}; --skip-bad leaves such items out.")
+    return type(error)(f"item {key!r}: {_one_line(error)}; --skip-bad skips such items.")
 
 
 def _bad_items(
     chunk: list[Item], compute: Callable[[list[Item]], Mapping[str, Any]], *, first_only: bool
 ) -> dict[int, JaxidError]:
-    """The items that fail by themselves: their numbers and errors."""
+    """The items that fail by themselves: their indices and errors."""
     bad = {}
-    for number, item in enumerate(chunk):
+    for index, item in enumerate(chunk):
         try:
             compute([item])
         except ITEM_ERRORS as error:
-            bad[number] = error
+            bad[index] = error
             if first_only:
                 break
     return bad
@@ -351,7 +351,7 @@ def _joint_schema(schema: "pyarrow.Schema | None", table: "pyarrow.Table", part:
 
 
 def _merged(parts: list[_Part]) -> tuple["pyarrow.Table", tuple[Skipped, ...]]:
-    """All parts' rows as one table, and all items left out."""
+    """All parts' rows as one table, and all skipped items."""
     import pyarrow
 
     contents = [part.read() for part in parts]

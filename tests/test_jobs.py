@@ -285,7 +285,7 @@ def test_a_bad_item_is_named(tmp_path: Path, kind: type[JaxidError]) -> None:
     with pytest.raises(JaxidError) as raised:
         start(tmp_path, compute)
     assert type(raised.value) is kind
-    assert str(raised.value) == "item '4': no word 'star' in the prompt; --skip-bad leaves such items out."
+    assert str(raised.value) == "item '4': no word 'star' in the prompt; --skip-bad skips such items."
     assert compute.calls == [[0, 1, 2], [3, 4, 5], [3], [4]]
     assert parts(tmp_path) == ["00000.parquet"]
 

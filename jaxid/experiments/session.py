@@ -185,7 +185,7 @@ class Session:
         self._unknown.update(word for own in batch.prompts.unknown[:count] for word in own)
 
     def table(self) -> Columns:
-        """Computes what is missing, and writes and returns the table; items that are not finite are left out of it.
+        """Computes what is missing, and writes and returns the table; items that are not finite are dropped.
 
         Raises:
             DataError: if no item is left.

@@ -104,7 +104,7 @@ def state_indices(layers: Sequence[int], blocks: int) -> list[int]:
 
 
 def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]:
-    """Square patches row by row, each as (row, column, channel); what no whole patch covers is left out."""
+    """Square patches row by row, each as (row, column, channel); what no whole patch covers is dropped."""
     height, width = (length // side * side for length in pixels.shape[-2:])
     return rearrange(pixels[:, :, :height, :width], "n c (y p) (x q) -> n (y x) (p q c)", p=side, q=side)
 
