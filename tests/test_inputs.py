@@ -57,7 +57,7 @@ def test_ids_and_pixels_are_hugging_faces(case: Case) -> None:
     np.testing.assert_array_equal(prompts.inputs.token_ids[:, :length], expected["input_ids"])
     np.testing.assert_array_equal(prompts.inputs.valid[:, :length], expected["attention_mask"].astype(bool))
     assert not prompts.inputs.valid[:, length:].any()
-    np.testing.assert_allclose(prompts.inputs.pixels, expected["pixel_values"], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(prompts.inputs.pixels), expected["pixel_values"], atol=1e-6)
     np.testing.assert_array_equal(prompts.last(), expected["attention_mask"].sum(axis=1) - 1)
     slots = np.asarray(prompts.inputs.image_rows)
     tokens = fixtures.model(case).config.image_tokens
@@ -107,7 +107,7 @@ def test_several_pictures_are_hugging_faces() -> None:
     prompts = fixtures.model(PLAIN).prepare(groups, questions)
     length = expected["input_ids"].shape[1]
     np.testing.assert_array_equal(prompts.inputs.token_ids[:, :length], expected["input_ids"])
-    np.testing.assert_allclose(prompts.inputs.pixels, expected["pixel_values"], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(prompts.inputs.pixels), expected["pixel_values"], atol=1e-6)
     assert greys(prompts) == [1, 2, 3, 4, 5]
 
 

@@ -171,7 +171,7 @@ def test_prompts_are_hugging_faces(make: Any, several: bool) -> None:
     np.testing.assert_array_equal(inputs.token_ids[:, :length], expected["input_ids"])
     np.testing.assert_array_equal(inputs.valid[:, :length], expected["attention_mask"].astype(bool))
     np.testing.assert_array_equal(np.asarray(inputs.image_rows)[:, :length] >= 0, expected["token_type_ids"] == 1)
-    np.testing.assert_allclose(inputs.pixels, expected["pixel_values"], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(inputs.pixels), expected["pixel_values"], atol=1e-6)
     assert (inputs.token_ids[:, 0] == cases.IDS["<bos>"]).all() and not (
         inputs.token_ids[:, 1] == cases.IDS["<bos>"]
     ).any()

@@ -209,7 +209,7 @@ def test_pictures_in_one_prompt_are_not_cut() -> None:
 def test_frames_are_resized_and_normalised_as_the_video_processor_says() -> None:
     model, (clip, _) = fixtures.model(CLIPS), fixtures.shown(CLIPS)
     batch = model.prepare(clip, QUESTION)
-    for ours, frame in zip(batch.inputs.pixels, clip.frames, strict=True):
+    for ours, frame in zip(np.asarray(batch.inputs.pixels), clip.frames, strict=True):
         resized = np.asarray(Image.fromarray(frame).resize((32, 32), Image.Resampling.BICUBIC), np.float64)
         theirs = (resized / 255 - [0.5, 0.5, 0.5]) / [0.5, 0.5, 0.45]
         np.testing.assert_allclose(ours, theirs.transpose(2, 0, 1), atol=1e-5)

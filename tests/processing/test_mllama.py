@@ -74,6 +74,7 @@ def test_memory_masks_are_hugging_faces() -> None:
     apart = dataclasses.replace(prompts, inputs=dataclasses.replace(prompts.inputs, token_ids=token_ids))
     dense = MLLAMA.arguments(apart)["cross_attention_mask"].numpy().astype(bool)  # [B, T, pictures, tiles]
     memory = model.network().memory(fixtures.device_inputs(apart))
+    assert memory is not None and memory.keys is not None
     tokens = model.config.vision_config.num_patches
     repeated = np.repeat(dense.reshape(*dense.shape[:2], -1), tokens, axis=2)
     read = np.asarray(repeated.any(axis=2))
