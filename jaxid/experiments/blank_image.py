@@ -153,7 +153,7 @@ class BlankImage(
             pictures = [blank_like(one.item.picture, kind, one.mean) for one in items]
             return [dataclasses.replace(one.item, picture=new) for one, new in zip(items, pictures, strict=True)]
 
-        options = {"template": session.template, "case": session.case}
+        options: dict[str, Any] = {"template": session.template, "case": session.case}
         return {kind: prepare(session.model, shown(kind), **options) for kind in PICTURES}
 
     def asked(self, batch: Mapping[str, RelationBatch]) -> list[RelationBatch]:

@@ -128,6 +128,9 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
     best = np.argsort(shares(choosing)["belief"], kind="stable")[::-1][:BEST]
     picked = {name: np.array(of_layers)[best] for name, of_layers in shares(reporting).items()}
     reported, chosen_on = int(reporting.sum()), "same items" if choosing is reporting else "other items"
+    at_best: dict[str, Any] = {name: float(own.mean()) for name, own in picked.items()}
+    at_best |= {f"{name}_std": float(own.std()) for name, own in picked.items()}
+    at_best |= {f"{name}_interval": confidence_interval(round(at_best[name] * reported), reported) for name in picked}
     keys = np.array(axes["item"])
     return Rates(
         answered_items=count,
@@ -142,17 +145,7 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
         verdicts=verdicts,
         accuracy_drop=drops,
         mean_accuracy_drop=float(np.mean(drops)),
-        best=Best(
-            layers=[int(layers[row]) for row in best],
-            **{name: float(own.mean()) for name, own in picked.items()},
-            **{f"{name}_std": float(own.std()) for name, own in picked.items()},
-            **{
-                f"{name}_interval": confidence_interval(round(float(own.mean()) * reported), reported)
-                for name, own in picked.items()
-            },
-            items=reported,
-            chosen_on=chosen_on,
-        ),
+        best=Best(layers=[int(layers[row]) for row in best], items=reported, chosen_on=chosen_on, **at_best),
         selection={
             "chosen_on": chosen_on,
             "choosing": keys[choosing].tolist(),
@@ -310,8 +303,10 @@ def read_run(folder: Path) -> tuple[str, Compared]:
         with io.reading(path, "its summary", DataError):
             summary = io.read_json(path, DataError)
             best = dict(summary["best"])
-            shares = {part: float(best[part]) for part in ("belief", "belief_std", "noise", "noise_std")}
-            intervals = {f"{part}_interval": _interval(best[f"{part}_interval"]) for part in CONDITIONS}
+            shares: dict[str, Any] = {
+                part: float(best[part]) for part in ("belief", "belief_std", "noise", "noise_std")
+            }
+            intervals: dict[str, Any] = {f"{part}_interval": _interval(best[f"{part}_interval"]) for part in CONDITIONS}
             entry = Compared(
                 accuracy=float(summary["accuracy"]),
                 accuracy_interval=_interval(summary["accuracy_interval"]),

@@ -182,12 +182,13 @@ def test_figure_draws_what_it_is_given() -> None:
     drawn = numbers()
     figure = plots.blank_image(**drawn, about=plots.About(model="mine", items=12))
     bars, norms, gaps, swaps = figure.axes
-    np.testing.assert_allclose([bar.get_height() for bar in bars.patches[:3]], drawn["accuracy"])
+    rectangles: Any = bars.patches[:3]
+    np.testing.assert_allclose([bar.get_height() for bar in rectangles], drawn["accuracy"])
     for axes, name, unit in ((norms, "id_norm", drawn["id_norm"][0]), (gaps, "gap", drawn["id_norm"][0])):
-        curves = [line.get_ydata() for line in axes.get_lines() if line.get_marker() == "o"]
+        curves = [np.asarray(line.get_ydata()) for line in axes.get_lines() if line.get_marker() == "o"]
         np.testing.assert_allclose(curves, drawn[name] / unit)
     for style, name in (("-", "swapped"), ("--", "noise")):
-        curves = [line.get_ydata() for line in swaps.get_lines() if line.get_linestyle() == style]
+        curves = [np.asarray(line.get_ydata()) for line in swaps.get_lines() if line.get_linestyle() == style]
         np.testing.assert_allclose(curves, drawn[name])
     assert figure.get_supxlabel().startswith("mine; n = 12 items; whiskers and bands")
     with pytest.raises(InputError, match="gap"):  # unwrapped: the tests' run-time shape checks would come first
