@@ -94,7 +94,6 @@ class EvaluateScorers(Command[EvaluationSummary]):
         asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
         chances = {(name, question.key): 1 / len(question.captions) for name, question in asked}
         scorers = self._scorers()
-        write_config(self, self.out)
         models, unknown = {}, {}
         skipped = [{"item": item, "reason": str(error)} for item, error in bad or ()]
         for model in self.model:
@@ -106,6 +105,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
             lost = ({word for text in own.captions for word in encoder.processor.unknown(text)} for _, own in asked)
             unknown[model] = dict(Counter(word for own in lost for word in sorted(own)))
             skipped += [{"item": f"{model}: {bad.key}", "reason": bad.reason} for bad in done.skipped]
+        write_config(self, self.out)
         _write_tables(self.out, models)
         summary = EvaluationSummary(models=models, skipped=skipped, unknown_words=unknown)
         write_json(self.out / "summary.json", summary)
