@@ -369,13 +369,21 @@ def write_data(folder: Path) -> Path:
 
 
 def command(folder: Path, out: str, *further: str) -> list[str]:
-    model_folder = fixtures.folder(CASE)
-    return [
-        *("finetune", "--model", str(model_folder), "--data", str(folder / "data"), "--out", str(folder / out)),
-        *("--ids", str(folder / "ids.safetensors"), "--id-layer", "1", "--template", "{query}", "--case", "lower"),
-        *("--held-out", "0.3", "--batch-size", "4", "--questions", "12", "--steps", "6", "--check-every", "2"),
-        *("--save-every", "2", *further),
-    ]
+    """A short run; further options take the place of its own."""
+    options = {
+        **{"--model": str(fixtures.folder(CASE)), "--data": str(folder / "data"), "--out": str(folder / out)},
+        **{"--ids": str(folder / "ids.safetensors"), "--id-layer": "1", "--template": "{query}", "--case": "lower"},
+        **{"--held-out": "0.3", "--batch-size": "4", "--questions": "12", "--steps": "6", "--check-every": "2"},
+        "--save-every": "2",
+    }
+    flags, rest = [], list(further)
+    while rest:
+        name = rest.pop(0)
+        if rest and not rest[0].startswith("--"):
+            options[name] = rest.pop(0)
+        else:
+            flags.append(name)
+    return ["finetune", *(part for option in options.items() for part in option), *flags]
 
 
 SCRIPT = "import sys; from jaxid.cli import main; main(sys.argv[1:])"
