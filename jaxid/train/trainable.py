@@ -34,7 +34,7 @@ GROUPS = (
 """Kinds of tensors; the selectors are these, "all" and "random"."""
 
 STACKS = ("layers", "global_layers", "crossing")
-"""Parts of a network whose parameters have a leading layer axis; a tower's global layers stand behind its others."""
+"""Parts of a network whose parameters have a leading layer axis; a tower's global layers come after its others."""
 
 Trained = dict[str, Array]
 """Trained tensors by their parameter's path, the trained rows of stacked ones: float32."""
@@ -49,7 +49,7 @@ class Tensor:
         row: its layer in a stacked parameter; None if it is not stacked.
         size: how many numbers it has.
         group: one of `GROUPS`.
-        depth: number of its block, counted over all stacks of its part of the network; -1 outside blocks.
+        depth: index of its block, counted over all stacks of its part of the network; -1 outside blocks.
     """
 
     path: str
@@ -125,7 +125,7 @@ def choose(
         every: all tensors of the network.
         selectors: kinds of tensors; "all"; or "random", tensors of all kinds in a random order.
         budget: share of all parameters that may be trained.
-        vision_blocks: of the tower's blocks, only so many last ones; None for all.
+        vision_blocks: how many of the tower's last blocks may be trained; None for all.
         seed: of "random".
 
     Returns:
@@ -156,7 +156,7 @@ def choose(
             and (not tensor.group.startswith("vision") or tensor.depth < 0 or tensor.depth >= first)
         ]
     if "random" in selectors:
-        order = [wanted[number] for number in np.random.default_rng(seed).permutation(len(wanted))]
+        order = [wanted[row] for row in np.random.default_rng(seed).permutation(len(wanted))]
     else:
         order = sorted(wanted, key=lambda tensor: (-tensor.size, -tensor.depth, tensor.path))
     chosen: set[Tensor] = set()
@@ -243,7 +243,7 @@ def for_learning(definition: Any, parameters: Any, selection: Selection, *, reco
         definition: the network's.
         parameters: the network's, or their shapes.
         selection: what is trained.
-        recompute: what the backward pass computes again instead of keeping it.
+        recompute: what the backward pass recomputes instead of keeping it.
     """
     network = nnx.merge(definition, nnx.State(parameters))
     paths = [path for path, _ in selection.rows]
@@ -254,11 +254,11 @@ def for_learning(definition: Any, parameters: Any, selection: Selection, *, reco
         frozen = 0 if before else count if lowest is None else lowest
         layers.learning = Learning(frozen=frozen, trained=lowest is not None, recompute=recompute)
 
-    within = ("tower.layers.", "tower.global_layers.", "tower.post_norm.", "tower.behind", "tower.merge")
+    within = ("tower.layers.", "tower.global_layers.", "tower.post_norm.", "tower.after", "tower.merge")
     entry = any(path.startswith("tower.") and not path.startswith(within) for path in paths)
     learning(network.tower.layers, "tower.layers.", before=entry)
     if hasattr(network.tower, "global_layers"):
-        local = entry or any(path.startswith(("tower.layers.", "tower.post_norm.", "tower.behind")) for path in paths)
+        local = entry or any(path.startswith(("tower.layers.", "tower.post_norm.", "tower.after")) for path in paths)
         learning(network.tower.global_layers, "tower.global_layers.", before=local)
     outside = any(not path.startswith(("decoder.layers.", "decoder.norm.", "decoder.unembedding")) for path in paths)
     learning(network.decoder.layers, "decoder.layers.", before=outside)

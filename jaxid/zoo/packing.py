@@ -37,11 +37,11 @@ def packed(
     token_ids[:start] = prefix
     group = np.zeros(total, np.int32)
     positions = np.arange(total, dtype=np.int32)
-    place = start
-    for number, length in enumerate(slots):
-        group[place : place + length] = number + 1
-        positions[place : place + length] = start + np.arange(length)
-        place += length
+    first = start
+    for index, length in enumerate(slots):
+        group[first : first + length] = index + 1
+        positions[first : first + length] = start + np.arange(length)
+        first += length
     visible = (group[None] == group[:, None]) | (group[None] == 0)
     return Layout(
         token_ids=token_ids,
