@@ -9,21 +9,10 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from jaxid import plots
-from jaxid.data.grid import GRID
-from jaxid.experiments.base import Summary, WithSpatialIDs
+from jaxid.experiments.base import Summary
 from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.session import Columns, Session, joined
-from jaxid.experiments.steering import (
-    CELLS,
-    KINDS,
-    Kind,
-    Question,
-    Steering,
-    about_items,
-    ask,
-    changes,
-    steer_to_cells,
-)
+from jaxid.experiments.steering import KINDS, Kind, Question, ToCells, about_items, ask
 from jaxid.stats import mean_interval
 
 QUESTIONS = {
@@ -57,7 +46,7 @@ class DepthSummary(Summary):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Depth(Steering[Question, Batches, DepthSummary], WithSpatialIDs[Question, Batches, DepthSummary]):
+class Depth(ToCells[Batches, DepthSummary]):
     """Ask whether height is taken for depth: one steering under two questions (Figure 7).
 
     Every subject is steered along the vertical axis, by U(x, y) - U(x, 3 - y). A model that keeps height and depth
@@ -72,10 +61,6 @@ class Depth(Steering[Question, Batches, DepthSummary], WithSpatialIDs[Question, 
         """Above/below items."""
         return about_items(session.spatial_items("vertical"))
 
-    def rows(self, session: Session) -> int:
-        """Every cell at every layer."""
-        return GRID**2 * len(session.layers)
-
     def prepare(self, session: Session, items: Sequence[Question]) -> Batches:
         """Both questions about every item."""
         return {name: ask(session, kind, items) for name, kind in QUESTIONS.items()}
@@ -88,29 +73,16 @@ class Depth(Steering[Question, Batches, DepthSummary], WithSpatialIDs[Question, 
         """A row for each question, layer, cell, item and word."""
         tables = []
         for name, asked in batch.items():
-            found = steer_to_cells(
-                session.model,
-                asked,
-                session.ids,
-                layers=session.layers,
-                strength=self.strength,
-                positions=self.positions(asked)[:, 0],
-            )
-            rows = self.rows_of(session, [item.key for item in items], asked.answers, found, **CELLS)
+            rows = self.rows_of(session, items, asked.answers, self.steered(session, asked))
             tables.append({**rows, "question": np.full(len(rows["change"]), name)})
         return joined(tables)
 
     def summarise(self, session: Session, table: Columns) -> DepthSummary:
         """Mean changes by question, layer and cell, and how alike they are by row."""
-        found = {
-            name: changes(
-                {column: values[table["question"] == name] for column, values in table.items()},
-                session.layers,
-                kind.answers,
-                **CELLS,
-            )
-            for name, kind in QUESTIONS.items()
-        }
+        found = {}
+        for name, kind in QUESTIONS.items():
+            rows = {column: values[table["question"] == name] for column, values in table.items()}
+            found[name] = self.changes(session, rows, kind.answers)
         means = {name: values.mean(axis=-2) for name, values in found.items()}
         sides = [(mean[..., 0] - mean[..., 1]).mean(axis=1).ravel() for mean in means.values()]
         return DepthSummary(

@@ -18,7 +18,7 @@ from jaxid.errors import InputError
 from jaxid.experiments.base import Summary, WithSpatialIDs
 from jaxid.experiments.relations import RelationBatch, fill
 from jaxid.experiments.session import Columns, Session, parse_layers, require_same_model, scaled, spread
-from jaxid.experiments.steering import KINDS, Question, Steered, Steering, ask, changes, steer
+from jaxid.experiments.steering import KINDS, Question, Steered, Steering, ask, steer
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.interventions import add
@@ -94,7 +94,6 @@ class SteerPictureSummary(Summary):
         id_layer: whose IDs.
         subject: its name, and the cell that it is steered to.
         object: likewise.
-        strength: of the IDs.
         change: of the answers' log-probabilities, by layer and word.
     """
 
@@ -105,7 +104,6 @@ class SteerPictureSummary(Summary):
     id_layer: int
     subject: dict[str, Any]
     object: dict[str, Any]
-    strength: float
     change: Float[np.ndarray, "L 2"]
 
 
@@ -166,10 +164,6 @@ class SteerPicture(
         picture = np.asarray(open_picture(self.picture))
         return [Question(key=self.picture.name, picture=picture, names=(self.subject, self.object))]
 
-    def rows(self, session: Session) -> int:
-        """Every layer."""
-        return len(session.layers)
-
     def prepare(self, session: Session, items: Sequence[Question]) -> RelationBatch:
         """The relation's question about the picture."""
         return ask(session, KINDS[self.relation], items)
@@ -187,7 +181,7 @@ class SteerPicture(
             strength=self.strength,
             positions=self.positions(batch, 2),
         )
-        rows = self.rows_of(session, [item.key for item in items], batch.answers, found)
+        rows = self.rows_of(session, items, batch.answers, found)
         places = {
             f"{role}_{axis}": spread(place, rows["change"].shape)
             for role, cell in zip(("subject", "object"), cells, strict=True)
@@ -207,8 +201,7 @@ class SteerPicture(
             id_layer=self.chosen_id_layer(session.model),
             subject={"name": self.subject, "cell": own},
             object={"name": self.object, "cell": other},
-            strength=self.strength,
-            change=changes(table, session.layers, kind.answers)[:, 0],
+            change=self.changes(session, table, kind.answers)[:, 0],
         )
 
     def figures(self, session: Session, table: Columns, summary: SteerPictureSummary) -> Iterator[tuple[str, Figure]]:

@@ -1,7 +1,8 @@
 """Steering: the subject's word is pushed to each of the 16 cells ([ID] arXiv 2601.12626, Figure 6)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -16,18 +17,11 @@ from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError
 from jaxid.experiments.base import PUBLISHED_TEMPLATE, Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.relations import RelationBatch, fill, prepare_questions
-from jaxid.experiments.session import (
-    Columns,
-    Session,
-    as_array,
-    require_same_model,
-    scaled,
-    spread,
-)
+from jaxid.experiments.session import Columns, Session, as_array, require_same_model, scaled, spread
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.interventions import add
-from jaxid.interp.trace import Trace, rerun, trace
+from jaxid.interp.trace import rerun, trace
 from jaxid.io import tidy
 from jaxid.nn.sites import Intervention
 from jaxid.stats import mean_interval
@@ -57,25 +51,10 @@ class Steered:
         return self.steered - self.control
 
 
-def steer(
-    model: Model,
-    batch: RelationBatch,
-    edit: Intervention,
-    *,
-    recorded: Trace | None = None,
-    chunk: int | None = None,
-) -> Steered:
-    """The answers without and with an intervention.
-
-    Args:
-        model: the model.
-        batch: prepared questions.
-        edit: the intervention; its sweep axes lead in `steered`.
-        recorded: the trace of the questions, if there is one already.
-        chunk: edits that run side by side.
-    """
-    recorded = trace(model, batch.prompts) if recorded is None else recorded
-    steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
+def steer(model: Model, batch: RelationBatch, edit: Intervention) -> Steered:
+    """The answers to prepared questions without and with an intervention, whose sweep axes lead in `steered`."""
+    recorded = trace(model, batch.prompts)
+    steered = batch.read(rerun(model, recorded, edit))
     return Steered(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered))
 
 
@@ -93,8 +72,6 @@ def steer_to_cells(
     layers: Sequence[int],
     strength: float = 5.0,
     positions: Int[np.ndarray, "B"] | None = None,
-    recorded: Trace | None = None,
-    chunk: int | None = None,
 ) -> Steered:
     """Steers the subject to each cell, at each layer.
 
@@ -105,8 +82,6 @@ def steer_to_cells(
         layers: those after which the vector is added.
         strength: of the vectors, which are not rescaled; m of the published procedure.
         positions: where the vectors are added; at the subject's word by default.
-        recorded: the trace of the questions, if there is one already.
-        chunk: edits that run side by side.
 
     Returns:
         Log-probabilities, those steered Float[L, 4, 4, B, 2].
@@ -118,7 +93,7 @@ def steer_to_cells(
     vectors = cell_vectors(ids, batch.axis, layers)
     sweep = np.broadcast_to(np.asarray(layers)[:, None, None], vectors.shape[:3])
     positions = batch.words[:, 0] if positions is None else positions
-    return steer(model, batch, add(sweep, positions, vectors, strength), recorded=recorded, chunk=chunk)
+    return steer(model, batch, add(sweep, positions, vectors, strength))
 
 
 # --- the questions ---------------------------------------------------------------------------------------------------
@@ -191,6 +166,14 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
         """As deep as the published ones."""
         return scaled(PUBLISHED_LAYERS, model.num_layers)
 
+    def swept(self, session: Session) -> Mapping[str, Sequence[Any]]:
+        """What is swept besides the layers: the table's columns and their values, as `jaxid.io.tidy` takes them."""
+        return {}
+
+    def rows(self, session: Session) -> int:
+        """Every cell, or whatever is swept, at every layer."""
+        return math.prod(len(values) for values in self.swept(session).values()) * len(session.layers)
+
     def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
         """Where the vectors are added: at the question's first words."""
         return batch.words[:, :words]
@@ -199,29 +182,43 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
         """What is reported of the log-probabilities."""
         return found.change
 
-    def rows_of(
-        self, session: Session, keys: Sequence[str], answers: Sequence[str], found: Steered, **swept: Sequence[Any]
-    ) -> Columns:
-        """The table's rows of items, given their keys and what was swept besides the layers."""
-        count = len(keys)
+    def rows_of(self, session: Session, items: Sequence[Item], answers: Sequence[str], found: Steered) -> Columns:
+        """The table's rows of items."""
+        count = len(items)
         steered = found.steered[..., :count, :]
-        axes = {"layer": session.layers, **swept, "item": keys, "word": answers}
+        keys = [self.key(item) for item in items]
+        axes = {"layer": session.layers, **self.swept(session), "item": keys, "word": answers}
         return tidy(steered, axes, name="steered") | {
             "model": spread(session.model.name, steered.shape),
             "control": spread(found.control[:count], steered.shape),
             "change": self.change(found)[..., :count, :].ravel(),
         }
 
-
-def changes(
-    table: Columns, layers: Sequence[int], words: Sequence[str], **swept: Sequence[Any]
-) -> Float[np.ndarray, "L *S B 2"]:
-    """Changes of log-probability in a table of `Steering.rows_of`, in which all items have the same words."""
-    items = list(dict.fromkeys(table["item"].tolist()))
-    return as_array(table, "change", {"layer": layers, **swept, "item": items, "word": words})
+    def changes(self, session: Session, table: Columns, answers: Sequence[str]) -> Float[np.ndarray, "L *S B 2"]:
+        """Changes of log-probability in a table in which all items have the same answers."""
+        items = list(dict.fromkeys(table["item"].tolist()))
+        axes = {"layer": session.layers, **self.swept(session), "item": items, "word": answers}
+        return as_array(table, "change", axes)
 
 
-Relation = Literal["left-right", "above-below", "near-far", "between"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batch, SummaryT]):
+    """What the experiments share that steer the subject to every cell."""
+
+    def swept(self, session: Session) -> Mapping[str, Sequence[Any]]:
+        """Every cell."""
+        return CELLS
+
+    def steered(self, session: Session, batch: RelationBatch) -> Steered:
+        """The answers with the subject at every cell."""
+        return steer_to_cells(
+            session.model,
+            batch,
+            session.ids,
+            layers=session.layers,
+            strength=self.strength,
+            positions=self.positions(batch)[:, 0],
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +239,7 @@ class SteerSummary(Summary):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Steer(Steering[Question, RelationBatch, SteerSummary], WithSpatialIDs[Question, RelationBatch, SteerSummary]):
+class Steer(ToCells[RelationBatch, SteerSummary]):
     """Steer subjects to every cell of the grid (Figure 6).
 
     Attributes:
@@ -252,7 +249,7 @@ class Steer(Steering[Question, RelationBatch, SteerSummary], WithSpatialIDs[Ques
 
     name: ClassVar[str] = "steer"
 
-    relation: Relation = "left-right"
+    relation: Literal["left-right", "above-below", "near-far", "between"] = "left-right"
 
     def items(self, session: Session) -> list[Question]:
         """The items of the relation, from the data set that holds them."""
@@ -275,30 +272,18 @@ class Steer(Steering[Question, RelationBatch, SteerSummary], WithSpatialIDs[Ques
             raise DataError(f"{self.data} holds no {self.relation} items.")
         return session.sample(questions)
 
-    def rows(self, session: Session) -> int:
-        """Every cell at every layer."""
-        return GRID**2 * len(session.layers)
-
     def prepare(self, session: Session, items: Sequence[Question]) -> RelationBatch:
         """The relation's question about every item."""
         return ask(session, KINDS[self.relation], items)
 
     def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Columns:
         """A row for each layer, cell, item and word."""
-        found = steer_to_cells(
-            session.model,
-            batch,
-            session.ids,
-            layers=session.layers,
-            strength=self.strength,
-            positions=self.positions(batch)[:, 0],
-        )
-        return self.rows_of(session, [item.key for item in items], batch.answers, found, **CELLS)
+        return self.rows_of(session, items, batch.answers, self.steered(session, batch))
 
     def summarise(self, session: Session, table: Columns) -> SteerSummary:
         """Mean changes by layer and cell."""
         words = list(KINDS[self.relation].answers)
-        found = changes(table, session.layers, words, **CELLS)
+        found = self.changes(session, table, words)
         return SteerSummary(
             **session.facts,
             layers=session.layers,

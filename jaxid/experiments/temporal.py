@@ -17,11 +17,10 @@ from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, SwapSu
 from jaxid.experiments.base import Experiment, Summary
 from jaxid.experiments.relations import Case, RelationBatch, fill
 from jaxid.experiments.session import Columns, Session, as_array, require_same_model
-from jaxid.experiments.steering import Steered, Steering, SummaryT, changes, steer
+from jaxid.experiments.steering import Steered, Steering, SummaryT, steer
 from jaxid.families.base import Model
-from jaxid.ids.temporal import FRAMES, TemporalIDs, rank_correlation
+from jaxid.ids.temporal import TemporalIDs, rank_correlation
 from jaxid.interp.interventions import add
-from jaxid.interp.trace import Trace
 from jaxid.prompts.pictures import Clip
 from jaxid.prompts.processor import Prompts
 
@@ -100,19 +99,8 @@ def steer_to_frames(
     *,
     layers: Sequence[int],
     strength: float = 5.0,
-    recorded: Trace | None = None,
-    chunk: int | None = None,
 ) -> Steered:
-    """Steers the words of the second scene to every frame, at each layer.
-
-    Args:
-        model: the model.
-        batch: prepared questions.
-        ids: the model's temporal IDs.
-        layers: those after which the vector is added.
-        strength: of the vectors, which are not rescaled.
-        recorded: the trace of the questions, if there is one already.
-        chunk: edits that run side by side.
+    """Steers the words of the second scene to every frame, at each layer; see `steering.steer_to_cells`.
 
     Returns:
         Log-probabilities of "before" and "after", those steered Float[L, F, B, 2].
@@ -123,7 +111,7 @@ def steer_to_frames(
     require_same_model(model, ids)
     vectors = frame_vectors(ids, layers)
     sweep = np.broadcast_to(np.asarray(layers)[:, None], vectors.shape[:2])
-    return steer(model, batch.asked, add(sweep, batch.second, vectors, strength), recorded=recorded, chunk=chunk)
+    return steer(model, batch.asked, add(sweep, batch.second, vectors, strength))
 
 
 # --- the experiments -------------------------------------------------------------------------------------------------
@@ -250,20 +238,19 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
         """As deep as the published one, 13 of 28."""
         return [min(model.num_layers - 1, round(13 * model.num_layers / 28))]
 
-    def rows(self, session: Session) -> int:
-        """Every frame at every layer."""
-        return len(FRAMES) * len(session.layers)
+    def swept(self, session: Session) -> dict[str, Sequence[int]]:
+        """Every frame."""
+        return {"frame": session.ids.frames}
 
     def compute(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Columns:
         """A row for each layer, frame, item and word."""
         found = steer_to_frames(session.model, batch, session.ids, layers=session.layers, strength=self.strength)
-        keys = [item.key for item in items]
-        return self.rows_of(session, keys, ANSWERS, found, frame=session.ids.frames)
+        return self.rows_of(session, items, ANSWERS, found)
 
     def summarise(self, session: Session, table: Columns) -> TemporalSteerSummary:
         """Mean changes by layer and frame, and how they follow the frame."""
         frames = session.ids.frames
-        found = changes(table, session.layers, ANSWERS, frame=frames)
+        found = self.changes(session, table, ANSWERS)
         means = found.mean(axis=-2)
         return TemporalSteerSummary(
             **session.facts,
@@ -277,13 +264,12 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
 
     def figures(self, session: Session, table: Columns, summary: TemporalSteerSummary) -> Iterator[tuple[str, Figure]]:
         """The changes by frame, at the middle one of the layers."""
-        layer = session.layers[len(session.layers) // 2]
-        (found,) = changes(table, [layer], ANSWERS, frame=session.ids.frames)
+        shown = len(session.layers) // 2
         figure = plots.temporal_steering(
             np.array(summary.frames),
-            found,
+            self.changes(session, table, ANSWERS)[shown],
             summary.words,
-            f"{summary.model}, layer {layer}",
+            f"{summary.model}, layer {session.layers[shown]}",
             about=summary.about(self.strength),
         )
         yield "temporal_steering", figure

@@ -29,9 +29,7 @@ def test_vectors_are_differences_of_mirrored_cells(axis: str) -> None:
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 def test_steering_equals_pytorch_cell_by_cell(axis: str) -> None:
     batch, strength = oracle.batch(axis), 3.0
-    found = steer_to_cells(
-        fixtures.model(oracle.CASE), batch, oracle.ids(), layers=[2, 1], strength=strength, chunk=5
-    ).change
+    found = steer_to_cells(fixtures.model(oracle.CASE), batch, oracle.ids(), layers=[2, 1], strength=strength).change
     assert found.shape == (2, 4, 4, 4, 2)
     control = oracle.torch_logprobs(batch)
     subject = oracle.positions(batch, [subject for subject, _ in oracle.PAIRS])[:, None]
