@@ -217,16 +217,16 @@ def shares(*axes: Axis) -> None:
         axis.set_major_formatter(lambda share, _: f"{round(100 * share, 6):g}%")
 
 
-def curve(axes: Axes, x: Any, y: Any, color: Any, band: Any = None, **options: Any) -> None:
+def curve(axes: Axes, x: Any, y: Any, color: Any, band: Any = None, *, marker: str = "o", **options: Any) -> None:
     """A line with a dot at every value, over a band of lower and upper bounds [..., 2] if those are given."""
     if band is not None:
         axes.fill_between(x, *np.asarray(band).T, color=color, alpha=0.16, linewidth=0)
-    axes.plot(x, y, color=color, **{"marker": "o"} | options)
+    axes.plot(x, y, color=color, marker=marker, **options)
 
 
 def color_bar(figure: Figure, mappable: ScalarMappable, axes: Any, label: str, **options: Any) -> Colorbar:
     """A bar beside panels that says what their colours mean."""
-    bar = figure.colorbar(mappable, ax=axes, label=label, **{"aspect": 26} | options)
+    bar = figure.colorbar(mappable, ax=axes, label=label, aspect=26, **options)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return bar
 
@@ -282,7 +282,8 @@ def name_points(axes: Axes, names: Sequence[str], x: Float[np.ndarray, "M"], y: 
     """
     from adjustText import adjust_text  # it imports pyplot
 
-    labels = [axes.text(*point, name, parse_math=False) for *point, name in zip(x, y, names, strict=True)]
+    points = zip(x.tolist(), y.tolist(), names, strict=True)
+    labels = [axes.text(across, up, name, parse_math=False) for across, up, name in points]
     for label in labels:
         label.set_in_layout(False)
         label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # whiskers may run behind
@@ -301,7 +302,7 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
-def check_shapes(**arrays: tuple[np.ndarray | Sequence[str] | None, str]) -> None:
+def check_shapes(**arrays: tuple[np.ndarray | Sequence[Any] | None, str]) -> None:
     """Checks arrays (or lists; None is passed over) against shapes in which a letter is one size above 0 throughout."""
     sizes: dict[str, int] = {}
     for name, (array, shape) in arrays.items():
