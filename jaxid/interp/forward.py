@@ -102,6 +102,7 @@ def _run(
     chunks = -(-rows // chunk)
     row = (jnp.arange(chunks * chunk) % rows).reshape(chunks, chunk)
 
+    @jax.jit  # or it would be traced twice, for its shapes and for its values
     def run(row: Array) -> Any:
         edits = jax.tree.map(lambda leaf: leaf[row], intervention)
         return jax.vmap(lambda edit: _pass(definition, parameters, inputs, edit, capture))(edits)
