@@ -48,7 +48,7 @@ class TrainingConfig(RecipeConfig):
 PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS))
 """Classes that the auxiliary head tells apart at every patch: object, column, row, colour."""
 
-SEEING_BLOCKS = 3
+SEEING_LAYERS = 3
 """The auxiliary head reads the picture's tokens after this many decoder layers.
 
 The tower is shallow on purpose: pictures are understood in the decoder's first layers, as in large models, so that the
@@ -96,10 +96,10 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
 
 def shallow(decoder: Decoder) -> Decoder:
     """The decoder cut after its seeing layers, with the same parameters."""
-    config = dataclasses.replace(decoder.config, num_hidden_layers=SEEING_BLOCKS)
+    config = dataclasses.replace(decoder.config, num_hidden_layers=SEEING_LAYERS)
     definition = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     parameters = nnx.to_pure_dict(nnx.state(decoder))
-    parameters["layers"] = jax.tree.map(lambda leaf: leaf[:SEEING_BLOCKS], parameters["layers"])
+    parameters["layers"] = jax.tree.map(lambda leaf: leaf[:SEEING_LAYERS], parameters["layers"])
     return nnx.merge(definition, nnx.State(parameters))
 
 
@@ -117,7 +117,7 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     output = forward(network.decoder, embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
-    seen = output.captured["resid_post"][SEEING_BLOCKS - 1]
+    seen = output.captured["resid_post"][SEEING_LAYERS - 1]
     patch_loss, metrics = _patch_loss(learner, seen, batch["patches"])
     return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 

@@ -24,7 +24,7 @@ from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo.export import write_video
 from jaxid.zoo.packing import Layout
 from jaxid.zoo.recipes import Recipe, RecipeConfig, balanced_cross_entropy, begin, cross_entropy, in_turn
-from jaxid.zoo.training import SEEING_BLOCKS, shallow
+from jaxid.zoo.training import SEEING_LAYERS, shallow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def language_loss(
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     labels = batch["labels"][:, plan.text_start :]
     text_loss, accuracy = cross_entropy(logits, labels, jnp.asarray(_near_words(config.blur)))
-    seen = output.captured["resid_post"][SEEING_BLOCKS - 1]
+    seen = output.captured["resid_post"][SEEING_LAYERS - 1]
     frame_loss, metrics = _frame_loss(learner, seen, batch["cells"], config.blur)
     return text_loss + config.frame_weight * frame_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
