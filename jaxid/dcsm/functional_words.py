@@ -203,6 +203,7 @@ class Endpoint:
         self.host = _host(base_url)
         self.url, self.model, self.cache = f"{base_url.rstrip('/')}/chat/completions", model, cache
         self.attempts, self.timeout, self.sleep = attempts, timeout, sleep
+        self._certificates = httpx.create_ssl_context()  # once, as reading them is slow
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise InputError(f"the environment variable {key_variable} holds no key; set it, or name another one.")
@@ -268,8 +269,8 @@ class Endpoint:
         try:
             # httpx bounds the wait for the next byte, not for the last one.
             async with (
+                httpx.AsyncClient(timeout=None, verify=self._certificates) as client,
                 asyncio.timeout(self.timeout),
-                httpx.AsyncClient(timeout=None) as client,
                 client.stream("POST", self.url, content=body, headers=headers) as response,
             ):
                 begun = True
