@@ -101,9 +101,9 @@ def test_chunks_cost_little_more_than_the_best(
 @pytest.fixture
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the programs that run a sweep may be compiled once."""
-    programs: list[Any] = [trace._resume, forwards._run, forwards._answer_log_probs]
-    for program in (*programs, generation._prefill, generation._decode):
-        program.clear_cache()
+    programs = (trace._resume, forwards._run, forwards._answer_log_probs, generation._prefill, generation._decode)
+    for program in programs:
+        getattr(program, "clear_cache")()  # noqa: B009 - jax.jit's type does not list it
     chex.clear_trace_counter()
     for module, name in (
         (passes, "resume"),
