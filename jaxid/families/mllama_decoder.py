@@ -13,7 +13,7 @@ from jaxid.nn.decoder import Decoder, DecoderBlock, Tap
 from jaxid.nn.decoder_config import DecoderConfig, decoder_keys
 from jaxid.nn.keys import Key, prefixed
 from jaxid.nn.layers import RMSNorm, filled, flat_product, layer_of, rms_norm, stacked
-from jaxid.nn.views import Keep, Memory, Stored, Swapped, View
+from jaxid.nn.views import Heads, Keep, Memory, Queries, Stored, Swapped, View
 
 
 def mllama_decoder_keys(config: DecoderConfig) -> list[Key]:
@@ -73,13 +73,11 @@ class Crossed(View):
     query_scale: Float[Array, "C E"]
     epsilon: float
 
-    def store(self, layer: Any, key: Float[Array, "*R B T K E"], value: Float[Array, "*R B T K E"]) -> Stored:
+    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
         """As without a memory; what a cross-attention layer stores is never read."""
         return self.own.store(layer, key, value)
 
-    def read(
-        self, layer: Any, query: Float[Array, "*R B S H E"], stored: Stored, keep: Keep = None
-    ) -> Float[Array, "*R B S H E"]:
+    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """By self-attention, or from the memory."""
         index = self.indices[layer]
 

@@ -20,6 +20,12 @@ from jaxid.nn.layers import layer_of, take_tokens
 Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
 """Cosine and sine of every token's rotary angles; with a leading axis for full and for sliding layers."""
 
+Heads = Float[Array, "*R B T K E"]
+"""Keys or values of a block's tokens; rows R of edits may share the prompts."""
+
+Queries = Float[Array, "*R B S H E"]
+"""Queries of the kept tokens, or what they read."""
+
 Stored = tuple[Float[Array, "..."], Float[Array, "..."]]
 """Keys and values as a view leaves them."""
 
@@ -31,13 +37,11 @@ class View(abc.ABC):
     """What the queries of a block may read."""
 
     @abc.abstractmethod
-    def store(self, layer: Any, key: Float[Array, "*R B T K E"], value: Float[Array, "*R B T K E"]) -> Stored:
+    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
         """What is left of the block's keys and values."""
 
     @abc.abstractmethod
-    def read(
-        self, layer: Any, query: Float[Array, "*R B S H E"], stored: Stored, keep: Keep = None
-    ) -> Float[Array, "*R B S H E"]:
+    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """What the queries of the kept tokens read."""
 
 
@@ -98,13 +102,11 @@ class Own(View):
     mask: Bool[Array, "#B T T"]
     causal: bool
 
-    def store(self, layer: Any, key: Float[Array, "B T K E"], value: Float[Array, "B T K E"]) -> Stored:
+    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
         """Rotated keys, and values."""
         return self.tokens.rotated(layer, key), value
 
-    def read(
-        self, layer: Any, query: Float[Array, "B S H E"], stored: Stored, keep: Keep = None
-    ) -> Float[Array, "B S H E"]:
+    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prompt."""
         mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
         mask = self.tokens.within(layer, mask, keep, self.tokens.positions)
@@ -128,13 +130,11 @@ class Prefix(View):
     values: Float[Array, "L B K T E"]
     mask: Bool[Array, "B P"]
 
-    def store(self, layer: Any, key: Float[Array, "R B T K E"], value: Float[Array, "R B T K E"]) -> Stored:
+    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
         """Rotated keys, and values."""
         return self.tokens.rotated(layer, key), value
 
-    def read(
-        self, layer: Any, query: Float[Array, "R B S H E"], stored: Stored, keep: Keep = None
-    ) -> Float[Array, "R B S H E"]:
+    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prefix, which is read once for all rows, and to the row's own tokens."""
         count = self.mask.shape[1]
         prefix_keys, prefix_values = (
@@ -173,7 +173,7 @@ class Cache(Prefix):
     filled: Bool[Array, "B C"]
     positions: Int[Array, "B C"]
 
-    def store(self, layer: Any, key: Float[Array, "R B 1 K E"], value: Float[Array, "R B 1 K E"]) -> Stored:
+    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
         """The caches with the new token in them."""
         new = (self.tokens.rotated(layer, key), value)
         first, second = (
@@ -210,7 +210,7 @@ class Memory(NamedTuple):
         mask = jnp.take_along_axis(self.mask, positions[:, :, None], axis=1)
         return self._replace(mask=mask, rows=jnp.take_along_axis(self.rows, positions, axis=1))
 
-    def read(self, index: Any, query: Float[Array, "*R B S H E"], keep: Keep = None) -> Float[Array, "*R B S H E"]:
+    def read(self, index: Any, query: Queries, keep: Keep = None) -> Queries:
         """What the queries of the kept tokens read in the cross-attention layer of that index."""
         mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
 
@@ -236,13 +236,11 @@ class Swapped(View):
     other: View
     after: Int[Array, "R"]
 
-    def store(self, layer: Any, key: Float[Array, "R B T K E"], value: Float[Array, "R B T K E"]) -> Stored:
+    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
         """As the rows' own view."""
         return self.own.store(layer, key, value)
 
-    def read(
-        self, layer: Any, query: Float[Array, "R B S H E"], stored: Stored, keep: Keep = None
-    ) -> Float[Array, "R B S H E"]:
+    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Both are read, and every row takes its one."""
         own, other = (view.read(layer, query, stored, keep) for view in (self.own, self.other))
         return jnp.where((self.after < layer)[:, None, None, None, None], other, own)
