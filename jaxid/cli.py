@@ -122,7 +122,7 @@ def run(tokens: list[str]) -> None:
             print(result)
         return
     options: Any = command(*given.args, **given.kwargs)
-    for line in options.report(options.run()):
+    for line in options.printed(options.run()):
         print(line)
 
 

@@ -51,8 +51,12 @@ class Command(abc.ABC, Generic[Result]):
         """Does the work and returns what came of it."""
 
     def report(self, result: Result) -> Iterable[str]:
-        """What the command prints in the end, line by line."""
+        """What came of it, line by line."""
         return ()
+
+    def printed(self, result: Result) -> Iterable[str]:
+        """What the command prints in the end."""
+        return self.report(result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +205,11 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     def figures(self, session: Session, table: Columns, summary: SummaryT) -> "Iterator[tuple[str, Figure]]":
         """Name and figure of all that is drawn."""
         yield from ()
+
+    def printed(self, result: SummaryT) -> Iterator[str]:
+        """The report, and where the summary is."""
+        yield from self.report(result)
+        yield str(self.out / "summary.json")
 
     def read_ids(self) -> SpatialIDs | TemporalIDs | None:
         """The file of IDs that the experiment works with, if it does."""
