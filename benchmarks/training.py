@@ -40,6 +40,7 @@ from loading import status
 
 from jaxid.errors import JaxidError
 from jaxid.io import ensure_output_folder, write_json
+from jaxid.nn.layers import Recompute
 
 TORCH = {
     "torch": {},
@@ -47,7 +48,7 @@ TORCH = {
     "torch-lean": {"lean": True},
     "torch-lean-checkpointed": {"checkpointed": True, "lean": True},
 }
-JAXID = {"jaxid-nothing": "nothing", "jaxid-cheap": "cheap", "jaxid-all": "all"}
+JAXID: dict[str, Recompute] = {"jaxid-nothing": "nothing", "jaxid-cheap": "cheap", "jaxid-all": "all"}
 """What is recomputed."""
 
 DEFAULT = "jaxid-cheap"
@@ -94,7 +95,7 @@ def check_agreement(results: Mapping[str, Found], reference: str) -> dict[str, f
 # --- jaxid -----------------------------------------------------------------------------------------------------------
 
 
-def make_task(model: Any, pictures: int, *, recompute: str) -> Any:
+def make_task(model: Any, pictures: int, *, recompute: Recompute) -> Any:
     """A run on random pictures of one pair of objects, and random IDs, whose content costs no time."""
     from jaxid.data.grid import CELL_SIZE, GRID, GridItem
     from jaxid.experiments.finetune import FinetuneConfig, task

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -80,7 +80,8 @@ def check_values(declared: Any, values: Mapping[str, Any]) -> None:
     types = typing.get_type_hints(declared, include_extras=True)
     for name, value in values.items():
         choices, bounds = _allowed(types[name])
-        for entry in value if isinstance(value, tuple | list) else (value,):
+        entries: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
+        for entry in entries:
             if isinstance(entry, float):
                 check_finite(name, entry)
             if entry is None:

@@ -111,6 +111,7 @@ def run(tokens: list[str]) -> None:
         JaxidError: from the command.
         CycloptsError: for arguments that do not fit it.
     """
+    command: Any
     command, given, _ = app(tokens).parse_args(
         _without_config(tokens)[0], exit_on_error=False, print_error=False, help_on_error=False
     )
@@ -121,7 +122,7 @@ def run(tokens: list[str]) -> None:
         if isinstance(result, str):
             print(result)
         return
-    options: Any = command(*given.args, **given.kwargs)
+    options = command(*given.args, **given.kwargs)
     for line in options.printed(options.run()):
         print(line)
 

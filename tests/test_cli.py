@@ -282,7 +282,7 @@ def test_every_command_checks_its_options_and_explains_them(path: str, capsys: p
     if isinstance(command, type):  # the options of functions are checked by the command line itself
         assert dataclasses.is_dataclass(command) and issubclass(command, Command)
     assert run(*path.split(" "), "--help") == 0
-    first = command.__doc__.splitlines()[0]
+    first = (command.__doc__ or "").splitlines()[0]
     assert " ".join(first.split()) in " ".join(capsys.readouterr().out.split())
     assert set(inspect.signature(command).parameters) <= described(command)
 

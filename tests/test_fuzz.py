@@ -209,10 +209,10 @@ def benchmarks_read(place: Path) -> None:
 
 
 def job_folder(place: Path) -> None:
-    job(place, resume=False)
+    job(place)
 
 
-def job(place: Path, *, resume: bool = True) -> None:
+def job(place: Path) -> None:
     items = [f"item {number}" for number in range(6)]
 
     def compute(chunk: list[str]) -> dict[str, Any]:
@@ -225,7 +225,6 @@ def job(place: Path, *, resume: bool = True) -> None:
         key=str,
         compute=compute,
         chunk_size=2,
-        resume=resume,
         progress=False,
     )
 

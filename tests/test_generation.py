@@ -145,9 +145,7 @@ def grown(prompts: Prompts, new: np.ndarray, room: int) -> Prompts:
         valid[row, last + 1 : last + 1 + new.shape[1]] = True
     places = np.tile(np.arange(token_ids.shape[1], dtype=np.int32), (batch, 1))
     last = (prompts.last() + new.shape[1]).astype(np.int32)
-    whole = dataclasses.replace(
-        inputs, token_ids=token_ids, valid=valid, image_rows=slots, positions=places, last=last
-    )
+    whole = dataclasses.replace(inputs, token_ids=token_ids, valid=valid, image_rows=slots, positions=places, last=last)
     return dataclasses.replace(prompts, inputs=whole, offsets=np.pad(prompts.offsets, ((0, 0), (0, room), (0, 0))))
 
 

@@ -161,9 +161,7 @@ def test_without_a_whole_state_nothing_is_touched(killed: Path, tmp_path: Path) 
     for step in (folder / "state").iterdir():
         empty(step)
     before = sorted(folder.rglob("*"))
-    with pytest.raises(
-        CheckpointError, match=r"state/8 cannot be read.*no earlier state is whole.*give --restart"
-    ):
+    with pytest.raises(CheckpointError, match=r"state/8 cannot be read.*no earlier state is whole.*give --restart"):
         run(folder)
     assert [path for path in sorted(folder.rglob("*")) if path.name != ".lock"] == [
         path for path in before if path.name != ".lock"
@@ -188,9 +186,7 @@ def test_settings_with_a_byte_order_mark_and_other_ones(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(SETTINGS), encoding="utf-8-sig")
     run(tmp_path, stages(steps=1))
     (tmp_path / "run.json").write_text(json.dumps({"seed": 4, "rates": [0.1, 0.2]}))
-    with pytest.raises(
-        OutputError, match=r"other settings: seed was 4, is now 3\. Repeat those to resume it"
-    ):
+    with pytest.raises(OutputError, match=r"other settings: seed was 4, is now 3\. Repeat those to resume it"):
         run(tmp_path)
     (tmp_path / "run.json").unlink()
     with pytest.raises(OutputError, match=r"whose run\.json is gone"):

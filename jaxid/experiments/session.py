@@ -73,8 +73,7 @@ class Session:
         # Shipped models know plain questions only.
         plain = experiment.model in zoo.SHIPPED
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
-        published = experiment.case == "published"
-        self.case: Case = self.model.processor.case if published else experiment.case
+        self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
         self.prompts_together = experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self))
         self.batch_size = max(1, self.prompts_together // experiment.prompts_per_item)
         self.bad: list[tuple[str, DataError]] = []

@@ -54,6 +54,7 @@ def test_manifest_read_back(tmp_path: Path) -> None:
     items = write_mvbench(tmp_path, 6, seed=2, picture_size=64)
     assert [item.answer for item in items] == ["before", "after"] * 3
     for item in items:
+        assert isinstance(item.video, str | Path)
         assert item.query == f"Does the {item.scene1} come before or after the {item.scene2}? Answer in one word."
         first, second = Path(item.video).stem.split("_")[1:]
         assert (item.scene1, item.scene2) == ((first, second) if item.answer == "before" else (second, first))
