@@ -108,6 +108,7 @@ def damages(rng: np.random.Generator, path: Path) -> Iterator[tuple[str, Callabl
     yield "flipped", lambda: path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_never_taken_for_a_whole_one(killed: Path, whole: Path, tmp_path: Path) -> None:
     """Of whatever file of the last state: the run ends as if undisturbed, from that state or the one before."""
     rng, fallen_back = np.random.default_rng(0), set()
@@ -270,6 +271,8 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+# What Orbax has begun in threads of its own finds its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_up(killed: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
@@ -293,6 +296,7 @@ run(Path(sys.argv[1]), stages(slow, steps=200))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     here = str(Path(__file__).parent)
     first = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), here])

@@ -60,6 +60,7 @@ def trained(folder: Path, config: TrainingConfig = QUICK, data: Any = None, **op
         return training.train(folder, encoder(CASE), data or sets(), config, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Gradients of a step too: against PyTorch, on the same maps, whose order does not matter."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

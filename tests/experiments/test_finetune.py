@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CASES, EACH, Case, over
+from families import CASES
 
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.tensors import flatten
@@ -32,7 +32,7 @@ from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.nn.layers import Recompute
 from jaxid.train import loop as training
-from jaxid.train.trainable import GROUPS, Selection, Tensor, choose, for_learning, tensors
+from jaxid.train.trainable import Selection, choose, for_learning, tensors
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,76 +89,6 @@ def ids() -> SpatialIDs:
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
-
-
-@over(EACH)
-def test_every_tensor_has_a_kind(case: Case) -> None:
-    """The kinds are told apart by the names that the checkpoints use."""
-    loaded = fixtures.model(case)
-    every = tensors(loaded.parameters, tied=loaded.config.text_config.tie_word_embeddings)
-    assert {tensor.group for tensor in every} <= set(GROUPS)
-    assert sum(tensor.size for tensor in every) == sum(leaf.size for leaf in jax.tree.leaves(loaded.parameters))
-    kinds = {group: [tensor for tensor in every if tensor.group == group] for group in GROUPS}
-    for group in ("vision-mlp", "vision-attention", "vision-norms", "projector", "lm-mlp", "lm-attention", "lm-norms"):
-        assert kinds[group], group
-    assert all(".mlp." in tensor.path for tensor in kinds["lm-mlp"])
-    assert all(tensor.path.startswith("tower.") for tensor in kinds["vision-mlp"])
-    assert not any(
-        "norm" in tensor.path
-        for tensor in kinds["vision-mlp"] + kinds["lm-attention"] + kinds["projector"]
-        if tensor.path != "projector_norm.scale" and not tensor.path.startswith(("projector_norm", "tower.merge"))
-    )
-    blocks = max(tensor.depth for tensor in every if tensor.group.startswith("vision")) + 1
-    last = choose(every, ["vision-mlp"], budget=1.0, vision_blocks=1)
-    assert {tensor.depth for tensor in last} == {blocks - 1}
-    if case.name.startswith("mllama"):  # the gated global blocks are the last ones
-        assert {tensor.path.split(".")[1] for tensor in last} == {"global_layers"}
-
-
-def some(*sizes: int, group: str = "lm-mlp") -> list[Tensor]:
-    return [
-        Tensor(path="decoder.layers.mlp.up.kernel", row=row, size=size, group=group, depth=row)
-        for row, size in enumerate(sizes)
-    ]
-
-
-def test_the_largest_come_first_within_the_budget() -> None:
-    every = [*some(10, 40, 30, 5), *some(15, group="projector")]
-    assert [tensor.size for tensor in choose(every, ["lm-mlp"], budget=0.5)] == [10, 40]  # 50 of 100: 40, not 30, 10
-    assert [tensor.size for tensor in choose(every, ["lm-mlp", "projector"], budget=1.0)] == [10, 40, 30, 5, 15]
-    assert [tensor.size for tensor in choose(every, ["projector"], budget=0.15)] == [15]
-    with pytest.raises(InputError, match="the smallest has 15 numbers; give a larger budget"):
-        choose(every, ["projector"], budget=0.14)
-    with pytest.raises(InputError, match="the network has none of that kind"):
-        choose(every, ["vision-mlp"], budget=0.5)
-    with pytest.raises(InputError, match=r"selectors \['mlp'\]"):
-        choose(every, ["mlp"], budget=0.5)
-    for budget in (0.0, 1.1):
-        with pytest.raises(InputError, match="share of all parameters"):
-            choose(every, ["lm-mlp"], budget=budget)
-
-
-def test_random_tensors_follow_the_seed() -> None:
-    every = some(*[10] * 20)
-    first, again, other = (choose(every, ["random"], budget=0.5, seed=seed) for seed in (1, 1, 2))
-    assert first == again != other and len(first) == len(other) == 10
-
-
-def test_trained_rows_and_the_rest() -> None:
-    parameters = {"decoder": {"layers": {"up": jnp.arange(24.0).reshape(4, 3, 2)}, "norm": jnp.arange(3.0)}}
-    for rows in ((2, 3), (0, 2), (0, 1, 2, 3), (1,)):
-        chosen = Selection((("decoder.layers.up", rows), ("decoder.norm", None)))
-        trained = chosen.split(parameters)
-        assert trained["decoder.layers.up"].shape == (len(rows), 3, 2)
-        merged = chosen.merge(parameters, jax.tree.map(lambda leaf: leaf + 100, trained))
-        expected = np.arange(24.0).reshape(4, 3, 2)
-        expected[list(rows)] += 100
-        np.testing.assert_array_equal(merged["decoder"]["layers"]["up"], expected)
-        np.testing.assert_array_equal(merged["decoder"]["norm"], np.arange(3.0) + 100)
-        frozen = jax.grad(lambda own, c=chosen: sum(leaf.sum() for leaf in jax.tree.leaves(c.merge(parameters, own))))(
-            trained
-        )
-        assert all((leaf == 1).all() for leaf in frozen.values())
 
 
 @pytest.mark.parametrize("selectors", [("vision-mlp", "projector"), ("lm-mlp",), ("all",)], ids=lambda names: names[0])
@@ -518,7 +448,7 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises((InputError, CheckpointError), match="another"):
         finetune.task(model(), items(), other, QUICK)
     (tmp_path / "star_0-0_fish.png").write_bytes(b"")
-    with pytest.raises(DataError, match="is no fine-tuning picture"):
+    with pytest.raises(DataError, match="is not the name of a fine-tuning picture"):
         read_finetune_folder(tmp_path)
     with pytest.raises(DataError, match="holds no finished fine-tuning run"):
         CompareFinetune((tmp_path,), out=tmp_path).run()

@@ -72,6 +72,7 @@ def test_what_is_wrong_shows_before_the_weights_are_read(
             refused(capsys, command(folder, "run"))
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_data(tmp_path)
     first = process(command(folder, "run", "--steps", "100000"))

@@ -134,6 +134,7 @@ def test_dropout_is_scaled_and_repeatable() -> None:
     np.testing.assert_allclose(drawn.mean(axis=0), scorer.apply(ones, maps), rtol=0.1, atol=0.01)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_pairs() -> None:
     found = network("cnn")
     used = []

@@ -360,7 +360,7 @@ def test_evaluation_asks_what_is_true(rendered: list[Scenes], monkeypatch: pytes
 
 
 def test_accuracy_counts_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "answers", lambda model, pictures, questions: ["left", "right", "lef", "A1"])
+    monkeypatch.setattr(evaluation, "answers", lambda *_: ["left", "right", "lef", "A1"])
     pictures = np.zeros((4, 2, 2, 3), np.uint8)
     found = evaluation.accuracy(NOBODY, pictures, ["?"] * 4, ["left", "left", "left", "A1"])
     assert (found.value, found.count) == (0.5, 4)
