@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -80,14 +80,13 @@ def check_values(declared: Any, values: Mapping[str, Any]) -> None:
     types = typing.get_type_hints(declared, include_extras=True)
     for name, value in values.items():
         choices, bounds = _allowed(types[name])
-        entries: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
-        for entry in entries:
+        if name == "seed" and value is not None:
+            check_seed(value)
+        for entry in value if isinstance(value, tuple | list) else (value,):
             if isinstance(entry, float):
                 check_finite(name, entry)
             if entry is None:
                 continue
-            if name == "seed":
-                check_seed(entry)
             if choices and entry not in choices:
                 raise InputError(f"{name} is one of {', '.join(map(str, choices))}, not {entry!r}.")
             if bounds and not bounds.low <= entry <= bounds.high:

@@ -4,7 +4,6 @@ Each command imports what it needs, so that help comes at once.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import os
 import sys
@@ -115,16 +114,14 @@ def run(tokens: list[str]) -> None:
     command, given, _ = app(tokens).parse_args(
         _without_config(tokens)[0], exit_on_error=False, print_error=False, help_on_error=False
     )
-    if not dataclasses.is_dataclass(command):
-        if getattr(command, "__module__", "").startswith("jaxid."):
-            check_values(command, given.arguments)
-        result = command(*given.args, **given.kwargs)
-        if isinstance(result, str):
-            print(result)
-        return
-    options = command(*given.args, **given.kwargs)
-    for line in options.printed(options.run()):
-        print(line)
+    if getattr(command, "__module__", "").startswith("jaxid.") and not isinstance(command, type):
+        check_values(command, given.arguments)
+    result: Any = command(*given.args, **given.kwargs)
+    if isinstance(result, str):
+        print(result)
+    elif isinstance(command, type):  # a dataclass of options
+        for line in result.printed(result.run()):
+            print(line)
 
 
 def app(tokens: Sequence[str] = ()) -> App:
