@@ -68,14 +68,14 @@ def test_kernels_import_from_another_folder(tmp_path: Path) -> None:
 def test_pyright_sees_kernels_and_public_names(tmp_path: Path) -> None:
     lines = [
         "import jaxid",
-        "from jaxid import results",
+        "from jaxid import io",
         "from jaxid.kernels import attention",
         "from jaxid.kernels.attention import attend",
         "jaxid.InputError('right')",
         "attend('wrong')",
         "attention.no_such_kernel",
         "jaxid.NoSuchName",
-        "results.write_text('wrong')",
+        "io.write_text('wrong')",
         "import jaxid.kernels.no_such_module",
     ]
     (tmp_path / "probe.py").write_text("\n".join(lines))
