@@ -318,7 +318,8 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "data" / INSTANCES_FILE).unlink()
     assert f"no {INSTANCES_FILE}" in refused(capsys, *arguments, "--data", tmp_path / "data")
     assert command(*arguments, "--data", place / "data", "--layer", "0", "--layers", "2") == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    line, written = capsys.readouterr().out.splitlines()
+    assert written == str(tmp_path / "out" / "summary.json")
     assert line.startswith("3 items, ") and "layer 0" in line
     assert set(columns(tmp_path / "out")["layer"]) == {0, 2}
 

@@ -286,5 +286,6 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert "radius must be" in refused(capsys, *arguments, "--radius", "0")
     assert "no finished jaxid run deviation" in refused(capsys, *arguments, "--deviation", tmp_path)
     assert command(*arguments) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    line, written = capsys.readouterr().out.splitlines()
+    assert written == str(tmp_path / "out" / "summary.json")
     assert line.startswith("2 items, ") and "jaxid" not in line
