@@ -1,10 +1,10 @@
-"""What tiny-clip and its scorer answer on scenes that training never showed."""
+"""Evaluation of tiny-clip and its scorers on held-out scenes, and the training of those scorers."""
 
 import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -18,41 +18,58 @@ from jaxid.stats import confidence_interval, mean_interval
 from jaxid.zoo import tiny_dcsm
 
 SCENES = 2000
-"""Scenes of each of the scorer's data sets."""
+"""Number of scenes in each of the scorer's training sets."""
 
 QUESTIONS = 600
-"""Held-out questions of each kind."""
+"""Number of held-out questions of each kind."""
 
 
 def scorer_config(seed: int) -> training.TrainingConfig:
-    """The settings of a scorer of the zoo."""
+    """Settings of the zoo's scorers."""
     return training.TrainingConfig(kind="mlp", epochs=20, dropout=0.0, augment=False, seed=seed)
 
 
-def evaluate(
-    encoder: Encoder, scorer: Scorer | None, *, count: int = QUESTIONS, seed: int = 100
-) -> dict[str, dict[str, Any]]:
-    """Shares of right answers by kind of question and method, with 95 % intervals over questions.
+class Share(TypedDict):
+    """A share of correct answers with its 95 % interval."""
+
+    accuracy: float
+    low: float
+    high: float
+
+
+class Shares(TypedDict):
+    """Shares of correct answers to one kind of question, by method."""
+
+    chance: float
+    cosine: Share
+    dcsm: NotRequired[Share]
+
+
+def evaluate(encoder: Encoder, scorer: Scorer | None, *, count: int = QUESTIONS, seed: int = 100) -> dict[str, Shares]:
+    """Shares of correct answers by kind of question and method, with 95 % intervals over questions.
 
     Args:
         encoder: the model.
-        scorer: of its maps; without one, pooled cosine alone.
-        count: questions of each kind.
-        seed: of the scenes.
+        scorer: scores the model's maps; if None, only the pooled cosine is evaluated.
+        count: number of questions of each kind.
+        seed: seed of the scenes.
     """
-    found: dict[str, dict[str, Any]] = {}
+
+    def share(right: np.ndarray) -> Share:
+        low, high = confidence_interval(int(right.sum()), count)
+        return {"accuracy": float(right.mean()), "low": low, "high": high}
+
+    found: dict[str, Shares] = {}
     for kind, asked in tiny_dcsm.questions(seed, count).items():
         answers = answer(encoder, list(asked.pictures), asked.captions, scorer)
-        found[kind] = {"chance": 1 / len(asked.captions[0])}
-        for method, right in answers._asdict().items():
-            if right is not None:
-                low, high = confidence_interval(int(right.sum()), count)
-                found[kind][method] = {"accuracy": float(right.mean()), "low": low, "high": high}
+        found[kind] = {"chance": 1 / len(asked.captions[0]), "cosine": share(answers.cosine)}
+        if answers.dcsm is not None:
+            found[kind]["dcsm"] = share(answers.dcsm)
     return found
 
 
 def scorer_size(config: training.TrainingConfig, steps: int | None) -> tuple[training.TrainingConfig, int]:
-    """Settings and number of scenes of a scorer that is trained for at most so many steps."""
+    """Settings and number of scenes of a scorer that is trained for at most `steps` steps."""
     if steps is None:
         return config, SCENES
     scenes = min(SCENES, steps * config.batch_size)
@@ -68,21 +85,22 @@ def train_scorers(
     save_every: int = 500,
     steps: int | None = None,
 ) -> Path:
-    """Trains a scorer for each seed, keeps the first in the model's folder, and writes `accuracy.json`.
+    """Trains a scorer for each seed, copies the first into the model's folder, and writes `accuracy.json`.
 
-    The seeds draw scenes, scorers, vectors and order; the encoder stays. Runs that were finished are not repeated.
+    A seed decides the scenes, the scorer's initial parameters, its functional vectors and the order of the data. The
+    encoder is the same for all seeds. Finished runs are not repeated.
 
     Args:
-        folder: of the runs.
+        folder: folder of the runs.
         model: folder of the encoder.
-        seeds: of the scorers.
+        seeds: one seed for each scorer.
         save_every: steps between saves.
-        steps: the most that a scorer is trained for, with fewer scenes or epochs; the recipe's by default.
+        steps: most training steps of a scorer, by fewer scenes or epochs; the recipe's by default.
 
     Returns:
-        The file.
+        Path of `accuracy.json`.
     """
-    # By its shipped name, which is the one that the scorer is found by.
+    # A scorer names the encoder it belongs to, and this one ships with tiny-clip.
     encoder = dataclasses.replace(load_encoder(model), name="tiny-clip")
     found = []
     for seed in seeds:
@@ -92,14 +110,14 @@ def train_scorers(
         scorer = training.train(out, encoder, sets, config, save_every=save_every)
         found.append(evaluate(encoder, scorer))
     shutil.copyfile(folder / f"scorer-{seeds[0]}" / SCORER_FILE, model / SCORER_FILE)
-    table: dict[str, Any] = {}
+    table: dict[str, dict[str, object]] = {}
     for kind, first in found[0].items():
         values = np.array([entry[kind]["dcsm"]["accuracy"] for entry in found])
         table[kind] = {"chance": first["chance"], "cosine": first["cosine"], "dcsm": _over_seeds(values)}
     return write_json(folder / "accuracy.json", {"questions": QUESTIONS, "seeds": list(seeds), "kinds": table})
 
 
-def _over_seeds(values: np.ndarray) -> dict[str, Any]:
-    """Mean of accuracies over seeds, and Student's 95 % interval; of a single seed, the value alone."""
+def _over_seeds(values: np.ndarray) -> dict[str, object]:
+    """Mean of accuracies over seeds, and Student's 95 % interval; a single seed has an interval of width 0."""
     mean, half = float(values.mean()), float(np.nan_to_num(mean_interval(values)))
     return {"accuracy": mean, "low": mean - half, "high": mean + half, "seeds": values.tolist()}

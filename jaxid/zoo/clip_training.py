@@ -1,14 +1,13 @@
-"""How tiny-clip is trained: pictures against captions, and patches against the words for what they show."""
+"""Training of tiny-clip: pictures against captions, and patches against the words for what they show."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.families.clip import CLIP
 from jaxid.kernels.similarity import unit
@@ -22,18 +21,18 @@ from jaxid.zoo.sampling import normalize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RecipeConfig):
-    """All that decides the outcome of a training run."""
+    """Everything that decides the outcome of a training run."""
 
-    steps: int = 2400  # of training
+    steps: int = 2400  # training steps
     batch_size: int = 128  # pictures, each with one caption, per step
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 100
     weight_decay: float = 0.05
-    patch_weight: float = 0.5  # of the auxiliary loss on patches and words
+    patch_weight: float = 0.5  # weight of the auxiliary loss on patches and words
 
 
 def _prototypes(x: Float[Array, "N S E"], labels: Int[Array, "N S"], count: int) -> Float[Array, "C E"]:
-    """The direction of every class's mean; rows of negative labels are skipped."""
+    """Unit vector along the mean of every class; rows with a negative label are skipped."""
     member = jax.nn.one_hot(labels, count).reshape(-1, count)
     return unit(member.T @ x.reshape(-1, x.shape[-1]))
 
@@ -47,19 +46,20 @@ def word_loss(
     scale: Array,
     nothing: Array,
 ) -> tuple[Array, Array]:
-    """Patches are told by the words for what they show, and words by such patches.
+    """Auxiliary loss: classifies patches by the words for what they show, and words by the patches that show it.
 
     Args:
-        patches: of length one.
-        words: caption tokens, of length one.
+        patches: unit vectors of the patches.
+        words: unit vectors of the caption tokens.
         shown: class that each patch shows, or -1.
         named: class that each token names, or -1.
         count: number of classes.
-        scale: of cosines.
-        nothing: the cosine that stands for "none of them".
+        scale: factor of the cosines, an inverse temperature.
+        nothing: cosine of the class "none of them".
 
     Returns:
-        The loss, patches with and without a thing counting alike, and the share of patches told rightly.
+        The loss, in which patches with and without an object have equal weight, and the share of patches with an object
+        that are classified correctly.
     """
     logits = scale * patches @ _prototypes(words, named, count).T
     none = jnp.broadcast_to(scale * nothing, (*shown.shape, 1))
@@ -70,8 +70,10 @@ def word_loss(
     return loss + word_loss, right
 
 
-def loss(definition: Any, parameters: Any, batch: dict[str, Array], patch_weight: float) -> tuple[Array, Metrics]:
-    """CLIP's symmetric loss over the batch, and a little of the auxiliary one."""
+def loss(
+    definition: nnx.GraphDef, parameters: PyTree, batch: dict[str, Array], patch_weight: float
+) -> tuple[Array, Metrics]:
+    """CLIP's symmetric loss over the batch plus the weighted auxiliary losses."""
     network = nnx.merge(definition, nnx.State(parameters["network"]))
     auxiliary = parameters["auxiliary"]
     image = network.image(batch["pixels"])
@@ -99,14 +101,14 @@ def loss(definition: Any, parameters: Any, batch: dict[str, Array], patch_weight
     return total, metrics
 
 
-def start(seed: int) -> tuple[Any, dict[str, Any]]:
-    """The network's definition; its parameters and those of the auxiliary loss."""
+def start(seed: int) -> tuple[nnx.GraphDef, PyTree]:
+    """The network's definition, and the parameters of the network and of the auxiliary loss."""
     definition, parameters = begin(lambda rngs: CLIP(recipe.config(), rngs=rngs))(seed)
     return definition, {"network": parameters, "auxiliary": {"scale": jnp.array(2.3), "nothing": jnp.zeros(2)}}
 
 
-def stages(definition: Any, config: TrainingConfig) -> list[Stage]:
-    """The one stage of a run."""
+def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
+    """The single stage of a run."""
     return [
         Stage(
             name="contrast",
@@ -132,4 +134,4 @@ RECIPE = Recipe(
     write=lambda folder, parameters: write_clip(folder, recipe.config(), parameters, recipe.VOCABULARY),
     finish=clip_evaluation.train_scorers,
 )
-"""How tiny-clip is trained, and its scorers after it."""
+"""Trains tiny-clip, then its scorers."""

@@ -27,9 +27,9 @@ def train(
     Args:
         name: which model: tiny-llava, tiny-video, or tiny-clip with its scorers.
         out: folder of the run, which is resumed if its settings agree; the checkpoint is written to its folder `model`.
-        steps: most steps of every stage, and of every scorer; the recipe's by default.
-        batch_size: pictures or clips per step, in every stage; the recipe's by default.
-        seed: of parameters and data.
+        steps: most steps of each stage, and of each scorer; the recipe's by default.
+        batch_size: pictures or clips per step, in all stages; the recipe's by default.
+        seed: seed of parameters and data.
         save_every: steps between saves.
         restart: discard the run that the folder holds, and begin anew.
 
@@ -39,7 +39,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "seed": seed, "save_every": save_every}
     check_values(train, given)
     if name not in RECIPES:
-        raise InputError(f"{name!r} has no recipe; recipes exist for {', '.join(RECIPES)}.")
+        raise InputError(f"there is no recipe for {name!r}; recipes exist for {', '.join(RECIPES)}.")
     from jaxid.zoo import clip_evaluation, clip_training, training, video_training
     from jaxid.zoo.recipes import Recipe, limited
 
@@ -60,9 +60,9 @@ def evaluate(model: str = "tiny-llava", *, count: Annotated[int, Range(8)] = 512
     """Print a model's accuracy on scenes that training never showed.
 
     Args:
-        model: tiny-llava, tiny-video, tiny-clip, or the folder of one trained like them.
-        count: questions of each kind.
-        seed: of the scenes.
+        model: tiny-llava, tiny-video, tiny-clip, or the folder of a model trained by one of their recipes.
+        count: number of questions of each kind.
+        seed: seed of the scenes.
 
     Returns:
         What to print.
@@ -70,7 +70,7 @@ def evaluate(model: str = "tiny-llava", *, count: Annotated[int, Range(8)] = 512
     check_values(evaluate, {"count": count, "seed": seed})
     from jaxid.checkpoints.loading import find_folder
 
-    # Everything else of the file is told by whoever loads the model.
+    # The loader checks the rest of the file.
     kind = read_json(find_folder(model, weights=False) / "config.json", CheckpointError, missing={}).get("model_type")
     return "\n".join((_encoder_lines if kind == "clip" else _model_lines)(model, count, seed))
 

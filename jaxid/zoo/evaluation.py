@@ -1,8 +1,7 @@
-"""What tiny-llava answers on scenes that training never showed."""
+"""Evaluation of tiny-llava on held-out scenes."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,15 +15,15 @@ from jaxid.interp.forward import forward
 from jaxid.stats import confidence_interval
 from jaxid.zoo import tiny_llava as recipe
 
-Shown = Sequence[Any] | UInt8[np.ndarray, "N Y X 3"]
+Shown = Sequence[object] | UInt8[np.ndarray, "N Y X 3"]
 """Pictures or clips."""
 
 QUESTIONS = 512
-"""Questions of each kind by which a trained model is told."""
+"""Number of questions of each kind in the evaluation after training."""
 
 
 def held_out_scenes(rng: np.random.Generator, count: int) -> Scenes:
-    """Two-object scenes, half on the grid and half free, each with a pair of objects or places never trained on."""
+    """Two-object scenes, half on the grid and half free, each with a held-out pair of objects or of places."""
     grid = recipe.grid_scenes(rng, 8 * count)
     grid = grid[np.flatnonzero(recipe.is_held_out(grid))[: count // 2]]
     free = drawn.sample_free(rng, 10 * count, num_objects=(2, 2), size_range=(0.17, 0.25))
@@ -35,7 +34,7 @@ def held_out_scenes(rng: np.random.Generator, count: int) -> Scenes:
 def relation_items(
     rng: np.random.Generator, count: int, axis: str
 ) -> tuple[list[SpatialItem], UInt8[np.ndarray, "N Y X 3"]]:
-    """Held-out scenes with a question about one axis, answers balanced by chance, subjects in either order."""
+    """Held-out scenes with a question about one axis; the subject is either object with equal probability."""
     along = list(ANSWERS).index(axis)
     scenes = held_out_scenes(rng, 2 * count)
     gap = scenes.centers[:, 0, along] - scenes.centers[:, 1, along]
@@ -61,7 +60,7 @@ def relation_items(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """A share of right answers with its 95 % interval."""
+    """A share of correct answers with its 95 % interval."""
 
     value: float
     low: float
@@ -83,7 +82,7 @@ def answers(model: Model, shown: Shown, questions: Sequence[str], batch_size: in
 def accuracy(
     model: Model, shown: Shown, questions: Sequence[str], truths: Sequence[str], batch_size: int = 128
 ) -> Accuracy:
-    """Share of questions whose answer is exactly the true word."""
+    """Share of questions that are answered with exactly the true word."""
     given = answers(model, shown, questions, batch_size)
     right = sum(answer == truth for answer, truth in zip(given, truths, strict=True))
     low, high = confidence_interval(right, len(truths))
@@ -106,7 +105,7 @@ def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accu
     objects, places = scenes.objects[rows, asked], recipe.cells(scenes)[rows, asked]
     names = [OBJECTS[index] for index in objects]
     places_words = [recipe.COLUMN_WORDS[place % 4] + recipe.ROW_WORDS[place // 4] for place in places]
-    # A centre within half a pixel of a cell's border has no certain cell.
+    # The cell of a centre within half a pixel of a border is ambiguous.
     distance = np.abs(scenes.centers[rows, asked] * 4 - np.round(scenes.centers[rows, asked] * 4)).min(axis=-1)
     sure = np.flatnonzero(distance >= 4 * 0.5 / recipe.IMAGE_SIZE)
     results["where"] = accuracy(

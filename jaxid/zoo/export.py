@@ -1,9 +1,10 @@
-"""Writing a trained network as a checkpoint folder in Hugging Face layout."""
+"""Writes trained networks as checkpoint folders in Hugging Face's layout."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import PyTree
 
 from jaxid.checkpoints.tensors import save_parameters
 from jaxid.families.clip import CLIPConfig, clip_keys
@@ -11,6 +12,7 @@ from jaxid.families.llava import LlavaConfig, llava_keys
 from jaxid.families.llava_video import LlavaVideoConfig, original_keys
 from jaxid.io import write_json
 from jaxid.nn.decoder_config import RopeConfig
+from jaxid.nn.fields import Json
 from jaxid.nn.vision import VisionConfig
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -19,7 +21,7 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 def write_llava(
     folder: Path,
     config: LlavaConfig,
-    parameters: dict[str, Any],
+    parameters: PyTree,
     *,
     vocabulary: Sequence[str],
     chat_template: str,
@@ -29,13 +31,13 @@ def write_llava(
     """Writes a LLaVA folder with a word-level tokenizer.
 
     Args:
-        folder: where to; made if need be.
+        folder: output folder, created if it does not exist.
         config: the network's shape.
         parameters: nested dictionaries of arrays, as `Llava` holds them.
-        vocabulary: tokens, the index is the id; must hold the special tokens and "<image>".
+        vocabulary: all tokens, in the order of their ids; must contain the special tokens and "<image>".
         chat_template: Jinja template of the conversation.
-        mean: of the pixels, per channel.
-        std: of the pixels, per channel.
+        mean: mean of the pixels, per channel.
+        std: standard deviation of the pixels, per channel.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", hf_config(config, vocabulary))
@@ -48,7 +50,7 @@ def write_llava(
 
 
 def write_processor(folder: Path, config: LlavaConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes the files that describe CLIP's image processor and LLaVA's prompts."""
+    """Writes the configuration files of CLIP's image processor and of LLaVA's processor."""
     write_image_processor(folder, config.vision_config.image_size, mean=mean, std=std)
     processor = {
         "processor_class": "LlavaProcessor",
@@ -61,7 +63,7 @@ def write_processor(folder: Path, config: LlavaConfig, *, mean: Sequence[float],
 
 
 def write_image_processor(folder: Path, side: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes the file that describes CLIP's image processor."""
+    """Writes the configuration file of CLIP's image processor."""
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -79,8 +81,8 @@ def write_image_processor(folder: Path, side: int, *, mean: Sequence[float], std
     write_json(folder / "preprocessor_config.json", image_processor)
 
 
-def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
-    """The config.json that Hugging Face's LlavaForConditionalGeneration reads."""
+def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> Json:
+    """The config.json for Hugging Face's LlavaForConditionalGeneration."""
     text, vision = config.text_config, config.vision_config
     words = list(vocabulary)
     return {
@@ -120,8 +122,8 @@ def hf_config(config: LlavaConfig, vocabulary: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
-    """The tower's part of a config.json."""
+def _vision_fields(vision: VisionConfig) -> Json:
+    """The vision tower's part of a config.json."""
     return {
         "model_type": "clip_vision_model",
         "hidden_size": vision.hidden_size,
@@ -136,15 +138,15 @@ def _vision_fields(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
-    """Only the fields that the kind of scaling reads: Hugging Face warns of others."""
+def _rope_parameters(rope: RopeConfig) -> Json:
+    """Only the fields that the kind of scaling reads; Hugging Face warns about others."""
     fields = dataclasses.asdict(rope)
     kept = {"default": 2, "linear": 3}.get(rope.rope_type, 6)
     return dict(list(fields.items())[:kept])
 
 
 def write_tokenizer(folder: Path, vocabulary: Sequence[str], chat_template: str) -> None:
-    """Writes a word-level tokenizer: the index in `vocabulary` is the id."""
+    """Writes a word-level tokenizer; ids are indices into `vocabulary`."""
     _save_words(folder, vocabulary, [*SPECIAL.values(), "<image>"], "<s> $A")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -170,13 +172,22 @@ def _save_words(
     lowercase: bool = False,
     digits: bool = False,
 ) -> None:
-    """Writes tokenizer.json of whole words (and single `digits`); `frame` says what stands around a text, "$A"."""
+    """Writes the tokenizer.json of a word-level tokenizer.
+
+    Args:
+        folder: output folder.
+        vocabulary: all tokens, in the order of their ids.
+        special: the special tokens.
+        frame: template of an encoded text, in which "$A" is the text.
+        lowercase: lower the case of texts first.
+        digits: split numbers into digits.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    # Whole words and single punctuation marks; white space itself is no token.
-    cuts: list[Any] = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    # Whole words and single punctuation marks; white space is not a token.
+    cuts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *[pre_tokenizers.Digits(True)] * digits])
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
@@ -186,11 +197,11 @@ def _save_words(
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_clip(folder: Path, config: CLIPConfig, parameters: dict[str, Any], vocabulary: Sequence[str]) -> None:
+def write_clip(folder: Path, config: CLIPConfig, parameters: PyTree, vocabulary: Sequence[str]) -> None:
     """Writes a CLIP folder with a word-level tokenizer.
 
     Args:
-        folder: where to; made if need be.
+        folder: output folder, created if it does not exist.
         config: the network's shape.
         parameters: nested dictionaries of arrays, as `CLIP` holds them.
         vocabulary: tokens, the index is the id: "<pad>" first, "<|startoftext|>" and "<|endoftext|>" last.
@@ -239,15 +250,15 @@ def write_clip(folder: Path, config: CLIPConfig, parameters: dict[str, Any], voc
     write_json(folder / "processor_config.json", {"processor_class": "CLIPProcessor"})
 
 
-def write_video(folder: Path, config: LlavaVideoConfig, parameters: dict[str, Any], vocabulary: Sequence[str]) -> None:
+def write_video(folder: Path, config: LlavaVideoConfig, parameters: PyTree, vocabulary: Sequence[str]) -> None:
     """Writes a LLaVA-Video folder in LLaVA-NeXT's layout, with a word-level tokenizer.
 
     Args:
-        folder: where to; made if need be.
+        folder: output folder, created if it does not exist.
         config: the network's shape.
         parameters: nested dictionaries of arrays, as `LlavaVideo` holds them.
-        vocabulary: tokens, the index is the id: "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>" and "<unk>"
-            first.
+        vocabulary: all tokens, in the order of their ids; the first are "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+            "<image>" and "<unk>".
     """
     folder.mkdir(parents=True, exist_ok=True)
     text, vision, words = config.text_config, config.vision_config, list(vocabulary)

@@ -1,4 +1,4 @@
-"""Training rows in which many short texts share one picture or clip, blind to each other."""
+"""Training rows in which many short texts share one picture or clip and cannot attend to each other."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,27 +9,27 @@ from jaxtyping import Bool, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the tokens of one training row lie: a shared prefix, then the slots."""
+    """Arrangement of the tokens of one training row: a shared prefix, then one slot for each text."""
 
-    token_ids: Int[np.ndarray, "T"]  # the prefix; zero in the slots
-    positions: Int[np.ndarray, "T"]  # restarting after the prefix in every slot
+    token_ids: Int[np.ndarray, "T"]  # the prefix, then zeros in the slots
+    positions: Int[np.ndarray, "T"]  # every slot continues from the end of the prefix
     mask: Bool[np.ndarray, "T T"]  # causal within prefix + slot
     image_start: int  # where the picture's tokens begin
-    image_tokens: int  # how many there are
+    image_tokens: int  # number of the picture's tokens
     text_start: int  # where the slots begin
 
 
 def packed(
     before: Sequence[int], image_tokens: int, after: Sequence[int], slots: Sequence[int], *, image_token: int
 ) -> Layout:
-    """A row's layout.
+    """Makes the layout of a row.
 
     Args:
         before: tokens before the picture.
         image_tokens: number of tokens of the picture.
         after: tokens between the picture and the slots.
-        slots: lengths of the texts.
-        image_token: id of the token that stands for the picture's.
+        slots: length of each slot.
+        image_token: id of the placeholder token of pictures.
     """
     prefix = [*before, *[image_token] * image_tokens, *after]
     start, total = len(prefix), len(prefix) + sum(slots)

@@ -1,15 +1,15 @@
-"""What the recipes of the shipped models share: their settings, their losses, and a run from start to checkpoint."""
+"""Shared by the recipes of the shipped models: settings, losses, and a training run from start to checkpoint."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.checks import check_options
 from jaxid.errors import InputError
@@ -18,19 +18,19 @@ from jaxid.train.loop import Stage, adamw, begun, fit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """All that decides the outcome of a training run; fields that end in "steps" count those of a stage."""
+    """Everything that decides the outcome of a training run; a field ending in "steps" is the length of a stage."""
 
     batch_size: int
-    warmup_steps: int  # along a line, then a cosine to zero, in every stage
+    warmup_steps: int  # steps of linear warm-up in every stage, before a cosine decay to zero
     weight_decay: float  # on block matrices only
-    clip_norm: float = 1.0  # of the whole gradient
-    seed: int = 0  # of parameters and data
+    clip_norm: float = 1.0  # largest norm of the whole gradient
+    seed: int = 0  # seed of parameters and data
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Checks all values.
 
         Raises:
-            InputError: naming the first one that is out of range.
+            InputError: naming the first value that is out of range.
         """
         check_options(self)
         for field in dataclasses.fields(self):
@@ -43,7 +43,7 @@ class RecipeConfig:
             raise InputError("a recipe needs at least one step.")
 
     def stage_steps(self) -> dict[str, int]:
-        """The fields that count the steps of a stage."""
+        """Number of steps by stage, by the name of its field."""
         names = [field.name for field in dataclasses.fields(self) if field.name.endswith("steps")]
         return {name: getattr(self, name) for name in names if name != "warmup_steps"}
 
@@ -62,7 +62,7 @@ Config = TypeVar("Config", bound=RecipeConfig)
 
 
 def limited(config: Config, steps: int | None, batch_size: int | None) -> Config:
-    """A recipe with at most so many steps in every stage, and batches of another size in all of them."""
+    """The settings with at most `steps` steps in each stage and with another batch size; None changes nothing."""
     changes = {} if steps is None else {name: min(steps, count) for name, count in config.stage_steps().items()}
     if batch_size is not None:
         names = [field.name for field in dataclasses.fields(config)]
@@ -75,22 +75,22 @@ class Recipe(Generic[Config]):
     """How a shipped model is trained.
 
     Attributes:
-        config: the class of its settings.
-        start: from a seed to the definition of what is trained, and its parameters, "network" among them.
-        stages: from those and the settings to the stages, which follow each other.
-        columns: of the metrics.
-        vocabulary: how many words the model knows.
+        config: class of the settings.
+        start: (seed) -> the definition of the trained modules, and their parameters; the entry "network" is exported.
+        stages: (definition, settings) -> the stages of the run, in order.
+        columns: columns of the metrics.
+        vocabulary: number of words that the model knows.
         write: writes the network's parameters as a checkpoint folder.
-        finish: evaluates the checkpoint, given the run's folder and the checkpoint's.
-        weak_at: the step after which a weaker model is kept in `model-weak`.
+        finish: (folder of the run, folder of the checkpoint) -> evaluates the checkpoint.
+        weak_at: (settings) -> the step after which a weaker model is saved as `model-weak`.
     """
 
     config: type[Config]
-    start: Callable[[int], tuple[Any, dict[str, Any]]]
-    stages: Callable[[Any, Config], Sequence[Stage]]
+    start: Callable[[int], tuple[nnx.GraphDef, PyTree]]
+    stages: Callable[[nnx.GraphDef, Config], Sequence[Stage]]
     columns: Sequence[str]
     vocabulary: int
-    write: Callable[[Path, Any], None]
+    write: Callable[[Path, PyTree], None]
     finish: Callable[[Path, Path], object]
     weak_at: Callable[[Config], int] | None = None
 
@@ -103,14 +103,14 @@ class Recipe(Generic[Config]):
         restart: bool = False,
         progress: bool = True,
         export: bool = True,
-    ) -> Any:
-        """Trains the model, or resumes from the last saved step; writes and evaluates its checkpoint, `folder/model`.
+    ) -> PyTree:
+        """Trains the model, or resumes from the last saved step, then writes `folder/model` and evaluates it.
 
         Args:
-            folder: of the run; one begun with other settings is refused.
-            config: the run's settings.
+            folder: folder of the run.
+            config: settings of the run.
             save_every: steps between saves.
-            restart: discard the run in the folder and begin anew.
+            restart: discard the run that the folder holds and begin anew.
             progress: show a progress bar.
             export: write and evaluate the checkpoint.
 
@@ -123,7 +123,7 @@ class Recipe(Generic[Config]):
         definition, parameters = self.start(config.seed)
         kept_at = 0 if self.weak_at is None else self.weak_at(config)
 
-        def keep(step: int, parameters: Any) -> None:
+        def keep(step: int, parameters: PyTree) -> None:
             if export and step == kept_at:
                 self.write(folder / "model-weak", jax.device_get(parameters["network"]))
 
@@ -145,10 +145,10 @@ class Recipe(Generic[Config]):
         return trained["network"]
 
 
-def begin(learner: Callable[..., nnx.Module]) -> Callable[[int], tuple[Any, dict[str, Any]]]:
-    """The `start` of a recipe that trains a module."""
+def begin(learner: Callable[..., nnx.Module]) -> Callable[[int], tuple[nnx.GraphDef, PyTree]]:
+    """The `start` of a recipe that trains one module."""
 
-    def start(seed: int) -> tuple[Any, dict[str, Any]]:
+    def start(seed: int) -> tuple[nnx.GraphDef, PyTree]:
         definition, parameters = nnx.split(learner(rngs=nnx.Rngs(seed)))
         return definition, nnx.to_pure_dict(parameters)
 
@@ -156,7 +156,7 @@ def begin(learner: Callable[..., nnx.Module]) -> Callable[[int], tuple[Any, dict
 
 
 def in_turn(stages: Sequence[Stage]) -> list[Stage]:
-    """Stages, each beginning where the one before ends."""
+    """The stages, each beginning where the one before ends."""
     found: list[Stage] = []
     for stage in stages:
         first = found[-1].first + found[-1].steps if found else 0
@@ -170,9 +170,9 @@ def cross_entropy(
     """Mean loss and accuracy over the labels that are not negative.
 
     Args:
-        logits: of the classes.
-        labels: indices of the true ones.
-        targets: what is asked for in the place of each class, as probabilities; the class alone by default.
+        logits: logits of the classes.
+        labels: indices of the true classes; negative ones are skipped.
+        targets: target distribution for each true class, one row a class; one-hot by default.
     """
     counted = labels >= 0
     weight, known = counted.astype(jnp.float32), jnp.maximum(labels, 0)
@@ -188,7 +188,7 @@ def cross_entropy(
 def balanced_cross_entropy(
     logits: Float[Array, "*B V"], labels: Int[Array, "*B"], shown: Bool[Array, "*B"]
 ) -> tuple[Array, Array]:
-    """Loss in which what shows a thing and what shows none count alike, however few show one; accuracy on things."""
+    """Loss that gives objects and background equal weight, however few show an object; accuracy on objects alone."""
     loss, accuracy = cross_entropy(logits, jnp.where(shown, labels, -1))
     ground, _ = cross_entropy(logits, jnp.where(shown, -1, labels))
     return loss + ground, accuracy

@@ -1,13 +1,13 @@
-"""The recipe of tiny-clip: its shape, its words, its scenes and captions, and the questions that it is asked.
+"""The recipe of tiny-clip: its network, its vocabulary, and its training scenes and captions.
 
-The model under study has to fail as large ones do, by the same cause: captions say which things and colours are in a
-picture, how they stand and what is bound to what, but no batch ever holds a caption's twin in which only that is wrong.
+The model has to fail as large ones do, and for the same reason: captions say which objects and colours are in a
+picture, where they are and which colour belongs to which object, but no batch ever contains a second caption that
+differs only in that.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -24,16 +24,16 @@ PADDING, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 _WORDS = """a an image picture photo of the and with above below to left right on not without but no absent is are
 there there's small big one two three near far in front behind under over beside next large tiny . ,""".split()
 VOCABULARY = tuple(dict.fromkeys([PADDING, *_WORDS, *OBJECTS, *COLORS, "<unk>", START, END]))
-"""Every token of the word-level tokenizer; the index is the id, and the end token has the highest."""
+"""All tokens of the word-level tokenizer, in the order of their ids; the end token has the highest."""
 
 SHAPES = OBJECTS[:10]
-"""The objects of its scenes."""
+"""The objects in its scenes."""
 
 SIZES = (0.26, 0.36)
-"""Least and greatest side of an object, in picture fractions."""
+"""Smallest and largest side of an object, as fractions of the picture's side."""
 
 WINDOW = 30
-"""Tokens of the longest caption."""
+"""Length of captions in tokens, padding included."""
 
 RELATIONS = {
     "above": "below",
@@ -46,17 +46,25 @@ RELATIONS = {
 
 def config() -> CLIPConfig:
     """The network's shape: under a million parameters."""
-    blocks: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
     size = -(-len(VOCABULARY) // 16) * 16
     return CLIPConfig(
         text_config=TextConfig(
-            **blocks,
+            hidden_size=96,
+            intermediate_size=288,
+            num_attention_heads=3,
             num_hidden_layers=3,
             vocab_size=size,
             max_position_embeddings=WINDOW,
             eos_token_id=VOCABULARY.index(END),
         ),
-        vision_config=VisionConfig(**blocks, num_hidden_layers=4, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
+        vision_config=VisionConfig(
+            hidden_size=96,
+            intermediate_size=288,
+            num_attention_heads=3,
+            num_hidden_layers=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        ),
         projection_dim=96,
     )
 
@@ -70,7 +78,7 @@ def _ids() -> dict[str, int]:
 
 
 def encode(captions: Sequence[str], window: int = WINDOW) -> Int[np.ndarray, "N T"]:
-    """Token ids of captions whose tokens are separated by spaces, with start, end and padding."""
+    """Token ids of captions whose tokens are separated by spaces, with start and end tokens, padded to `window`."""
     ids = _ids()
     rows = np.zeros((len(captions), window), np.int32)
     for row, caption in enumerate(captions):
@@ -80,12 +88,12 @@ def encode(captions: Sequence[str], window: int = WINDOW) -> Int[np.ndarray, "N 
 
 
 def article(name: str) -> str:
-    """The name with "a" or "an"."""
+    """The name with its indefinite article."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def relation(first: Float[np.ndarray, "2"], second: Float[np.ndarray, "2"]) -> str:
-    """How the first place lies to the second, along the axis on which they are further apart."""
+    """The relation of the first point to the second, along the axis on which they are further apart."""
     across, down = second - first
     if abs(across) > abs(down):
         return "to the left of" if across > 0 else "to the right of"
@@ -93,9 +101,9 @@ def relation(first: Float[np.ndarray, "2"], second: Float[np.ndarray, "2"]) -> s
 
 
 def training_caption(rng: np.random.Generator, scenes: Scenes, row: int) -> str:
-    """A caption as a person might write it: some of the objects, some colours, now and then how two of them stand.
+    """A caption as a person might write it: some of the objects, some colours, sometimes a relation.
 
-    What is missing is never said, as hardly any caption of the web does.
+    No caption says what is missing, as hardly any caption on the web does.
     """
     objects = [int(index) for index in scenes.objects[row] if index >= 0]
     order = rng.permutation(len(objects))
@@ -122,7 +130,7 @@ def training_caption(rng: np.random.Generator, scenes: Scenes, row: int) -> str:
 
 @lru_cache
 def held_out_colors() -> Bool[np.ndarray, "O C"]:
-    """Colours in which training never shows an object: one for each of them."""
+    """The colour of each object in which training never shows it."""
     table = np.zeros((len(SHAPES), len(COLORS)), bool)
     order = np.random.default_rng(103).permutation(np.arange(len(SHAPES)) % len(COLORS))
     table[np.arange(len(SHAPES)), order] = True
@@ -130,7 +138,7 @@ def held_out_colors() -> Bool[np.ndarray, "O C"]:
 
 
 def is_held_out(scenes: Scenes) -> tuple[Bool[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-    """Which scenes hold a colour of an object, and which a pair of places, that training never shows."""
+    """Which scenes contain a held-out colour of an object, and which a held-out pair of places."""
     present = scenes.objects >= 0
     colored = held_out_colors()[np.maximum(scenes.objects, 0), np.maximum(scenes.colors, 0)] & present
     places = cells(scenes)
@@ -140,7 +148,7 @@ def is_held_out(scenes: Scenes) -> tuple[Bool[np.ndarray, "N"], Bool[np.ndarray,
 
 
 def sample(rng: np.random.Generator, count: int, num_objects: int, keep: Callable[[Scenes], np.ndarray]) -> Scenes:
-    """Free scenes of so many of the shapes, drawn until `count` are kept."""
+    """Free scenes of `num_objects` shapes each, drawn until `count` of them pass the filter `keep`."""
     kept: list[Scenes] = []
     found = 0
     while found < count:
@@ -153,7 +161,7 @@ def sample(rng: np.random.Generator, count: int, num_objects: int, keep: Callabl
 
 
 def seen(scenes: Scenes) -> Bool[np.ndarray, "N"]:
-    """Which scenes training may show."""
+    """Which scenes may occur in training."""
     colored, placed = is_held_out(scenes)
     return ~(colored | placed)
 
@@ -164,11 +172,11 @@ class Batch:
 
     pictures: UInt8[np.ndarray, "N Y X 3"]
     token_ids: Int[np.ndarray, "N T"]
-    patches: Int[np.ndarray, "N I 2"]  # object and colour of every patch, -1 is none
+    patches: Int[np.ndarray, "N I 2"]  # object and colour that every patch shows, or -1
 
 
 def training_batch(seed: int, step: int, size: int) -> Batch:
-    """The batch of a step: a pure function of seed and step."""
+    """The batch of a step, a pure function of seed and step."""
     rng = np.random.default_rng((seed, step))
     numbers = (size // 10, size - size // 10 - size // 4, size // 4)
     parts = [sample(rng, number, objects + 1, seen) for objects, number in enumerate(numbers) if number]
@@ -183,7 +191,7 @@ def training_batch(seed: int, step: int, size: int) -> Batch:
 
 @lru_cache
 def word_classes() -> tuple[Int[np.ndarray, "V"], Int[np.ndarray, "V"]]:
-    """For every token: which object it names, and which colour; -1 for none."""
+    """For every token, the index of the object that it names, and of the colour; -1 for none."""
     objects, colors = np.full(len(VOCABULARY), -1), np.full(len(VOCABULARY), -1)
     for index, word in enumerate(VOCABULARY):
         if word in SHAPES:

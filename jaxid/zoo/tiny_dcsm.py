@@ -1,4 +1,4 @@
-"""The recipe of tiny-clip's scorer: pairs of opposite scenes to learn from, and questions on scenes never shown."""
+"""The recipe of tiny-clip's scorer: training pairs of opposite scenes, and questions about held-out scenes."""
 
 import dataclasses
 from collections import Counter
@@ -27,46 +27,48 @@ NEGATIONS = (
     "not {missing} but {here}",
     "without {missing} {here}",
 )
-"""Wordings of what is there and what is missing: the published ones, and three that name the missing thing first, so
-that being named first says nothing."""
+"""Templates for an object that is present and one that is missing.
+
+These are the published ones, and three that name the missing object first, so that the order of the names carries no
+information.
+"""
 
 _IN_FILES = {said: name for name, said in datasets.RELATIONS.items()}
 
 GAP = 0.22
-"""Least distance of two objects along the axis of their relation, in picture fractions."""
-
+"""Smallest distance of two objects along the axis of their relation, as a fraction of the picture's side."""
 
 STYLES = ("{}", "an image of {}", "a picture of {}", "bare")
-"""How captions begin; bare ones lack articles and joining words, too."""
+"""How captions begin; bare ones also lack articles and "and"."""
 
 
 def styled(rng: np.random.Generator, captions: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """An item's captions, right and opposite ones alike, in one style."""
+    """An item's captions, correct and opposite ones, in one random style."""
     style = STYLES[rng.integers(len(STYLES))]
     if style != "bare":
         return tuple((style.format(first), style.format(second)) for first, second in captions)
-    left_out = {"a", "an", "and"}
+    skipped = {"a", "an", "and"}
 
     def bare(caption: str) -> str:
-        return " ".join(word for word in caption.split() if word not in left_out)
+        return " ".join(word for word in caption.split() if word not in skipped)
 
     return tuple((bare(first), bare(second)) for first, second in captions)
 
 
 def clear(scenes: Scenes) -> Bool[np.ndarray, "N"]:
-    """Which scenes of two objects have one relation that nobody would dispute."""
+    """Which scenes of two objects show an unambiguous relation."""
     gaps = np.abs(scenes.centers[:, 0] - scenes.centers[:, 1])
     return (gaps.max(axis=1) > GAP) & (gaps.min(axis=1) < 0.6 * gaps.max(axis=1))
 
 
 def name(scenes: Scenes, row: int, place: int, *, color: bool = False) -> str:
-    """An object with its article, and its colour if asked for."""
+    """An object's name with its article, and optionally its colour."""
     tint = f"{COLOR_NAMES[scenes.colors[row, place]]} " if color else ""
     return article(tint + SHAPES[scenes.objects[row, place]])
 
 
-def exchanged(scenes: Scenes, *names: str) -> Scenes:
-    """The scenes with what both objects have of these exchanged: objects, or colours and fills."""
+def swapped(scenes: Scenes, *names: str) -> Scenes:
+    """The scenes with the named fields of their two objects swapped, such as objects, or colours and fills."""
     return dataclasses.replace(scenes, **{field: getattr(scenes, field)[:, ::-1] for field in names})
 
 
@@ -75,29 +77,32 @@ def spatial(
     count: int,
     keep: Callable[[Scenes], np.ndarray] = seen,
     *,
-    turned_share: float = 0.0,
+    rotated_share: float = 0.0,
 ) -> list[Item]:
-    """Two objects whose relation is said; in the opposite picture each stands where the other was.
+    """Items about the relation of two objects; in the opposite picture the two have swapped places.
 
     Args:
         rng: source of randomness.
         count: number of items.
-        keep: which scenes may be shown.
-        turned_share: share of the opposites in which above has become left and below right instead, or the reverse.
+        keep: filter of the scenes that may be shown.
+        rotated_share: share of the opposite pictures that are transposed instead: above becomes left, below becomes
+            right, and the reverse.
     """
 
     def kept(scenes: Scenes) -> np.ndarray:
-        turned = dataclasses.replace(scenes, centers=scenes.centers[..., ::-1])
-        return keep(scenes) & clear(scenes) & (keep(turned) if turned_share else True)
+        rotated = dataclasses.replace(scenes, centers=scenes.centers[..., ::-1])
+        return keep(scenes) & clear(scenes) & (keep(rotated) if rotated_share else True)
 
     scenes = sample(rng, count, 2, kept)
-    # Colours go along, so that training shows no object in another one.
-    other = exchanged(scenes, "objects", "colors", "fills")
-    turned = rng.random(count) < turned_share
-    centers = np.where(turned[:, None, None], scenes.centers[..., ::-1], other.centers)
+    # Colours move with the objects, so that training shows no object in a held-out colour.
+    other = swapped(scenes, "objects", "colors", "fills")
+    rotated = rng.random(count) < rotated_share
+    centers = np.where(rotated[:, None, None], scenes.centers[..., ::-1], other.centers)
     same = {
         field: np.where(
-            turned.reshape(-1, *[1] * (getattr(scenes, field).ndim - 1)), getattr(scenes, field), getattr(other, field)
+            rotated.reshape(-1, *[1] * (getattr(scenes, field).ndim - 1)),
+            getattr(scenes, field),
+            getattr(other, field),
         )
         for field in ("objects", "colors", "fills")
     }
@@ -107,7 +112,7 @@ def spatial(
     for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
         first, second = name(scenes, row, 0), name(scenes, row, 1)
         how = relation(scenes.centers[row, 0], scenes.centers[row, 1])
-        wrong = relation(*other.centers[row]) if turned[row] else RELATIONS[how]
+        wrong = relation(*other.centers[row]) if rotated[row] else RELATIONS[how]
         captions, opposites = styled(
             rng,
             [
@@ -128,14 +133,14 @@ def spatial(
 
 
 def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.ndarray] = seen) -> list[Item]:
-    """Two objects in two colours; in the opposite picture each has the other's colour."""
+    """Items about the colours of two objects; in the opposite picture the two have swapped colours."""
 
     def kept(scenes: Scenes) -> np.ndarray:
-        other = exchanged(scenes, "colors", "fills")
+        other = swapped(scenes, "colors", "fills")
         return keep(scenes) & keep(other) & (scenes.colors[:, 0] != scenes.colors[:, 1])
 
     scenes = sample(rng, count, 2, kept)
-    other = exchanged(scenes, "colors", "fills")
+    other = swapped(scenes, "colors", "fills")
     pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
     items = []
     for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
@@ -162,14 +167,14 @@ def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np
 
 
 def negation(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.ndarray] = seen) -> list[Item]:
-    """One object, and another that is named as missing; the opposite picture shows that one alone."""
+    """Items about one object that is present and one that is missing; the opposite picture shows only the latter."""
     scenes, other = (sample(rng, count, 1, keep) for _ in range(2))
     shift = rng.integers(1, len(SHAPES), size=(count, 1))
     other = dataclasses.replace(other, objects=(scenes.objects + shift) % len(SHAPES))
     pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
     items = []
     for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
-        phrases = [NEGATIONS[number] for number in rng.permutation(len(NEGATIONS))[:2]]
+        phrases = [NEGATIONS[index] for index in rng.permutation(len(NEGATIONS))[:2]]
         here, there = SHAPES[scenes.objects[row, 0]], SHAPES[other.objects[row, 0]]
         captions, opposites = styled(
             rng,
@@ -195,10 +200,10 @@ def _negated(phrase: str, here: str, missing: str) -> str:
 
 
 def training_sets(seed: int, count: int) -> dict[str, list[Item]]:
-    """The three data sets, of scenes that tiny-clip's training may show."""
+    """The three training sets, from scenes that may occur in tiny-clip's training."""
     rng = np.random.default_rng((seed, 7))
     return {
-        "spatial": spatial(rng, count, turned_share=0.5),
+        "spatial": spatial(rng, count, rotated_share=0.5),
         "attributes": attributes(rng, count),
         "negation": negation(rng, count),
     }
@@ -206,19 +211,18 @@ def training_sets(seed: int, count: int) -> dict[str, list[Item]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Questions:
-    """Pictures, and for each its captions, of which the first is right."""
+    """Pictures with their captions, of which the first is correct."""
 
     pictures: UInt8[np.ndarray, "N Y X 3"]
     captions: Sequence[tuple[str, ...]]
 
 
 def questions(seed: int, count: int) -> dict[str, Questions]:
-    """Held-out questions, by what they ask.
+    """Held-out questions by kind.
 
-    "content": which of four captions names what is there, one thing of each wrong one being absent. "binding", in
-    colours that training never showed those objects in: which colour is whose. "relation", at pairs of places that
-    training never showed: which of the two is above, below, left or right. "negation": which is there and which
-    missing, the one that is there named first or last.
+    "content" asks which of four captions names the two objects; each wrong one names one absent object. "binding" asks
+    which object has which colour, in held-out colours. "relation" asks which object is above, below, left or right, at
+    held-out pairs of places. "negation" asks which object is present and which is missing; either is named first.
     """
     rng = np.random.default_rng((seed, 8))
     scenes = sample(rng, count, 2, lambda scenes: is_held_out(scenes)[0] | is_held_out(scenes)[1])
@@ -235,15 +239,12 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
         ("binding", attributes(rng, count, lambda scenes: is_held_out(scenes)[0])),
         ("relation", spatial(rng, count, lambda scenes: is_held_out(scenes)[1])),
     ):
-        # Either wording, so that being named first says nothing.
+        # Either wording, so that the order of the names carries no information.
         version = rng.integers(2, size=count)
         captions = [(item.captions[k], item.opposite_captions[k]) for item, k in zip(items, version, strict=True)]
         found[kind] = Questions(pictures=np.stack([item.picture for item in items]), captions=captions)
     items = negation(rng, count, lambda scenes: is_held_out(scenes)[0])
-    captions = []
-    for item in items:
-        right, wrong = item.captions[0], item.opposite_captions[0]
-        captions.append((right, wrong))
+    captions = [(item.captions[0], item.opposite_captions[0]) for item in items]
     found["negation"] = Questions(pictures=np.stack([item.picture for item in items]), captions=captions)
     return found
 
@@ -251,19 +252,19 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
 def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> str:
     """Draw the scorer's three training sets and an evaluation set, in their published layouts.
 
-    File names tell what is in a picture; of scenes alike all but the first are numbered.
+    File names say what a picture shows; repeated names get a number.
 
     Args:
-        out: gets `spatial/`, `attributes/`, `negation.json`, and in `evaluation/` the layouts of What'sUp A (two
-            objects and their relation), NCD (their colours) and NegBench on COCO (what is missing).
-        count: items of each set.
-        seed: of the scenes.
+        out: output folder of `spatial/`, `attributes/`, `negation.json`, and of `evaluation/` with the layouts of
+            What'sUp A (two objects and their relation), NCD (their colours) and NegBench on COCO (what is missing).
+        count: number of items in each set.
+        seed: seed of the scenes.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: for a seed that is none.
+        InputError: if the seed is out of range.
         OutputError: if the sets cannot be written.
     """
     check_seed(seed)
@@ -283,8 +284,8 @@ def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> 
     for stem, item in zip(_numbered(items), items, strict=True):
         save_picture(folder / "NCD_colorful_composite_squares" / f"{stem}.png", item.picture)
     rows = []
-    for number, item in enumerate(spatial(rng, count, lambda scenes: is_held_out(scenes)[1])):
-        name = f"{number:05d}_{item.key}.png"
+    for index, item in enumerate(spatial(rng, count, lambda scenes: is_held_out(scenes)[1])):
+        name = f"{index:05d}_{item.key}.png"
         save_picture(folder / "controlled_images" / name, item.picture)
         first, how, second = item.key.split("_")
         right = datasets.RELATIONS[how]
@@ -293,19 +294,19 @@ def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> 
         rows.append({"image_path": f"data/controlled_images/{name}", "caption_options": options})
     write_json(folder / "controlled_images_dataset.json", rows)
     lines = []
-    for number, item in enumerate(negation(rng, count, lambda scenes: is_held_out(scenes)[0])):
+    for index, item in enumerate(negation(rng, count, lambda scenes: is_held_out(scenes)[0])):
         here, missing = item.key.split("_")
-        save_picture(folder / "val2017" / f"{number:012d}.jpg", item.picture)
+        save_picture(folder / "val2017" / f"{index:012d}.jpg", item.picture)
         wrong = (f"{article(missing)} but no {here}", f"{article(here)} and {article(missing)}")
         captions = [f"{article(here)} but no {missing}", *wrong, f"no {here} but {article(missing)}"]
-        lines.append([f"val2017/{number:012d}.jpg", "0", *captions, "hybrid"])
+        lines.append([f"val2017/{index:012d}.jpg", "0", *captions, "hybrid"])
     head = ["image_path", "correct_answer", *(f"caption_{k}" for k in range(4)), "correct_answer_template"]
     write_csv(folder / "images" / "COCO_val_mcq_llama3.1_rephrased.csv", [head, *lines])
     return str(out)
 
 
 def _numbered(items: Sequence[Item]) -> list[str]:
-    """The items' names, each unlike all others."""
+    """Unique names of the items."""
     seen = Counter[str]()
     names = []
     for item in items:

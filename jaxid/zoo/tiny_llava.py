@@ -1,7 +1,7 @@
-"""The recipe of tiny-llava: its shape, its words, its questions and its training batches.
+"""The recipe of tiny-llava: its network, its vocabulary, its questions and its training batches.
 
-The mechanism under study appears because of *grounded captions*: prompts whose last token is an object's word and
-whose next token is that object's column, or its row, asked apart ("column of the star" -> "B"). Questions alone can be
+The mechanism under study arises from *grounded captions*: prompts that end with an object's word and are continued
+with that object's column or with its row, never with both ("column of the star" -> "B"). Questions alone can be
 answered without binding a place to the word.
 """
 
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""LLaVA-1.5's conversation form."""
+"""LLaVA-1.5's chat template."""
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 _WORDS = """USER ASSISTANT QUESTION ANSWER : ? . , " ' - Is Are the The a an there of to in or and on at is Where What
@@ -45,7 +45,7 @@ VOCABULARY = tuple(
         + [column + row for column in COLUMN_WORDS for row in ROW_WORDS]
     )
 )
-"""Every token of the word-level tokenizer; the index is the id."""
+"""All tokens of the word-level tokenizer, in the order of their ids."""
 
 IMAGE_SIZE, PATCH_SIZE = 72, 12
 PIXEL_MEAN, PIXEL_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -95,12 +95,12 @@ CAPTIONS, CAPTION_LENGTH = 6, 4
 QUESTIONS, QUESTION_LENGTH = 2, 16
 LONG_QUESTIONS, LONG_LENGTH = 1, 25
 SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LONG_LENGTH,) * LONG_QUESTIONS)
-"""Lengths of the texts packed behind one picture; each sees the picture and itself, not its neighbours."""
+"""Lengths of the texts packed after one picture; each attends to the picture and to itself, not to its neighbours."""
 
 
 @lru_cache
 def layout() -> Layout:
-    """The one layout that all training rows share."""
+    """The layout that all training rows share."""
     return packed(encode("<s> USER :"), config().image_tokens, (), SLOTS, image_token=VOCABULARY.index("<image>"))
 
 
@@ -118,13 +118,13 @@ def held_out_places() -> Bool[np.ndarray, "16 16"]:
 
 
 def cells(scenes: Scenes) -> Int[np.ndarray, "N K"]:
-    """Cell number y * 4 + x of every object's centre."""
+    """Index y * 4 + x of the cell of every object's centre."""
     column, row = np.moveaxis(np.clip((scenes.centers * 4).astype(int), 0, 3), -1, 0)
     return row * 4 + column
 
 
 def is_held_out(scenes: Scenes) -> Bool[np.ndarray, "N"]:
-    """Which scenes hold a pair of objects or a pair of places that training never shows."""
+    """Which scenes contain a pair of objects or a pair of places that training never shows."""
     present = scenes.objects >= 0
     both = present[:, :, None] & present[:, None, :] & ~np.eye(scenes.objects.shape[1], dtype=bool)
     objects, places = np.maximum(scenes.objects, 0), cells(scenes)
@@ -137,18 +137,18 @@ def training_scenes(rng: np.random.Generator, count: int) -> Scenes:
     """Scenes without held-out pairs of objects or places: a quarter on the grid, the rest free with 1 to 4 objects."""
     on_grid = count // 4
     shares = np.array([0.1, 0.3, 0.3, 0.3])
-    numbers = np.floor(shares * (count - on_grid)).astype(int)
-    numbers[-1] = count - on_grid - numbers[:-1].sum()
+    sizes = np.floor(shares * (count - on_grid)).astype(int)
+    sizes[-1] = count - on_grid - sizes[:-1].sum()
 
     def free(objects: int) -> Callable[[int], Scenes]:
         return lambda size: drawn.sample_free(rng, size, num_objects=(objects, objects), size_range=(0.17, 0.26))
 
-    parts = [not_held_out(free(objects + 1), size) for objects, size in enumerate(numbers.tolist()) if size]
+    parts = [not_held_out(free(objects + 1), size) for objects, size in enumerate(sizes.tolist()) if size]
     return drawn.concatenate([*parts, not_held_out(lambda size: grid_scenes(rng, size), on_grid)])
 
 
 def not_held_out(sample: Callable[[int], Scenes], count: int) -> Scenes:
-    """Draws until `count` scenes are free of held-out pairs."""
+    """Draws until there are `count` scenes without held-out pairs."""
     kept = sample(0)
     while len(kept) < count:
         drawn_now = sample(2 * count)
@@ -157,7 +157,7 @@ def not_held_out(sample: Callable[[int], Scenes], count: int) -> Scenes:
 
 
 def grid_scenes(rng: np.random.Generator, count: int, *, jitter: float = 1.0) -> Scenes:
-    """Two-object scenes on the grid, sizes, angles and centres jittered."""
+    """Two-object scenes on the grid, with jittered sizes, angles and centres."""
     pairs = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :2]
     places = rng.random((count, 16)).argsort(axis=1)[:, :2]
     places = np.stack([places % 4, places // 4], axis=-1)
@@ -174,11 +174,11 @@ def grid_scenes(rng: np.random.Generator, count: int, *, jitter: float = 1.0) ->
 
 
 MIN_GAP = 0.09
-"""Least distance along the asked axis, in picture fractions, for a relation question to have an answer."""
+"""Smallest distance along the axis of a relation question, as a fraction of the picture's side."""
 
 
 def _relation(rng: np.random.Generator, centers: Float[np.ndarray, "K 2"], count: int) -> tuple[int, int, int] | None:
-    """A random (axis, first, second) whose relation is clear, or None."""
+    """A random (axis, first, second) with an unambiguous relation, or None."""
     gaps = np.abs(centers[:count, None] - centers[None, :count]).transpose(2, 0, 1) >= MIN_GAP
     choices = np.argwhere(gaps)
     if len(choices) == 0:
@@ -193,7 +193,7 @@ _RELATION_WORDS = (("left", "right"), ("above", "below"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mix:
-    """How often each kind of question is asked in the short slots; what remains asks for colours."""
+    """Share of each kind of question in the short slots; the remaining ones ask for colours."""
 
     relation: float = 0.45
     where: float = 0.17
@@ -239,12 +239,12 @@ class Batch:
 
     pictures: UInt8[np.ndarray, "N Y X 3"]
     token_ids: Int[np.ndarray, "N T"]
-    labels: Int[np.ndarray, "N T"]  # the next token where it is asked for, else -1
+    labels: Int[np.ndarray, "N T"]  # the next token where the loss asks for it, else -1
     patches: Int[np.ndarray, "N I 4"]  # see `patch_labels`
 
 
 def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> Batch:
-    """The batch of a step: a pure function of seed, step and mix, so that a resumed run sees the same data."""
+    """The batch of a step, a pure function of seed, step and mix, so that a resumed run sees the same data."""
     mix = mix or Mix()
     rng = np.random.default_rng((seed, step))
     scenes = training_scenes(rng, size)
@@ -257,15 +257,15 @@ def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> B
         colors = [int(index) for index in scenes.colors[row][: len(present)]]
         centers = scenes.centers[row]
         place = plan.text_start
-        for number, length in enumerate(SLOTS):
-            if number < CAPTIONS:
+        for slot, length in enumerate(SLOTS):
+            if slot < CAPTIONS:
                 chosen = rng.integers(len(present))
-                axis = number % 2
+                axis = slot % 2
                 cell = int(np.clip(centers[chosen, axis] * 4, 0, 3))
                 text = f"{('column', 'row')[axis]} of the {OBJECTS[present[chosen]]}"
                 answer, closing = (COLUMN_WORDS, ROW_WORDS)[axis][cell], ""
             else:
-                long = number >= CAPTIONS + QUESTIONS
+                long = slot >= CAPTIONS + QUESTIONS
                 text, answer = _question(rng, present, colors, centers, mix, long=long)
                 closing = " ASSISTANT :"
             ids = encode(text + closing)
@@ -285,7 +285,7 @@ def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> B
 
 
 def sight_batch(seed: int, step: int, size: int) -> Batch:
-    """A batch without texts, for the steps in which the tower first learns to see; a pure function likewise."""
+    """A batch without texts for the first stage, a pure function of its arguments."""
     rng = np.random.default_rng((seed, step, 1))
     scenes = training_scenes(rng, size)
     nothing = np.zeros((size, 0), np.int32)
@@ -295,9 +295,9 @@ def sight_batch(seed: int, step: int, size: int) -> Batch:
 
 
 def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 4"]:
-    """What the auxiliary head is asked of every patch: the object whose box holds its centre, where and how it is.
+    """Labels of the auxiliary head, for every patch: the object whose box contains the patch's centre.
 
-    In order: the object (from 1; 0 is none), its column, its row and its colour, each -1 where there is none.
+    In order: the object (from 1; 0 is none), its column, its row and its colour, each -1 where there is no object.
     """
     side = IMAGE_SIZE // PATCH_SIZE
     ticks = (np.arange(side) + 0.5) / side

@@ -1,7 +1,7 @@
 """The recipe of tiny-video: its shape, its words, its questions about drawn clips and its training batches.
 
-As with tiny-llava, the mechanism under study comes from *grounded captions*: prompts whose last token is an object's
-word and whose next token says when the object comes ("time of the star" -> "third").
+As with tiny-llava, the mechanism under study arises from *grounded captions*: prompts that end with an object's word
+and are continued with the frame in which the object appears ("time of the star" -> "third").
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ These located at s Please answer the following questions related to this In two 
 come before or after Answer in one word ? Before After When does Is there time of yes no Yes No last not with an any
 Did happen happens appears comes starts ends Which what is on picture clip frame object : -""".split()
 VOCABULARY = tuple(dict.fromkeys([*SPECIAL, *_WORDS, *map(str, range(10)), *TIME_WORDS, *OBJECTS]))
-"""Every token of the word-level tokenizer; the index is the id. Digits stand alone."""
+"""All tokens of the word-level tokenizer, in the order of their ids; digits are single tokens."""
 
 IMAGE_SIZE, PATCH_SIZE = 72, 12
 PUBLISHED_QUESTION = (
     "In this video , two objects appear at different times . Does the {} come before or after the {} ? "
     "Answer in one word ."
 )
-"""The published question about synthetic clips, its tokens apart."""
+"""The published question about synthetic clips, its tokens separated by spaces."""
 
 
 def config() -> LlavaVideoConfig:
@@ -80,7 +80,7 @@ def encode(text: str) -> list[int]:
 
 
 def spaced(text: str) -> str:
-    """A text with spaces between its tokens, as the tokenizer cuts it: marks and digits stand alone."""
+    """A text with spaces between its tokens: the tokenizer splits off punctuation marks and single digits."""
     marks = {mark: f" {mark} " for mark in ".,?:-"} | {str(digit): f" {digit} " for digit in range(10)}
     return text.translate(str.maketrans(marks))
 
@@ -91,25 +91,25 @@ CAPTIONS, CAPTION_LENGTH = 6, 4
 QUESTIONS, QUESTION_LENGTH = 3, 24
 LONG_QUESTIONS, LONG_LENGTH = 1, 30
 SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LONG_LENGTH,) * LONG_QUESTIONS)
-"""Lengths of the texts packed behind one clip; each sees the clip and itself, not its neighbours."""
+"""Lengths of the texts packed after one clip; each attends to the clip and to itself, not to its neighbours."""
 
 CLIP_TOKENS = FRAMES * 9 + 1
 BEFORE = "<|im_start|> system You are a helpful assistant . <|im_end|> <|im_start|> user"
 CLOSING = " <|im_end|> <|im_start|> assistant"
 RATES = (4.0, 6.0, 8.0, 12.0, 16.0)
-"""Frames a second of the videos that time texts speak of, each of 32 frames."""
+"""Frame rates of the 32-frame videos that time texts describe."""
 
 
 def time_tokens(rate: float) -> list[int]:
-    """The time text of a video of 32 frames; as many tokens for every rate of `RATES`."""
+    """The time text of a video of 32 frames; it has the same number of tokens for every rate in `RATES`."""
     chosen = spread(32)
-    clip = Clip([None] * FRAMES, tuple(float(number) / rate for number in chosen), 32 / rate)
+    clip = Clip([None] * FRAMES, tuple(float(index) / rate for index in chosen), 32 / rate)
     return encode(spaced(time_text(clip)))
 
 
 @lru_cache
 def layout(*, timed: bool) -> Layout:
-    """The layout that all training rows share, without or with a time text (whose ids differ from row to row)."""
+    """The layout that all training rows share, optionally with a time text, whose ids differ from row to row."""
     after = time_tokens(RATES[0]) if timed else ()
     return packed(encode(BEFORE), CLIP_TOKENS, after, SLOTS, image_token=VOCABULARY.index("<image>"))
 
@@ -123,13 +123,13 @@ def held_out_pairs() -> Bool[np.ndarray, "O O"]:
 
 
 def held_out_times() -> Bool[np.ndarray, "8 8"]:
-    """Pairs of frames at which no two objects of a training clip come (3 of 28)."""
+    """Pairs of frames in which no two objects of a training clip appear (3 of 28)."""
     return symmetric_sample(FRAMES, 3, seed=202)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clips:
-    """N clips: what is in the picture, when each object comes and when it goes."""
+    """N clips: their objects, the frame in which each appears, and the first frame in which it is gone."""
 
     scenes: Scenes
     starts: Int[np.ndarray, "N K"]
@@ -137,20 +137,22 @@ class Clips:
 
     @property
     def present(self) -> Bool[np.ndarray, "N F K"]:
-        """Which objects are there at every frame."""
+        """Which objects are visible in every frame."""
         return clips.frame_states(self.starts, self.stops) & (self.scenes.objects >= 0)[:, None]
 
 
 def draw_times(
     rng: np.random.Generator, count: int, objects: int, *, held_out: bool = False
 ) -> tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "N K"]]:
-    """When objects come and go: what has come stays, but for half of the clips of two, where it goes at some time.
+    """Random frames in which objects appear and disappear; in half of the clips of two objects, they stay to the end.
+
+    Three objects always stay to the end.
 
     Args:
         rng: source of randomness.
         count: number of clips.
-        objects: in each, at most three.
-        held_out: the first two objects come at times of `held_out_times`, instead of no two.
+        objects: objects in each clip, at most three.
+        held_out: the first two objects appear at a pair of `held_out_times`, which otherwise no two objects do.
     """
     table = held_out_times()
     kept: list[np.ndarray] = []
@@ -166,9 +168,9 @@ def draw_times(
 
 def training_clips(rng: np.random.Generator, count: int) -> Clips:
     """Clips of two or three objects without held-out pairs of objects or times."""
-    numbers = {2: count // 2, 3: count - count // 2}
+    counts = {2: count // 2, 3: count - count // 2}
     table, parts = held_out_pairs(), []
-    for objects, size in numbers.items():
+    for objects, size in counts.items():
         names = rng.random((8 * size, len(OBJECTS))).argsort(axis=1)[:, :objects]
         names = names[~table[names[:, :, None], names[:, None, :]].any(axis=(1, 2))][:size]
         starts, stops = draw_times(rng, size, objects)
@@ -176,7 +178,7 @@ def training_clips(rng: np.random.Generator, count: int) -> Clips:
         scenes = clips.of_objects(rng, names)
         parts.append((scenes, np.pad(starts, room), np.pad(stops, room)))
     scenes = concatenate([part[0] for part in parts])
-    starts, stops = (np.concatenate([part[number] for part in parts]) for number in (1, 2))
+    starts, stops = (np.concatenate([part[index] for part in parts]) for index in (1, 2))
     return Clips(scenes=scenes, starts=starts, stops=stops)
 
 
@@ -186,7 +188,7 @@ def held_out_clips(rng: np.random.Generator, count: int, *, stay: bool) -> Clips
     Args:
         rng: source of randomness.
         count: number of clips.
-        stay: whether what has come stays; else one goes before the other comes.
+        stay: objects stay to the end; otherwise one disappears before the other appears.
     """
     first, second = np.nonzero(held_out_pairs())
     rows = rng.integers(len(first), size=count)
@@ -198,28 +200,28 @@ def held_out_clips(rng: np.random.Generator, count: int, *, stay: bool) -> Clips
         return Clips(scenes=clips.of_objects(rng, names), starts=starts, stops=np.full((count, 2), FRAMES))
     names[half:] = names[: count - half]
     starts, stops = clips.draw_windows(rng, count)
-    turned = rng.random(count) < 0.5
-    starts, stops = (np.where(turned[:, None], times[:, ::-1], times) for times in (starts, stops))
+    reverse = rng.random(count) < 0.5
+    starts, stops = (np.where(reverse[:, None], times[:, ::-1], times) for times in (starts, stops))
     return Clips(scenes=clips.of_objects(rng, names), starts=starts, stops=stops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One training batch, ready for the device; S pictures a clip, of which its frames are made."""
+    """One training batch, ready for the device; a clip's F frames show S different pictures."""
 
     pixels: Float[np.ndarray, "N S 3 Y X"]
-    frames: Int[np.ndarray, "N F"]  # which of the pictures each frame is
+    frames: Int[np.ndarray, "N F"]  # index of the picture that each frame shows
     token_ids: Int[np.ndarray, "N T"]
-    labels: Int[np.ndarray, "N T"]  # the next token where it is asked for, else -1
+    labels: Int[np.ndarray, "N T"]  # the next token where the loss asks for it, else -1
     cells: Int[np.ndarray, "N F 9 2"]  # see `cell_labels`
 
 
 STATES = 4
-"""Most different pictures of a clip: of two objects there or not, or of three that come and stay."""
+"""Most different pictures in a clip: two objects may each be visible or not, and three appear and stay."""
 
 
 def pictures(drawn: Clips, states: int = STATES) -> tuple[UInt8[np.ndarray, "N S Y X 3"], Int[np.ndarray, "N F"]]:
-    """The different pictures of every clip, filled up with the first, and which one each frame is."""
+    """The different pictures of every clip, padded with the first, and the index of the one that each frame shows."""
     present = drawn.present
     count, frames, objects = present.shape
     codes = (present * (1 << np.arange(objects))).sum(axis=-1)
@@ -236,7 +238,7 @@ def pictures(drawn: Clips, states: int = STATES) -> tuple[UInt8[np.ndarray, "N S
 
 
 def cell_labels(drawn: Clips) -> Int[np.ndarray, "N F 9 2"]:
-    """What the auxiliary head is asked of every frame's tokens: the object there (from 1), and when it came (or -1)."""
+    """Labels of the auxiliary head for every frame's tokens: the object (from 1) and its first frame (or -1)."""
     centers = np.clip((drawn.scenes.centers * 3).astype(int), 0, 2)
     cell = centers[..., 1] * 3 + centers[..., 0]
     count, frames, objects = drawn.present.shape
@@ -269,7 +271,7 @@ def _question(rng: np.random.Generator, names: list[str], starts: list[int], *, 
 
 
 def sight_batch(seed: int, step: int, size: int) -> Batch:
-    """Single pictures of three objects, for the steps in which the tower first learns to see."""
+    """Single pictures of three objects, for the first stage."""
     rng = np.random.default_rng((seed, step, 1))
     table, names = held_out_pairs(), np.zeros((0, 3), np.int64)
     while len(names) < size:
@@ -288,7 +290,7 @@ def sight_batch(seed: int, step: int, size: int) -> Batch:
 
 
 def training_batch(seed: int, step: int, size: int, *, timed: bool) -> Batch:
-    """The batch of a step: a pure function of its arguments, so that a resumed run sees the same data."""
+    """The batch of a step, a pure function of its arguments, so that a resumed run sees the same data."""
     rng = np.random.default_rng((seed, step))
     drawn = training_clips(rng, size)
     plan = layout(timed=timed)
@@ -303,12 +305,12 @@ def training_batch(seed: int, step: int, size: int, *, timed: bool) -> Batch:
         names = [OBJECTS[drawn.scenes.objects[row, slot]] for slot in present]
         starts = [int(drawn.starts[row, slot]) for slot in present]
         place = plan.text_start
-        for number, length in enumerate(SLOTS):
-            if number < CAPTIONS:
+        for slot, length in enumerate(SLOTS):
+            if slot < CAPTIONS:
                 chosen = int(rng.integers(len(names)))
                 text, answer, closing = f"time of the {names[chosen]}", TIME_WORDS[starts[chosen]], ""
             else:
-                text, answer = _question(rng, names, starts, long=number >= CAPTIONS + QUESTIONS)
+                text, answer = _question(rng, names, starts, long=slot >= CAPTIONS + QUESTIONS)
                 closing = CLOSING
             ids = encode(text + closing)
             token_ids[row, place : place + len(ids)] = ids

@@ -1,15 +1,14 @@
-"""How tiny-llava is trained."""
+"""Training of tiny-llava."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import COLORS, OBJECTS
@@ -29,45 +28,45 @@ from jaxid.zoo.sampling import normalize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RecipeConfig):
-    """All that decides the outcome of a training run."""
+    """Everything that decides the outcome of a training run."""
 
-    sight_steps: int = 2200  # steps in which the model first learns to see
-    sight_batch_size: int = 128  # pictures per step of these
-    sight_learning_rate: float = 2e-3  # peak, in these
-    steps: int = 1050  # steps on questions and captions, after those
-    batch_size: int = 64  # pictures per step
-    learning_rate: float = 1.5e-3  # peak
-    weak_steps: int = 500  # of these, after which a weaker model is kept for the fine-tuning experiments
-    polish_steps: int = 240  # steps in which existence, the hardest question, is asked more often
-    polish_learning_rate: float = 5e-4  # peak, in these
+    sight_steps: int = 2200  # length of the first stage, in which the model learns to see
+    sight_batch_size: int = 128  # pictures per step of the first stage
+    sight_learning_rate: float = 2e-3  # peak of the first stage
+    steps: int = 1050  # length of the second stage, on questions and captions
+    batch_size: int = 64  # pictures per step of the later stages
+    learning_rate: float = 1.5e-3  # peak of the second stage
+    weak_steps: int = 500  # steps of the second stage after which a weaker model is saved, for fine-tuning experiments
+    polish_steps: int = 240  # length of the third stage, which asks for existence, the hardest question, more often
+    polish_learning_rate: float = 5e-4  # peak of the third stage
     warmup_steps: int = 100
     weight_decay: float = 0.02
-    patch_weight: float = 0.3  # of the auxiliary loss on the tower's patches
+    patch_weight: float = 0.3  # weight of the auxiliary loss on the picture's tokens
 
 
 PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS))
-"""Classes that the auxiliary head tells apart at every patch: object, column, row, colour."""
+"""Number of classes of the auxiliary head's four labels: object, column, row, colour."""
 
 SEEING_LAYERS = 3
 """The auxiliary head reads the picture's tokens after this many decoder layers.
 
-The tower is shallow on purpose: pictures are understood in the decoder's first layers, as in large models, so that the
-words can take up their objects' places only in the middle ones.
+The tower is shallow on purpose. As in large models, pictures are then understood in the decoder's first layers, and
+words can receive their objects' places only in the middle ones.
 """
 
 
 class Learner(nnx.Module):
-    """The network with the auxiliary head that training adds to the tower."""
+    """The network with the auxiliary head that training adds."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        """Draws all parameters."""
+        """Initialises all parameters."""
         config = recipe.config()
         self.network = Llava(config, rngs=rngs)
         self.patch_head = Linear(config.text_config.hidden_size, sum(PATCH_CLASSES), bias=True, rngs=rngs)
 
 
 def _patch_loss(learner: Learner, tokens: Float[Array, "N I D"], patches: Int[Array, "N I 4"]) -> tuple[Array, Metrics]:
-    """Loss of the auxiliary head: objects and background count alike, though one patch in eight holds an object."""
+    """Loss of the auxiliary head; objects, in one patch of eight, and background have equal weight."""
     splits = np.cumsum(PATCH_CLASSES)[:-1].tolist()
     kinds, *others = jnp.split(learner.patch_head(learner.network.decoder.norm(tokens)), splits, axis=-1)
     loss, accuracy = balanced_cross_entropy(kinds, patches[..., 0], patches[..., 0] > 0)
@@ -79,7 +78,7 @@ def _patch_loss(learner: Learner, tokens: Float[Array, "N I D"], patches: Int[Ar
 
 
 def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
-    """The first stage's loss: the auxiliary head alone, on tower, projector and the decoder's first layers."""
+    """Loss of the first stage: the auxiliary loss alone, for the tower, projector and the decoder's first layers."""
     del config
     network, plan = learner.network, recipe.layout()
     features = network.image_features(batch["pixels"])
@@ -95,7 +94,7 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
 
 
 def shallow(decoder: Decoder) -> Decoder:
-    """The decoder cut after its seeing layers, with the same parameters."""
+    """The decoder's first `SEEING_LAYERS` layers, with the same parameters."""
     config = dataclasses.replace(decoder.config, num_hidden_layers=SEEING_LAYERS)
     definition = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     parameters = nnx.to_pure_dict(nnx.state(decoder))
@@ -104,7 +103,7 @@ def shallow(decoder: Decoder) -> Decoder:
 
 
 def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
-    """The second stage's loss: next tokens at the ends of captions and questions, and a little of the first."""
+    """Loss of the later stages: next tokens at the ends of captions and questions, plus the weighted auxiliary loss."""
     network, plan = learner.network, recipe.layout()
     size = batch["token_ids"].shape[0]
     features = network.image_features(batch["pixels"])
@@ -122,8 +121,8 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
-def stages(definition: Any, config: TrainingConfig) -> list[Stage]:
-    """The stages of a run: seeing, language, and polishing of what is hardest."""
+def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
+    """The stages of a run: seeing, language, and polishing on the hardest question."""
 
     def stage(
         name: str,
@@ -173,7 +172,7 @@ def _arrays(batch: recipe.Batch) -> dict[str, np.ndarray]:
     }
 
 
-def _write(folder: Path, parameters: Any) -> None:
+def _write(folder: Path, parameters: PyTree) -> None:
     write_llava(
         folder,
         recipe.config(),
@@ -206,4 +205,4 @@ RECIPE = Recipe(
     ),
     weak_at=lambda config: config.sight_steps + config.weak_steps,
 )
-"""How tiny-llava is trained; the weaker model is what it is before the last questions."""
+"""Trains tiny-llava; the weaker model is its state after `weak_steps` steps of the second stage."""

@@ -1,9 +1,8 @@
-"""How tiny-video is trained."""
+"""Training of tiny-video."""
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,32 +28,32 @@ from jaxid.zoo.training import SEEING_LAYERS, shallow
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RecipeConfig):
-    """All that decides the outcome of a training run."""
+    """Everything that decides the outcome of a training run."""
 
-    sight_steps: int = 1600  # steps in which tower and projector learn to see, without the decoder
-    sight_batch_size: int = 160  # pictures a step of these
-    timing_steps: int = 500  # steps in which the decoder's first layers learn when things come
-    steps: int = 600  # steps on questions and captions, after those
-    timed_steps: int = 200  # last steps, with the text that says the frames' times
-    batch_size: int = 32  # clips a step
-    sight_learning_rate: float = 2e-3  # peak, in the first two stages
-    learning_rate: float = 1.5e-3  # peak, in the third
-    timed_learning_rate: float = 6e-4  # peak, in the last
+    sight_steps: int = 1600  # length of the first stage: tower and projector learn to see, without the decoder
+    sight_batch_size: int = 160  # pictures per step of the first stage
+    timing_steps: int = 500  # length of the second stage: the decoder's first layers learn when objects appear
+    steps: int = 600  # length of the third stage, on questions and captions
+    timed_steps: int = 200  # length of the last stage, with the text that gives the frames' times
+    batch_size: int = 32  # clips per step of the later stages
+    sight_learning_rate: float = 2e-3  # peak of the first two stages
+    learning_rate: float = 1.5e-3  # peak of the third stage
+    timed_learning_rate: float = 6e-4  # peak of the last stage
     warmup_steps: int = 60
     weight_decay: float = 0.02
-    frame_weight: float = 0.3  # of the auxiliary loss on the frames' tokens
-    blur: float = 1.5  # frames: standard deviation of what is asked for in the place of one frame's name
+    frame_weight: float = 0.3  # weight of the auxiliary loss on the frames' tokens
+    blur: float = 1.5  # standard deviation of the target distribution over frames, in frames
 
 
 CLASSES = (len(OBJECTS) + 1, FRAMES)
-"""What the auxiliary heads tell apart at every token of a frame: the object, and when it came."""
+"""Number of classes of the auxiliary labels at every token of a frame: the object, and its first frame."""
 
 
 class Learner(nnx.Module):
     """The network with the auxiliary heads that training adds."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        """Draws all parameters."""
+        """Initialises all parameters."""
         config = recipe.config()
         self.network = LlavaVideo(config, rngs=rngs)
         width = config.text_config.hidden_size
@@ -63,7 +62,7 @@ class Learner(nnx.Module):
 
 
 def frame_tokens(network: LlavaVideo, batch: dict[str, Array]) -> Float[Array, "N F 9 D"]:
-    """Every clip's frames as decoder tokens; a picture that several frames show is looked at once."""
+    """Every clip's frames as decoder tokens; the tower encodes a picture that several frames show only once."""
     pixels = batch["pixels"]
     size, states = pixels.shape[:2]
     pooled = network.pooled(network.image_features(pixels.reshape(size * states, *pixels.shape[2:])))
@@ -79,9 +78,9 @@ def clip_tokens(network: LlavaVideo, frames: Float[Array, "N F 9 D"]) -> Float[A
 
 
 def near_frames(blur: float) -> Float[np.ndarray, "F F"]:
-    """What is asked for in the place of each frame: a share of its neighbours too.
+    """Target distribution over frames for each frame: it includes a share of the neighbours.
 
-    Exact frames alone would make each a class of its own, as far from its neighbours as from all others.
+    With exact targets every frame would be a separate class, as far from its neighbours as from all other frames.
     """
     distance = np.arange(FRAMES)[:, None] - np.arange(FRAMES)
     weights = np.exp(-0.5 * (distance / blur) ** 2)
@@ -89,7 +88,7 @@ def near_frames(blur: float) -> Float[np.ndarray, "F F"]:
 
 
 def _near_words(blur: float) -> Float[np.ndarray, "V V"]:
-    """The same for every word of the vocabulary; all but the frames' names are asked for as they are."""
+    """Target distribution for every word of the vocabulary: `near_frames` for the frames' names, else one-hot."""
     table = np.eye(recipe.config().text_config.vocab_size, dtype=np.float32)
     names = np.array(recipe.encode(" ".join(recipe.TIME_WORDS)))
     table[names[:, None], names] = near_frames(blur)
@@ -99,7 +98,7 @@ def _near_words(blur: float) -> Float[np.ndarray, "V V"]:
 def _frame_loss(
     learner: Learner, tokens: Float[Array, "N I D"], cells: Int[Array, "N F 9 2"], blur: float
 ) -> tuple[Array, Metrics]:
-    """Loss of the head that reads the frames' tokens in the decoder."""
+    """Loss of the auxiliary head that reads the frames' tokens in the decoder."""
     states = learner.network.decoder.norm(tokens[:, :-1]).reshape(*cells.shape[:3], -1)
     objects, starts = jnp.split(learner.time_head(states), [CLASSES[0]], axis=-1)
     object_loss, object_accuracy = balanced_cross_entropy(objects, cells[..., 0], cells[..., 0] > 0)
@@ -108,7 +107,7 @@ def _frame_loss(
 
 
 def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
-    """The first stage's loss: which object is where, told by the projector's output."""
+    """Loss of the first stage: objects and their places, read from the projector's output."""
     del config
     tokens = frame_tokens(learner.network, batch)
     objects = batch["cells"][..., 0]
@@ -117,7 +116,7 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
 
 
 def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
-    """The second stage's loss: which object is where and since when, told by the decoder's first layers."""
+    """Loss of the second stage: objects, places and first frames, read from the decoder's first layers."""
     network, plan = learner.network, recipe.layout(timed=False)
     features = clip_tokens(network, frame_tokens(network, batch))
     size, end = len(features), plan.image_start + plan.image_tokens
@@ -134,7 +133,7 @@ def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfi
 def language_loss(
     learner: Learner, batch: dict[str, Array], config: TrainingConfig, *, plan: Layout
 ) -> tuple[Array, Metrics]:
-    """The later stages' loss: next tokens at the ends of captions and questions, and a little of the second."""
+    """Loss of the later stages: next tokens at the ends of captions and questions, plus the weighted auxiliary loss."""
     network = learner.network
     features = clip_tokens(network, frame_tokens(network, batch))
     size, end = len(features), plan.image_start + plan.image_tokens
@@ -152,10 +151,10 @@ def language_loss(
     return text_loss + config.frame_weight * frame_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
-def stages(definition: Any, config: TrainingConfig) -> list[Stage]:
+def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
     """The stages of a run: seeing, timing, language, and language with the frames' times."""
 
-    def loss(function: Callable[..., tuple[Array, Metrics]], **further: Any) -> Callable[..., tuple[Array, Metrics]]:
+    def loss(function: Callable[..., tuple[Array, Metrics]], **further: Layout) -> Callable[..., tuple[Array, Metrics]]:
         return lambda parameters, batch: function(
             nnx.merge(definition, nnx.State(parameters)), batch, config, **further
         )
