@@ -201,9 +201,9 @@ def test_words_that_a_tokenizer_drops() -> None:
         ("<s>", "special token '<s>'"),
         ("a <unk> b", "special token '<unk>'"),
         ("<image>", "image token '<image>'"),
-        ("the \0 star", "NUL or lone surrogates"),
-        ("the \ud83d star", "NUL or lone surrogates"),
-        ("\udcff", "NUL or lone surrogates"),
+        ("the \0 star", "NUL characters or lone surrogates"),
+        ("the \ud83d star", "NUL characters or lone surrogates"),
+        ("\udcff", "NUL characters or lone surrogates"),
     ],
 )
 def test_questions_that_are_no_text(anything: Processor, question: Any, named: str) -> None:
@@ -410,8 +410,8 @@ def test_answers(processor: Processor) -> None:
     for words, named in (
         (["left", "elephant"], "'elephant' is not in the model's vocabulary"),
         (["left", "to the left"], "'to the left' is not a single token"),
-        (["left", ""], "'' does not begin with a token of its own"),
-        (["left", "left"], "left, left do not have tokens of their own"),
+        (["left", ""], "'' does not begin with a new token"),
+        (["left", "left"], "left, left do not have different tokens"),
     ):
         with pytest.raises(PromptError, match=re.escape(named)):
             processor.answer_ids(words)

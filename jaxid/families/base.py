@@ -1,68 +1,106 @@
-"""What a family is, and what a loaded model is: a static description plus a pytree of parameters."""
+"""What a family declares, and what a loaded model is: a static description plus a pytree of parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import PyTree
 
+from jaxid.errors import CheckpointError
 from jaxid.nn.decoder_config import ModelConfig
 from jaxid.nn.dual import DualConfig, DualEncoder
 from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key
+from jaxid.nn.layers import Config
 from jaxid.nn.network import Network
 from jaxid.prompts.dual import DualProcessor
+from jaxid.prompts.pictures import Pictures
 from jaxid.prompts.processor import Processor, Prompts
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+LoadedT = TypeVar("LoadedT", bound="Loaded")
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
-    """The layers that published experiments use in one checkpoint, 0-based.
+class Checkpoint:
+    """A published checkpoint, and the layers (0-based) that published experiments use in it.
 
     Attributes:
-        belief_swap: those swept by the belief swap ([ID], Figure 2).
-        deviation: the one whose deviation is reported ([ID], Figure 8).
+        repository: its Hugging Face id.
+        belief_swap: the layers swept by the belief swap ([ID], Figure 2).
+        deviation: the layer whose deviation is reported ([ID], Figure 8).
     """
 
+    repository: str
     belief_swap: range | None = None
     deviation: int | None = None
 
 
 def hidden_states(first: int, last: int) -> range:
-    """The layers of which the paper names the first and last hidden state, which count the embeddings as 0."""
+    """The layers between two hidden states as the paper counts them, where 0 is the embeddings; both included."""
     return range(first - 1, last)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(Generic[ConfigT]):
     """All that is particular to one model family, as its file declares it.
 
     Attributes:
-        model_types: by which a config.json names it.
-        config: from the parsed config.json to the config.
+        model_types: the values of `model_type` in the config.json files of the family.
+        config: builds the config from a parsed config.json.
         network: (config, rngs=...) -> module.
         keys: the key table of a config.
         processor: turns pictures and text into arrays.
-        renames: pairs of a pattern and its replacement, from other spellings of the tensors' names to the table's.
-        unused: patterns of tensors that hold nothing learned, or nothing that the network reads.
-        aliases: short names of published checkpoints, and their Hugging Face ids.
-        published: the layers of published experiments by alias.
+        renames: pairs of a pattern and its replacement, from other spellings of tensor names to the key table's.
+        unused: patterns of tensors that the network does not read.
+        checkpoints: published checkpoints by their short names.
     """
 
     model_types: tuple[str, ...]
-    config: Callable[[Json], Any]
+    config: Callable[[Json], ConfigT]
     network: Callable[..., nnx.Module]
-    keys: Callable[[Any], list[Key]]
+    keys: Callable[[ConfigT], list[Key]]
     processor: type[Processor] | type[DualProcessor]
     renames: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
+    checkpoints: Mapping[str, Checkpoint] = dataclasses.field(default_factory=dict)
 
 
-LoadedT = TypeVar("LoadedT", bound="Loaded")
+def sections(
+    fields: Json,
+    *tokens: str,
+    text_kind: str | None = None,
+    vision_kind: str | None = None,
+    tower: Json | None = None,
+    tied: bool | None = None,
+) -> tuple[Json, Json, Json]:
+    """Splits a config.json into its top level, its `text_config` and its `vision_config`.
+
+    Args:
+        fields: the parsed JSON object, which is left as it is.
+        tokens: "image" for the field `image_token_id` (transformers 5), which gets its older name `image_token_index`.
+        text_kind: the only `model_type` of a `text_config` that is accepted; any by default.
+        vision_kind: the only `model_type` of a `vision_config` that is accepted; any by default.
+        tower: the `vision_config` of a file that has none.
+        tied: whether Hugging Face's class ties the embeddings where the top level does not say so; None if it then
+            reads the `text_config`.
+
+    Raises:
+        CheckpointError: for a section of another kind.
+    """
+    older = {f"{name}_token_id": f"{name}_token_index" for name in tokens}
+    top = {older.get(name, name): value for name, value in fields.items()}
+    text, vision = dict(top.pop("text_config", None) or {}), top.pop("vision_config", None)
+    vision = dict((tower or {}) if vision is None else vision)
+    for name, section, kind in (("text_config", text, text_kind), ("vision_config", vision, vision_kind)):
+        if kind is not None and (section.get("model_type") or kind) != kind:
+            raise CheckpointError(f"{name}.model_type {section['model_type']!r} is not {kind!r}.")
+    ties = top.pop("tie_word_embeddings", tied)
+    if ties or tied is not None:
+        text["tie_word_embeddings"] = bool(ties)
+    return top, text, vision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,20 +117,21 @@ class Loaded:
     """
 
     parameters: PyTree
-    definition: Any
-    config: Any
-    processor: Any
+    definition: object
+    config: object
+    processor: object
     name: str
     fingerprint: str
 
     def with_parameters(self: LoadedT, parameters: PyTree) -> LoadedT:
-        """The same network with other parameters, of which no checkpoint is known: it has no fingerprint."""
+        """The same network with other parameters; they belong to no checkpoint, so the fingerprint is empty."""
         return dataclasses.replace(self, parameters=parameters, fingerprint="")
 
 
 class Model(Loaded):
     """A vision-language model."""
 
+    definition: nnx.GraphDef[Network]
     config: ModelConfig
     processor: Processor
 
@@ -110,14 +149,17 @@ class Model(Loaded):
         """Width of the decoder's residual stream, D."""
         return self.config.text_config.hidden_size
 
-    def prepare(self, images: Any, questions: str | Sequence[str], **options: Any) -> Prompts:
+    def prepare(
+        self, images: Pictures, questions: str | Sequence[str], *, chat: bool = True, pad_to_multiple: int = 8
+    ) -> Prompts:
         """Pictures and questions as `Prompts`; see `jaxid.prompts.processor.Processor.prepare`."""
-        return self.processor.prepare(images, questions, **options)
+        return self.processor.prepare(images, questions, chat=chat, pad_to_multiple=pad_to_multiple)
 
 
 class Encoder(Loaded):
     """A CLIP-like model: pictures and captions in one space."""
 
+    definition: nnx.GraphDef[DualEncoder]
     config: DualConfig
     processor: DualProcessor
 

@@ -4,10 +4,10 @@ import dataclasses
 
 from flax import nnx
 
-from jaxid.families.base import Family
+from jaxid.families.base import Checkpoint, Family
 from jaxid.nn.dual import DualConfig, DualEncoder, part
 from jaxid.nn.fields import Json
-from jaxid.nn.keys import Key, attention_keys, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import Key, attention_keys, encoder_block, fused_attention_keys, layer_norm, linear, prefixed
 from jaxid.nn.text import TextConfig
 from jaxid.nn.vision import VisionConfig
 from jaxid.prompts.dual import DualProcessor
@@ -42,7 +42,7 @@ class BlipConfig(DualConfig):
         text = {**_TEXT, **part(fields, "text_config")}
         text |= {"causal": False, "first_norm": True, "final_norm": False, "norms_after": True}
         vision = {**_VISION, **part(fields, "vision_config"), "patch_bias": True, "pre_norm": False}
-        # What only decoding, cross-attention and training read.
+        # Fields that only decoding, cross-attention and training read.
         ignored = {"encoder_hidden_size", "hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"}
         ignored |= {"encoder_width", "fusion_layer", "text_config_dict", "vision_config_dict", "logit_scale_init_value"}
         ignored |= {"tie_word_embeddings"}
@@ -54,16 +54,9 @@ class BlipConfig(DualConfig):
 
 
 def blip_keys(config: BlipConfig) -> list[Key]:
-    """The key table of what the contrastive side reads."""
-    heads = config.vision_config.num_attention_heads
-    block = [
-        *layer_norm("layer_norm1", "attention_norm"),
-        *fused_heads_in("self_attn.qkv.", "attention", heads),
-        *heads_out("self_attn.projection", "attention.out", heads, bias=True),
-        *layer_norm("layer_norm2", "mlp_norm"),
-        *linear("mlp.fc1", "up", bias=True),
-        *linear("mlp.fc2", "down", bias=True),
-    ]
+    """The key table of the contrastive side."""
+    attention = fused_attention_keys("self_attn.qkv.", "self_attn.projection", config.vision_config.num_attention_heads)
+    block = encoder_block(attention, ("layer_norm1", "layer_norm2"))
     tower = [
         Key("embeddings.class_embedding", "class_token", "1 1 d -> d"),
         Key("embeddings.position_embedding", "position", "1 i d -> i d"),
@@ -83,23 +76,17 @@ def blip_keys(config: BlipConfig) -> list[Key]:
 def bert_keys(config: TextConfig) -> list[Key]:
     """Key table of a text encoder in BERT's names."""
     heads, names = config.num_attention_heads, ("query", "key", "value")
-    block = [
-        *attention_keys("attention.self.{}", names, "attention.output.dense", heads, bias=True, out_bias=True),
-        *layer_norm("attention.output.LayerNorm", "attention_norm"),
-        *linear("intermediate.dense", "up", bias=True),
-        *linear("output.dense", "down", bias=True),
-        *layer_norm("output.LayerNorm", "mlp_norm"),
-    ]
+    block = encoder_block(
+        attention_keys("attention.self.{}", names, "attention.output.dense", heads, bias=True, out_bias=True),
+        ("attention.output.LayerNorm", "output.LayerNorm"),
+        ("intermediate.dense", "output.dense"),
+    )
     return [
         Key("embeddings.word_embeddings.weight", "embedding"),
         Key("embeddings.position_embeddings.weight", "position"),
         *layer_norm("embeddings.LayerNorm", "first_norm"),
         *prefixed(block, "encoder.layer.{layer}.", "layers."),
     ]
-
-
-UNUSED = (r"\.position_ids$", r"\.crossattention\.", r"^itm_head\.", r"^text_decoder\.", r"^logit_scale$")
-"""Tensors of the matching head, of cross-attention to pictures, and of the captioner."""
 
 
 class Blip(DualEncoder):
@@ -116,6 +103,7 @@ FAMILY = Family(
     network=Blip,
     keys=blip_keys,
     processor=DualProcessor,
-    unused=UNUSED,
-    aliases={"blip-b16": "Salesforce/blip-itm-base-coco"},
+    # Indices, cross-attention to pictures, the matching head and the captioner.
+    unused=(r"\.position_ids$", r"\.crossattention\.", r"^itm_head\.", r"^text_decoder\.", r"^logit_scale$"),
+    checkpoints={"blip-b16": Checkpoint("Salesforce/blip-itm-base-coco")},
 )

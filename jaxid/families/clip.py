@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxid.families.base import Family
+from jaxid.families.base import Checkpoint, Family
 from jaxid.nn.dual import DualConfig, DualEncoder, part
 from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, linear, prefixed
@@ -32,7 +32,7 @@ class CLIPConfig(DualConfig):
             "text_config": TextConfig.from_fields(part(fields, "text_config"), where="text_config"),
             "vision_config": vision_config(part(fields, "vision_config"), "clip_vision_model"),
         }
-        # The scale's first value serves training.
+        # The initial logit scale matters only for training.
         ignored = {"logit_scale_init_value", "text_config_dict", "vision_config_dict"}
         return cls.from_fields({**fields, **parts}, where="the top level", ignored=ignored)
 
@@ -49,7 +49,7 @@ def clip_keys(config: CLIPConfig) -> list[Key]:
 
 
 UNUSED = (r"\.position_ids$",)
-"""Tensors that hold nothing learned."""
+"""Tensors that are not learned."""
 
 
 class CLIP(DualEncoder):
@@ -61,7 +61,7 @@ class CLIP(DualEncoder):
         self.logit_scale = filled(2.6592, ())
 
     def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:
-        """The end token of every caption."""
+        """The end token of each caption."""
         return at_end(tokens, token_ids, self.config.text_config.eos_token_id)
 
 
@@ -72,10 +72,10 @@ FAMILY = Family(
     keys=clip_keys,
     processor=DualProcessor,
     unused=UNUSED,
-    aliases={
-        "clip-b32": "openai/clip-vit-base-patch32",
-        "clip-b16": "openai/clip-vit-base-patch16",
-        "clip-l14": "openai/clip-vit-large-patch14",
-        "clip-l14-336": "openai/clip-vit-large-patch14-336",
+    checkpoints={
+        "clip-b32": Checkpoint("openai/clip-vit-base-patch32"),
+        "clip-b16": Checkpoint("openai/clip-vit-base-patch16"),
+        "clip-l14": Checkpoint("openai/clip-vit-large-patch14"),
+        "clip-l14-336": Checkpoint("openai/clip-vit-large-patch14-336"),
     },
 )

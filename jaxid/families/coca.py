@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.families import openclip
-from jaxid.families.base import Family
+from jaxid.families.base import Checkpoint, Family
 from jaxid.kernels import attention
 from jaxid.nn.dual import DualConfig, DualEncoder, Encoded
 from jaxid.nn.fields import Json
@@ -22,7 +22,7 @@ class CoCaConfig(DualConfig):
     """Shape of a CoCa model, after OpenCLIP's `model_cfg`."""
 
     projection_dim: int  # E
-    queries: int = 256  # of the pooler; the first one is compared with captions
+    queries: int = 256  # number of the pooler's queries; the first is compared with captions
     pooler_heads: int = 8  # H of the pooler
 
     @classmethod
@@ -32,14 +32,12 @@ class CoCaConfig(DualConfig):
         Raises:
             CheckpointError: for a field that is not implemented.
         """
-        known = {"embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text"}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
-        text, vision = openclip.parts(fields)
+        text, vision = openclip.parts(fields, "multimodal_cfg", "custom_text")
         tower = fields["vision_cfg"]
         if tower.get("attentional_pool") is not True or not text.class_token:
-            raise CheckpointError("a CoCa without vision_cfg.attentional_pool or text_cfg.embed_cls is unknown.")
+            raise CheckpointError(
+                "a CoCa without vision_cfg.attentional_pool or text_cfg.embed_cls is not implemented."
+            )
         return cls(
             text_config=text,
             vision_config=vision,
@@ -50,7 +48,7 @@ class CoCaConfig(DualConfig):
 
 
 def coca_keys(config: CoCaConfig) -> list[Key]:
-    """The key table of what the contrastive side reads."""
+    """The key table of the contrastive side."""
     pooler, heads = "visual.attn_pool", {"h": config.pooler_heads}
     projections = [
         key
@@ -74,12 +72,8 @@ def coca_keys(config: CoCaConfig) -> list[Key]:
     ]
 
 
-UNUSED = (r"^text_decoder\.",)
-"""Tensors of the caption writer."""
-
-
 class Pooler(nnx.Module):
-    """Learned queries read the tower's tokens (`open_clip`'s AttentionalPooler), and the norm after it."""
+    """Attention of learned queries to the tower's tokens, and a norm (`open_clip`'s AttentionalPooler)."""
 
     def __init__(self, config: CoCaConfig, *, rngs: nnx.Rngs):
         """Builds the pooler."""
@@ -96,7 +90,7 @@ class Pooler(nnx.Module):
         self.post_norm = LayerNorm(embed, epsilon)
 
     def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N Q E"]:
-        """What every query reads of all tokens."""
+        """Pools all tokens, once by each query."""
         source = self.key_norm(x)
         query = jnp.einsum("qd,dhe->qhe", self.query_norm(self.queries[...]), self.query[...]) + self.query_bias[...]
         key = jnp.einsum("nid,dhe->nihe", source, self.key[...]) + self.key_bias[...]
@@ -104,7 +98,7 @@ class Pooler(nnx.Module):
         return self._projected(attention.attend(query, key, self._values(source)))
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I E"]:
-        """What any query would read of every token if that were the only one."""
+        """Pools each token as if it were the only one; queries then make no difference."""
         return self._projected(self._values(self.key_norm(x)))
 
     def _values(self, source: Float[Array, "N I D"]) -> Float[Array, "N I H e"]:
@@ -125,7 +119,7 @@ class CoCa(DualEncoder):
         self.logit_scale = filled(2.6592, ())
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
-        """Pictures in the joint space; class token and patches each as the pooler reads it alone."""
+        """Pictures in the joint space; class token and patches each as if the pooler saw it alone."""
         states = self.tower(pixels)[-1]
         pooled = self.pooler(states)[:, 0]
         return Encoded(self.image_projection(self.pooler.each(states)), self.image_projection(pooled))
@@ -133,7 +127,7 @@ class CoCa(DualEncoder):
     def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
         """Captions in the joint space; pooled at the class token, which comes after the window."""
         del valid
-        # Published weights were trained so: id 0 counts as padding though "!" within a word has it too.
+        # As in training, id 0 counts as padding, although "!" within a word has it too.
         states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0)[-1])
         tokens = self.text_projection(states)
         return Encoded(tokens[:, :-1], tokens[:, -1])
@@ -145,6 +139,6 @@ FAMILY = Family(
     network=CoCa,
     keys=coca_keys,
     processor=DualProcessor,
-    unused=UNUSED,
-    aliases={"coca-b32": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k"},
+    unused=(r"^text_decoder\.",),  # the captioner
+    checkpoints={"coca-b32": Checkpoint("laion/CoCa-ViT-B-32-laion2B-s13B-b90k")},
 )

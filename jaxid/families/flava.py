@@ -6,10 +6,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family
+from jaxid.families.base import Checkpoint, Family
 from jaxid.nn.dual import DualConfig, DualEncoder
 from jaxid.nn.fields import Json
-from jaxid.nn.keys import Key, attention_keys, layer_norm, linear, prefixed
+from jaxid.nn.keys import Key, attention_keys, encoder_block, layer_norm, linear, prefixed
 from jaxid.nn.layers import filled, normal
 from jaxid.nn.text import TextConfig, TextEncoder
 from jaxid.nn.vision import VisionConfig
@@ -26,7 +26,7 @@ class FlavaConfig(DualConfig):
     """Shape of a FLAVA model; names and defaults as in HF's FlavaConfig."""
 
     projection_dim: int = 768  # E
-    type_vocab_size: int = 2  # kinds of segments; captions are all of kind 0
+    type_vocab_size: int = 2  # number of segment types; captions are of type 0
 
     @classmethod
     def from_hf(cls, fields: Json) -> "FlavaConfig":
@@ -42,7 +42,7 @@ class FlavaConfig(DualConfig):
             raise CheckpointError("text_config.position_embedding_type is not 'absolute', which is not implemented.")
         own = {"attention_bias": bool(text.pop("qkv_bias", True)), "causal": False, "first_norm": True}
         tower = {"attention_bias": bool(vision.pop("qkv_bias", True)), "patch_bias": True, "pre_norm": False}
-        # What training, the multimodal encoder and the masked-picture codebook read.
+        # Fields that only training, the multimodal encoder and the masked-picture codebook read.
         ignored = {"hidden_dropout_prob", "attention_probs_dropout_prob", "mask_token", "init_codebook"}
         ignored |= {"hidden_size", "logit_scale_init_value", "image_codebook_config", "multimodal_config"}
         ignored |= {name for name in fields if name.endswith(("_weight", "_loss", "_dict")) or name.startswith("skip_")}
@@ -65,17 +65,15 @@ class FlavaConfig(DualConfig):
 
 def _block_keys(config: TextConfig | VisionConfig) -> list[Key]:
     heads, bias, names = config.num_attention_heads, config.attention_bias, ("query", "key", "value")
-    return [
-        *layer_norm("layernorm_before", "attention_norm"),
-        *attention_keys("attention.attention.{}", names, "attention.output.dense", heads, bias=bias, out_bias=True),
-        *layer_norm("layernorm_after", "mlp_norm"),
-        *linear("intermediate.dense", "up", bias=True),
-        *linear("output.dense", "down", bias=True),
-    ]
+    return encoder_block(
+        attention_keys("attention.attention.{}", names, "attention.output.dense", heads, bias=bias, out_bias=True),
+        ("layernorm_before", "layernorm_after"),
+        ("intermediate.dense", "output.dense"),
+    )
 
 
 def flava_keys(config: FlavaConfig) -> list[Key]:
-    """The key table of what the contrastive side reads."""
+    """The key table of the contrastive side."""
     tower = [
         Key("embeddings.cls_token", "class_token", "1 1 d -> d"),
         Key("embeddings.position_embeddings", "position", "1 i d -> i d"),
@@ -101,21 +99,8 @@ def flava_keys(config: FlavaConfig) -> list[Key]:
     ]
 
 
-RENAMES = ((r"^flava\.", ""),)
-"""The checkpoint for pre-training holds the model below `flava.`."""
-
-UNUSED = (
-    r"\.position_ids$",
-    r"\.(pooler|mask_token)",
-    r"\.token_type_ids$",
-    r"(^|\.)(multimodal_model|image_to_mm_projection|text_to_mm_projection|image_codebook)\.",
-    r"^(mim|mlm|itm|mmm_image|mmm_text|global_contrastive)_head\.",
-)
-"""Tensors of the multimodal encoder and of the heads for pre-training."""
-
-
 class FlavaTextEncoder(TextEncoder):
-    """A text encoder with an embedding of the kind of segment."""
+    """A text encoder that also embeds segment types."""
 
     def __init__(self, config: TextConfig, kinds: int, *, rngs: nnx.Rngs):
         """Builds the encoder."""
@@ -123,7 +108,7 @@ class FlavaTextEncoder(TextEncoder):
         self.segment = normal(rngs, (kinds, config.hidden_size), 0.02)
 
     def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
-        """Embeddings of captions, which are segments of kind 0."""
+        """Embeddings of captions, which are segments of type 0."""
         return super().embed(token_ids) + self.segment[0]
 
 
@@ -143,7 +128,13 @@ FAMILY = Family(
     network=Flava,
     keys=flava_keys,
     processor=DualProcessor,
-    renames=RENAMES,
-    unused=UNUSED,
-    aliases={"flava": "facebook/flava-full"},
+    renames=((r"^flava\.", ""),),  # where pre-training checkpoints keep the model
+    unused=(  # indices, the multimodal encoder and the heads for pre-training
+        r"\.position_ids$",
+        r"\.(pooler|mask_token)",
+        r"\.token_type_ids$",
+        r"(^|\.)(multimodal_model|image_to_mm_projection|text_to_mm_projection|image_codebook)\.",
+        r"^(mim|mlm|itm|mmm_image|mmm_text|global_contrastive)_head\.",
+    ),
+    checkpoints={"flava": Checkpoint("facebook/flava-full")},
 )

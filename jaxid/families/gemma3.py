@@ -3,22 +3,21 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.families.llava import RENAMES, UNUSED
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, prefixed
-from jaxid.nn.layers import Linear, RMSNorm, with_token_indices
+from jaxid.nn.layers import Linear, RMSNorm
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, vision_config, vision_keys
-from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Tokenizer
+from jaxid.prompts.base import Encoded, ImageProcessor, Tokenizer
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
 
@@ -40,16 +39,9 @@ class Gemma3Config(ModelConfig):
         Raises:
             CheckpointError: for a part of another kind, or an unknown field.
         """
-        fields = with_token_indices(fields, "image", "boi", "eoi")
-        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
-        for name, part, kind in (
-            ("text_config", text, "gemma3_text"),
-            ("vision_config", vision, "siglip_vision_model"),
-        ):
-            if (part.get("model_type") or kind) != kind:
-                raise CheckpointError(f"{name}.model_type {part['model_type']!r} is not {kind!r}.")
-        # Hugging Face's class reads the top level alone.
-        text["tie_word_embeddings"] = bool(fields.pop("tie_word_embeddings", True))
+        fields, text, vision = sections(
+            fields, "image", "boi", "eoi", text_kind="gemma3_text", vision_kind="siglip_vision_model", tied=True
+        )
         parts = {
             "text_config": decoder_config(text, "gemma3_text"),
             "vision_config": vision_config(vision, "siglip_vision_model"),
@@ -57,10 +49,11 @@ class Gemma3Config(ModelConfig):
         config = cls.from_fields(fields | parts, where="the top level")
         side = config.vision_config.image_size // config.vision_config.patch_size
         tokens = int(config.mm_tokens_per_image**0.5)
-        # A side of `side // tokens` patches is pooled to one; what is left over must make no further token.
+        # Squares of `side // tokens` patches are pooled to a token; the patches that remain must not make another one.
         if not tokens or tokens**2 != config.mm_tokens_per_image or side // max(1, side // tokens) != tokens:
             raise CheckpointError(
-                f"mm_tokens_per_image {config.mm_tokens_per_image} is no square that {side} x {side} patches pool to."
+                f"mm_tokens_per_image {config.mm_tokens_per_image} is not a square to which {side} x {side} patches "
+                "can be pooled."
             )
         return config
 
@@ -94,9 +87,8 @@ class Gemma3(Network):
         self.decoder = Decoder(config.text_config, rngs=rngs)
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
-        """The pictures' decoder tokens: means of square patches of the tower's end."""
-        states = self.tower(self.pixels(inputs))[-1]
-        last = self.tower.post_norm(states)
+        """The pictures' decoder tokens, means over squares of the tower's outputs."""
+        last = self.tower.post_norm(self.tower(self.pixels(inputs))[-1])
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         tokens = int(self.config.mm_tokens_per_image**0.5)
         square = side // tokens
@@ -106,7 +98,7 @@ class Gemma3(Network):
 
 
 class Gemma3Processor(Processor):
-    """As many tokens for every picture; pan and scan is off, as published."""
+    """Every picture takes the same number of tokens; pan and scan is off, as published."""
 
     config: Gemma3Config
 
@@ -114,7 +106,7 @@ class Gemma3Processor(Processor):
         """Takes loaded parts and the network's config.
 
         Raises:
-            CheckpointError: if pictures are to be cropped by pan and scan, or the tokenizer lacks the marks.
+            CheckpointError: if pan and scan is on, or the tokenizer lacks the tokens around a picture.
         """
         super().__init__(tokenizer, image_processor, config)
         if getattr(image_processor, "do_pan_and_scan", None):
@@ -128,11 +120,9 @@ class Gemma3Processor(Processor):
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as arrays, and their tokens between marks and blank lines."""
-        del members
-        count = self.config.image_tokens
-        text = f"\n\n{self.placeholder}{self.image_token * count}{self.end}\n\n"
-        rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
-        return Encoded(self.single_pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
+        pixels, tokens, extras = super().encode(pictures, members)
+        text = f"\n\n{self.placeholder}{self.image_token * self.config.image_tokens}{self.end}\n\n"
+        return Encoded(pixels, tuple(own._replace(text=text) for own in tokens), extras)
 
 
 FAMILY = Family(
@@ -143,9 +133,8 @@ FAMILY = Family(
     processor=Gemma3Processor,
     renames=RENAMES,
     unused=UNUSED,
-    aliases={"gemma-4b": "google/gemma-3-4b-it", "gemma-12b": "google/gemma-3-12b-it"},
-    published={
-        "gemma-4b": Published(belief_swap=hidden_states(10, 22)),
-        "gemma-12b": Published(belief_swap=hidden_states(10, 22)),
+    checkpoints={
+        "gemma-4b": Checkpoint("google/gemma-3-4b-it", belief_swap=hidden_states(10, 22)),
+        "gemma-12b": Checkpoint("google/gemma-3-12b-it", belief_swap=hidden_states(10, 22)),
     },
 )

@@ -9,13 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, layer_norm, linear, prefixed
-from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, with_token_indices
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, encoder_block, layer_norm, linear, prefixed
+from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, state_indices
 from jaxid.prompts.base import Encoded, PictureTokens, bucketed, processed
@@ -49,7 +49,9 @@ def _vision_config(fields: Json) -> VisionConfig:
     if kind not in ("layer_norm", "rms_norm"):
         raise CheckpointError(f"vision_config.norm_type {kind!r} is neither 'layer_norm' nor 'rms_norm'.")
     if not fields.pop("use_absolute_position_embeddings", True) or fields.pop("use_mask_token", False):
-        raise CheckpointError("vision_config: towers without position embeddings or with a mask token are unknown.")
+        raise CheckpointError(
+            "vision_config: a tower without position embeddings or with a mask token is not implemented."
+        )
     own = {
         "rms_norm": kind == "rms_norm",
         "query_key_norm": bool(fields.pop("use_qk_norm", False)),
@@ -58,7 +60,7 @@ def _vision_config(fields: Json) -> VisionConfig:
         "pre_norm": False,
         "layer_scale": True,
     }
-    # Dropout and initial values serve training.
+    # Dropout and initial values matter only for training.
     ignored = {"hidden_dropout_prob", "projection_dropout", "layer_scale_init_value"}
     return VisionConfig.from_fields(fields | own, where="vision_config", ignored=ignored)
 
@@ -69,40 +71,36 @@ class InternVLConfig(ModelConfig):
 
     vision_config: VisionConfig  # the tower
     image_token_index: int = 151667  # id of the token that pictures replace
-    downsample_ratio: float = 0.5  # side of a tile's tokens, in patches' sides
+    downsample_ratio: float = 0.5  # tokens along a side of a tile, per patch
     projector_hidden_act: str = "gelu"  # between the projector's two layers
-    vision_feature_layer: int = -1  # tower hidden states to project
+    vision_feature_layer: int = -1  # which of the tower's hidden states is projected
 
     @classmethod
     def from_hf(cls, fields: Json) -> "InternVLConfig":
         """Reads a config.json in Hugging Face's layout.
 
         Raises:
-            CheckpointError: for a part of another kind, or an unknown field.
+            CheckpointError: for a section of another kind, or an unknown field.
         """
-        fields = with_token_indices(fields, "image")
-        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
-        if vision.get("model_type", "internvl_vision") != "internvl_vision":
-            raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'internvl_vision'.")
-        # As in Hugging Face's class, which reads the top level alone. Published files are silent and hold both tensors.
-        text["tie_word_embeddings"] = bool(fields.pop("tie_word_embeddings", True))
+        # Hugging Face's class ties embeddings by default. Published files say nothing and hold both tensors.
+        fields, text, vision = sections(fields, "image", vision_kind="internvl_vision", tied=True)
         layer = fields.get("vision_feature_layer", -1)
         if not isinstance(layer, int):
             raise CheckpointError(f"vision_feature_layer {layer} is a list, which is not implemented here.")
         strategy = fields.pop("vision_feature_select_strategy", "default")
         if strategy != "default":  # "full" fails in Hugging Face's class, too
             raise CheckpointError(
-                f"vision_feature_select_strategy {strategy!r} is not 'default': with the tower's class token, patches "
-                "make no square."
+                f"vision_feature_select_strategy {strategy!r} is not 'default', without which the tower's class token "
+                "stays among the patches."
             )
         parts = {"text_config": decoder_config(text, "qwen2"), "vision_config": _vision_config(vision)}
-        # `image_seq_length` only repeats what tower and ratio say.
+        # `image_seq_length` follows from the tower and the ratio.
         config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length"})
         side = config.patch_side
         state_indices([config.vision_feature_layer], config.vision_config.num_hidden_layers)
         if config.downsample_ratio not in [1 / square for square in range(1, side + 1) if side % square == 0]:
             raise CheckpointError(
-                f"downsample_ratio {config.downsample_ratio} does not part a tile's {side} x {side} patches evenly."
+                f"downsample_ratio {config.downsample_ratio} does not divide a tile's {side} x {side} patches evenly."
             )
         return config
 
@@ -126,12 +124,11 @@ def internvl_keys(config: InternVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
     vision = config.vision_config
     heads, bias = vision.num_attention_heads, vision.attention_bias
+    attention = attention_keys(
+        "attention.{}_proj", "qkv", "attention.projection_layer", heads, bias=bias, out_bias=True
+    )
     block = [
-        *layer_norm("layernorm_before", "attention_norm", bias=not vision.rms_norm),
-        *attention_keys("attention.{}_proj", "qkv", "attention.projection_layer", heads, bias=bias, out_bias=True),
-        *layer_norm("layernorm_after", "mlp_norm", bias=not vision.rms_norm),
-        *linear("mlp.fc1", "up", bias=True),
-        *linear("mlp.fc2", "down", bias=True),
+        *encoder_block(attention, ("layernorm_before", "layernorm_after"), norm_bias=not vision.rms_norm),
         Key("lambda_1", "attention_scale"),
         Key("lambda_2", "mlp_scale"),
     ]
@@ -154,13 +151,6 @@ def internvl_keys(config: InternVLConfig) -> list[Key]:
         *prefixed(decoder_keys(config.text_config), "language_model.model.", "decoder."),
         unembedding_key(config.text_config, "language_model.lm_head.weight"),
     ]
-
-
-RENAMES = (
-    *LANGUAGE_MODEL,
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-)
-"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
 
 
 class InternVL(Network):
@@ -191,7 +181,7 @@ class InternVL(Network):
 
 
 class InternVLProcessor(Processor):
-    """Tiles of a picture's own aspect ratio, as many tokens for each."""
+    """Pictures are cut into tiles of about their own aspect ratio; every tile takes the same number of tokens."""
 
     config: InternVLConfig
 
@@ -202,10 +192,10 @@ class InternVLProcessor(Processor):
         return tiles * self.config.image_tokens
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as tiles; padded with rows of zeros, so that few programs are compiled."""
+        """Pictures as tiles, padded with tiles of zeros so that few programs are compiled."""
         del members
         opened = [self.open(picture) for picture in pictures]
-        # Pictures are cut whatever the image processor's own setting, as the published processor does.
+        # Like the published processor, this cuts pictures whatever the image processor's own setting is.
         found = processed(self.image_processor, opened, crop_to_patches=True)
         pixels, counts = np.asarray(found["pixel_values"], np.float32), np.asarray(found["num_patches"])
         extra = bucketed(len(pixels)) - len(pixels)
@@ -227,18 +217,12 @@ FAMILY = Family(
     network=InternVL,
     keys=internvl_keys,
     processor=InternVLProcessor,
-    renames=RENAMES,
+    renames=(*LANGUAGE_MODEL, (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.")),
     unused=ROTARY,
-    aliases={
-        "internvl-1b": "OpenGVLab/InternVL3-1B-hf",
-        "internvl-2b": "OpenGVLab/InternVL3-2B-hf",
-        "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
-        "internvl-14b": "OpenGVLab/InternVL3-14B-hf",
-    },
-    published={
-        "internvl-1b": Published(belief_swap=hidden_states(6, 16)),
-        "internvl-2b": Published(belief_swap=hidden_states(6, 16)),
-        "internvl-8b": Published(belief_swap=hidden_states(6, 16)),
-        "internvl-14b": Published(belief_swap=hidden_states(12, 24)),
+    checkpoints={
+        "internvl-1b": Checkpoint("OpenGVLab/InternVL3-1B-hf", belief_swap=hidden_states(6, 16)),
+        "internvl-2b": Checkpoint("OpenGVLab/InternVL3-2B-hf", belief_swap=hidden_states(6, 16)),
+        "internvl-8b": Checkpoint("OpenGVLab/InternVL3-8B-hf", belief_swap=hidden_states(6, 16)),
+        "internvl-14b": Checkpoint("OpenGVLab/InternVL3-14B-hf", belief_swap=hidden_states(12, 24)),
     },
 )

@@ -7,13 +7,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, linear, prefixed
-from jaxid.nn.layers import ACTIVATIONS, Linear, with_token_indices
+from jaxid.nn.layers import ACTIVATIONS, Linear
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, state_indices, vision_config, vision_keys
 from jaxid.prompts.processor import Processor
@@ -26,7 +26,7 @@ LARGE_TOWER = {
     "patch_size": 14,
     "image_size": 336,
 }
-"""The tower of a checkpoint that says nothing of it."""
+"""The `vision_config` of files that have none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,13 @@ class LlavaConfig(ModelConfig):
         Raises:
             CheckpointError: for a tower or decoder of another kind, or an unknown field.
         """
-        fields = with_token_indices(fields, "image")
-        text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
-        # What a described tower leaves out are CLIPVisionConfig's defaults, as in LlavaConfig of transformers.
-        vision = dict(LARGE_TOWER if vision is None else vision)
-        if fields.pop("tie_word_embeddings", None):
-            text["tie_word_embeddings"] = True
-        feature_layer = fields.pop("vision_feature_layer", -2)
-        fields["vision_feature_layer"] = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
+        fields, text, vision = sections(fields, "image", tower=LARGE_TOWER)
+        fields["vision_feature_layer"] = feature_layers(fields, -2)
         parts = {
             "text_config": decoder_config(text, "llama"),
             "vision_config": vision_config(vision, "clip_vision_model"),
         }
-        # `image_seq_length` only repeats what tower and strategy say; `ignore_index` serves training.
+        # `image_seq_length` follows from the tower and the strategy; `ignore_index` matters only for training.
         ignored = {"image_seq_length", "vocab_size", "ignore_index"}
         config = cls.from_fields(fields | parts, where="the top level", ignored=ignored)
         state_indices(config.vision_feature_layer, config.vision_config.num_hidden_layers)
@@ -75,6 +69,12 @@ class LlavaConfig(ModelConfig):
         """Decoder tokens per picture, I."""
         tower = self.vision_config
         return tower.num_patches + tower.class_token - (self.vision_feature_select_strategy == "default")
+
+
+def feature_layers(fields: Json, default: int) -> tuple[int, ...]:
+    """The `vision_feature_layer` of a config.json, which may be an integer or a list."""
+    layers = fields.get("vision_feature_layer", default)
+    return (layers,) if isinstance(layers, int) else tuple(layers)
 
 
 def llava_keys(config: LlavaConfig) -> list[Key]:
@@ -94,11 +94,10 @@ RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
-"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
-
+"""Spellings of transformers >= 4.52, in memory and on disk, and their published form."""
 
 UNUSED = (*ROTARY, r"\.position_ids$", r"^(model\.vision_tower\.)?vision_tower\.(vision_model\.)?head\.")
-"""Tensors that nothing here reads: indices of positions, and SigLIP's pooling head, which serves retrieval."""
+"""Indices of positions, and SigLIP's pooling head, which is for retrieval."""
 
 
 class Llava(Network):
@@ -143,9 +142,8 @@ FAMILY = Family(
     processor=LlavaProcessor,
     renames=RENAMES,
     unused=UNUSED,
-    aliases={"llava-7b": "llava-hf/llava-1.5-7b-hf", "llava-13b": "llava-hf/llava-1.5-13b-hf"},
-    published={
-        "llava-7b": Published(belief_swap=hidden_states(8, 20), deviation=12),
-        "llava-13b": Published(belief_swap=hidden_states(10, 20)),
+    checkpoints={
+        "llava-7b": Checkpoint("llava-hf/llava-1.5-7b-hf", belief_swap=hidden_states(8, 20), deviation=12),
+        "llava-13b": Checkpoint("llava-hf/llava-1.5-13b-hf", belief_swap=hidden_states(10, 20)),
     },
 )

@@ -1,4 +1,4 @@
-"""How the patches of a picture's squares, and of a clip's frames, are packed into tokens (LLaVA-NeXT, OneVision)."""
+"""How patches of a picture's squares and of a clip's frames are packed into tokens (LLaVA-NeXT, LLaVA-OneVision)."""
 
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from jaxid.nn.vision import VisionConfig
 
 NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
-"""After what in a clip the token `image_newline` comes."""
+"""What the token `image_newline` follows: every row of a frame, every frame, the clip, or nothing."""
 
 POOL_MODES = ("bilinear", "average")
 """How frames are halved."""
@@ -19,13 +19,13 @@ def taps(length: int, new: int) -> tuple[Int[np.ndarray, "new 2"], Float[np.ndar
     """Linear interpolation of a row of values to another length, as `torch.nn.functional.interpolate` does it.
 
     Args:
-        length: how many there are.
-        new: how many are wanted.
+        length: number of values.
+        new: number of interpolated values.
 
     Returns:
-        Which two values each new one mixes, and their weights (corners not aligned, nothing smoothed).
+        Indices of the two values that each new one mixes, and their weights (corners not aligned, no antialiasing).
     """
-    # PyTorch multiplies and subtracts in one rounding of float32, which at index 80 is worth 1e-5 of a weight.
+    # PyTorch rounds the fused product and difference once to float32; at index 80 that changes a weight by 1e-5.
     step = float(np.float32(length) / np.float32(new))
     sources = np.maximum(step * (np.arange(new) + 0.5) - 0.5, 0.0).astype(np.float32)
     first = np.minimum(sources.astype(np.int64), length - 1)
@@ -35,7 +35,7 @@ def taps(length: int, new: int) -> tuple[Int[np.ndarray, "new 2"], Float[np.ndar
 
 
 def pooling(length: int, mode: str) -> Float[np.ndarray, "new length"]:
-    """The matrix that halves a row of values: rounded up where it interpolates, down where it averages pairs."""
+    """The matrix that halves a row of values; odd lengths round up when interpolating, down when averaging pairs."""
     if mode == "average":
         pairs = np.repeat(np.eye(length // 2, dtype=np.float32) / 2, 2, axis=1)
         return np.pad(pairs, ((0, 0), (0, length % 2)))
@@ -44,12 +44,12 @@ def pooling(length: int, mode: str) -> Float[np.ndarray, "new length"]:
 
 
 def clip_rows(frames: int, side: int, position: str, first: int) -> Int[np.ndarray, "I"]:
-    """Which row of the features each token of a clip takes; row 0 is `image_newline`.
+    """Which row of the features each token of a clip is; row 0 is `image_newline`.
 
     Args:
-        frames: how many.
-        side: rows, and columns, of a frame's tokens.
-        position: after what newlines come: every row ("grid"), every frame, the clip ("one_token") or nothing.
+        frames: number of frames.
+        side: tokens along a side of a frame.
+        position: one of `NEWLINE_POSITIONS`.
         first: row of the clip's first token.
     """
     tokens = first + np.arange(frames * side * side)
@@ -63,11 +63,11 @@ class Layout(NamedTuple):
     """How a picture's tokens follow from the patches of its squares.
 
     Attributes:
-        rows: patches, counted over the picture's squares, of every token; -1 for `image_newline`, and -2 - k for the
-            k-th mixed token.
-        taps: patches that the mixed tokens mix, Int[R, 4].
+        rows: the patch that each token is, counted over the picture's squares; -1 for `image_newline`, and -2 - k for
+            the k-th mixed token.
+        taps: the patches that make up each mixed token, Int[R, 4].
         weights: their weights, Float[R, 4].
-        squares: how many there are.
+        squares: number of squares.
     """
 
     rows: Int[np.ndarray, "I"]
@@ -78,26 +78,26 @@ class Layout(NamedTuple):
 
 @runtime_checkable
 class Cut(Protocol):
-    """What a network's config says about the squares that a picture is cut into."""
+    """A config that says how pictures are cut into squares."""
 
     @property
     def vision_config(self) -> VisionConfig:
-        """The tower; a square is what it reads."""
+        """The tower, whose picture size is a square's."""
         ...
 
     @property
     def patch_side(self) -> int:
-        """Rows, and columns, of a square's patches."""
+        """Patches along a side of a square."""
         ...
 
     @property
     def image_grid_pinpoints(self) -> tuple[tuple[int, int], ...]:
-        """Heights and widths that a picture is cut from."""
+        """Heights and widths to which pictures are fitted."""
         ...
 
     @property
     def max_squares(self) -> int:
-        """A picture's tokens are interpolated down to about those of so many squares."""
+        """Pictures with the tokens of more squares are interpolated down."""
         ...
 
 
@@ -107,14 +107,14 @@ _NO_TAPS = np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32)
 def picture_layout(height: int, width: int, config: Cut, *, alone: bool) -> Layout:
     """Tokens of a picture (HF `pack_image_features`).
 
-    The whole picture as one square; then, if it is alone in its prompt, its squares side by side without their
-    padding, a newline after every row. A picture beside others is one square and a newline.
+    A picture that is alone in its prompt is shown twice: as a single square, and cut into squares, which are joined
+    without their padding, with a newline after every row. A picture among others is a single square and a newline.
 
     Args:
-        height: of the picture, pixels.
-        width: of the picture, pixels.
-        config: the network's.
-        alone: no other picture is in the prompt.
+        height: the picture's height in pixels.
+        width: the picture's width in pixels.
+        config: the network's config.
+        alone: whether the prompt shows no other picture.
     """
     side = config.patch_side
     whole, newline = np.arange(side * side), np.array([-1])

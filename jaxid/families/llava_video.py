@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError, InputError
-from jaxid.families.base import Family
-from jaxid.families.llava import RENAMES, UNUSED, Llava, LlavaConfig, llava_keys
+from jaxid.families.base import Checkpoint, Family, sections
+from jaxid.families.llava import RENAMES, UNUSED, Llava, LlavaConfig, feature_layers, llava_keys
 from jaxid.families.llava_packing import NEWLINE_POSITIONS, POOL_MODES, Layout, clip_rows, picture_layout, pooling
 from jaxid.io import read_json, reading
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, linear, prefixed
-from jaxid.nn.layers import normal, with_token_indices
+from jaxid.nn.layers import normal
 from jaxid.nn.vision import state_indices, vision_config, vision_keys
 from jaxid.prompts.base import (
     SMALL,
@@ -37,6 +37,7 @@ from jaxid.prompts.base import (
     bucketed,
     check_settings,
     load_image_processor,
+    pixel_values,
     processed,
 )
 from jaxid.prompts.pictures import Clip, Picture, open_picture
@@ -50,7 +51,7 @@ SO400M_TOWER = {
     "patch_size": 14,
     "image_size": 384,
 }
-"""SigLIP so400m-patch14-384 without its last block, which neither layout keeps."""
+"""SigLIP so400m-patch14-384 without its last block, which is in neither layout."""
 
 # Fields of a flat LLaVA-NeXT config that describe the decoder.
 _TEXT_FIELDS = frozenset(
@@ -59,10 +60,9 @@ hidden_act rms_norm_eps rope_theta rope_parameters sliding_window use_sliding_wi
 max_position_embeddings tie_word_embeddings""".split()
 )
 
-# Fields that say how the model was trained; that the prompt's text answers (time instruction); that only concern
-# pictures, which are not read in this layout; or that LLaVA-NeXT's SigLIP tower does not read (it always gives the
-# patches after the last block left to it). `image_token_index` is an id that never reaches the embedding, and
-# LLaVA-NeXT overwrites `rope_scaling` with None.
+# Fields about training, about the prompt's text (time instruction) or about pictures, which are not read in this
+# layout; and fields that LLaVA-NeXT itself ignores: its SigLIP tower always returns the patches after its last block,
+# `image_token_index` never reaches the embedding, and `rope_scaling` is overwritten with None.
 _UNREAD = frozenset(
     """add_time_instruction delay_load faster_token_stride force_sample freeze_mm_mlp_adapter frames_upbound
 image_aspect_ratio image_crop_resolution image_grid_pinpoints image_split_resolution image_token_index mm_hidden_size
@@ -72,8 +72,8 @@ tokenizer_padding_side tune_mm_mlp_adapter unfreeze_mm_vision_tower use_mm_proj 
 vision_tower_pretrained""".split()
 )
 
-# Settings of which one value is implemented, and what an absent field means.
-_ONLY: Mapping[str, tuple[Any, Any]] = {
+# Settings with a single implemented value, and their default.
+_ONLY: Mapping[str, tuple[object, object]] = {
     "add_faster_video": (False, False),
     "mm_patch_merge_type": ("spatial_unpad", "flat"),
     "mm_projector_type": ("mlp2x_gelu", "linear"),
@@ -92,10 +92,12 @@ class LlavaVideoConfig(LlavaConfig):
     video_token_index: int = 151647  # id of the token that clips replace
     vision_feature_select_strategy: str = "full"  # "default" drops a class token, which SigLIP does not have
     vision_feature_layer: tuple[int, ...] = (-1,)  # tower hidden states to project, concatenated
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()  # heights and widths that a picture is cut from; none: clips
-    max_squares: int = 9  # a picture's tokens are interpolated down to about those of so many squares
+    image_grid_pinpoints: tuple[
+        tuple[int, int], ...
+    ] = ()  # heights and widths to which pictures are fitted; none: clips
+    max_squares: int = 9  # pictures with the tokens of more squares are interpolated down
     mm_spatial_pool_mode: str = "bilinear"  # how frames are halved, "bilinear" or "average"
-    mm_newline_position: str = "one_token"  # after what in a clip `image_newline` comes: "grid" rows, "frame" ...
+    mm_newline_position: str = "one_token"  # what `image_newline` follows in a clip, see NEWLINE_POSITIONS
 
     @classmethod
     def from_hf(cls, fields: Json) -> "LlavaVideoConfig":
@@ -104,17 +106,13 @@ class LlavaVideoConfig(LlavaConfig):
         Raises:
             CheckpointError: for a tower or decoder of another kind, or an unknown field or setting.
         """
-        fields = with_token_indices(fields, "image", "video")
-        text, vision = dict(fields.pop("text_config", None) or {}), fields.pop("vision_config", None)
-        if fields.pop("tie_word_embeddings", None):
-            text["tie_word_embeddings"] = True
-        layer = fields.pop("vision_feature_layer", -1)
-        fields["vision_feature_layer"] = (layer,) if isinstance(layer, int) else tuple(layer)
+        fields, text, vision = sections(fields, "image", "video", tower=SO400M_TOWER)
+        fields["vision_feature_layer"] = feature_layers(fields, -1)
         ratio = fields.pop("vision_aspect_ratio", None) or "anyres_max_9"
         found = re.fullmatch(r"anyres_max_(\d+)", ratio)
         if not found or found[1] == "0":
-            raise CheckpointError(f"vision_aspect_ratio {ratio!r} is not 'anyres_max_' and an integer.")
-        tower = vision_config(SO400M_TOWER if vision is None else vision, "siglip_vision_model")
+            raise CheckpointError(f"vision_aspect_ratio {ratio!r} is not 'anyres_max_' followed by an integer.")
+        tower = vision_config(vision, "siglip_vision_model")
         side = tower.image_size
         steps = range(side, 7 * side, side)
         pinpoints = fields.pop("image_grid_pinpoints", None) or [(y, x) for y in steps for x in steps]
@@ -128,7 +126,7 @@ class LlavaVideoConfig(LlavaConfig):
             raise CheckpointError(
                 f"image_grid_pinpoints {pinpoints} are not all multiples of the tower's {side} pixels."
             )
-        # The image_newline parameter is always there.
+        # There is always an image_newline parameter.
         ignored = {"image_seq_length", "vocab_size", "use_image_newline_parameter", "ignore_index"}
         return _checked(cls.from_fields(fields | read, where="the top level", ignored=ignored))
 
@@ -136,7 +134,7 @@ class LlavaVideoConfig(LlavaConfig):
     def from_original(cls, fields: Json) -> "LlavaVideoConfig":
         """Reads a flat config.json of LLaVA-NeXT's own layout.
 
-        The tower is known by its name; a checkpoint with another SigLIP tower may describe it as `vision_config`.
+        The tower is given by its name; a checkpoint with another SigLIP tower may describe it in `vision_config`.
 
         Raises:
             CheckpointError: for another tower, or an unknown field or setting.
@@ -160,21 +158,21 @@ class LlavaVideoConfig(LlavaConfig):
 
     @property
     def patch_side(self) -> int:
-        """Rows, and columns, of a square's patches."""
+        """Patches along a side of a square."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def frame_side(self) -> int:
-        """Rows, and columns, of a frame's tokens."""
+        """Tokens along a side of a frame."""
         return len(pooling(self.patch_side, self.mm_spatial_pool_mode))
 
 
 def _checked(config: LlavaVideoConfig) -> LlavaVideoConfig:
-    """The config itself, if its parts fit together."""
+    """The config itself, unless its parts do not fit together."""
     strategy = config.vision_feature_select_strategy
     state_indices(config.vision_feature_layer, config.vision_config.num_hidden_layers)
     if strategy != ("default" if config.vision_config.class_token else "full"):
-        raise CheckpointError(f"vision_feature_select_strategy {strategy!r} does not leave the tower's patches.")
+        raise CheckpointError(f"vision_feature_select_strategy {strategy!r} does not select the tower's patches.")
     if config.mm_spatial_pool_mode not in POOL_MODES:
         raise CheckpointError(f"mm_spatial_pool_mode {config.mm_spatial_pool_mode!r} is not one of {POOL_MODES}.")
     if config.mm_newline_position not in NEWLINE_POSITIONS:
@@ -201,22 +199,22 @@ def original_keys(config: LlavaVideoConfig) -> list[Key]:
 
 
 class LlavaVideo(Llava):
-    """The network: pictures are cut into squares, frames of clips are one square each, which are pooled.
+    """The network: pictures are cut into squares; a frame of a clip is one square, whose patches are pooled.
 
-    `Inputs.extras` may hold "frames", Int[M], which squares are frames, and "taps", Int[R, 4], with "weights",
-    Float[R, 4], which patches of all squares are mixed to further tokens.
+    `Inputs.extras` may hold "frames", Int[M], the indices of the squares that are frames, and "taps", Int[R, 4], with
+    "weights", Float[R, 4], the patches that are mixed into further tokens.
     """
 
     config: LlavaVideoConfig
 
     def __init__(self, config: LlavaVideoConfig, *, rngs: nnx.Rngs):
-        """Builds tower, projector, decoder and the token at the end of lines."""
+        """Builds tower, projector, decoder and the newline token."""
         super().__init__(config, rngs=rngs)
         width = config.text_config.hidden_size
         self.newline = normal(rngs, (width,), width**-0.5)
 
     def features(self, inputs: Inputs) -> Float[Array, "R D"]:
-        """`image_newline`; every patch of every square, if there are pictures; the frames' tokens; mixed tokens."""
+        """`image_newline`, then the patches of all squares if there are pictures, frames' tokens and mixed tokens."""
         squares = self.image_features(self.pixels(inputs))
         flat = squares.reshape(-1, squares.shape[-1])
         parts, extras = [self.newline[...][None].astype(flat.dtype)], inputs.extras
@@ -232,7 +230,7 @@ class LlavaVideo(Llava):
         return jnp.concatenate(parts)
 
     def pooled(self, squares: Float[Array, "M I D"]) -> Float[Array, "M P D"]:
-        """Frames at half the resolution."""
+        """Frames at half their resolution."""
         matrix = jnp.asarray(pooling(self.config.patch_side, self.config.mm_spatial_pool_mode))
         grid = rearrange(squares, "m (y x) d -> m y x d", x=self.config.patch_side).astype(jnp.float32)
         grid = jnp.einsum("vy,myxd->mvxd", matrix, grid)
@@ -242,7 +240,7 @@ class LlavaVideo(Llava):
 
 IMAGE_TOKEN = "<image>"
 
-# Conversation "qwen_1_5" of LLaVA-NeXT; clips come before the user's text.
+# LLaVA-NeXT's conversation "qwen_1_5", with clips before the user's text.
 QWEN_TEMPLATE = """{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
@@ -254,7 +252,7 @@ QWEN_TEMPLATE = """{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|
 
 
 class LlavaVideoProcessor(Processor):
-    """Clips in LLaVA-NeXT's own layout, which reads pictures only in a way that is not implemented here."""
+    """Clips in LLaVA-NeXT's own layout; its way of reading single pictures is not implemented."""
 
     config: LlavaVideoConfig
     template = QWEN_TEMPLATE
@@ -263,7 +261,7 @@ class LlavaVideoProcessor(Processor):
 
     @staticmethod
     def token_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
-        """Id of `<image>`, which the published tokenizer lacks; its embedding is never read."""
+        """Id of `<image>`, which is added if the tokenizer lacks it; its embedding is never read."""
         del config
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -271,10 +269,11 @@ class LlavaVideoProcessor(Processor):
 
     @classmethod
     def load_image_processor(cls, folder: Path, config: ModelConfig) -> ImageProcessor:
-        """SigLIP's, whose settings are constants in LLaVA-NeXT."""
+        """SigLIP's image processor; its settings are constants in LLaVA-NeXT."""
         del folder
         side = config.vision_config.image_size
-        return frame_processor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        settings = {"size": {"height": side, "width": side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        return frame_processor(settings)
 
     @property
     def usual_tokens(self) -> int:
@@ -285,7 +284,7 @@ class LlavaVideoProcessor(Processor):
         """Clips as frames and tokens.
 
         Raises:
-            InputError: for a picture, or a frame that cannot be opened.
+            InputError: for a picture, or for a frame that cannot be opened.
         """
         del members
         side, frames, tokens, first = self.config.frame_side, [], [], 1
@@ -302,13 +301,12 @@ class LlavaVideoProcessor(Processor):
         return Encoded(pixels, tuple(tokens), {"frames": np.arange(len(pixels), dtype=np.int32)})
 
     def frames(self, clip: Clip, processor: ImageProcessor) -> Float[np.ndarray, "M C Y X"]:
-        """A clip's frames through an image processor."""
-        opened = [open_picture(frame) for frame in clip.frames]
-        return np.asarray(processed(processor, opened)["pixel_values"], np.float32)
+        """The pixels that an image processor makes of a clip's frames."""
+        return pixel_values(processor, [open_picture(frame) for frame in clip.frames])
 
 
-def frame_processor(**settings: Any) -> ImageProcessor:
-    """An image processor that resizes to a square and normalises, and nothing else."""
+def frame_processor(settings: Json) -> ImageProcessor:
+    """An image processor that resizes to a square and normalises."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     return SiglipImageProcessorPil(**settings)
@@ -337,7 +335,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
         """Takes loaded parts and the network's config.
 
         Raises:
-            CheckpointError: if the tokenizer does not have the token of clips.
+            CheckpointError: if the tokenizer lacks the token of clips.
         """
         super().__init__(tokenizer, image_processor, config)
         self.clip_placeholder = tokenizer.convert_ids_to_tokens(config.video_token_index)
@@ -346,10 +344,10 @@ class OnevisionProcessor(LlavaVideoProcessor):
 
     @classmethod
     def load_image_processor(cls, folder: Path, config: ModelConfig) -> Processors:
-        """The checkpoint's image processor, and what its video processor does to each frame.
+        """The checkpoint's image processor, and one that does to a frame what its video processor does.
 
         Raises:
-            CheckpointError: if one is missing or unreadable, or of a kind that is not implemented.
+            CheckpointError: if one is missing, unreadable or not implemented.
         """
         pictures = load_image_processor(folder, cls.most_size)
         settings = _video_settings(folder) or pictures.to_dict()
@@ -361,7 +359,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
             raise CheckpointError(f"the video processor in {folder} does not resize frames to {side} x {side} pixels.")
         names = "size resample do_resize do_rescale rescale_factor do_normalize image_mean image_std".split()
         with reading(folder, "a video processor"):
-            return Processors(pictures, frame_processor(**{name: settings[name] for name in names if name in settings}))
+            return Processors(pictures, frame_processor({name: settings[name] for name in names if name in settings}))
 
     @property
     def usual_tokens(self) -> int:
@@ -373,7 +371,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
 
         Raises:
             InputError: for one that cannot be opened, or a picture that is alone in one prompt and beside others
-                in another, where its squares differ.
+                in another, since its squares would differ.
         """
         cut = self._cut(pictures, members)
         tiles = [cut[index][0] for index in sorted(cut)]
@@ -385,7 +383,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
             count = bucketed(count)
         pixels = np.concatenate([*tiles, *frames])
 
-        # Rows of the features: newline, patches of all squares if there are pictures, frames' tokens, mixed tokens.
+        # Rows of the features, in the order of `LlavaVideo.features`.
         patches, side = self.config.patch_side**2, self.config.frame_side
         clip_row = 1 + (len(pixels) * patches if count else 0)
         mixed_row = clip_row + sum(map(len, frames)) * side**2
@@ -417,7 +415,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
     def _cut(
         self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]
     ) -> dict[int, tuple[Float[np.ndarray, "S C Y X"], Layout]]:
-        """Squares and layout of every picture that is no clip, by its index."""
+        """Squares and layout of all pictures but clips, by their indices."""
         alone: dict[int, bool] = {}
         for shown in members:
             stills = [index for index in shown if not isinstance(pictures[index], Clip)]
@@ -425,13 +423,13 @@ class OnevisionProcessor(LlavaVideoProcessor):
                 if alone.setdefault(index, len(stills) == 1) != (len(stills) == 1):
                     raise InputError(
                         f"picture {index} is alone in one prompt and beside others in another, and would be cut "
-                        "differently: prepare these prompts in batches of their own."
+                        "differently: prepare these prompts in separate batches."
                     )
         opened = {index: self.open(pictures[index]) for index in sorted(alone)}
         together = [index for index in opened if not alone[index]]
         processor, squares = self.image_processor.pictures, {}
         if together:
-            # One list within a list stands for one prompt of several pictures.
+            # A list within the list is the pictures of one prompt.
             made = processed(processor, [[opened[index] for index in together]])["pixel_values"]
             squares = dict(zip(together, made, strict=True))
         cut = {}
@@ -441,7 +439,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
             layout = picture_layout(image.height, image.width, self.config, alone=alone[index])
             if len(squares[index]) != layout.squares:
                 raise CheckpointError(
-                    f"the image processor cuts a picture into {len(squares[index])} squares, where config.json's "
+                    f"the image processor cuts a picture into {len(squares[index])} squares, but config.json's "
                     f"image_grid_pinpoints make {layout.squares}."
                 )
             cut[index] = np.asarray(squares[index], np.float32), layout
@@ -450,13 +448,13 @@ class OnevisionProcessor(LlavaVideoProcessor):
     def image_rows(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B T"]:
-        """Which row of the features is at each position, or -1; clips have a token of their own."""
+        """Which row of the features is at each position, or -1; clips have their own token."""
         clips = token_ids == self.config.video_token_index
         return super().image_rows(np.where(clips, self.image_token_id, token_ids).astype(token_ids.dtype), valid, shown)
 
 
-def _video_settings(folder: Path) -> dict[str, Any] | None:
-    """Settings of the checkpoint's video processor, from where Hugging Face's processors keep them."""
+def _video_settings(folder: Path) -> Json | None:
+    """Settings of the checkpoint's video processor, from either place where Hugging Face keeps them."""
     for name, part in (("video_preprocessor_config.json", None), ("processor_config.json", "video_processor")):
         found = read_json(folder / name, missing={})
         found = found if part is None else found.get(part)
@@ -484,5 +482,5 @@ ORIGINAL = Family(
     keys=original_keys,
     processor=LlavaVideoProcessor,
     unused=UNUSED,
-    aliases={"llava-video": "lmms-lab/LLaVA-Video-7B-Qwen2"},
+    checkpoints={"llava-video": Checkpoint("lmms-lab/LLaVA-Video-7B-Qwen2")},
 )

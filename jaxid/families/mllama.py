@@ -10,90 +10,77 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError, PromptError
-from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
 from jaxid.kernels import attention
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, unembedding_key
-from jaxid.nn.fields import Json, check_parts, check_patches
+from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, layer_norm, linear, prefixed
-from jaxid.nn.layers import Config, LayerNorm, Linear, filled, normal, stacked, with_token_indices
+from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, encoder_block, layer_norm, linear, prefixed
+from jaxid.nn.layers import LayerNorm, Linear, filled, normal, stacked
 from jaxid.nn.network import Network
-from jaxid.nn.transformer import Block, BlockConfig, run_blocks
+from jaxid.nn.transformer import Block, run_blocks
 from jaxid.nn.views import Memory
-from jaxid.nn.vision import patches
+from jaxid.nn.vision import VisionConfig, patches
 from jaxid.prompts.base import Encoded, PictureTokens, Shown, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
 
-_PADDED_TO = 8  # tokens of a tile come in multiples of it
+_PADDED_TO = 8  # a tile's tokens are padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MllamaVisionConfig(Config):
-    """Shape of the tower; names and defaults as in HF's MllamaVisionConfig."""
+class MllamaVisionConfig(VisionConfig):
+    """Shape of the tower; defaults as in HF's MllamaVisionConfig."""
 
     hidden_size: int = 1280  # D of the tower
     intermediate_size: int = 5120  # width of the MLP
     num_hidden_layers: int = 32  # local blocks
     num_global_layers: int = 8  # gated blocks after them
-    attention_heads: int = 16  # H
-    num_channels: int = 3  # colour channels
+    num_attention_heads: int = 16  # H
+    hidden_act: str = "gelu"  # activation of the MLP
+    attention_bias: bool = False  # biases of queries, keys and values
+    attention_out_bias: bool = False  # bias of what attention adds
     image_size: int = 448  # side of a tile, pixels
     patch_size: int = 14  # side of a patch, pixels
-    hidden_act: str = "gelu"  # activation of the MLP
-    norm_eps: float = 1e-5  # added to the variance
     max_num_tiles: int = 4  # most tiles of a picture
     intermediate_layers_indices: tuple[int, ...] = (3, 7, 15, 23, 30)  # local blocks whose outputs are read too
     aspect_ratios: int = 8  # ways to arrange tiles
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit together."""
-        check_patches(self.image_size, self.patch_size)
-        check_parts("vision_config", ("hidden_size", self.hidden_size), ("attention_heads", self.attention_heads))
+        """Refuses values that do not fit together."""
+        super().__post_init__()
         wrong = [layer for layer in self.intermediate_layers_indices if layer >= self.num_hidden_layers]
         if wrong or len(set(self.intermediate_layers_indices)) < len(self.intermediate_layers_indices):
-            raise CheckpointError(f"intermediate_layers_indices {self.intermediate_layers_indices} are not all layers.")
+            raise CheckpointError(
+                f"intermediate_layers_indices {self.intermediate_layers_indices} must be different layers of the "
+                f"tower's {self.num_hidden_layers}."
+            )
 
     @property
-    def num_patches(self) -> int:
-        """Tokens of one tile, its class token included."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+    def tile_tokens(self) -> int:
+        """Tokens of one tile, including its class token."""
+        return self.num_patches + 1
 
     @property
     def output_width(self) -> int:
-        """Numbers of every token of the tower's output."""
+        """Width of the tower's output."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
-
-    def blocks(self, *, gated: bool) -> BlockConfig:
-        """Shape of the local or the global blocks."""
-        return BlockConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_global_layers if gated else self.num_hidden_layers,
-            num_attention_heads=self.attention_heads,
-            hidden_act=self.hidden_act,
-            layer_norm_eps=self.norm_eps,
-            attention_bias=False,
-            attention_out_bias=False,
-            tanh_gates=gated,
-        )
 
 
 def _vision_config(fields: Json) -> MllamaVisionConfig:
     """Reads the `vision_config`."""
-    fields = {name: value for name, value in fields.items() if value is not None}
+    names = {"attention_heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}
+    fields = {names.get(name, name): value for name, value in fields.items() if value is not None}
     ratios = fields.pop("supported_aspect_ratios", None)
     if ratios is not None:
         fields["aspect_ratios"] = len(ratios)
-    if "num_attention_heads" in fields:
-        fields["attention_heads"] = fields.pop("num_attention_heads")
     if "intermediate_layers_indices" in fields:
         fields["intermediate_layers_indices"] = tuple(fields["intermediate_layers_indices"])
     width = fields.pop("vision_output_dim", None)
     config = MllamaVisionConfig.from_fields(fields, where="vision_config")
     if width is not None and width != config.output_width:
-        raise CheckpointError(f"vision_config.vision_output_dim is {width}, its layers make {config.output_width}.")
+        raise CheckpointError(f"vision_config.vision_output_dim is {width}, but its layers give {config.output_width}.")
     return config
 
 
@@ -109,14 +96,10 @@ class MllamaConfig(ModelConfig):
         """Reads a config.json.
 
         Raises:
-            CheckpointError: for a part of another kind, or an unknown field.
+            CheckpointError: for a section of another kind, or an unknown field.
         """
-        fields = with_token_indices(fields, "image")
-        text, vision = dict(fields.pop("text_config", None) or {}), dict(fields.pop("vision_config", None) or {})
-        if vision.get("model_type", "mllama_vision_model") != "mllama_vision_model":
-            raise CheckpointError(f"vision_config.model_type {vision['model_type']!r} is not 'mllama_vision_model'.")
-        # Its embedding has more rows than its vocabulary: Hugging Face's class never ties it, whatever the file says.
-        fields.pop("tie_word_embeddings", None)
+        fields, text, vision = sections(fields, "image", vision_kind="mllama_vision_model")
+        # The embedding has more rows than the vocabulary. Hugging Face's class never ties it, whatever the file says.
         text["tie_word_embeddings"] = False
         parts = {"text_config": decoder_config(text, "mllama_text_model"), "vision_config": _vision_config(vision)}
         return cls.from_fields(fields | parts, where="the top level")
@@ -124,21 +107,18 @@ class MllamaConfig(ModelConfig):
     @property
     def image_tokens(self) -> int:
         """Tokens that a picture's tiles can take in the memory that cross-attention reads."""
-        return self.vision_config.num_patches * self.vision_config.max_num_tiles
+        return self.vision_config.tile_tokens * self.vision_config.max_num_tiles
 
 
 def mllama_keys(config: MllamaConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
-    heads = config.vision_config.attention_heads
-    block = [
-        *layer_norm("input_layernorm", "attention_norm"),
-        *attention_keys("self_attn.{}_proj", "qkv", "self_attn.o_proj", heads, bias=False, out_bias=False),
-        *layer_norm("post_attention_layernorm", "mlp_norm"),
-        *linear("mlp.fc1", "up", bias=True),
-        *linear("mlp.fc2", "down", bias=True),
-    ]
+    heads = config.vision_config.num_attention_heads
+    block = encoder_block(
+        attention_keys("self_attn.{}_proj", "qkv", "self_attn.o_proj", heads, bias=False, out_bias=False),
+        ("input_layernorm", "post_attention_layernorm"),
+    )
     gates = [Key("gate_attn", "attention_scale"), Key("gate_ffn", "mlp_scale")]
-    sizes = {"t": config.vision_config.max_num_tiles, "p": config.vision_config.num_patches}
+    sizes = {"t": config.vision_config.max_num_tiles, "p": config.vision_config.tile_tokens}
     tower = [
         Key("patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
         Key("class_embedding", "class_token"),
@@ -162,45 +142,34 @@ def mllama_keys(config: MllamaConfig) -> list[Key]:
     ]
 
 
-RENAMES = (
-    *LANGUAGE_MODEL,
-    (r"^model\.(vision_model|multi_modal_projector)\.", r"\1."),
-)
-"""Other spellings of the same keys (transformers >= 4.52 in memory and on disk) and their published form."""
-
-
 class MllamaTower(nnx.Module):
-    """Tiles of a picture, each with its class token; all of them read each other (HF MllamaVisionModel)."""
+    """Tiles of a picture, each with a class token; attention is over all tiles together (HF MllamaVisionModel)."""
 
     def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs):
         """Builds the tower; every block parameter carries a leading layer axis."""
         self.config = config
-        width, patch, kinds, tiles = (
-            config.hidden_size,
-            config.patch_size,
-            config.aspect_ratios + 1,
-            config.max_num_tiles,
-        )
+        width, patch = config.hidden_size, config.patch_size
+        kinds, tiles = config.aspect_ratios + 1, config.max_num_tiles
         self.patch_kernel = normal(rngs, (patch, patch, config.num_channels, width), 0.02)
         self.class_token = normal(rngs, (width,), 0.02)
         self.position_gate, self.before_gate, self.after_gate = (filled(0.0, (1,)) for _ in range(3))
-        self.position = normal(rngs, (config.num_patches, width), 0.02)
-        self.tile_position = normal(rngs, (kinds, tiles, config.num_patches, width), 0.02)
+        self.position = normal(rngs, (config.tile_tokens, width), 0.02)
+        self.tile_position = normal(rngs, (kinds, tiles, config.tile_tokens, width), 0.02)
         self.before, self.after = (normal(rngs, (kinds, tiles, width), 0.02) for _ in range(2))
         self.pre_norm, self.post_norm = LayerNorm(width, 1e-5), LayerNorm(width, 1e-5)
-        local, gated = config.blocks(gated=False), config.blocks(gated=True)
-        self.layers = stacked(lambda rngs: Block(local, rngs=rngs), config.num_hidden_layers, rngs)
+        gated = dataclasses.replace(config, tanh_gates=True)
+        self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
         self.global_layers = stacked(lambda rngs: Block(gated, rngs=rngs), config.num_global_layers, rngs)
 
     def states(
         self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]
     ) -> tuple[Float[Array, "L1 N I D"], Float[Array, "G1 N I D"]]:
-        """Hidden states of the local and of the global blocks, tiles padded; index 0 is what enters.
+        """Hidden states of the local and of the global blocks, tiles padded; index 0 is the first block's input.
 
         Args:
-            pixels: tiles, zeros where a picture has fewer.
-            ratio: index of the arrangement of every picture's tiles, 1-based.
-            tiles: how many tiles every picture has.
+            pixels: tiles, padded with zeros.
+            ratio: how each picture's tiles are arranged, as a 1-based index.
+            tiles: number of tiles of each picture.
         """
         config = self.config
         count, most = pixels.shape[:2]
@@ -212,12 +181,12 @@ class MllamaTower(nnx.Module):
         x = jnp.concatenate([first, x], axis=2)
         gate = jnp.tanh(self.position_gate[...])
         x = x + (1 - gate) * self.position[...] + gate * self.tile_position[...][ratio]
-        tokens = config.num_patches
+        tokens = config.tile_tokens
         padded = -(-tokens // _PADDED_TO) * _PADDED_TO
         x = jnp.pad(self.pre_norm(x), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
         real = (jnp.arange(most) < tiles[:, None])[:, :, None] & (jnp.arange(padded) < tokens)
         real = real.reshape(count, -1)
-        # As published, only pairs of which both are padding are skipped.
+        # As in the published code, only pairs of two padded tokens are masked.
         allowed = real[:, :, None] | real[:, None, :]
 
         def read(query: Array, key: Array, value: Array) -> Array:
@@ -232,12 +201,12 @@ class MllamaTower(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]
     ) -> Float[Array, "N I F"]:
-        """Every token's end, and what some local blocks made of it, feature by feature."""
+        """The last hidden state of every token and, interleaved feature by feature, those after some local blocks."""
         local, last = self.states(pixels, ratio, tiles)
         chosen = jnp.moveaxis(local[np.array(self.config.intermediate_layers_indices) + 1], 0, -1)
         joined = jnp.concatenate([last[-1], chosen.reshape(*chosen.shape[:2], -1)], axis=-1)
         whole = rearrange(joined, "n (t p) d -> n t p d", t=pixels.shape[1])
-        return rearrange(whole[:, :, : self.config.num_patches], "n t p d -> n (t p) d")
+        return rearrange(whole[:, :, : self.config.tile_tokens], "n t p d -> n (t p) d")
 
 
 class Mllama(Network):
@@ -258,13 +227,13 @@ class Mllama(Network):
         return self.projector(self.tower(self.pixels(inputs), extras["aspect_ratio"], extras["tile_count"]))
 
     def embed(self, inputs: Inputs) -> Float[Array, "B T D"]:
-        """Token embeddings; where a picture is shown is a token like others."""
+        """Token embeddings; the picture token has one of its own."""
         return self.decoder.embed(inputs.token_ids)
 
     def memory(self, inputs: Inputs) -> Memory | None:
         """The tokens of every prompt's pictures, and which of them each token reads.
 
-        A token reads the pictures of the latest run of picture tokens before it, as far as they come before it.
+        A token reads the pictures of the last run of picture tokens up to its own position.
         """
         if inputs.pixels is None:
             return None
@@ -282,7 +251,7 @@ class Mllama(Network):
         tiles = jnp.arange(self.config.vision_config.max_num_tiles)
         real = tiles < inputs.extras["tile_count"][jnp.maximum(shown, 0)][:, :, None]
         mask = (seen[..., None] & real[:, None]).reshape(*seen.shape[:2], -1)
-        mask = jnp.repeat(mask, self.config.vision_config.num_patches, axis=2)
+        mask = jnp.repeat(mask, self.config.vision_config.tile_tokens, axis=2)
         rows = mask.any(axis=2)
         return self.decoder.remember(states, mask | ~rows[:, :, None], rows)
 
@@ -296,12 +265,12 @@ class MllamaProcessor(Processor):
 
     @property
     def usual_tokens(self) -> int:
-        """As many decoder tokens as a picture's memory, which only some layers hold, takes room."""
+        """Decoder tokens that need as much memory as a picture's keys and values in the cross-attention layers."""
         text = self.config.text_config
         return self.config.image_tokens * len(text.cross_attention_layers) // text.num_hidden_layers
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as tiles, and which of them every prompt shows."""
+        """Pictures as tiles, and which pictures each prompt shows."""
         found = processed(self.image_processor, [[self.open(picture)] for picture in pictures])
         shown = np.full((len(members), max(map(len, members))), -1, np.int32)
         for row, own in enumerate(members):
@@ -317,10 +286,10 @@ class MllamaProcessor(Processor):
     def image_rows(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B T"]:
-        """0 where a picture is shown, which marks where the text after it begins; else -1.
+        """0 at a picture's token, from which the start of the text is told; -1 elsewhere.
 
         Raises:
-            PromptError: if a prompt shows more or fewer pictures than it was given.
+            PromptError: if a prompt does not show as many pictures as it was given.
         """
         here = (token_ids == self.image_token_id) & valid
         for row, pictures in enumerate(shown):
@@ -335,8 +304,12 @@ FAMILY = Family(
     network=Mllama,
     keys=mllama_keys,
     processor=MllamaProcessor,
-    renames=RENAMES,
+    renames=(*LANGUAGE_MODEL, (r"^model\.(vision_model|multi_modal_projector)\.", r"\1.")),
     unused=ROTARY,
-    aliases={"llama-11b": "meta-llama/Llama-3.2-11B-Vision-Instruct", "llava-cot": "Xkev/Llama-3.2V-11B-cot"},
-    published={"llama-11b": Published(belief_swap=hidden_states(10, 20), deviation=14)},
+    checkpoints={
+        "llama-11b": Checkpoint(
+            "meta-llama/Llama-3.2-11B-Vision-Instruct", belief_swap=hidden_states(10, 20), deviation=14
+        ),
+        "llava-cot": Checkpoint("Xkev/Llama-3.2V-11B-cot"),
+    },
 )

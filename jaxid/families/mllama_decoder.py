@@ -1,7 +1,6 @@
 """Llama 3.2 Vision's decoder, some of whose layers read pictures by cross-attention (HF MllamaTextModel)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxid.nn.views import Heads, Keep, Memory, Queries, Stored, Swapped, View
 
 
 def mllama_decoder_keys(config: DecoderConfig) -> list[Key]:
-    """Key table of the decoder, below HF's `model.`: a cross-attention layer's attention has another name."""
+    """Key table of the decoder, below HF's `model.`; attention has another name in cross-attention layers."""
     keys, crossing = decoder_keys(config), config.cross_attention_layers
     if not crossing:
         return keys
@@ -45,7 +44,7 @@ def mllama_decoder_keys(config: DecoderConfig) -> list[Key]:
 
 
 class CrossParts(nnx.Module):
-    """What a cross-attention layer has besides the parts of every block (HF MllamaCrossAttentionDecoderLayer)."""
+    """Parameters that only cross-attention layers have (HF MllamaCrossAttentionDecoderLayer)."""
 
     def __init__(self, config: DecoderConfig):
         """Starts with open gates, so that pictures matter before any training."""
@@ -57,14 +56,14 @@ class CrossParts(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Crossed(View):
-    """A view whose cross-attention layers read a memory instead.
+    """A view in which cross-attention layers read a memory.
 
     Attributes:
         own: what the other layers read.
-        memory: what the cross-attention layers read, as the tokens see it.
-        indices: of every layer among the cross-attention layers, -1 for the others.
-        query_scale: of the norm of every cross-attention layer's queries.
-        epsilon: of that norm.
+        memory: what the cross-attention layers read.
+        indices: each layer's index among the cross-attention layers, -1 for other layers.
+        query_scale: scale of the norm of queries, for each cross-attention layer.
+        epsilon: added to the mean square by that norm.
     """
 
     own: View
@@ -73,12 +72,12 @@ class Crossed(View):
     query_scale: Float[Array, "C E"]
     epsilon: float
 
-    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
-        """As without a memory; what a cross-attention layer stores is never read."""
+    def store(self, layer: Int[Array, ""], key: Heads, value: Heads) -> Stored:
+        """As in `own`; what a cross-attention layer stores is never read."""
         return self.own.store(layer, key, value)
 
-    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
-        """By self-attention, or from the memory."""
+    def read(self, layer: Int[Array, ""], query: Queries, stored: Stored, keep: Keep = None) -> Queries:
+        """Reads from `own` or from the memory."""
         index = self.indices[layer]
 
         def remembered() -> Array:
@@ -90,23 +89,23 @@ class Crossed(View):
 
 
 class MllamaDecoder(Decoder):
-    """The stack, with gates at what cross-attention layers add."""
+    """The stack, with gates on what cross-attention layers add to the residual stream."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        """Builds the stack; the parts of the cross-attention layers are stacked apart."""
+        """Builds the stack; `CrossParts` are stacked separately."""
         super().__init__(config, rngs=rngs)
         layers = config.cross_attention_layers
         if layers:
             self.crossing = stacked(lambda rngs: CrossParts(config), len(layers), rngs)
 
     def _indices(self) -> Int[Array, "L"]:
-        """Index of every layer among the cross-attention layers, -1 for the others."""
+        """Each layer's index among the cross-attention layers, -1 for other layers."""
         indices = np.full(self.config.num_hidden_layers, -1, np.int32)
         indices[list(self.config.cross_attention_layers)] = np.arange(len(self.config.cross_attention_layers))
         return jnp.asarray(indices)
 
     def remember(self, states: Float[Array, "B I D"], mask: Bool[Array, "B T I"], rows: Bool[Array, "B T"]) -> Memory:
-        """Keys and values of the pictures' states for every cross-attention layer; `mask`, `rows` as in `Memory`."""
+        """The pictures' keys and values in every cross-attention layer; `mask` and `rows` as in `Memory`."""
         scales = self.crossing.key_norm.scale[...]
 
         def step(_: None, row: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
@@ -121,16 +120,22 @@ class MllamaDecoder(Decoder):
         return Memory(keys, values, mask, rows)
 
     def view(self, own: View, memory: Memory | None) -> View:
-        """The memory beside what self-attention reads."""
+        """Adds the memory to what self-attention reads."""
         if memory is None or not self.config.cross_attention_layers:
             return own
         scale = self.crossing.query_norm.scale[...]
         return Crossed(own, memory, self._indices(), scale, self.config.rms_norm_eps)
 
     def step(
-        self, block: DecoderBlock, layer: Any, x: Float[Array, "*R B T D"], view: View, tap: Tap, keep: Keep = None
+        self,
+        block: DecoderBlock,
+        layer: Int[Array, ""],
+        x: Float[Array, "*R B T D"],
+        view: View,
+        tap: Tap,
+        keep: Keep = None,
     ) -> tuple[Float[Array, "*R B S D"], Stored]:
-        """A step whose attention and MLP add less in a cross-attention layer, and nothing without a picture."""
+        """A step with gated attention and MLP in cross-attention layers, which add nothing without a picture."""
         if not self.config.cross_attention_layers:
             return super().step(block, layer, x, view, tap, keep)
         index = self._indices()[layer]
@@ -138,7 +143,7 @@ class MllamaDecoder(Decoder):
         attention_gate, mlp_gate = (jnp.tanh(gate[0]) for gate in layer_of(parts, jnp.maximum(index, 0)))
         crossed = view.own if isinstance(view, Swapped) else view
         if isinstance(crossed, Crossed):
-            # The MLP adds nothing to a token that sees no picture, though its attention reads all of them.
+            # A token that sees no picture attends to all of them, but its MLP adds nothing.
             rows = crossed.memory.rows[..., None]
             rows = rows if keep is None else jnp.take_along_axis(rows, keep[..., None], axis=1)
             gates = {"attn_out": attention_gate, "mlp_out": jnp.where(rows, mlp_gate, 0)}

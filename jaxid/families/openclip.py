@@ -1,16 +1,15 @@
 """OpenCLIP's layout of CLIP: its configs and tensor names (`open_clip.CLIP`; NegCLIP's files too)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family
+from jaxid.families.base import Checkpoint, Family
 from jaxid.families.clip import CLIP, CLIPConfig
 from jaxid.nn.fields import Json
-from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import Key, encoder_block, fused_attention_keys, layer_norm, prefixed
 from jaxid.nn.text import TextConfig
 from jaxid.nn.vision import VisionConfig
 from jaxid.prompts.base import check_settings
@@ -18,14 +17,13 @@ from jaxid.prompts.dual import DualProcessor
 from jaxid.prompts.pictures import PILImage
 
 
-def _architecture(embed_dim: int, vision: tuple[int, int, int], text: tuple[int, int], **further: Any) -> Json:
-    """A `model_cfg` from the tower's layers, width and patch size and the text's width and heads."""
+def _architecture(embed_dim: int, vision: tuple[int, int, int], text: tuple[int, int]) -> Json:
+    """A `model_cfg` from the tower's layers, width and patch size and the text encoder's width and heads."""
     layers, width, patch_size = vision
     return {
         "embed_dim": embed_dim,
         "vision_cfg": {"image_size": 224, "layers": layers, "width": width, "patch_size": patch_size},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": text[0], "heads": text[1], "layers": 12},
-        **further,
     }
 
 
@@ -52,15 +50,22 @@ ARCHITECTURES: Mapping[str, Json] = {
     "coca_ViT-B-32": _coca(_B32, 8),
     "coca_ViT-L-14": _coca(_L14, 8),
 }
-"""The `model_cfg` of OpenCLIP's architectures by name, for files that bring none."""
+"""The `model_cfg` of OpenCLIP's architectures by name, for weight files that come without one."""
 
 
-def parts(fields: Json) -> tuple[TextConfig, VisionConfig]:
+def parts(fields: Json, *further: str) -> tuple[TextConfig, VisionConfig]:
     """Text encoder and tower of a `model_cfg`.
+
+    Args:
+        fields: the parsed JSON object.
+        further: fields of the top level that the caller handles.
 
     Raises:
         CheckpointError: for a field that is not implemented.
     """
+    unknown = sorted(set(fields) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", *further})
+    if unknown:
+        raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
     vision, text = dict(fields["vision_cfg"]), dict(fields["text_cfg"])
     activation = "quick_gelu" if fields.get("quick_gelu") else "gelu"
     width, text_width = vision.pop("width"), text.pop("width")
@@ -97,46 +102,36 @@ def openclip_config(fields: Json) -> CLIPConfig:
     Raises:
         CheckpointError: for a field that is not implemented.
     """
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise CheckpointError(f"model_cfg holds fields that jaxid does not implement: {', '.join(unknown)}.")
     text, vision = parts(fields)
     if text.class_token or not vision.post_norm:
         raise CheckpointError("a CLIP with vision_cfg.attentional_pool or text_cfg.embed_cls is not implemented.")
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=fields["embed_dim"])
 
 
-def block_keys(heads: int) -> list[Key]:
-    """Rows of one block."""
-    return [
-        *layer_norm("ln_1", "attention_norm"),
-        *fused_heads_in("attn.in_proj_", "attention", heads),
-        *heads_out("attn.out_proj", "attention.out", heads, bias=True),
-        *layer_norm("ln_2", "mlp_norm"),
-        *linear("mlp.c_fc", "up", bias=True),
-        *linear("mlp.c_proj", "down", bias=True),
-    ]
+def _blocks(heads: int) -> list[Key]:
+    attention = fused_attention_keys("attn.in_proj_", "attn.out_proj", heads)
+    block = encoder_block(attention, ("ln_1", "ln_2"), ("mlp.c_fc", "mlp.c_proj"))
+    return prefixed(block, "transformer.resblocks.{layer}.", "layers.")
 
 
 def tower_keys(config: VisionConfig) -> list[Key]:
-    """Rows of the tower, up to its last block."""
+    """Key table of the tower without the norm after its last block."""
     keys = [
         Key("conv1.weight", "patch_kernel", "d c p q -> p q c d"),
         Key("class_embedding", "class_token"),
         Key("positional_embedding", "position"),
         *layer_norm("ln_pre", "pre_norm"),
-        *prefixed(block_keys(config.num_attention_heads), "transformer.resblocks.{layer}.", "layers."),
+        *_blocks(config.num_attention_heads),
     ]
     return prefixed(keys, "visual.", "tower.")
 
 
 def text_keys(config: TextConfig, source: str = "") -> list[Key]:
-    """Rows of the text encoder and its projection."""
+    """Key table of the text encoder and its projection."""
     keys = [
         Key("token_embedding.weight", "embedding"),
         Key("positional_embedding", "position"),
-        *prefixed(block_keys(config.num_attention_heads), "transformer.resblocks.{layer}.", "layers."),
+        *_blocks(config.num_attention_heads),
         *layer_norm("ln_final", "final_norm"),
     ]
     if config.class_token:
@@ -159,7 +154,7 @@ def openclip_keys(config: CLIPConfig) -> list[Key]:
 
 
 def kind_of(fields: Json) -> str:
-    """The family by which a `model_cfg` is looked up."""
+    """The name under which the family of a `model_cfg` is registered."""
     return "open_clip_coca" if "multimodal_cfg" in fields else "open_clip"
 
 
@@ -167,17 +162,17 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class OpenCLIPImages:
-    """Shortest side resized, centre cropped, normalised; used like an image processor of transformers."""
+    """Resizes the shorter side, crops the centre and normalises; used like an image processor of transformers."""
 
     def __init__(self, side: int, settings: Json):
         """Reads a `preprocess_cfg`.
 
         Args:
-            side: of the tower's pictures, pixels.
-            settings: mean, std, interpolation and resize mode; OpenAI's where it is silent.
+            side: side of the pictures that the tower takes, in pixels.
+            settings: mean, std, interpolation and resize mode; OpenAI's by default.
 
         Raises:
-            CheckpointError: for a way of resizing that is not implemented, or for settings of another kind.
+            CheckpointError: for a setting that is invalid or not implemented.
         """
         from PIL import Image
 
@@ -195,7 +190,7 @@ class OpenCLIPImages:
     def __call__(
         self, pictures: Sequence[PILImage], return_tensors: str = "np"
     ) -> dict[str, Float[np.ndarray, "N 3 Y X"]]:
-        """PIL pictures as pixels."""
+        """The pixels of PIL images."""
         del return_tensors
         return {"pixel_values": np.stack([self._prepared(picture) for picture in pictures])}
 
@@ -218,5 +213,5 @@ FAMILY = Family(
     network=CLIP,
     keys=openclip_keys,
     processor=DualProcessor,
-    aliases={"openclip-b32": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"},
+    checkpoints={"openclip-b32": Checkpoint("laion/CLIP-ViT-B-32-laion2B-s34B-b79K")},
 )

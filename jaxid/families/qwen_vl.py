@@ -3,75 +3,64 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family, Published, hidden_states
+from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.kernels import attention, rope
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import Json, check_parts
 from jaxid.nn.inputs import Inputs
-from jaxid.nn.keys import ROTARY, Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
-from jaxid.nn.layers import BOOKKEEPING, Config, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
+from jaxid.nn.keys import ROTARY, Key, encoder_block, fused_attention_keys, layer_norm, linear, prefixed
+from jaxid.nn.layers import BOOKKEEPING, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig
 from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, bucketed, processed
 from jaxid.prompts.pictures import Clip, Picture, PILImage
 from jaxid.prompts.processor import Processor
 
-_EPSILON = 1e-6  # of all norms of both towers
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QwenVisionConfig(Config):
-    """Shape of the tower; names as in HF's Qwen2VLVisionConfig and Qwen2_5_VLVisionConfig, defaults of the latter."""
+class QwenVisionConfig(BlockConfig):
+    """Shape of the tower; defaults as in HF's Qwen2_5_VLVisionConfig.
 
-    depth: int = 32  # how many blocks
-    embed_dim: int = 3584  # D of the tower
+    Qwen2.5's blocks have a gated MLP and root-mean-square norms, Qwen2's a plain MLP and layer norms.
+    """
+
+    hidden_size: int = 3584  # D of the tower
     intermediate_size: int = 3420  # width of the MLP
+    num_hidden_layers: int = 32  # number of blocks
+    num_attention_heads: int = 16  # H
+    hidden_act: str = "silu"  # activation of the MLP
+    layer_norm_eps: float = 1e-6  # added to the variance, in all norms
+    rms_norm: bool = True  # the norms are root-mean-square norms
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)) in place of down(act(up(x)))
     out_hidden_size: int = 3584  # D of the decoder
-    num_heads: int = 16  # H
     in_channels: int = 3  # colour channels
     patch_size: int = 14  # side of a patch, pixels
     temporal_patch_size: int = 2  # frames of a patch; a still picture is repeated
     spatial_merge_size: int = 2  # side of the square of patches that becomes a decoder token
-    hidden_act: str = "silu"  # activation of the MLP
     rope_theta: float = 10000.0  # base of the geometric series of wavelengths
-    gated: bool = True  # Qwen2.5: gated MLP and root-mean-square norms; Qwen2: plain MLP and layer norms
-    window_size: int = 0  # side of the windows that attention stays in, pixels; 0: none
-    fullatt_block_indexes: tuple[int, ...] = ()  # blocks whose attention knows no windows
+    window_size: int = 0  # side of the attention windows, pixels; 0: none
+    fullatt_block_indexes: tuple[int, ...] = ()  # blocks that attend to the whole picture
 
     def __post_init__(self) -> None:
-        """Refuses what does not fit together."""
+        """Refuses values that do not fit together."""
         # Queries and keys are rotated in pairs, half of them by rows and half by columns.
-        check_parts("vision_config: width", ("embed_dim", self.embed_dim), ("4 num_heads", 4 * self.num_heads))
+        heads = ("4 num_heads", 4 * self.num_attention_heads)
+        check_parts("vision_config: width", ("embed_dim", self.hidden_size), heads)
         if self.window_size and not self.window_side:
             raise CheckpointError(f"vision_config: window_size {self.window_size} is smaller than a merged patch.")
 
     @property
-    def blocks(self) -> BlockConfig:
-        """The blocks' shape."""
-        return BlockConfig(
-            hidden_size=self.embed_dim,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.depth,
-            num_attention_heads=self.num_heads,
-            hidden_act=self.hidden_act,
-            layer_norm_eps=_EPSILON,
-            rms_norm=self.gated,
-            gated_mlp=self.gated,
-        )
-
-    @property
     def patch_numbers(self) -> int:
-        """Numbers of one patch."""
+        """Length of a flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -82,10 +71,8 @@ class QwenVisionConfig(Config):
 
 def _vision_config(fields: Json, *, old: bool) -> QwenVisionConfig:
     """Reads the `vision_config` of Qwen2-VL (`old`) or Qwen2.5-VL."""
-    fields = {name: value for name, value in fields.items() if value is not None}
-    channels = fields.pop("in_chans", None)
-    if channels is not None:
-        fields.setdefault("in_channels", channels)
+    names = {"depth": "num_hidden_layers", "num_heads": "num_attention_heads", "in_chans": "in_channels"}
+    fields = {names.get(name, name): value for name, value in fields.items() if value is not None}
     rotary = dict(fields.pop("rope_scaling", None) or fields.pop("rope_parameters", None) or {})
     kind = rotary.pop("type", "axial")
     if rotary.pop("rope_type", kind) not in ("axial", "default"):
@@ -97,23 +84,20 @@ def _vision_config(fields: Json, *, old: bool) -> QwenVisionConfig:
             fields[name] = fields[name][0]
     if fields.pop("spatial_patch_size", fields.get("patch_size", 14)) != fields.get("patch_size", 14):
         raise CheckpointError("vision_config.spatial_patch_size differs from patch_size.")
-    if old:
-        width = fields.get("embed_dim", 1280)
-        ratio = fields.pop("mlp_ratio", 4)
-        fields = {
-            **fields,
-            "embed_dim": width,
-            "intermediate_size": int(width * ratio),
-            "out_hidden_size": fields.pop("hidden_size", 3584),
+    if old:  # whose `hidden_size` is the decoder's
+        width = fields.pop("embed_dim", 1280)
+        fields |= {
+            "out_hidden_size": fields.get("hidden_size", 3584),
+            "hidden_size": width,
+            "intermediate_size": int(width * fields.pop("mlp_ratio", 4)),
             "hidden_act": fields.get("hidden_act", "quick_gelu"),
-            "gated": False,
+            "rms_norm": False,
+            "gated_mlp": False,
         }
     else:
-        fields["embed_dim"] = fields.pop("hidden_size", 3584)
         fields.setdefault("window_size", 112)
         fields["fullatt_block_indexes"] = tuple(fields.get("fullatt_block_indexes", (7, 15, 23, 31)))
-    fields.pop("hidden_size", None)
-    # Seconds only space the frames of videos.
+    # `tokens_per_second` only spaces the frames of videos.
     return QwenVisionConfig.from_fields(fields, where="vision_config", ignored={"tokens_per_second"})
 
 
@@ -129,19 +113,15 @@ class QwenVLConfig(ModelConfig):
         """Reads a config.json, flat as published or with a `text_config`.
 
         Raises:
-            CheckpointError: for a part of another kind, or an unknown field.
+            CheckpointError: for a section of another kind, or an unknown field.
         """
-        fields = dict(fields)
-        old = fields["model_type"] == "qwen2_vl"
-        vision, text = dict(fields.pop("vision_config", None) or {}), fields.pop("text_config", None)
-        top = {"image_token_index": fields.pop("image_token_id", cls.image_token_index)}
+        old, flat = fields["model_type"] == "qwen2_vl", fields.get("text_config") is None
+        fields, text, vision = sections(fields, "image")
+        top = {"image_token_index": fields.pop("image_token_index", cls.image_token_index)}
         for name in ("video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id"):
             fields.pop(name, None)
-        if text is None:  # all other fields of the flat form are the decoder's
-            text, fields = {**fields, "model_type": None}, {}
-        text = dict(text)
-        if fields.pop("tie_word_embeddings", None):
-            text["tie_word_embeddings"] = True
+        if flat:  # all other fields are the decoder's
+            text, fields = {**fields, **text, "model_type": None}, {}
         unknown = sorted(set(fields) - BOOKKEEPING)
         if unknown:
             raise CheckpointError(
@@ -162,21 +142,15 @@ class QwenVLConfig(ModelConfig):
 
 def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
-    vision, bias = config.vision_config, not config.vision_config.gated
-    if vision.gated:
-        mlp = [*linear("mlp.gate_proj", "gate", bias=True), *linear("mlp.up_proj", "up", bias=True)]
-        mlp += linear("mlp.down_proj", "down", bias=True)
-    else:
-        mlp = [*linear("mlp.fc1", "up", bias=True), *linear("mlp.fc2", "down", bias=True)]
-    block = [
-        *layer_norm("norm1", "attention_norm", bias=bias),
-        *fused_heads_in("attn.qkv.", "attention", vision.num_heads),
-        *heads_out("attn.proj", "attention.out", vision.num_heads, bias=True),
-        *layer_norm("norm2", "mlp_norm", bias=bias),
-        *mlp,
-    ]
+    vision, bias = config.vision_config, not config.vision_config.rms_norm
+    mlp = ("mlp.up_proj", "mlp.down_proj") if vision.gated_mlp else ("mlp.fc1", "mlp.fc2")
+    attention = fused_attention_keys("attn.qkv.", "attn.proj", vision.num_attention_heads)
+    block = encoder_block(attention, ("norm1", "norm2"), mlp, norm_bias=bias)
+    if vision.gated_mlp:
+        block += linear("mlp.gate_proj", "gate", bias=True)
+    sizes = {"c": vision.in_channels, "t": vision.temporal_patch_size, "p": vision.patch_size, "q": vision.patch_size}
     tower = [
-        Key("patch_embed.proj.weight", "patch_kernel", "d c t p q -> (c t p q) d", _patch_sizes(vision)),
+        Key("patch_embed.proj.weight", "patch_kernel", "d c t p q -> (c t p q) d", sizes),
         *prefixed(block, "blocks.{layer}.", "layers."),
         *layer_norm("merger.ln_q", "merge_norm", bias=bias),
         *linear("merger.mlp.0", "merge_in", bias=True),
@@ -189,32 +163,21 @@ def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
     ]
 
 
-def _patch_sizes(vision: QwenVisionConfig) -> dict[str, int]:
-    return {"c": vision.in_channels, "t": vision.temporal_patch_size, "p": vision.patch_size, "q": vision.patch_size}
-
-
-RENAMES = (
-    (r"^model\.visual\.", "visual."),
-    (r"^model\.language_model\.", "model."),
-)
-"""Other spellings of the same keys (transformers >= 4.52) and their published form."""
-
-
 class QwenTower(nnx.Module):
-    """Patches of pictures of any size, blocks with 2-D rotary positions, merging of neighbours.
+    """Patches of pictures of any size, blocks with 2-D rotary positions, merging of neighbouring patches.
 
-    Every picture is a row of P patches, padded; with windows, every window is padded to its full number of patches, so
-    that attention inside windows is attention of a row cut in equal pieces.
+    Every picture is a padded row of P patches. With windows, each window is padded to its full number of patches, so
+    that the row can be cut into windows of equal length.
     """
 
     def __init__(self, config: QwenVisionConfig, *, rngs: nnx.Rngs):
         """Builds the tower; every block parameter carries a leading layer axis."""
         self.config = config
-        merged = config.embed_dim * config.spatial_merge_size**2
-        norm = RMSNorm if config.gated else LayerNorm
-        self.patch_kernel = normal(rngs, (config.patch_numbers, config.embed_dim), 0.02)
-        self.layers = stacked(lambda rngs: Block(config.blocks, rngs=rngs), config.depth, rngs)
-        self.merge_norm = norm(config.embed_dim, _EPSILON)
+        merged = config.hidden_size * config.spatial_merge_size**2
+        norm = RMSNorm if config.rms_norm else LayerNorm
+        self.patch_kernel = normal(rngs, (config.patch_numbers, config.hidden_size), 0.02)
+        self.layers = stacked(lambda rngs: Block(config, rngs=rngs), config.num_hidden_layers, rngs)
+        self.merge_norm = norm(config.hidden_size, config.layer_norm_eps)
         self.merge_in = Linear(merged, merged, bias=True, rngs=rngs)
         self.merge_out = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
 
@@ -222,11 +185,11 @@ class QwenTower(nnx.Module):
         self, pixels: Float[Array, "N P F"], positions: Int[Array, "N P 2"], valid: Bool[Array, "N P"]
     ) -> Float[Array, "L1 N P D"]:
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k."""
-        config = self.config
-        quarter = config.embed_dim // config.num_heads // 2
+        config, depth = self.config, self.config.num_hidden_layers
+        quarter = config.hidden_size // config.num_attention_heads // 2
         rotation = rope.axial_rotations(positions, rope.inverse_frequencies(quarter, config.rope_theta))
         pictures, window = pixels.shape[0], (config.window_side * config.spatial_merge_size) ** 2
-        everywhere = np.isin(np.arange(config.depth), config.fullatt_block_indexes) if window else None
+        everywhere = np.isin(np.arange(depth), config.fullatt_block_indexes) if window else None
         definition, parameters = nnx.split(self.layers)
 
         def read_picture(query: Array, key: Array, value: Array) -> Array:
@@ -237,7 +200,7 @@ class QwenTower(nnx.Module):
             mixed = attention.attend(query, key, value, valid.reshape(-1, 1, window))
             return mixed.reshape(pictures, -1, *mixed.shape[2:])
 
-        def step(x: Array, layer: tuple[Any, Array]) -> tuple[Array, Array]:
+        def step(x: Array, layer: tuple[PyTree, Array]) -> tuple[Array, Array]:
             own, index = layer
 
             def read(query: Array, key: Array, value: Array) -> Array:
@@ -249,7 +212,7 @@ class QwenTower(nnx.Module):
             return x, x
 
         x = flat_product(pixels, self.patch_kernel[...])
-        _, outputs = scan_stack(self.layers, step, x, (parameters, jnp.arange(config.depth)))
+        _, outputs = scan_stack(self.layers, step, x, (parameters, jnp.arange(depth)))
         return jnp.concatenate([x[None], outputs])
 
     def merge(self, states: Float[Array, "N P D"]) -> Float[Array, "N I D2"]:
@@ -279,14 +242,14 @@ class QwenVL(Network):
 
 
 def token_indices(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:
-    """Which of a picture's padded tokens each of its decoder tokens is, tokens row by row.
+    """Index of each of a picture's decoder tokens, in reading order, among its padded tokens.
 
-    Without windows they follow each other. With them, window follows window, each padded to window * window tokens.
+    Without windows nothing is padded. With them, the windows follow each other, each padded to window * window tokens.
 
     Args:
-        rows: of tokens.
-        columns: of tokens.
-        window: side of a window in tokens, 0 without.
+        rows: rows of tokens.
+        columns: columns of tokens.
+        window: side of a window in tokens, 0 without windows.
     """
     if not window:
         return np.arange(rows * columns)
@@ -305,7 +268,7 @@ class QwenVLProcessor(Processor):
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
-        """Last axis of the pixels: those of a patch."""
+        """Length of a flattened patch of a colour picture."""
         vision = self.config.vision_config
         return (3 * vision.temporal_patch_size * vision.patch_size**2,)
 
@@ -314,7 +277,7 @@ class QwenVLProcessor(Processor):
         """The checkpoint's image processor.
 
         Raises:
-            CheckpointError: if it is missing or unreadable, or cuts other patches than the tower reads.
+            CheckpointError: if it is missing or unreadable, or does not cut the patches that the tower reads.
         """
         found, vision = super().load_image_processor(folder, config), config.vision_config
         sizes = {
@@ -339,7 +302,7 @@ class QwenVLProcessor(Processor):
         return np.asarray(found["pixel_values"], np.float32), np.asarray(found["image_grid_thw"])
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as rows of patches, padded to one length."""
+        """Pictures as rows of patches, all padded to the same length."""
         del members
         vision = self.config.vision_config
         side, window = vision.spatial_merge_size, vision.window_side
@@ -369,7 +332,9 @@ class QwenVLProcessor(Processor):
     def rope_positions(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown
     ) -> Int[np.ndarray, "B A T"]:
-        """Positions in time, height and width: a picture's tokens share a time, and the text resumes after its far end.
+        """Positions in time, height and width.
+
+        A picture's tokens share a time; the text after it continues from the picture's largest position.
 
         Source: `Qwen2VLModel.get_rope_index`.
         """
@@ -399,16 +364,11 @@ FAMILY = Family(
     network=QwenVL,
     keys=qwen_vl_keys,
     processor=QwenVLProcessor,
-    renames=RENAMES,
+    renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),  # transformers >= 4.52
     unused=ROTARY,
-    aliases={
-        "qwen2-2b": "Qwen/Qwen2-VL-2B-Instruct",
-        "qwen-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
-        "qwen-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-    },
-    published={
-        "qwen2-2b": Published(belief_swap=hidden_states(6, 16)),
-        "qwen-3b": Published(belief_swap=hidden_states(8, 18)),
-        "qwen-7b": Published(belief_swap=hidden_states(6, 16)),
+    checkpoints={
+        "qwen2-2b": Checkpoint("Qwen/Qwen2-VL-2B-Instruct", belief_swap=hidden_states(6, 16)),
+        "qwen-3b": Checkpoint("Qwen/Qwen2.5-VL-3B-Instruct", belief_swap=hidden_states(8, 18)),
+        "qwen-7b": Checkpoint("Qwen/Qwen2.5-VL-7B-Instruct", belief_swap=hidden_states(6, 16)),
     },
 )

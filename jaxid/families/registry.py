@@ -1,4 +1,4 @@
-"""Which families there are, and the short names of published checkpoints."""
+"""All families by their `model_type`, and the short names of published checkpoints."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ from jaxid.families import (
     qwen_vl,
     siglip,
 )
-from jaxid.families.base import Family, Published
+from jaxid.families.base import Checkpoint, Family
 from jaxid.nn.fields import Json
 
 _MODELS = (
@@ -35,18 +35,18 @@ FAMILIES: Mapping[str, Family] = {name: family for family in _MODELS for name in
 """Vision-language models by the `model_type` of their config.json."""
 
 ENCODERS: Mapping[str, Family] = {name: family for family in _ENCODERS for name in family.model_types}
-"""CLIP-like models by the `model_type` of their config.json, and OpenCLIP's two."""
+"""CLIP-like models by the `model_type` of their config.json, and OpenCLIP's two kinds."""
 
-ALIASES: Mapping[str, str] = {
-    alias: repository for family in (*_MODELS, *_ENCODERS) for alias, repository in family.aliases.items()
-}
-"""Short names of published checkpoints, and their Hugging Face ids."""
+_CHECKPOINTS = {alias: found for family in (*_MODELS, *_ENCODERS) for alias, found in family.checkpoints.items()}
+
+ALIASES: Mapping[str, str] = {alias: found.repository for alias, found in _CHECKPOINTS.items()}
+"""Hugging Face ids of published checkpoints by their short names."""
 
 
 def kind_of(fields: Json) -> str:
-    """The `model_type` by which a parsed config.json is looked up here.
+    """The `model_type` under which the family of a parsed config.json is registered here.
 
-    LLaVA-NeXT wrote "llava" into some of its own files too, which are told from Hugging Face's by their tower's name.
+    Some files of LLaVA-NeXT say "llava" too; they differ from Hugging Face's by naming their tower.
     """
     kind = fields.get("model_type")
     return "llava_qwen" if kind == "llava" and "mm_vision_tower" in fields else str(kind)
@@ -56,8 +56,8 @@ def family(model_type: str, where: str, known: Mapping[str, Family] = FAMILIES) 
     """The family of a checkpoint.
 
     Args:
-        model_type: as `kind_of` gives it.
-        where: the file that names it.
+        model_type: as `kind_of` returns it.
+        where: the file that names it, for the error.
         known: the families to choose from, `FAMILIES` or `ENCODERS`.
 
     Raises:
@@ -65,21 +65,13 @@ def family(model_type: str, where: str, known: Mapping[str, Family] = FAMILIES) 
     """
     if model_type not in known:
         what = "vision-language" if known is FAMILIES else "CLIP-like"
+        kinds = ", ".join(sorted(known))
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} is no {what} model that is supported; "
-            f"supported: {', '.join(sorted(known))}."
+            f"{where}: model_type {model_type!r} is not a supported {what} model; supported: {kinds}."
         )
     return known[model_type]
 
 
-def published(name: str) -> Published:
-    """The layers of published experiments in a checkpoint; none for one that was not published with them.
-
-    Args:
-        name: its alias or Hugging Face id.
-    """
-    for one in _MODELS:
-        for alias, layers in one.published.items():
-            if name in (alias, one.aliases[alias]):
-                return layers
-    return Published()
+def published(name: str) -> Checkpoint:
+    """The published checkpoint of an alias or Hugging Face id; for any other name, one that names no layers."""
+    return next((found for alias, found in _CHECKPOINTS.items() if name in (alias, found.repository)), Checkpoint(name))

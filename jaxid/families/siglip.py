@@ -7,11 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxid.errors import CheckpointError
-from jaxid.families.base import Family
+from jaxid.families.base import Checkpoint, Family
 from jaxid.families.clip import UNUSED
 from jaxid.nn.dual import DualConfig, DualEncoder, Encoded, part
 from jaxid.nn.fields import Json
-from jaxid.nn.keys import Key, fused_heads_in, heads_out, layer_norm, linear, prefixed
+from jaxid.nn.keys import Key, fused_attention_keys, layer_norm, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, filled, join_heads, normal
 from jaxid.nn.text import TextConfig, text_keys
 from jaxid.nn.transformer import Attention, BlockConfig
@@ -34,7 +34,7 @@ _TEXT = {
 class SiglipConfig(DualConfig):
     """Shape of a SigLIP model; names and defaults as in HF's SiglipConfig."""
 
-    projection_size: int  # E: of captions' tokens; the tower's width
+    projection_size: int  # E, which must be the tower's width
 
     @classmethod
     def from_hf(cls, fields: Json) -> "SiglipConfig":
@@ -55,7 +55,7 @@ class SiglipConfig(DualConfig):
         width = projection or parts["text_config"].hidden_size
         if width != parts["vision_config"].hidden_size:
             raise CheckpointError(
-                f"captions are projected to width {width}, pictures have {parts['vision_config'].hidden_size}."
+                f"captions are projected to width {width}, but pictures to {parts['vision_config'].hidden_size}."
             )
         ignored = {"text_config_dict", "vision_config_dict"}
         return cls.from_fields({**fields, **parts, "projection_size": width}, where="the top level", ignored=ignored)
@@ -63,11 +63,9 @@ class SiglipConfig(DualConfig):
 
 def siglip_keys(config: SiglipConfig) -> list[Key]:
     """The family's key table."""
-    heads = config.vision_config.num_attention_heads
     head = [
         Key("probe", "probe", "1 1 d -> d"),
-        *fused_heads_in("attention.in_proj_", "attention", heads),
-        *heads_out("attention.out_proj", "attention.out", heads, bias=True),
+        *fused_attention_keys("attention.in_proj_", "attention.out_proj", config.vision_config.num_attention_heads),
         *layer_norm("layernorm", "norm"),
         *linear("mlp.fc1", "up", bias=True),
         *linear("mlp.fc2", "down", bias=True),
@@ -83,7 +81,7 @@ def siglip_keys(config: SiglipConfig) -> list[Key]:
 
 
 class PoolingHead(nnx.Module):
-    """A learned query reads tokens; then a norm and an MLP (HF SiglipMultiheadAttentionPoolingHead)."""
+    """Attention of one learned query to all tokens, then an MLP (HF SiglipMultiheadAttentionPoolingHead)."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         """Builds the head."""
@@ -96,12 +94,12 @@ class PoolingHead(nnx.Module):
         self.down = Linear(config.intermediate_size, width, bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N D"]:
-        """What the query reads of all tokens."""
+        """Pools all tokens."""
         x = self.attention.cross(jnp.broadcast_to(self.probe[...], (len(x), 1, x.shape[-1])), x)[:, 0]
         return self._with_mlp(x)
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
-        """What the query would read of every token if that were the only one."""
+        """Pools each token as if it were the only one."""
         own = self.attention
         value = jnp.einsum("nid,dhe->nihe", x, own.value[...]) + own.value_bias[...]
         out = join_heads(value) @ join_heads(own.out[...], 0) + own.out_bias[...]
@@ -122,12 +120,12 @@ class Siglip(DualEncoder):
         self.logit_scale, self.logit_bias = filled(0.0, (1,)), filled(0.0, (1,))
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
-        """Pictures in the joint space; every patch as the pooling head reads it alone."""
+        """Pictures in the joint space; each patch as if the pooling head saw it alone."""
         states = self.tower.post_norm(self.tower(pixels)[-1])
         return Encoded(self.head.each(states), self.head(states))
 
     def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:
-        """The last token, padding or not, as the model was trained."""
+        """The last token, even if it is padding: the model was trained so."""
         del token_ids
         return tokens[:, -1]
 
@@ -139,5 +137,5 @@ FAMILY = Family(
     keys=siglip_keys,
     processor=DualProcessor,
     unused=UNUSED,
-    aliases={"siglip-b16": "google/siglip-base-patch16-224"},
+    checkpoints={"siglip-b16": Checkpoint("google/siglip-base-patch16-224")},
 )

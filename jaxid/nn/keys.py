@@ -133,18 +133,39 @@ def attention_keys(
     return [*into, *heads_out(out, "attention.out", heads, bias=out_bias)]
 
 
-def fused_heads_in(source: str, target: str, heads: int) -> list[Key]:
-    """Rows of queries, keys and values, each a third of one tensor.
+def fused_attention_keys(source: str, out: str, heads: int) -> list[Key]:
+    """Rows of an attention layer with biases, whose queries, keys and values are thirds of one tensor.
 
     Args:
         source: names of weight and bias up to these words, with what joins them: "attn.qkv.", "in_proj_".
-        target: where the three projections are.
+        out: name of the projection back to the width.
         heads: how many.
     """
-    return [
-        Key(f"{source}{kind}", f"{target}.{name}{suffix}", pattern, {"h": heads}, part=(index, 3))
+    into = [
+        Key(f"{source}{kind}", f"attention.{name}{suffix}", pattern, {"h": heads}, part=(index, 3))
         for index, name in enumerate(("query", "key", "value"))
         for kind, suffix, pattern in (("weight", "", "(h e) d -> d h e"), ("bias", "_bias", "(h e) -> h e"))
+    ]
+    return [*into, *heads_out(out, "attention.out", heads, bias=True)]
+
+
+def encoder_block(
+    attention: list[Key], norms: Sequence[str], mlp: Sequence[str] = ("mlp.fc1", "mlp.fc2"), *, norm_bias: bool = True
+) -> list[Key]:
+    """Rows of a `Block`.
+
+    Args:
+        attention: its attention's rows.
+        norms: names of the norms of attention and MLP.
+        mlp: names of the MLP's maps, up and down.
+        norm_bias: False for norms without biases.
+    """
+    return [
+        *attention,
+        *layer_norm(norms[0], "attention_norm", bias=norm_bias),
+        *layer_norm(norms[1], "mlp_norm", bias=norm_bias),
+        *linear(mlp[0], "up", bias=True),
+        *linear(mlp[1], "down", bias=True),
     ]
 
 

@@ -76,12 +76,6 @@ class Config:
         return cls(**kept)
 
 
-def with_token_indices(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A config's fields, `{name}_token_id` (transformers 5) brought to the older `{name}_token_index`."""
-    newer = {f"{name}_token_id": f"{name}_token_index" for name in names}
-    return {newer.get(name, name): value for name, value in fields.items()}
-
-
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
     """A parameter drawn from a normal distribution of the given standard deviation, float32."""
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))

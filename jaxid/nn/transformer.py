@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxid.kernels import attention, rope
 from jaxid.nn.fields import check_parts
-from jaxid.nn.keys import Key, attention_keys, layer_norm, linear
+from jaxid.nn.keys import Key, attention_keys, encoder_block
 from jaxid.nn.layers import (
     ACTIVATIONS,
     Config,
@@ -52,13 +52,8 @@ class BlockConfig(Config):
 
 def block_keys(heads: int) -> list[Key]:
     """Key table of one block as HF's CLIP and SigLIP name it."""
-    return [
-        *layer_norm("layer_norm1", "attention_norm"),
-        *attention_keys("self_attn.{}_proj", "qkv", "self_attn.out_proj", heads, bias=True, out_bias=True),
-        *layer_norm("layer_norm2", "mlp_norm"),
-        *linear("mlp.fc1", "up", bias=True),
-        *linear("mlp.fc2", "down", bias=True),
-    ]
+    attention = attention_keys("self_attn.{}_proj", "qkv", "self_attn.out_proj", heads, bias=True, out_bias=True)
+    return encoder_block(attention, ("layer_norm1", "layer_norm2"))
 
 
 Read = Callable[[Float[Array, "N S H E"], Float[Array, "N I H E"], Float[Array, "N I H E"]], Float[Array, "N S H E"]]

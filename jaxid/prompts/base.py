@@ -1,9 +1,9 @@
-"""What every family's pictures become on the host: arrays for the tower, and tokens in the prompt."""
+"""The picture side of every family's processor: pictures to arrays for the tower, and to tokens in the prompt."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,22 +12,19 @@ from jaxid.errors import InputError, PromptError
 from jaxid.io import read_json, reading, reporting
 from jaxid.nn.decoder_config import ModelConfig
 from jaxid.prompts.pictures import Clip, Picture, PILImage, open_picture
-
-Tokenizer = Any
-"""A fast tokenizer of transformers, or what is used like one."""
+from jaxid.prompts.words import Tokenizer as Tokenizer
 
 ImageProcessor = Any
-"""An image processor of transformers, or what is used like one."""
+"""An image processor of transformers, or an object that works like one."""
 
 
 class PictureTokens(NamedTuple):
     """One picture in a prompt.
 
     Attributes:
-        text: what the picture becomes in the prompt, where the chat template places it.
-        rows: which row of all pictures' flattened tokens each of its image tokens takes, in order, Int[I]; empty in
-            families whose pictures do not enter as tokens.
-        grid: rows and columns of its tokens, for families that rotate heads by them.
+        text: what replaces the picture's placeholder in the prompt.
+        rows: for each of its tokens, the row among the flattened tokens of all pictures, Int[I].
+        grid: rows and columns of its tokens, for families whose rotary positions depend on them.
     """
 
     text: str
@@ -36,15 +33,15 @@ class PictureTokens(NamedTuple):
 
 
 Shown = Sequence[Sequence[PictureTokens]]
-"""The pictures of every prompt, in order."""
+"""The pictures of each prompt, in order."""
 
 
 class Encoded(NamedTuple):
     """Pictures ready for a network.
 
     Attributes:
-        pixels: in the family's layout.
-        tokens: every picture in a prompt.
+        pixels: the pictures in the family's layout.
+        tokens: what each picture becomes in a prompt.
         extras: further arrays that the network reads, by name.
     """
 
@@ -54,35 +51,35 @@ class Encoded(NamedTuple):
 
 
 SMALL = np.full((24, 25, 3), 200, np.uint8)
-"""The picture by which image processors are tried."""
+"""The picture on which image processors are tried."""
 
 _SIZES = ("size", "crop_size", "pad_size", "image_grid_pinpoints", "min_pixels", "max_pixels")
 _COUNTS = ("min_patches", "max_patches", "max_image_tiles", "patch_size", "temporal_patch_size", "merge_size")
 _MOST_COUNTED = 100
 
 
-def check_settings(settings: Mapping[str, Any], path: str | Path, most: int = 4096) -> None:
-    """Refuses settings of an image processor with which no picture can be read, or only one of gigabytes.
+def check_settings(settings: Mapping[str, object], path: str | Path, most: int = 4096) -> None:
+    """Refuses settings of an image processor with which no picture can be read, or pictures would take gigabytes.
 
     Args:
-        settings: by the names that transformers has for them.
-        path: where they are from.
-        most: the largest size, in the unit in which the image processor has it.
+        settings: settings by their names in transformers.
+        path: where they were read.
+        most: the largest size allowed, in the image processor's own unit.
 
     Raises:
         CheckpointError: naming the setting.
     """
 
-    def numbers(value: Any) -> Iterator[Any]:
-        """All that a setting holds but None."""
+    def numbers(value: object) -> Iterator[object]:
+        """All values in a setting except None."""
         if isinstance(value, dict | list | tuple):
             for part in value.values() if isinstance(value, dict) else value:
                 yield from numbers(part)
         elif value is not None:
             yield value
 
-    def real(value: Any) -> bool:
-        return type(value) in (int, float) and -math.inf < value < math.inf
+    def real(value: object) -> TypeGuard[int | float]:
+        return (type(value) is int or type(value) is float) and -math.inf < value < math.inf
 
     with reading(path, "an image processor"):
         for name, value in settings.items():
@@ -93,8 +90,13 @@ def check_settings(settings: Mapping[str, Any], path: str | Path, most: int = 40
             elif name == "rescale_factor":
                 fits, needed = real(value) and 0 < value <= 1, "a number above 0, at most 1"
             elif name in ("image_mean", "image_std"):
-                fits = isinstance(value, list | tuple) and len(value) == 3 and all(map(real, value))
-                fits, needed = fits and (name == "image_mean" or min(value) > 0), "three numbers, deviations above 0"
+                fits = (
+                    isinstance(value, list | tuple)
+                    and len(value) == 3
+                    and all(map(real, value))
+                    and (name == "image_mean" or min(value) > 0)
+                )
+                needed = "three numbers, deviations above 0"
             elif name in _SIZES or name in _COUNTS:
                 last = most if name in _SIZES else _MOST_COUNTED
                 fits = all(type(one) is int and 0 < one <= last for one in numbers(value))
@@ -106,12 +108,12 @@ def check_settings(settings: Mapping[str, Any], path: str | Path, most: int = 40
 
 
 def check_trial(read: Callable[[], np.ndarray], path: str | Path, shape: tuple[int, ...]) -> None:
-    """Refuses an image processor that fails on a small picture, or gives a tower what it does not take.
+    """Refuses an image processor that fails on a small picture, or does not produce what the tower takes.
 
     Args:
-        read: gives the pixels.
-        path: where the image processor is from.
-        shape: their last axes.
+        read: returns the pixels of the picture.
+        path: where the image processor was read.
+        shape: the last axes that the pixels must have.
 
     Raises:
         CheckpointError: saying why.
@@ -119,7 +121,7 @@ def check_trial(read: Callable[[], np.ndarray], path: str | Path, shape: tuple[i
     with reading(path, "an image processor"):
         try:
             pixels = read()
-        except InputError as error:  # of the settings, since the picture is good
+        except InputError as error:  # the picture is good, so the settings are at fault
             raise ValueError(str(error)) from error
         if pixels.shape[-len(shape) :] != shape:
             raise ValueError(f"it makes pictures of shape {pixels.shape}, whose last axes must be {shape}")
@@ -131,7 +133,7 @@ def load_image_processor(folder: Path, most_size: int = 4096) -> ImageProcessor:
     """A checkpoint's image processor.
 
     Args:
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
         most_size: the largest size that its settings may ask for, see `check_settings`.
 
     Raises:
@@ -149,9 +151,9 @@ def load_image_processor(folder: Path, most_size: int = 4096) -> ImageProcessor:
 
 
 def processed(
-    processor: ImageProcessor, pictures: Sequence[PILImage] | Sequence[Sequence[PILImage]], **options: Any
-) -> Any:
-    """What an image processor makes of PIL images, or of lists of those that a prompt shows together.
+    processor: ImageProcessor, pictures: Sequence[PILImage] | Sequence[Sequence[PILImage]], **options: bool
+) -> Mapping[str, Any]:
+    """The output of an image processor for PIL images, or for lists of those that a prompt shows together.
 
     Raises:
         InputError: if it refuses one.
@@ -160,24 +162,29 @@ def processed(
         return processor(pictures, return_tensors="np", **options)
 
 
+def pixel_values(processor: ImageProcessor, pictures: Sequence[PILImage]) -> Float[np.ndarray, "N ..."]:
+    """The pixels that an image processor makes of PIL images."""
+    return np.asarray(processed(processor, pictures)["pixel_values"], np.float32)
+
+
 def bucketed(count: int) -> int:
-    """The next integer whose binary form has three leading digits at most, so that few programs are compiled."""
+    """The count rounded up to three significant binary digits, so that few programs are compiled."""
     step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step
 
 
 class PictureReader:
-    """How a family reads pictures on the host: one token after the other for every patch, by default.
+    """How a family reads pictures on the host; by default, all pictures have one size and the same number of tokens.
 
     Attributes:
-        image_token_id: the token that pictures replace.
+        image_token_id: id of the token that pictures replace.
         placeholder: what the chat template writes for a picture.
-        template: chat template for checkpoints that bring none that places pictures.
+        template: chat template for checkpoints without one that places pictures.
         case: how the family writes answers.
-        tokenizer_of: `model_type` of the language model that lends its tokenizer, where transformers does not know
-            the checkpoint's own.
-        most_size: the largest size that settings may ask for: of a side in pixels.
-        trial: what the image processor is tried on.
+        tokenizer_of: `model_type` of the language model whose tokenizer is used, where transformers does not know the
+            checkpoint's own `model_type`.
+        most_size: the largest side, in pixels, that settings may ask for.
+        trial: pictures on which the image processor is tried.
     """
 
     template: str | None = None
@@ -222,13 +229,13 @@ class PictureReader:
         return 3, side, side
 
     def check(self, path: str | Path) -> None:
-        """Tries the image processor, so that what no picture can be read with is found before weights are loaded.
+        """Tries the image processor, so that one that cannot work is found before the weights are loaded.
 
         Args:
-            path: where it is from.
+            path: where it was read.
 
         Raises:
-            CheckpointError: if it fails, or makes what the tower does not take.
+            CheckpointError: if it fails, or does not produce what the tower takes.
         """
         members = [[index] for index in range(len(self.trial))]
         check_trial(lambda: self.encode(self.trial, members).pixels, path, self.pixel_shape)
@@ -240,20 +247,15 @@ class PictureReader:
             InputError: if it cannot be opened, or is a clip.
         """
         if isinstance(picture, Clip):
-            raise InputError("this model reads pictures, not clips; give it the frames one by one.")
+            raise InputError("this model reads pictures, not clips; pass the frames as separate pictures.")
         return open_picture(picture)
-
-    def single_pixels(self, pictures: Sequence[Picture | Clip]) -> Float[np.ndarray, "N C Y X"]:
-        """Pictures through an image processor that makes one array of each."""
-        opened = [self.open(picture) for picture in pictures]
-        return np.asarray(processed(self.image_processor, opened)["pixel_values"], np.float32)
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as arrays and tokens.
 
         Args:
-            pictures: all different pictures of a batch.
-            members: for every prompt, which of them it shows, in order.
+            pictures: the distinct pictures of a batch.
+            members: indices of the pictures that each prompt shows, in order.
 
         Raises:
             InputError: for a picture that cannot be opened, or that the family cannot read.
@@ -261,7 +263,8 @@ class PictureReader:
         del members
         count, text = self.config.image_tokens, self.placeholder * self.config.image_tokens
         rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
-        return Encoded(self.single_pixels(pictures), tuple(PictureTokens(text, own) for own in rows))
+        pixels = pixel_values(self.image_processor, [self.open(picture) for picture in pictures])
+        return Encoded(pixels, tuple(PictureTokens(text, own) for own in rows))
 
     def rope_positions(
         self,
@@ -269,12 +272,12 @@ class PictureReader:
         valid: Bool[np.ndarray, "B T"],
         shown: Shown,
     ) -> Int[np.ndarray, "B A T"] | None:
-        """What rotary embedding rotates by, in families where it is not the position in the prompt.
+        """Positions for rotary embedding, in families where they are not the positions in the prompt.
 
         Args:
             token_ids: the prompts.
             valid: false at padding.
-            shown: every prompt's pictures.
+            shown: the pictures of each prompt.
         """
         del token_ids, valid, shown
         return None
@@ -288,7 +291,7 @@ class PictureReader:
         """Which row of the pictures' flattened tokens is at each position, or -1.
 
         Raises:
-            PromptError: if a prompt holds more or fewer image tokens than its pictures need.
+            PromptError: if the number of image tokens in a prompt is not what its pictures need.
         """
         found = np.full(token_ids.shape, -1, np.int32)
         for row, pictures in enumerate(shown):
@@ -299,7 +302,7 @@ class PictureReader:
             if here.sum() != len(rows):
                 raise PromptError(
                     f"prompt {row} holds {here.sum()} picture tokens instead of {len(rows)}: "
-                    f"the chat template must place every picture once, as {self.placeholder!r}."
+                    f"the chat template must place every picture exactly once, as {self.placeholder!r}."
                 )
             found[row, here] = rows
         return found

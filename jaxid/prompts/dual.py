@@ -1,9 +1,9 @@
-"""Pictures and captions to arrays, for CLIP-like models."""
+"""Pictures and captions as arrays, for CLIP-like models."""
 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,23 @@ from jaxid.errors import CheckpointError, InputError
 from jaxid.io import reporting
 from jaxid.nn.dual import DualConfig
 from jaxid.prompts import words
-from jaxid.prompts.base import SMALL, ImageProcessor, Tokenizer, check_trial, load_image_processor, processed
+from jaxid.prompts.base import SMALL, ImageProcessor, Tokenizer, check_trial, load_image_processor, pixel_values
 from jaxid.prompts.pictures import Picture, open_picture
 from jaxid.prompts.words import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Captions:
-    """A batch of captions: the arrays, and where everything is in them.
+    """A batch of captions as arrays.
 
     Attributes:
         texts: the captions, length N.
         token_ids: Int[N, T].
         valid: false at padding, Bool[N, T].
-        offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal where a token has no
+        offsets: first and last + 1 character of every token in its caption, Int[N, T, 2]; equal for a token without
             characters.
-        lost: what the window cuts off of every caption; empty where nothing.
-        unknown: the words of every caption that the vocabulary does not hold.
+        lost: the text of each caption that does not fit into the window, which may be empty.
+        unknown: the words of each caption that are not in the vocabulary.
     """
 
     texts: tuple[str, ...]
@@ -44,7 +44,7 @@ class Captions:
         return len(self.texts)
 
     def __getitem__(self, chosen: list[int]) -> "Captions":
-        """Some of them, by index."""
+        """The captions with the given indices."""
         return Captions(
             texts=tuple(self.texts[row] for row in chosen),
             token_ids=self.token_ids[chosen],
@@ -55,12 +55,12 @@ class Captions:
         )
 
     def cut(self, length: int) -> "Captions":
-        """The first tokens alone, for encoders that have to read their whole window."""
+        """The captions without the tokens after the first `length`, all of which some encoders must read."""
         parts = {name: getattr(self, name)[:, :length] for name in ("token_ids", "valid", "offsets")}
         return dataclasses.replace(self, **parts)
 
     def token_at(self, caption: int, start: int, stop: int) -> int | None:
-        """The first token of a caption that holds some of its characters `start` to `stop`; None if all are lost."""
+        """The first token with any of the characters `start` to `stop` of a caption; None if all of them are lost."""
         first, last = self.offsets[caption].T
         found = np.flatnonzero((first < stop) & (last > start))
         return int(found[0]) if len(found) else None
@@ -78,7 +78,7 @@ class DualProcessor:
             tokenizer: a fast tokenizer of transformers.
             image_processor: an image processor of transformers.
             config: the network's config.
-            padding: id with which captions are padded, where it is not the tokenizer's own.
+            padding: id with which captions are padded; the tokenizer's own by default.
         """
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.context: int = config.text_config.context
@@ -86,12 +86,12 @@ class DualProcessor:
         vision = config.vision_config
         self.side: int = vision.image_size
         self.grid = (int(vision.class_token), vision.image_size // vision.patch_size)
-        """First patch among a picture's tokens, and patches a side."""
+        """Index of the first patch among a picture's tokens, and patches along a side."""
         self.padding: int = tokenizer.pad_token_id if padding is None else padding
 
     @classmethod
     def from_folder(cls, folder: Path, config: DualConfig) -> "DualProcessor":
-        """Reads tokenizer and image processor of a folder in Hugging Face layout.
+        """Reads the tokenizer and the image processor of a folder in Hugging Face's layout.
 
         Raises:
             CheckpointError: if either is missing or unreadable.
@@ -104,13 +104,13 @@ class DualProcessor:
         return found
 
     def check(self, path: Path) -> None:
-        """Tries the image processor, so that what no picture can be read with is found before weights are loaded.
+        """Tries the image processor, so that one that cannot work is found before the weights are loaded.
 
         Args:
-            path: where it is from.
+            path: where it was read.
 
         Raises:
-            CheckpointError: if it fails, or makes what the tower does not take.
+            CheckpointError: if it fails, or does not produce what the tower takes.
         """
         check_trial(lambda: self.pixels([SMALL]), path, (3, self.side, self.side))
 
@@ -125,8 +125,7 @@ class DualProcessor:
         """
         if not len(pictures):
             raise InputError("give at least one picture.")
-        opened = [open_picture(picture) for picture in pictures]
-        return np.asarray(processed(self.image_processor, opened)["pixel_values"], np.float32)
+        return pixel_values(self.image_processor, [open_picture(picture) for picture in pictures])
 
     def shown(self, picture: Picture) -> UInt8[np.ndarray, "Y X 3"]:
         """A picture as the tower sees it, resized and cropped."""
@@ -138,38 +137,39 @@ class DualProcessor:
         return np.rint(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
     def longest(self, texts: Sequence[str]) -> int:
-        """Tokens of the longest of some captions, uncut."""
+        """Number of tokens of the longest caption, before any are cut off."""
         return max((len(self._encoded(text)["input_ids"]) for text in texts), default=0)
 
-    def _encoded(self, text: str) -> Any:
+    def _encoded(self, text: str) -> Mapping[str, Any]:
         """Ids and offsets of a caption."""
         words.check_text(text, "the caption", self.specials, InputError)
-        with reporting(f"the tokenizer cannot take the caption {shown(text)}", InputError):
+        with reporting(f"the tokenizer cannot read the caption {shown(text)}", InputError):
             return self.tokenizer(text, return_offsets_mapping=True)
 
     def unknown(self, text: str) -> tuple[str, ...]:
-        """The words of a caption that the vocabulary does not hold."""
+        """The words of a caption that are not in the vocabulary."""
         return self._unknown(text, self._encoded(text))
 
-    def _unknown(self, text: str, found: Any) -> tuple[str, ...]:
+    def _unknown(self, text: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
         return words.unknown(text, found["input_ids"], offsets, self.tokenizer.unk_token_id)
 
     @functools.cached_property
     def specials(self) -> tuple[str, ...]:
-        """The tokenizer's special tokens, which no caption may hold."""
+        """The tokenizer's special tokens, which captions must not contain."""
         return words.special_tokens(self.tokenizer)
 
     def captions(self, texts: Sequence[str], length: int | None = None) -> Captions:
-        """Captions as arrays of one length, padded or cut; lost and unknown words are named in warnings.
+        """Captions as arrays of one length, padded or cut; warnings name the words that are lost or unknown.
 
         Args:
             texts: the captions.
-            length: tokens of every row, T; by default the encoder's window. Encoders for which padding
-                matters always get the whole window.
+            length: number of tokens in every row, T; the encoder's window by default, and always for encoders
+                whose output depends on the padding.
 
         Raises:
-            InputError: if there are none, one is blank or no text, or the length does not fit the encoder.
+            InputError: if there are no captions, if one is blank or not a text, or if the encoder does not take
+                captions of that length.
         """
         texts = tuple(texts)
         if not texts:
@@ -181,7 +181,7 @@ class DualProcessor:
             raise InputError(f"caption {blank[0]} is blank.")
         length = self.context if length is None or self.whole_window else length
         if not 2 < length <= self.context:
-            raise InputError(f"captions of {length} tokens do not fit the encoder, which takes 3 to {self.context}.")
+            raise InputError(f"the encoder takes captions of 3 to {self.context} tokens, not of {length}.")
         rows = [self._encoded(text) for text in texts]
         token_ids = np.full((len(texts), length), self.padding, np.int32)
         offsets = np.zeros((len(texts), length, 2), np.int32)
@@ -191,7 +191,7 @@ class DualProcessor:
             left = ""
             if len(ids) > length:
                 left = text[edges[length - 2][1] :].strip()
-                # The end token comes last in the window, as the published tokenizers cut.
+                # Like the published tokenizers, this keeps the end token as the last one of the window.
                 ids, edges = [*ids[: length - 1], ids[-1]], [*edges[: length - 1], (0, 0)]
             token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, edges, True
             lost.append(left)

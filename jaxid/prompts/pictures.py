@@ -1,11 +1,11 @@
-"""Opening of pictures, and clips: what users hand in."""
+"""Pictures and clips as users pass them, and how picture files are opened."""
 
 import contextlib
 import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -16,17 +16,17 @@ from jaxid.io import reading
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from PIL.ImageFile import ImageFile
-else:  # Pillow is imported only where pictures are opened
-    PILImage = ImageFile = Any
 
-Picture = Any
-"""A path, a PIL image, or an array UInt8[Y, X, 3] or, in grey, UInt8[Y, X]."""
+    Picture: TypeAlias = str | os.PathLike[str] | PILImage | np.ndarray
+    Pictures: TypeAlias = "Picture | Clip | Sequence[Picture | Clip | Sequence[Picture | Clip]] | None"
+else:  # Pillow is imported only where pictures are opened, and other values are refused there
+    PILImage = ImageFile = Picture = Pictures = object
 
 MOST_PIXELS = 178_000_000
-"""Pixels of the largest file that is opened; a little below what Pillow refuses."""
+"""The most pixels of a file that is opened; a little below Pillow's own limit."""
 
 MOST_STRETCHED = 200
-"""Longest side of a picture in units of its shortest; a longer strip would be resized to one of gigabytes."""
+"""The largest ratio of a picture's sides; a longer strip would be resized to gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,9 +34,9 @@ class Clip:
     """Frames of a video, for families that read videos.
 
     Attributes:
-        frames: pictures of one size, in order of time; or all in one array, UInt8[F, Y, X, 3].
-        times: where in the video every frame lies, in seconds; None if unknown.
-        seconds: the video's length.
+        frames: pictures of one size, in temporal order; or all in one array, UInt8[F, Y, X, 3].
+        times: time of each frame in the video, in seconds; None if unknown.
+        seconds: length of the video.
     """
 
     frames: Sequence[Picture] | np.ndarray
@@ -44,19 +44,19 @@ class Clip:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a clip of nothing, and times of other frames."""
+        """Refuses a clip without frames, and times that do not match the frames."""
         if not len(self.frames):
             raise InputError("a clip needs at least one frame.")
         if self.times is not None and len(self.times) != len(self.frames):
             raise InputError(f"a clip of {len(self.frames)} frames was given {len(self.times)} times.")
 
     def reversed(self) -> "Clip":
-        """The frames in the opposite order, shown at the same times."""
+        """The same clip with its frames in reverse order, at the same times."""
         return dataclasses.replace(self, frames=self.frames[::-1])
 
 
 class Stored(NamedTuple):
-    """How a picture is stored, where a file's orientation tag rotates or mirrors its pixels.
+    """How the pixels of a picture are stored: a file's orientation tag may rotate or mirror them.
 
     Attributes:
         size: width and height of the stored pixels.
@@ -73,14 +73,14 @@ class Stored(NamedTuple):
         return (height, width) if _TURNS[self.orientation].swap else (width, height)
 
     def rotated(self, boxes: Float[np.ndarray, "M 4"]) -> Float[np.ndarray, "M 4"]:
-        """Boxes (x, y, width, height) of the stored pixels, as boxes of the upright picture."""
+        """Boxes (x, y, width, height) in the stored pixels, as boxes in the upright picture."""
         swap, *mirrored = _TURNS[self.orientation]
         low, extent = np.split(boxes[:, [1, 0, 3, 2]] if swap else boxes, 2, axis=1)
         return np.concatenate([np.where(mirrored, np.array(self.upright) - low - extent, low), extent], axis=1)
 
 
 class _Turn(NamedTuple):
-    """What makes stored pixels upright: rows and columns are swapped, then columns, then rows reversed."""
+    """How stored pixels become upright: axes are swapped, then columns are reversed, then rows."""
 
     swap: bool = False
     columns: bool = False
@@ -97,32 +97,33 @@ _TURNS = {
     7: _Turn(swap=True, columns=True, rows=True),
     8: _Turn(swap=True, rows=True),
 }
-"""By the orientation tag of EXIF."""
+"""Turns by EXIF's orientation tag."""
 
 _ORIENTATION, _BITS, _PHOTOMETRIC, _WIDTH, _HEIGHT = 274, 258, 262, 256, 257
 """Tags of EXIF and TIFF."""
 
 
 def open_picture(image: Picture) -> PILImage:
-    """A picture as an RGB PIL image of eight bits a channel.
+    """A picture as an RGB PIL image with eight bits per channel.
 
     A file is read as viewers show it:
 
-    - Rotated and mirrored upright, as its orientation tag says.
+    - It is rotated and mirrored as its orientation tag says.
     - 16 bits become 8: grey values are divided by 257 and rounded, colours keep their upper byte. Floating-point values
-      must lie between 0 and 1. 32-bit integers, which do not say what white is, are refused, but for those that Pillow
-      makes of PGM files.
-    - Transparent parts are shown on white, whether an alpha channel, a palette or a colour says what is transparent.
-    - Palettes, CMYK, YCbCr, Lab and the like become RGB as Pillow has it; colour profiles are not applied.
-    - Of an animation, or of several pages, the first is read.
+      must be between 0 and 1. 32-bit integers are refused, since their range is unknown, unless Pillow read them from a
+      PGM file.
+    - Transparent parts are shown on white, whether given by an alpha channel, a palette or a transparent colour.
+    - Palettes, CMYK, YCbCr, Lab and other modes are converted to RGB by Pillow; colour profiles are not applied.
+    - The first frame of an animation, or the first of several pages, is read.
 
-    A PIL image is taken as it is, its orientation tag ignored, and its mode converted in the same way.
+    The mode of a PIL image is converted in the same way; its orientation tag is ignored.
 
     Args:
         image: a file of at most `MOST_PIXELS` pixels, a PIL image, or an array, uint8 of shape [Y, X, 3] or [Y, X].
 
     Raises:
-        InputError: if it cannot be opened, is not a picture, or is longer than `MOST_STRETCHED` times its other side.
+        InputError: if it cannot be opened or is not a picture, or if one side is more than `MOST_STRETCHED` times as
+            long as the other.
     """
     from PIL import Image
 
@@ -139,14 +140,14 @@ def open_picture(image: Picture) -> PILImage:
 
 
 def stored(image: Picture, error: type[JaxidError] = InputError) -> Stored:
-    """How a picture is stored; read from a file's header, as far as its format allows.
+    """How a picture is stored; only the header of a file is read, if its format allows it.
 
     Args:
         image: a path, a PIL image or an array.
-        error: the kind of error to raise.
+        error: the class of error to raise.
 
     Raises:
-        JaxidError: of the given kind, if a file cannot be read.
+        JaxidError: of the given class, if a file cannot be read.
     """
     if not isinstance(image, str | os.PathLike):
         return Stored(open_picture(image).size)
@@ -159,11 +160,11 @@ def stored(image: Picture, error: type[JaxidError] = InputError) -> Stored:
 
 @contextlib.contextmanager
 def _file(path: str | os.PathLike[str], error: type[JaxidError]) -> Iterator[ImageFile]:
-    """A picture file, opened but not decoded; what Pillow raises inside is raised as the given error."""
+    """A picture file, opened but not decoded; exceptions of Pillow become the given error."""
     from PIL import Image
 
-    if not os.path.isfile(path):  # nor a pipe, which would be waited for
-        raise error(f"there is no picture at {path}.")
+    if not os.path.isfile(path):  # a pipe exists, but reading it could wait forever
+        raise error(f"picture {path} does not exist, or is not a file.")
     with reading(os.fspath(path), "a picture", error), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as file:
@@ -176,10 +177,10 @@ def _file(path: str | os.PathLike[str], error: type[JaxidError]) -> Iterator[Ima
 
 
 def _orientation(file: ImageFile) -> int:
-    """1 to 8; 1 where a file says nothing, or nothing readable."""
+    """The orientation tag, 1 to 8; 1 if it is missing or unreadable."""
     try:
         found = file.getexif().get(_ORIENTATION)
-    except Exception:  # of many kinds, for damaged tags, without which the pixels are still good
+    except Exception:  # Pillow raises many kinds for damaged tags, and the pixels are good without them
         return 1
     return found if found in _TURNS else 1
 
@@ -194,7 +195,7 @@ def _upright(image: PILImage, orientation: int) -> PILImage:
 
 
 def _scale_transparency(file: ImageFile) -> None:
-    """Brings a PNG's transparent value to the range to which Pillow scales its samples."""
+    """Scales a PNG's transparent value as Pillow scales its samples."""
     value = file.info.get("transparency")
     if value is None or file.format != "PNG" or not file.tile:
         return
@@ -206,12 +207,12 @@ def _scale_transparency(file: ImageFile) -> None:
 
 
 def _rgb(image: PILImage) -> PILImage:
-    """In colour, transparent parts on white, as transformers shows them to the models."""
+    """The image in RGB with transparent parts on white, as in transformers."""
     from PIL import Image
 
     if image.mode[0] in "IF":
         image = _eight_bits(image)
-    elif image.mode in ("La", "RGBa"):  # premultiplied, which Pillow converts to nothing else
+    elif image.mode in ("La", "RGBa"):  # premultiplied; Pillow converts these to LA and RGBA only
         image = image.convert(image.mode.upper())
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -220,10 +221,10 @@ def _rgb(image: PILImage) -> PILImage:
 
 
 def _eight_bits(image: PILImage) -> PILImage:
-    """A grey image of 16 or 32 bits as one of 8, with an alpha channel if one of its values is transparent.
+    """A grey image of 16 or 32 bits converted to 8, with an alpha channel if one of its values is transparent.
 
     Raises:
-        ValueError: if its values do not say what white is.
+        ValueError: if the range of its values is unknown.
     """
     from PIL import Image
 
@@ -231,13 +232,13 @@ def _eight_bits(image: PILImage) -> PILImage:
     if image.mode == "F":
         top = 1
         if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError("its floating-point values do not lie between 0 and 1; save it with 8 bits")
+            raise ValueError("its floating-point values are not between 0 and 1; save it with 8 bits")
     elif image.mode == "I" and image.format != "PPM":
-        raise ValueError("its 32-bit integers do not say what white is; save it with 8 or 16 bits")
+        raise ValueError("the range of its 32-bit integers is unknown; save it with 8 or 16 bits")
     else:
         top = 2 ** tags.get(_BITS, (16,))[0] - 1
     shares = values.astype(np.float32) / np.float32(top)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow heeds for 8 bits alone
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow respects for 8 bits only
         shares = 1 - shares
     grey = Image.fromarray(np.rint(255 * shares).astype(np.uint8))
     clear = image.info.get("transparency")
@@ -247,10 +248,10 @@ def _eight_bits(image: PILImage) -> PILImage:
 
 
 def _array(image: Picture) -> UInt8[np.ndarray, "Y X *C"]:
-    """An array of a picture, checked.
+    """A picture as an array.
 
     Raises:
-        InputError: if it is of another type or shape.
+        InputError: if its type or shape is not a picture's.
     """
     with reading("a picture", "an array", InputError):
         array = np.asarray(image)
@@ -263,8 +264,8 @@ def _array(image: Picture) -> UInt8[np.ndarray, "Y X *C"]:
     return array
 
 
-def _check_sides(name: Any, size: tuple[int, int], error: type[JaxidError]) -> None:
-    """Refuses pictures of no pixels, and strips."""
+def _check_sides(name: object, size: tuple[int, int], error: type[JaxidError]) -> None:
+    """Refuses empty pictures and very long ones."""
     width, height = size
     if not min(size):
         raise error(f"{name} has no pixels: its size is {width} x {height}.")

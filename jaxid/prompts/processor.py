@@ -1,11 +1,11 @@
-"""Pictures and questions to arrays: chat template, tokenizer, image processor, and where each word is."""
+"""Pictures and questions as arrays (chat template, tokenizer, image processor), and the positions of words."""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from jaxid.nn.decoder_config import ModelConfig
 from jaxid.nn.inputs import Inputs
 from jaxid.prompts import templates, words
 from jaxid.prompts.base import PictureReader, Tokenizer
-from jaxid.prompts.pictures import Picture
+from jaxid.prompts.pictures import Picture, Pictures
 from jaxid.prompts.words import shown
 
 ProcessorT = TypeVar("ProcessorT", bound="Processor")
@@ -24,15 +24,15 @@ ProcessorT = TypeVar("ProcessorT", bound="Processor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prompts:
-    """A batch of prompts: the arrays, and where everything is in them.
+    """A batch of prompts as arrays.
 
     Attributes:
-        inputs: the arrays a model reads.
-        questions: the user's text of every prompt, length B.
-        texts: the rendered prompts, image tokens expanded, length B.
+        inputs: the arrays that a model reads.
+        questions: the user's text of each prompt, length B.
+        texts: the rendered prompts with image tokens expanded, length B.
         spans: first and last + 1 character of the question in the text, Int[B, 2].
         offsets: first and last + 1 character of every token in the text, Int[B, T, 2].
-        unknown: the words of every question that the vocabulary does not hold, length B.
+        unknown: the words of each question that are not in the vocabulary, length B.
     """
 
     inputs: Inputs
@@ -49,18 +49,18 @@ class Prompts:
     def words(self, names: Sequence[Sequence[str]], *, occurrence: int | None = 0) -> Int[np.ndarray, "B N"]:
         """Positions of the last sub-token of several names in each question, all located together.
 
-        Longer names come first and no two overlap: beside "hot dog", "dog" is a dog of its own.
+        Longer names are located first and no two overlap: next to "hot dog", "dog" is another dog.
 
         Args:
-            names: of each prompt, as many for all.
-            occurrence: which one, 0-based, where a name occurs more than once; None refuses such names.
+            names: the names in each prompt, equally many for all.
+            occurrence: which occurrence, 0-based, to take of a name that occurs several times; None refuses such names.
 
         Returns:
             Int[B, N], positions in the prompt.
 
         Raises:
-            InputError: if two names of a prompt are the same, or prompts do not all have as many.
-            PromptError: if a prompt's question does not hold a name.
+            InputError: if two names of a prompt are the same, or prompts have different numbers of names.
+            PromptError: if a prompt's question does not contain a name.
         """
         if len({len(own) for own in names}) > 1:
             raise InputError(f"every prompt needs as many names, not {sorted({len(own) for own in names})}.")
@@ -73,17 +73,17 @@ class Prompts:
         """Position of the last sub-token of a word of the question.
 
         Args:
-            word: the word, the same for all prompts or one per prompt; matched whole, case-sensitively.
-            beside: other names in each prompt's question; the word is not looked for inside longer ones of them. May
-                hold the word itself.
-            occurrence: which one, 0-based, where the word occurs more than once.
+            word: the word, the same for all prompts or one per prompt; matched as a whole word, case-sensitively.
+            beside: other names in each prompt's question; the word is not matched inside longer ones. May include the
+                word itself.
+            occurrence: which occurrence, 0-based, to take of a word that occurs several times.
 
         Returns:
             Int[B], positions in the prompt.
 
         Raises:
             InputError: if two names of a prompt are the same.
-            PromptError: if a prompt's question does not hold the word, or holds it several times and
+            PromptError: if a prompt's question does not contain the word, or contains it several times and
                 `occurrence` is not given.
         """
         return np.array([tokens[-1] for tokens in self._word_tokens(word, beside, occurrence)], np.int32)
@@ -91,7 +91,7 @@ class Prompts:
     def word_tokens(
         self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
     ) -> Int[np.ndarray, "B P"]:
-        """Positions of all sub-tokens of a word, see `word`; shorter rows are padded with their last position."""
+        """Positions of all sub-tokens of a word, see `word`; rows are padded with their last position."""
         rows = self._word_tokens(word, beside, occurrence)
         longest = max(len(row) for row in rows)
         return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32)
@@ -132,15 +132,15 @@ class Prompts:
         return found
 
     def image_tokens(self) -> Int[np.ndarray, "B I"]:
-        """Positions of the picture's tokens.
+        """Positions of the pictures' tokens.
 
         Raises:
-            PromptError: if the prompts hold different numbers of them.
+            PromptError: if the prompts contain different numbers of them.
         """
         return self._where(np.asarray(self.inputs.image_rows) >= 0, "picture tokens", equal=True)
 
     def text_tokens(self) -> Int[np.ndarray, "B P"]:
-        """Positions of all tokens after the picture, shorter rows padded with their last position."""
+        """Positions of all tokens after the picture; rows are padded with their last position."""
         valid = np.asarray(self.inputs.valid)
         after = np.arange(valid.shape[1]) >= self.text_start()[:, None]
         return self._where(after & valid, "text tokens", equal=False)
@@ -155,23 +155,23 @@ class Prompts:
         rows = [np.flatnonzero(row) for row in chosen]
         lengths = {len(row) for row in rows}
         if 0 in lengths or (equal and len(lengths) > 1):
-            raise PromptError(f"the prompts hold {sorted(lengths)} {what}; take them in groups of equal size.")
+            raise PromptError(f"the prompts contain {sorted(lengths)} {what}; prepare equal numbers together.")
         longest = max(lengths)
         return np.array([np.append(row, [row[-1]] * (longest - len(row))) for row in rows], np.int32)
 
     def last(self) -> Int[np.ndarray, "B"]:
-        """Position at which the answer is read."""
+        """Position of the last token, where the answer is read."""
         return np.asarray(self.inputs.last)
 
     def extended(self, tokens: Int[np.ndarray, "B N"], lengths: Int[np.ndarray, "B"]) -> "Prompts":
-        """The prompts with new tokens after them, as if they had been written so.
+        """The prompts with new tokens after their last ones.
 
         Args:
             tokens: new tokens, Int[B, N].
-            lengths: how many of them count, Int[B].
+            lengths: how many of them to use, Int[B].
 
         Returns:
-            Prompts with N more positions, whose last token is the last new one; the new tokens are in no text.
+            Prompts with N more positions, whose last token is the last new one. `texts` do not include the new tokens.
         """
         inputs, last = self.inputs, self.last()
         batch, room = tokens.shape
@@ -227,20 +227,20 @@ class Processor(PictureReader):
         """
         from transformers import AutoConfig, PreTrainedTokenizerFast
 
-        # Of a kind of model that it does not know, transformers would read the config.json and warn of what it finds.
+        # For a `model_type` that transformers does not know, it would read the config.json and warn about it.
         known = {"config": AutoConfig.for_model(cls.tokenizer_of)} if cls.tokenizer_of else {}
-        # Of a kind that it knows, it would cut words that kind's way, though the folder asks for tokenizer.json alone.
+        # For one that it knows, it would split words as that model does even if the folder has only tokenizer.json.
         if known and _takes_any(folder):
             tokenizer = words.read_tokenizer(folder, PreTrainedTokenizerFast)
         else:
-            tokenizer = words.read_tokenizer(folder, **known)
+            tokenizer = words.read_tokenizer(folder, options=known)
         image_processor = cls.load_image_processor(folder, config)
         token = cls.token_id(tokenizer, config)
         with reading(folder, "a tokenizer"):
             missing = tokenizer.convert_ids_to_tokens([token]) in ([None], [tokenizer.unk_token])
         if missing:
             raise CheckpointError(
-                f"the tokenizer in {folder} has no token of id {token}, which config.json names as the image token."
+                f"the tokenizer in {folder} has no token with id {token}, the image token of config.json."
             )
         found = cls(tokenizer, image_processor, config)
         found.check(folder)
@@ -250,34 +250,34 @@ class Processor(PictureReader):
 
     @functools.cached_property
     def specials(self) -> tuple[str, ...]:
-        """The tokenizer's special tokens, which no question may hold."""
+        """The tokenizer's special tokens, which questions must not contain."""
         return words.special_tokens(self.tokenizer)
 
     def pixels(self, images: Sequence[Picture]) -> Float[np.ndarray, "N ..."]:
-        """Pictures as the family's tower takes them, each in a prompt of its own.
+        """Pictures as the family's tower takes them when each is alone in its prompt.
 
         Raises:
-            InputError: for a picture that cannot be opened, naming it.
+            InputError: for a picture that cannot be opened.
         """
         return self.encode(images, [[index] for index in range(len(images))]).pixels
 
     def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
-        """The prompt's text, pictures' tokens inserted, and the first character of the question in it.
+        """The prompt's text including the pictures' tokens, and the index of the question's first character in it.
 
         Args:
             question: the user's text.
-            pictures: what takes the place of every picture in the text.
+            pictures: the text of each picture's tokens.
             chat: end with the generation prompt.
 
         Raises:
-            PromptError: for an empty question, or one that the template does not keep as it is.
+            PromptError: for an empty question, or one that the template changes.
         """
         words.check_text(question, "the question", (), PromptError)
         question, placeholder = question.strip(), self.placeholder
         if not question:
             raise PromptError("the question is empty.")
         if placeholder in question:
-            raise PromptError(f"the question {shown(question)} holds the image token {placeholder!r}: leave it out.")
+            raise PromptError(f"the question {shown(question)} contains the image token {placeholder!r}; remove it.")
         words.check_text(question, "the question", self.specials, PromptError)
         rendered, start = templates.render(
             self.tokenizer.chat_template,
@@ -293,16 +293,16 @@ class Processor(PictureReader):
         before = pieces[0] + "".join(text + piece for text, piece in zip(pictures, pieces[1:], strict=True))
         return before + rendered[start:], len(before)
 
-    def _tokenized(self, texts: Sequence[str]) -> Any:
-        """Token ids and offsets of prompts, whose template may have written the first token itself."""
+    def _tokenized(self, texts: Sequence[str]) -> Mapping[str, Any]:
+        """Token ids and offsets of prompts; the first token is not added if the template has written it."""
         first = self.tokenizer.bos_token
         written = first is not None and texts[0].startswith(first)
-        with reporting("the tokenizer cannot take the prompt", PromptError):
+        with reporting("the tokenizer cannot read the prompt", PromptError):
             return self.tokenizer(list(texts), return_offsets_mapping=True, add_special_tokens=not written)
 
     def prepare(
         self,
-        images: Any,
+        images: Pictures,
         questions: str | Sequence[str],
         *,
         chat: bool = True,
@@ -311,29 +311,28 @@ class Processor(PictureReader):
         """Builds a batch of prompts.
 
         Args:
-            images: one picture per prompt, or a single picture that all prompts share, or None for text alone; a
-                prompt about several pictures takes a sequence of them.
+            images: one picture per prompt, or a single picture for all prompts, or None for text alone. A prompt with
+                several pictures takes a sequence of them.
             questions: one question per prompt, or a single one for all pictures.
             chat: end with the generation prompt ("ASSISTANT:"); False ends at the question's last word.
             pad_to_multiple: prompts are padded to a multiple of this length, so that few programs are compiled.
 
         Returns:
-            The batch, B = the longer of the two sequences.
+            The batch, with B the length of the longer sequence.
 
         Raises:
-            InputError: for numbers that do not fit or a picture that cannot be opened.
+            InputError: if the numbers of pictures and questions do not match, or a picture cannot be opened.
             PromptError: for an empty question.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
-        single = images is not None and not isinstance(images, (list, tuple)) and not _is_batch(images)
-        given: list[Any] = [] if images is None else [images] if single else [*images]
+        given = [] if images is None else list(images) if _several(images) else [images]
         if not asked or (images is not None and not given):
             raise InputError("there are no questions or no pictures to prepare.")
         if isinstance(questions, str):
             asked = asked * max(1, len(given))
-        if given and len(given) not in (1, len(asked)):
+        if len(given) not in (0, 1, len(asked)):
             raise InputError(f"{len(given)} pictures were given for {len(asked)} questions.")
-        groups = [list(entry) if isinstance(entry, (list, tuple)) or _is_batch(entry) else [entry] for entry in given]
+        groups: list[list[Any]] = [list(entry) if _several(entry) else [entry] for entry in given]
         if any(not group for group in groups):
             raise InputError("a prompt was given an empty list of pictures; give None for text alone.")
         counts = np.cumsum([0, *(len(group) for group in groups)])
@@ -388,11 +387,11 @@ class Processor(PictureReader):
         """Ids of the tokens of each answer, right after the generation prompt.
 
         Raises:
-            PromptError: for a word that would change the prompt's own tokens, or is not in the vocabulary.
+            PromptError: for a word that would change the prompt's tokens, or is not in the vocabulary.
         """
         text, _ = self.render("?")
         head = self._tokenized([text])["input_ids"][0]
-        # After a line break or a special token a word begins at once; after "ASSISTANT:" with a space or its marker.
+        # After a line break or a special token, a word follows directly; after "ASSISTANT:", a space comes first.
         specials = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         joint = "" if text[-1].isspace() or text.endswith(specials) else " "
         found = []
@@ -400,17 +399,17 @@ class Processor(PictureReader):
             whole = self._tokenized([f"{text}{joint}{word}"])["input_ids"][0]
             tail = list(whole[len(head) :])
             if whole[: len(head)] != head or not tail:
-                raise PromptError(f"the answer {word!r} does not begin with a token of its own after the prompt.")
+                raise PromptError(f"the answer {word!r} does not begin with a new token after the prompt.")
             if self.tokenizer.unk_token_id in tail:
                 raise PromptError(f"the answer {word!r} is not in the model's vocabulary.")
             found.append(tail)
         return found
 
     def answer_ids(self, words: Sequence[str]) -> Int[np.ndarray, "n"]:
-        """Ids of the tokens with which the model would begin each answer, right after the generation prompt.
+        """Id of the token that is each answer, right after the generation prompt.
 
         Raises:
-            PromptError: for a word that needs several tokens, or two words that share their token.
+            PromptError: for a word of several tokens, or two words with the same token.
         """
         ids = []
         for word, tail in zip(words, self.answer_tokens(words), strict=True):
@@ -418,22 +417,22 @@ class Processor(PictureReader):
                 raise PromptError(f"the answer {word!r} is not a single token after the prompt: {tail}.")
             ids.append(tail[0])
         if len(set(ids)) < len(ids):
-            raise PromptError(f"the answers {', '.join(words)} do not have tokens of their own: {ids}.")
+            raise PromptError(f"the answers {', '.join(words)} do not have different tokens: {ids}.")
         return np.array(ids, np.int32)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens, special ones skipped."""
+        """The text of tokens; special ones are skipped."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
 def _takes_any(folder: Path) -> bool:
-    """Whether a folder names the tokenizer class that is made of tokenizer.json alone."""
+    """Whether a folder names the tokenizer class that reads tokenizer.json only."""
     named = read_json(folder / "tokenizer_config.json", missing={}).get("tokenizer_class")
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def _chat_template(folder: Path, processor: Processor) -> str:
-    """The template that places pictures: the processor's, else the family's own, else the tokenizer's."""
+    """The template of the processor, or else of the family, or else of the tokenizer."""
     path, tokenizer = folder / "chat_template.json", processor.tokenizer
     fields = read_json(path, missing={})
     template = fields.get("chat_template") if path.exists() else processor.template or tokenizer.chat_template
@@ -449,10 +448,10 @@ def _chat_template(folder: Path, processor: Processor) -> str:
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-    """Tokens that end an answer, from where Hugging Face's `generate` takes them; else the tokenizer's own.
+    """Tokens that end an answer, from the files that Hugging Face's `generate` reads, or else the tokenizer's own.
 
     Raises:
-        CheckpointError: for a value that is no token of the vocabulary, or no list of such.
+        CheckpointError: for a value that is neither a token of the vocabulary nor a list of them.
     """
     size = max(len(tokenizer), config.text_config.vocab_size)
     for name in ("generation_config.json", "config.json"):
@@ -471,5 +470,5 @@ def _stop_ids(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> tuple[
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
-def _is_batch(images: Any) -> bool:
-    return isinstance(images, np.ndarray) and images.ndim == 4
+def _several(images: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)

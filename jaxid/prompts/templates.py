@@ -1,31 +1,37 @@
-"""Chat templates: programs that others wrote, rendered in a sandbox that bounds their steps and what they write.
+"""Chat templates: programs written by others, rendered in a sandbox that limits their steps and their output.
 
-The sandbox does what Hugging Face's does, on a budget: a template that loops without end, or makes endless texts or
-numbers, is an error after a fraction of a second. Nothing is timed, so that this holds on any thread and machine.
+The sandbox works like Hugging Face's, but on a budget: a template that loops without end, or builds endless texts or
+numbers, fails after a fraction of a second. Steps are counted and not timed, so the limit is the same everywhere.
 """
 
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jinja2
 from jinja2 import ext, nodes, sandbox, visitor
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 
 from jaxid.errors import CheckpointError, PromptError
 from jaxid.io import first_line
 from jaxid.prompts.words import shown
 
 STEPS = 100_000
-"""What one rendering may take: a pass of a loop is a step, and so are 100 characters, items or bits that are made."""
+"""Limit of one rendering: each pass of a loop is a step, and so is producing 100 characters, items or bits."""
 
-_UNIT, _CALL = 100, 10  # what is made for a step; steps of a call
+_UNIT, _CALL = 100, 10  # characters, items or bits per step; steps per call
 
 _STAND_IN = "\ue000"  # a private character
 
 _left: ContextVar[list[int]] = ContextVar("left")
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Message: TypeAlias = str | list[dict[str, str]]
 
 
 class _Endless(jinja2.TemplateError):
@@ -39,43 +45,40 @@ def _spend(steps: int) -> None:
         raise _Endless(f"it takes more than {STEPS} steps, so it loops or writes without end")
 
 
-def _size(value: Any) -> int:
+def _size(value: object) -> int:
     if isinstance(value, int):
         return value.bit_length()
     return len(value) if isinstance(value, (str, bytes, list, tuple, dict, range)) else 0
 
 
-def _made(value: Any) -> Any:
+def _made(value: T) -> T:
     _spend(_size(value) // _UNIT)
     return value
 
 
-def _counted(values: Iterable[Any]) -> Iterator[Any]:
+def _counted(values: Iterable[T]) -> Iterator[T]:
     for value in values:
         _spend(1)
         yield value
 
 
-def _joined(*parts: Any) -> str:
+def _joined(*parts: object) -> str:
     return "".join(map(str, parts))
 
 
-def _paid(function: Callable[..., Any], given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """Calls a function, which costs steps for what it is given, before it does anything, and for what it returns."""
-    _spend(_CALL + sum(abs(value) if isinstance(value, int) else _size(value) for value in given) // _UNIT)
-    _spend(sum(abs(value) if isinstance(value, int) else _size(value) for value in named.values()) // _UNIT)
-    return _made(function(*given, **named))
+def _paid(function: Callable[P, T]) -> Callable[P, T]:
+    """The function at a cost: steps for its arguments, before it runs, and for its result."""
 
-
-def _filter(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def call(*given: Any, **named: Any) -> Any:
-        return _paid(function, given, named)
+    def call(*given: P.args, **named: P.kwargs) -> T:
+        arguments = (*given, *named.values())
+        _spend(_CALL + sum(abs(value) if isinstance(value, int) else _size(value) for value in arguments) // _UNIT)
+        return _made(function(*given, **named))
 
     return call
 
 
-def _raise(message: Any) -> None:
+def _raise(message: object) -> None:
     raise jinja2.TemplateError(str(message))
 
 
@@ -83,12 +86,12 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 class _Guards(visitor.NodeTransformer):
-    """Lets loops be counted, and makes calls of joined texts."""
+    """Counts the passes of loops, and turns the joining of texts into calls."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -100,16 +103,16 @@ class _Guards(visitor.NodeTransformer):
         return _call("_joined", node.nodes, node)
 
 
-def _call(name: str, arguments: list[Any], place: nodes.Node) -> Any:
+def _call(name: str, arguments: Sequence[nodes.Node], place: nodes.Node) -> nodes.Node:
     return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None).set_lineno(place.lineno)
 
 
 class _Generation(ext.Extension):
-    """Hugging Face's tag around what the assistant says; what it holds is rendered as it is."""
+    """Hugging Face's tag around the assistant's text, whose content is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's form
 
-    def parse(self, parser: Any) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -121,19 +124,21 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols], finalize=_made
         )
-        self.filters = {name: _filter(function) for name, function in (self.filters | {"tojson": _tojson}).items()}
-        del self.globals["lipsum"]  # writes for minutes
+        self.filters = {name: _paid(function) for name, function in (self.filters | {"tojson": _tojson}).items()}
+        del self.globals["lipsum"]  # it can write for minutes
         self.globals |= {"raise_exception": _raise, "strftime_now": _now, "_counted": _counted, "_joined": _joined}
 
-    def call(__self, __context: Any, __obj: Any, *given: Any, **named: Any) -> Any:
-        return _paid(functools.partial(super().call, __context, __obj), given, named)
+    def call(__self, __context: Context, __obj: object, *given: object, **named: object) -> object:
+        return _paid(functools.partial(super().call, __context, __obj))(*given, **named)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        whole, sizes = (isinstance(left, int), isinstance(right, int)), (_size(left), _size(right))
-        if operator == "**" and all(whole):
-            _spend(abs(right) * sizes[0])
-        elif operator == "*" and any(whole):  # of two numbers, or repeats a text or list
-            _spend(sum(sizes) if all(whole) else max(left * sizes[1] if whole[0] else right * sizes[0], 0) // _UNIT)
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _spend(abs(right) * _size(left))
+        elif operator == "*":  # of two numbers, or repeats a text or list
+            count, item = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(count, int):
+                made = _size(count) + _size(item) if isinstance(item, int) else max(count * _size(item), 0)
+                _spend(made // _UNIT)
         return _made(super().call_binop(context, operator, left, right))
 
 
@@ -143,7 +148,7 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(_Guards().visit(environment.parse(template)))
 
 
-def _rendered(template: str, content: Any, *, chat: bool, variables: Mapping[str, Any]) -> str:
+def _rendered(template: str, content: Message, *, chat: bool, variables: Mapping[str, object]) -> str:
     """A template around one message of the user.
 
     Raises:
@@ -154,40 +159,40 @@ def _rendered(template: str, content: Any, *, chat: bool, variables: Mapping[str
     token = _left.set([STEPS + _size(content)])
     try:
         return _compiled(template).render(given)
-    except Exception as error:  # the template is a program: it can raise anything
+    except Exception as error:  # a template is a program, which can raise anything
         raise PromptError(f"the chat template cannot be rendered: {first_line(error)}.") from error
     finally:
         _left.reset(token)
 
 
-def _content(form: str, text: str, pictures: int, placeholder: str) -> Any:
+def _content(form: str, text: str, pictures: int, placeholder: str) -> Message:
     if form == "parts":
         return [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
     return f"{placeholder}\n" * pictures + text if form == "marked" else text
 
 
 def render(
-    template: str, text: str, *, placeholder: str, pictures: int, chat: bool, variables: Mapping[str, Any]
+    template: str, text: str, *, placeholder: str, pictures: int, chat: bool, variables: Mapping[str, object]
 ) -> tuple[str, int]:
-    """What a template makes of a user's message of some pictures and a text after them.
+    """Renders a template around a user's message: pictures, followed by a text.
 
-    The message is a list of parts where the template takes one. Templates for text alone want a string: then the
-    pictures' placeholders begin it, a line each, unless the template places them itself.
+    The message is a list of parts if the template takes one. Templates for text alone take a string, which begins with
+    one line per picture that contains its placeholder, unless the template places pictures itself.
 
     Args:
-        template: the source.
-        text: the user's, without white space around it.
-        placeholder: what a picture is in the rendered text.
-        pictures: how many there are.
+        template: the source of the template.
+        text: the user's text, without white space around it.
+        placeholder: what stands for a picture in the rendered text.
+        pictures: number of pictures.
         chat: end with the generation prompt.
         variables: the tokenizer's special tokens by name, which templates may use.
 
     Returns:
-        The rendered text, and the first character of `text` in it.
+        The rendered text, and the index of the first character of `text` in it.
 
     Raises:
-        PromptError: for a template that cannot be rendered, changes the text, or does not place every picture once
-            before it.
+        PromptError: for a template that cannot be rendered, changes the text, or does not place every picture exactly
+            once before it.
     """
     form, before = _form(template, placeholder, pictures, chat, json.dumps(dict(variables), default=str))
     if form:
@@ -201,12 +206,12 @@ def render(
 
 @functools.lru_cache(maxsize=256)
 def _form(template: str, placeholder: str, pictures: int, chat: bool, variables: str) -> tuple[str, str]:
-    """In which form a template takes a message, and what it writes before the text.
+    """The form in which a template takes a message, and what it writes before the text.
 
-    Found with a stand-in that no template holds: the text itself may also occur in the template ("USER").
+    It is found with a stand-in that no template contains, since the text itself may occur in the template ("USER").
 
     Returns:
-        The form and the text; or "" and what is wrong, "" again if the stand-in is gone.
+        The form, and what comes before the text; or "" and the problem, which is "" if the stand-in was changed.
     """
     problems = []
     for form in ("parts", "marked", "bare") if pictures else ("parts", "bare"):
@@ -224,23 +229,23 @@ def _form(template: str, placeholder: str, pictures: int, chat: bool, variables:
             return form, before
         problem = (
             f"the chat template places {placed} pictures as {placeholder!r} instead of {pictures}: "
-            "it must place every picture once, before the question."
+            "it must place every picture exactly once, before the question."
         )
         problems.append((0, problem) if found else (0.5, ""))
-    # What a template does wrong says more than that it takes no list, or no string.
+    # A misplaced picture says more than that the template takes no list, or no string.
     return "", min(problems, key=lambda one: one[0])[1]
 
 
-def check(template: Any, where: str, *, placeholder: str, variables: Mapping[str, Any]) -> str:
-    """The template, if it renders a prompt of no, one or two pictures.
+def check(template: object, where: str, *, placeholder: str, variables: Mapping[str, object]) -> str:
+    """The template, if it can render a prompt with no, one or two pictures.
 
     Raises:
-        CheckpointError: if it does not, saying why, or is no text.
+        CheckpointError: if it cannot, saying why, or is not a text.
     """
     if isinstance(template, Mapping):
         template = template.get("default")
     if not isinstance(template, str):
-        raise CheckpointError(f"{where} holds no chat template: it must be text, not {type(template).__name__}.")
+        raise CheckpointError(f"{where} has no chat template: it must be text, not {type(template).__name__}.")
     problems = []
     for pictures in (1, 2, 0):
         try:

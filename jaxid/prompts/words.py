@@ -1,10 +1,10 @@
-"""Words in texts: where whole ones are, which ones a tokenizer does not know, and which texts it cannot take."""
+"""Words in texts: where they are, which ones a tokenizer does not know, and which texts it cannot read."""
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -12,25 +12,28 @@ from jaxtyping import Int
 from jaxid.errors import CheckpointError, JaxidError, UnknownWordsWarning
 from jaxid.io import read_json, reading
 
+Tokenizer: TypeAlias = Any
+"""A fast tokenizer of transformers, or an object that works like one."""
+
 _LETTER = r"[\w\u0300-\u036f]"
-"""An accent may be a letter of its own, which Python counts to no word."""
+"""Includes combining accents, which are not part of words for Python."""
 
 _PIECE = re.compile(rf"{_LETTER}+|[^\w\s]")
 
 _NAMED = 10
-"""Unknown words that a warning names."""
+"""The most unknown words that a warning names."""
 
 _SHOWN = 200
-"""Characters of a text that an error repeats."""
+"""The most characters of a text that an error repeats."""
 
 
 def word_spans(text: str, names: Sequence[str], *, ignore_case: bool = False) -> list[list[tuple[int, int]]]:
-    """Where each name occurs in a text as whole words; longer names come first, and no two spans overlap.
+    """Where each name occurs in a text as whole words; longer names take precedence, and no two spans overlap.
 
     Args:
         text: the text.
-        names: what to look for; white space in a name stands for any white space.
-        ignore_case: take capitals and small letters as the same.
+        names: the names; white space in a name matches any white space.
+        ignore_case: whether upper and lower case match.
 
     Returns:
         First and last + 1 character of every occurrence of each name, in order.
@@ -53,13 +56,13 @@ def word_spans(text: str, names: Sequence[str], *, ignore_case: bool = False) ->
 def unknown(
     text: str, token_ids: Sequence[int], offsets: Int[np.ndarray, "T 2"], unknown_id: int | None
 ) -> tuple[str, ...]:
-    """The words of a text that become the unknown token, or of which the tokenizer drops letters; each once.
+    """The words of a text that become the unknown token or lose letters in the tokenizer, without duplicates.
 
     Args:
         text: the text.
-        token_ids: its tokens.
-        offsets: first and last + 1 character of every token, also of those before and after the text; equal where it
-            stands for no characters.
+        token_ids: its tokens, and possibly tokens before and after the text.
+        offsets: first and last + 1 character of every token, relative to the text; equal for a token without
+            characters.
         unknown_id: id of the unknown token, None if the tokenizer has none.
     """
     lost, kept = np.zeros(len(text), bool), np.zeros(len(text), bool)
@@ -76,13 +79,13 @@ def unknown(
 
 
 def warn_unknown(rows: Iterable[Sequence[str]], what: str, token: str | None, *, stacklevel: int) -> None:
-    """Warns once of all unknown words of a batch.
+    """Warns once about all unknown words of a batch.
 
     Args:
-        rows: those of each text.
-        what: the texts, such as "questions".
-        token: what the model reads instead.
-        stacklevel: as for `warnings.warn`, counted from the caller.
+        rows: the unknown words of each text.
+        what: what the texts are, such as "questions".
+        token: the token that the model reads instead.
+        stacklevel: as in `warnings.warn`, counted from the caller.
     """
     words = list(dict.fromkeys(word for row in rows for word in row))
     if not words:
@@ -97,47 +100,49 @@ def warn_unknown(rows: Iterable[Sequence[str]], what: str, token: str | None, *,
 
 
 def check_text(text: str, what: str, specials: Iterable[str], error: type[JaxidError]) -> None:
-    """Refuses what is no text for a tokenizer.
+    """Refuses a text that a tokenizer cannot read.
 
     Args:
         text: the text.
-        what: names it in the message, such as "the question".
+        what: its name in the message, such as "the question".
         specials: the tokenizer's special tokens.
-        error: the kind of error to raise.
+        error: the class of error to raise.
 
     Raises:
-        JaxidError: of the given kind, for a value that is no string, or one with NUL characters, lone surrogates or
-            special tokens.
+        JaxidError: of the given class, for a value that is not a string, or contains NUL characters, lone surrogates
+            or special tokens.
     """
     if not isinstance(text, str):
         raise error(f"{what} must be text, not {type(text).__name__}.")
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise error(f"{what} {shown(text)} holds characters that are no text (NUL or lone surrogates); leave them out.")
+        raise error(
+            f"{what} {shown(text)} contains NUL characters or lone surrogates, which are not text; remove them."
+        )
     for token in specials:
         if token in text:
-            raise error(f"{what} {shown(text)} holds the tokenizer's special token {token!r}: leave it out.")
+            raise error(f"{what} {shown(text)} contains the tokenizer's special token {token!r}; remove it.")
 
 
 def shown(text: str) -> str:
-    """A text in quotes, as messages repeat it: its beginning, if it is long."""
+    """A text in quotes, shortened if it is long, for messages."""
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """What the tokenizer takes for its own signs anywhere in a text."""
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokens that the tokenizer recognises as its own anywhere in a text."""
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content)
 
 
-def read_tokenizer(folder: Path, kind: Any = None, **options: Any) -> Any:
-    """The tokenizer of a folder, once it has cut a text into tokens and put it together again.
+def read_tokenizer(folder: Path, kind: Any = None, options: Mapping[str, object] = {}) -> Tokenizer:
+    """The tokenizer of a folder, after a trial on a short text.
 
     Args:
-        folder: holds its files.
+        folder: the folder of its files.
         kind: the class of transformers that reads it; `AutoTokenizer` by default.
-        options: of its `from_pretrained`.
+        options: options of its `from_pretrained`.
 
     Raises:
-        CheckpointError: if it is missing, unreadable, or cannot tell where its tokens are.
+        CheckpointError: if it is missing or unreadable, or does not report the positions of its tokens.
     """
     from transformers import AutoTokenizer
 
@@ -147,9 +152,11 @@ def read_tokenizer(folder: Path, kind: Any = None, **options: Any) -> Any:
     with reading(file if file.exists() else folder, "a tokenizer"):
         tokenizer = (kind or AutoTokenizer).from_pretrained(folder, local_files_only=True, **options)
         if not tokenizer.is_fast:
-            raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json, which tells where tokens are.")
-        # A damaged file may be readable and fail at the first text.
+            raise CheckpointError(
+                f"the tokenizer in {folder} has no tokenizer.json, which gives the positions of tokens."
+            )
+        # A damaged file may be readable but fail on the first text.
         tokenizer.decode(tokenizer(tokenizer.unk_token or "a", return_offsets_mapping=True)["input_ids"])
-        for role in ("unk", "pad", "bos", "eos"):  # looked up in the vocabulary, endlessly if that lacks "unk"
+        for role in ("unk", "pad", "bos", "eos"):  # the lookup recurses without end if the vocabulary lacks "unk"
             getattr(tokenizer, f"{role}_token_id")
     return tokenizer

@@ -1,33 +1,35 @@
-"""The families' records: one entry for every name, and the layers of published experiments."""
+"""The records of all families: each name has one entry, and the layers of published experiments are right."""
 
 import pytest
 
 from jaxid.errors import CheckpointError
 from jaxid.families import registry
-from jaxid.families.base import Published
+from jaxid.families.base import Checkpoint
 from jaxid.families.registry import ALIASES, ENCODERS, FAMILIES, family, kind_of, published
 
 EVERY = [*registry._MODELS, *registry._ENCODERS]
 
 
-def test_every_name_stands_in_one_record() -> None:
+def test_every_name_is_in_one_record() -> None:
     types = [name for one in EVERY for name in one.model_types]
-    aliases = [name for one in EVERY for name in one.aliases]
+    aliases = [name for one in EVERY for name in one.checkpoints]
     assert sorted(types) == sorted([*FAMILIES, *ENCODERS]) and sorted(aliases) == sorted(ALIASES)
-    assert all(set(one.published) <= set(one.aliases) for one in EVERY)
 
 
 def test_published_layers() -> None:
-    assert published("llava-7b") == published("llava-hf/llava-1.5-7b-hf") == Published(range(7, 20), 12)
-    assert published("llama-11b") == Published(range(9, 20), 14)
-    assert published("internvl-14b") == Published(range(11, 24), None)
-    assert published("llava-video") == published("tiny-llava") == published("clip-b16") == Published()
+    llava = "llava-hf/llava-1.5-7b-hf"
+    assert published("llava-7b") == published(llava) == Checkpoint(llava, range(7, 20), 12)
+    assert published("llama-11b") == Checkpoint("meta-llama/Llama-3.2-11B-Vision-Instruct", range(9, 20), 14)
+    assert published("internvl-14b") == Checkpoint("OpenGVLab/InternVL3-14B-hf", range(11, 24), None)
+    for name in ("llava-video", "tiny-llava", "clip-b16"):
+        assert published(name) == Checkpoint(ALIASES.get(name, name), None, None)
 
 
 @pytest.mark.parametrize(("known", "others", "what"), [(FAMILIES, "clip", "vision"), (ENCODERS, "llava", "CLIP-like")])
 def test_a_model_of_another_kind_is_refused(known: dict, others: str, what: str) -> None:
     with pytest.raises(
-        CheckpointError, match=rf"place: model_type '{others}' is no {what}.*supported: .*{sorted(known)[0]}"
+        CheckpointError,
+        match=rf"place: model_type '{others}' is not a supported {what}.*supported: .*{sorted(known)[0]}",
     ):
         family(others, "place", known)
 

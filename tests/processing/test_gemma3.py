@@ -201,7 +201,7 @@ def test_words_are_found_behind_the_picture() -> None:
     marks = [three, cases.IDS["<start_of_image>"]], [cases.IDS["<end_of_image>"], two]
     assert ids[0, start - 2 : start].tolist() == marks[0] and ids[0, start + 16 : start + 18].tolist() == marks[1]
     assert model.prepare(picture, QUESTIONS[0], chat=False).texts[0].endswith(f"\n\n{QUESTIONS[0]}")
-    with pytest.raises(PromptError, match="holds the image token '<start_of_image>'"):
+    with pytest.raises(PromptError, match="contains the image token '<start_of_image>'"):
         model.prepare(picture, "What is <start_of_image>?")
 
 

@@ -75,7 +75,7 @@ def test_memory_masks_are_hugging_faces() -> None:
     dense = MLLAMA.arguments(apart)["cross_attention_mask"].numpy().astype(bool)  # [B, T, pictures, tiles]
     memory = model.network().memory(fixtures.device_inputs(apart))
     assert memory is not None and memory.keys is not None
-    tokens = model.config.vision_config.num_patches
+    tokens = model.config.vision_config.tile_tokens
     repeated = np.repeat(dense.reshape(*dense.shape[:2], -1), tokens, axis=2)
     read = np.asarray(repeated.any(axis=2))
     np.testing.assert_array_equal(np.asarray(memory.rows)[valid], read[valid])

@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         model.prepare(Clip([first, second]), QUESTION)
     with pytest.raises(InputError, match="is a strip: 500 x 2 pixels"):
         model.prepare(noise(2, 500), QUESTION)
-    with pytest.raises(InputError, match="there is no picture at missing"):
+    with pytest.raises(InputError, match=r"picture missing\.png does not exist"):
         model.prepare("missing.png", QUESTION)
     with pytest.raises(PromptError, match=r"image token '<\|image_pad\|>'"):
         model.prepare(first, "Where is the <|image_pad|>?")
