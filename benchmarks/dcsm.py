@@ -1,11 +1,12 @@
-"""Dense similarity maps: scores of pictures x captions, and the whole evaluation, beside the published procedure.
+"""Dense similarity maps: scores of pictures x captions, and the evaluation, beside the published procedure.
 
-Pairs: functional rows, maps, standardisation over the call, and the CNN, from the same tokens (197 x 512 of ViT-B/16
-and 30 x 512), with the same scorer, in float32, in turn, each on the same two CPUs. Peak memory is that of a process of
-its own for each system and size. The bound is what the two matrix products alone would take at the speed that JAX
-reaches on a large product. The evaluation is a loop over questions, one picture each, on a random CLIP ViT-B/16, as
-published (dense maps, then pooled cosine, each encoding anew), beside `jaxid.dcsm.evaluate.answer` on all of them.
-At 256 x 256 the published procedure's CNN is given 4,096 pairs at a time: all at once would take some 16 GB.
+Scoring of pairs consists of functional rows, maps, standardisation over the call, and the CNN. Both systems start from
+the same tokens (197 x 512 of ViT-B/16, and 30 x 512) and use the same scorer, in float32, in turn, on the same two
+CPUs. Peak memory is measured in a separate process for each system and size. The bound is the time of the two matrix
+products alone, at the rate that JAX reaches on a large product. The published evaluation is a loop over questions with
+one picture each, on a random CLIP ViT-B/16; dense maps and pooled cosine each encode the picture. It is compared with
+`jaxid.dcsm.evaluate.answer` on all questions. At 256 x 256, the published procedure's CNN gets 4,096 pairs at a time,
+as all pairs together would need about 16 GB.
 
     python benchmarks/dcsm.py --out DIR
 """
@@ -15,9 +16,11 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timing import Disturbance, describe_machine, peak_memory_mb, side_by_side, use_cpus
 
 IMAGE_TOKENS, TEXT_TOKENS, WIDTH = 197, 30, 512
@@ -26,26 +29,21 @@ WORDS = ("star", "fish", "a", "of", "red", "above", "no", "left", "the", "tree")
 
 
 def captions(count: int) -> list[str]:
-    """Sentences with functional words at some places."""
-    import numpy as np
-
+    """Random sentences, some of whose words are functional."""
     rng = np.random.default_rng(3)
     return [" ".join(rng.choice(WORDS, 9)) for _ in range(count)]
 
 
-def tokens(size: int, count: int) -> tuple[Any, Any]:
-    """Random tokens of pictures and captions, of length one."""
-    import numpy as np
-
+def tokens(size: int, count: int) -> list[np.ndarray]:
+    """Random unit vectors: the tokens of pictures, and of captions."""
     rng = np.random.default_rng(size)
     made = [rng.standard_normal((size, length, WIDTH)).astype(np.float32) for length in (IMAGE_TOKENS, count)]
-    return tuple(array / np.linalg.norm(array, axis=-1, keepdims=True) for array in made)  # type: ignore[return-value]
+    return [array / np.linalg.norm(array, axis=-1, keepdims=True) for array in made]
 
 
-def systems(size: int) -> dict[str, Any]:
-    """Both systems' calls on the same numbers; each returns scores as a NumPy array."""
+def systems(size: int) -> dict[str, Callable[[], np.ndarray]]:
+    """Both systems' calls on the same tokens; each returns the scores."""
     import jax
-    import numpy as np
     import published_dcsm as published
     import torch
 
@@ -64,11 +62,11 @@ def systems(size: int) -> dict[str, Any]:
     theirs = published.Scorer(network=network, vectors=torch.from_numpy(np.array(scorer.vectors)), placement="replace")
     words = np.full((size, TEXT_TOKENS), -1, np.int32)
     for row, caption in enumerate(own):
-        for number, place in published.functional_places(caption):
-            words[row, place] = number
+        for index, place in published.functional_places(caption):
+            words[row, place] = index
     left, right = torch.from_numpy(images), torch.from_numpy(texts)
 
-    def published_call() -> Any:
+    def published_call() -> np.ndarray:
         with torch.inference_mode():
             if size <= 64:
                 return published.score_pairs(theirs, left, right, own).numpy()
@@ -76,14 +74,14 @@ def systems(size: int) -> dict[str, Any]:
             flat = published.standardise(maps).reshape(size * size, 1, IMAGE_TOKENS, TEXT_TOKENS)
             return torch.cat([network(part) for part in flat.split(4096)]).reshape(size, size).numpy()
 
-    def jaxid_call() -> Any:
+    def jaxid_call() -> np.ndarray:
         return np.asarray(score_tokens(scorer, images, texts, words, "call"))
 
     return {"published": published_call, "jaxid": jaxid_call}
 
 
 def product_speed() -> float:
-    """Floating-point operations per second of a large float32 product."""
+    """Floating-point operations per second of a large float32 matrix product."""
     import jax
     import jax.numpy as jnp
 
@@ -99,14 +97,12 @@ def product_speed() -> float:
 
 
 def operations() -> int:
-    """Of one pair's map and first wide layer."""
+    """Floating-point operations of one pair's map and of the scorer's first linear layer."""
     return 2 * IMAGE_TOKENS * TEXT_TOKENS * WIDTH + 2 * 128 * 4 * IMAGE_TOKENS * TEXT_TOKENS
 
 
 def measure_pairs(size: int, peak: float) -> dict[str, float]:
-    """Speeds of both systems at one size, and whether their scores agree."""
-    import numpy as np
-
+    """Speeds of both systems at one size, and the largest difference of their scores."""
     found = side_by_side(systems(size), rounds=3)
     scores = [found[name].result for name in ("published", "jaxid")]
     error = float(np.abs(scores[0] - scores[1]).max() / np.abs(scores[0]).max())
@@ -123,7 +119,7 @@ def measure_pairs(size: int, peak: float) -> dict[str, float]:
 
 
 def measure_memory(size: int, system: str) -> None:
-    """Prints the peak memory of one call, beyond what the process held before; run in a process of its own."""
+    """Prints the peak memory of one call beyond what the process held before; run in a separate process."""
     call = systems(size)[system]
     before = peak_memory_mb()
     call()
@@ -131,11 +127,10 @@ def measure_memory(size: int, system: str) -> None:
 
 
 def measure_evaluation(questions: int) -> dict[str, float]:
-    """Questions per second of the published loop and of ours, on the same random CLIP ViT-B/16."""
+    """Questions per second of both systems, on the same random CLIP ViT-B/16."""
     import tempfile
 
     import jax
-    import numpy as np
     import published_dcsm as published
     import torch
     from PIL import Image
@@ -169,12 +164,13 @@ def measure_evaluation(questions: int) -> dict[str, float]:
     )
     theirs_questions = [published.Question(picture=p, captions=c) for p, c in zip(pictures, asked, strict=True)]
 
-    def published_call() -> Any:
+    def published_call() -> object:
         return published.evaluate(network, processor, theirs, theirs_questions)
 
-    found = side_by_side(
-        {"published": published_call, "jaxid": lambda: answer(encoder, pictures, asked, scorer)}, rounds=3
-    )
+    def jaxid_call() -> object:
+        return answer(encoder, pictures, asked, scorer)
+
+    found = side_by_side({"published": published_call, "jaxid": jaxid_call}, rounds=3)
     speed = {name: questions / timed.median for name, timed in found.items()}
     return {
         "questions": questions,
@@ -186,15 +182,15 @@ def measure_evaluation(questions: int) -> dict[str, float]:
 
 
 class _Processor:
-    """Tokenizer and image processor called as Hugging Face's CLIPProcessor is."""
+    """A tokenizer and an image processor with the interface of Hugging Face's CLIPProcessor."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any):
+    def __init__(self, tokenizer: Callable[..., Mapping[str, object]], image_processor: Callable[..., Any]):
         self.tokenizer, self.image_processor = tokenizer, image_processor
 
-    def __call__(self, text: Any = None, images: Any = None, **options: Any) -> dict[str, Any]:
+    def __call__(self, text: object = None, images: object = None, **options: object) -> dict[str, object]:
         import torch
 
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         if text is not None:
             found |= dict(self.tokenizer(text, **options))
         if images is not None:
@@ -207,8 +203,8 @@ def main() -> None:
     """Prints a table, and writes `dcsm.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for dcsm.json")
-    parser.add_argument("--size", type=int, action="append", help="pictures, and captions; may be repeated")
-    parser.add_argument("--questions", type=int, default=64, help="of the evaluation loop")
+    parser.add_argument("--size", type=int, action="append", help="number of pictures and of captions; may be repeated")
+    parser.add_argument("--questions", type=int, default=64, help="number of questions of the evaluation")
     parser.add_argument("--memory", choices=("published", "jaxid"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cpus = use_cpus()
@@ -229,7 +225,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--out", str(arguments.out), "--size", str(size)]
                 run = subprocess.run([*command, "--memory", system], capture_output=True, text=True)
                 name = "peak_mb" if system == "jaxid" else "published_peak_mb"
-                # A process that the system killed for its memory prints nothing.
+                # A process that was killed for lack of memory prints nothing.
                 found[name] = float(run.stdout.split()[-1]) if run.returncode == 0 else float("nan")
             results |= {f"pairs/{size}/{name}": value for name, value in found.items()}
         evaluation = measure_evaluation(arguments.questions)
@@ -238,11 +234,11 @@ def main() -> None:
     if disturbance.share is not None:
         results["foreign_load"] = disturbance.share
     lines.append(
-        f"product   {peak / 1e9:.0f} GFLOP/s; other processes took {100 * (disturbance.share or 0):.1f} % of it"
+        f"product   {peak / 1e9:.0f} GFLOP/s; other processes took {100 * (disturbance.share or 0):.1f} % of the CPUs"
     )
     lines += [
         "",
-        "| pictures x captions | published, pairs/s | jaxid, pairs/s | ratio | of the products' bound | "
+        "| pictures x captions | published, pairs/s | jaxid, pairs/s | ratio | share of the bound | "
         "published, MB | jaxid, MB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -1,4 +1,4 @@
-"""Floating-point operations that the tasks need: matrix products, two operations a multiplication and sum."""
+"""Floating-point operations of the tasks: matrix products, with two operations per multiply-add."""
 
 import time
 from collections.abc import Sequence
@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 
+Config = Any
+"""`LlavaConfig` or `LlavaVideoConfig`; tests count by hand with plain namespaces."""
 
-def tower(config: Any, depth: int) -> float:
+
+def tower(config: Config, depth: int) -> float:
     """One picture through the tower's first blocks and the projector."""
     vision, width = config.vision_config, config.text_config.hidden_size
     inner, patches = vision.hidden_size, vision.num_patches
@@ -18,14 +21,14 @@ def tower(config: Any, depth: int) -> float:
     return depth * block + patching + projector
 
 
-def block(config: Any, keys: int, queries: int, context: float) -> float:
-    """A decoder block that makes keys and values of some tokens and computes the results of some.
+def block(config: Config, keys: int, queries: int, context: float) -> float:
+    """A decoder block that computes keys and values of some tokens and outputs of some.
 
     Args:
-        config: the model's.
-        keys: tokens of which keys and values are made.
-        queries: tokens whose results are computed.
-        context: tokens that all queries together read.
+        config: the model's config.
+        keys: number of tokens with new keys and values.
+        queries: number of tokens whose outputs are computed.
+        context: number of tokens that each query attends to, summed over queries.
     """
     text = config.text_config
     width, head = text.hidden_size, text.head_dim
@@ -34,8 +37,8 @@ def block(config: Any, keys: int, queries: int, context: float) -> float:
     return made + asked + 4 * context * text.num_attention_heads * head
 
 
-def control(config: Any, tokens: int, kept: int, pictures: int = 1) -> float:
-    """A clean pass over a prompt with some pictures or frames; of the last block only the kept tokens are computed."""
+def control(config: Config, tokens: int, kept: int, pictures: int = 1) -> float:
+    """A clean pass over a prompt with pictures or frames; the last block computes only the kept tokens."""
     states = config.vision_config.num_hidden_layers + 1
     depth = max(layer if layer >= 0 else states + layer for layer in config.vision_feature_layer)
     layers = config.text_config.num_hidden_layers
@@ -45,8 +48,8 @@ def control(config: Any, tokens: int, kept: int, pictures: int = 1) -> float:
     return pictures * tower(config, depth) + (layers - 1) * block(config, tokens, tokens, triangle) + last + unembedding
 
 
-def edit(config: Any, first_block: int, prefix: int, suffix: int) -> float:
-    """One edited pass over the suffix, from a block on; of the last block only the last token is computed."""
+def edit(config: Config, first_block: int, prefix: int, suffix: int) -> float:
+    """One edited pass over the suffix, from `first_block` on; the last block computes only the last token."""
     layers = config.text_config.num_hidden_layers
     unembedding = 2 * config.text_config.hidden_size * config.text_config.vocab_size
     if first_block >= layers:
@@ -56,13 +59,13 @@ def edit(config: Any, first_block: int, prefix: int, suffix: int) -> float:
     return whole + block(config, suffix, 1, prefix + suffix) + unembedding
 
 
-def edits(config: Any, layers: Sequence[int], prefix: int, suffix: int) -> float:
-    """Edits after the given blocks."""
+def edits(config: Config, layers: Sequence[int], prefix: int, suffix: int) -> float:
+    """Edits after the given layers."""
     return sum(edit(config, layer + 1, prefix, suffix) for layer in layers)
 
 
 def matrix_peak(size: int = 2048, rounds: int = 9) -> float:
-    """The machine's best rate of a large float32 matrix product, of JAX and PyTorch, operations a second."""
+    """Operations per second of a large float32 matrix product, the better of JAX and PyTorch."""
     import jax
     import torch
 

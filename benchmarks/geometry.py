@@ -1,23 +1,25 @@
-"""A model of LLaVA-1.5's geometry with random weights: as many picture tokens, a decoder that one machine can run.
+"""A model of LLaVA-1.5's geometry with random weights: as many picture tokens, but a smaller decoder.
 
-336-pixel pictures make 576 tokens, as in the published 7B and 13B models; blocks are fewer and narrower. The weights
-mean nothing, but they are scaled so that activations stay healthy over depth, attention looks at few tokens, and both
-the picture and a single edited word move the answers' log-probabilities by far more than rounding does.
+336-pixel pictures make 576 tokens, as in the published 7B and 13B models; layers are fewer and narrower. The weights
+are random, but scaled so that the size of activations is stable over depth, attention selects few tokens, and both the
+picture and a single edited word change the answers' log-probabilities by far more than rounding does.
 """
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from jaxid.errors import InputError
 from jaxid.families.llava import Llava, LlavaConfig
 from jaxid.io import ensure_output_folder
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
+from jaxid.nn.fields import Json
 from jaxid.nn.vision import VisionConfig
 from jaxid.zoo import tiny_llava
 from jaxid.zoo.export import hf_config, write_llava
@@ -47,31 +49,32 @@ CONFIG = LlavaConfig(
 """About 260 million parameters."""
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's."""
+"""Those of CLIP."""
 
 GAINS = {"query": 1.5, "key": 1.5, "out": 2.0, "down": 0.7}
-"""Root mean square of what a kernel makes of values of root mean square 1, where it is not 1, by the kernel's name.
+"""Root mean square of a kernel's outputs for inputs of root mean square 1, by the kernel's name; 1 for all others.
 
-Scores of two tokens then spread by 2.25, so that a token attends to a handful of others, not to all 600 alike.
+Attention scores then have a standard deviation of 2.25, so that a token attends to a few others, not equally to all
+600.
 """
 
 BIAS = 0.1
 
 
 def write(folder: Path, config: LlavaConfig = CONFIG, *, seed: int = 0) -> Path:
-    """Writes the checkpoint in Hugging Face layout, unless it is there already.
+    """Writes the checkpoint in Hugging Face's layout, unless the folder already contains it.
 
     Args:
-        folder: where to; it appears whole or not at all.
-        config: the model's shape; its vocabulary has to hold the words of tiny-llava.
-        seed: of the weights.
+        folder: output folder, which is written atomically.
+        config: the model's shape; its vocabulary has to have room for the words of tiny-llava.
+        seed: seed of the weights.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: if the folder holds something else.
-        OutputError: if it cannot be written.
+        InputError: if the folder contains something else.
+        OutputError: if the folder cannot be written.
     """
     vocabulary = _vocabulary(config.text_config.vocab_size)
     if folder.exists():
@@ -96,26 +99,26 @@ def write(folder: Path, config: LlavaConfig = CONFIG, *, seed: int = 0) -> Path:
     return folder
 
 
-def _check_same(folder: Path, expected: dict[str, Any]) -> None:
+def _check_same(folder: Path, expected: Json) -> None:
     file = folder / "config.json"
     if not file.is_file() or json.loads(file.read_text()) != json.loads(json.dumps(expected)):
         raise InputError(
-            f"{folder} holds something other than the benchmark's model: remove it or name another folder."
+            f"{folder} contains something other than the benchmark's model: remove it or name another folder."
         )
 
 
 def _vocabulary(size: int) -> list[str]:
-    """The words of tiny-llava, filled up: every id has to stand for a token."""
+    """The words of tiny-llava, padded so that every id has a token."""
     words = list(tiny_llava.VOCABULARY)
-    return words + [f"word{number}" for number in range(len(words), size)]
+    return words + [f"word{index}" for index in range(len(words), size)]
 
 
-def parameters(network: Any, config: Any, seed: int) -> dict[str, Any]:
-    """Random parameters of a network, scaled as the module says."""
+def parameters(network: Callable[..., nnx.Module], config: object, seed: int) -> PyTree:
+    """Random parameters of a network, scaled as the docstring of this module describes."""
     shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))[1])
     rng = np.random.default_rng(seed)
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         names = [part.key for part in path]
         values = rng.standard_normal(leaf.shape, np.float32)
         if names[-1] == "scale":
@@ -129,7 +132,7 @@ def parameters(network: Any, config: Any, seed: int) -> dict[str, Any]:
 
 
 def _inputs(names: list[str], shape: tuple[int, ...]) -> int:
-    """How many values a weight sums over for each value that it makes; a table's row is looked up, not summed."""
+    """Number of inputs that each output of a weight sums over; rows of a table are looked up, not summed."""
     if names[-1] in ("embedding", "position", "class_token"):
         return 1
     if names[-1] == "patch_kernel":

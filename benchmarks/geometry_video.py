@@ -1,8 +1,8 @@
-"""A model of LLaVA-Video's geometry with random weights: as many clip tokens and blocks, narrower.
+"""A model of LLaVA-Video's geometry with random weights: as many clip tokens and layers, but narrower.
 
-Eight frames of 27 x 27 patches, pooled to 14 x 14, with a newline behind every row make 1,680 tokens; the decoder has
-the 28 blocks of the published 7B model, so that a sweep over its layers has as many edits, with biases and grouped
-queries as there. The tower is small.
+Eight frames of 27 x 27 patches, pooled to 14 x 14, with a newline after every row make 1,680 tokens. The decoder has
+the 28 layers of the published 7B model, so that a sweep over its layers has as many edits, and the same biases and
+grouped queries. The tower is small.
 """
 
 import json
@@ -51,9 +51,9 @@ def write(folder: Path, config: LlavaVideoConfig = CONFIG, *, seed: int = 0) -> 
     """Writes the checkpoint in LLaVA-NeXT's layout, into a new folder.
 
     Args:
-        folder: where to.
-        config: the model's shape; its vocabulary has to hold bytes and words, some 1,000.
-        seed: of the weights.
+        folder: output folder.
+        config: the model's shape; its vocabulary needs room for about 1,000 bytes and words.
+        seed: seed of the weights.
 
     Returns:
         The folder.
@@ -64,7 +64,7 @@ def write(folder: Path, config: LlavaVideoConfig = CONFIG, *, seed: int = 0) -> 
 
 
 def _write_tokenizer(folder: Path, most: int) -> None:
-    """A byte-level tokenizer as Qwen2's, to which every word of the prompt is one token, every digit and mark too."""
+    """A byte-level tokenizer like Qwen2's, in which every word, digit and mark of the prompts is a single token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,26 +1,27 @@
-"""jaxid beside PyTorch: the published experiments on the same weights, prompts, vectors and CPUs.
+"""Compares jaxid with PyTorch: the published experiments on the same weights, prompts, vectors and CPUs.
 
     pip install -e ".[bench]"
     python benchmarks/interventions.py --out results/ [--models zoo,geometry,video] [--quick]
 
-The second prints one table and writes `interventions.json`, a flat map "{work}/{model}/{figure}" -> number. Times are
-seconds per prompt (per picture, for the extraction), medians of rounds in which the systems take turns; `compile_s` is
-what jaxid's first call took beyond a later one. All systems have to find the same numbers, or there is no result: the
-exit code is then 1.
+The second command prints a table for each model and writes `interventions.json`, a flat map "{work}/{model}/{figure}"
+-> number. Times are seconds per prompt (for the extraction, per picture), medians of rounds in which the systems take
+turns. `compile_s` is the time of jaxid's first call beyond that of a later one. If the systems do not find the same
+numbers, there is no result and the exit code is 1.
 
-Models: `zoo` is the shipped tiny-llava; `geometry` has random weights and the prompt of LLaVA-1.5, 576 picture tokens;
-`video` has random weights, the depth and the prompt of LLaVA-Video, 8 frames of 1,680 tokens. Of models of clips, the
-swap of activations by those of the clip shown backwards is measured, `temporal_swap`, by `published` and `jaxid`.
+Models: `zoo` is the shipped tiny-llava; `geometry` has random weights and the prompt of LLaVA-1.5 with 576 picture
+tokens; `video` has random weights, and the depth and the prompt of LLaVA-Video: 8 frames with 1,680 tokens. For models
+of clips only `temporal_swap` is measured, the swap of activations with those of the clip played backwards, for
+`published` and `jaxid`.
 
 Systems:
-    published   hooks on Hugging Face's class, one prompt at a time, a full control pass and a full patched pass for
-                every edit (and an intervened one for every swap). Timed on a few edits, which all cost the same.
-                For clips, a network written from LLaVA-NeXT's definition takes the place of Hugging Face's class.
-    nnsight     traces with the edits batched as invokes; timed on a few edits and its control pass.
-    strongest   Hugging Face's modules: one control pass, its KV cache shared by all edits, which run only the tokens
-                and blocks that they can change.
-    rewritten   the same procedure on a network written anew for oneDNN: weights reordered once, prompts in parallel.
-    jaxid       its experiments, as a user calls them.
+    published   hooks on Hugging Face's class, one prompt at a time, with a full control pass and a full patched pass
+                for every edit (and an intervened pass for every swap). Timed on a few edits, as all edits cost the
+                same. For clips, a network written from LLaVA-NeXT's definition replaces Hugging Face's class.
+    nnsight     traces with the edits batched as invokes; timed on its control pass and a few edits.
+    strongest   Hugging Face's modules with one control pass, whose KV cache all edits share; edits run only the tokens
+                and layers that they can change.
+    rewritten   the same procedure on a network rewritten for oneDNN: weights reordered once, prompts in parallel.
+    jaxid       jaxid's experiments, as a user calls them.
 """
 
 import argparse
@@ -32,35 +33,42 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import flops
 import numpy as np
 import timing
 import works
-from works import Found, Setting, System, Work
+from works import Edits, Found, Setting, System, Work
 
 from jaxid.errors import JaxidError
 from jaxid.io import ensure_output_folder, write_json
 
+if TYPE_CHECKING:  # JAX may only be imported after `timing.use_cpus`
+    from jaxid.families.base import Model
+    from jaxid.interp.interventions import Intervention
+
+OtherSystem = tuple[ModuleType | SimpleNamespace, object, bool]
+"""A module of PyTorch procedures, its network, and whether it is timed on a few edits only."""
+
 TOLERANCE = 1e-4
-"""Largest difference that counts as agreement: nats of log-probabilities, or a share of the largest hidden state."""
+"""Largest allowed difference: of log-probabilities in nats; of hidden states as a share of the largest value."""
 
 MAX_DISTURBANCE = 0.05
-"""Share of the CPUs that other processes may take before the times are called unreliable."""
+"""Share of the CPUs that other processes may take before times are reported as unreliable."""
 
 REFERENCE = "jaxid"
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
 CLIP_WORKS = ("temporal_swap",)
 PROMPTS = {"zoo": (16, 64), "geometry": (1, 4), "video": (1, 1)}
-"""By model: prompts of a work, and pictures of the extraction."""
+"""By model: number of prompts of a task, and of pictures of the extraction."""
 
 AIMS = {"steering": 55, "swaps": 45, "belief_swap": 20, "extraction": 1.5, "temporal_swap": 60}
 
 
 class Disagreement(RuntimeError):
-    """Systems that are meant to compute the same thing do not."""
+    """Systems that should compute the same numbers do not."""
 
 
 def check_agreement(
@@ -74,18 +82,18 @@ def check_agreement(
     """Compares every system's numbers with the reference's.
 
     Args:
-        work: what was computed, for the message.
-        results: by system.
+        work: name of the task, for the message.
+        results: results by system.
         reference: the system that the others are compared with.
-        tolerance: largest difference allowed; of "states", as a share of the largest value.
-        edits: by system, which of the reference's edits it did; all by default.
+        tolerance: largest allowed difference; for "states", as a share of the largest value.
+        edits: by system, the indices of the edits that it did; all by default.
 
     Returns:
         The largest difference found.
 
     Raises:
-        Disagreement: naming the system, the quantity and the place, if a value is further off than the tolerance or
-            not finite, or if systems give other quantities or shapes.
+        Disagreement: naming the system, the quantity and the place, if a value differs by more than the tolerance or is
+            not finite, or if systems return different quantities or shapes.
     """
     largest = 0.0
     for system, found in results.items():
@@ -113,14 +121,14 @@ def check_agreement(
     return largest
 
 
-def make_works(model: Any, folder: Path, counts: tuple[int, int], *, alone: bool = False) -> list[Work]:
+def make_works(model: "Model", folder: Path, counts: tuple[int, int], *, alone: bool = False) -> list[Work]:
     """The tasks on a model.
 
     Args:
-        model: jaxid's.
+        model: the model, loaded by jaxid.
         folder: its checkpoint.
-        counts: prompts, and pictures of the extraction.
-        alone: of jaxid only, without PyTorch's models.
+        counts: number of prompts, and of pictures of the extraction.
+        alone: only jaxid, without loading PyTorch's models.
     """
     settings: dict[str, Setting]
     if works.is_video(model):
@@ -131,7 +139,7 @@ def make_works(model: Any, folder: Path, counts: tuple[int, int], *, alone: bool
         settings = {name: pictures if name == "extraction" else prompts for name in WORKS}
     calls = {name: works.jaxid_calls(own)[name] for name, own in settings.items()}
     systems: dict[str, dict[str, System]] = {name: {REFERENCE: System(call=call)} for name, call in calls.items()}
-    edits: dict[str, list[Any]] = {}
+    edits: Edits = {}
     one_pass = 0.0
     if not alone:
         edits = works.torch_edits(prompts)
@@ -151,7 +159,7 @@ def make_works(model: Any, folder: Path, counts: tuple[int, int], *, alone: bool
 def _add_torch(
     systems: dict[str, dict[str, System]],
     settings: Mapping[str, Setting],
-    edits: Mapping[str, list[Any]],
+    edits: Edits,
     folder: Path,
 ) -> float:
     """Adds PyTorch's systems; returns the operations of one full pass."""
@@ -166,7 +174,7 @@ def _add_torch(
         swap=published.swap_one_by_one,
         extract=published.extract_one_by_one,
     )
-    modules: dict[str, tuple[Any, Any, bool]] = {"published": (one_by_one, network, True)}
+    modules: dict[str, OtherSystem] = {"published": (one_by_one, network, True)}
     if not works.is_video(any_setting.model):
         modules |= _add_others(network, folder)
     for system, (module, loaded, subset) in modules.items():
@@ -176,12 +184,12 @@ def _add_torch(
     return published.flops(network, any_setting.torch_batch)
 
 
-def _add_others(network: Any, folder: Path) -> dict[str, tuple[Any, Any, bool]]:
-    """The systems that are written for LLaVA alone: module, network, and whether they do a few edits only."""
+def _add_others(network: object, folder: Path) -> dict[str, OtherSystem]:
+    """The systems that support only LLaVA."""
     import rewritten
     import strongest
 
-    found: dict[str, tuple[Any, Any, bool]] = {
+    found: dict[str, OtherSystem] = {
         "strongest": (strongest, network, False),
         "rewritten": (rewritten, rewritten.load(folder), False),
     }
@@ -192,12 +200,13 @@ def _add_others(network: Any, folder: Path) -> dict[str, tuple[Any, Any, bool]]:
     return found
 
 
-def _flops(name: str, work: Setting, edits: Mapping[str, list[Any]], one_pass: float) -> tuple[float, float]:
-    """Operations a prompt: of jaxid, and of the published procedure."""
+def _flops(name: str, work: Setting, edits: Edits, one_pass: float) -> tuple[float, float]:
+    """Operations per prompt, of jaxid and of the published procedure."""
     config, prompts = work.model.config, work.batch.prompts
     tokens, start = int(prompts.last()[0]) + 1, int(prompts.text_start()[0])
     first = {"words": int(work.batch.words[0, :2].min()), "subject": int(work.batch.words[0, 0]), "text": start}
-    pictures = len(work.batch.prompts.inputs.pixels) // work.count
+    assert prompts.inputs.pixels is not None
+    pictures = len(prompts.inputs.pixels) // work.count
     clean = flops.control(config, tokens, tokens - start, pictures)
     layers = [edit.layer for edit in edits.get(name, ())]
 
@@ -216,23 +225,23 @@ def _flops(name: str, work: Setting, edits: Mapping[str, list[Any]], one_pass: f
 
 
 def measure(work: Work, peak: float, shared: Mapping[str, float], rounds: int) -> tuple[dict[str, float], float]:
-    """Times one task on all systems, side by side.
+    """Times one task on all systems, in turn.
 
     Args:
         work: the task.
-        peak: of matrix products, operations a second.
-        shared: seconds of each system's control pass of as many prompts, which its edits do not multiply.
-        rounds: timed calls.
+        peak: peak rate of matrix products, in operations per second.
+        shared: seconds that a system's control pass takes for as many prompts, whatever the number of edits.
+        rounds: number of timed calls.
 
     Returns:
-        Figures by name, and the largest difference of the systems' numbers.
+        Figures by name, and the largest difference between the systems' numbers.
 
     Raises:
         Disagreement: if the systems do not agree.
     """
     import jax
 
-    jax.clear_caches()  # so that jaxid's first call compiles all that the task needs, whatever ran before
+    jax.clear_caches()  # jaxid's first call has to compile everything that the task needs, whatever ran before
     gc.collect()
     timed = timing.side_by_side({name: system.call for name, system in work.systems.items()}, rounds)
     largest = check_agreement(
@@ -258,8 +267,10 @@ def measure(work: Work, peak: float, shared: Mapping[str, float], rounds: int) -
     return figures, largest
 
 
-def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] = (1, 8, 64, 512)) -> dict[str, float]:
-    """What an edit of the steering costs, beyond the shared trace, over its own operations at the peak."""
+def cost_per_edit(
+    model: "Model", folder: Path, peak: float, counts: Sequence[int] = (1, 8, 64, 512)
+) -> dict[str, float]:
+    """Time of one steering edit, without the shared trace, relative to its own operations at the peak rate."""
     from jaxid.interp.interventions import add
     from jaxid.interp.trace import rerun, trace
 
@@ -270,10 +281,10 @@ def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] =
     vectors = np.random.default_rng(1).standard_normal((max(counts), model.width), np.float32)
     found = {}
     for count in counts:
-        chosen = np.array([layers[number % len(layers)] for number in range(count)])
+        chosen = np.array([layers[index % len(layers)] for index in range(count)])
         push = add(layer=chosen, positions=word, vector=vectors[:count])
 
-        def call(push: Any = push) -> np.ndarray:
+        def call(push: "Intervention" = push) -> np.ndarray:
             return np.asarray(rerun(model, recorded, push).logprobs(work.batch.answers))
 
         taken = timing.side_by_side({"jaxid": call})["jaxid"].median
@@ -283,7 +294,7 @@ def cost_per_edit(model: Any, folder: Path, peak: float, counts: Sequence[int] =
 
 
 def peak_memory(model: str, folder: Path, counts: tuple[int, int], names: Sequence[str]) -> dict[str, float]:
-    """Largest resident memory of jaxid alone, in a process of its own for every task, MB."""
+    """Peak resident memory of jaxid alone in MB, in a separate process for every task."""
     found = {}
     for name in names:
         command = [sys.executable, __file__, "--out", ".", "--memory-of", name, str(folder), *map(str, counts)]
@@ -341,7 +352,7 @@ def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, floa
     """Measures every task on every model, prints the tables and writes `interventions.json`.
 
     Raises:
-        JaxidError: if a model cannot be loaded or the results not be written.
+        JaxidError: if a model cannot be loaded or the results cannot be written.
         Disagreement: if the systems do not agree; nothing is written then.
     """
     cpus = timing.use_cpus()
@@ -352,7 +363,7 @@ def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, floa
         print(line)
     peak = flops.matrix_peak()
     print(f"peak      {peak / 1e9:.0f} GFLOP/s of a float32 matrix product, the better of JAX and PyTorch")
-    print("times     milliseconds a prompt (extraction: a picture), medians of rounds in turn", flush=True)
+    print("times     milliseconds per prompt (extraction: per picture), medians of rounds in turn", flush=True)
     results: dict[str, float] = {}
     with timing.Disturbance(cpus) as disturbance:
         for name, folder in models.items():
@@ -374,11 +385,11 @@ def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, floa
                 results |= peak_memory(name, folder, counts, list(largest))
             _print_table(name, results, made, largest)
             if costs:
-                print("an edit's cost over its own operations at the peak: " + ", ".join(
+                print("cost of one edit, relative to its own operations at the peak rate: " + ", ".join(
                     f"{key.rsplit('_', 1)[1]} edits {value:.2f}" for key, value in costs.items()))  # fmt: skip
     print()
     if disturbance.share is not None:
-        verdict = "" if disturbance.share < MAX_DISTURBANCE else ": too busy a machine, do not quote these numbers"
+        verdict = "" if disturbance.share < MAX_DISTURBANCE else ": the machine is too busy, do not quote these numbers"
         print(f"other processes took {disturbance.share:.1%} of these CPUs{verdict}")
     path = write_json(out / "interventions.json", results)
     print(f"all systems agree to {TOLERANCE:g}; wrote {path}")
@@ -386,13 +397,13 @@ def run(models: Mapping[str, Path], out: Path, *, quick: bool) -> dict[str, floa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line: 0 for a result, 1 where systems disagree, 2 for a wrong argument or model."""
-    parser = argparse.ArgumentParser(description="jaxid beside PyTorch, on CPU.")
+    """Runs the command line; returns 0 for a result, 1 if systems disagree, 2 for an invalid argument or model."""
+    parser = argparse.ArgumentParser(description="Compares jaxid with PyTorch on CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for interventions.json")
     parser.add_argument(
-        "--models", default="zoo,geometry,video", help="zoo, geometry, video, or folders of models, joined by commas"
+        "--models", default="zoo,geometry,video", help="zoo, geometry, video, or folders of models, separated by commas"
     )
-    parser.add_argument("--quick", action="store_true", help="one prompt, two pictures, few edits; no memory")
+    parser.add_argument("--quick", action="store_true", help="one prompt, two pictures, few edits, no memory")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -403,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             run(_folders(options.models, Path(temporary)), options.out, quick=options.quick)
     except Disagreement as error:
-        print(f"error: the systems do not agree, so their times mean nothing. {error}", file=sys.stderr)
+        print(f"error: the systems do not agree, so their times are meaningless. {error}", file=sys.stderr)
         return 1
     except JaxidError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -412,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _folders(names: str, temporary: Path) -> dict[str, Path]:
-    """The models' folders; those of random weights are written first."""
+    """The models' folders; random models are written first."""
     timing.use_cpus()
     import geometry
     import geometry_video

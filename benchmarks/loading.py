@@ -1,8 +1,8 @@
-"""How long a checkpoint of Qwen2-VL-2B's size takes to load, and how much memory, beside Hugging Face's loader.
+"""Time and memory for loading a checkpoint of Qwen2-VL-2B's size, beside Hugging Face's loader.
 
-Writes a folder of random bfloat16 weights in the published layout (4.4 GB, removed afterwards), loads it in a fresh
-process by jaxid and in another by transformers, and lets jaxid's model trace a prompt and steer it. Both read every
-weight once before the clock stops, files are in the page cache for both, and each has the same two CPUs.
+Writes a folder of random bfloat16 weights in the published layout (4.4 GB, removed afterwards), loads it in fresh
+processes by jaxid and by transformers, and traces and steers a prompt with jaxid's model. Both systems read every
+weight once before the clock stops, have the files in the page cache, and run on the same two CPUs.
 
     python benchmarks/loading.py --out DIR
 """
@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from published_configs import CONFIGS, Json
 from timing import THREADS, use_cpus
 
 SEED = 0
@@ -35,7 +36,7 @@ SPECIAL = {
     151655: "<|image_pad|>",
     151656: "<|video_pad|>",
 }
-"""Of Qwen2's tokenizer, by id."""
+"""Special tokens of Qwen2's tokenizer, by id."""
 
 WORDS = """system You are a helpful assistant user . ? , Is the star to left or right of fish""".split()
 
@@ -47,18 +48,17 @@ TEMPLATE = (
 )
 
 
-def write_folder(folder: Path, fields: dict[str, Any]) -> int:
+def write_folder(folder: Path, fields: Json) -> int:
     """Writes a checkpoint of random weights whose shapes follow from its config.
 
     Args:
         folder: a new folder.
-        fields: the config.json.
+        fields: the parsed config.json.
 
     Returns:
-        Bytes of all parameters.
+        Size of all parameters in bytes.
     """
     import ml_dtypes
-    import numpy as np
     from safetensors.numpy import save_file
 
     from jaxid.checkpoints.loading import abstract_parameters
@@ -69,13 +69,13 @@ def write_folder(folder: Path, fields: dict[str, Any]) -> int:
     _, abstract = abstract_parameters(kind, config)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
-    # One block of noise, from another place of which every tensor begins: drawing 2 billion numbers takes a minute.
+    # Every tensor is a slice of one block of noise from a different offset: drawing 2 billion numbers takes a minute.
     noise = np.random.default_rng(SEED).standard_normal(1 << 25, np.float32)
-    shards: list[dict[str, Any]] = [{}]
+    shards: list[dict[str, np.ndarray]] = [{}]
     weight_map, total, held = {}, 0, 0
-    parts: dict[str, list[Any]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
 
-    def draw(shape: tuple[int, ...], name: str) -> Any:
+    def draw(shape: tuple[int, ...], name: str) -> np.ndarray:
         size, first = int(np.prod(shape)), len(weight_map) * 7919
         scale = size**-0.5 * shape[0] ** 0.5 if len(shape) > 1 else 0.02
         offset = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")) else 0.0
@@ -114,7 +114,7 @@ def write_folder(folder: Path, fields: dict[str, Any]) -> int:
 
 
 def _write_processor(folder: Path, vocabulary_size: int) -> None:
-    """A word-level tokenizer with Qwen2's special tokens at their ids, and Qwen2-VL's image processor."""
+    """Writes a word-level tokenizer with Qwen2's special tokens at their ids, and Qwen2-VL's image processor."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", *WORDS]
@@ -143,9 +143,9 @@ def _write_processor(folder: Path, vocabulary_size: int) -> None:
 
 
 def status(name: str) -> int:
-    """A line of this process's status, in bytes: "VmHWM" is the most memory that it ever held, "VmRSS" what it holds.
+    """A value of this process's status in bytes, such as peak memory "VmHWM" or current memory "VmRSS".
 
-    Pages of mapped files count.
+    Both include pages of memory-mapped files.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
@@ -154,12 +154,11 @@ def status(name: str) -> int:
 
 
 def measure_jaxid(folder: Path, *, use: bool) -> dict[str, float]:
-    """Loads the folder by jaxid in this process; then, if asked, traces a prompt and steers it at every layer."""
+    """Loads the folder by jaxid in this process; `use` also traces a prompt and steers every fourth layer."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    # Imports are no part of loading.
+    # Imports are not part of loading.
     from transformers import AutoImageProcessor, AutoTokenizer  # noqa: F401
 
     import jaxid
@@ -168,7 +167,7 @@ def measure_jaxid(folder: Path, *, use: bool) -> dict[str, float]:
     jax.block_until_ready(jnp.ones(8) + 1)
     before, start = status("VmRSS"), time.perf_counter()
     model = jaxid.load(folder, dtype="bfloat16")
-    # Every number is looked at, as bits: sums of random bfloat16 numbers would cost more than loading.
+    # Reads every number as bits: a sum of random bfloat16 numbers would take longer than loading.
     for leaf in jax.tree.leaves(model.parameters):
         np.bitwise_or.reduce(np.asarray(leaf).view(np.uint16), axis=None)
     seconds = time.perf_counter() - start
@@ -187,16 +186,16 @@ def measure_jaxid(folder: Path, *, use: bool) -> dict[str, float]:
         answers = np.asarray(steered.logprobs(["left", "right"]))
         found["rerun_s"] = time.perf_counter() - start
         if not (np.isfinite(answers).all() and (answers != clean).any(axis=(1, 2)).all()):
-            raise SystemExit(f"steering changed nothing, or made no numbers: {clean} {answers}")
+            raise SystemExit(f"steering had no effect, or its results are not finite: {clean} {answers}")
         found |= {"tokens": float(prompts.last()[0] + 1), "peak_used": status("VmHWM")}
     return found
 
 
 def measure_transformers(folder: Path) -> dict[str, float]:
-    """Loads the folder by Hugging Face's own loader in this process."""
+    """Loads the folder by Hugging Face's loader in this process."""
     import torch
     from transformers import AutoModelForImageTextToText
-    from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: F401 - imports are no part of loading
+    from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: F401 - imports are not part of loading
 
     torch.set_num_threads(THREADS)
     before, start = status("VmRSS"), time.perf_counter()
@@ -208,18 +207,18 @@ def measure_transformers(folder: Path) -> dict[str, float]:
 
 
 def in_fresh_process(system: str, folder: Path, *, use: bool = False) -> dict[str, float]:
-    """What a system measures in a process of its own."""
+    """Measures a system in a fresh process."""
     command = [sys.executable, __file__, "--system", system, "--folder", str(folder), *(["--use"] if use else [])]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
     return json.loads(finished.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Writes the folder, measures both systems in turn, prints and stores the numbers."""
+    """Writes the folder, measures both systems in turn, prints and saves the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for loading.json")
-    parser.add_argument("--scratch", type=Path, help="where the 4.4 GB are written for a while; --out by default")
-    parser.add_argument("--layers", type=int, help="fewer decoder blocks, for a quick look")
+    parser.add_argument("--scratch", type=Path, help="folder for the temporary 4.4 GB; --out by default")
+    parser.add_argument("--layers", type=int, help="number of decoder layers, for a quick run")
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--use", action="store_true", help=argparse.SUPPRESS)
@@ -232,9 +231,7 @@ def main() -> None:
         print(json.dumps(measure_transformers(arguments.folder)))
         return
     if arguments.out is None:
-        parser.error("--out is needed")
-
-    from published_configs import CONFIGS
+        parser.error("--out is required")
 
     fields = dict(CONFIGS["qwen2-2b"])
     if arguments.layers is not None:

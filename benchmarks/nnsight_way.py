@@ -1,39 +1,39 @@
-"""The same works with nnsight 0.8.1, in its documented way: a trace for each prompt, edits batched as its invokes.
+"""The tasks in nnsight 0.8.1, as its documentation recommends: a trace for each prompt, with edits batched as invokes.
 
-nnsight batches invokes of token ids or embeddings, not of pictures ("Can't batch these inputs"). So the control trace
-reads the embeddings, picture tokens included, and the edits' invokes start from them, which also spares them the
-tower. The numbers are those of `published`, in its shapes and order.
+nnsight batches invokes of token ids or embeddings, but not of pictures ("Can't batch these inputs"). The control trace
+therefore saves the embeddings, picture tokens included, and the edits' invokes start from them and need no tower.
+Results have the shapes and order of `published`.
 
-A trace finds its own source code in its file: it cannot be written at the prompt of an interpreter.
+nnsight reads the source code of a trace from its file, so traces cannot be written at an interpreter's prompt.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import nnsight  # pyright: ignore[reportMissingImports] - comes with the extra `bench`
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from published import Batch, Edit, Swap, Swapped
+from published import Batch, Edit, Network, Swap, Swapped
 from torch import Tensor
 
 Item = TypeVar("Item")
 
 INVOKES = 16
-"""Edits of a trace. Each is a row of the whole prompt, some 30 MB of activations on 600 tokens of width 1,024.
+"""Edits per trace. Each is a row of the whole prompt, about 30 MB of activations for 600 tokens of width 1,024.
 
-One a trace, whose activations stay in the processor's cache, takes 10 % less CPU time for each.
+With one edit per trace, activations stay in the processor's cache, and an edit takes 10 % less CPU time.
 """
 
 PICTURES = 4
-"""Pictures of a trace that extracts hidden states; one a trace takes 8 % less CPU time for each."""
+"""Number of pictures per trace that extracts hidden states; with one per trace, a picture takes 8 % less CPU time."""
 
 
-def load(folder: Path) -> Any:
-    """The nnsight model of a checkpoint folder, in float32."""
+def load(folder: Path) -> Network:
+    """Loads a checkpoint folder as nnsight's model, in float32."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -41,16 +41,16 @@ def load(folder: Path) -> Any:
     return nnsight.TransformersModel(str(folder), task="image-text-to-text", dtype=torch.float32, dispatch=True)
 
 
-def control(model: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
-    """A trace for every prompt."""
+def control(model: Network, batch: Batch) -> Float[np.ndarray, "B n"]:
+    """One trace for every prompt."""
     with torch.inference_mode():
         return np.concatenate([_control(model, batch.prompt(row), ()).found for row in range(len(batch.last))])
 
 
 def steer(
-    model: Any, batch: Batch, edits: Sequence[Edit], *, invokes: int = INVOKES
+    model: Network, batch: Batch, edits: Sequence[Edit], *, invokes: int = INVOKES
 ) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
-    """For every prompt a control trace, and traces with an invoke for every edit.
+    """For every prompt a control trace, and traces with one invoke for every edit.
 
     Returns:
         Log-probabilities of the answers in the control trace, and after every edit.
@@ -70,9 +70,9 @@ def steer(
 
 
 def swap(
-    model: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap], *, invokes: int = INVOKES
+    model: Network, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap], *, invokes: int = INVOKES
 ) -> Swapped:
-    """For every prompt a control and an intervened trace, and traces with an invoke for every swap."""
+    """For every prompt a control and an intervened trace, and traces with one invoke for every swap."""
     clean, changed, patched = [], [], []
     read = sorted({swap.layer for swap in swaps})
     with torch.inference_mode():
@@ -89,7 +89,9 @@ def swap(
     return Swapped(control=np.concatenate(clean), intervened=np.concatenate(changed), patched=np.stack(patched, axis=1))
 
 
-def extract(model: Any, batch: Batch, at: Int[Tensor, "B"], *, pictures: int = PICTURES) -> Float[np.ndarray, "B L1 D"]:
+def extract(
+    model: Network, batch: Batch, at: Int[Tensor, "B"], *, pictures: int = PICTURES
+) -> Float[np.ndarray, "B L1 D"]:
     """Traces of several pictures, which stop after the last block.
 
     Returns:
@@ -99,14 +101,14 @@ def extract(model: Any, batch: Batch, at: Int[Tensor, "B"], *, pictures: int = P
     found = []
     with torch.inference_mode():
         for rows in _chunks(range(len(at)), pictures):
-            # Padding is on the right, so the places of earlier tokens are the same with it.
+            # Padding is on the right, so it does not change positions.
             inputs = {"input_ids": batch.token_ids[rows], "attention_mask": batch.valid[rows]}
-            everywhere, places = torch.arange(len(rows)), at[rows]
+            everywhere, positions = torch.arange(len(rows)), at[rows]
             with model.trace(**inputs, pixel_values=batch.pixels[rows], use_cache=False) as tracer:
                 states = nnsight.save([])
-                states.append(decoder.layers[0].input[everywhere, places])
+                states.append(decoder.layers[0].input[everywhere, positions])
                 for layer in decoder.layers:
-                    states.append(layer.output[everywhere, places])
+                    states.append(layer.output[everywhere, positions])
                 tracer.stop()
             found.append(torch.stack(states, dim=1).numpy())
     return np.concatenate(found)
@@ -116,10 +118,10 @@ def extract(model: Any, batch: Batch, at: Int[Tensor, "B"], *, pictures: int = P
 class _Run:
     found: Float[np.ndarray, "1 n"]  # the answers' log-probabilities
     embeddings: Float[Tensor, "1 T D"]
-    states: dict[int, Float[Tensor, "1 T D"]]  # outputs of the blocks that were asked for
+    states: dict[int, Float[Tensor, "1 T D"]]  # outputs of the requested layers
 
 
-def _control(model: Any, prompt: Batch, read: Sequence[int]) -> _Run:
+def _control(model: Network, prompt: Batch, read: Sequence[int]) -> _Run:
     decoder = model.model.language_model
     inputs = {"input_ids": prompt.token_ids, "attention_mask": prompt.valid, "pixel_values": prompt.pixels}
     with model.trace(**inputs, use_cache=False, logits_to_keep=1):
@@ -131,7 +133,7 @@ def _control(model: Any, prompt: Batch, read: Sequence[int]) -> _Run:
     return _Run(found=found.numpy(), embeddings=embeddings, states=states)
 
 
-def _steer(model: Any, prompt: Batch, run: _Run, edits: Sequence[Edit]) -> list[Tensor]:
+def _steer(model: Network, prompt: Batch, run: _Run, edits: Sequence[Edit]) -> list[Tensor]:
     decoder = model.model.language_model
     with model.trace(use_cache=False, logits_to_keep=1) as tracer:
         found = nnsight.save([])
@@ -146,7 +148,7 @@ def _steer(model: Any, prompt: Batch, run: _Run, edits: Sequence[Edit]) -> list[
     return found
 
 
-def _swap(model: Any, prompt: Batch, run: _Run, intervened: _Run, swaps: Sequence[Swap]) -> list[Tensor]:
+def _swap(model: Network, prompt: Batch, run: _Run, intervened: _Run, swaps: Sequence[Swap]) -> list[Tensor]:
     decoder = model.model.language_model
     with model.trace(use_cache=False, logits_to_keep=1) as tracer:
         found = nnsight.save([])

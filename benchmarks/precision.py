@@ -1,36 +1,57 @@
-"""What bfloat16 and float16 cost: distance to float32, family by family, beside the same model in PyTorch.
+"""Rounding errors of bfloat16 and float16 relative to float32, for each family, beside the same model in PyTorch.
 
-Runs the tiny random models of the tests. Norms, softmax, rotary angles and the last logits are computed in float32 in
-every dtype; what is rounded are parameters and activations.
+Runs the tiny random models of the tests. Norms, softmax, rotary angles and the last logits are computed in float32
+whatever the dtype; parameters and activations are rounded.
 
     python benchmarks/precision.py --out DIR
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from timing import use_cpus
+
+if TYPE_CHECKING:  # JAX and PyTorch may only be imported after `use_cpus`
+    import torch
+
+    from jaxid.prompts.processor import Prompts
 
 TESTS = Path(__file__).parents[1] / "tests"
 DTYPES = ("bfloat16", "float16")
 
 
-def distances(case: Any, dtype: str) -> dict[str, float]:
-    """Largest error of the last logits, relative to the largest float32 logit."""
+class Case(Protocol):
+    """A tiny random model of the tests."""
+
+    name: str
+
+    def arguments(self, batch: Prompts) -> dict[str, object]:
+        """The prompts as arguments of PyTorch's model."""
+        ...
+
+    def reference(self, folder: Path) -> torch.nn.Module:
+        """PyTorch's model of a checkpoint folder."""
+        ...
+
+
+def distances(case: Case, dtype: str) -> dict[str, float]:
+    """Largest error of the last logits, relative to the largest float32 logit, by system."""
     import numpy as np
     import torch
 
     from jaxid.interp.forward import forward
 
-    fixtures: Any = importlib.import_module("fixtures")
+    fixtures = importlib.import_module("fixtures")
     prompts = fixtures.prompts(case)
     rows = np.arange(len(prompts))
 
-    def theirs(network: Any, kind: torch.dtype) -> np.ndarray:
+    def theirs(network: torch.nn.Module, kind: torch.dtype) -> np.ndarray:
         arguments = {
             name: value.to(kind) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in case.arguments(prompts).items()
@@ -54,7 +75,7 @@ def main() -> None:
     """Prints a table, and writes `precision.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for precision.json")
-    parser.add_argument("--only", action="append", help="name of a model; may be repeated; all by default")
+    parser.add_argument("--only", action="append", help="name of a model, may be repeated; all by default")
     arguments = parser.parse_args()
     use_cpus()
     sys.path.insert(0, str(TESTS))

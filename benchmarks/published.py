@@ -1,9 +1,9 @@
 """The published procedure in PyTorch: forward hooks on Hugging Face's class, full passes ([ID] arXiv 2601.12626).
 
-Two ways of running it. `one_by_one` is the published one: a single prompt at a time, and for every edit a full
-control pass and a full patched pass. `batched` is what a careful user of the same hooks would write: one control
-pass for a batch of prompts, then one patched pass of the batch for every edit. Swaps and the extraction of hidden
-states are there in the published way alone.
+There are two variants. `one_by_one` is the published one: a single prompt at a time, with a full control pass and a
+full patched pass for every edit. `batched` is what a careful user of the same hooks would write: one control pass for a
+batch of prompts, then one patched pass of the batch for every edit. Swaps and the extraction of hidden states exist in
+the published variant only.
 """
 
 import contextlib
@@ -18,9 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Network = Any
+"""Hugging Face's LLaVA class or `video_reference.Video`, whose parts are built at run time and have no static types."""
+
 
 class HookError(RuntimeError):
-    """A decoder block's output is not what the hooks are written for; they would edit nothing, or the wrong thing."""
+    """A decoder block's output does not have the form that the hooks expect; they would edit the wrong values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Batch:
         valid: 1 at tokens, 0 at padding, Int[B, T].
         pixels: Float[B, C, Y, X]; of clips Float[B, F, C, Y, X].
         last: position of each prompt's last token, Int[B].
-        answers: token ids whose log-probabilities are read, Int[n].
+        answers: token ids of the answers, Int[n].
     """
 
     token_ids: Int[Tensor, "B T"]
@@ -58,10 +61,10 @@ class Edit:
     """Vectors added to the output of one decoder block, one set of vectors per prompt.
 
     Attributes:
-        layer: the block, 0-based.
+        layer: index of the block.
         positions: Int[B, P].
         vectors: Float[B, P, D].
-        strength: where given, each vector is rescaled to strength * |control activation at its position|.
+        strength: if given, each vector is rescaled to strength * |control activation at its position|.
     """
 
     layer: int
@@ -79,8 +82,8 @@ class Swap:
     """Outputs of one decoder block replaced by those of a run on other pictures.
 
     Attributes:
-        layer: the block, 0-based.
-        positions: Int[B, P]; shorter rows are filled up with a position that they hold already.
+        layer: index of the block.
+        positions: Int[B, P]; shorter rows are padded with one of their own positions.
     """
 
     layer: int
@@ -93,12 +96,12 @@ class Swap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Swapped:
-    """What the swaps find: log-probabilities of the answers.
+    """Log-probabilities of the answers in a sweep of swaps.
 
     Attributes:
-        control: of the runs on the prompts' own pictures, Float[B, n].
-        intervened: of the runs on the other pictures, Float[B, n].
-        patched: of the control runs after every swap, Float[E, B, n].
+        control: in the runs on the prompts' own pictures, Float[B, n].
+        intervened: in the runs on the other pictures, Float[B, n].
+        patched: in the control runs after every swap, Float[E, B, n].
     """
 
     control: Float[np.ndarray, "B n"]
@@ -106,8 +109,8 @@ class Swapped:
     patched: Float[np.ndarray, "E B n"]
 
 
-def load(folder: Path) -> Any:
-    """Hugging Face's class in float32, its progress bar and remarks left out; our own network for LLaVA-Video."""
+def load(folder: Path) -> Network:
+    """Loads Hugging Face's class in float32 and without log messages, or our own network for LLaVA-Video."""
     if json.loads((folder / "config.json").read_text())["model_type"] == "llava_qwen":
         import video_reference
 
@@ -120,19 +123,19 @@ def load(folder: Path) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def flops(network: Any, batch: Batch) -> int:
+def flops(network: Network, batch: Batch) -> int:
     """Floating-point operations of one pass over one prompt: matrix products and convolutions, two per product."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # The counter does not know the CPU's fused attention kernel; the plain one is made of products that it knows.
+    # The counter does not know the CPU's fused attention kernel; the plain one consists of products that it counts.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         log_probs(network, batch.prompt(0))
     return counter.get_total_flops()
 
 
-def log_probs(network: Any, batch: Batch) -> Float[Tensor, "B n"]:
-    """Log-probabilities of the answers as the next token; logits are computed for the last position alone."""
+def log_probs(network: Network, batch: Batch) -> Float[Tensor, "B n"]:
+    """Log-probabilities of the answers as the next token; logits are computed for the last position only."""
     output = network.model(
         input_ids=batch.token_ids, pixel_values=batch.pixels, attention_mask=batch.valid, use_cache=False
     )
@@ -140,22 +143,22 @@ def log_probs(network: Any, batch: Batch) -> Float[Tensor, "B n"]:
     return torch.log_softmax(network.lm_head(last).float(), dim=-1)[:, batch.answers]
 
 
-def control_one_by_one(network: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
-    """A pass for every prompt."""
+def control_one_by_one(network: Network, batch: Batch) -> Float[np.ndarray, "B n"]:
+    """One pass for every prompt."""
     with torch.inference_mode():
         return np.concatenate([log_probs(network, batch.prompt(row)).numpy() for row in range(len(batch.last))])
 
 
-def control_batched(network: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
+def control_batched(network: Network, batch: Batch) -> Float[np.ndarray, "B n"]:
     """One pass for all prompts."""
     with torch.inference_mode():
         return log_probs(network, batch).numpy()
 
 
 def one_by_one(
-    network: Any, batch: Batch, edits: Sequence[Edit]
+    network: Network, batch: Batch, edits: Sequence[Edit]
 ) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
-    """The published way: for every prompt and every edit a control pass and a patched pass.
+    """The published variant: for every prompt and every edit a control pass and a patched pass.
 
     Returns:
         Log-probabilities of the answers in the control passes, and after every edit.
@@ -172,9 +175,9 @@ def one_by_one(
 
 
 def batched(
-    network: Any, batch: Batch, edits: Sequence[Edit]
+    network: Network, batch: Batch, edits: Sequence[Edit]
 ) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
-    """The careful way: one control pass of the batch, and one patched pass of the batch for every edit.
+    """The careful variant: one control pass of the batch, and one patched pass of the batch for every edit.
 
     Returns:
         Log-probabilities of the answers in the control pass, and after every edit.
@@ -184,14 +187,16 @@ def batched(
         return clean.numpy(), torch.stack(edited).numpy()
 
 
-def swap_one_by_one(network: Any, batch: Batch, other: Float[Tensor, "B *F C Y X"], swaps: Sequence[Swap]) -> Swapped:
-    """The published way: for every prompt and every swap a control, an intervened and a patched pass.
+def swap_one_by_one(
+    network: Network, batch: Batch, other: Float[Tensor, "B *F C Y X"], swaps: Sequence[Swap]
+) -> Swapped:
+    """The published variant: for every prompt and every swap a control, an intervened and a patched pass.
 
     Args:
         network: Hugging Face's class.
         batch: the prompts with the control pictures.
         other: the pictures of the intervened runs.
-        swaps: what is replaced.
+        swaps: the sweep.
     """
     rows: list[Swapped] = []
     with torch.inference_mode():
@@ -208,7 +213,7 @@ def swap_one_by_one(network: Any, batch: Batch, other: Float[Tensor, "B *F C Y X
     )
 
 
-def _swap(network: Any, prompt: Batch, intervened: Batch, swap: Swap) -> tuple[Tensor, Tensor, Tensor]:
+def _swap(network: Network, prompt: Batch, intervened: Batch, swap: Swap) -> tuple[Tensor, Tensor, Tensor]:
     control = log_probs(network, prompt)
     values: list[Tensor] = []
     with _hooked(network, swap.layer, _record(values)):
@@ -217,12 +222,12 @@ def _swap(network: Any, prompt: Batch, intervened: Batch, swap: Swap) -> tuple[T
         return control, changed, log_probs(network, prompt)
 
 
-def extract_one_by_one(network: Any, batch: Batch, at: Int[Tensor, "B"]) -> Float[np.ndarray, "B L1 D"]:
-    """The published way: a full pass for every picture, with all hidden states kept until it ends.
+def extract_one_by_one(network: Network, batch: Batch, at: Int[Tensor, "B"]) -> Float[np.ndarray, "B L1 D"]:
+    """The published variant: a full pass for every picture, with all hidden states kept until it ends.
 
     Returns:
-        Hidden states at each prompt's position: the embeddings, then every block's output (the last one's before the
-        final norm, which is why Hugging Face's `output_hidden_states` does not serve).
+        Hidden states at each prompt's position: the embeddings, then every block's output. The last one is taken before
+        the final norm, so Hugging Face's `output_hidden_states` cannot be used.
     """
     found = []
     layers = network.model.language_model.layers
@@ -231,14 +236,14 @@ def extract_one_by_one(network: Any, batch: Batch, at: Int[Tensor, "B"]) -> Floa
             states: list[Tensor] = []
             with contextlib.ExitStack() as hooks:
                 hooks.enter_context(_before(layers[0], states))
-                for number in range(len(layers)):
-                    hooks.enter_context(_hooked(network, number, _record(states)))
+                for layer in range(len(layers)):
+                    hooks.enter_context(_hooked(network, layer, _record(states)))
                 log_probs(network, batch.prompt(row))
             found.append(torch.cat([state[:, position] for state in states]).numpy())
     return np.stack(found)
 
 
-def _control_and_patched(network: Any, batch: Batch, edits: Sequence[Edit]) -> tuple[Tensor, list[Tensor]]:
+def _control_and_patched(network: Network, batch: Batch, edits: Sequence[Edit]) -> tuple[Tensor, list[Tensor]]:
     norms: dict[int, Tensor] = {}
     with contextlib.ExitStack() as hooks:
         for edit in edits:
@@ -257,11 +262,11 @@ def _control_and_patched(network: Any, batch: Batch, edits: Sequence[Edit]) -> t
     return clean, patched
 
 
-Hook = Callable[[Any, Any, Any], Tensor | None]
+Hook = Callable[[torch.nn.Module, object, object], Tensor | None]
 
 
 @contextlib.contextmanager
-def _hooked(network: Any, layer: int, hook: Hook) -> Iterator[None]:
+def _hooked(network: Network, layer: int, hook: Hook) -> Iterator[None]:
     handle = network.model.language_model.layers[layer].register_forward_hook(hook)
     try:
         yield
@@ -270,7 +275,7 @@ def _hooked(network: Any, layer: int, hook: Hook) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _before(block: Any, values: list[Tensor]) -> Iterator[None]:
+def _before(block: torch.nn.Module, values: list[Tensor]) -> Iterator[None]:
     """Records a block's input."""
     handle = block.register_forward_pre_hook(lambda _, arguments: values.append(arguments[0]))
     try:
@@ -280,14 +285,14 @@ def _before(block: Any, values: list[Tensor]) -> Iterator[None]:
 
 
 def _record(values: list[Tensor]) -> Hook:
-    def hook(block: Any, arguments: Any, output: Any) -> None:
+    def hook(block: torch.nn.Module, arguments: object, output: object) -> None:
         values.append(bare_tensor(output))
 
     return hook
 
 
 def _replace(values: Float[Tensor, "B T D"], at: Int[Tensor, "B P"]) -> Hook:
-    def hook(block: Any, arguments: Any, output: Any) -> Tensor:
+    def hook(block: torch.nn.Module, arguments: object, output: object) -> Tensor:
         edited, rows = bare_tensor(output), torch.arange(len(at))[:, None]
         edited[rows, at] = values[rows, at]
         return edited
@@ -296,14 +301,14 @@ def _replace(values: Float[Tensor, "B T D"], at: Int[Tensor, "B P"]) -> Hook:
 
 
 def _record_norms(norms: Float[Tensor, "B P"], at: Int[Tensor, "B P"]) -> Hook:
-    def hook(block: Any, arguments: Any, output: Any) -> None:
+    def hook(block: torch.nn.Module, arguments: object, output: object) -> None:
         norms.copy_(bare_tensor(output)[torch.arange(len(at))[:, None], at].norm(dim=-1))
 
     return hook
 
 
 def _add(vectors: Float[Tensor, "B P D"], at: Int[Tensor, "B P"]) -> Hook:
-    def hook(block: Any, arguments: Any, output: Any) -> Tensor:
+    def hook(block: torch.nn.Module, arguments: object, output: object) -> Tensor:
         edited = bare_tensor(output)
         edited[torch.arange(len(at))[:, None], at] += vectors
         return edited
@@ -311,11 +316,11 @@ def _add(vectors: Float[Tensor, "B P D"], at: Int[Tensor, "B P"]) -> Hook:
     return hook
 
 
-def bare_tensor(output: Any) -> Float[Tensor, "B T D"]:
-    """A decoder block's output, which is a bare tensor in transformers >= 5 and was a tuple before.
+def bare_tensor(output: object) -> Float[Tensor, "B T D"]:
+    """A decoder block's output, which is a bare tensor since transformers 5 and was a tuple before.
 
     Raises:
-        HookError: if it is anything else: indexing it like a tuple would pick a prompt and edit that.
+        HookError: if it is anything else; indexing a bare tensor like a tuple would select a prompt.
     """
     if not isinstance(output, Tensor) or output.ndim != 3:
         shape = f" of shape {list(output.shape)}" if isinstance(output, Tensor) else ""

@@ -1,8 +1,8 @@
 """The config.json files of the published checkpoints, at full size, as parsed JSON.
 
-Every field of a file that says something about the network is here, spelled as the file spells it: what a file leaves
-to the defaults of Hugging Face's config class is left to them here too, and a reader that does not know a field meets
-it here first. Left out are names, versions, dtypes, dropout of attention, scales of initial weights, and the ids of
+They contain every field of the files that describes the network, in the files' own spelling. What a file leaves to the
+defaults of Hugging Face's config class is also left to them here, so that a reader that does not know a field fails in
+the tests. Not included are names, versions, dtypes, attention dropout, scales of initial weights, and the ids of the
 tokens that begin, end and pad texts.
 """
 
@@ -27,7 +27,7 @@ def _sizes(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Json
 
 
 def _llava(text: Json) -> Json:
-    """LLaVA-1.5; the sizes of its Vicuna are `LlamaConfig`'s defaults, those of 7B, unless they are given."""
+    """LLaVA-1.5; by default the sizes of its Vicuna are those of 7B, which are `LlamaConfig`'s defaults."""
     return {
         "model_type": "llava",
         "ignore_index": -100,
@@ -62,7 +62,7 @@ def _llava(text: Json) -> Json:
 
 
 def _qwen_vl(decoder: Json, tower: Json, *, max_window_layers: int, tied: bool, vocabulary: int) -> Json:
-    """What Qwen2-VL and Qwen2.5-VL share: ids, positions, and the form of the patches."""
+    """Shared by Qwen2-VL and Qwen2.5-VL: ids, positions, and the shape of the patches."""
     return {
         "vision_start_token_id": 151652,
         "vision_end_token_id": 151653,
@@ -92,14 +92,15 @@ def _qwen_vl(decoder: Json, tower: Json, *, max_window_layers: int, tied: bool, 
     }
 
 
-def _qwen2_vl(sizes: Json, **rest: Any) -> Json:
-    """Qwen2-VL; the tower's `hidden_size` is the decoder's, `embed_dim` its own."""
+def _qwen2_vl(sizes: Json, *, max_window_layers: int, tied: bool, vocabulary: int) -> Json:
+    """Qwen2-VL; the tower's own width is `embed_dim`, and its `hidden_size` is the decoder's."""
     tower = {"embed_dim": 1280, "mlp_ratio": 4, "hidden_size": sizes["hidden_size"]}
-    return _qwen_vl({"model_type": "qwen2_vl", "max_position_embeddings": 32768, **sizes}, tower, **rest)
+    decoder = {"model_type": "qwen2_vl", "max_position_embeddings": 32768, **sizes}
+    return _qwen_vl(decoder, tower, max_window_layers=max_window_layers, tied=tied, vocabulary=vocabulary)
 
 
-def _qwen2_5_vl(sizes: Json, **rest: Any) -> Json:
-    """Qwen2.5-VL; the tower's `hidden_size` is its own, `out_hidden_size` the decoder's."""
+def _qwen2_5_vl(sizes: Json, *, max_window_layers: int, tied: bool, vocabulary: int) -> Json:
+    """Qwen2.5-VL; the tower's own width is `hidden_size`, and `out_hidden_size` is the decoder's."""
     tower = {
         "hidden_act": "silu",
         "hidden_size": 1280,
@@ -109,14 +110,15 @@ def _qwen2_5_vl(sizes: Json, **rest: Any) -> Json:
         "fullatt_block_indexes": [7, 15, 23, 31],
         "tokens_per_second": 2,
     }
-    return _qwen_vl({"model_type": "qwen2_5_vl", "max_position_embeddings": 128000, **sizes}, tower, **rest)
+    decoder = {"model_type": "qwen2_5_vl", "max_position_embeddings": 128000, **sizes}
+    return _qwen_vl(decoder, tower, max_window_layers=max_window_layers, tied=tied, vocabulary=vocabulary)
 
 
 # Llama 3.2 Vision
 
 
 def _mllama() -> Json:
-    """Llama-3.2-11B-Vision-Instruct, and what was trained from it."""
+    """Llama-3.2-11B-Vision-Instruct, and models trained from it."""
     return {
         "model_type": "mllama",
         "image_token_index": 128256,  # the first of the eight rows that the embedding has beyond `vocab_size`
@@ -168,8 +170,8 @@ def _mllama() -> Json:
 def _internvl(text: Json) -> Json:
     """InternVL3 with the 300M tower.
 
-    No level of the file says whether the embeddings are tied; `InternVLConfig` of transformers 5 presumes so until it
-    meets both tensors in the checkpoint, as does the loader here. They are not, which is said here.
+    The file does not say whether the embeddings are tied. `InternVLConfig` of transformers 5 and our loader assume that
+    they are until they find both tensors in the checkpoint. They are not tied, which is stated explicitly here.
     """
     return {
         "model_type": "internvl",
@@ -188,7 +190,7 @@ def _internvl(text: Json) -> Json:
             "rope_theta": 1000000.0,
             "sliding_window": None,
             "use_sliding_window": False,
-            "vocab_size": 151674,  # Qwen2.5's tokenizer and nine more, not padded
+            "vocab_size": 151674,  # Qwen2.5's tokenizer and nine more tokens, not padded
             **text,
         },
         "vision_config": {
@@ -221,7 +223,7 @@ def _internvl(text: Json) -> Json:
 
 
 def _gemma3(text: Json) -> Json:
-    """Gemma 3; 8 heads over 4, of width 256, 262208 tied embeddings and one global layer in six are defaults."""
+    """Gemma 3; defaults are 8 heads over 4 of width 256, 262208 tied embeddings, and one global layer in six."""
     return {
         "model_type": "gemma3",
         "boi_token_index": 255999,
@@ -247,7 +249,7 @@ def _gemma3(text: Json) -> Json:
     }
 
 
-# LLaVA-Video: LLaVA-NeXT's own layout, flat, the tower known by its name
+# LLaVA-Video: LLaVA-NeXT's own flat layout, in which the tower is given by its name
 
 
 def _llava_video(sizes: Json) -> Json:
@@ -321,4 +323,4 @@ CONFIGS: Mapping[str, Json] = {
     "gemma-12b": _gemma3(_sizes(3840, 15360, layers=48, heads=16, kv_heads=8)),
     "llava-video": _llava_video(_sizes(3584, 18944, layers=28, heads=28, kv_heads=4)),
 }
-"""Parsed config.json files by alias (`jaxid.families.registry.ALIASES`); copy one deeply before changing it."""
+"""Parsed config.json files by alias (`jaxid.families.registry.ALIASES`); make a deep copy before changing one."""

@@ -1,16 +1,16 @@
 """The published scoring of dense cosine similarity maps in PyTorch ([DCSM] arXiv 2503.08723).
 
-Straightforward code on Hugging Face's `CLIPModel`, as the procedure is described: every pair of a picture and a caption
-gets its own map, all maps of a call are held at once, and nothing is reused between questions. Shapes: N pictures,
-M captions, I image tokens, T text tokens, E joint width, W functional words.
+Straightforward code on Hugging Face's `CLIPModel` that follows the description of the procedure: every pair of a
+picture and a caption has its own map, all maps of a call are in memory together, and nothing is reused between
+questions. Shapes: N pictures, M captions, I image tokens, T text tokens, E joint width, W functional words.
 
-The description leaves three things open, settled here: dropout follows every hidden layer of the CNN but not its
-output, with PyTorch's default rate; functional words are handled in the order in which they stand in the caption;
-those beyond the last text token are left out. The augmentation of training pictures is not part of this file.
+Where the description is incomplete, this file decides: dropout follows every hidden layer of the CNN but not its
+output, with PyTorch's default rate; functional words are processed in the order of the caption; those beyond the last
+text token are skipped. The augmentation of training pictures is not included.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,20 +26,18 @@ TEXT_TOKENS = 30
 
 FUNCTIONAL_WORDS = ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent")
 
+Processor = Callable[..., Any]
+"""Hugging Face's `CLIPProcessor`."""
+
 Placement = Literal["replace", "insert"]
-"""Which of the two published code paths puts the functional vectors into a map."""
+"""The published code path that puts the functional vectors into a map."""
 
 
 # --- maps -----------------------------------------------------------------------------------------------------------
 
 
-def tokenise(processor: Any, captions: Sequence[str]) -> tuple[Int[Tensor, "M T"], Int[Tensor, "M T"]]:
-    """Token ids of captions and the mask that is 1 at tokens, padded or cut to `TEXT_TOKENS`.
-
-    Args:
-        processor: a `CLIPProcessor`.
-        captions: M texts.
-    """
+def tokenise(processor: Processor, captions: Sequence[str]) -> tuple[Int[Tensor, "M T"], Int[Tensor, "M T"]]:
+    """Token ids of captions, padded or truncated to `TEXT_TOKENS`, and a mask that is 1 at tokens."""
     made = processor(
         text=list(captions), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
     )
@@ -47,7 +45,7 @@ def tokenise(processor: Any, captions: Sequence[str]) -> tuple[Int[Tensor, "M T"
 
 
 def image_tokens(model: CLIPModel, pixel_values: Float[Tensor, "N C Y X"]) -> Float[Tensor, "N I E"]:
-    """Unit vectors in the joint space, one for every token of the pictures, the class token first."""
+    """Unit vectors in the joint space for every token of the pictures, the class token first."""
     hidden = model.vision_model(pixel_values=pixel_values).last_hidden_state
     hidden = model.vision_model.post_layernorm(hidden)  # the class applies it to the class token alone
     return functional.normalize(model.visual_projection(hidden), dim=-1)
@@ -56,18 +54,20 @@ def image_tokens(model: CLIPModel, pixel_values: Float[Tensor, "N C Y X"]) -> Fl
 def text_tokens(
     model: CLIPModel, input_ids: Int[Tensor, "M T"], attention_mask: Int[Tensor, "M T"]
 ) -> Float[Tensor, "M T E"]:
-    """Unit vectors in the joint space, one for every token of the captions, padding included.
+    """Unit vectors in the joint space for every token of the captions, padding included.
 
     Args:
         model: the encoder.
-        input_ids: as `tokenise` makes them.
-        attention_mask: likewise.
+        input_ids: token ids, from `tokenise`.
+        attention_mask: 1 at tokens, 0 at padding, from `tokenise`.
 
     Raises:
-        ValueError: the captions are not of `TEXT_TOKENS` tokens.
+        ValueError: if the captions do not have `TEXT_TOKENS` tokens.
     """
     if input_ids.shape[1] != TEXT_TOKENS:
-        raise ValueError(f"captions of {input_ids.shape[1]} tokens: pad or cut them to {TEXT_TOKENS} with `tokenise`")
+        raise ValueError(
+            f"captions of {input_ids.shape[1]} tokens: pad or truncate them to {TEXT_TOKENS} with `tokenise`"
+        )
     hidden = model.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return functional.normalize(model.text_projection(hidden), dim=-1)  # the final norm is already applied
 
@@ -86,21 +86,21 @@ def maps(P: Float[Tensor, "N I E"], Q: Float[Tensor, "M T E"]) -> Float[Tensor, 
 
 
 def functional_vectors(count: int, I: int, generator: torch.Generator) -> Float[Tensor, "W I"]:  # noqa: E741
-    """Draws the fixed vectors that stand for functional words in a map.
+    """Draws the fixed vectors that represent functional words in a map.
 
     Args:
-        count: W, how many words.
-        I: how many image tokens.
-        generator: the source of chance.
+        count: number of words, W.
+        I: number of image tokens.
+        generator: source of randomness.
     """
     drawn = torch.randn(count, I, generator=generator)
     return (functional.normalize(drawn, dim=-1) + 1) / 3
 
 
 def functional_places(caption: str, words: Sequence[str] = FUNCTIONAL_WORDS) -> list[tuple[int, int]]:
-    """Where functional words stand: (number of the word in `words`, number of the word in the caption).
+    """Functional words of a caption as pairs: (index in `words`, index among the caption's words).
 
-    Words are what lies between single spaces and have to match exactly; only the first occurrence counts.
+    The caption is split at single spaces, and words have to match exactly. Only the first occurrence counts.
 
     Args:
         caption: the text.
@@ -119,14 +119,14 @@ def place_functional(
 ) -> Float[Tensor, "N M I T"]:
     """Puts the vectors of functional words into the maps.
 
-    The slips of the published code are kept: a word's number in the caption serves as the number of a token, though the
-    tokens begin with a start token and a word may take several; and "insert" pushes the later columns on.
+    This keeps the bugs of the published code. The index of a word in the caption is used as the index of a token,
+    although the tokens begin with a start token and a word may have several tokens. "insert" shifts all later columns.
 
     Args:
         S: the maps.
         captions: the M texts.
-        vectors: one for each of `words`.
-        placement: "replace" writes over column j; "insert" puts a column in before it, and the last one drops out.
+        vectors: one vector for each of `words`.
+        placement: "replace" overwrites the word's column; "insert" inserts a column before it and drops the last one.
         words: the functional vocabulary.
     """
     S = S.clone()
@@ -144,7 +144,7 @@ def place_functional(
 
 
 def standardise(S: Tensor) -> Tensor:
-    """Zero mean and unit (unbiased) standard deviation over all numbers of the tensor together."""
+    """Shifts and scales a tensor to mean zero and (unbiased) standard deviation one over all its elements."""
     return (S - S.mean()) / S.std()
 
 
@@ -154,7 +154,7 @@ class ScorerCNN(nn.Module):
     Args:
         I: image tokens.
         T: text tokens.
-        dropout: probability of dropping a number behind each hidden layer during training.
+        dropout: dropout rate after each hidden layer during training.
     """
 
     def __init__(self, I: int, T: int = TEXT_TOKENS, dropout: float = 0.5) -> None:  # noqa: E741
@@ -174,7 +174,7 @@ class ScorerCNN(nn.Module):
 
 
 class ScorerMLP(nn.Module):
-    """The baseline scorer: linear layers alone.
+    """The baseline scorer: linear layers only.
 
     Args:
         I: image tokens.
@@ -198,9 +198,9 @@ class Scorer:
     """A network that scores maps, and the functional vectors it was trained with.
 
     Attributes:
-        network: `ScorerCNN` or `ScorerMLP`; it decides by its mode whether anything is dropped.
-        vectors: Float[W, I], one for each of `words`.
-        placement: how the vectors are put into maps.
+        network: `ScorerCNN` or `ScorerMLP`; dropout is active in its training mode.
+        vectors: Float[W, I], one vector for each of `words`.
+        placement: code path that puts the vectors into maps.
         words: the functional vocabulary.
     """
 
@@ -216,7 +216,7 @@ def score_pairs(
     """The score of every pair of a picture and a caption; all pairs of the call are standardised together.
 
     Args:
-        scorer: what scores.
+        scorer: the scorer.
         P: unit vectors of the image tokens.
         Q: unit vectors of the text tokens.
         captions: the M texts of `Q`.
@@ -231,7 +231,7 @@ def score_pairs(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Pictures and captions, encoded; caption n belongs to picture n.
+    """Encoded pictures and captions; caption n belongs to picture n.
 
     Attributes:
         images: unit vectors of the image tokens, Float[N, I, E].
@@ -245,14 +245,14 @@ class Batch:
 
 
 @torch.no_grad()
-def encode(model: CLIPModel, processor: Any, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Batch:
+def encode(model: CLIPModel, processor: Processor, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Batch:
     """Runs the frozen encoder.
 
     Args:
         model: the encoder.
         processor: its `CLIPProcessor`.
-        pictures: N pictures; for training, items and after them their opposites.
-        captions: the texts, in training one for each picture.
+        pictures: N pictures; in training, all items followed by their opposites.
+        captions: the texts; in training, one for each picture.
     """
     pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
     return Batch(
@@ -268,7 +268,7 @@ def two_way_loss(
     """Cross-entropy over the captions of each picture plus that over the pictures of each caption, after a shuffle.
 
     Args:
-        scores: a row per picture, a column per caption, the right ones on the diagonal.
+        scores: one row per picture and one column per caption; correct pairs are on the diagonal.
         picture_order: a permutation of the rows.
         caption_order: a permutation of the columns.
     """
@@ -280,14 +280,14 @@ def two_way_loss(
 def train_step(
     scorer: Scorer, optimiser: torch.optim.Optimizer, sets: Sequence[Sequence[Batch]], generator: torch.Generator
 ) -> float:
-    """One step on one batch of every data set, in all its caption versions; changes the scorer's network.
+    """One step on one batch of every data set, in all its caption versions; updates the scorer's network.
 
     The gradients of all batches are summed and divided by the number of data sets, not of batches.
 
     Args:
-        scorer: what is trained; its functional vectors stay as they are.
+        scorer: the scorer to train; its functional vectors are not changed.
         optimiser: Adam over the parameters of `scorer.network`.
-        sets: for each data set (published: three), a batch per caption version (published: two).
+        sets: for each data set (three, as published), one batch per caption version (two, as published).
         generator: shuffles the score matrices.
 
     Returns:
@@ -314,11 +314,11 @@ def train_step(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """One picture and the captions to choose from; the first one is right.
+    """One picture and the captions to choose from, of which the first is correct.
 
     Attributes:
         picture: the picture.
-        captions: the texts, with whatever prefix the data set asks for.
+        captions: the texts, including the prefix that the data set prescribes.
     """
 
     picture: Image.Image
@@ -327,11 +327,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Share of questions whose first caption won.
+    """Share of questions whose first caption has the highest score.
 
     Attributes:
-        maps: by the scorer.
-        cosine: by the cosine of the pooled embeddings.
+        maps: share by the scorer.
+        cosine: share by the cosine of the pooled embeddings.
     """
 
     maps: float
@@ -340,9 +340,9 @@ class Accuracy:
 
 @torch.no_grad()
 def pooled_cosine(
-    model: CLIPModel, processor: Any, pictures: Sequence[Image.Image], captions: Sequence[str]
+    model: CLIPModel, processor: Processor, pictures: Sequence[Image.Image], captions: Sequence[str]
 ) -> Float[Tensor, "N M"]:
-    """The usual CLIP score without its temperature, by the model's own pooled embeddings."""
+    """CLIP's score without its temperature: cosines of the model's pooled embeddings."""
     pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
     ids, mask = tokenise(processor, captions)
     made = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
@@ -350,20 +350,20 @@ def pooled_cosine(
 
 
 @torch.no_grad()
-def evaluate(model: CLIPModel, processor: Any, scorer: Scorer, questions: Sequence[Question]) -> Accuracy:
-    """Answers questions one at a time, encoding everything anew for each; the network is left in evaluation mode.
+def evaluate(model: CLIPModel, processor: Processor, scorer: Scorer, questions: Sequence[Question]) -> Accuracy:
+    """Answers questions one at a time and encodes everything again for each; leaves the network in evaluation mode.
 
     Args:
         model: the encoder.
         processor: its `CLIPProcessor`.
-        scorer: what scores.
-        questions: what is asked.
+        scorer: the scorer.
+        questions: the questions.
 
     Raises:
-        ValueError: there is no question.
+        ValueError: if there are no questions.
     """
     if not questions:
-        raise ValueError("no question to evaluate: give at least one")
+        raise ValueError("no questions to evaluate: give at least one")
     scorer.network.eval()
     right = {"maps": 0, "cosine": 0}
     for question in questions:
@@ -383,7 +383,7 @@ def save_checkpoint(path: Path, scorer: Scorer) -> None:
 
     Args:
         path: the file.
-        scorer: its placement and vocabulary are not written.
+        scorer: the scorer, whose placement and vocabulary are not saved.
     """
     torch.save({"scorer": scorer.network.state_dict(), "functional": scorer.vectors}, path)
 
@@ -393,16 +393,18 @@ def load_checkpoint(path: Path, placement: Placement = "replace", words: tuple[s
 
     Args:
         path: the file.
-        placement: how the vectors are put into maps.
+        placement: code path that puts the vectors into maps.
         words: the functional vocabulary, in the order of the vectors.
 
     Raises:
-        ValueError: the file holds another number of vectors than there are words.
+        ValueError: if the file's number of vectors differs from the number of words.
     """
     held = torch.load(path, weights_only=True)
     parameters, vectors = held["scorer"], held["functional"]
     if len(vectors) != len(words):
-        raise ValueError(f"{path} holds {len(vectors)} functional vectors for {len(words)} words: name those it has")
+        raise ValueError(
+            f"{path} contains {len(vectors)} functional vectors for {len(words)} words: pass those it was saved with"
+        )
     tokens, inputs = vectors.shape[1], parameters["fc1.weight"].shape[1]
     if "conv1.weight" in parameters:
         network = ScorerCNN(tokens, inputs // (4 * tokens))

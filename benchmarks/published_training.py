@@ -1,26 +1,25 @@
 """A fine-tuning step in PyTorch as it is usually written: Hugging Face's class, autograd, AdamW.
 
-The loss is the answer's cross-entropy plus one minus the mean cosine between the second object's activations, less
-their mean over the batch, and the IDs of its cells ([ID] arXiv 2601.12626, fine-tuning).
+The loss is the answer's cross-entropy plus a weighted ID loss: one minus the mean cosine between the second object's
+activations, centred over the batch, and the IDs of its cells ([ID] arXiv 2601.12626, fine-tuning).
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from published import bare_tensor
+from published import Network, bare_tensor
 from published import load as load
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-"""Label of tokens that the loss leaves out."""
+"""Label of tokens that the loss ignores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +30,8 @@ class Examples:
         token_ids: Int[B, T], padding on the right.
         valid: 1 at tokens, 0 at padding, Int[B, T].
         pixels: Float[B, C, Y, X].
-        places: where the answer is read, Int[B].
-        labels: its token, Int[B].
+        places: position at which the answer is read, Int[B].
+        labels: token id of the answer, Int[B].
         word: position of the second object's word, Int[B].
         target: the ID of its cell, Float[B, D].
     """
@@ -47,21 +46,21 @@ class Examples:
 
     @classmethod
     def read(cls, path: Path) -> "Examples":
-        """The batch of an .npz file."""
+        """Reads the batch from an .npz file."""
         with np.load(path) as arrays:
             return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays.files})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a step.
+    """Settings of a run.
 
     Attributes:
-        id_layer: the decoder block after which activations are compared with IDs.
-        id_weight: of the ID loss.
-        rates: learning rates of the first steps; the last one stays.
-        weight_decay: of all trained tensors.
-        clip_norm: of the gradient of all trained tensors.
+        id_layer: layer after which activations are compared with IDs.
+        id_weight: weight of the ID loss.
+        rates: learning rates of the first steps; all later steps use the last one.
+        weight_decay: weight decay of all trained tensors.
+        clip_norm: largest norm of the gradient of all trained tensors together.
     """
 
     id_layer: int
@@ -72,11 +71,11 @@ class Settings:
 
 
 class Steps:
-    """Fine-tuning steps on one batch; several may take turns on one network, each with tensors of its own."""
+    """Fine-tuning steps on one batch; several runs may take turns on one network, each with its own tensors."""
 
     def __init__(
         self,
-        network: Any,
+        network: Network,
         trained: Iterable[str],
         examples: Examples,
         settings: Settings,
@@ -87,12 +86,12 @@ class Steps:
         """Prepares a run that begins with the network's tensors.
 
         Args:
-            network: Hugging Face's class; everything in it is frozen, but for what its runs train.
+            network: Hugging Face's class; all parameters are frozen except the trained ones.
             trained: names of the trained parameters.
             examples: the batch.
-            settings: see there.
-            checkpointed: the backward pass recomputes the inside of every block.
-            lean: logits of the answer alone, where Hugging Face's loss computes those of every token.
+            settings: settings of the run.
+            checkpointed: recompute the inside of every block in the backward pass.
+            lean: compute logits of the answer only, where Hugging Face's loss computes those of every token.
         """
         self.network, self.examples, self.settings = network, examples, settings
         self.checkpointed, self.lean = checkpointed, lean
@@ -104,7 +103,7 @@ class Steps:
         self.done = 0
 
     def __call__(self) -> Mapping[str, float]:
-        """A step.
+        """Runs a step.
 
         Returns:
             "loss" and its parts "answer_loss" and "id_loss".
@@ -112,14 +111,14 @@ class Steps:
         network = self.network.train()
         for name, value in self.own.items():
             self._put(name, value)
-        # What `gradient_checkpointing_enable` does, but for asking for a gradient of the embeddings: with that, the
-        # frozen blocks of the tower would have a backward pass.
+        # Like `gradient_checkpointing_enable`, but without a gradient of the embeddings, which adds a backward pass
+        # through the frozen blocks of the tower.
         network._set_gradient_checkpointing(self.checkpointed, partial(checkpoint, use_reentrant=False))
         self.optimizer.zero_grad()
         total, losses = self._loss()
         total.backward()
         for value in self.own.values():
-            if value.grad is None:  # of blocks behind the hidden state that is read; decayed like all others
+            if value.grad is None:  # of blocks after the hidden state that is read, whose tensors only decay
                 value.grad = torch.zeros_like(value)
         torch.nn.utils.clip_grad_norm_(self.own.values(), self.settings.clip_norm)
         for group in self.optimizer.param_groups:
@@ -161,9 +160,9 @@ class Steps:
         return total, {"loss": total, "answer_loss": answer, "id_loss": identity}
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """The last step's gradients, clipped; after the first step a tenth of them is AdamW's first moment."""
+        """The last step's clipped gradients; after the first step, AdamW's first moment is a tenth of them."""
         return {name: value.grad.numpy().copy() for name, value in self.own.items() if value.grad is not None}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What is trained, as it is now."""
+        """The current trained tensors."""
         return {name: value.detach().numpy().copy() for name, value in self.own.items()}

@@ -1,19 +1,22 @@
-"""The procedure of `strongest` on a network written anew: the same arithmetic at the CPU's peak.
+"""The procedure of `strongest` on a rewritten network: the same arithmetic at the CPU's peak.
 
-One control pass for every prompt, whose keys and values are kept; all edits as rows that share them, each computing the
-tokens from the first edited one on from the first edited block on; of the last block only the last token; a swap of
-all picture tokens takes the other run's keys and values instead of computing 576 tokens anew. `packed` says how a
-pass is made fast. The numbers are those of `published`, in its shapes and order.
+One control pass for every prompt keeps its keys and values. All edits are rows that share them, and each computes only
+the tokens and layers from the first edited one on; the last block computes only the last token. A swap of all picture
+tokens uses the other run's keys and values instead of computing 576 tokens again. `packed` explains why a pass is fast.
+Results have the shapes and order of `published`.
 
-Each CPU works on a prompt of its own with one thread, which was 3 to 10 % faster than two threads on one prompt.
+Each CPU works on a separate prompt with one thread, which was 3 to 10 % faster than two threads on one prompt.
 
-What else was measured, CPU seconds of one thread (AMD EPYC, AVX-512) for a control pass of 593 tokens through the
-model of `geometry`, of which 2.1 are products at the processor's peak: Hugging Face's full pass 2.87; its modules
-without what nobody reads 2.71; this rewriting with PyTorch's `linear` 2.45, with reordered weights 2.26, and with
-attention in parts of 64 queries instead of PyTorch's flash kernel, as it is now, 2.22. `torch.compile` with frozen
-weights took 6 % off Hugging Face's decoder after 16 s of compilation, less than a third of what the rewriting takes
-off; it does not take reordered weights. The attention of a block for 48 edits of 12 tokens: the prefix copied to every
-row 155 ms, shared with one softmax over both parts 26 ms, two parts merged by their log-sums, as it is now, 23 ms.
+Other measurements are in CPU seconds of one thread (AMD EPYC, AVX-512) for a control pass of 593 tokens through the
+model of `geometry`, of which 2.1 s are products at the processor's peak:
+
+- Hugging Face's full pass: 2.87; its modules without values that nothing reads: 2.71.
+- This network with PyTorch's `linear`: 2.45; with reordered weights: 2.26; with attention in chunks of 64 queries
+  instead of PyTorch's flash kernel, as used here: 2.22.
+- `torch.compile` with frozen weights made Hugging Face's decoder 6 % faster after 16 s of compilation, less than a
+  third of the gain of this network. It does not support reordered weights.
+- Attention of one block for 48 edits of 12 tokens took 155 ms with the prefix copied to every row, 26 ms with a shared
+  prefix and one softmax over both parts, and 23 ms with two parts merged by their log-sum-exponentials, as used here.
 """
 
 import concurrent.futures
@@ -34,12 +37,12 @@ Result = TypeVar("Result")
 
 
 def load(folder: Path) -> Packed:
-    """Hugging Face's checkpoint, its weights reordered."""
+    """Loads Hugging Face's checkpoint and reorders its weights."""
     return Packed(load_network(folder))
 
 
 def control(network: Packed, batch: Batch) -> Float[np.ndarray, "B n"]:
-    """A pass for every prompt."""
+    """One pass for every prompt."""
 
     def one(row: int) -> np.ndarray:
         run = _run(network, batch.prompt(row), batch.pixels[row], int(batch.last[row]))
@@ -51,7 +54,7 @@ def control(network: Packed, batch: Batch) -> Float[np.ndarray, "B n"]:
 def steer(
     network: Packed, batch: Batch, edits: Sequence[Edit]
 ) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
-    """One control pass for every prompt, and all its edits side by side.
+    """One control pass for every prompt, and all its edits together.
 
     Returns:
         Log-probabilities of the answers in the control pass, and after every edit.
@@ -61,23 +64,23 @@ def steer(
         mine = [edit.prompt(row) for edit in edits]
         start = min(int(edit.positions.min()) for edit in mine)
         run = _run(network, batch.prompt(row), batch.pixels[row], start)
-        places: dict[int, list[int]] = defaultdict(list)
-        for place, edit in enumerate(mine):
-            places[edit.layer].append(place)
+        indices: dict[int, list[int]] = defaultdict(list)
+        for index, edit in enumerate(mine):
+            indices[edit.layer].append(index)
         joins = {
-            layer: torch.stack([_edited(run, mine[place]) for place in chosen])
-            for layer, chosen in sorted(places.items())
+            layer: torch.stack([_edited(run, mine[index]) for index in chosen])
+            for layer, chosen in sorted(indices.items())
         }
         (rows,) = network.resume([Group(source=run, start=start, joins=joins)])
         found = network.log_probs(torch.cat([run.states[-1, -1:], rows]), batch.answers).numpy()
-        return found[[0, *_ranks(places)]]
+        return found[[0, *_ranks(indices)]]
 
     found = np.stack(_for_all(len(batch.last), one), axis=1)
     return found[0], found[1:]
 
 
 def _edited(run: Pass, edit: Edit) -> Float[Tensor, "S D"]:
-    """The kept tokens of the control pass after an edit of one prompt."""
+    """The control pass's kept tokens at the edit's layer, with the edit of one prompt applied."""
     states = run.states[edit.layer + 1].clone()
     at, vectors = edit.positions[0] - run.start, edit.vectors[0]
     if edit.strength is not None:
@@ -87,20 +90,20 @@ def _edited(run: Pass, edit: Edit) -> Float[Tensor, "S D"]:
     return states
 
 
-def _ranks(places: dict[int, list[int]]) -> list[int]:
-    """Where each edit's row lies, counted from 1, when rows are in the order of the blocks they join at."""
-    order = [place for _, chosen in sorted(places.items()) for place in chosen]
+def _ranks(indices: dict[int, list[int]]) -> list[int]:
+    """Each edit's row, counted from 1, when rows are in the order of their layers."""
+    order = [index for _, chosen in sorted(indices.items()) for index in chosen]
     return [rank + 1 for rank in np.argsort(order)]
 
 
 def swap(network: Packed, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap]) -> Swapped:
-    """One control and one intervened pass for every prompt, and all its swaps side by side.
+    """One control and one intervened pass for every prompt, and all its swaps together.
 
     Args:
         network: the packed network.
         batch: the prompts with the control pictures.
         other: the pictures of the intervened runs.
-        swaps: what is replaced: each all picture tokens and no other, or tokens after the picture.
+        swaps: the sweep; each swap is of exactly the picture tokens, or of tokens after the picture.
 
     Raises:
         ValueError: for any other swap.
@@ -112,25 +115,25 @@ def swap(network: Packed, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: 
         start = int(picture[-1]) + 1
         clean = _run(network, prompt, batch.pixels[row], start)
         changed = _run(network, prompt, other[row], start)
-        # The rows of a set of tokens share the keys and values of one pass; by that pass and the first token anew.
-        places: dict[tuple[bool, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for place, edit in enumerate(swaps):
+        # Rows are grouped by the pass whose keys and values they share, and by their first token.
+        groups_of: dict[tuple[bool, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, edit in enumerate(swaps):
             at = edit.positions[row].unique()
             if torch.equal(at, picture):
-                places[True, start][edit.layer].append(place)
+                groups_of[True, start][edit.layer].append(index)
             elif at[0] >= start:
-                places[False, int(at[0])][edit.layer].append(place)
+                groups_of[False, int(at[0])][edit.layer].append(index)
             else:
-                raise ValueError("a swap is of all picture tokens, or of tokens after the picture.")
+                raise ValueError("a swap must be of all picture tokens, or of tokens after the picture.")
         groups, order = [], []
-        for (is_picture, first), layers in places.items():
+        for (is_picture, first), layers in groups_of.items():
             joins = {}
             for layer, chosen in sorted(layers.items()):
-                # Later blocks see a picture that was swapped for the other as the other run's keys and values.
+                # After a swap of the picture, later blocks read the other run's keys and values, and text is unchanged.
                 states = clean.states[layer + 1].expand(len(chosen), -1, -1).clone()
                 if not is_picture:
-                    for states_of_row, place in zip(states, chosen, strict=True):
-                        at = swaps[place].positions[row] - start
+                    for states_of_row, index in zip(states, chosen, strict=True):
+                        at = swaps[index].positions[row] - start
                         states_of_row[at] = changed.states[layer + 1, at]
                 joins[layer] = states[:, first - start :]
                 order += chosen
@@ -145,7 +148,7 @@ def swap(network: Packed, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: 
 
 
 def extract(network: Packed, batch: Batch, at: Int[Tensor, "B"]) -> Float[np.ndarray, "B L1 D"]:
-    """A pass for every picture that ends at the asked token.
+    """One pass for every picture, which ends at the requested token.
 
     Returns:
         Hidden states at each prompt's position: the embeddings, then every block's output.
@@ -164,7 +167,7 @@ def _run(network: Packed, prompt: Batch, picture: Float[Tensor, "C Y X"], start:
 
 
 def _for_all(count: int, one: Callable[[int], Result]) -> list[Result]:
-    """Calls a function for every row: as many rows at a time as PyTorch has threads, each with one thread."""
+    """Calls a function for every row, as many rows at a time as PyTorch has threads, each with one thread."""
     threads = torch.get_num_threads()
 
     def call(row: int) -> Result:
@@ -177,4 +180,4 @@ def _for_all(count: int, one: Callable[[int], Result]) -> list[Result]:
         with concurrent.futures.ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(call, range(count)))
     finally:
-        torch.set_num_threads(threads)  # a worker's setting reaches some of PyTorch's libraries in all threads
+        torch.set_num_threads(threads)  # in some of PyTorch's libraries a worker's setting affects all threads

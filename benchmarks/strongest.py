@@ -1,41 +1,39 @@
-"""The strongest procedure on Hugging Face's own modules: one control pass, its KV cache shared by all edits.
+"""The strongest procedure on Hugging Face's own modules: one control pass, whose KV cache all edits share.
 
-Only the tokens from the first edited one on are run again, from the first edited block on. All edits of a prompt go
-through a block as one long row of tokens: an attention mask lets each edit's tokens read the cached prefix and their
-own, so that the cache is never copied for every edit, as a batch would ask for. The tower stops at the hidden state
-that is read, and the last block's MLP sees the last token alone. The numbers are those of `published`, in its shapes
-and order.
+Only tokens from the first edited one on run again, from the first edited layer on. All edits of a prompt pass through a
+block as one long row of tokens. An attention mask lets each edit's tokens read the cached prefix and their own tokens,
+so that the cache is not copied for every edit, as a batch would require. The tower stops at the hidden state that is
+read, and the last block's MLP sees only the last token. Results have the shapes and order of `published`.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from published import Batch, Edit, Swap, Swapped
+from published import Batch, Edit, Network, Swap, Swapped
 from published import load as load
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 TOKENS_TOGETHER = 768
-"""Tokens of edits that go through a block together."""
+"""Number of the edits' tokens that pass through a block together."""
 
 _CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
-"""The blocks' argument for keys and values, renamed in transformers 5.24."""
+"""The blocks' argument for keys and values, which transformers 5.24 renamed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:
-    """What is kept of a prompt's pass.
+    """What a control pass over a prompt keeps.
 
     Attributes:
         states: residual stream from `start` on: the embeddings, then every block's output, Float[L + 1, S, D].
         cache: keys and values of all tokens.
-        start: the first kept token.
+        start: position of the first kept token.
     """
 
     states: Float[Tensor, "L1 S D"]
@@ -43,8 +41,8 @@ class Control:
     start: int
 
 
-def pictures(network: Any, pixels: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B I D"]:
-    """The projected picture tokens, the tower run only as deep as it is read."""
+def pictures(network: Network, pixels: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B I D"]:
+    """The projected picture tokens; the tower stops at the hidden state that is read."""
     model = network.model
     tower = getattr(model.vision_tower, "vision_model", model.vision_tower)
     layers = tower.encoder.layers
@@ -56,7 +54,7 @@ def pictures(network: Any, pixels: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B
     return model.multi_modal_projector(states[:, 1:])
 
 
-def embeddings(network: Any, token_ids: Int[Tensor, "B T"], pixels: Tensor) -> Float[Tensor, "B T D"]:
+def embeddings(network: Network, token_ids: Int[Tensor, "B T"], pixels: Tensor) -> Float[Tensor, "B T D"]:
     """The decoder's input."""
     model = network.model
     embedded = model.language_model.embed_tokens(token_ids)
@@ -64,8 +62,8 @@ def embeddings(network: Any, token_ids: Int[Tensor, "B T"], pixels: Tensor) -> F
     return embedded
 
 
-def run(network: Any, token_ids: Int[Tensor, "T"], pixels: Tensor, start: int) -> Control:
-    """A control pass of one prompt; of the last block only the kept tokens leave."""
+def run(network: Network, token_ids: Int[Tensor, "T"], pixels: Tensor, start: int) -> Control:
+    """A control pass over one prompt; the last block returns only the kept tokens."""
     decoder = network.model.language_model
     x = embeddings(network, token_ids[None], pixels[None])
     rotation = decoder.rotary_emb(x, torch.arange(len(token_ids))[None])
@@ -77,8 +75,15 @@ def run(network: Any, token_ids: Int[Tensor, "T"], pixels: Tensor, start: int) -
     return Control(states=torch.stack(kept), cache=cache, start=start)
 
 
-def _last_block(block: Any, x: Tensor, mask: Any, rotation: Any, cache: Any, keep: Any) -> Float[Tensor, "B S D"]:
-    """A decoder block whose MLP sees the kept tokens alone."""
+def _last_block(
+    block: Network,
+    x: Float[Tensor, "B T D"],
+    mask: Tensor | None,
+    rotation: tuple[Tensor, Tensor],
+    cache: DynamicCache,
+    keep: slice | Tensor,
+) -> Float[Tensor, "B S D"]:
+    """A decoder block whose MLP sees only the kept tokens."""
     mixed = block.self_attn(
         block.input_layernorm(x), attention_mask=mask, position_embeddings=rotation, **{_CACHE: cache}
     )[0]
@@ -86,44 +91,44 @@ def _last_block(block: Any, x: Tensor, mask: Any, rotation: Any, cache: Any, kee
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def log_probs(network: Any, states: Float[Tensor, "N D"], answers: Int[Tensor, "n"]) -> Float[np.ndarray, "N n"]:
-    """Log-probabilities of the answers after last blocks' outputs."""
+def log_probs(network: Network, states: Float[Tensor, "N D"], answers: Int[Tensor, "n"]) -> Float[np.ndarray, "N n"]:
+    """Log-probabilities of the answers, from outputs of the last block."""
     hidden = network.model.language_model.norm(states)
     return torch.log_softmax(network.lm_head(hidden).float(), dim=-1)[:, answers].numpy()
 
 
 def resume(
-    network: Any, source: Control, first: int, joins: Sequence[tuple[int, Float[Tensor, "S D"]]]
+    network: Network, source: Control, first: int, joins: Sequence[tuple[int, Float[Tensor, "S D"]]]
 ) -> Float[Tensor, "E D"]:
-    """Last tokens after the last block, of edits that share the tokens before `first`.
+    """Last token's output of the last block, for edits that share the tokens before `first`.
 
     Args:
         network: Hugging Face's class.
         source: the pass whose keys and values are read.
-        first: the first token that is run again.
-        joins: for every edit the block after which it acts, and what leaves that block from `first` on.
+        first: position of the first token that runs again.
+        joins: for every edit its layer, and the edited output of that layer from `first` on.
     """
     length = len(joins[0][1])
     together = max(1, TOKENS_TOGETHER // length)
-    order = sorted(range(len(joins)), key=lambda number: joins[number][0])
+    order = sorted(range(len(joins)), key=lambda index: joins[index][0])
     found: dict[int, Tensor] = {}
     for begin in range(0, len(order), together):
         chosen = order[begin : begin + together]
-        for number, last in zip(chosen, _resume_some(network, source, first, [joins[n] for n in chosen]), strict=True):
-            found[number] = last
-    return torch.stack([found[number] for number in range(len(joins))])
+        for index, last in zip(chosen, _resume_some(network, source, first, [joins[i] for i in chosen]), strict=True):
+            found[index] = last
+    return torch.stack([found[index] for index in range(len(joins))])
 
 
 def _resume_some(
-    network: Any, source: Control, first: int, joins: Sequence[tuple[int, Tensor]]
+    network: Network, source: Control, first: int, joins: Sequence[tuple[int, Tensor]]
 ) -> Float[Tensor, "E D"]:
     decoder = network.model.language_model
     blocks, (length, width) = len(decoder.layers), joins[0][1].shape
     cache = DynamicCache()
-    layers: list[Any] = source.cache.layers
-    for number, layer in enumerate(layers):
-        cache.update(layer.keys[:, :, :first], layer.values[:, :, :first], number)
-    places = torch.arange(first, first + length)
+    layers: list[Network] = source.cache.layers
+    for index, layer in enumerate(layers):
+        cache.update(layer.keys[:, :, :first], layer.values[:, :, :first], index)
+    positions = torch.arange(first, first + length)
     own = torch.ones(length, length, dtype=torch.bool).tril()
     x = torch.empty(1, 0, width)
     waiting = list(joins)
@@ -136,10 +141,10 @@ def _resume_some(
             finished = [x[0].reshape(-1, length, width)[-len(joining) :, -1]] if joining else []
             break
         rows = x.shape[1] // length
-        rotation = decoder.rotary_emb(x, places.repeat(rows)[None])
+        rotation = decoder.rotary_emb(x, positions.repeat(rows)[None])
         mask = torch.ones(rows * length, first + rows * length, dtype=torch.bool)
         mask[:, first:] = torch.block_diag(*[own] * rows).bool()
-        arguments: dict[str, Any] = {"position_embeddings": rotation, _CACHE: cache}
+        arguments = {"position_embeddings": rotation, _CACHE: cache}
         if number < blocks - 1:
             x = decoder.layers[number](x, attention_mask=mask[None, None], **arguments)
         else:
@@ -150,8 +155,8 @@ def _resume_some(
     return torch.cat(finished)
 
 
-def control(network: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
-    """A pass for every prompt."""
+def control(network: Network, batch: Batch) -> Float[np.ndarray, "B n"]:
+    """One pass for every prompt."""
     with torch.inference_mode():
         rows = [
             run(network, batch.prompt(row).token_ids[0], batch.pixels[row], int(batch.last[row])).states[-1, -1]
@@ -161,9 +166,9 @@ def control(network: Any, batch: Batch) -> Float[np.ndarray, "B n"]:
 
 
 def steer(
-    network: Any, batch: Batch, edits: Sequence[Edit]
+    network: Network, batch: Batch, edits: Sequence[Edit]
 ) -> tuple[Float[np.ndarray, "B n"], Float[np.ndarray, "E B n"]]:
-    """One control pass for every prompt, and all its edits side by side.
+    """One control pass for every prompt, and all its edits together.
 
     Returns:
         Log-probabilities of the answers in the control pass, and after every edit.
@@ -191,10 +196,10 @@ def _edited(source: Control, edit: Edit) -> Float[Tensor, "S D"]:
     return states
 
 
-def swap(network: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap]) -> Swapped:
-    """One control and one intervened pass for every prompt, and all its swaps side by side.
+def swap(network: Network, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Sequence[Swap]) -> Swapped:
+    """One control and one intervened pass for every prompt, and all its swaps together.
 
-    A swap of all picture tokens takes the intervened run's keys and values. Arguments as in `published`.
+    A swap of all picture tokens uses the intervened run's keys and values. The arguments are those of `published`.
     """
     found = []
     with torch.inference_mode():
@@ -206,29 +211,29 @@ def swap(network: Any, batch: Batch, other: Float[Tensor, "B C Y X"], swaps: Seq
             changed = run(network, token_ids, other[row], start)
             kinds: dict[tuple[bool, int], list[int]] = {}
             joins: list[tuple[int, Tensor]] = []
-            for number, edit in enumerate(swaps):
+            for index, edit in enumerate(swaps):
                 at = edit.positions[row].unique()
                 whole = torch.equal(at, picture)
                 if not whole and int(at[0]) < start:
-                    raise ValueError("a swap is of all picture tokens, or of tokens after the picture.")
+                    raise ValueError("a swap must be of all picture tokens, or of tokens after the picture.")
                 states = clean.states[edit.layer + 1].clone()
                 if not whole:
                     states[at - start] = changed.states[edit.layer + 1, at - start]
                 first = start if whole else int(at[0])
                 joins.append((edit.layer, states[first - start :]))
-                kinds.setdefault((whole, first), []).append(number)
+                kinds.setdefault((whole, first), []).append(index)
             last = torch.empty(len(swaps) + 2, clean.states.shape[-1])
             last[0], last[1] = clean.states[-1, -1], changed.states[-1, -1]
-            for (whole, first), numbers in kinds.items():
+            for (whole, first), chosen in kinds.items():
                 source = changed if whole else clean
-                last[torch.tensor(numbers) + 2] = resume(network, source, first, [joins[n] for n in numbers])
+                last[torch.tensor(chosen) + 2] = resume(network, source, first, [joins[i] for i in chosen])
             found.append(log_probs(network, last, batch.answers))
     stacked = np.stack(found, axis=1)
     return Swapped(control=stacked[0], intervened=stacked[1], patched=stacked[2:])
 
 
-def extract(network: Any, batch: Batch, at: Int[Tensor, "B"]) -> Float[np.ndarray, "B L1 D"]:
-    """A pass for every picture that ends at the asked token, of which alone the last block is computed.
+def extract(network: Network, batch: Batch, at: Int[Tensor, "B"]) -> Float[np.ndarray, "B L1 D"]:
+    """One pass for every picture, which ends at the requested token; the last block computes only that token.
 
     Returns:
         Hidden states at each prompt's position: the embeddings, then every block's output.

@@ -1,4 +1,4 @@
-"""Fair timing: the same CPUs for every system, calls side by side, medians, first calls apart."""
+"""Fair timing: the same CPUs for every system, calls in turn, medians, first calls reported separately."""
 
 import dataclasses
 import importlib.metadata
@@ -13,15 +13,15 @@ from typing import Generic, TypeVar
 Result = TypeVar("Result")
 
 THREADS = 2
-"""CPUs, and so threads, that every system has."""
+"""Number of CPUs, and so of threads, of every system."""
 
 MIN_ROUNDS = 3
-"""Fewest timed calls that a median is taken of."""
+"""Smallest number of timed calls for a median."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timed(Generic[Result]):
-    """Times of one system's calls, in seconds, and what its last call returned."""
+    """Times of one system's calls, in seconds, and the result of its last call."""
 
     first: float
     rounds: tuple[float, ...]
@@ -34,21 +34,21 @@ class Timed(Generic[Result]):
 
     @property
     def warm_up(self) -> float:
-        """What the first call took beyond a warm one: compilation, for a system that compiles."""
+        """Time of the first call beyond that of a warm one: compilation, for a system that compiles."""
         return self.first - self.median
 
 
 def use_cpus(count: int = THREADS) -> list[int]:
-    """Confines this process to its first few CPUs, and PyTorch's and JAX's thread pools with it.
+    """Confines this process, and with it PyTorch's and JAX's thread pools, to its first few CPUs.
 
-    Has to come before JAX and PyTorch are imported: JAX has no setting for its threads, it takes one per CPU that
-    it finds, and it would take an accelerator, or compiled programs of an earlier run, where there are any.
+    Has to be called before JAX and PyTorch are imported. JAX has no setting for its threads and starts one for each CPU
+    that it finds. This also keeps JAX from using an accelerator, or programs that an earlier run compiled.
 
     Args:
-        count: how many CPUs.
+        count: number of CPUs.
 
     Returns:
-        Their numbers, fewer than `count` on a smaller machine; empty where a process cannot be confined.
+        Indices of the CPUs: fewer than `count` on a smaller machine, none where a process cannot be confined.
     """
     os.environ["OMP_NUM_THREADS"] = str(count)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -65,14 +65,14 @@ def side_by_side(
     rounds: int = MIN_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timed[Result]]:
-    """Times systems in turn, so that a disturbance of the machine falls on all of them.
+    """Times systems in turn, so that a disturbance of the machine affects all of them.
 
-    Every system is called once before the first round; that call counts as `first` only.
+    Every system is called once before the first round; that call is only reported as `first`.
 
     Args:
-        systems: name -> call, which has to return only when its result is there.
-        rounds: timed calls of each system.
-        clock: gives the time in seconds.
+        systems: call of each system, which must not return before its result is ready.
+        rounds: number of timed calls of each system.
+        clock: returns the time in seconds.
 
     Returns:
         Times by system.
@@ -94,14 +94,14 @@ def side_by_side(
 
 @dataclasses.dataclass
 class Disturbance:
-    """How much of some CPUs other processes took, from entering this context to leaving it.
+    """Share of the time of some CPUs that other processes took while this context was open.
 
-    Several threads that wait for one another, as PyTorch's do, lose far more to a neighbour than the neighbour's
-    share of the machine: on a busy machine the systems' ratio is as wrong as their times.
+    Threads that wait for one another, as PyTorch's do, lose far more to another process than its share of the machine.
+    On a busy machine the systems' ratio is therefore as wrong as their times.
     """
 
     cpus: list[int]
-    share: float | None = None  # of the CPUs' time; None where the system does not tell
+    share: float | None = None  # None where the operating system does not report it
 
     def __enter__(self) -> "Disturbance":
         self._start = (time.perf_counter(), self._others())
@@ -113,11 +113,11 @@ class Disturbance:
             self.share = max(0.0, now - before) / ((time.perf_counter() - self._start[0]) * len(self.cpus))
 
     def _others(self) -> float | None:
-        """CPU seconds that this process, confined to these CPUs, has not used itself."""
+        """CPU seconds on these CPUs that this process, which is confined to them, did not use."""
         statistics_file = Path("/proc/stat")
         if not self.cpus or not statistics_file.exists():
             return None
-        names = {f"cpu{number}" for number in self.cpus}
+        names = {f"cpu{index}" for index in self.cpus}
         lines = [line.split() for line in statistics_file.read_text().splitlines()]
         # Per CPU: user, nice, system, idle, iowait, irq, softirq, steal, ...; guests are part of user and nice.
         ticks = sum(sum(map(int, line[1:4] + line[6:9])) for line in lines if line and line[0] in names)
@@ -125,9 +125,9 @@ class Disturbance:
 
 
 def peak_memory_mb() -> float:
-    """Most memory that this process has held at once, MB; NaN where the system does not tell.
+    """Peak memory of this process in MB; NaN where the operating system does not report it.
 
-    Not `getrusage`: it counts what the process that started this one held.
+    Not by `getrusage`, which includes the peak of the process that started this one.
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -136,7 +136,7 @@ def peak_memory_mb() -> float:
 
 
 def describe_machine(cpus: list[int]) -> list[str]:
-    """Lines that say what the times were measured on."""
+    """Lines that describe the machine, its load, and versions of packages."""
     packages = ("jaxid-vlm", "jax", "jaxlib", "flax", "torch", "transformers", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     confined = f"confined to CPUs {', '.join(map(str, cpus))}" if cpus else "not confined to certain CPUs"

@@ -1,24 +1,25 @@
-"""One fine-tuning step, jaxid beside PyTorch: the same loss, weights, pictures and CPUs.
+"""Compares one fine-tuning step of jaxid with PyTorch: the same loss, weights, pictures and CPUs.
 
     pip install -e ".[bench]"
     python benchmarks/training.py --out results/ [--quick]
 
-Prints a table and writes `training.json`, a flat map "finetune_step/{model}/{figure}" -> number. A step is the answer's
-cross-entropy plus the ID loss on a few pictures, its gradient with respect to the MLPs of the tower's last six blocks
-and the projector, clipping and AdamW. Tokens are all tokens of the prompts, the pictures' included. Times are medians
-of rounds in which the systems take turns; `compile_s` is what jaxid's first step took beyond a later one. All systems
-have to find the same losses, gradients and trained tensors, or there is no result: the exit code is then 1.
+Prints a table and writes `training.json`, a flat map "finetune_step/{model}/{figure}" -> number. A step computes the
+answer's cross-entropy plus the ID loss on a few pictures and its gradient with respect to the MLPs of the tower's last
+six blocks and the projector, clips the gradient and applies AdamW. Tokens are all tokens of the prompts, those of
+pictures included. Times are medians of rounds in which the systems take turns. `compile_s` is the time of jaxid's first
+step beyond that of a later one. If the systems do not find the same losses, gradients and trained tensors, there is no
+result and the exit code is 1.
 
-Memory is measured in a fresh process for every system: `step_mb` is the most that two steps (and their compilation)
-held beyond what the process held with the weights loaded, `peak_mb` the most that it held in all.
+Memory is measured in a fresh process for every system: `step_mb` is the peak during two steps (and their compilation)
+beyond the memory with loaded weights, `peak_mb` the peak in all.
 
 Systems:
     torch                    Hugging Face's class, frozen parameters without gradients, logits of every token.
-    torch-checkpointed       the backward pass recomputes the inside of every block.
-    torch-lean               logits of the answers alone.
+    torch-checkpointed       the same, but the backward pass recomputes the inside of every block.
+    torch-lean               the same as torch, but logits of the answers only.
     torch-lean-checkpointed  both.
-    jaxid-nothing            its training step, as `jaxid finetune` runs it, with nothing recomputed.
-    jaxid-cheap              all but the products with weights is recomputed, as is the default.
+    jaxid-nothing            jaxid's training step, as `jaxid finetune` runs it, with nothing recomputed.
+    jaxid-cheap              everything but products with weights is recomputed, which is the default.
     jaxid-all                everything within a block is recomputed.
 """
 
@@ -31,7 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import timing
@@ -42,6 +43,14 @@ from jaxid.errors import JaxidError
 from jaxid.io import ensure_output_folder, write_json
 from jaxid.nn.layers import Recompute
 
+if TYPE_CHECKING:  # JAX and PyTorch may only be imported after `timing.use_cpus`
+    import jax
+    import published_training
+
+    from jaxid.experiments.finetune import Task
+    from jaxid.families.base import Model
+    from jaxid.nn.keys import Key
+
 TORCH = {
     "torch": {},
     "torch-checkpointed": {"checkpointed": True},
@@ -49,7 +58,7 @@ TORCH = {
     "torch-lean-checkpointed": {"checkpointed": True, "lean": True},
 }
 JAXID: dict[str, Recompute] = {"jaxid-nothing": "nothing", "jaxid-cheap": "cheap", "jaxid-all": "all"}
-"""What is recomputed."""
+"""What each of jaxid's systems recomputes."""
 
 DEFAULT = "jaxid-cheap"
 
@@ -58,18 +67,18 @@ PICTURES = 4
 SEED = 0
 SPEED_AIM, MEMORY_AIM = 1.3, 0.7
 TOLERANCES = {"losses": 1e-5, "tensors": 1e-5, "gradients": 1e-4}
-"""Largest differences that count as agreement: of a loss, as a share of it; of a trained tensor after one step; of a
-gradient, as a share of the tensor's largest."""
+"""Largest allowed differences: of a loss, relative to it; of a trained tensor after one step, absolute; of a gradient,
+relative to its largest element."""
 
-Found = Mapping[str, Mapping[str, Any]]
-"""What a system's first step finds, by the names of `TOLERANCES`: numbers or arrays by name."""
+Found = Mapping[str, Mapping[str, float | np.ndarray]]
+"""Results of a system's first step: numbers or arrays by name, for each key of `TOLERANCES`."""
 
 
 def check_agreement(results: Mapping[str, Found], reference: str) -> dict[str, float]:
     """Compares every system's first step with the reference's.
 
     Returns:
-        The largest difference of each kind, measured as `TOLERANCES` are.
+        The largest difference of each kind, in the units of `TOLERANCES`.
 
     Raises:
         Disagreement: naming the system and the value.
@@ -87,7 +96,9 @@ def check_agreement(results: Mapping[str, Found], reference: str) -> dict[str, f
                 scale = 1.0 if kind == "tensors" else max(float(np.abs(theirs).max()), 1e-12)
                 difference = float(np.max(np.abs(mine - theirs))) / scale
                 if not difference <= tolerance:
-                    raise Disagreement(f"{kind}: {name} of {system} is {difference:.2g} off, {tolerance:g} is allowed.")
+                    raise Disagreement(
+                        f"{kind}: {name} of {system} is off by {difference:.2g}; {tolerance:g} is allowed."
+                    )
                 largest[kind] = max(largest[kind], difference)
     return largest
 
@@ -95,8 +106,8 @@ def check_agreement(results: Mapping[str, Found], reference: str) -> dict[str, f
 # --- jaxid -----------------------------------------------------------------------------------------------------------
 
 
-def make_task(model: Any, pictures: int, *, recompute: Recompute) -> Any:
-    """A run on random pictures of one pair of objects, and random IDs, whose content costs no time."""
+def make_task(model: "Model", pictures: int, *, recompute: Recompute) -> "Task":
+    """A run on random pictures of one pair of objects and random IDs; their content does not affect times."""
     from jaxid.data.grid import CELL_SIZE, GRID, GridItem
     from jaxid.experiments.finetune import FinetuneConfig, task
     from jaxid.ids.spatial import SpatialIDs
@@ -110,10 +121,10 @@ def make_task(model: Any, pictures: int, *, recompute: Recompute) -> Any:
             object_a="fish",
             object_b="star",
             cell_a=(0, 0),
-            cell_b=cells[number],
+            cell_b=cells[index],
             size=CELL_SIZE,
         )
-        for number in range(pictures)
+        for index in range(pictures)
     ]
     shape = (layers, 1, 1, GRID, GRID, model.width)
     ids = SpatialIDs(
@@ -138,8 +149,8 @@ def make_task(model: Any, pictures: int, *, recompute: Recompute) -> Any:
 class JaxidSteps:
     """Steps of a run on its first batch."""
 
-    def __init__(self, task: Any):
-        """Puts everything that a step reads on the device."""
+    def __init__(self, task: "Task"):
+        """Moves everything that a step reads to the device."""
         import jax
 
         from jaxid.train import loop as training
@@ -153,24 +164,24 @@ class JaxidSteps:
         self.step = training._step_function(stage, 1)
 
     def __call__(self) -> Mapping[str, float]:
-        """A step; its losses."""
+        """Runs a step and returns its losses."""
         import jax
 
         self.state, metrics = jax.block_until_ready(self.step(self.state, self.batch, self.constants))
         return {name: float(metrics[name]) for name in ("loss", "answer_loss", "id_loss")}
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """The first step's gradients, clipped, read off AdamW's first moment."""
+        """The first step's clipped gradients, recovered from AdamW's first moment."""
         import optax
 
         return {name: 10 * value for name, value in self._published(optax.tree.get(self.state, "mu")).items()}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What is trained, as it is now."""
+        """The current trained tensors."""
         return self._published(self.state["parameters"])
 
-    def _published(self, trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Trained tensors by the checkpoint's names."""
+    def _published(self, trained: Mapping[str, "jax.Array"]) -> dict[str, np.ndarray]:
+        """Trained tensors by their names in the checkpoint."""
         arrays = {path: np.asarray(value) for path, value in trained.items()}
         found = {}
         for name, key, index in trained_names(self.task):
@@ -179,13 +190,15 @@ class JaxidSteps:
         return found
 
 
-def trained_names(task: Any) -> Iterator[tuple[str, Any, int | None]]:
-    """Every trained tensor: the checkpoint's name, its key, and its place among the parameter's trained rows."""
+def trained_names(task: "Task") -> Iterator[tuple[str, "Key", int | None]]:
+    """Every trained tensor: its name in the checkpoint, its key, and its index among the parameter's trained rows."""
     from jaxid.checkpoints.tensors import flatten
-    from jaxid.families.llava import llava_keys
+    from jaxid.families.llava import LlavaConfig, llava_keys
 
+    config = task.model.config
+    assert isinstance(config, LlavaConfig)
     rows, parameters = dict(task.selection.rows), flatten(task.model.parameters)
-    for key in llava_keys(task.model.config):
+    for key in llava_keys(config):
         if key.target not in rows:
             continue
         chosen = rows[key.target]
@@ -200,12 +213,12 @@ def trained_names(task: Any) -> Iterator[tuple[str, Any, int | None]]:
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def write_torch_inputs(task: Any, folder: Path) -> None:
-    """Writes the run's first batch, the names of what is trained and the settings, for processes without JAX."""
+def write_torch_inputs(task: "Task", folder: Path) -> None:
+    """Writes the run's first batch, its settings and the names of trained tensors, for processes without JAX."""
     batch = task.stage().batch(0)
     inputs = batch["inputs"]
     if batch["labels"].shape[-1] != 1:
-        raise JaxidError("the answers have more than one token, for which the PyTorch step is not written.")
+        raise JaxidError("the answers have more than one token, which the PyTorch step does not support.")
     length = int(batch["positions"].max()) + 1
     np.savez(
         folder / "batch.npz",
@@ -229,13 +242,13 @@ def write_torch_inputs(task: Any, folder: Path) -> None:
     write_json(folder / "settings.json", settings | {"trained": [name for name, _, _ in trained_names(task)]})
 
 
-def torch_steps(folder: Path, inputs: Path, systems: Sequence[str]) -> dict[str, Any]:
-    """PyTorch's systems on one network.
+def torch_steps(folder: Path, inputs: Path, systems: Sequence[str]) -> dict[str, "published_training.Steps"]:
+    """PyTorch's systems, which share one network.
 
     Args:
         folder: the checkpoint.
-        inputs: what `write_torch_inputs` wrote.
-        systems: names.
+        inputs: folder that `write_torch_inputs` wrote.
+        systems: names of the systems.
     """
     import published_training
     import torch
@@ -245,7 +258,7 @@ def torch_steps(folder: Path, inputs: Path, systems: Sequence[str]) -> dict[str,
 
     torch.set_num_threads(timing.THREADS)
     network = published_training.load(folder)
-    for parameter in network.parameters():  # files are mapped: so that loading is over
+    for parameter in network.parameters():  # reads the memory-mapped files before anything is timed
         parameter.data = parameter.data.clone()
     settings = json.loads((inputs / "settings.json").read_text())
     spelled = {published_name(name, RENAMES): name for name, _ in network.named_parameters()}
@@ -255,8 +268,8 @@ def torch_steps(folder: Path, inputs: Path, systems: Sequence[str]) -> dict[str,
     return {system: published_training.Steps(network, chosen, examples, made, **TORCH[system]) for system in systems}
 
 
-def published_names(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face's names in memory as the checkpoint's."""
+def published_names(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames tensors from Hugging Face's names in memory to those in the checkpoint."""
     from jaxid.checkpoints.tensors import published_name
     from jaxid.families.llava import RENAMES
 
@@ -267,12 +280,12 @@ def published_names(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(folder: Path, pictures: int, rounds: int, scratch: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Times a step of all systems, side by side.
+    """Times a step of all systems, in turn.
 
     Args:
         folder: the checkpoint.
-        pictures: of the batch.
-        rounds: timed steps of each system.
+        pictures: number of pictures in the batch.
+        rounds: number of timed steps of each system.
         scratch: an empty folder.
 
     Returns:
@@ -286,7 +299,7 @@ def measure(folder: Path, pictures: int, rounds: int, scratch: Path) -> tuple[di
     model = load(folder)
     tasks = {name: make_task(model, pictures, recompute=recompute) for name, recompute in JAXID.items()}
     write_torch_inputs(tasks[DEFAULT], scratch)
-    steps: dict[str, Any] = torch_steps(folder, scratch, list(TORCH))
+    steps: dict[str, published_training.Steps | JaxidSteps] = {**torch_steps(folder, scratch, list(TORCH))}
     steps |= {name: JaxidSteps(task) for name, task in tasks.items()}
     first: dict[str, Found] = {}
 
@@ -294,7 +307,7 @@ def measure(folder: Path, pictures: int, rounds: int, scratch: Path) -> tuple[di
         def step() -> None:
             losses = steps[name]()
             if name not in first:
-                # Copied in the call that compiles, which is not among the timed ones.
+                # Copied in the first call, which is not timed.
                 first[name] = {
                     "losses": losses,
                     "tensors": published_names(steps[name].tensors()),
@@ -316,7 +329,7 @@ def measure(folder: Path, pictures: int, rounds: int, scratch: Path) -> tuple[di
 
 
 def memory(folder: Path, pictures: int, scratch: Path, systems: Sequence[str]) -> dict[str, float]:
-    """Memory of a step, every system in a process of its own, MB; `scratch` is what `measure` filled."""
+    """Memory of a step in MB, in a separate process for every system; `scratch` is the folder that `measure` filled."""
     found: dict[str, float] = {}
     for system in systems:
         command = [sys.executable, __file__, "--out", ".", "--memory-of", system, str(folder), str(scratch)]
@@ -332,7 +345,7 @@ def memory(folder: Path, pictures: int, scratch: Path, systems: Sequence[str]) -
 
 
 def own_memory(system: str, folder: Path, scratch: Path, pictures: int) -> tuple[float, float]:
-    """What two steps hold at most, in this process: beyond what it holds with the weights loaded, and in all; MB."""
+    """Peak memory of this process during two steps in MB: beyond its memory with loaded weights, and in all."""
     if system in JAXID:
         import jax
 
@@ -343,9 +356,9 @@ def own_memory(system: str, folder: Path, scratch: Path, pictures: int) -> tuple
             np.asarray(leaf).sum()
         made = make_task(model, pictures, recompute=JAXID[system])
         before = _forget_peak()
-        steps: Any = JaxidSteps(made)
+        steps = JaxidSteps(made)
     else:
-        import published_training  # noqa: F401 - what PyTorch itself takes is no part of a step
+        import published_training  # noqa: F401 - the memory of PyTorch itself is not part of a step
 
         steps = torch_steps(folder, scratch, [system])[system]
         before = _forget_peak()
@@ -356,14 +369,14 @@ def own_memory(system: str, folder: Path, scratch: Path, pictures: int) -> tuple
 
 
 def _forget_peak() -> int:
-    """Forgets the most that this process has held so far, where the system can; what it holds now, bytes."""
+    """Resets this process's peak memory, if the operating system can, and returns its current memory in bytes."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def print_table(model: str, results: Mapping[str, float], largest: Mapping[str, float]) -> None:
-    """One row a system, and the aims."""
+    """Prints one row for each system, and the aims."""
     value = {key.rsplit("/", 1)[1]: number for key, number in results.items()}
     rows = [["system", "s/step", "tokens/s", "of torch", "compile s", "step MB", "all MB"]]
     for name in (*TORCH, *JAXID):
@@ -390,7 +403,7 @@ def run(out: Path, *, quick: bool, pictures: int, rounds: int) -> dict[str, floa
     """Measures, prints the table and writes `training.json`.
 
     Raises:
-        JaxidError: if the model cannot be loaded or the results not be written.
+        JaxidError: if the model cannot be loaded or the results cannot be written.
         Disagreement: if the systems do not agree; nothing is written then.
     """
     cpus = timing.use_cpus()
@@ -414,18 +427,18 @@ def run(out: Path, *, quick: bool, pictures: int, rounds: int) -> dict[str, floa
     results = {f"{WORK}/{model}/{name}": value for name, value in figures.items()}
     print_table(model, results, largest)
     if disturbance.share is not None and not quick:
-        verdict = "" if disturbance.share < MAX_DISTURBANCE else ": too busy a machine, do not quote these numbers"
+        verdict = "" if disturbance.share < MAX_DISTURBANCE else ": the machine is too busy, do not quote these numbers"
         print(f"other processes took {disturbance.share:.1%} of these CPUs{verdict}")
     print(f"wrote {write_json(out / 'training.json', results)}")
     return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line: 0 for a result, 1 where systems disagree, 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(description="A fine-tuning step, jaxid beside PyTorch, on CPU.")
+    """Runs the command line; returns 0 for a result, 1 if systems disagree, 2 for an invalid argument."""
+    parser = argparse.ArgumentParser(description="Compares a fine-tuning step of jaxid with PyTorch on CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for training.json")
-    parser.add_argument("--quick", action="store_true", help="the shipped tiny-llava, no memory")
-    parser.add_argument("--pictures", type=int, default=PICTURES, choices=range(2, 5), help="of a step")
+    parser.add_argument("--quick", action="store_true", help="the shipped tiny-llava; does not measure memory")
+    parser.add_argument("--pictures", type=int, default=PICTURES, choices=range(2, 5), help="pictures per step")
     parser.add_argument("--rounds", type=int, default=timing.MIN_ROUNDS, help="timed steps of each system")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -437,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run(options.out, quick=options.quick, pictures=options.pictures, rounds=options.rounds)
     except Disagreement as error:
-        print(f"error: the systems do not agree, so their times mean nothing. {error}", file=sys.stderr)
+        print(f"error: the systems do not agree, so their times are meaningless. {error}", file=sys.stderr)
         return 1
     except JaxidError as error:
         print(f"error: {error}", file=sys.stderr)

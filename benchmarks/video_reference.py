@@ -1,7 +1,7 @@
 """LLaVA-Video in PyTorch, written from LLaVA-NeXT's definition: Hugging Face has no class for that layout.
 
-SigLIP tower and Qwen2 decoder are Hugging Face's modules, their attention PyTorch's own. The network is called as
-Hugging Face's LLaVA class is, so that the same hooks serve both.
+The SigLIP tower and the Qwen2 decoder are Hugging Face's modules with PyTorch's own attention. The network is called
+like Hugging Face's LLaVA class, so that the same hooks work for both.
 """
 
 import json
@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model, SiglipVisionConfig, SiglipVisionModel
 
+Json = dict[str, Any]
+
 IMAGE_TOKEN = "<image>"
-"""Stands in a prompt for every token of a clip."""
+"""Placeholder in a prompt for every token of a clip."""
 
 PARTS = {
     "model.vision_tower.vision_tower.vision_model.": "model.tower.",
@@ -25,14 +27,14 @@ PARTS = {
     "lm_head.": "lm_head.",
     "model.": "model.language_model.",
 }
-"""Beginnings of the checkpoint's names and of those here; the first that fits holds."""
+"""Prefixes of the checkpoint's names, and those used here; the first that matches applies."""
 
 
 class Model(nn.Module):
     """Everything but the unembedding."""
 
-    def __init__(self, fields: dict[str, Any], image_token: int):
-        """Builds the parts that a flat `llava_qwen` config with a `vision_config` describes."""
+    def __init__(self, fields: Json, image_token: int):
+        """Builds the modules that a flat `llava_qwen` config with a `vision_config` describes."""
         super().__init__()
         width = fields["hidden_size"]
         vision = SiglipVisionConfig(**fields["vision_config"], vision_use_head=False)
@@ -49,7 +51,7 @@ class Model(nn.Module):
         self.fields, self.image_token = fields, image_token
 
     def frames(self, pixels: Float[Tensor, "F C Y X"]) -> Float[Tensor, "F y x D"]:
-        """Frames projected, then halved (`get_2dPool`)."""
+        """Projected frames, with height and width halved (`get_2dPool`)."""
         states = self.tower.embeddings(pixels)
         for block in self.tower.encoder.layers:
             states = block(states, attention_mask=None)
@@ -62,7 +64,7 @@ class Model(nn.Module):
         return nn.functional.interpolate(grid, size=[half, half], mode="bilinear").permute(0, 2, 3, 1)
 
     def in_lines(self, grid: Float[Tensor, "F y x D"]) -> Float[Tensor, "I D"]:
-        """A clip's tokens in a row, `image_newline` behind what the config names."""
+        """A clip's tokens as a sequence, with `image_newline` after each unit that the config names."""
         frames, height, _, width = grid.shape
         position = self.fields.get("mm_newline_position", "one_token")
         if position == "grid":
@@ -78,20 +80,20 @@ class Model(nn.Module):
         pixel_values: Float[Tensor, "B F C Y X"],
         attention_mask: Int[Tensor, "B T"],
         use_cache: bool = False,
-    ) -> Any:
-        """Prompts with one clip each, whose tokens they hold as placeholders.
+    ) -> SimpleNamespace:
+        """A pass over prompts with one clip each and a placeholder for each of its tokens.
 
         Args:
-            input_ids: padding on the right.
-            pixel_values: all clips' frames.
+            input_ids: prompts, padded on the right.
+            pixel_values: the frames of all clips.
             attention_mask: 1 at tokens, 0 at padding.
             use_cache: has to be false.
 
         Returns:
-            An object whose `last_hidden_state` is Float[B, T, D], normed.
+            An object whose `last_hidden_state` is Float[B, T, D], after the final norm.
         """
         if use_cache:
-            raise ValueError("keys and values are not kept here.")
+            raise ValueError("use_cache must be false: this network does not keep keys and values.")
         shown = input_ids == self.image_token
         embedded = self.language_model.embed_tokens(input_ids.masked_fill(shown, 0))
         grids = self.frames(pixel_values.flatten(0, 1)).split(pixel_values.shape[1])
@@ -101,17 +103,17 @@ class Model(nn.Module):
 
 
 class Video(nn.Module):
-    """The network, its parts named as in Hugging Face's LlavaForConditionalGeneration."""
+    """The network, with modules named as in Hugging Face's LlavaForConditionalGeneration."""
 
-    def __init__(self, fields: dict[str, Any], image_token: int):
-        """Builds the parts."""
+    def __init__(self, fields: Json, image_token: int):
+        """Builds the modules."""
         super().__init__()
         self.model = Model(fields, image_token)
         self.lm_head = nn.Linear(fields["hidden_size"], fields["vocab_size"], bias=False)
 
 
 def load(folder: Path) -> Video:
-    """The network of a folder in LLaVA-NeXT's layout that describes its tower and has a tokenizer of whole words."""
+    """Loads a folder in LLaVA-NeXT's layout whose config describes the tower and whose tokenizer is word-level."""
     from safetensors.torch import load_file
 
     fields = json.loads((folder / "config.json").read_text())
@@ -125,6 +127,6 @@ def load(folder: Path) -> Video:
 
 
 def _here(name: str) -> str:
-    """A checkpoint's name as it is called here."""
+    """Name of a checkpoint's tensor in this network."""
     start = next(start for start in PARTS if name.startswith(start))
     return PARTS[start] + name.removeprefix(start)

@@ -1,19 +1,30 @@
-"""The tasks of the benchmark: each is done by every system on the same prompts, vectors and weights."""
+"""The tasks of the benchmark, which every system performs on the same prompts, vectors and weights."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
+if TYPE_CHECKING:  # this module is imported before JAX and PyTorch may be, see `timing.use_cpus`
+    import published
+    import torch
+
+    from jaxid.experiments.relations import RelationBatch
+    from jaxid.families.base import Model
+    from jaxid.ids.spatial import SpatialIDs
+
 SEED = 0
 SUBSET = 6
-"""Edits that the systems of full passes are timed on: each edit costs them the same."""
+"""Number of edits on which systems that make full passes are timed: each edit costs them the same."""
 
 CLIP_SUBSET = 3
-"""The same about clips, whose passes take long: an edit of every token set."""
+"""The same for clips, whose passes take long: one edit of every token set."""
 
 CLIP_QUESTION = (
     "In this video, two objects appear at different times. Does the {} come before or after the {}? Answer in one word."
@@ -21,25 +32,26 @@ CLIP_QUESTION = (
 """The published question about synthetic clips."""
 
 SWAPS = ("swaps", "temporal_swap")
-"""Tasks that replace activations by those of a changed picture, or of a clip shown backwards."""
+"""Tasks that replace activations by those of a changed picture, or of a clip played backwards."""
+
+Edits = Mapping[str, "Sequence[published.Edit] | Sequence[published.Swap]"]
+"""Edits of a sweep by task."""
 
 Found = Mapping[str, Float[np.ndarray, "..."]]
-"""What a system finds: name of the quantity -> values. "edited" has a leading axis of edits."""
+"""Results of a system by quantity; "edited" has a leading axis of edits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-    """A way of doing a task.
+    """One system's way of doing a task.
 
     Attributes:
-        call: does it; returns when the result is there.
-        edits: which edits it does; None for all of them.
-        shared: seconds of a call that do not grow with the edits, of this system.
+        call: does the task, and returns once the result is ready.
+        edits: indices of the edits that it does; None for all of them.
     """
 
     call: Callable[[], Found]
     edits: Sequence[int] | None = None
-    shared: Callable[[], float] = lambda: 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +59,11 @@ class Work:
     """A task that every system does on the same prompts.
 
     Attributes:
-        name: of the task.
-        edits: per prompt.
-        prompts: how many.
-        systems: by name.
-        flops: floating-point operations a prompt of jaxid and of the published procedure.
+        name: name of the task.
+        edits: number of edits per prompt.
+        prompts: number of prompts.
+        systems: the systems by name.
+        flops: floating-point operations per prompt, of jaxid and of the published procedure.
     """
 
     name: str
@@ -65,13 +77,13 @@ class Work:
 class Setting:
     """A model with its prompts, for all systems."""
 
-    model: Any
+    model: Model
     folder: Path
-    batch: Any  # prepared questions
-    mirrored: Any  # the same about mirrored pictures, or clips whose frames come in the opposite order
-    ids: Any  # None about clips
-    torch_batch: Any
-    torch_other: Any
+    batch: RelationBatch
+    mirrored: RelationBatch  # the same questions about mirrored pictures, or about clips played backwards
+    ids: SpatialIDs | None  # None for clips
+    torch_batch: published.Batch
+    torch_other: torch.Tensor  # pixels of the mirrored pictures, or of the clips played backwards
 
     @property
     def count(self) -> int:
@@ -79,14 +91,14 @@ class Setting:
         return len(self.batch.prompts)
 
 
-def setting(model: Any, folder: Path, count: int) -> Setting:
-    """Random pictures and random IDs, whose content costs no time."""
+def setting(model: Model, folder: Path, count: int) -> Setting:
+    """Random pictures and random IDs; their content does not affect times."""
     from jaxid.data.objects import OBJECTS
     from jaxid.experiments.relations import ANSWERS, prepare_questions
 
     rng = np.random.default_rng(SEED)
     side = model.config.vision_config.image_size
-    pairs = [tuple(OBJECTS[number] for number in rng.permutation(len(OBJECTS))[:2]) for _ in range(count)]
+    pairs = [tuple(OBJECTS[index] for index in rng.permutation(len(OBJECTS))[:2]) for _ in range(count)]
     pictures = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     questions = [f"Is the {subject} to the left or right of the {other}?" for subject, other in pairs]
     batches = [
@@ -97,15 +109,15 @@ def setting(model: Any, folder: Path, count: int) -> Setting:
             pairs,
             axis="horizontal",
             answers=ANSWERS["horizontal"],
-            truth=[number % 2 for number in range(count)],
+            truth=[row % 2 for row in range(count)],
         )
         for shown in (pictures, pictures[:, :, ::-1])
     ]
     return _setting(model, folder, batches, _random_ids(model, batches[0]))
 
 
-def _setting(model: Any, folder: Path, batches: Sequence[Any], ids: Any) -> Setting:
-    """Two prepared batches for all systems; the pixels of clips get an axis of frames."""
+def _setting(model: Model, folder: Path, batches: Sequence[RelationBatch], ids: SpatialIDs | None) -> Setting:
+    """The setting of two prepared batches; the pixels of clips get an axis of frames."""
     import published
     import torch
 
@@ -132,13 +144,13 @@ def _setting(model: Any, folder: Path, batches: Sequence[Any], ids: Any) -> Sett
     )
 
 
-def is_video(model: Any) -> bool:
+def is_video(model: Model) -> bool:
     """Whether a model reads clips."""
     return hasattr(model.config, "mm_newline_position")
 
 
-def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setting:
-    """Clips of random frames, and the same with their frames in the opposite order; the published question."""
+def clip_setting(model: Model, folder: Path, count: int, frames: int = 8) -> Setting:
+    """Clips of random frames, the same clips played backwards, and the published question."""
     from jaxid.data.scenes import OBJECTS
     from jaxid.data.videos import time_text
     from jaxid.experiments.relations import prepare_questions
@@ -146,7 +158,7 @@ def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setti
 
     rng = np.random.default_rng(SEED)
     side = model.config.vision_config.image_size
-    pairs = [tuple(OBJECTS[number] for number in rng.permutation(len(OBJECTS))[:2]) for _ in range(count)]
+    pairs = [tuple(OBJECTS[index] for index in rng.permutation(len(OBJECTS))[:2]) for _ in range(count)]
     times = tuple(np.linspace(0, frames - 1, frames).tolist())
     clips = [
         Clip(list(rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8)), times, float(frames))
@@ -161,15 +173,15 @@ def clip_setting(model: Any, folder: Path, count: int, frames: int = 8) -> Setti
             pairs,
             axis="time",
             answers=["before", "after"],
-            truth=[number % 2 for number in range(count)],
+            truth=[row % 2 for row in range(count)],
         )
         for shown in (clips, [clip.reversed() for clip in clips])
     ]
     return _setting(model, folder, batches, None)
 
 
-def _random_ids(model: Any, batch: Any) -> Any:
-    """IDs in random directions, as long as the words' activations at each layer."""
+def _random_ids(model: Model, batch: RelationBatch) -> SpatialIDs:
+    """IDs in random directions, with the mean norm of the words' activations at each layer."""
     from jaxid.data.grid import CELL_SIZE, GRID
     from jaxid.ids.spatial import SpatialIDs
     from jaxid.interp.trace import trace
@@ -188,31 +200,33 @@ def _random_ids(model: Any, batch: Any) -> Any:
     )
 
 
-def steering_layers(model: Any) -> list[int]:
-    """Three layers as deep as the published ones, 12 to 14 of 32."""
+def steering_layers(model: Model) -> list[int]:
+    """Three layers at the relative depth of the published ones, 12 to 14 of 32."""
     first = max(0, min(12 * model.num_layers // 32, model.num_layers - 3))
     return list(range(model.num_layers))[first : first + 3]
 
 
 def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
-    """The tasks, as jaxid's experiments do them."""
+    """The tasks as jaxid's experiments do them."""
     from jaxid.experiments import activation_swap, belief_swap, steering
     from jaxid.ids.extract import activations_at
     from jaxid.interp.trace import trace
 
-    model, batch, count = work.model, work.batch, work.count
+    model, batch, count, ids = work.model, work.batch, work.count, work.ids
     words = [batch.prompts.questions[row].split()[2] for row in range(count)]
 
     def control() -> Found:
         return {"control": np.asarray(trace(model, batch.prompts).logprobs(batch.answers))}
 
     def steer() -> Found:
-        found = steering.steer_to_cells(model, batch, work.ids, layers=steering_layers(model), strength=1.0)
+        assert ids is not None
+        found = steering.steer_to_cells(model, batch, ids, layers=steering_layers(model), strength=1.0)
         return {"control": found.control, "edited": found.steered.reshape(-1, count, 2)}
 
     def swap_beliefs() -> Found:
         layers = range(model.num_layers)
-        found = belief_swap.swap_beliefs(model, batch, work.ids, layers=layers, strengths=(1.0,), seed=SEED)
+        assert ids is not None
+        found = belief_swap.swap_beliefs(model, batch, ids, layers=layers, strengths=(1.0,), seed=SEED)
         return {"control": found.control, "edited": found.steered.reshape(-1, count, 2)}
 
     def swap_activations() -> Found:
@@ -236,7 +250,7 @@ def jaxid_calls(work: Setting) -> dict[str, Callable[[], Found]]:
     }
 
 
-def _swaps(work: Setting) -> list[Any]:
+def _swaps(work: Setting) -> list[published.Swap]:
     """Each token set at every layer."""
     import published
     import torch
@@ -249,7 +263,7 @@ def _swaps(work: Setting) -> list[Any]:
     ]
 
 
-def torch_edits(work: Setting) -> dict[str, list[Any]]:
+def torch_edits(work: Setting) -> Edits:
     """The tasks' edits for PyTorch, in jaxid's order."""
     import published
     import torch
@@ -259,6 +273,7 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
     model, batch, count = work.model, work.batch, work.count
     if is_video(model):
         return {"temporal_swap": _swaps(work)}
+    assert work.ids is not None
     at = torch.from_numpy(batch.words.astype(np.int64))
     layers = steering_layers(model)
     pushes = np.asarray(steering.cell_vectors(work.ids, "horizontal", layers))
@@ -270,7 +285,7 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
         for x in range(4)
         for y in range(4)
     ]
-    # What the control run believes, from PyTorch itself, and the published directions written out once more.
+    # The beliefs of PyTorch's own control run, and the published directions, computed independently of jaxid.
     believed = published.control_batched(published.load(work.folder), work.torch_batch).argmax(axis=-1)
     universal = np.asarray(work.ids.universal)
     toward_left = universal[:, 0, 0] - universal[:, 3, 0]
@@ -286,14 +301,14 @@ def torch_edits(work: Setting) -> dict[str, list[Any]]:
 
 
 def spread(edits: int, count: int = SUBSET) -> list[int]:
-    """The edits of the subset: first to last, evenly."""
+    """Evenly spaced indices of edits, from the first to the last."""
     return sorted({round(place) for place in np.linspace(0, edits - 1, min(count, edits))})
 
 
 def torch_calls(
-    module: Any, network: Any, work: Setting, edits: Mapping[str, list[Any]], subset: bool
+    module: ModuleType | SimpleNamespace, network: object, work: Setting, edits: Edits, subset: bool
 ) -> dict[str, tuple[Callable[[], Found], Sequence[int] | None]]:
-    """The tasks, as a module of PyTorch procedures does them, and which edits it does."""
+    """The tasks as a module of PyTorch procedures does them, and the indices of the edits that it does."""
     import torch
 
     batch, other = work.torch_batch, work.torch_other
@@ -305,13 +320,13 @@ def torch_calls(
     for name in edits:
         count = CLIP_SUBSET if is_video(work.model) else SUBSET
         chosen = spread(len(edits[name]), count) if subset else list(range(len(edits[name])))
-        some = [edits[name][number] for number in chosen]
+        some = [edits[name][index] for index in chosen]
 
-        def edited(some: list[Any] = some) -> Found:
+        def edited(some: Sequence[Any] = some) -> Found:
             control, found = module.steer(network, batch, some)
             return {"control": control, "edited": found}
 
-        def swapped(some: list[Any] = some) -> Found:
+        def swapped(some: Sequence[Any] = some) -> Found:
             found = module.swap(network, batch, other, some)
             return {"control": found.control, "intervened": found.intervened, "edited": found.patched}
 
