@@ -1,9 +1,9 @@
 """Attention on plain arrays: grouped queries, explicit masks, float32 softmax.
 
-Two implementations of the same sums stand side by side. Accelerators take all heads in one batched product. On CPU
-that would write scores of all heads to memory and read them back three times; there, long sequences go head by head
-and a block of queries at a time, so that scores stay in cache. A backward pass computes the scores of long sequences
-again, likewise, so that no [.., S, T] is kept for it.
+There are two implementations of the same sums. Accelerators compute all heads in one batched product. On CPU that
+would write the scores of all heads to memory and read them back three times, so long sequences are processed one head
+and one block of queries at a time and the scores stay in cache. On either, the backward pass recomputes the scores of
+long sequences, so that no [.., S, T] is kept for it.
 """
 
 import functools
@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 _HEADWISE_FROM = 64 * 64
-"""Scores of one head from which going head by head pays on CPU."""
+"""Number of scores per head from which processing one head at a time pays on CPU."""
 
 _QUERY_BLOCK = 192
-"""Queries that go together head by head; the keys after them are skipped where attention is causal."""
+"""Queries in a block on CPU; the keys after a block are skipped where attention is causal."""
 
 
 def causal_mask(
@@ -27,35 +27,35 @@ def causal_mask(
     key_positions: Int[Array, "B T"],
     key_valid: Bool[Array, "B T"],
 ) -> Bool[Array, "B S T"]:
-    """Which keys each query may read: those at or before its own position that hold a token.
+    """Which keys each query may read: those at or before its own position that are not padding.
 
-    A worked example, three tokens and one of padding (positions 0 1 2 3, valid 1 1 1 0)::
+    For example, with three tokens and one of padding (positions 0 1 2 3, valid 1 1 1 0)::
 
         query 0 reads 1 0 0 0
         query 1 reads 1 1 0 0
         query 2 reads 1 1 1 0
 
     Args:
-        query_positions: position in the prompt of every query, Int[B, S].
-        key_positions: position in the prompt of every key, Int[B, T].
-        key_valid: false where a key is padding, Bool[B, T].
+        query_positions: position of every query in the prompt.
+        key_positions: position of every key in the prompt.
+        key_valid: false where a key is padding.
 
     Returns:
-        Bool[B, S, T], true where attention is allowed.
+        True where attention is allowed.
     """
     earlier = key_positions[:, None, :] <= query_positions[:, :, None]
     return earlier & key_valid[:, None, :]
 
 
 def near(query_positions: Int[Array, "B S"], key_positions: Int[Array, "B T"], window: int) -> Bool[Array, "B S T"]:
-    """Which keys stand less than `window` positions before each query, or after it (sliding-window attention)."""
+    """Which keys are less than `window` positions before each query, or after it (sliding-window attention)."""
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 
 
 def same_span(spans: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """Which tokens belong to the same span, such as one picture; -1 belongs to none.
 
-    A worked example, spans -1 0 0 1::
+    For example, with spans -1 0 0 1::
 
         token 0 reads 0 0 0 0
         token 1 reads 0 1 1 0
@@ -70,8 +70,8 @@ class Part(NamedTuple):
 
     Attributes:
         mixed: values weighted by exp(score - largest).
-        largest: the largest score, or a shift like it.
-        total: sum of exp(score - largest).
+        largest: the largest score.
+        total: the sum of exp(score - largest).
     """
 
     mixed: Float[Array, "*batch E"]
@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
 
 def merge(*parts: Part) -> Float[Array, "*batch E"]:
-    """Attention over all keys from attention over disjoint sets of them, by their log-sum-exps."""
+    """Attention over all keys, from attention over disjoint sets of them."""
     largest = jax.lax.stop_gradient(jnp.stack([part.largest for part in parts]).max(axis=0))
     weights = [jnp.exp(part.largest - largest) for part in parts]
     mixed = [part.mixed * weight[..., None] for part, weight in zip(parts, weights, strict=True)]
@@ -99,15 +99,15 @@ def attend(
     """Softmax attention in which H / K query heads share each key-value head.
 
     Args:
-        query: Float[B, S, H, E], not yet scaled.
-        key: Float[B, T, K, E].
-        value: Float[B, T, K, E].
-        mask: Bool[B or 1, S or 1, T], true where attention is allowed; None allows everything.
-        causal: promises that the mask lets no query read a key that stands after it, counted from the end: query
-            S - 1 and key T - 1 are the same token. Those keys are then not looked at.
+        query: the queries, not yet scaled.
+        key: the keys.
+        value: the values.
+        mask: true where attention is allowed; None allows everything.
+        causal: promises that the mask lets no query read a later key, where query S - 1 and key T - 1 are the same
+            token. Later keys are then skipped.
 
     Returns:
-        Float[B, S, H, E], in the dtype of `value`; scores and softmax are computed in float32.
+        What the queries read, in the dtype of `value`; scores and softmax are computed in float32.
     """
     batch, length, heads, width = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -161,12 +161,19 @@ def _part(
 ) -> Part:
     """Attention of one key-value head and its queries, in float32; a query may read nothing."""
     scores = jnp.einsum("sge,te->sgt", query, key, preferred_element_type=jnp.float32) * key.shape[-1] ** -0.5
+    return _weighted("sgt,te->sge", scores, value, None if mask is None else mask[:, None])
+
+
+def _weighted(
+    pattern: str, scores: Float[Array, "*rows T"], value: Float[Array, "..."], mask: Bool[Array, "..."] | None
+) -> Part:
+    """The part of values with given scores; `pattern` is the einsum pattern of their product."""
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, _LOWEST)
+        scores = jnp.where(mask, scores, _LOWEST)
     # The result does not depend on the shift, so neither does the gradient.
     largest = jax.lax.stop_gradient(scores.max(axis=-1))
     weights = jnp.exp(scores - largest[..., None])
-    mixed = jnp.einsum("sgt,te->sge", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(pattern, weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return Part(mixed, largest, weights.sum(axis=-1))
 
 
@@ -179,21 +186,21 @@ def prefix_part(
     """Attention of R rows of queries to the keys and values of one prefix, which is read once for all rows.
 
     Args:
-        query: Float[R, B, S, H, E], not yet scaled.
-        key: of the prefix, heads first, Float[B, K, P, E].
-        value: Float[B, K, P, E].
-        mask: which keys a query may read, the same for all rows, Bool[B, S or 1, P].
+        query: the queries of all rows, not yet scaled.
+        key: the keys of the prefix, heads first.
+        value: the values of the prefix, heads first.
+        mask: which keys a query may read, the same for all rows.
 
     Returns:
-        The part, its axes [R, B, S, H].
+        The part, with axes [R, B, S, H].
     """
     rows, batch, length, heads, width = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
-    # All rows' queries of a prompt and key-value head stand together: one matrix product with the prefix.
+    # All rows' queries of one prompt and key-value head side by side: one matrix product with the prefix.
     grouped = jnp.transpose(grouped, (1, 3, 0, 2, 4, 5)).reshape(batch, kv_heads, rows * length, -1, width)
 
-    if mask.shape[1] > 1:  # a row's queries stand next to each other
+    if mask.shape[1] > 1:  # a row's queries are adjacent
         mask = jnp.tile(mask, (1, rows, 1))
 
     def together(query: Array, key: Array, value: Array, mask: Array) -> Part:
@@ -227,16 +234,12 @@ def suffix_part(
     value: Float[Array, "R B T K E"],
     mask: Bool[Array, "#R #B S T"],
 ) -> Part:
-    """Attention of every row's queries to the row's own keys and values; axes [R, B, S, H]."""
+    """Attention of every row's queries to the row's own keys and values, with axes [R, B, S, H]."""
     rows, batch, length, heads, width = query.shape
     kv_heads = key.shape[3]
     grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("rbskge,rbtke->rbskgt", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
-    scores = jnp.where(mask[:, :, :, None, None], scores, _LOWEST)
-    largest = jax.lax.stop_gradient(scores.max(axis=-1))
-    weights = jnp.exp(scores - largest[..., None])
-    mixed = jnp.einsum("rbskgt,rbtke->rbskge", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    part = Part(mixed, largest, weights.sum(axis=-1))
+    part = _weighted("rbskgt,rbtke->rbskge", scores, value, mask[:, :, :, None, None])
     return jax.tree.map(lambda leaf: leaf.reshape(rows, batch, length, heads, *leaf.shape[5:]), part)
 
 
@@ -249,22 +252,22 @@ def shared_prefix_attention(
     value: Float[Array, "R B T K E"],
     mask: Bool[Array, "#R #B S T"],
 ) -> Float[Array, "R B S H E"]:
-    """Attention of R rows that share a prompt's prefix and continue each with tokens of its own.
+    """Attention of R rows that share a prompt's prefix, each continuing with tokens of its own.
 
     The prefix is never copied per row: its scores are one product for all rows, and the two softmax parts are merged
     by their log-sum-exps.
 
     Args:
-        prefix_key: keys of the prefix, heads first, Float[B, K, P, E].
-        prefix_value: Float[B, K, P, E].
-        prefix_mask: which keys of the prefix a query may read, the same for all rows, Bool[B, S or 1, P].
-        query: Float[R, B, S, H, E], not yet scaled.
-        key: every row's own keys, Float[R, B, T, K, E].
-        value: Float[R, B, T, K, E].
-        mask: which of its own keys a query may read, Bool[R or 1, B or 1, S, T].
+        prefix_key: the keys of the prefix, heads first.
+        prefix_value: the values of the prefix, heads first.
+        prefix_mask: which keys of the prefix a query may read, the same for all rows.
+        query: the queries of all rows, not yet scaled.
+        key: every row's own keys.
+        value: every row's own values.
+        mask: which of its row's own keys a query may read.
 
     Returns:
-        Float[R, B, S, H, E], in the dtype of `value`; scores and softmax are computed in float32.
+        What the queries read, in the dtype of `value`; scores and softmax are computed in float32.
     """
     own = suffix_part(query, key, value, mask)
     if prefix_key.shape[2] == 0:

@@ -1,8 +1,8 @@
 """Log-probabilities of a few vocabulary entries, without building the table of all of them.
 
-The answers of every experiment are read as log-softmax over the full vocabulary at the id of an answer word
-([ID] arXiv 2601.12626, evaluation). With 150 000 entries and hundreds of interventions a row, that table
-would be the largest array of the program; only its log-sum-exp is needed.
+Experiments read an answer as the log-softmax over the full vocabulary at the id of an answer word ([ID] arXiv
+2601.12626, evaluation). With 150,000 entries and hundreds of interventions, the table of all of them would be the
+largest array of the program, but only its log-sum-exp is needed.
 """
 
 import jax
@@ -19,24 +19,22 @@ def log_probs(
 ) -> Float[Array, "*result"]:
     """Log-softmax over the vocabulary at chosen entries, in float32.
 
-    The normaliser is a running log-sum-exp over blocks of the vocabulary, so the largest temporary is
-    [*batch, block], in the backward pass too. Two bfloat16 arguments are multiplied as they are, with float32
-    sums.
+    The normaliser is a running log-sum-exp over blocks of the vocabulary, so the largest temporary is [*batch, block],
+    in the backward pass too. Two bfloat16 arguments are multiplied without conversion and summed in float32.
 
     Args:
-        hidden: Final hidden states, after the last norm.
-        unembedding: The matrix from hidden state to logits (the transposed embedding table where they are
-            tied).
-        token_ids: Entries to read: [n], the same for every row, or [*batch, n]. An id outside the vocabulary
-            gives NaN.
-        block: Vocabulary entries taken at a time; a vocabulary no larger than this is taken at once.
+        hidden: final hidden states, after the last norm.
+        unembedding: the matrix from hidden state to logits (the transposed embedding table where they are tied).
+        token_ids: entries to read: [n], the same for every row, or [*batch, n]. An id outside the vocabulary gives
+            NaN.
+        block: vocabulary entries in a block; a vocabulary no larger than this is not divided.
 
     Returns:
         Log-probabilities, float32 [*batch, n].
     """
     if hidden.dtype != unembedding.dtype:
         hidden, unembedding = hidden.astype(jnp.float32), unembedding.astype(jnp.float32)
-    # Or negative ids would count from the end.
+    # Negative ids would otherwise count from the end.
     token_ids = jnp.where(token_ids < 0, unembedding.shape[1], token_ids)
     chosen_columns = jnp.take(unembedding, token_ids, axis=1)  # [D, n] or [D, *batch, n]
     pattern = "...d,dn->...n" if token_ids.ndim == 1 else "...d,d...n->...n"
@@ -52,15 +50,14 @@ def _log_normaliser(
     if vocabulary <= block:
         return jax.nn.logsumexp(_contract("...d,dv->...v", hidden, unembedding), axis=-1)
 
-    # Recomputed in the backward pass: otherwise the scan would store every block's logits, the table we
-    # avoid.
+    # Without recomputing in the backward pass, the scan would store every block's logits: the table to avoid.
     @jax.checkpoint
     def add_block(
         carry: tuple[Float[Array, "*batch"], Float[Array, "*batch"]], first: Int[Array, ""]
     ) -> tuple[tuple[Float[Array, "*batch"], Float[Array, "*batch"]], None]:
         largest, total = carry
-        # The last block is moved back to end with the vocabulary (padding would copy the matrix); what it
-        # shares with the block before is masked.
+        # The last block is moved back to end with the vocabulary (padding would copy the matrix), and its overlap
+        # with the block before is masked.
         start = jnp.minimum(first, vocabulary - block)
         columns = jax.lax.dynamic_slice_in_dim(unembedding, start, block, axis=1)
         logits = _contract("...d,dv->...v", hidden, columns)
@@ -77,5 +74,5 @@ def _log_normaliser(
 
 
 def _contract(pattern: str, left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Product with float32 sums; float32 inputs keep their full precision on accelerators too."""
+    """Product summed in float32, at full precision for float32 inputs on accelerators too."""
     return jnp.einsum(pattern, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

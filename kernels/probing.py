@@ -1,9 +1,9 @@
 """Finding spatial IDs in activations and measuring their geometry ([ID] arXiv 2601.12626).
 
-Two steps. First, running sums of activations over (group, cell) become centred means: the IDs. Then the IDs
-of a grid, `[..., X, Y, D]` with column X to the right and row Y down, are read: axes, plane, shares of
-variance, agreement between objects, and the ID of a place between cells. Leading axes (layers) pass through
-everything. All results are float32, whatever the activations are.
+There are two steps. First, running sums of activations over (group, cell) become centred means: the IDs. Then the IDs
+of a grid, `[..., X, Y, D]` with columns X to the right and rows Y down, are measured: axes, plane, shares of variance,
+agreement between objects, and the ID of a place between cells. All functions accept leading axes (layers), and all
+results are float32, whatever the dtype of the activations.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class CellSums(NamedTuple):
     The sums of two sets of pictures add up: `jax.tree.map(jnp.add, one, other)`.
 
     Attributes:
-        sums: Float32 sums.
-        counts: Number of rows summed.
+        sums: the sums, in float32.
+        counts: number of rows summed.
     """
 
     sums: Float[Array, "G C L D"]
@@ -30,7 +30,7 @@ class CellSums(NamedTuple):
 
 
 def empty_sums(groups: int, cells: int, layers: int, width: int) -> CellSums:
-    """Sums over no rows: where `accumulate` starts."""
+    """Sums over no rows, for `accumulate` to start from."""
     return CellSums(jnp.zeros((groups, cells, layers, width), jnp.float32), jnp.zeros((groups, cells), jnp.int32))
 
 
@@ -40,13 +40,13 @@ def accumulate(
     """Adds a batch of activations to the running sums.
 
     Args:
-        state: Sums so far.
-        activations: One row an image, any float type; summed in float32.
-        group: Group of each row (an object, a pair, a frame: the caller's choice).
-        cell: Cell of each row. A row whose group or cell is outside the state is skipped (-1 for padding).
+        state: sums so far.
+        activations: one row per image, of any float type; summed in float32.
+        group: group of each row (an object, a pair, a frame: the caller's choice).
+        cell: cell of each row. A row whose group or cell is outside the state is skipped (-1 for padding).
 
     Returns:
-        The sums with the batch in them.
+        The sums with the batch added.
     """
     groups, cells = state.counts.shape
     # A negative index would wrap around, so skipped rows get an index past the end, which is dropped.
@@ -67,15 +67,15 @@ def finish(state: CellSums) -> tuple[Float[Array, "G C L D"], Int[Array, "G C"]]
 def average(
     means: Float[Array, "G C *rest"], counts: Int[Array, "G C"], axis: int
 ) -> tuple[Float[Array, "N *rest"], Int[Array, "N"]]:
-    """Mean over groups or over cells, each present entry weighted equally.
+    """Mean over groups or over cells, in which all present entries weigh equally.
 
     Args:
-        means: Entries by group and cell.
-        counts: Rows behind each entry; an entry of count 0 is missing and does not take part.
+        means: entries by group and cell.
+        counts: number of rows that each entry averages; an entry with none is missing, and ignored.
         axis: 0 averages over groups, 1 over cells.
 
     Returns:
-        The means over that axis (zero where nothing is present), and the number of rows behind each.
+        The means over that axis (zero where nothing is present), and the number of rows that each averages.
     """
     present = _spread(counts > 0, means)
     total = jnp.where(present, means.astype(jnp.float32), 0.0).sum(axis=axis)
@@ -85,13 +85,13 @@ def average(
 def center(means: Float[Array, "G C *rest"], counts: Int[Array, "G C"], axis: int) -> Float[Array, "G C *rest"]:
     """Subtracts from each present entry the mean of the present entries along an axis.
 
-    With one group an image folder (a pair and A's place) and cells the places and sizes of B, `axis=1` gives
-    the IDs of B at that place of A ([ID] arXiv 2601.12626, extraction of spatial IDs). `placed_ids` is the
-    same, averaged over A's places, for data too large to hold by folder.
+    If a group is an image folder (a pair and a place of A) and the cells are the places and sizes of B, `axis=1` gives
+    the IDs of B at that place of A ([ID] arXiv 2601.12626, extraction of spatial IDs). `placed_ids` computes their
+    mean over A's places, for data too large to hold by folder.
 
     Args:
-        means: Entries by group and cell.
-        counts: Rows behind each entry; missing entries (count 0) take no part and come out as zero.
+        means: entries by group and cell.
+        counts: number of rows that each entry averages; an entry with none is missing, and becomes zero.
         axis: 0 centres over groups, 1 over cells.
 
     Returns:
@@ -106,18 +106,18 @@ def placed_ids(
 ) -> tuple[Float[Array, "P C L D"], Int[Array, "P C"]]:
     """IDs of the second object by pair, from two small tables of sums.
 
-    A table of means by (pair, place of A, place of B) would not fit in memory. The ID of B at one place of A
-    is its activation less the mean of that folder; the ID of a pair is the mean of it over A's places. Both
-    means are linear, so sums over A's places and sums over folders suffice. Where every placement has equally
-    many images this is the published mean of means; otherwise images, not placements, weigh equally.
+    A table of means by (pair, place of A, place of B) would not fit in memory. The ID of B at one place of A is its
+    activation minus the mean of that folder, and the ID of a pair is its mean over A's places. Both means are linear,
+    so sums over A's places and sums over folders suffice. If all placements have equally many images, this is the
+    published mean of means; otherwise images, not placements, weigh equally.
 
     Args:
-        places: Sums with groups = P pairs and cells = C places (and sizes) of B.
-        folders: Sums with groups = P pairs and cells = A places of the first object.
-        crossings: Number of images of each pair at each place of A and each place of B.
+        places: sums whose groups are the P pairs and whose cells are the C places (and sizes) of B.
+        folders: sums whose groups are the P pairs and whose cells are the A places of the first object.
+        crossings: number of images of each pair at each place of A and each place of B.
 
     Returns:
-        IDs by pair and place of B (zero where no image), and the number of images behind each.
+        IDs by pair and place of B (zero without images), and the number of images that each averages.
     """
     folder_means, _ = finish(folders)
     removed = jnp.einsum("pac,pald->pcld", crossings.astype(jnp.float32), folder_means, precision=_HIGHEST)
@@ -137,7 +137,7 @@ def axes(universal: Float[Array, "*batch X Y D"]) -> tuple[Float[Array, "*batch 
     universal = universal.astype(jnp.float32)
 
     def mean_step(lines: Float[Array, "*batch N D"]) -> Float[Array, "*batch D"]:
-        # Summed over pairs, line i is added once for each line before it and taken away once for each after.
+        # In the sum over pairs, line i is added once for each line before it and subtracted once for each after.
         length = lines.shape[-2]
         weights = 2.0 * jnp.arange(length, dtype=jnp.float32) - (length - 1)
         pairs = length * (length - 1) / 2
@@ -151,7 +151,7 @@ def plane(
 ) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
     """Orthonormal directions (u, v) of the plane of the axes.
 
-    u is along the x axis; v is the y axis without its part along u ([ID] arXiv 2601.12626, spatial axes). A
+    u points along the x axis, v along the part of the y axis orthogonal to u ([ID] arXiv 2601.12626, spatial axes). A
     zero axis gives a zero direction.
     """
     u = _unit(x_axis.astype(jnp.float32))
@@ -165,13 +165,10 @@ def plane_coordinates(
     """Coordinates (value . u, value . v) in the plane, in activation units.
 
     Args:
-        values: Vectors to project. Their axes before D begin with those of u and v, then any others:
-            values [L, X, Y, D] go with u and v [L, D].
-        u: First direction of `plane`.
-        v: Second direction of `plane`.
-
-    Returns:
-        Coordinates, float32.
+        values: vectors to project. Their leading axes begin with those of u and v: values [L, X, Y, D] go with u and
+            v [L, D].
+        u: first direction of `plane`.
+        v: second direction of `plane`.
     """
     directions = jnp.stack([u, v], axis=-1).astype(jnp.float32)  # [*directions, D, 2]
     lead = directions.shape[:-2]
@@ -183,9 +180,9 @@ def plane_coordinates(
 def explained_variance(
     universal: Float[Array, "*batch X Y D"], u: Float[Array, "*batch D"], v: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch"]:
-    """Share of the IDs' variance over cells that lies in the plane: (var(e.u) + var(e.v)) / total variance.
+    """Share of the IDs' variance over cells in the plane: (var(e.u) + var(e.v)) / total variance.
 
-    ([ID] arXiv 2601.12626, linearity of spatial IDs.) Zero where the IDs do not vary.
+    Zero where the IDs do not vary. Source: [ID] arXiv 2601.12626, linearity of spatial IDs.
     """
     inside = plane_coordinates(universal, u, v).var(axis=(-3, -2)).sum(axis=-1)
     return _divide(inside, universal.astype(jnp.float32).var(axis=(-3, -2)).sum(axis=-1))
@@ -196,8 +193,8 @@ def row_column_shares(
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Shares of the IDs' variance explained by the column means and by the row means.
 
-    Two-way analysis of variance without interaction: the shares add, and their sum is 1 exactly if every ID
-    is a vector of its column plus a vector of its row. Unrelated cells of n rows and n columns give about
+    This is a two-way analysis of variance without interaction. The shares add up, and their sum is 1 exactly if every
+    ID is a vector of its column plus a vector of its row. Unrelated cells in n rows and n columns give about
     2 / (n + 1).
 
     Returns:
@@ -212,7 +209,7 @@ def row_column_shares(
 
 
 def axes_cosine(x_axis: Float[Array, "*batch D"], y_axis: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
-    """Cosine between the two axes: near 0 where columns and rows are written independently."""
+    """Cosine between the two axes, near 0 where columns and rows are encoded independently."""
     return _dot(_unit(x_axis.astype(jnp.float32)), _unit(y_axis.astype(jnp.float32)))
 
 
@@ -222,11 +219,11 @@ def cosine_agreement(
     """Mean cosine between two objects' IDs of the same cell, over all pairs of objects and all cells.
 
     Args:
-        per_object: Centred IDs of each object at each cell.
-        present: Which entries exist; all of them by default. Pairs with a missing one take no part.
+        per_object: centred IDs of each object at each cell.
+        present: which entries exist; all of them by default. Pairs with a missing one are skipped.
 
     Returns:
-        The mean cosine; zero where there is no pair.
+        The mean cosine; zero without pairs.
     """
     if present is None:
         present = jnp.ones(per_object.shape[-3:-1], bool)
@@ -240,11 +237,11 @@ def cosine_agreement(
 
 
 def place_correlation(universal: Float[Array, "*batch X Y D"]) -> Float[Array, "*batch 2"]:
-    """Correlation, over cells, of the plane coordinates with the true column and the true row.
+    """Correlation over cells of the plane coordinates with the true column and the true row.
 
     Returns:
-        Pearson correlation of the first coordinate with the column, and of the second with the row; zero
-        where a coordinate does not vary.
+        Pearson correlation of the first coordinate with the column, and of the second with the row; zero where a
+        coordinate does not vary.
     """
     columns, rows = universal.shape[-3:-1]
     coordinates = plane_coordinates(universal, *plane(*axes(universal)))
@@ -266,19 +263,19 @@ def bilinear(
     *,
     half_cell: bool = True,
 ) -> Float[Array, "..."]:
-    """The ID of any place: a bilinear mix of the IDs of the four cells around it.
+    """The ID at any place, interpolated bilinearly between the IDs of the four cells around it.
 
-    ([ID] arXiv 2601.12626, ground-truth IDs of COCO boxes.)
+    Source: [ID] arXiv 2601.12626, ground-truth IDs of COCO boxes.
 
     Args:
         universal: IDs of a grid.
-        x: Distance from the left edge in cells, 0 to X: four times the share of the width on a 4 x 4 grid.
-        y: Distance from the upper edge in cells, 0 to Y.
-        half_cell: A cell's ID belongs to its centre, so (x + 0.5, y + 0.5) gives exactly U(x, y). False puts
-            it at the cell's upper left corner, half a cell off, as the published code does.
+        x: distance from the left edge in cells, 0 to X: on a 4 x 4 grid, four times the fraction of the width.
+        y: distance from the upper edge in cells, 0 to Y.
+        half_cell: whether a cell's ID belongs to its centre, so that (x + 0.5, y + 0.5) gives exactly U(x, y). If
+            false it belongs to the cell's upper left corner, half a cell off, as in the published code.
 
     Returns:
-        IDs, float32 [*batch, *points, D]; beyond the outermost IDs the nearest is taken.
+        IDs, float32 [*batch, *points, D]. Places beyond the outermost IDs get the nearest.
     """
     offset = 0.5 if half_cell else 0.0
 
@@ -298,13 +295,13 @@ def bilinear(
 
 
 def _divide(total: Float[Array, "..."], count: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."]:
-    """Quotient in float32, zero where the divisor is zero; NaN arises neither forwards nor backwards."""
+    """Quotient in float32, zero where the divisor is zero, without NaN in the value or the gradient."""
     count = count.astype(jnp.float32)
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
 
 
 def _spread(present: Bool[Array, "G C"], means: Float[Array, "G C *rest"]) -> Bool[Array, "G C *ones"]:
-    """Presence with axes of length one at the end, to go with the entries."""
+    """`present` with trailing axes of length one, to broadcast against the means."""
     return present.reshape(*present.shape, *(1,) * (means.ndim - 2))
 
 

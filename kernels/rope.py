@@ -7,7 +7,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 AnyArray = np.ndarray | Array
-"""Known when the program is traced, or computed by it."""
+"""An array known at trace time (`np.ndarray`), or one that the program computes."""
+
+Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
+"""Cosine and sine of every token's rotary angles; `jaxid.nn.views` adds an axis for full and sliding layers."""
 
 
 def inverse_frequencies(head_width: int, theta: float) -> Float[np.ndarray, "F"]:
@@ -24,7 +27,7 @@ def llama3_frequencies(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> Float[np.ndarray, "F"]:
-    """Llama 3.1's stretching: long wavelengths slowed by `factor`, short ones kept, a ramp between.
+    """Llama 3.1's stretching: long wavelengths are slowed by `factor`, short ones kept, with a ramp in between.
 
     Source: `transformers.modeling_rope_utils`, kind "llama3".
     """
@@ -56,16 +59,16 @@ def yarn_frequencies(
     beta_slow: float = 1.0,
     truncate: bool = True,
 ) -> Float[np.ndarray, "F"]:
-    """YaRN: pairs with few turns over the original context are slowed by `factor`, fast ones kept, a ramp between.
+    """YaRN: pairs that turn rarely within the original context are slowed by `factor`, fast ones kept.
 
     Args:
-        head_width: of a head.
+        head_width: width of a head, E.
         theta: base of the geometric series of wavelengths.
         factor: by how much the context is stretched.
         original_max_position_embeddings: context length before stretching.
-        beta_fast: turns above which a pair is kept.
+        beta_fast: turns above which a pair is kept; between the two bounds there is a ramp.
         beta_slow: turns below which a pair is slowed in full.
-        truncate: the ramp's ends are rounded outwards to whole pairs.
+        truncate: whether the ends of the ramp are rounded outwards to whole pairs.
 
     Source: `transformers.modeling_rope_utils`, kind "yarn".
     """
@@ -84,7 +87,7 @@ def yarn_frequencies(
 
 
 def yarn_scaling(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
-    """What YaRN multiplies cosine and sine by; `mscale` and `mscale_all_dim` count if neither is 0."""
+    """Factor of cosine and sine in YaRN; `mscale` and `mscale_all_dim` count only if neither is 0."""
 
     def grown(slope: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
@@ -93,32 +96,30 @@ def yarn_scaling(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0
 
 
 def longrope_scaling(factor: float, original_max_position_embeddings: int) -> float:
-    """What LongRoPE multiplies cosine and sine by."""
+    """Factor of cosine and sine in LongRoPE."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_max_position_embeddings))
 
 
-def rotations(
-    positions: Int[Array, "B T"], frequencies: Float[AnyArray, "F"], scaling: float = 1.0
-) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """Cosine and sine of every token's angles, float32, times `scaling`."""
+def rotations(positions: Int[Array, "B T"], frequencies: Float[AnyArray, "F"], scaling: float = 1.0) -> Rotation:
+    """Cosine and sine of every token's angles in float32, times `scaling`."""
     return _scaled(positions.astype(jnp.float32)[..., None] * frequencies, scaling)
 
 
-def _scaled(angles: Float[Array, "B T F"], scaling: float) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+def _scaled(angles: Float[Array, "*N I F"], scaling: float) -> Rotation:
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     return (cosine, sine) if scaling == 1.0 else (cosine * scaling, sine * scaling)
 
 
 def multimodal_rotations(
     positions: Int[Array, "B A T"], frequencies: Float[AnyArray, "F"], sections: tuple[int, ...], scaling: float = 1.0
-) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """Cosine and sine where every pair is rotated by one of a token's positions in time, height and width (M-RoPE).
+) -> Rotation:
+    """Cosine and sine where each pair is rotated by a token's position in time, height or width (M-RoPE).
 
     Args:
-        positions: of every token along the A axes, Int[B, A, T].
-        frequencies: angular step of every pair, Float[F].
-        sections: how many neighbouring pairs are rotated by axis 0, 1, ..., A - 1, 0, ...; F in all.
-        scaling: cosine and sine are multiplied by it.
+        positions: every token's position along each of the A axes.
+        frequencies: angular step of every pair.
+        sections: how many consecutive pairs are rotated by axis 0, 1, ..., A - 1, 0, ...; F in all.
+        scaling: factor of cosine and sine.
 
     Source: `apply_multimodal_rotary_pos_emb` of `transformers.models.qwen2_vl`.
     """
@@ -126,19 +127,16 @@ def multimodal_rotations(
     return _scaled(positions.astype(jnp.float32)[:, axis].swapaxes(1, 2) * frequencies, scaling)
 
 
-def axial_rotations(
-    positions: Int[Array, "*N I A"], frequencies: Float[np.ndarray, "f"]
-) -> tuple[Float[Array, "*N I F"], Float[Array, "*N I F"]]:
-    """Cosine and sine of patches, the same frequencies for each of their A coordinates, one after the other."""
+def axial_rotations(positions: Int[Array, "*N I A"], frequencies: Float[np.ndarray, "f"]) -> Rotation:
+    """Cosine and sine of patches: the pairs of each of the A coordinates in turn, all with the same frequencies."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    angles = angles.reshape(*angles.shape[:-2], -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    return _scaled(angles.reshape(*angles.shape[:-2], -1), 1.0)
 
 
 def rotate(
     heads: Float[Array, "*R B T H E"], cosine: Float[Array, "B T F"], sine: Float[Array, "B T F"]
 ) -> Float[Array, "*R B T H E"]:
-    """Rotates the pairs (e, e + E/2) of every head by the token's angles; computed in float32."""
+    """Rotates the pairs (e, e + E/2) of every head by the token's angles, computed in float32."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

@@ -1,11 +1,11 @@
 """The scorer of dense similarity maps: a small CNN or MLP, over single maps or tiled over pictures x captions.
 
 The tiled form follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
-channels is nine (or 36) multiply-adds of whole vectors with a number. (2) Rows one column longer than the map, the
-last column zero, make every shift of a map one shift of flat memory. (3) The borders come out of the matrix product
-that makes the maps, whose picture tokens have rows around them, and caption tokens a column after them. Both sides are
-centred, so that maps of nearly equal numbers keep their differences; what the means add lies in the borders
-(`score_tile`).
+channels is nine (or 36) multiply-adds of a vector and a number. (2) If rows are one zero longer than the map, shifting
+a map in either direction is one shift of flat memory. (3) The matrix product that makes the maps can make the borders
+too, if the picture tokens are padded with rows around them and the caption tokens with a column after them. Both sides
+are centred, so that maps of nearly equal numbers keep their differences, and the contributions of the means are in the
+borders (`score_tile`).
 Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
@@ -22,14 +22,14 @@ from jaxid.kernels.similarity import Moments, centred
 CHANNELS = 4
 HIDDEN = 128
 BORDER = 3
-"""Zero rows above and below a map: two convolutions' reach, and one for shifts along the row."""
+"""Zero rows above and below a map: the reach of two convolutions, and one more for shifts along the row."""
 
 PAIRS = 64
-"""Pairs of a tile: the fastest axis fills vector registers, and a tile's activations stay in a core's caches."""
+"""Pairs in a tile: enough to fill vector registers, and few enough for a core's caches to hold the activations."""
 
 
 class CNN(NamedTuple):
-    """Two convolutions of 3 x 3, a hidden layer, a score."""
+    """Two 3 x 3 convolutions and a hidden layer."""
 
     conv1: Float[Array, "C 3 3"]
     conv1_bias: Float[Array, "C"]
@@ -42,7 +42,7 @@ class CNN(NamedTuple):
 
 
 class MLP(NamedTuple):
-    """Two hidden layers and a score, over the flat map."""
+    """Two hidden layers over the flat map."""
 
     fc1: Float[Array, "H I T"]
     fc1_bias: Float[Array, "H"]
@@ -56,7 +56,7 @@ Network = CNN | MLP
 
 
 def init_cnn(key: Array, image_tokens: int, text_tokens: int) -> CNN:
-    """A CNN drawn as PyTorch draws its layers: uniform, within 1 / sqrt(inputs)."""
+    """A CNN initialised like PyTorch's layers: uniform within 1 / sqrt(inputs)."""
     flat = CHANNELS * image_tokens * text_tokens
     shapes = {
         "conv1": ((CHANNELS, 3, 3), 9),
@@ -72,7 +72,7 @@ def init_cnn(key: Array, image_tokens: int, text_tokens: int) -> CNN:
 
 
 def init_mlp(key: Array, image_tokens: int, text_tokens: int) -> MLP:
-    """An MLP drawn likewise."""
+    """An MLP initialised like PyTorch's layers: uniform within 1 / sqrt(inputs)."""
     flat = image_tokens * text_tokens
     shapes = {
         "fc1": ((64, image_tokens, text_tokens), flat),
@@ -94,7 +94,7 @@ def _uniform(key: Array, shapes: dict[str, tuple[tuple[int, ...], int]]) -> dict
 
 
 def misfit(network: Network) -> str | None:
-    """What is wrong with the shapes of a scorer's arrays, which must fit each other; None if nothing is."""
+    """The first inconsistency between the shapes of a scorer's arrays, as a message; None if they are consistent."""
     sizes: dict[str, int] = {}
     for name, value in network._asdict().items():
         axes = get_type_hints(type(network))[name].dim_str.split()
@@ -110,7 +110,7 @@ def misfit(network: Network) -> str | None:
 
 
 def map_shape(network: Network) -> tuple[int, int]:
-    """Picture and caption tokens of the maps that a scorer reads, I and T."""
+    """Shape (I, T) of the maps that a scorer reads."""
     image_tokens, text_tokens = network.fc1.shape[-2:]
     return image_tokens, text_tokens
 
@@ -118,13 +118,13 @@ def map_shape(network: Network) -> tuple[int, int]:
 def apply(
     network: Network, maps: Float[Array, "B I T"], key: Array | None = None, rate: float = 0.5
 ) -> Float[Array, "B"]:
-    """Scores of standardised maps, to train with.
+    """Scores of standardised maps, for training.
 
     Args:
         network: the scorer.
-        maps: standardised.
-        key: of dropout after every hidden layer of a CNN; without it, nothing is dropped.
-        rate: share of the numbers that dropout drops.
+        maps: standardised maps.
+        key: random key of the dropout after every hidden layer of a CNN; nothing is dropped without one.
+        rate: probability that a number is dropped.
     """
     padded = jnp.pad(maps, ((0, 0), (BORDER, BORDER), (0, 1)))
     flat = jnp.moveaxis(padded.reshape(len(maps), -1), 0, 1)
@@ -146,15 +146,15 @@ def score(
     texts: Float[Array, "M T E"],
     moments: Moments,
 ) -> Float[Array, "N M"]:
-    """Scores of every picture with every caption, in memory that does not grow with their number.
+    """Scores of every picture with every caption, in tiles of bounded memory.
 
-    Constant maps have no score: it is NaN.
+    The score of a constant map is NaN.
 
     Args:
         network: the scorer.
-        images: tokens of pictures, as `similarity.with_functional_rows` gives them.
-        texts: tokens of captions, likewise.
-        moments: of the groups, see `similarity.moments`.
+        images: tokens of pictures, as returned by `similarity.with_functional_rows`.
+        texts: tokens of captions, as returned by `similarity.with_functional_rows`.
+        moments: moments of the maps, as returned by `similarity.moments`.
     """
     count, captions = len(images), len(texts)
     width = min(captions, PAIRS)
@@ -173,10 +173,8 @@ def score(
 
         def tile(given: tuple[Array, Array, Array]) -> Float[Array, "p q"]:
             captions, offset, deviation = given
-            maps = padded.reshape(-1, padded.shape[-1]) @ captions
-            # [picture, row and column of the map, caption] -> pairs last
-            maps = jnp.moveaxis(maps.reshape(height, -1, width), 0, 1).reshape(-1, height * width)
-            return score_tile(network, weights, maps, offset.reshape(-1), deviation.reshape(-1)).reshape(height, width)
+            maps = (padded.reshape(-1, padded.shape[-1]) @ captions).reshape(height, -1, width)
+            return score_tile(network, weights, maps, offset, deviation)
 
         return jax.lax.map(tile, (texts, offsets, deviations))
 
@@ -190,55 +188,56 @@ def score_rows(
     texts: Float[Array, "N C T E"],
     moments: Moments,
 ) -> Float[Array, "N C"]:
-    """Scores of every picture with captions of its own, in bounded memory.
+    """Scores of every picture with its own captions, in tiles of bounded memory.
 
     Args:
         network: the scorer.
-        images: tokens of pictures, as `similarity.with_functional_rows` gives them.
-        texts: tokens of captions, likewise.
-        moments: of every pair, [N, C], or of every picture, [N, 1].
+        images: tokens of pictures, as returned by `similarity.with_functional_rows`.
+        texts: tokens of captions, as returned by `similarity.with_functional_rows`.
+        moments: moments of every pair, [N, C], or of every picture, [N, 1].
     """
     count, captions = texts.shape[:2]
     height = min(max(1, PAIRS // captions), count)
     rows = -(-count // height)
     offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
-    offset = _padded(offset, rows * height).reshape(rows, -1)
-    deviation = _padded(deviation, rows * height, fill=1.0).reshape(rows, -1)
-    images = _padded(images, rows * height).reshape(rows, height, *images.shape[1:])
-    texts = _padded(texts, rows * height).reshape(rows, height, *texts.shape[1:])
+    given = (images, texts, offset, deviation)
+    tiles = [
+        _padded(side, rows * height, fill).reshape(rows, height, *side.shape[1:])
+        for side, fill in zip(given, (0.0, 0.0, 0.0, 1.0), strict=True)
+    ]
     weights = _weights(network)
 
-    def row(given: tuple[Array, Array, Array, Array]) -> Float[Array, "p"]:
-        pictures, captions_of, offset, deviation = given
+    def row(tile: list[Array]) -> Float[Array, "p q"]:
+        pictures, captions_of, offset, deviation = tile
         maps = jnp.einsum("pie,pej->pij", _picture_side(pictures), jax.vmap(_caption_side)(captions_of))
-        maps = jnp.moveaxis(maps.reshape(height, -1, captions), 0, 1).reshape(-1, height * captions)
-        return score_tile(network, weights, maps, offset, deviation)
+        return score_tile(network, weights, maps.reshape(height, -1, captions), offset, deviation)
 
-    return jax.lax.map(row, (images, texts, offset, deviation)).reshape(rows * height, captions)[:count]
+    return jax.lax.map(row, tiles).reshape(rows * height, captions)[:count]
 
 
 def score_tile(
     network: Network,
     weights: Float[Array, "H K"],
-    maps: Float[Array, "S B"],
-    offset: Float[Array, "B"],
-    deviation: Float[Array, "B"],
-) -> Float[Array, "B"]:
-    """Scores of the pairs of one tile.
+    maps: Float[Array, "p S q"],
+    offset: Float[Array, "p q"],
+    deviation: Float[Array, "p q"],
+) -> Float[Array, "p q"]:
+    """Scores of the pairs of p pictures and q captions in one tile.
 
     Args:
         network: the scorer.
-        weights: its first wide layer, as `_weights` lays it out.
+        weights: its first wide layer, as returned by `_weights`.
         maps: products of centred tokens, flat, with `BORDER` rows above and below and a column after each row. The
-            first row is that of the picture's mean token, the column that of the caption's: added to all others, they
-            make the products maps about their own mean.
-        offset: of every pair, from its group's mean.
-        deviation: of every pair's group.
+            first row comes from the picture's mean token, the last column from the caption's. Added to all others, they
+            turn the products into maps about their own mean.
+        offset: difference of every pair's mean from its group's.
+        deviation: standard deviation of every pair's group.
     """
     inside = _inside(*map_shape(network))
-    grid = maps.reshape(-1, map_shape(network)[1] + 1, maps.shape[1])
-    whole = (grid + grid[:1] + grid[:, -1:] + offset) / deviation
-    return _head(network, weights, jnp.where(inside[:, None], whole.reshape(maps.shape), 0))
+    flat = jnp.moveaxis(maps, 0, 1).reshape(maps.shape[1], -1)
+    grid = flat.reshape(-1, map_shape(network)[1] + 1, flat.shape[1])
+    whole = (grid + grid[:1] + grid[:, -1:] + offset.reshape(-1)) / deviation.reshape(-1)
+    return _head(network, weights, jnp.where(inside[:, None], whole.reshape(flat.shape), 0)).reshape(offset.shape)
 
 
 def _head(
@@ -248,14 +247,14 @@ def _head(
     key: Array | None = None,
     rate: float = 0.0,
 ) -> Float[Array, "B"]:
-    """Scores of standardised maps that lie as `score_tile` says, with dropout if there is a key."""
+    """Scores of standardised maps, flat and padded as in `apply`, pairs last; with dropout if there is a key."""
     if isinstance(network, MLP):
         hidden = jax.nn.relu(weights @ maps + network.fc1_bias[:, None])
         hidden = jax.nn.relu(network.fc2 @ hidden + network.fc2_bias[:, None])
         return network.fc3 @ hidden + network.fc3_bias
     (image_tokens, text_tokens), pairs = map_shape(network), maps.shape[1]
     stride = text_tokens + 1
-    # The first convolution is needed a row further on both sides, and one number before and after that.
+    # The first convolution is needed one row and one number beyond the map on both sides.
     start, length = (BORDER - 1) * stride - 1, (image_tokens + 2) * stride + 2
     around = stride + 1
     inside = jnp.asarray(_inside(image_tokens, text_tokens)[start : start + length], maps.dtype)
@@ -268,26 +267,22 @@ def _head(
     return network.fc2 @ hidden + network.fc2_bias
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: int, pairs: int) -> Float[Array, "C s"]:
-    """A 3 x 3 correlation of maps that lie flat, pairs fastest, where all nine numbers are there.
+    """A 3 x 3 correlation of flat maps, pairs fastest, at the numbers that have all eight neighbours.
 
-    Its gradient with respect to the maps is a correlation again. A scan over output channels makes every channel one
-    loop over memory; written out, the compiler would compute one convolution anew for each of the next one's 36 terms.
+    Its gradient with respect to the maps is a correlation too. Scanning over the output channels makes each of them one
+    loop over memory. If unrolled, the compiler would recompute one convolution for each of the 36 terms of the next.
 
     Args:
-        x: K channels.
-        kernel: output channels first.
+        x: maps of K channels.
+        kernel: weights, output channels first.
         stride: length of a row.
-        pairs: how many maps lie side by side.
+        pairs: number of maps that are interleaved.
 
     Returns:
-        C channels, shorter by a row and a number on either side.
+        Maps of C channels, shorter by a row and a number at both ends.
     """
-    return _correlate(x, kernel, stride, pairs)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _correlate(x: Array, kernel: Array, stride: int, pairs: int) -> Array:
     length = x.shape[1] - 2 * (stride + 1) * pairs
 
     def channel(_: None, own: Float[Array, "K 3 3"]) -> tuple[None, Float[Array, "s"]]:
@@ -308,7 +303,7 @@ def _shifted(x: Array, source: int, down: int, across: int, stride: int, pairs: 
 
 
 def _correlate_forward(x: Array, kernel: Array, stride: int, pairs: int) -> tuple[Array, tuple[Array, Array]]:
-    return _correlate(x, kernel, stride, pairs), (x, kernel)
+    return correlate(x, kernel, stride, pairs), (x, kernel)
 
 
 def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -316,7 +311,7 @@ def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], grad
     around = 2 * (stride + 1) * pairs
     rotated = jnp.swapaxes(kernel[:, :, ::-1, ::-1], 0, 1)
     back = correlate(jnp.pad(gradient, ((0, 0), (around, around))), rotated, stride, pairs)
-    # Row by row, so that the nine shifted copies stay in the cache.
+    # One row at a time, so that the nine shifted copies stay in the cache.
     row = stride * pairs
     count = -(-gradient.shape[1] // row)
     gradient, x = (jnp.pad(side, ((0, 0), (0, count * row - gradient.shape[1]))) for side in (gradient, x))
@@ -334,43 +329,43 @@ def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], grad
     return back, jnp.moveaxis(total.reshape(len(kernel), 3, 3, len(x)), -1, 1)
 
 
-_correlate.defvjp(_correlate_forward, _correlate_backward)
+correlate.defvjp(_correlate_forward, _correlate_backward)
 
 
 def _weights(network: Network) -> Float[Array, "H K"]:
-    """The first wide layer over flat maps, zero where those hold nothing."""
+    """The first wide layer as a matrix over flat, padded maps, with zeros at the padding."""
     around = [(0, 0)] * (network.fc1.ndim - 2) + [(BORDER, BORDER) if isinstance(network, MLP) else (0, 0), (0, 1)]
     return jnp.pad(network.fc1, around).reshape(len(network.fc1), -1)
 
 
 def _inside(image_tokens: int, text_tokens: int) -> np.ndarray:
-    """Which numbers of a flat map belong to it."""
+    """Which numbers of a flat, padded map are not padding."""
     return np.pad(np.ones((image_tokens, text_tokens), bool), ((BORDER, BORDER), (0, 1))).reshape(-1)
 
 
 def _picture_side(pictures: Float[Array, "p I E"]) -> Float[Array, "p R E"]:
-    """Pictures as the left side of the product: tokens less their mean, which stands in the first row of the border."""
+    """Pictures as the left side of the product: tokens minus their mean, and the mean in the border's first row."""
     mean, rest = centred(pictures, 1)
     padded = jnp.pad(rest, ((0, 0), (BORDER - 1, BORDER), (0, 0)))
     return jnp.concatenate([mean, padded], axis=1)
 
 
 def _caption_side(texts: Float[Array, "m T E"]) -> Float[Array, "E J"]:
-    """Captions as the right side of the product: tokens less their mean, which stands after them; captions fastest."""
+    """Captions as the right side of the product: tokens minus their mean, followed by the mean; captions fastest."""
     mean, rest = centred(texts, 1)
     padded = jnp.concatenate([rest, mean], axis=1)
     return jnp.transpose(padded, (2, 1, 0)).reshape(texts.shape[-1], -1)
 
 
 def _padded(x: Float[Array, "n *B"], count: int, fill: float = 0.0) -> Float[Array, "m *B"]:
-    """Padded to a length with one number."""
+    """The array padded along its first axis to a length of `count`."""
     return jnp.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
 
 
 def _blocks(
     x: Float[Array, "N M"], rows: int, height: int, columns: int, width: int, fill: float = 0.0
 ) -> Float[Array, "rows columns height width"]:
-    """Cut in tiles."""
+    """The matrix cut into tiles, padded where they exceed it."""
     gaps = ((0, rows * height - x.shape[0]), (0, columns * width - x.shape[1]))
     padded = jnp.pad(x, gaps, constant_values=fill)
     return jnp.moveaxis(padded.reshape(rows, height, columns, width), 2, 1)

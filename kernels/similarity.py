@@ -1,8 +1,8 @@
 """Dense similarity maps of pictures and captions ([DCSM] arXiv 2503.08723, section 4).
 
-A map S = P Q^T holds the cosine of every picture token P and every caption token Q. Columns of functional words are
-replaced by fixed vectors. Both at once are one matrix product: a caption's functional column is all zero but for a one
-in a further coordinate, where picture tokens hold that word's vector.
+A map S = P Q^T holds the cosine of every picture token P and every caption token Q. The columns of functional words are
+replaced by fixed vectors. One matrix product does both: a functional word's token is zero except for a one in an
+additional coordinate, where the picture tokens hold that word's vector.
 """
 
 from typing import NamedTuple
@@ -14,26 +14,25 @@ from jaxtyping import Array, Bool, Float, Int
 GROUPS = ("pair", "row", "call")
 """What maps are standardised over: each map by itself, a picture's maps with all captions, or all maps of a call."""
 
-
 _RIGHT_ANGLE = 1e-4
-"""Mean squared cosine below which second moments are not precise enough; it is 1 / E between random vectors."""
+"""Mean squared cosine below which second moments are too imprecise; between random vectors it is 1 / E."""
 
 
 class Moments(NamedTuple):
-    """What the maps of a group are standardised with, for every pair of it or broadcast over them."""
+    """What the maps of a group are standardised with, for each of its pairs or broadcast over them."""
 
     mean: Float[Array, "#N #M"]
-    deviation: Float[Array, "#N #M"]  # over count - 1; zero where float32 cannot tell the numbers apart
-    offset: Float[Array, "#N #M"]  # of each map's own mean from the group's
+    deviation: Float[Array, "#N #M"]  # unbiased; zero where float32 cannot tell the numbers apart
+    offset: Float[Array, "#N #M"]  # difference of each map's own mean from the group's
 
 
 def unit(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    """Vectors of length one along the last axis; zero stays zero."""
+    """Vectors scaled to length one along the last axis; a zero vector stays zero."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def functional_vectors(key: Array, words: int, image_tokens: int) -> Float[Array, "W I"]:
-    """One fixed vector for every functional word: standard normal, of length one, then (v + 1) / 3."""
+    """One fixed vector v per functional word: standard normal, scaled to length one, then mapped to (v + 1) / 3."""
     return (unit(jax.random.normal(key, (words, image_tokens), jnp.float32)) + 1) / 3
 
 
@@ -48,11 +47,11 @@ def with_functional_rows(
     Args:
         images: tokens of pictures, of length one.
         texts: tokens of captions, of length one.
-        words: which functional word stands at each token, or -1.
-        vectors: of every functional word.
+        words: index of the functional word at each token, or -1.
+        vectors: the vector of every functional word.
 
     Returns:
-        Both in float32 with W further coordinates, F = E + W.
+        Both in float32 with W additional coordinates, F = E + W.
     """
     images, texts, vectors = (side.astype(jnp.float32) for side in (images, texts, vectors))
     marks = jax.nn.one_hot(words, len(vectors), dtype=texts.dtype)
@@ -62,14 +61,14 @@ def with_functional_rows(
 
 
 def similarity_maps(images: Float[Array, "N I E"], texts: Float[Array, "M T E"]) -> Float[Array, "N M I T"]:
-    """The map of every picture with every caption; for small numbers of both."""
+    """The map of every picture with every caption, for small numbers of both."""
     return jnp.einsum("nie,mte->nmit", images, texts)
 
 
 def centred(x: Float[Array, "*B"], axis: int | tuple[int, ...]) -> tuple[Float[Array, "*M"], Float[Array, "*B"]]:
-    """The mean along axes, which are kept, and what is left without it.
+    """The mean along axes, which are kept, and the differences from it.
 
-    The mean of what is left is subtracted once more: rounding of a large mean would otherwise remain in it.
+    The mean of the differences is subtracted again, since the rounding error of a large mean would remain in them.
     """
     mean = x.mean(axis=axis, keepdims=True)
     rest = x - mean
@@ -78,18 +77,19 @@ def centred(x: Float[Array, "*B"], axis: int | tuple[int, ...]) -> tuple[Float[A
 
 
 def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: str = "call") -> Moments:
-    """Mean and unbiased standard deviation of maps, without making the maps of more than one picture.
+    """Mean and unbiased standard deviation of maps, computing the maps of at most one picture at a time.
 
     With p = a + d and q = b + e, where a and b are the mean tokens of a picture and of a caption, a map's entries are
-    p q = a b + d b + a e + d e. The four parts are orthogonal over the map, so that the squares of the last three,
-    and those of a b less the group's mean, add up to the variance: nothing large is subtracted from anything large.
-    The squares of d e need the captions' second moments [E, E], or the products themselves where captions have fewer
-    tokens than tokens have coordinates, or d and e are so nearly at right angles that the moments are too coarse.
+    p q = a b + d b + a e + d e. The four terms are orthogonal over the map, so the squares of the last three and of
+    a b minus the group's mean add up to the variance, and no large numbers are subtracted from each other. The squares
+    of d e follow from the captions' second moments [E, E]. The products themselves are computed instead if the captions
+    have fewer tokens in all than a token has coordinates, or if d and e are so close to orthogonal that the moments are
+    too imprecise.
 
     Args:
         images: tokens of pictures.
         texts: tokens of captions.
-        group: see `GROUPS`.
+        group: one of `GROUPS`.
     """
     (captions, text_tokens, width), image_tokens = texts.shape, images.shape[1]
     text_means, text_rest = centred(texts, 1)
@@ -133,7 +133,7 @@ def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: 
 
 
 def standardise(maps: Float[Array, "N M I T"], group: str = "call") -> Float[Array, "N M I T"]:
-    """Maps less their group's mean, over its unbiased standard deviation; the plain form of `moments`.
+    """Maps minus their group's mean, divided by its unbiased standard deviation; the plain form of `moments`.
 
     Constant maps become NaN.
     """
@@ -145,6 +145,6 @@ def standardise(maps: Float[Array, "N M I T"], group: str = "call") -> Float[Arr
 
 
 def _deviation(squares: Float[Array, "*B"], limit: Float[Array, "*B"], count: int) -> Float[Array, "*B"]:
-    """From the sum of squares about the mean; zero where that is rounding, beside the sum of the squares themselves."""
+    """Standard deviation from the squares about the mean; zero if these are rounding error, given the plain squares."""
     least = jnp.finfo(jnp.float32).eps ** 2 * limit
     return jnp.sqrt(jnp.where(squares > least, squares, 0) / (count - 1))
