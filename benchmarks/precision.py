@@ -80,6 +80,10 @@ def main() -> None:
     use_cpus()
     sys.path.insert(0, str(TESTS))
     EVERY = importlib.import_module("families").EVERY
+    known = [case.name for case in EVERY]
+    unknown = set(arguments.only or ()) - set(known)
+    if unknown:
+        parser.error(f"no model is called {', '.join(sorted(unknown))}; the models are {', '.join(known)}")
 
     found: dict[str, float] = {}
     print("| model | " + " | ".join(f"jaxid {dtype} | PyTorch {dtype}" for dtype in DTYPES) + " |")

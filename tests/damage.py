@@ -1,4 +1,4 @@
-"""Damaged copies of files, drawn from a seed: what a fuzz test feeds to readers."""
+"""Randomly damaged copies of files for fuzz tests of readers."""
 
 import copy
 import json
@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-ODD_VALUES: tuple[Any, ...] = (
+ODD_VALUES: tuple[object, ...] = (
     *(None, True, False, 0, 1, -1, -5, 1.5, 2**31, 10**9, 10**20, 1e300, float("nan"), float("inf")),
     *("", "x", "²", "\x00", "../../etc/passwd", [], {}, [0], [None], ["x", 1], {"x": None}, [[[[]]]]),
 )
-"""What stands in place of a value of a JSON file."""
+"""Replacements of a value in a JSON file."""
 
 ROOTS: tuple[bytes, ...] = (
     *(b"", b"null", b"[]", b"{}", b"0", b'"x"', b"[null]", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00", b"\x00" * 64),
     *(b"[" * 20_000 + b"]" * 20_000, b'{"a":' * 20_000 + b"0" + b"}" * 20_000, b"NaN", b"<html></html>"),
 )
-"""What stands in place of a whole JSON file."""
+"""Replacements of a whole JSON file."""
 
 
 def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
-    """The data with some bytes flipped, dropped, doubled, zeroed or cut off."""
+    """The data with some bytes flipped, removed, duplicated, zeroed, replaced or cut off."""
     if not data:
         return b"\x00"
     place, length = int(rng.integers(len(data))), int(rng.integers(1, 65))
@@ -44,12 +44,12 @@ def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def damaged_header(data: bytes, rng: np.random.Generator) -> bytes:
-    """As `damaged_bytes`, but among the first kilobyte, where formats keep what describes the rest."""
+    """As `damaged_bytes`, but within the first kilobyte, where formats keep their header."""
     return damaged_bytes(data[:1024], rng) + data[1024:]
 
 
 def damaged_json(data: bytes, rng: np.random.Generator) -> bytes:
-    """JSON with one value replaced, one key renamed, dropped or doubled, or another root; now and then no JSON."""
+    """JSON with a value replaced, a key renamed, removed or duplicated, or another root; sometimes not valid JSON."""
     kind = rng.random()
     if kind < 0.1:
         return damaged_bytes(data, rng)
@@ -59,7 +59,7 @@ def damaged_json(data: bytes, rng: np.random.Generator) -> bytes:
     places = [place for place in _places(tree) if place]
     if not places:
         return ROOTS[rng.integers(len(ROOTS))]
-    # Values near the root decide most.
+    # Values near the root matter most.
     weights = np.array([1 / len(place) ** 2 for place in places])
     place = places[rng.choice(len(places), p=weights / weights.sum())]
     parent = tree
@@ -77,14 +77,14 @@ def damaged_json(data: bytes, rng: np.random.Generator) -> bytes:
     return json.dumps(tree).encode()
 
 
-def _places(tree: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values in a tree of dictionaries and lists."""
+def _places(tree: object, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values in a tree of dictionaries and lists."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [place, *(path for step, value in inner for path in _places(value, (*place, step)))]
 
 
 def damaged_lines(data: bytes, rng: np.random.Generator) -> bytes:
-    """A table in text with one cell replaced, a line dropped or doubled, or the header changed."""
+    """A text table with a cell replaced or removed, a line removed, or an unclosed quote."""
     if rng.random() < 0.3:
         return damaged_bytes(data, rng)
     lines = data.split(b"\n")
@@ -104,7 +104,7 @@ def damaged_lines(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def how(name: str) -> tuple[Callable[[bytes, np.random.Generator], bytes], ...]:
-    """The ways to damage a file of that name."""
+    """The functions that damage a file of that name."""
     if name.endswith(".json"):
         return (damaged_json,)
     if name.endswith((".csv", ".jsonl", ".jinja", ".txt")):

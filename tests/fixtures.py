@@ -1,4 +1,4 @@
-"""What tests share: the tiny models on disk, loaded by jaxid and by PyTorch, and what PyTorch computes at every site.
+"""Shared by tests: the tiny models on disk, loaded by jaxid and by PyTorch, and PyTorch's values at every site.
 
 Everything is made once per test run, on first use.
 """
@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from families import Case
+from numpy.typing import ArrayLike
 
 from jaxid.checkpoints.loading import load
 from jaxid.families.base import Model
 from jaxid.interp.trace import Trace, trace
 from jaxid.prompts.pictures import Clip
-from jaxid.prompts.processor import Prompts
+from jaxid.prompts.processor import Inputs, Prompts
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
-"""Gone when the test run ends."""
+"""Removed when the test run ends."""
 
 QUESTIONS = ("Is the star to the left or right of the fish?", "Where is the fish?")
 
@@ -38,10 +39,10 @@ class WithoutTorch(importlib.machinery.PathFinder):
         return None if name.split(".")[0] in ("torch", "torchvision") else super().find_spec(name, *place)
 sys.meta_path[:] = [WithoutTorch if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 """
-"""Begins a program that runs as if neither torch nor torchvision were installed."""
+"""First lines of a program that runs as if neither torch nor torchvision were installed."""
 
 TorchEdit = tuple[str, int, Callable[[torch.Tensor], torch.Tensor]]
-"""Site, layer, and what is done with the value there."""
+"""Site, layer, and the change of the value there."""
 
 
 def pictures() -> list[np.ndarray]:
@@ -71,12 +72,12 @@ def model(case: Case, dtype: str = "float32") -> Model:
 
 @functools.cache
 def prompts(case: Case) -> Prompts:
-    """Two prompts of unequal length with a picture each."""
+    """Two prompts of unequal length, each with a picture."""
     return model(case).prepare(shown(case), QUESTIONS)
 
 
-def shown(case: Case) -> list[Any]:
-    """What a family is shown: two pictures, or two clips of them."""
+def shown(case: Case) -> list[np.ndarray] | list[Clip]:
+    """Two pictures, or for a family that reads clips, two clips of them."""
     first, second = pictures()
     if not case.clips:
         return [first, second]
@@ -97,7 +98,7 @@ def reference(case: Case) -> Any:
 
 @functools.cache
 def clean_record(case: Case) -> dict[str, np.ndarray]:
-    """What PyTorch computes on `prompts`."""
+    """PyTorch's values at all sites on `prompts`."""
     return record(case, prompts(case))
 
 
@@ -105,10 +106,10 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
     """Runs the PyTorch model and records every site.
 
     Args:
-        case: which model.
+        case: the model.
         batch: the prompts.
-        edits: what to change on the way, at the sites that `case.sites` names but "resid_mid", which no hook can
-            change, and between blocks.
+        edits: changes of values during the pass, between blocks and at the sites of `case.sites` except "resid_mid",
+            which hooks cannot change.
 
     Returns:
         By name: "tower" Float[L1, N, I, D], "projector", "embed" Float[B, T, D], the block sites
@@ -125,16 +126,16 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
         found[site, layer] = value
         return value
 
-    def before(module: Any, site: str, layer: int) -> None:
-        def hook(_: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(module: torch.nn.Module, site: str, layer: int) -> None:
+        def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if args:
                 return (visit(site, layer, args[0]), *args[1:]), kwargs
             return args, kwargs | {"hidden_states": visit(site, layer, kwargs["hidden_states"])}
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(module: Any, site: str, layer: int) -> None:
-        def hook(_: Any, __: Any, output: Any) -> Any:
+    def after(module: torch.nn.Module, site: str, layer: int) -> None:
+        def hook(_: torch.nn.Module, __: object, output: Any) -> object:
             if isinstance(output, tuple):
                 return visit(site, layer, output[0]), *output[1:]
             return visit(site, layer, output)
@@ -146,15 +147,15 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
     pictured = batch.inputs.pixels is not None
     if pictured:
         before(towers[0][0], "tower", 0)
-        for number, block in enumerate(itertools.chain.from_iterable(towers)):
-            after(block, "tower", number + 1)
+        for layer, block in enumerate(itertools.chain.from_iterable(towers)):
+            after(block, "tower", layer + 1)
         after(part["projector"], "projector", 0)
     before(part["blocks"][0], "embed", -1)
-    for number, block in enumerate(part["blocks"]):
-        before(block, "resid_pre", number)
+    for layer, block in enumerate(part["blocks"]):
+        before(block, "resid_pre", layer)
         for site, path in case.sites.items():
-            (before if site == "resid_mid" else after)(block.get_submodule(path), site, number)
-        after(block, "resid_post", number)
+            (before if site == "resid_mid" else after)(block.get_submodule(path), site, layer)
+        after(block, "resid_post", layer)
     after(part["norm"], "norm", 0)
     try:
         with torch.no_grad():
@@ -174,20 +175,20 @@ def record(case: Case, batch: Prompts, edits: Sequence[TorchEdit] = ()) -> dict[
 
 
 def carried(output: Any) -> dict[str, Any]:
-    """Keys and values that a pass of Hugging Face's class leaves for the next one, by the argument's name.
+    """Keys and values from a pass of Hugging Face's class for the next one, by the name of the argument.
 
-    It was renamed in transformers 5.24.
+    transformers 5.24 renamed the argument.
     """
     return {name: output[name] for name in ("past_key_values", "cache") if name in output.keys()}  # noqa: SIM118
 
 
-def device_inputs(batch: Prompts) -> Any:
-    """The arrays of prompts, on the device."""
+def device_inputs(batch: Prompts) -> Inputs:
+    """The arrays of prompts on the device."""
     return jax.tree.map(jnp.asarray, batch.inputs)
 
 
-def distance(ours: Any, theirs: Any, rows: np.ndarray | None = None) -> float:
-    """Largest difference, relative to the largest reference value; of the rows [B, T] that hold tokens, if given."""
+def distance(ours: ArrayLike, theirs: ArrayLike, rows: np.ndarray | None = None) -> float:
+    """Largest difference relative to the largest reference value, optionally only at the positions `rows` [B, T]."""
     ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     if rows is not None:
@@ -197,13 +198,13 @@ def distance(ours: Any, theirs: Any, rows: np.ndarray | None = None) -> float:
 
 
 def prepared_without_torch(model_folder: Path, picture: np.ndarray, question: str, made: Path) -> dict[str, np.ndarray]:
-    """Token ids and pixels of a prompt, made by a process that has no PyTorch.
+    """Token ids and pixels of a prompt, made by a process without PyTorch.
 
     Args:
-        model_folder: a checkpoint's folder.
+        model_folder: folder of the checkpoint.
         picture: the picture.
         question: the user's text.
-        made: a new `.npz` file for what that process makes.
+        made: a new `.npz` file for the results.
     """
     np.save(made.with_suffix(".npy"), picture)
     code = f"""{WITHOUT_TORCH}

@@ -1,8 +1,9 @@
-"""The config.json files of the published checkpoints, which the benchmarks keep."""
+"""The config.json files of the published checkpoints, from `benchmarks/published_configs.py`."""
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+
+from jaxid.nn.fields import Json
 
 _PATH = Path(__file__).parents[1] / "benchmarks" / "published_configs.py"
 _SPEC = importlib.util.spec_from_file_location(_PATH.stem, _PATH)
@@ -10,5 +11,5 @@ assert _SPEC is not None and _SPEC.loader is not None
 _MODULE = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_MODULE)
 
-CONFIGS: dict[str, dict[str, Any]] = _MODULE.CONFIGS
-"""Parsed files by alias; copy one deeply before changing it."""
+CONFIGS: dict[str, Json] = _MODULE.CONFIGS
+"""Parsed files by alias; make a deep copy before changing one."""

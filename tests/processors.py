@@ -1,16 +1,17 @@
-"""The tiny LLaVA's processor with tokenizers of all kinds, and with other chat templates."""
+"""The tiny LLaVA's processor with tokenizers of all kinds and with other chat templates."""
 
 import copy
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fixtures
 import numpy as np
 from families import CASES
-from tokenizers import AddedToken
+from numpy.typing import ArrayLike
+from tokenizers import AddedToken, Tokenizer
 
 from jaxid.families.llava import LlavaProcessor
 from jaxid.prompts.processor import Processor, Prompts
@@ -26,9 +27,9 @@ SENTENCES = [
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
-def bytes_tokenizer() -> Any:
-    """As in Llama 3 and Qwen: bytes, a space belongs to the word behind it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def bytes_tokenizer() -> Tokenizer:
+    """As in Llama 3 and Qwen: bytes; a space belongs to the word that follows it."""
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,9 +45,9 @@ def bytes_tokenizer() -> Any:
     return tokenizer
 
 
-def sentencepiece_tokenizer() -> Any:
-    """As in Llama 2, LLaVA-1.5's: spaces are a letter, unknown letters are bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+def sentencepiece_tokenizer() -> Tokenizer:
+    """As in Llama 2 and LLaVA-1.5: a space is a letter, and unknown letters become bytes."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -57,7 +58,7 @@ def sentencepiece_tokenizer() -> Any:
             vocab_size=400, min_frequency=2, special_tokens=SPECIAL + single_bytes, show_progress=False
         ),
     )
-    # The published files hold no pre-tokenizer: the normalizer writes the spaces' letter.
+    # The published files contain no pre-tokenizer: the normalizer replaces spaces by the letter.
     fields = json.loads(tokenizer.to_str())
     fields["pre_tokenizer"] = None
     fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] in SPECIAL]
@@ -68,9 +69,9 @@ def sentencepiece_tokenizer() -> Any:
     return tokenizer
 
 
-def metaspace_tokenizer() -> Any:
-    """As newer files of such tokenizers: a pre-tokenizer writes the spaces' letter, at a text's beginning too."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def metaspace_tokenizer() -> Tokenizer:
+    """As in newer files: a pre-tokenizer replaces spaces by the letter and adds it at the beginning of a text."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -92,7 +93,7 @@ SUBWORD = [bytes_tokenizer, sentencepiece_tokenizer, metaspace_tokenizer]
 
 
 @functools.cache
-def processor_of(build: Any) -> Processor:
+def processor_of(build: Callable[[], Tokenizer]) -> Processor:
     """The tiny model's processor with another tokenizer."""
     folder = Path(fixtures.SCRATCH.name) / build.__name__
     shutil.copytree(fixtures.folder(PLAIN), folder)
@@ -103,7 +104,7 @@ def processor_of(build: Any) -> Processor:
 def with_template(processor: Processor, template: str) -> Processor:
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = template
-    # One special token that the tokenizer's settings name, and one that stands in its vocabulary alone.
+    # One special token from the tokenizer's settings, and one that is only in its vocabulary.
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
     changed = LlavaProcessor(tokenizer, processor.image_processor, processor.config)
@@ -116,7 +117,7 @@ def ending(end: str) -> str:
     return CHAT_TEMPLATE.replace("ASSISTANT:{% endif %}", f"ASSISTANT{end}{{% endif %}}")
 
 
-def read(processor: Processor, prompts: Prompts, row: int, positions: Any) -> list[str]:
-    """Tokens of a prompt at some positions."""
+def read(processor: Processor, prompts: Prompts, row: int, positions: ArrayLike) -> list[str]:
+    """The tokens of a prompt at some positions."""
     ids = np.asarray(prompts.inputs.token_ids)[row, np.atleast_1d(positions)]
     return processor.tokenizer.convert_ids_to_tokens([int(index) for index in ids])

@@ -1,6 +1,6 @@
-"""The decorator that checks annotations while the tests run; `conftest.py` puts it on every function of jaxid."""
+"""The decorator that checks annotations at run time; `conftest.py` applies it to every function of jaxid."""
 
 from beartype import BeartypeConf, beartype
 
-# As for static checkers, an int will do where a float is asked for.
+# As for static checkers, an int is accepted where a float is expected.
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))

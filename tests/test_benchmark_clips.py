@@ -1,10 +1,11 @@
-"""The benchmark about clips: its network from LLaVA-NeXT's definition, its prompts, and both systems' numbers."""
+"""The benchmark about clips: its network from LLaVA-NeXT's definition, its prompts, and both systems' results."""
 
 import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import llava_next_video
@@ -16,18 +17,21 @@ import jaxid
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
+Modules = Callable[[str], ModuleType]
+"""Imports a file of the benchmarks by its name."""
+
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[Callable[[str], Any]]:
-    """The benchmarks' files, imported as the script imports them: from their own folder."""
+def modules() -> Iterator[Modules]:
+    """Imports the benchmarks' files from their own folder, as the scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         yield importlib.import_module
 
 
 @pytest.fixture(scope="module")
-def folder(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmark's model of clips, small: 8 frames of 3 x 4 tokens, 3 blocks."""
+def folder(modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small version of the benchmark's model of clips: 8 frames of 3 x 4 tokens, 3 layers."""
     geometry = modules("geometry_video")
     text = dataclasses.replace(
         geometry.CONFIG.text_config,
@@ -53,12 +57,12 @@ def folder(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clips(modules: Any, folder: Path) -> Any:
-    """Two prompts about clips, and the clips shown backwards."""
+def clips(modules: Modules, folder: Path) -> Any:
+    """Two prompts about clips, and the same clips played backwards."""
     return modules("works").clip_setting(jaxid.load(str(folder)), folder, 2)
 
 
-def test_video_has_the_published_tokens(modules: Any, clips: Any) -> None:
+def test_video_has_the_published_tokens(modules: Modules, clips: Any) -> None:
     config = modules("geometry_video").CONFIG
     assert 8 * config.frame_side * (config.frame_side + 1) == 1680
     assert config.text_config.num_hidden_layers == 28
@@ -73,7 +77,7 @@ def test_video_has_the_published_tokens(modules: Any, clips: Any) -> None:
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_video_reference_equals_another_forward_pass(modules: Any, folder: Path, clips: Any, row: int) -> None:
+def test_video_reference_equals_another_forward_pass(modules: Modules, folder: Path, clips: Any, row: int) -> None:
     published = modules("published")
     prompt = clips.torch_batch.prompt(row)
     ids = [token for token in prompt.token_ids[0].tolist() if token != 3]
@@ -89,7 +93,7 @@ def test_video_reference_equals_another_forward_pass(modules: Any, folder: Path,
 @pytest.mark.parametrize(
     ("mode", "position"), [("average", "frame"), ("bilinear", "one_token"), ("average", "no_token")]
 )
-def test_video_reference_pools_and_ends_lines_alike(modules: Any, folder: Path, mode: str, position: str) -> None:
+def test_video_reference_pools_and_ends_lines_alike(modules: Modules, folder: Path, mode: str, position: str) -> None:
     fields = json.loads((folder / "config.json").read_text())
     fields |= {"mm_spatial_pool_mode": mode, "mm_newline_position": position}
     other = llava_next_video.load(folder)
@@ -103,7 +107,7 @@ def test_video_reference_pools_and_ends_lines_alike(modules: Any, folder: Path, 
 
 
 @pytest.mark.slow
-def test_temporal_swap_of_both_systems(modules: Any, folder: Path) -> None:
+def test_temporal_swap_of_both_systems(modules: Modules, folder: Path) -> None:
     interventions = modules("interventions")
     (work,) = interventions.make_works(jaxid.load(str(folder)), folder, (1, 1))
     assert (work.name, work.edits, set(work.systems)) == ("temporal_swap", 9, {"published", "jaxid"})
@@ -112,6 +116,8 @@ def test_temporal_swap_of_both_systems(modules: Any, folder: Path) -> None:
     edits = {name: system.edits for name, system in work.systems.items()}
     assert interventions.check_agreement(work.name, results, edits=edits) < 1e-4
     found = results["jaxid"]
-    assert (np.abs(found["edited"][[0, 3, 6]] - found["control"]) > 1e-4).all()  # after the first block all sets act
-    np.testing.assert_allclose(found["edited"][2], found["control"], atol=1e-5)  # after the last nobody reads frames
+    assert (np.abs(found["edited"][[0, 3, 6]] - found["control"]) > 1e-4).all()  # after the first layer all sets act
+    np.testing.assert_allclose(
+        found["edited"][2], found["control"], atol=1e-5
+    )  # after the last layer nothing reads frames
     np.testing.assert_allclose(found["edited"][5], found["intervened"], atol=1e-5)

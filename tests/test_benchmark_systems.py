@@ -1,10 +1,11 @@
-"""The benchmark's PyTorch systems find the same numbers, and a computation written out plainly finds them too."""
+"""The benchmark's PyTorch systems agree with each other and with a plain computation."""
 
 import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import jaxid
 from jaxid.errors import InputError
+from jaxid.families.llava import LlavaConfig
 from jaxid.zoo import tiny_llava
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -24,17 +26,26 @@ WORDS = (("star", "fish"), ("moon", "cup"))
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
 LAYERS, WIDTH, PICTURE = 4, 48, 9
 
+Modules = Callable[[str], ModuleType]
+"""Imports a file of the benchmarks by its name."""
+
+Results = Mapping[str, Mapping[str, np.ndarray]]
+"""What a system finds, by task and quantity."""
+
+Network = Any
+"""Hugging Face's class, whose parts have no static types."""
+
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[Callable[[str], Any]]:
-    """The benchmarks' files, imported as the script imports them: from their own folder."""
+def modules() -> Iterator[Modules]:
+    """Imports the benchmarks' files from their own folder, as the scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         yield importlib.import_module
 
 
-def tiny(full: Any) -> Any:
-    """The benchmark's model, small: 9 picture tokens, 4 blocks."""
+def tiny(full: LlavaConfig) -> LlavaConfig:
+    """A small version of the benchmark's model: 9 picture tokens, 4 layers."""
     text = dataclasses.replace(
         full.text_config,
         vocab_size=128,
@@ -58,20 +69,20 @@ def tiny(full: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
     geometry = modules("geometry")
     return geometry.write(tmp_path_factory.mktemp("models") / "tiny", tiny(geometry.CONFIG))
 
 
 @pytest.fixture(scope="module")
-def network(modules: Any, folder: Path) -> Any:
+def network(modules: Modules, folder: Path) -> Network:
     """Hugging Face's class."""
     return modules("published").load(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Two prompts of unequal length, and what is done with them."""
+    """Two prompts of unequal length, and the edits of each task."""
 
     batch: Any
     words: torch.Tensor
@@ -82,7 +93,7 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(modules: Any) -> Case:
+def case(modules: Modules) -> Case:
     published = modules("published")
     rows = [tiny_llava.encode("<s> USER :" + PICTURE * " <image>" + " " + question) for question in QUESTIONS]
     longest = max(map(len, rows))
@@ -108,7 +119,7 @@ def case(modules: Any) -> Case:
         batch=batch,
         words=words,
         mirrored=batch.pixels.flip(-1),
-        # Not in the order of the layers, and some of one layer.
+        # Not in the order of layers, and two at the same layer.
         steering=[edit(layer=layer, positions=words[:, :1], vectors=vectors(1)) for layer in (2, 1, 2, 0)],
         belief_swap=[
             edit(layer=layer, positions=words, vectors=vectors(2), strength=strength)
@@ -123,11 +134,11 @@ def case(modules: Any) -> Case:
     )
 
 
-def compute(system: Any, handle: Any, case: Case) -> dict[str, dict[str, np.ndarray]]:
-    """What a system finds, by work and quantity."""
+def compute(system: ModuleType, handle: object, case: Case) -> Results:
+    """Runs all tasks on a system."""
     one_by_one = {"control": "control_one_by_one", "steer": "one_by_one"}
 
-    def call(name: str, *arguments: Any) -> Any:
+    def call(name: str, *arguments: object) -> Any:
         published_name = one_by_one.get(name, f"{name}_one_by_one")
         return getattr(system, published_name if hasattr(system, published_name) else name)(handle, *arguments)
 
@@ -144,8 +155,8 @@ def compute(system: Any, handle: Any, case: Case) -> dict[str, dict[str, np.ndar
 
 
 @pytest.fixture(scope="module")
-def found(modules: Any, network: Any, case: Case) -> Mapping[str, Mapping[str, np.ndarray]]:
-    """What the published procedure finds."""
+def found(modules: Modules, network: Network, case: Case) -> Results:
+    """Results of the published procedure."""
     return compute(modules("published"), network, case)
 
 
@@ -157,7 +168,7 @@ def assert_same(mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
         np.testing.assert_allclose(values, theirs[name], atol=2e-5, rtol=1e-5, err_msg=name, strict=True)
 
 
-def test_shapes_and_effects(found: Any) -> None:
+def test_shapes_and_effects(found: Results) -> None:
     shapes = {work: {name: values.shape for name, values in parts.items()} for work, parts in found.items()}
     assert shapes == {
         "control": {"control": (2, 2)},
@@ -170,22 +181,22 @@ def test_shapes_and_effects(found: Any) -> None:
     assert (np.abs(swaps["intervened"] - swaps["control"]) > 1e-3).all()
     for work, name in (("steering", "edited"), ("belief_swap", "edited"), ("swaps", "patched")):
         change = np.abs(found[work][name] - found[work]["control"]).max(axis=-1)
-        # After the last block nobody reads the words or the picture any more.
+        # After the last layer nothing reads the words or the picture.
         late = {"belief_swap": [3, 7], "swaps": [0, 8]}.get(work, [])
         early = np.delete(change, late, axis=0)
         assert (early > 1e-3).all(), (work, early)
         np.testing.assert_allclose(change[late], 0, atol=1e-5)
     patched = swaps["patched"].reshape(3, LAYERS, 2, 2)
-    np.testing.assert_allclose(patched[1, 0], swaps["intervened"], atol=1e-5)  # all text after the last block
+    np.testing.assert_allclose(patched[1, 0], swaps["intervened"], atol=1e-5)  # all text after the last layer
 
 
 Change = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def plainly(
-    network: Any, case: Case, row: int, pixels: torch.Tensor, change: Change = lambda _, states: states
+    network: Network, case: Case, row: int, pixels: torch.Tensor, change: Change = lambda _, states: states
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One prompt with Hugging Face's parts called one by one: the answers' log-probabilities, and hidden states."""
+    """Runs Hugging Face's parts on one prompt, one by one: the answers' log-probabilities, and hidden states."""
     decoder, length = network.model.language_model, int(case.batch.last[row]) + 1
     token_ids = case.batch.token_ids[row, :length]
     with torch.no_grad():
@@ -193,30 +204,30 @@ def plainly(
         states = decoder.embed_tokens(token_ids).clone()
         states[3 : 3 + PICTURE] = network.model.multi_modal_projector(tower)
         states = states[None]
-        turns = decoder.rotary_emb(states, torch.arange(length)[None])
+        rotations = decoder.rotary_emb(states, torch.arange(length)[None])
         mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
         kept = [states[0]]
-        for number, block in enumerate(decoder.layers):
-            states = change(number, block(states, attention_mask=mask, position_embeddings=turns)[0])[None]
+        for layer, block in enumerate(decoder.layers):
+            states = change(layer, block(states, attention_mask=mask, position_embeddings=rotations)[0])[None]
             kept.append(states[0])
         logits = network.lm_head(decoder.norm(states[0, -1]))
         return logits.log_softmax(-1)[case.batch.answers], kept
 
 
 def change_of(edit: Any, row: int, control: list[torch.Tensor], intervened: list[torch.Tensor]) -> Change:
-    """An edit or a swap of one prompt, token by token; the hidden states of two clean runs are given."""
+    """An edit or a swap of one prompt, token by token, from the hidden states of two clean runs."""
 
-    def change(number: int, states: torch.Tensor) -> torch.Tensor:
-        if number != edit.layer:
+    def change(layer: int, states: torch.Tensor) -> torch.Tensor:
+        if layer != edit.layer:
             return states
         edited = states.clone()
         for index, place in enumerate(edit.positions[row].tolist()):
             if not hasattr(edit, "vectors"):
-                edited[place] = intervened[number + 1][place]
+                edited[place] = intervened[layer + 1][place]
                 continue
             vector = edit.vectors[row, index]
             if edit.strength is not None:
-                vector = vector * edit.strength * control[number + 1][place].norm() / vector.norm()
+                vector = vector * edit.strength * control[layer + 1][place].norm() / vector.norm()
             edited[place] = states[place] + vector
         return edited
 
@@ -224,7 +235,7 @@ def change_of(edit: Any, row: int, control: list[torch.Tensor], intervened: list
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_published_equals_a_plain_computation(network: Any, case: Case, found: Any, row: int) -> None:
+def test_published_equals_a_plain_computation(network: Network, case: Case, found: Results, row: int) -> None:
     clean, control = plainly(network, case, row, case.batch.pixels[row])
     other, intervened = plainly(network, case, row, case.mirrored[row])
     np.testing.assert_allclose(found["control"]["control"][row], clean, atol=1e-5)
@@ -243,7 +254,7 @@ def test_published_equals_a_plain_computation(network: Any, case: Case, found: A
             np.testing.assert_allclose(value[row], patched, atol=1e-5)
 
 
-def test_strongest_equals_published(modules: Any, network: Any, case: Case, found: Any) -> None:
+def test_strongest_equals_published(modules: Modules, network: Network, case: Case, found: Results) -> None:
     mine = compute(modules("strongest"), network, case)
     for work in WORKS:
         assert_same(mine[work], found[work])
@@ -252,7 +263,13 @@ def test_strongest_equals_published(modules: Any, network: Any, case: Case, foun
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rewritten_equals_published(
-    modules: Any, folder: Path, case: Case, found: Any, monkeypatch: pytest.MonkeyPatch, threads: int, onednn: bool
+    modules: Modules,
+    folder: Path,
+    case: Case,
+    found: Results,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    onednn: bool,
 ) -> None:
     if not onednn:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -268,8 +285,8 @@ def test_rewritten_equals_published(
         assert_same(mine[work], found[work])
 
 
-def test_rewritten_attends_to_long_prompts_in_parts(
-    modules: Any, folder: Path, case: Case, found: Any, monkeypatch: pytest.MonkeyPatch
+def test_rewritten_attends_to_long_prompts_in_chunks(
+    modules: Modules, folder: Path, case: Case, found: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewritten = modules("rewritten")
     monkeypatch.setattr(modules("packed"), "QUERIES", 7)
@@ -278,7 +295,7 @@ def test_rewritten_attends_to_long_prompts_in_parts(
         assert_same(mine[work], found[work])
 
 
-def test_systems_leave_the_network_as_it_was(modules: Any, folder: Path, network: Any, case: Case) -> None:
+def test_systems_leave_the_network_as_it_was(modules: Modules, folder: Path, network: Network, case: Case) -> None:
     fresh = modules("published").load(folder)
     compute(modules("rewritten"), modules("packed").Packed(fresh), case)
     compute(modules("strongest"), fresh, case)
@@ -286,7 +303,7 @@ def test_systems_leave_the_network_as_it_was(modules: Any, folder: Path, network
         assert torch.equal(fresh.state_dict()[name], tensor), name
 
 
-def test_rewritten_refuses_swaps_it_would_get_wrong(modules: Any, network: Any, case: Case) -> None:
+def test_rewritten_refuses_swaps_it_would_get_wrong(modules: Modules, network: Network, case: Case) -> None:
     rewritten, packed, swap = modules("rewritten"), modules("packed"), modules("published").Swap
     for places in ([3], [3, 20], [0]):
         wrong = swap(layer=0, positions=torch.tensor([places, places]))
@@ -303,7 +320,7 @@ def test_rewritten_refuses_swaps_it_would_get_wrong(modules: Any, network: Any, 
     ],
 )
 def test_rewritten_refuses_other_networks(
-    modules: Any, folder: Path, part: str | None, name: str, value: str, message: str
+    modules: Modules, folder: Path, part: str | None, name: str, value: str, message: str
 ) -> None:
     network = modules("published").load(folder)
     setattr(getattr(network.config, part) if part else network.config, name, value)
@@ -312,7 +329,7 @@ def test_rewritten_refuses_other_networks(
 
 
 @pytest.mark.slow
-def test_nnsight_equals_published(modules: Any, folder: Path, case: Case, found: Any) -> None:
+def test_nnsight_equals_published(modules: Modules, folder: Path, case: Case, found: Results) -> None:
     pytest.importorskip("nnsight", reason="comes with the extra `bench`")
     nnsight_way = modules("nnsight_way")
     model = nnsight_way.load(folder)
@@ -325,7 +342,7 @@ def test_nnsight_equals_published(modules: Any, folder: Path, case: Case, found:
     np.testing.assert_allclose(states, found["extraction"]["states"], atol=2e-5)
 
 
-def test_geometry_is_made_once_and_refuses_another_model(modules: Any, tmp_path: Path) -> None:
+def test_geometry_is_made_once_and_refuses_another_model(modules: Modules, tmp_path: Path) -> None:
     geometry = modules("geometry")
     config = tiny(geometry.CONFIG)
     first = geometry.write(tmp_path / "a" / "model", config)
@@ -344,7 +361,7 @@ def test_geometry_is_made_once_and_refuses_another_model(modules: Any, tmp_path:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
 
 
-def test_geometry_has_a_word_for_every_id(modules: Any, folder: Path) -> None:
+def test_geometry_has_a_word_for_every_id(modules: Modules, folder: Path) -> None:
     words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(words.values()) == list(range(128))
     geometry = modules("geometry")
@@ -352,7 +369,7 @@ def test_geometry_has_a_word_for_every_id(modules: Any, folder: Path) -> None:
     assert geometry.CONFIG.image_tokens == 576
 
 
-def test_jaxid_reads_the_geometry_as_hugging_face_does(folder: Path, case: Case, found: Any) -> None:
+def test_jaxid_reads_the_geometry_as_hugging_face_does(folder: Path, case: Case, found: Results) -> None:
     model = jaxid.load(str(folder))
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (24, 24, 3), dtype=np.uint8) for _ in QUESTIONS]
@@ -372,8 +389,8 @@ def test_jaxid_reads_the_geometry_as_hugging_face_does(folder: Path, case: Case,
 
 
 @pytest.fixture(scope="module")
-def steps(modules: Any, folder: Path, case: Case) -> Callable[..., Any]:
-    """Makes a fine-tuning run of the tiny LLaVA: one tower MLP, the projector."""
+def steps(modules: Modules, folder: Path, case: Case) -> Callable[..., Any]:
+    """Makes fine-tuning runs of the tiny LLaVA on the tower's MLPs and the projector."""
     training = modules("published_training")
     examples = training.Examples(
         token_ids=case.batch.token_ids,
@@ -385,7 +402,7 @@ def steps(modules: Any, folder: Path, case: Case) -> Callable[..., Any]:
         target=torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1)),
     )
     settings = training.Settings(id_layer=1, id_weight=0.7, rates=(1e-4, 2e-4), weight_decay=0.1, clip_norm=1e-2)
-    names = [f"model.vision_tower.encoder.layers.{number}.mlp.fc1.weight" for number in (1, 2)]
+    names = [f"model.vision_tower.encoder.layers.{layer}.mlp.fc1.weight" for layer in (1, 2)]
     names.append("model.multi_modal_projector.linear_1.bias")
 
     def make(**options: bool) -> Any:
@@ -394,7 +411,7 @@ def steps(modules: Any, folder: Path, case: Case) -> Callable[..., Any]:
     return make
 
 
-def test_training_steps_of_all_kinds_are_alike(steps: Any) -> None:
+def test_training_steps_of_all_kinds_are_alike(steps: Callable[..., Any]) -> None:
     plain = steps()
     losses = [plain(), plain()]
     for options in ({"checkpointed": True}, {"lean": True}, {"checkpointed": True, "lean": True}):
@@ -405,7 +422,7 @@ def test_training_steps_of_all_kinds_are_alike(steps: Any) -> None:
             np.testing.assert_allclose(value, plain.tensors()[name], atol=1e-6)
 
 
-def test_a_training_step_by_hand(steps: Any, network: Any, case: Case) -> None:
+def test_a_training_step_by_hand(steps: Callable[..., Any], network: Network, case: Case) -> None:
     run = steps()
     before = run.tensors()
     losses = run()
@@ -424,11 +441,11 @@ def test_a_training_step_by_hand(steps: Any, network: Any, case: Case) -> None:
     for name, value in run.tensors().items():
         step = gradients[name] / (np.abs(gradients[name]) + 1e-8)
         np.testing.assert_allclose(value, before[name] * (1 - 1e-4 * 0.1) - 1e-4 * step, atol=1e-6)
-    # The last block stands behind the hidden state that is read: it is decayed, and that is all.
+    # The last block comes after the hidden state that is read, so it only decays.
     assert not gradients["model.vision_tower.encoder.layers.2.mlp.fc1.weight"].any()
 
 
-def test_training_runs_take_turns_on_one_network(steps: Any, modules: Any) -> None:
+def test_training_runs_take_turns_on_one_network(steps: Callable[..., Any], modules: Modules) -> None:
     one = steps()
     other = modules("published_training").Steps(one.network, one.places, one.examples, one.settings, lean=True)
     alone = steps()

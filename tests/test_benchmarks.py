@@ -1,4 +1,4 @@
-"""The benchmarks: fair timing, a comparison that fails when systems differ, and the whole script from outside."""
+"""The benchmarks: fair timing, a comparison that fails if systems differ, and whole runs of the scripts."""
 
 import dataclasses
 import importlib
@@ -8,10 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
@@ -26,17 +25,20 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SYSTEMS = ("published", "strongest", "rewritten", "nnsight")
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
 
+Modules = Callable[[str], ModuleType]
+"""Imports a file of the benchmarks by its name."""
+
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmarks' files, imported as the script imports them: from their own folder."""
+def modules(monkeypatch: pytest.MonkeyPatch) -> Modules:
+    """Imports the benchmarks' files from their own folder, as the scripts do."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA checkpoint of three blocks with random weights."""
+    """A LLaVA checkpoint of three layers with random weights."""
     full = tiny_llava.config()
     sizes = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 64, "head_dim": 16}
     text = dataclasses.replace(full.text_config, **sizes)
@@ -44,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))[1])
     rng = np.random.default_rng(0)
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         around = 1.0 if path[-1].key == "scale" else 0.0
         return (around + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
@@ -77,7 +79,7 @@ def perturbed(value: float) -> np.ndarray:
     return change
 
 
-def test_agreement_gives_the_largest_difference(modules: Any) -> None:
+def test_agreement_gives_the_largest_difference(modules: Modules) -> None:
     interventions = modules("interventions")
     assert interventions.check_agreement("steering", three_systems(perturbed(0.0))) == 0.0
     found = interventions.check_agreement("steering", three_systems(perturbed(5e-5)))
@@ -85,13 +87,13 @@ def test_agreement_gives_the_largest_difference(modules: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [2e-4, -2e-4, np.nan, np.inf, -np.inf])
-def test_one_perturbed_value_is_a_disagreement(modules: Any, change: float) -> None:
+def test_one_perturbed_value_is_a_disagreement(modules: Modules, change: float) -> None:
     interventions = modules("interventions")
     with pytest.raises(interventions.Disagreement, match=r"steering: steered of published .* at \(2, 0, 1\)"):
         interventions.check_agreement("steering", three_systems(perturbed(change)))
 
 
-def test_other_shapes_and_quantities_are_disagreements(modules: Any) -> None:
+def test_other_shapes_and_quantities_are_disagreements(modules: Modules) -> None:
     interventions = modules("interventions")
     results = three_systems(perturbed(0.0))
     broadcastable = results | {"batched": results["batched"] | {"control": results["batched"]["control"][:1]}}
@@ -101,7 +103,7 @@ def test_other_shapes_and_quantities_are_disagreements(modules: Any) -> None:
         interventions.check_agreement("steering", results | {"batched": {"steered": np.zeros(1)}})
 
 
-def test_states_are_compared_by_their_scale_and_edits_by_number(modules: Any) -> None:
+def test_states_are_compared_by_their_scale_and_edits_by_index(modules: Modules) -> None:
     interventions = modules("interventions")
     states = np.full((2, 3, 4), 50.0, np.float32)
     found = interventions.check_agreement("extraction", {"a": {"states": states + 4e-3}, "jaxid": {"states": states}})
@@ -113,7 +115,7 @@ def test_states_are_compared_by_their_scale_and_edits_by_number(modules: Any) ->
         interventions.check_agreement("steering", some, edits={"a": [1, 3]})
 
 
-def test_operations_by_hand(modules: Any) -> None:
+def test_operations_by_hand(modules: Modules) -> None:
     """A block of width 2, one head of 2, MLP of 3: every product written out."""
     text = SimpleNamespace(
         hidden_size=2, head_dim=2, num_attention_heads=1, num_key_value_heads=1, intermediate_size=3, vocab_size=5
@@ -130,12 +132,12 @@ def test_operations_by_hand(modules: Any) -> None:
     assert flops.edit(config, 4, prefix=10, suffix=3) == 2 * 2 * 5
 
 
-def test_systems_take_turns_and_the_first_call_stands_apart(modules: Any) -> None:
+def test_systems_take_turns_and_the_first_call_is_separate(modules: Modules) -> None:
     timing = modules("timing")
     now, calls = [0.0], []
     durations = {"a": iter([9.0, 1.0, 5.0, 2.0]), "b": iter([4.0, 3.0, 3.0, 3.0])}
 
-    def system(name: str) -> Any:
+    def system(name: str) -> Callable[[], int]:
         def call() -> int:
             now[0] += next(durations[name])
             calls.append(name)
@@ -150,12 +152,12 @@ def test_systems_take_turns_and_the_first_call_stands_apart(modules: Any) -> Non
     assert (timed["b"].median, timed["b"].warm_up, timed["b"].result) == (3.0, 1.0, 8)
 
 
-def test_a_median_needs_three_rounds(modules: Any) -> None:
+def test_a_median_needs_three_rounds(modules: Modules) -> None:
     with pytest.raises(ValueError, match="3 or more rounds, not 2"):
         modules("timing").side_by_side({"a": lambda: None}, 2)
 
 
-def test_hooks_refuse_what_is_not_a_bare_tensor(modules: Any) -> None:
+def test_hooks_refuse_what_is_not_a_bare_tensor(modules: Modules) -> None:
     import torch
 
     published = modules("published")
@@ -167,7 +169,7 @@ def test_hooks_refuse_what_is_not_a_bare_tensor(modules: Any) -> None:
 
 
 @pytest.mark.slow
-def test_one_by_one_equals_batched_on_padded_prompts(modules: Any, folder: Path) -> None:
+def test_one_by_one_equals_batched_on_padded_prompts(modules: Modules, folder: Path) -> None:
     import torch
 
     published = modules("published")
@@ -194,8 +196,8 @@ def test_one_by_one_equals_batched_on_padded_prompts(modules: Any, folder: Path)
     clean, edited = published.batched(network, batch, edits)
     for mine, other in zip(published.one_by_one(network, batch, edits), (clean, edited), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5)
-    # By layer, scale and strength: a word's edit acts, but not after the last block, which nobody reads there; and
-    # the vectors' own length matters unless they are rescaled.
+    # By layer, scale and strength. A word's edit acts except after the last layer, where nothing reads it; the vectors'
+    # own length matters unless they are rescaled.
     edited = edited.reshape(3, 2, 2, 2, 2)
     assert (np.abs(edited[:2] - clean).max(axis=-1) > 1e-3).all()
     np.testing.assert_allclose(edited[2], np.broadcast_to(clean, edited[2].shape), atol=1e-6)
@@ -204,9 +206,9 @@ def test_one_by_one_equals_batched_on_padded_prompts(modules: Any, folder: Path)
 
 
 def start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    # Eight simulated devices would share the threads that the benchmark gives to one.
+    # Eight simulated devices would share the threads that the benchmark gives to one device.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    # Threads that wait asleep: here the times do not matter, but other tests may be running on the same cores.
+    # Waiting threads sleep: times do not matter here, and other tests may run on the same cores.
     environment["OMP_WAIT_POLICY"] = "passive"
     environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # optax mixes dtypes
     return subprocess.run(
@@ -260,8 +262,8 @@ def test_missing_model_is_a_clear_error(tmp_path: Path) -> None:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def two_runs(**changes: float) -> dict[str, dict[str, dict[str, Any]]]:
-    """What two systems' first steps find; `changes` are added to one's."""
+def two_runs(**changes: float) -> dict[str, dict[str, dict[str, float | np.ndarray]]]:
+    """Results of two systems' first steps; `changes` are added to those of jaxid."""
     found = {
         "losses": {"loss": 2.0},
         "tensors": {"weight": np.full((2, 3), 0.5, np.float32)},
@@ -271,7 +273,7 @@ def two_runs(**changes: float) -> dict[str, dict[str, dict[str, Any]]]:
     return {"torch": found, "jaxid": other}
 
 
-def test_agreement_of_training_steps(modules: Any) -> None:
+def test_agreement_of_training_steps(modules: Modules) -> None:
     training = modules("training")
     largest = training.check_agreement(two_runs(losses=1e-5, tensors=4e-6, gradients=5e-8), "torch")
     assert largest == pytest.approx({"losses": 5e-6, "tensors": 4e-6, "gradients": 5e-5}, rel=0.1)
@@ -280,7 +282,7 @@ def test_agreement_of_training_steps(modules: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "change"), [("losses", 3e-5), ("tensors", 2e-5), ("gradients", -2e-6), ("tensors", np.nan)]
 )
-def test_another_training_step_is_a_disagreement(modules: Any, kind: str, change: float) -> None:
+def test_another_training_step_is_a_disagreement(modules: Modules, kind: str, change: float) -> None:
     training, interventions = modules("training"), modules("interventions")
     with pytest.raises(interventions.Disagreement, match=f"{kind}: .* of jaxid is"):
         training.check_agreement(two_runs(**{kind: change}), "torch")
@@ -291,7 +293,7 @@ def test_another_training_step_is_a_disagreement(modules: Any, kind: str, change
 
 
 @pytest.mark.slow
-def test_quick_training_run_writes_every_figure(modules: Any, tmp_path: Path) -> None:
+def test_quick_training_run_writes_every_figure(modules: Modules, tmp_path: Path) -> None:
     process = start([str(BENCHMARKS / "training.py"), "--quick", "--pictures", "2", "--out", str(tmp_path)])
     assert process.returncode == 0, process.stderr
     training = modules("training")
@@ -310,8 +312,8 @@ def test_quick_training_run_writes_every_figure(modules: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_memory_of_a_training_step(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one system of each kind, in processes of their own, on the shipped model."""
+def test_memory_of_a_training_step(modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One system of each kind, in separate processes, on the shipped model."""
     training = modules("training")
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")

@@ -1,13 +1,14 @@
-"""The recipe of tiny-llava: every label is checked against the scene, by rules of its own."""
+"""The recipe of tiny-llava: every label is checked against the scene by independent rules."""
 
+import dataclasses
 import itertools
 import re
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from jaxid.data.scenes import COLORS, OBJECTS, Scenes, concatenate, mirror, render
+from jaxid.data.scenes import COLORS, OBJECTS, Scenes, concatenate, render
 from jaxid.families.base import Model
 from jaxid.families.llava import LlavaProcessor
 from jaxid.prompts.processor import Processor
@@ -19,17 +20,17 @@ from jaxid.zoo.sampling import normalize
 WORDS = recipe.VOCABULARY
 
 NOBODY = Model(parameters={}, definition=None, config=None, processor=None, name="nobody", fingerprint="")
-"""Asked where a test answers itself."""
+"""A stand-in for tests that supply the answers themselves."""
 
 
-def column_and_row(center: Any) -> tuple[int, int]:
+def column_and_row(center: np.ndarray) -> tuple[int, int]:
     """The cell of a centre, column first."""
     x, y = (min(int(float(value) * 4), 3) for value in center)
     return x, y
 
 
-def objects_of(scenes: Scenes, row: int) -> dict[str, tuple[Any, str]]:
-    """Centre and colour of every object of one scene, by its name."""
+def objects_of(scenes: Scenes, row: int) -> dict[str, tuple[np.ndarray, str]]:
+    """Centre and colour of every object of one scene, by name."""
     return {
         OBJECTS[index]: (scenes.centers[row, slot], list(COLORS)[scenes.colors[row, slot]])
         for slot, index in enumerate(scenes.objects[row])
@@ -108,7 +109,7 @@ def test_real_prompts_have_the_ids_and_places_of_the_training_prompts(
         -1,
         *range(plan.image_tokens),
     ]
-    # The first question slot has the same positions as the question of a prompt of its own.
+    # The first question slot has the same positions as the question of a separate prompt.
     first = plan.text_start + recipe.CAPTIONS * recipe.CAPTION_LENGTH
     own = np.asarray(prompts.inputs.positions)[0, plan.text_start : plan.text_start + recipe.QUESTION_LENGTH]
     assert plan.positions[first : first + recipe.QUESTION_LENGTH].tolist()[: len(own)] == own.tolist()
@@ -143,7 +144,7 @@ def test_layout_by_hand() -> None:
     for token, slot in enumerate(slot_of):
         earlier = sum(other == slot for other in slot_of[:token])
         assert plan.positions[token] == (token if slot == -1 else 39 + earlier)
-        # A token sees the prefix and what stands before it in its own slot, and itself.
+        # A token attends to the prefix, to earlier tokens of its own slot, and to itself.
         seen = {other for other in range(token + 1) if slot_of[other] in (-1, slot)}
         assert set(np.flatnonzero(plan.mask[token]).tolist()) == seen
 
@@ -162,7 +163,7 @@ def test_every_text_fits_its_slot() -> None:
 
 
 @pytest.mark.parametrize(("table", "pairs"), [(recipe.held_out_pairs, 8), (recipe.held_out_places, 12)])
-def test_held_out_tables(table: Any, pairs: int) -> None:
+def test_held_out_tables(table: Callable[[], np.ndarray], pairs: int) -> None:
     held_out = table()
     assert held_out.shape == (16, 16) and held_out.sum() == 2 * pairs
     np.testing.assert_array_equal(held_out, held_out.T)
@@ -206,7 +207,8 @@ def test_held_out_scenes_all_hold_one() -> None:
 
 def test_a_mirrored_scene_has_mirrored_cells() -> None:
     scenes = recipe.training_scenes(np.random.default_rng(1), 40)
-    cells, reversed_cells = recipe.cells(scenes), recipe.cells(mirror(scenes))
+    centers = np.stack([1 - scenes.centers[..., 0], scenes.centers[..., 1]], axis=-1)
+    cells, reversed_cells = recipe.cells(scenes), recipe.cells(dataclasses.replace(scenes, centers=centers))
     present = scenes.objects >= 0
     assert (cells[present] // 4 == reversed_cells[present] // 4).all()
     assert (cells[present] % 4 == 3 - reversed_cells[present] % 4).all()
@@ -225,7 +227,7 @@ def test_batches_are_pure_functions_of_seed_and_step() -> None:
     assert recipe.sight_batch(3, 5, 8).token_ids.shape == (8, 0)
 
 
-def true_answer(text: str, scene: dict[str, tuple[Any, str]]) -> str:
+def true_answer(text: str, scene: dict[str, tuple[np.ndarray, str]]) -> str:
     """The right answer to a training text, read from the scene; fails where there is no clear one."""
     if found := re.fullmatch(r"(column|row) of the (\w+)", text):
         x, y = column_and_row(scene[found[2]][0])
@@ -339,7 +341,7 @@ def test_relation_items_are_true_of_their_scenes(rendered: list[Scenes], axis: s
 def test_evaluation_asks_what_is_true(rendered: list[Scenes], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[np.ndarray, list[str], list[str]]] = []
 
-    def note(model: Any, pictures: np.ndarray, questions: list[str], truths: list[str]) -> evaluation.Accuracy:
+    def note(model: Model, pictures: np.ndarray, questions: list[str], truths: list[str]) -> evaluation.Accuracy:
         asked.append((pictures, questions, truths))
         return evaluation.Accuracy(value=1.0, low=0.0, high=1.0, count=len(truths))
 

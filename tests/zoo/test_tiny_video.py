@@ -1,15 +1,15 @@
-"""The recipe of tiny-video: labels against the clips, prompts as the model will meet them, and what is held out."""
+"""The recipe of tiny-video: its labels, its prompts, and what it holds out."""
 
 import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import OBJECTS
@@ -33,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load(folder)
 
 
-def words(ids: Any) -> list[str]:
-    return [WORDS[number] for number in np.asarray(ids).tolist()]
+def words(ids: ArrayLike) -> list[str]:
+    return [WORDS[index] for index in np.asarray(ids).tolist()]
 
 
 def test_the_config_read_back(model: Model) -> None:
@@ -42,7 +42,7 @@ def test_the_config_read_back(model: Model) -> None:
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_training_rows_are_the_prompts_that_the_model_meets(model: Model, timed: bool) -> None:
+def test_training_rows_are_the_prompts_that_the_processor_makes(model: Model, timed: bool) -> None:
     """Token by token: prefix, clip, time text, question, generation prompt."""
     rng = np.random.default_rng(0)
     drawn = recipe.held_out_clips(rng, 2, stay=True)
@@ -71,7 +71,7 @@ def test_every_rate_makes_as_many_tokens() -> None:
 
 
 def test_labels_say_what_is_in_the_clip() -> None:
-    """Every labelled place: the next token follows from the batch's own frames."""
+    """At every labelled position, the next token follows from the batch's own frames."""
     batch = recipe.training_batch(5, 3, 12, timed=False)
     plan = recipe.layout(timed=False)
     for row in range(12):
@@ -146,7 +146,7 @@ video_training.RECIPE.train(Path(sys.argv[1]), config, save_every=8, progress=Fa
 
 @pytest.mark.slow
 def test_one_short_training(tmp_path: Path) -> None:
-    """All stages run, one after the other, and the folder is a model."""
+    """All stages run in turn, and the folder contains a model."""
     # Optax is not written for strict promotion.
     environment = os.environ | {"XLA_FLAGS": "", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
     done = subprocess.run(

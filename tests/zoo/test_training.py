@@ -1,4 +1,4 @@
-"""Training goes on after a kill as if nothing had happened, and learns on the prompts that the model will meet."""
+"""Training resumes exactly after a kill, and its packed texts equal separate prompts."""
 
 import csv
 import dataclasses
@@ -34,7 +34,6 @@ TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, polish_steps
 SCRIPT = f"""
 import sys
 from pathlib import Path
-from typing import Any
 import jax, numpy as np
 from jaxid.zoo import training
 config = training.{TINY!r}
@@ -44,7 +43,7 @@ np.savez(Path(sys.argv[1]) / "parameters.npz", *jax.tree.leaves(parameters))
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
-    """A training run of its own, over two devices."""
+    """Starts a training run on two devices in a separate process."""
     # Optax is not written for strict promotion.
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -54,13 +53,13 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def saved_steps(folder: Path) -> set[int]:
-    """Steps whose state is wholly on disk."""
+    """Steps whose state is completely on disk."""
     state = folder / "state"
     return {int(path.name) for path in state.iterdir() if path.name.isdigit()} if state.is_dir() else set()
 
 
 def kill_after(folder: Path, step: int) -> None:
-    """Runs until the state of a step is saved, then kills without a warning."""
+    """Runs until the state of a step is saved, then kills the process."""
     process = start(folder)
     while not any(saved >= step for saved in saved_steps(folder)):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -186,7 +185,7 @@ def test_a_scorer_has_at_most_so_many_steps(steps: int) -> None:
         ({"steps": -1}, "steps must be 0 or more"),
     ],
 )
-def test_recipes_out_of_range(recipe: Any, change: dict[str, Any], message: str) -> None:
+def test_recipes_out_of_range(recipe: Any, change: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe(**change)
     with pytest.raises(InputError, match="at least one step"):
@@ -194,7 +193,7 @@ def test_recipes_out_of_range(recipe: Any, change: dict[str, Any], message: str)
 
 
 def test_weight_decay_acts_on_block_matrices_alone() -> None:
-    """With no gradient, only what decays moves."""
+    """Without gradients, only tensors with weight decay change."""
     optimizer = dataclasses.replace(TINY, warmup_steps=0).optimizer(0.1, 10, weight_decay=0.5)
     parameters = {"block": jnp.ones((3, 2, 2)), "embedding": jnp.ones((3, 2)), "norm": jnp.ones((3,))}
     nothing = jax.tree.map(jnp.zeros_like, parameters)
@@ -212,15 +211,15 @@ def test_cross_entropy_by_hand() -> None:
     np.testing.assert_allclose(accuracy, 0.5)
     nothing = cross_entropy(logits, jnp.array([-1, -1, -1]))
     np.testing.assert_array_equal(nothing, (0, 0))
-    # Of the second class half of the third is asked for.
+    # The target of the second class is half the third class.
     table = jnp.array([[1.0, 0, 0], [0, 0.5, 0.5], [0, 0, 1]])
     loss, accuracy = cross_entropy(logits, jnp.array([-1, -1, 1]), table)
     np.testing.assert_allclose(loss, -(np.log(0.6) + np.log(0.2)) / 2, rtol=1e-5)
     np.testing.assert_allclose(accuracy, 1.0)
 
 
-def test_things_and_background_count_alike() -> None:
-    """Of four places, one shows a thing."""
+def test_objects_and_background_have_equal_weight() -> None:
+    """One place of four shows an object."""
     logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]))
     labels = jnp.array([1, 0, 0, 0])
     loss, accuracy = balanced_cross_entropy(logits, labels, labels > 0)
@@ -230,7 +229,7 @@ def test_things_and_background_count_alike() -> None:
 
 @pytest.mark.slow
 def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
-    """The loss of a packed row is that of its captions and questions asked one by one of the exported network."""
+    """The loss of a packed row equals that of its texts as separate prompts of the exported network."""
     learner = training.Learner(rngs=nnx.Rngs(3))
     parameters = jax.device_get(nnx.to_pure_dict(nnx.state(learner.network)))
     write_llava(
@@ -243,7 +242,7 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
         std=recipe.PIXEL_STD,
     )
     batch = recipe.training_batch(5, 0, 1)
-    # After the answer stands its end, which no prompt of ours asks for.
+    # An answer is followed by the end token, which no separate prompt asks for.
     labels = np.where(batch.labels == recipe.VOCABULARY.index("</s>"), -1, batch.labels)
     arrays = jax.tree.map(jnp.asarray, training._arrays(dataclasses.replace(batch, labels=labels)))
     _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY))(arrays)
@@ -258,7 +257,7 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
             if text.endswith("ASSISTANT :") == chat:
                 texts.append(text.removesuffix(" ASSISTANT :"))
                 answers.append(labels[0, first + asked])
-        # Of one shape, and so of one program: padded to one length, questions repeated until as many as captions.
+        # Padding, and repeating questions until they are as many as captions, makes one shape and so one program.
         repeated = texts * (recipe.CAPTIONS // len(texts))
         prompts = model.prepare(batch.pictures[0], repeated, chat=chat, pad_to_multiple=64)
         logprobs = forward(model, prompts).logprobs(np.unique(answers))
