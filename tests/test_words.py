@@ -250,7 +250,7 @@ def prepared(processor: Processor, pictures: Any, questions: str | list[str]) ->
 
 
 def spoken(processor: Processor, prompts: Prompts, word: str, occurrence: int | None = None) -> str:
-    """The text that the word's tokens cover, once it is sure that they stand together and are all there."""
+    """The text that the word's tokens cover, after checking that they are adjacent and complete."""
     (tokens,) = prompts.word_tokens(word, occurrence=occurrence)
     np.testing.assert_array_equal(tokens, np.arange(tokens[0], tokens[-1] + 1))
     assert prompts.word(word, occurrence=occurrence).tolist() == [tokens[-1]]
@@ -303,7 +303,7 @@ def test_where_words_sit_in_every_tokenizer(
     first = prompts.spans[0, 0] + len(before)
     text = prompts.texts[0]
     assert text[first : first + len(word)] == word and text[prompts.spans[0, 0] :].startswith(question.strip())
-    # The last token holds the word's last letter, the first its first; no token of the word is left out.
+    # The last token holds the word's last letter, the first its first; no token of the word is missing.
     starts, ends = prompts.offsets[0, :, 0], prompts.offsets[0, :, 1]
     inside = (starts < first + len(word)) & (ends > first)
     np.testing.assert_array_equal(np.flatnonzero(inside), tokens)
@@ -342,7 +342,7 @@ def test_parts_of_words_are_no_words(anything: Processor, question: str, word: s
 
 
 def test_words_of_extended_prompts(processor: Processor) -> None:
-    """New tokens stand right behind each prompt, and words where they stood."""
+    """New tokens follow each prompt directly; words keep their positions."""
     prompts = processor.prepare(fixtures.pictures(), [ASKED, "Where is the fish?"])
     new = np.array([[7, 8, 9], [10, 11, 12]], np.int32)
     longer = prompts.extended(new, np.array([3, 1]))
@@ -384,7 +384,7 @@ def test_sub_tokens_of_a_word(subword: Processor) -> None:
     assert prompts.image_tokens().shape == (1, 16)
 
 
-def test_shorter_words_are_filled_up_with_their_last_token(subword: Processor) -> None:
+def test_shorter_words_are_padded_with_their_last_token(subword: Processor) -> None:
     prompts = subword.prepare(None, ["Is the star near?", "Is the hourglasses near?"])
     rows = prompts.word_tokens(["star", "hourglasses"])
     alone = subword.prepare(None, "Is the star near?").word_tokens("star")[0]
@@ -422,21 +422,21 @@ ENDS = [":", "", "?", "\n", "\n\n", " \n", "</s>", "</s>\n", "<|turn|>", "<|turn
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("build", [None, *SUBWORD], ids=lambda build: build.__name__ if build else "words")
-def test_answers_begin_as_the_prompt_goes_on(build: Any, end: str) -> None:
-    """With a space behind a word or a colon; at once behind a line break or a special token."""
+def test_answers_begin_as_the_prompt_continues(build: Any, end: str) -> None:
+    """With a space after a word or a colon; directly after a line break or a special token."""
     source = fixtures.model(PLAIN).processor if build is None else processor_of(build)
     answering = with_template(source, ending(end))
     assert {"<|turn|>", "<|end|>"} & set(answering.tokenizer.all_special_tokens) == {"<|turn|>"}
     text = answering.prepare(None, "Is the star left?").texts[0]
     assert text.endswith(f"ASSISTANT{end}")
-    words, at_once = ["left", "right", "star"], end.endswith(("\n", ">"))
+    words, direct = ["left", "right", "star"], end.endswith(("\n", ">"))
     ids = answering.answer_ids(words).tolist()
     before = answering.tokenizer(text)["input_ids"]
     for word, token in zip(words, ids, strict=True):
-        whole = answering.tokenizer(text + ("" if at_once else " ") + word)["input_ids"]
+        whole = answering.tokenizer(text + ("" if direct else " ") + word)["input_ids"]
         assert whole == [*before, token] and answering.decode([token]) == word
     pieces = answering.tokenizer.convert_ids_to_tokens(ids)
-    # A special token cuts the text: tokenizers of the older form begin anew behind it.
-    marked = not at_once or (build is sentencepiece_tokenizer and end.endswith(">"))
+    # A special token cuts the text: older tokenizers start again after it.
+    marked = not direct or (build is sentencepiece_tokenizer and end.endswith(">"))
     marker = {None: "", bytes_tokenizer: "Ġ"}.get(build, "▁") if marked else ""
     assert pieces == [marker + word for word in words]

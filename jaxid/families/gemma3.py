@@ -47,7 +47,7 @@ class Gemma3Config(ModelConfig):
             "vision_config": vision_config(vision, "siglip_vision_model"),
         }
         config = cls.from_fields(fields | parts, where="the top level")
-        side = config.vision_config.image_size // config.vision_config.patch_size
+        side = config.vision_config.patch_side
         tokens = int(config.mm_tokens_per_image**0.5)
         # Squares of `side // tokens` patches are pooled to a token; the patches that remain must not make another one.
         if not tokens or tokens**2 != config.mm_tokens_per_image or side // max(1, side // tokens) != tokens:
@@ -89,7 +89,7 @@ class Gemma3(Network):
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens, means over squares of the tower's outputs."""
         last = self.tower.post_norm(self.tower(self.pixels(inputs))[-1])
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        side = self.config.vision_config.patch_side
         tokens = int(self.config.mm_tokens_per_image**0.5)
         square = side // tokens
         grid = last.reshape(last.shape[0], side, side, -1)[:, : tokens * square, : tokens * square]

@@ -96,18 +96,13 @@ class InternVLConfig(ModelConfig):
         parts = {"text_config": decoder_config(text, "qwen2"), "vision_config": _vision_config(vision)}
         # `image_seq_length` follows from the tower and the ratio.
         config = cls.from_fields(fields | parts, where="the top level", ignored={"image_seq_length"})
-        side = config.patch_side
+        side = config.vision_config.patch_side
         state_indices([config.vision_feature_layer], config.vision_config.num_hidden_layers)
         if config.downsample_ratio not in [1 / square for square in range(1, side + 1) if side % square == 0]:
             raise CheckpointError(
                 f"downsample_ratio {config.downsample_ratio} does not divide a tile's {side} x {side} patches evenly."
             )
         return config
-
-    @property
-    def patch_side(self) -> int:
-        """Patches along a side of a tile."""
-        return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def square(self) -> int:
@@ -117,7 +112,7 @@ class InternVLConfig(ModelConfig):
     @property
     def image_tokens(self) -> int:
         """Decoder tokens of one tile."""
-        return (self.patch_side // self.square) ** 2
+        return (self.vision_config.patch_side // self.square) ** 2
 
 
 def internvl_keys(config: InternVLConfig) -> list[Key]:
@@ -173,7 +168,7 @@ class InternVL(Network):
         chosen = self.tower(self.pixels(inputs), depth=depth)[-1]
         if layer == -1 and config.vision_config.post_norm:
             chosen = self.tower.post_norm(chosen)
-        side, square = config.patch_side, config.square
+        side, square = config.vision_config.patch_side, config.square
         grid = chosen[:, 1:].reshape(chosen.shape[0], side, side, -1)  # without the class token
         shuffled = rearrange(grid, "n (y p) (x q) d -> n (y x) (p q d)", p=square, q=square)
         activation = ACTIVATIONS[config.projector_hidden_act]

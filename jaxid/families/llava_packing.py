@@ -1,7 +1,8 @@
 """How patches of a picture's squares and of a clip's frames are packed into tokens (LLaVA-NeXT, LLaVA-OneVision)."""
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -76,35 +77,12 @@ class Layout(NamedTuple):
     squares: int
 
 
-@runtime_checkable
-class Cut(Protocol):
-    """A config that says how pictures are cut into squares."""
-
-    @property
-    def vision_config(self) -> VisionConfig:
-        """The tower, whose picture size is a square's."""
-        ...
-
-    @property
-    def patch_side(self) -> int:
-        """Patches along a side of a square."""
-        ...
-
-    @property
-    def image_grid_pinpoints(self) -> tuple[tuple[int, int], ...]:
-        """Heights and widths to which pictures are fitted."""
-        ...
-
-    @property
-    def max_squares(self) -> int:
-        """Pictures with the tokens of more squares are interpolated down."""
-        ...
-
-
 _NO_TAPS = np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32)
 
 
-def picture_layout(height: int, width: int, config: Cut, *, alone: bool) -> Layout:
+def picture_layout(
+    height: int, width: int, tower: VisionConfig, pinpoints: Sequence[tuple[int, int]], most: int, *, alone: bool
+) -> Layout:
     """Tokens of a picture (HF `pack_image_features`).
 
     A picture that is alone in its prompt is shown twice: as a single square, and cut into squares, which are joined
@@ -113,17 +91,19 @@ def picture_layout(height: int, width: int, config: Cut, *, alone: bool) -> Layo
     Args:
         height: the picture's height in pixels.
         width: the picture's width in pixels.
-        config: the network's config.
+        tower: the tower's config; a square is a picture of its size.
+        pinpoints: heights and widths to which the picture may be fitted.
+        most: pictures with the tokens of more squares are interpolated down.
         alone: whether the prompt shows no other picture.
     """
-    side = config.patch_side
+    side = tower.patch_side
     whole, newline = np.arange(side * side), np.array([-1])
     if not alone:
         return Layout(np.concatenate([whole, newline]), *_NO_TAPS, squares=1)
     from transformers.image_processing_utils import select_best_resolution
 
-    fitted = select_best_resolution((height, width), list(config.image_grid_pinpoints))
-    down, across = (length // config.vision_config.image_size for length in fitted)
+    fitted = select_best_resolution((height, width), list(pinpoints))
+    down, across = (length // tower.image_size for length in fitted)
     patches = side * side + np.arange(down * across * side * side)
     grid = patches.reshape(down, across, side, side).swapaxes(1, 2).reshape(down * side, across * side)
     if width / height > grid.shape[1] / grid.shape[0]:
@@ -133,7 +113,7 @@ def picture_layout(height: int, width: int, config: Cut, *, alone: bool) -> Layo
         padding = (grid.shape[1] - int(round(width * (grid.shape[0] / height), 7))) // 2
         grid = grid[:, padding : grid.shape[1] - padding]
     mixes, weights = _NO_TAPS
-    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (config.max_squares * side**2))
+    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (most * side**2))
     if ratio > 1.1:
         (rows, row_weights), (columns, column_weights) = (taps(length, int(length // ratio)) for length in grid.shape)
         shape = len(rows), len(columns)

@@ -157,14 +157,14 @@ class LlavaVideoConfig(LlavaConfig):
         return _checked(cls.from_fields(fields | read, where="the top level"))
 
     @property
-    def patch_side(self) -> int:
-        """Patches along a side of a square."""
-        return self.vision_config.image_size // self.vision_config.patch_size
-
-    @property
     def frame_side(self) -> int:
         """Tokens along a side of a frame."""
-        return len(pooling(self.patch_side, self.mm_spatial_pool_mode))
+        return len(pooling(self.vision_config.patch_side, self.mm_spatial_pool_mode))
+
+    def layout(self, height: int, width: int, *, alone: bool) -> Layout:
+        """Tokens of a picture of that height and width, see `picture_layout`."""
+        pinpoints = self.image_grid_pinpoints
+        return picture_layout(height, width, self.vision_config, pinpoints, self.max_squares, alone=alone)
 
 
 def _checked(config: LlavaVideoConfig) -> LlavaVideoConfig:
@@ -231,8 +231,8 @@ class LlavaVideo(Llava):
 
     def pooled(self, squares: Float[Array, "M I D"]) -> Float[Array, "M P D"]:
         """Frames at half their resolution."""
-        matrix = jnp.asarray(pooling(self.config.patch_side, self.config.mm_spatial_pool_mode))
-        grid = rearrange(squares, "m (y x) d -> m y x d", x=self.config.patch_side).astype(jnp.float32)
+        matrix = jnp.asarray(pooling(self.config.vision_config.patch_side, self.config.mm_spatial_pool_mode))
+        grid = rearrange(squares, "m (y x) d -> m y x d", x=self.config.vision_config.patch_side).astype(jnp.float32)
         grid = jnp.einsum("vy,myxd->mvxd", matrix, grid)
         grid = jnp.einsum("wx,mvxd->mvwd", matrix, grid)
         return rearrange(grid, "m v w d -> m (v w) d").astype(squares.dtype)
@@ -364,7 +364,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
     @property
     def usual_tokens(self) -> int:
         """Decoder tokens of a photograph of 640 x 480 pixels."""
-        return len(picture_layout(480, 640, self.config, alone=True).rows)
+        return len(self.config.layout(480, 640, alone=True).rows)
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as squares, clips as frames, and both as tokens.
@@ -384,7 +384,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
         pixels = np.concatenate([*tiles, *frames])
 
         # Rows of the features, in the order of `LlavaVideo.features`.
-        patches, side = self.config.patch_side**2, self.config.frame_side
+        patches, side = self.config.vision_config.num_patches, self.config.frame_side
         clip_row = 1 + (len(pixels) * patches if count else 0)
         mixed_row = clip_row + sum(map(len, frames)) * side**2
         tokens, mixes, weights, square = [], [], [], 0
@@ -436,7 +436,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
         for index, image in opened.items():
             if alone[index]:
                 squares[index] = processed(processor, [image])["pixel_values"][0]
-            layout = picture_layout(image.height, image.width, self.config, alone=alone[index])
+            layout = self.config.layout(image.height, image.width, alone=alone[index])
             if len(squares[index]) != layout.squares:
                 raise CheckpointError(
                     f"the image processor cuts a picture into {len(squares[index])} squares, but config.json's "

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.nn.decoder import Decoder, DecoderBlock, Tap
 from jaxid.nn.decoder_config import DecoderConfig, decoder_keys
 from jaxid.nn.keys import Key, prefixed
-from jaxid.nn.layers import RMSNorm, filled, flat_product, layer_of, rms_norm, stacked
+from jaxid.nn.layers import Layer, RMSNorm, filled, flat_product, layer_of, rms_norm, stacked
 from jaxid.nn.views import Heads, Keep, Memory, Queries, Stored, Swapped, View
 
 
@@ -72,11 +72,11 @@ class Crossed(View):
     query_scale: Float[Array, "C E"]
     epsilon: float
 
-    def store(self, layer: Int[Array, ""], key: Heads, value: Heads) -> Stored:
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """As in `own`; what a cross-attention layer stores is never read."""
         return self.own.store(layer, key, value)
 
-    def read(self, layer: Int[Array, ""], query: Queries, stored: Stored, keep: Keep = None) -> Queries:
+    def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Reads from `own` or from the memory."""
         index = self.indices[layer]
 
@@ -129,7 +129,7 @@ class MllamaDecoder(Decoder):
     def step(
         self,
         block: DecoderBlock,
-        layer: Int[Array, ""],
+        layer: Layer,
         x: Float[Array, "*R B T D"],
         view: View,
         tap: Tap,

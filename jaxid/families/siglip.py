@@ -12,7 +12,7 @@ from jaxid.families.clip import UNUSED
 from jaxid.nn.dual import DualConfig, DualEncoder, Encoded, part
 from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, fused_attention_keys, layer_norm, linear, prefixed
-from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, filled, join_heads, normal
+from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear, filled, normal
 from jaxid.nn.text import TextConfig, text_keys
 from jaxid.nn.transformer import Attention, BlockConfig
 from jaxid.nn.vision import vision_config, vision_keys
@@ -95,15 +95,13 @@ class PoolingHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N D"]:
         """Pools all tokens."""
-        x = self.attention.cross(jnp.broadcast_to(self.probe[...], (len(x), 1, x.shape[-1])), x)[:, 0]
+        x = self.attention(jnp.broadcast_to(self.probe[...], (len(x), 1, x.shape[-1])), source=x)[:, 0]
         return self._with_mlp(x)
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
         """Pools each token as if it were the only one."""
-        own = self.attention
-        value = jnp.einsum("nid,dhe->nihe", x, own.value[...]) + own.value_bias[...]
-        out = join_heads(value) @ join_heads(own.out[...], 0) + own.out_bias[...]
-        return self._with_mlp(out)
+        _, _, value = self.attention.into_heads(x, x)
+        return self._with_mlp(self.attention.from_heads(value))
 
     def _with_mlp(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return x + self.down(ACTIVATIONS[self.config.hidden_act](self.up(self.norm(x))))

@@ -1,8 +1,7 @@
-"""The Vision Transformer tower: the picture side of the model families."""
+"""The Vision Transformer tower, the picture side of the model families."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -23,10 +22,10 @@ class VisionConfig(BlockConfig):
     num_channels: int = 3  # colour channels
     image_size: int = 224  # side of the square picture, pixels
     patch_size: int = 32  # side of a patch, pixels
-    class_token: bool = True  # a token of its own stands before the patches
+    class_token: bool = True  # a class token precedes the patches
     patch_bias: bool = False  # bias of the patch embedding
     pre_norm: bool = True  # a norm before the first block
-    post_norm: bool = True  # a norm after the last block, for what reads the tower's end
+    post_norm: bool = True  # a norm for the output of the last block
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
@@ -34,12 +33,17 @@ class VisionConfig(BlockConfig):
         check_patches(self.image_size, self.patch_size)
 
     @property
+    def patch_side(self) -> int:
+        """Patches along a side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """Patches of one picture."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.patch_side**2
 
 
-KINDS: Mapping[str, Mapping[str, Any]] = {
+KINDS: Mapping[str, Mapping[str, object]] = {
     "clip_vision_model": {},
     "siglip_vision_model": {
         "patch_size": 16,
@@ -50,23 +54,23 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
         "pre_norm": False,
     },
 }
-"""Towers that the families share, by the `model_type` of their `vision_config`, and what it implies."""
+"""Towers that families share: defaults by the `model_type` of their `vision_config`."""
 
 
-def vision_config(fields: Mapping[str, Any], kind: str) -> VisionConfig:
+def vision_config(fields: Mapping[str, object], kind: str) -> VisionConfig:
     """Reads Hugging Face's `vision_config` of a CLIP or SigLIP tower.
 
     Args:
         fields: the parsed JSON object.
-        kind: its `model_type`, if it does not say so itself.
+        kind: its `model_type`, if it does not contain one.
 
     Raises:
         CheckpointError: for a kind or field that is not implemented.
     """
-    kind = fields.get("model_type") or kind
+    kind = str(fields.get("model_type") or kind)
     if kind not in KINDS:
         raise CheckpointError(f"vision_config.model_type {kind!r} is not one of {', '.join(KINDS)}.")
-    # The pooling head of SigLIP serves retrieval; no family here reads it.
+    # No network here contains SigLIP's pooling head as part of the tower.
     ignored = {"vocab_size", "vision_use_head", "tie_word_embeddings"}
     given = {name: value for name, value in fields.items() if value is not None}
     return VisionConfig.from_fields({**KINDS[kind], **given}, where="vision_config", ignored=ignored)
@@ -91,10 +95,10 @@ def vision_keys(config: VisionConfig) -> list[Key]:
 
 
 def state_indices(layers: Sequence[int], blocks: int) -> list[int]:
-    """Which of a tower's hidden states a config names: 0 the blocks' input, k + 1 the output of block k.
+    """Indices of a tower's hidden states that a config names: 0 for the blocks' input, k + 1 for the output of block k.
 
     Raises:
-        CheckpointError: for one that a tower of so many blocks does not have.
+        CheckpointError: for a hidden state that a tower with this number of blocks does not have.
     """
     if not all(-blocks - 1 <= layer <= blocks for layer in layers):
         raise CheckpointError(
@@ -104,7 +108,7 @@ def state_indices(layers: Sequence[int], blocks: int) -> list[int]:
 
 
 def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]:
-    """Square patches row by row, each as (row, column, channel); what no whole patch covers is dropped."""
+    """Square patches row by row, each as (row, column, channel); pixels outside whole patches are dropped."""
     height, width = (length // side * side for length in pixels.shape[-2:])
     return rearrange(pixels[:, :, :height, :width], "n c (y p) (x q) -> n (y x) (p q c)", p=side, q=side)
 
@@ -132,8 +136,8 @@ class VisionTower(nnx.Module):
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k.
 
         Args:
-            pixels: Float[N, C, Y, X].
-            depth: how many blocks to run; all by default.
+            pixels: the pictures.
+            depth: number of blocks to run; all by default.
         """
         config, side = self.config, self.config.image_size
         if pixels.shape[-2:] != (side, side):

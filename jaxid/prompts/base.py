@@ -231,9 +231,6 @@ class PictureReader:
     def check(self, path: str | Path) -> None:
         """Tries the image processor, so that one that cannot work is found before the weights are loaded.
 
-        Args:
-            path: where it was read.
-
         Raises:
             CheckpointError: if it fails, or does not produce what the tower takes.
         """

@@ -85,7 +85,7 @@ class DualProcessor:
         self.whole_window: bool = config.text_config.whole_window
         vision = config.vision_config
         self.side: int = vision.image_size
-        self.grid = (int(vision.class_token), vision.image_size // vision.patch_size)
+        self.grid = (int(vision.class_token), vision.patch_side)
         """Index of the first patch among a picture's tokens, and patches along a side."""
         self.padding: int = tokenizer.pad_token_id if padding is None else padding
 
@@ -105,9 +105,6 @@ class DualProcessor:
 
     def check(self, path: Path) -> None:
         """Tries the image processor, so that one that cannot work is found before the weights are loaded.
-
-        Args:
-            path: where it was read.
 
         Raises:
             CheckpointError: if it fails, or does not produce what the tower takes.
@@ -146,11 +143,9 @@ class DualProcessor:
         with reporting(f"the tokenizer cannot read the caption {shown(text)}", InputError):
             return self.tokenizer(text, return_offsets_mapping=True)
 
-    def unknown(self, text: str) -> tuple[str, ...]:
-        """The words of a caption that are not in the vocabulary."""
-        return self._unknown(text, self._encoded(text))
-
-    def _unknown(self, text: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    def unknown(self, text: str, found: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """The words of a caption that are not in the vocabulary; `found`: its ids and offsets, if they are known."""
+        found = self._encoded(text) if found is None else found
         offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
         return words.unknown(text, found["input_ids"], offsets, self.tokenizer.unk_token_id)
 
@@ -195,7 +190,7 @@ class DualProcessor:
                 ids, edges = [*ids[: length - 1], ids[-1]], [*edges[: length - 1], (0, 0)]
             token_ids[row, : len(ids)], offsets[row, : len(ids)], valid[row, : len(ids)] = ids, edges, True
             lost.append(left)
-        unknown = tuple(self._unknown(text, found) for text, found in zip(texts, rows, strict=True))
+        unknown = tuple(self.unknown(text, found) for text, found in zip(texts, rows, strict=True))
         words.warn_unknown(unknown, "captions", self.tokenizer.unk_token, stacklevel=2)
         if any(lost):
             named = [f"caption {row} loses {shown(left)}" for row, left in enumerate(lost) if left]

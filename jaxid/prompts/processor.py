@@ -155,7 +155,7 @@ class Prompts:
         rows = [np.flatnonzero(row) for row in chosen]
         lengths = {len(row) for row in rows}
         if 0 in lengths or (equal and len(lengths) > 1):
-            raise PromptError(f"the prompts contain {sorted(lengths)} {what}; prepare equal numbers together.")
+            raise PromptError(f"the prompts contain {sorted(lengths)} {what}; take them in groups of equal size.")
         longest = max(lengths)
         return np.array([np.append(row, [row[-1]] * (longest - len(row))) for row in rows], np.int32)
 

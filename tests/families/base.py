@@ -72,7 +72,7 @@ class Case:
         parts: where the Hugging Face model keeps the tower's blocks ("tower_blocks"), the projector ("projector"), the
             decoder's blocks ("blocks") and the final norm ("norm"). Several towers' blocks: a list joined by commas.
         sites: by site, the part of a decoder block whose output ("attn_out", "mlp_out") or input ("resid_mid") stands
-            there; sites that are left out are taken as differences of the residual stream.
+            there; other sites are differences of the residual stream.
         arguments: keyword arguments of the Hugging Face model's forward pass.
         reference: loads the PyTorch model of a folder.
         picture_side: our tower and projector, by name; "tower" has a leading axis of layers.

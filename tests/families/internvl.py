@@ -53,7 +53,7 @@ def arguments(batch: Prompts) -> dict[str, Any]:
 
 
 def alike(name: str, ours: np.ndarray, theirs: np.ndarray, batch: Prompts) -> tuple[np.ndarray, np.ndarray]:
-    """Without the rows that only fill up."""
+    """Without padded rows."""
     del name, batch
     return ours[: len(theirs)], theirs
 

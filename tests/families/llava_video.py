@@ -68,7 +68,7 @@ def write_tokenizer(folder: Path, added: tuple[str, ...], template: str) -> None
 
 
 IDS = 383
-"""Tokens of the tokenizer before any that stands for pictures; a test holds it to that."""
+"""Number of the tokenizer's tokens before those for pictures; a test checks it."""
 
 TEXT = {
     "hidden_size": 32,
@@ -208,7 +208,7 @@ def picture_side(network: Any, inputs: Any) -> dict[str, Any]:
 
 
 def alike(name: str, ours: np.ndarray, theirs: np.ndarray, batch: Prompts) -> tuple[np.ndarray, np.ndarray]:
-    """Without the empty squares that fill up the batch."""
+    """Without the empty squares that pad the batch."""
     del name, batch
     return ours[: len(theirs)], theirs
 

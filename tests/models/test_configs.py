@@ -23,6 +23,7 @@ import torch
 import transformers
 from families import EVERY, LLAMA3, VOCABULARY, Case, llava_config
 from flax import nnx
+from full_size import CONFIGS as PUBLISHED
 from key_tables import assert_table_fits
 
 import jaxid.families
@@ -55,26 +56,8 @@ def below(base: type[Config]) -> Iterator[type[Config]]:
 
 CONFIGS = sorted(set(below(Config)), key=lambda config: config.__name__)
 
-LLAVA_7B = {
-    "model_type": "llava",
-    "image_token_index": 32000,
-    "projector_hidden_act": "gelu",
-    "text_config": {"model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064},
-    "vision_config": {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "vocab_size": 32000,
-    },
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-}
-"""The config.json of LLaVA-1.5-7B as published, but for names and versions."""
+LLAVA_7B = {name: value for name, value in PUBLISHED["llava-7b"].items() if name != "tie_word_embeddings"}
+"""The config.json of LLaVA-1.5-7B, whose `text_config` says whether embeddings are tied."""
 
 
 def attributes_read(source: str) -> set[str]:

@@ -76,7 +76,7 @@ def test_captions(model: tuple[Any, dict[str, np.ndarray]]) -> None:
     states, found = run(ids, ids != 0)
     assert_close(states, golden["text_hidden"])
     assert_close(found.pooled, golden["text_pooled"])
-    # CoCa's class token stands behind the caption's own.
+    # CoCa's class token comes after the caption's own tokens.
     assert_close(found.tokens, golden["text_tokens_normed_projected"][:, : ids.shape[1]])
     if "text_mask" in golden:
         np.testing.assert_array_equal(network.text_encoder.mask(ids != 0), golden["text_mask"])

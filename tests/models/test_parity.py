@@ -87,7 +87,7 @@ def test_the_cases_can_tell_right_from_wrong(case: Case) -> None:
 
 
 def test_a_token_that_is_not_valid_is_never_read() -> None:
-    """Behind the causal mask, padding on the right would go unread anyway; a gap in the middle would not."""
+    """The causal mask alone would hide padding on the right, but not a gap in the middle."""
     case = CASES[1]
     model, prompts = fixtures.model(case), fixtures.prompts(case)
     valid = np.array(prompts.inputs.valid)
@@ -121,8 +121,8 @@ def test_two_pictures_in_one_prompt(case: Case) -> None:
     prompts = model.prepare([[first, second], [second, first]], fixtures.QUESTIONS)
     theirs = fixtures.record(case, prompts)["logits"][np.arange(2), prompts.last()]
     assert distance(forward(model, prompts).logits, theirs) < EXACT
-    turned = model.prepare([[second, first], [first, second]], fixtures.QUESTIONS)
-    assert distance(forward(model, turned).logits, theirs) > 0.01
+    swapped = model.prepare([[second, first], [first, second]], fixtures.QUESTIONS)
+    assert distance(forward(model, swapped).logits, theirs) > 0.01
 
 
 @over_cases

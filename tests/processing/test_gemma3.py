@@ -181,7 +181,7 @@ def text(question: str) -> dict[str, str]:
     return {"type": "text", "text": question}
 
 
-def test_words_are_found_behind_the_picture() -> None:
+def test_words_are_found_after_the_picture() -> None:
     """The space before a word belongs to its first piece, and its last piece is where it is edited."""
     model, (picture, _) = loaded(published()), fixtures.pictures()
     prompts = model.prepare(picture, QUESTIONS)
@@ -195,7 +195,7 @@ def test_words_are_found_behind_the_picture() -> None:
             assert alone.word(word) == places[-1] > alone.text_start()
     hourglass = model.prepare(picture, QUESTIONS[1]).word_tokens("hourglass")
     assert hourglass.shape[1] > 2  # of several pieces
-    # A picture stands between marks and line breaks; the line break of "user" and two more are one token.
+    # A picture is between marks and line breaks; the line break of "user" and two more are one token.
     three, two = tokenizer.convert_tokens_to_ids(["\n\n\n", "\n\n"])
     start = int(np.flatnonzero(np.asarray(prompts.inputs.image_rows)[0] >= 0)[0])
     marks = [three, cases.IDS["<start_of_image>"]], [cases.IDS["<end_of_image>"], two]
@@ -205,7 +205,7 @@ def test_words_are_found_behind_the_picture() -> None:
         model.prepare(picture, "What is <start_of_image>?")
 
 
-def test_answers_begin_behind_the_line_break() -> None:
+def test_answers_begin_after_the_line_break() -> None:
     model = loaded(published())
     pieces = model.processor.tokenizer.convert_ids_to_tokens(model.processor.answer_ids(["left", "right"]).tolist())
     assert pieces == ["left", "right"]

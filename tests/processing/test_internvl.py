@@ -99,7 +99,7 @@ def test_prompts_and_tiles_are_hugging_faces(numbers: list[list[int]]) -> None:
     ours, slots = CASE.arguments(prompts), np.asarray(inputs.image_rows)
     np.testing.assert_array_equal(ours["pixel_values"].numpy(), theirs["pixel_values"])
     np.testing.assert_array_equal(slots >= 0, inputs.token_ids == model.config.image_token_index)
-    # Four tokens for each tile, in the prompts' order, and none for the rows that only fill up.
+    # Four tokens for each tile, in the prompts' order, and none for padded rows.
     tiles = len(theirs["pixel_values"])
     np.testing.assert_array_equal(slots[slots >= 0], np.arange(4 * tiles))
     assert len(np.asarray(inputs.pixels)) == bucketed(tiles) > tiles and not np.asarray(inputs.pixels)[tiles:].any()
@@ -130,7 +130,7 @@ def test_a_picture_that_several_prompts_share_is_one() -> None:
         np.testing.assert_array_equal(row[row >= 0], np.arange(16))
 
 
-def test_rows_that_fill_up_change_nothing() -> None:
+def test_padded_rows_change_nothing() -> None:
     model, pictures = fixtures.model(CASE), shapes()
     prompts = model.prepare([pictures[5], pictures[0], pictures[2]], QUESTIONS)
     pixels = np.array(prompts.inputs.pixels)

@@ -27,7 +27,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from jaxid.checkpoints.loading import abstract_parameters, load
 from jaxid.checkpoints.tensors import flatten
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.families.llava_packing import clip_rows, picture_layout, pooling, taps
+from jaxid.families.llava_packing import clip_rows, pooling, taps
 from jaxid.families.llava_video import LlavaVideoConfig, LlavaVideoProcessor
 from jaxid.families.registry import FAMILIES
 from jaxid.interp.forward import forward
@@ -129,7 +129,7 @@ def test_pictures_are_packed_as_hugging_face_does(size: tuple[int, int], limit: 
     config = LlavaVideoConfig.from_hf(fields)
     theirs = transformers.LlavaOnevisionConfig(vision_aspect_ratio=fields["vision_aspect_ratio"])
     for alone in (True, False):
-        layout = picture_layout(*size, config, alone=alone)
+        layout = config.layout(*size, alone=alone)
         generator = torch.Generator().manual_seed(1)
         patches = torch.randn(layout.squares, 729, 3, generator=generator)
         newline = torch.randn(3, generator=generator)
@@ -150,7 +150,7 @@ def test_pictures_are_packed_as_hugging_face_does(size: tuple[int, int], limit: 
 
 def test_tokens_in_full_size() -> None:
     original, hf = (LlavaVideoConfig.from_original(LLAVA_VIDEO_7B), LlavaVideoConfig.from_hf({}))
-    assert (original.patch_side, original.frame_side, hf.frame_side) == (27, 14, 14)
+    assert (original.vision_config.patch_side, original.frame_side, hf.frame_side) == (27, 14, 14)
     assert len(clip_rows(8, 14, "grid", 1)) == 1680
     processor = object.__new__(LlavaVideoProcessor)
     processor.config = original

@@ -96,7 +96,7 @@ def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_files_are_turned_upright(orientation: int, kind: str, tmp_path: Path) -> None:
+def test_files_are_rotated_upright(orientation: int, kind: str, tmp_path: Path) -> None:
     path = with_tag(tmp_path / f"a.{kind}", orientation, **KINDS[kind])
     found = opened(path)
     assert found.shape == ((30, 20, 3) if orientation > 4 else (20, 30, 3))
@@ -107,7 +107,7 @@ def test_files_are_turned_upright(orientation: int, kind: str, tmp_path: Path) -
     assert stored(path).upright == (found.shape[1], found.shape[0])
 
 
-def test_a_tag_behind_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
+def test_a_tag_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[274] = 6
@@ -128,7 +128,7 @@ def test_the_tag_may_be_xmp(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 60000])
-def test_a_tag_of_no_meaning_turns_nothing(orientation: int, tmp_path: Path) -> None:
+def test_an_unknown_tag_changes_nothing(orientation: int, tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened(with_tag(tmp_path / "a.png", orientation)), COLOUR)
 
 
@@ -138,7 +138,7 @@ def test_damaged_tags_leave_the_picture(damage: bytes, tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened(tmp_path / "a.png"), COLOUR)
 
 
-def test_pil_images_and_arrays_are_not_turned(tmp_path: Path) -> None:
+def test_pil_images_and_arrays_are_not_rotated(tmp_path: Path) -> None:
     with Image.open(with_tag(tmp_path / "a.png", 6)) as image:
         np.testing.assert_array_equal(opened(image), COLOUR)
         assert stored(image) == Stored((30, 20))
@@ -146,7 +146,7 @@ def test_pil_images_and_arrays_are_not_turned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_are_turned_with_their_picture(orientation: int) -> None:
+def test_boxes_are_rotated_with_their_picture(orientation: int) -> None:
     boxes = np.array([[3, 2, 5, 4], [0, 0, 1, 1], [20, 10, 10, 10]])
     here = Stored((30, 20), orientation)
     for (x, y, width, height), (left, top, across, down) in zip(

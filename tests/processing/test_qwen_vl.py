@@ -91,9 +91,9 @@ def assert_alike(model: Any, processor: Processor, batch: Prompts, groups: list[
     positions, _ = model.get_rope_index(
         found["input_ids"], found["mm_token_type_ids"], image_grid_thw=grids, attention_mask=found["attention_mask"]
     )
-    turning = np.asarray(inputs.rope_positions)
+    rotary = np.asarray(inputs.rope_positions)
     for row in range(2):
-        np.testing.assert_array_equal(turning[row][:, valid[row]], positions[:, row, kept[row]])
+        np.testing.assert_array_equal(rotary[row][:, valid[row]], positions[:, row, kept[row]])
 
 
 @over_cases
@@ -125,7 +125,7 @@ def test_prompts_of_a_tokenizer_of_bytes_are_hugging_faces(tmp_path: Path) -> No
     assert processor.answer_ids(["left", "right"]).tolist() == [tokenizer.token_to_id(w) for w in ("left", "right")]
 
 
-def test_what_is_written_behind_a_prompt_goes_on_turning() -> None:
+def test_positions_continue_after_a_prompt() -> None:
     model, picture = fixtures.model(PLAIN), fixtures.pictures()[1]
     batch = model.prepare(picture, fixtures.QUESTIONS)
     longer = batch.extended(np.array([[7, 8, 9], [8, 9, 0]], np.int32), np.array([3, 2], np.int32))
@@ -144,7 +144,7 @@ def test_what_is_written_behind_a_prompt_goes_on_turning() -> None:
 # --- the layout -----------------------------------------------------------------------------------------------------
 
 
-def test_where_tokens_stand_in_windows() -> None:
+def test_positions_of_tokens_in_windows() -> None:
     """Three rows and five columns in windows of 2 x 2: the window at the right and the one below are not full."""
     assert token_indices(3, 5, 2).tolist() == [0, 1, 4, 5, 8, 2, 3, 6, 7, 10, 12, 13, 16, 17, 20]
     assert token_indices(2, 3, 0).tolist() == [0, 1, 2, 3, 4, 5]
@@ -190,7 +190,7 @@ def test_pictures_in_full_size(alias: str) -> None:
         assert (np.diff(rows)[np.diff(rows) != 1] > 0).all()
         return
     assert encoded.pixels.shape[1] % 64 == 0
-    # In the order in which they stand, tokens are in Hugging Face's order, and windows begin where its windows do.
+    # By their rows, tokens are in Hugging Face's order, and windows begin where its windows do.
     index, starts = get_vision_window_index(grids, 2, 112, 14)
     np.testing.assert_array_equal(np.argsort(rows), index)
     inside = encoded.extras["patch_valid"].reshape(-1, 64).sum(axis=1)
