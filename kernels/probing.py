@@ -129,7 +129,7 @@ def axes(universal: Float[Array, "*batch X Y D"]) -> tuple[Float[Array, "*batch 
     """Spatial axes: the mean step to the right and the mean step down.
 
     The x axis is the mean over rows and over pairs of columns x1 < x2 of U(x2, y) - U(x1, y); the y axis
-    likewise down the rows ([ID] arXiv 2601.12626, spatial axes).
+    the same down the rows ([ID] arXiv 2601.12626, spatial axes).
 
     Returns:
         The x axis (rightwards) and the y axis (downwards).

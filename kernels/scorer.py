@@ -267,7 +267,6 @@ def _head(
     return network.fc2 @ hidden + network.fc2_bias
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: int, pairs: int) -> Float[Array, "C s"]:
     """A 3 x 3 correlation of flat maps, pairs fastest, at the numbers that have all eight neighbours.
 
@@ -283,6 +282,11 @@ def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: i
     Returns:
         Maps of C channels, shorter by a row and a number at both ends.
     """
+    return _correlate(x, kernel, stride, pairs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _correlate(x: Array, kernel: Array, stride: int, pairs: int) -> Array:
     length = x.shape[1] - 2 * (stride + 1) * pairs
 
     def channel(_: None, own: Float[Array, "K 3 3"]) -> tuple[None, Float[Array, "s"]]:
@@ -303,7 +307,7 @@ def _shifted(x: Array, source: int, down: int, across: int, stride: int, pairs: 
 
 
 def _correlate_forward(x: Array, kernel: Array, stride: int, pairs: int) -> tuple[Array, tuple[Array, Array]]:
-    return correlate(x, kernel, stride, pairs), (x, kernel)
+    return _correlate(x, kernel, stride, pairs), (x, kernel)
 
 
 def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -329,7 +333,7 @@ def _correlate_backward(stride: int, pairs: int, kept: tuple[Array, Array], grad
     return back, jnp.moveaxis(total.reshape(len(kernel), 3, 3, len(x)), -1, 1)
 
 
-correlate.defvjp(_correlate_forward, _correlate_backward)
+_correlate.defvjp(_correlate_forward, _correlate_backward)
 
 
 def _weights(network: Network) -> Float[Array, "H K"]:

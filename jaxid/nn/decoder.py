@@ -1,82 +1,73 @@
-"""The decoder, the text side of every model family, from leaf to root: attention, MLP, block, stack."""
+"""The decoder, the text side of every model family: attention, MLP, block and stack."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.kernels import rope
+from jaxid.kernels.rope import Rotation
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
 from jaxid.nn.layers import (
     ACTIVATIONS,
+    Layer,
     Linear,
+    Projections,
     RMSNorm,
     Stackable,
-    filled,
-    flat_product,
-    join_heads,
     layer_of,
     normal,
     stacked,
     take_tokens,
 )
-from jaxid.nn.views import Keep, Memory, Rotation, Stored, Tokens, View
+from jaxid.nn.views import Keep, Memory, Stored, Tokens, View
 
 Tap = Callable[[str, Float[Array, "*R B T D"]], Float[Array, "*R B T D"]]
-"""What stands at every site of a block: `(name, value) -> value`."""
+"""Called at every site of a block: `(name, value) -> value`."""
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention; heads are real axes of the weights."""
+class Attention(Projections):
+    """Grouped-query attention."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        """Draws projections of variance 1 / inputs."""
-        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        head_width, scale = config.head_dim, config.hidden_size**-0.5
+        """Builds the projections and norms."""
+        super().__init__(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_dim,
+            config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
+            rngs=rngs,
+        )
         self.config = config
-        self.query = normal(rngs, (width, heads, head_width), scale)
-        self.key = normal(rngs, (width, kv_heads, head_width), scale)
-        self.value = normal(rngs, (width, kv_heads, head_width), scale)
-        self.out = normal(rngs, (heads, head_width, width), scale * (2 * config.num_hidden_layers) ** -0.5)
-        if config.attention_bias:
-            self.query_bias = filled(0.0, (heads, head_width))
-            self.key_bias = filled(0.0, (kv_heads, head_width))
-            self.value_bias = filled(0.0, (kv_heads, head_width))
-        if config.attention_out_bias:
-            self.out_bias = filled(0.0, (width,))
         if config.query_key_norm:
-            self.query_norm = RMSNorm(head_width, config.rms_norm_eps, config.norm_offset)
-            self.key_norm = RMSNorm(head_width, config.rms_norm_eps, config.norm_offset)
+            norm = (config.head_dim, config.rms_norm_eps, config.norm_offset)
+            self.query_norm, self.key_norm = RMSNorm(*norm), RMSNorm(*norm)
 
     def __call__(
-        self, layer: Any, x: Float[Array, "*R B T D"], view: View, keep: Keep = None
+        self, layer: Layer, x: Float[Array, "*R B T D"], view: View, keep: Keep = None
     ) -> tuple[Float[Array, "*R B S D"], Stored]:
-        """Mixes tokens: what the kept tokens read in the view, and what the view keeps of all of them."""
+        """What the kept tokens read in the view, and what the view keeps of all tokens."""
         config = self.config
-        query = flat_product(kept(x, keep), self.query[...])
-        key, value = flat_product(x, self.key[...]), flat_product(x, self.value[...])
-        if config.attention_bias:
-            query, key = query + self.query_bias[...], key + self.key_bias[...]
-            value = value + self.value_bias[...]
+        query, key, value = self.into_heads(kept(x, keep), x)
         if config.query_key_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if config.query_pre_attn_scalar:
             # A view divides by the root of the head width.
             query = query * (config.head_dim / config.query_pre_attn_scalar) ** 0.5
         stored = view.store(layer, key, value)
-        mixed = view.read(layer, query, stored, keep)
-        out = flat_product(join_heads(mixed), join_heads(self.out[...], 0))
-        return (out + self.out_bias[...] if config.attention_out_bias else out), stored
+        return self.from_heads(view.read(layer, query, stored, keep)), stored
 
 
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        """Draws projections of variance 1 / inputs."""
+        """Builds the three projections."""
         width, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate = Linear(width, hidden, bias=bias, rngs=rngs)
         self.up = Linear(width, hidden, bias=bias, rngs=rngs)
@@ -103,9 +94,9 @@ class DecoderBlock(Stackable):
             self.attention_post_norm, self.mlp_post_norm = RMSNorm(*norm), RMSNorm(*norm)
 
     def __call__(
-        self, layer: Any, x: Float[Array, "*R B T D"], view: View, tap: Tap, keep: Keep = None
+        self, layer: Layer, x: Float[Array, "*R B T D"], view: View, tap: Tap, keep: Keep = None
     ) -> tuple[Float[Array, "*R B S D"], Stored]:
-        """One step of the residual stream; see `Decoder.step`."""
+        """Runs the block; see `Decoder.step`."""
         x = tap("resid_pre", x)
         with jax.named_scope("attention"):
             added, stored = self.attention(layer, self.attention_norm(x), view, keep)
@@ -142,7 +133,7 @@ class Decoder(nnx.Module):
         """Embeddings of the tokens."""
         found = jnp.take(self.embedding[...], token_ids, axis=0)
         scale = self.config.embedding_scale
-        # Rounded first, as the published embedding is.
+        # The scale is rounded first, as in the published models.
         return found if scale == 1.0 else found * jnp.asarray(scale, found.dtype)
 
     def unembed_matrix(self) -> Float[Array, "D V"]:
@@ -152,12 +143,12 @@ class Decoder(nnx.Module):
     def rotations(
         self, positions: Int[Array, "B T"] | Int[Array, "B A T"], last: Int[Array, "B"] | None = None
     ) -> Rotation:
-        """Rotary angles of tokens by their positions, or their positions along several axes.
+        """Rotary angles of tokens.
 
         Args:
-            positions: of the tokens.
-            last: which of them is its prompt's last, for frequencies that depend on the length of the longest prompt;
-                by default the highest position counts, padding or not.
+            positions: positions of the tokens, along one axis or several.
+            last: index of every prompt's last token, for frequencies that depend on the length of the longest prompt;
+                by default the highest position determines it, padding or not.
         """
         config, length = self.config, None
         if config.reads_length:
@@ -180,7 +171,7 @@ class Decoder(nnx.Module):
         return cosine, sine
 
     def window(self, tokens: int) -> int | None:
-        """The sliding window, if sequences of that length reach beyond it in some layer."""
+        """The sliding window, if some layer has one and sequences of this length exceed it."""
         return self.config.sliding_window if any(self.config.slides) and tokens > self.config.sliding_window else None
 
     def tokens(
@@ -190,39 +181,39 @@ class Decoder(nnx.Module):
         last: Int[Array, "B"] | None,
         length: int,
     ) -> Tokens:
-        """Tokens as views take them.
+        """The tokens of a pass, in the form that views take.
 
         Args:
-            positions: of every token in its prompt.
+            positions: position of every token in its prompt.
             rope_positions: positions along several axes, for families that rotate heads by them.
-            last: which of them is its prompt's last, as in `rotations`.
-            length: tokens of the whole sequences, for windows.
+            last: index of every prompt's last token, as in `rotations`.
+            length: length of the whole sequences, for windows.
         """
         rotation = self.rotations(positions if rope_positions is None else rope_positions, last)
         return Tokens(positions, rotation, self.config.slides, self.window(length))
 
     def view(self, own: View, memory: Memory | None) -> View:
-        """What blocks read: `own`; families with cross-attention put the memory beside it."""
+        """What blocks read: `own`, to which families with cross-attention add the memory."""
         del memory
         return own
 
-    def block(self, layer: Any, parameters: Any = None) -> DecoderBlock:
-        """The block of a layer, which may be traced; its parameters may be at hand."""
+    def block(self, layer: Layer, parameters: PyTree = None) -> DecoderBlock:
+        """The block of a layer; its parameters are taken from the stack unless they are given."""
         definition, stack = nnx.split(self.layers)
         return nnx.merge(definition, layer_of(stack, layer) if parameters is None else parameters)
 
     def step(
-        self, block: DecoderBlock, layer: Any, x: Float[Array, "*R B T D"], view: View, tap: Tap, keep: Keep = None
+        self, block: DecoderBlock, layer: Layer, x: Float[Array, "*R B T D"], view: View, tap: Tap, keep: Keep = None
     ) -> tuple[Float[Array, "*R B S D"], Stored]:
-        """The one step that every pass is made of.
+        """The step that every pass repeats.
 
         Args:
-            block: the layer's.
-            layer: its index, which may be traced.
-            x: what enters; with a leading axis R where rows of edits share their prompts.
+            block: the block of the layer.
+            layer: its index.
+            x: residual stream that enters it, with a leading axis R if rows of edits share their prompts.
             view: what the tokens' queries may read.
-            tap: called as `tap(name, value)` at every site; all but "resid_pre" hold the kept tokens only.
-            keep: tokens that leave the block; the others serve as keys and values.
+            tap: called as `tap(name, value)` at every site; all values but "resid_pre" hold only the kept tokens.
+            keep: index of the tokens that leave the block; the others serve only as keys and values.
 
         Returns:
             The kept tokens, and what the view keeps of the keys and values of all of them.

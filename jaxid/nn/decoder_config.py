@@ -1,4 +1,4 @@
-"""What a decoder is like, and how Hugging Face's `text_config` says it for every kind of language model."""
+"""The config of a decoder, and its reader for the `text_config` of every kind of language model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxid.errors import CheckpointError
+from jaxid.errors import CheckpointError, InputError
 from jaxid.kernels import rope
 from jaxid.nn.fields import Json, check_parts
 from jaxid.nn.keys import LINEAR, Key, attention_keys, linear, prefixed
@@ -25,7 +25,7 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("attention_factor", "short_factor", "long_factor"),
 }
-"""Kinds of rotary embedding, and the settings that only they read."""
+"""Kinds of rotary embedding, and the settings that only these kinds read."""
 
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -34,7 +34,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-"""What a file must say of a kind."""
+"""Settings that a file must contain for each kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,17 @@ class RopeConfig(Config):
     low_freq_factor: float = 1.0  # "llama3": turns below which the full stretch applies
     high_freq_factor: float = 4.0  # "llama3": turns above which none applies
     original_max_position_embeddings: int = 8192  # "llama3", "yarn", "longrope": context length before stretching
-    mrope_section: tuple[int, ...] = ()  # pairs that rotate by time, height, width; empty: all by one position
+    mrope_section: tuple[int, ...] = ()  # pairs rotated by time, height, width; empty: all by one position
     context: int = 0  # "dynamic": length beyond which the base grows
-    attention_factor: float = 1.0  # "yarn", "longrope": cosine and sine are multiplied by it
+    attention_factor: float = 1.0  # "yarn", "longrope": factor of cosine and sine
     beta_fast: float = 32.0  # "yarn": turns above which no stretch applies
     beta_slow: float = 1.0  # "yarn": turns below which the full stretch applies
-    truncate: bool = True  # "yarn": the ramp between them begins and ends at whole pairs
-    short_factor: tuple[float, ...] = ()  # "longrope": stretch of every pair up to the original context length
-    long_factor: tuple[float, ...] = ()  # "longrope": and beyond it
+    truncate: bool = True  # "yarn": whether the ramp between them begins and ends at whole pairs
+    short_factor: tuple[float, ...] = ()  # "longrope": stretch of every pair, up to the original context length
+    long_factor: tuple[float, ...] = ()  # "longrope": stretch of every pair, beyond that length
 
     def __post_init__(self) -> None:
-        """Refuses a kind of scaling that is not implemented, when the checkpoint is loaded."""
+        """Refuses kinds of scaling that are not implemented, and impossible settings."""
         if self.rope_type not in ROPE_TYPES:
             raise CheckpointError(f"rope_type {self.rope_type!r} is not implemented; known: {', '.join(ROPE_TYPES)}.")
         if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
@@ -75,9 +75,9 @@ class RopeConfig(Config):
         """The angular steps per position.
 
         Args:
-            head_width: of a head.
-            length: tokens of the batch's longest prompt, for kinds that read it; by default no more than the model
-                was trained on.
+            head_width: width of a head, E.
+            length: length of the longest prompt in the batch, for kinds that depend on it; by default no longer than
+                the context before stretching.
         """
         plain = rope.inverse_frequencies(head_width, self.rope_theta)
         if self.rope_type == "linear":
@@ -129,17 +129,17 @@ class DecoderConfig(Config):
     attention_out_bias: bool = False  # bias of what attention adds to the residual stream
     mlp_bias: bool = False  # biases in the three MLP projections
     tie_word_embeddings: bool = False  # the unembedding is the embedding, transposed
-    rope: RopeConfig = RopeConfig()  # positions; in the layers of full attention, if there are others
-    sliding_rope: RopeConfig | None = None  # positions in the layers of sliding-window attention
+    rope: RopeConfig = RopeConfig()  # rotary embedding, of the full-attention layers if there are others
+    sliding_rope: RopeConfig | None = None  # rotary embedding of the sliding-window layers
     layer_types: tuple[str, ...] = ()  # kind of self-attention of every layer; empty: full everywhere
     sliding_window: int = 0  # positions that a sliding-window layer reads
     norm_offset: float = 0.0  # added to every norm's scale (Gemma: 1)
-    query_key_norm: bool = False  # norms of every head's queries and keys
+    query_key_norm: bool = False  # norms of queries and keys in every head
     post_norms: bool = False  # norms also of what attention and MLP add to the residual stream
-    query_pre_attn_scalar: float = 0.0  # scores are divided by its root; 0: by the head width's
-    embedding_scale: float = 1.0  # embeddings are multiplied by it
+    query_pre_attn_scalar: float = 0.0  # scores are divided by its square root; 0: that of the head width
+    embedding_scale: float = 1.0  # factor of the embeddings
     bidirectional_pictures: bool = False  # tokens of one picture read each other
-    extra_embeddings: int = 0  # rows of the embedding beyond V, of tokens that are never written
+    extra_embeddings: int = 0  # rows of the embedding beyond V, for tokens that are never generated
     cross_attention_layers: tuple[int, ...] = ()  # layers that read the picture's memory instead of earlier tokens
 
     def __post_init__(self) -> None:
@@ -153,10 +153,12 @@ class DecoderConfig(Config):
         if strange:
             raise CheckpointError(f"layer_types {sorted(strange)} are not implemented; known: {FULL}, {SLIDING}.")
         if SLIDING in self.layer_types and self.sliding_window < 1:
-            raise CheckpointError("layer_types names sliding_attention, and sliding_window is missing.")
+            raise CheckpointError("layer_types names sliding_attention, but sliding_window is missing.")
         crossing = self.cross_attention_layers
         if not all(0 <= layer < self.num_hidden_layers for layer in crossing) or len(set(crossing)) < len(crossing):
-            raise CheckpointError(f"cross_attention_layers {self.cross_attention_layers} are not all layers.")
+            raise CheckpointError(
+                f"cross_attention_layers {crossing} must be distinct indices below {self.num_hidden_layers}."
+            )
         half = self.head_dim // 2
         for one in filter(None, (self.rope, self.sliding_rope)):
             if self.head_dim % 2 or (one.rope_type == "dynamic" and half < 2):
@@ -180,19 +182,23 @@ class DecoderConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """What every vision-language model's config has."""
+    """The fields that all vision-language models' configs have."""
 
     text_config: DecoderConfig  # the decoder
-    vision_config: Any  # the tower, of the family's own kind
+    vision_config: Any  # the tower, in the family's own config class
     image_token_index: int  # id of the token that pictures replace
 
     @property
     def image_tokens(self) -> int:
-        """Decoder tokens of a picture, I, in families where it is the same for all."""
-        raise NotImplementedError
+        """Decoder tokens of a picture, I.
+
+        Raises:
+            InputError: in families where it depends on the picture.
+        """
+        raise InputError(f"in a {type(self).__name__}, the number of tokens of a picture depends on its size.")
 
 
-# What Hugging Face's config classes assume where a file says nothing, beyond LlamaConfig's defaults.
+# Defaults of Hugging Face's config classes where they differ from LlamaConfig's.
 _QWEN2 = {
     "max_position_embeddings": 32768,
     "vocab_size": 151936,
@@ -244,7 +250,7 @@ _MLLAMA = {
     "extra_embeddings": 8,
     "cross_attention_layers": (3, 8, 13, 18, 23, 28, 33, 38),
 }
-KINDS: Mapping[str, Mapping[str, Any]] = {
+KINDS: Mapping[str, Json] = {
     "llama": {"max_position_embeddings": 2048},
     "qwen2": _QWEN2,
     "qwen2_vl_text": _QWEN_VL,
@@ -252,7 +258,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": _GEMMA3,
     "mllama_text_model": _MLLAMA,
 }
-"""Kinds of decoder by the `model_type` of their `text_config`, and what it implies."""
+"""Kinds of decoder: defaults by the `model_type` of their `text_config`."""
 
 
 def decoder_config(fields: Json, kind: str) -> DecoderConfig:
@@ -260,7 +266,7 @@ def decoder_config(fields: Json, kind: str) -> DecoderConfig:
 
     Args:
         fields: the parsed JSON object.
-        kind: its `model_type`, if it does not say so itself.
+        kind: its `model_type`, if it does not contain one.
 
     Raises:
         CheckpointError: for a kind, field or setting that is not implemented.
@@ -270,7 +276,7 @@ def decoder_config(fields: Json, kind: str) -> DecoderConfig:
     if kind not in KINDS:
         raise CheckpointError(f"text_config.model_type {kind!r} is not one of {', '.join(KINDS)}.")
     implied = KINDS[kind]
-    # As many key-value heads as heads, where the file says null; what it leaves out is implied.
+    # null means as many key-value heads as heads; a missing field has the default of its kind.
     every_head = "num_key_value_heads" in fields and fields["num_key_value_heads"] is None
     fields = {**implied, **{name: value for name, value in fields.items() if value is not None}}
     if every_head:
@@ -294,7 +300,7 @@ def decoder_config(fields: Json, kind: str) -> DecoderConfig:
 
 
 def _read_layer_types(fields: Json, kind: str) -> None:
-    """Brings the spellings of which layers slide to `layer_types`, in place."""
+    """Replaces the various settings for sliding-window layers by `layer_types`, in place."""
     layers = fields.get("num_hidden_layers", DecoderConfig.num_hidden_layers)
     pattern = fields.pop("sliding_window_pattern", None) or fields.pop("_sliding_window_pattern", None) or 6
     fields.pop("_sliding_window_pattern", None)
@@ -311,9 +317,9 @@ def _read_layer_types(fields: Json, kind: str) -> None:
 
 
 def _read_rope(fields: Json, kind: str) -> tuple[RopeConfig, RopeConfig | None]:
-    """Takes the rotary settings out of the fields: of all layers, or of full and of sliding ones.
+    """Removes the rotary settings from the fields, and returns those of full and of sliding layers.
 
-    What counts where a setting is given more than once is what Hugging Face's configs make of it
+    If a setting is given more than once, the precedence is that of Hugging Face's configs
     (`convert_rope_params_to_dict`).
     """
     scaling, parameters = fields.pop("rope_scaling", None) or {}, fields.pop("rope_parameters", None) or {}
@@ -323,7 +329,7 @@ def _read_rope(fields: Json, kind: str) -> tuple[RopeConfig, RopeConfig | None]:
         full = {"rope_theta": theta or 1000000.0, **(parameters.get(FULL) or {"rope_type": "default"}), **scaling}
         sliding = {"rope_theta": local or 10000.0, **(parameters.get(SLIDING) or {})}
         for settings in (full, sliding):
-            settings.pop("truncate", None)  # Hugging Face reads it where settings are not given by kind of layer
+            settings.pop("truncate", None)  # Hugging Face ignores it in settings by kind of layer
         return _rope_config(full, context), _rope_config(sliding, context)
     settings = dict(scaling or parameters)
     if kind in ("qwen2_vl_text", "qwen2_5_vl_text"):
@@ -335,8 +341,8 @@ def _read_rope(fields: Json, kind: str) -> tuple[RopeConfig, RopeConfig | None]:
     return _rope_config({"rope_theta": theta, **settings}, context), None
 
 
-def _rope_config(settings: dict[str, Any], context: int) -> RopeConfig:
-    """Reads the rotary settings of one kind of layer, in a model for so many positions."""
+def _rope_config(settings: Json, context: int) -> RopeConfig:
+    """Reads the rotary settings of one kind of layer; `context` is the model's number of positions."""
     old = settings.pop("type", None)
     kind = settings.setdefault("rope_type", old or "default")
     missing = [name for name in _NEEDED.get(kind, ()) if name not in settings]
@@ -344,7 +350,7 @@ def _rope_config(settings: dict[str, Any], context: int) -> RopeConfig:
         raise CheckpointError(f"rope_parameters of kind {kind!r} lack {', '.join(missing)}.")
     settings = {name: value for name, value in settings.items() if value is not None}
     if settings.pop("partial_rotary_factor", 1) != 1:
-        raise CheckpointError("partial_rotary_factor: heads that are rotated in part are not implemented.")
+        raise CheckpointError("partial_rotary_factor: partial rotation of heads is not implemented.")
     foreign = {name for names in ROPE_TYPES.values() for name in names} - set(ROPE_TYPES.get(kind, ()))
     for name in foreign & set(settings):
         raise CheckpointError(f"rope_parameters of kind {kind!r} do not read {name}={settings[name]!r}.")
@@ -367,14 +373,14 @@ def _rope_config(settings: dict[str, Any], context: int) -> RopeConfig:
 
 
 def _refuse(fields: Json, names: tuple[str, ...]) -> None:
-    """Drops settings that are off, in place; those that are on are left and refused as unknown."""
+    """Removes settings that are off, in place; those that are on remain, and are refused as unknown."""
     for name in names:
         if not fields.get(name):
             fields.pop(name, None)
 
 
 def decoder_keys(config: DecoderConfig) -> list[Key]:
-    """Key table of a decoder, below HF's `model.` (the unembedding is outside)."""
+    """Key table of a decoder, below HF's `model.`, without the unembedding."""
     layers = [
         Key("input_layernorm.weight", "attention_norm.scale"),
         *linear("mlp.gate_proj", "mlp.gate", bias=config.mlp_bias),
@@ -408,7 +414,7 @@ def decoder_keys(config: DecoderConfig) -> list[Key]:
 
 
 def unembedding_key(config: DecoderConfig, source: str) -> Key:
-    """Row of the unembedding, which may be the embedding itself."""
+    """Row of the unembedding, which may be a copy of the embedding."""
     if config.tie_word_embeddings:
         return Key(source, "decoder.embedding", copy=True)
     return Key(source, "decoder.unembedding", LINEAR)

@@ -1,4 +1,4 @@
-"""What the CLIP-like networks share: a picture tower and a text encoder that meet in one space."""
+"""The base of the CLIP-like networks: a picture tower and a text encoder with a joint space."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,8 +16,8 @@ class Encoded(NamedTuple):
     """Pictures or captions in the joint space, before normalisation.
 
     Attributes:
-        tokens: every token projected: the class token, if there is one, and the patches; or the caption's tokens.
-        pooled: what the model compares pictures and captions by.
+        tokens: all tokens: the class token, if there is one, and the patches; or the caption's tokens.
+        pooled: the vector by which the model compares pictures and captions.
     """
 
     tokens: Float[Array, "N S E"]
@@ -33,19 +33,19 @@ class DualConfig(Config):
 
 
 class DualEncoder(nnx.Module):
-    """Two towers; a family says what their tokens become in the joint space.
+    """Two towers; families define how their tokens are mapped to the joint space.
 
-    By default all are normed and projected, and each picture and caption is pooled at its first token.
+    By default all tokens are normed and projected, and each picture and caption is pooled at its first token.
     """
 
     def __init__(self, config: DualConfig, width: int, *, bias: bool, rngs: nnx.Rngs):
         """Builds both towers and their projections.
 
         Args:
-            config: the family's.
-            width: of the joint space, E.
-            bias: of the projections.
-            rngs: for the first values.
+            config: the family's config.
+            width: width of the joint space, E.
+            bias: whether the projections have biases.
+            rngs: source of the first values.
         """
         self.config = config
         self.tower = VisionTower(config.vision_config, rngs=rngs)
@@ -54,7 +54,7 @@ class DualEncoder(nnx.Module):
         self.text_projection = Linear(config.text_config.hidden_size, width, bias=bias, rngs=rngs)
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
-        """Pictures in the joint space; tokens: the class token, then the patches."""
+        """Pictures in the joint space."""
         tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
         return Encoded(tokens, tokens[:, 0])
 
@@ -64,11 +64,11 @@ class DualEncoder(nnx.Module):
         return Encoded(tokens, self.pooled(tokens, token_ids))
 
     def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:
-        """The token by which a caption is compared with pictures."""
+        """The vector by which captions are compared with pictures."""
         del token_ids
         return tokens[:, 0]
 
 
 def part(fields: Json, name: str) -> Json:
-    """One tower's part of a config.json; `{name}_dict`, where early files have it, overrides it."""
+    """One tower's section of a config.json, updated by `{name}_dict`, which early files have."""
     return {**(fields.get(name) or {}), **(fields.get(f"{name}_dict") or {})}

@@ -1,29 +1,29 @@
-"""What the fields of a model's config file may hold, checked by name before anything is computed with them."""
+"""Rules for the fields of a model's config file, checked by name before anything is computed from them."""
 
 import math
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from jaxid.errors import CheckpointError
 
 Json = dict[str, Any]
 """A parsed JSON object."""
 
-Rule = tuple[Callable[[Any], bool], str]
-"""Whether a value is allowed, and what is, in words."""
+Rule = tuple[Callable[[object], bool], str]
+"""Whether a value is allowed, and a description of the allowed values."""
 
 
 def _integer(low: int, high: int) -> Rule:
     return lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}"
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+def _number(value: object) -> TypeGuard[int | float]:
+    return (type(value) is int or type(value) is float) and abs(value) < 1e30 and math.isfinite(value)
 
 
 def _list_of(rule: Rule, least: int = 0) -> Rule:
-    def allowed(value: Any) -> bool:
+    def allowed(value: object) -> bool:
         return isinstance(value, list | tuple) and len(value) >= least and all(map(rule[0], value))
 
     return allowed, f"a list, each {rule[1]}"
@@ -85,12 +85,12 @@ _OPTIONAL: Mapping[str, Rule] = {
     "text_config vision_config image_config text_config_dict vision_config_dict text_cfg vision_cfg multimodal_cfg "
     "rope_parameters rope_scaling full_attention sliding_attention": _OBJECT,
 }
-"""Rules of fields by their names, and of those that may be null as well."""
+"""Rules of fields by name; null is allowed in these as well."""
 
 _RULES = {name: rule for names, rule in _GROUPS.items() for name in names.split()}
 _RULES |= {name: _or_null(rule) for names, rule in _OPTIONAL.items() for name in names.split()}
 
-_BY_TYPE: Mapping[Any, Rule] = {
+_BY_TYPE: Mapping[object, Rule] = {
     int: _integer(-(2**31), 2**31 - 1),
     float: _SLOPE,
     bool: _FLAG,
@@ -98,15 +98,15 @@ _BY_TYPE: Mapping[Any, Rule] = {
 }
 
 
-def check_fields(fields: Mapping[str, Any], where: str = "") -> None:
-    """Refuses values that no model can have, in a parsed config file and the objects in it.
+def check_fields(fields: Mapping[str, object], where: str = "") -> None:
+    """Refuses values that no model can have in a parsed config file and its nested objects.
 
     Args:
         fields: the parsed JSON object.
-        where: how to name it in an error: nothing, or what precedes the names of its fields.
+        where: prefix of its fields' names in an error.
 
     Raises:
-        CheckpointError: naming the first such field and what it may hold; or if the weights are quantised.
+        CheckpointError: naming the first such field and the allowed values, or if the weights are quantised.
     """
     for name, value in fields.items():
         if name in ("quantization_config", "compression_config") and value:
@@ -118,11 +118,11 @@ def check_fields(fields: Mapping[str, Any], where: str = "") -> None:
         allowed, words = _RULES.get(name, (lambda _: True, ""))
         if not allowed(value):
             raise CheckpointError(f"{where}{name} must be {words}, not {shown(value)}.")
-        if _OBJECT[0](value) and name in _RULES:
+        if isinstance(value, Mapping) and name in _RULES:
             check_fields(value, f"{where}{name}.")
 
 
-def check_types(kind: type, values: Mapping[str, Any], where: str) -> None:
+def check_types(kind: type, values: Mapping[str, object], where: str) -> None:
     """Refuses values of other types than a config dataclass declares.
 
     Raises:
@@ -136,17 +136,17 @@ def check_types(kind: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def check_parts(where: str, whole: tuple[str, int], parts: tuple[str, int]) -> None:
-    """Refuses a number that another, each with its field's name, does not divide.
+    """Refuses a number that is not divisible by another; each is given with its field's name.
 
     Raises:
-        CheckpointError: naming both.
+        CheckpointError: naming both fields.
     """
     if whole[1] % parts[1]:
-        raise CheckpointError(f"{where}: {whole[0]} {whole[1]} cannot be divided by {parts[0]} {parts[1]}.")
+        raise CheckpointError(f"{where}: {whole[0]} {whole[1]} is not divisible by {parts[0]} {parts[1]}.")
 
 
 def check_patches(image_size: int, patch_size: int) -> None:
-    """Refuses a picture without a whole patch, and one of absurdly many.
+    """Refuses pictures of less than one patch, or of more than 1000 patches to a side.
 
     Raises:
         CheckpointError: naming both sizes.
@@ -157,7 +157,7 @@ def check_patches(image_size: int, patch_size: int) -> None:
         )
 
 
-def shown(value: Any) -> str:
-    """A value as an error shows it: in one line, and not all of it if it is long."""
+def shown(value: object) -> str:
+    """A value as it appears in an error: shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

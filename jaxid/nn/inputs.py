@@ -17,15 +17,15 @@ class Inputs:
     """A batch of prompts as arrays, padded on the right.
 
     Attributes:
-        token_ids: Int[B, T].
-        positions: of every token in its prompt, Int[B, T].
-        valid: false at padding, Bool[B, T].
-        last: position of the last real token, where the answer is read, Int[B].
-        pixels: pictures after the image processor, in the family's layout, N first: pictures Float[N, C, Y, X], or
-            tiles or patches of them; None without pictures.
-        image_rows: which row of the pictures' flattened tokens is at each position, or -1, Int[B, T].
-        rope_positions: what rotary embedding rotates by, where it is not the position, Int[B, A, T] for A axes.
-        extras: further arrays that a family's network reads beside the pixels, by name.
+        token_ids: ids of the tokens.
+        positions: position of every token in its prompt.
+        valid: false at padding.
+        last: position of the last real token, where the answer is read.
+        pixels: output of the image processor in the family's layout: pictures Float[N, C, Y, X], or tiles or patches of
+            them, N first; None without pictures.
+        image_rows: index of each token among the pictures' flattened tokens, or -1.
+        rope_positions: positions along A axes, for families whose rotary embedding does not use `positions`.
+        extras: other arrays that the family's network reads, by name.
     """
 
     token_ids: Int[AnyArray, "B T"]

@@ -1,4 +1,4 @@
-"""The key table: how a checkpoint's tensors map to a network's parameters, both ways."""
+"""The key table: how a checkpoint's tensors map to a network's parameters, in both directions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ class Key:
     """One row of a family's key table.
 
     Attributes:
-        source: the tensor's name in the checkpoint; `{layer}` stands for a layer's index.
-        target: path of the parameter, joined by dots.
+        source: the tensor's name in the checkpoint, where `{layer}` is replaced by a layer's index.
+        target: path of the parameter, separated by dots.
         pattern: einops pattern from source axes to parameter axes (without the layer axis).
-        sizes: lengths of pattern axes that the source does not tell.
-        copy: a second copy of a parameter, which checkpoints may hold and which must then have the same values.
-        layers: the layers that the key covers, where it does not cover all of them.
+        sizes: lengths of pattern axes that cannot be inferred from the source.
+        copy: whether this is a second copy of a parameter, which checkpoints may contain with the same values.
+        layers: the layers that have this tensor; all by default.
         rows: which rows of the stacked parameter those layers fill; by default the rows of the same indices.
-        part: (index, count) of a source that several keys share, cut in equal parts along its first axis.
+        part: (index, count) for a source that several keys share in equal parts of its first axis.
     """
 
     source: str
@@ -37,7 +37,7 @@ class Key:
         return rearrange(self.own_part(tensor), self.pattern, **self.sizes)
 
     def own_part(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """What the key reads of a tensor; a view."""
+        """The part of a tensor that the key reads; a view."""
         if self.part is None:
             return tensor
         index, count = self.part
@@ -45,7 +45,7 @@ class Key:
         return tensor[index * length : (index + 1) * length]
 
     def parameter_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Shape of the parameter that a tensor of a given shape makes; None if it makes none."""
+        """Shape of the parameter that a tensor of a given shape becomes; None if the shapes do not fit."""
         if self.part is not None and (not shape or shape[0] % self.part[1]):
             return None
         try:
@@ -57,8 +57,8 @@ class Key:
         """Names of the tensors that make up a parameter of a given shape.
 
         Returns:
-            For each layer the tensor's name and the row of the stacked parameter that it fills; for a parameter that
-            is not stacked, its one tensor and None.
+            The tensor's name and the row of the stacked parameter that it fills, for each layer; for a parameter that
+            is not stacked, the name of its only tensor and None.
         """
         if "{layer}" not in self.source:
             return [(self.source, None)]
@@ -67,7 +67,7 @@ class Key:
         return [(self.source.format(layer=layer), row) for layer, row in zip(layers, rows, strict=True)]
 
     def to_checkpoint(self, parameter: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """The inverse of `to_parameter`; of one part, where the source has several."""
+        """The inverse of `to_parameter`; only the key's own part, if the source has several."""
         source, target = self.pattern.split("->")
         used = {name: size for name, size in self.sizes.items() if name in target}
         return np.asarray(rearrange(parameter, f"{target} -> {source}", **used), order="C")
@@ -75,7 +75,6 @@ class Key:
 
 LINEAR = "outputs inputs -> inputs outputs"
 """PyTorch stores a linear map as [outputs, inputs]."""
-
 
 LANGUAGE_MODEL = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -88,7 +87,7 @@ ROTARY = (r"\.inv_freq$",)
 
 
 def prefixed(keys: list[Key], source: str, target: str) -> list[Key]:
-    """The same rows below other names."""
+    """The same rows with prefixes added to their names."""
     return [dataclasses.replace(key, source=source + key.source, target=target + key.target) for key in keys]
 
 
@@ -99,7 +98,7 @@ def linear(source: str, target: str, *, bias: bool) -> list[Key]:
 
 
 def layer_norm(source: str, target: str, *, bias: bool = True) -> list[Key]:
-    """Rows of a `LayerNorm`, or without the bias of an `RMSNorm`."""
+    """Rows of a `LayerNorm`, or of an `RMSNorm` if there is no bias."""
     rows = [Key(f"{source}.weight", f"{target}.scale")]
     return [*rows, Key(f"{source}.bias", f"{target}.bias")] if bias else rows
 
@@ -113,16 +112,16 @@ def heads_in(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
 def attention_keys(
     source: str, names: Sequence[str], out: str, heads: int, *, bias: bool, out_bias: bool, kv_heads: int | None = None
 ) -> list[Key]:
-    """Rows of an attention layer whose queries, keys and values have tensors of their own.
+    """Rows of an attention layer with separate tensors for queries, keys and values.
 
     Args:
-        source: name of a projection into heads, with `{}` for which one: "self_attn.{}_proj".
-        names: what stands for queries, keys and values there.
+        source: name of a projection into heads, with `{}` for which of them: "self_attn.{}_proj".
+        names: the names of queries, keys and values there.
         out: name of the projection back to the width.
-        heads: how many.
-        bias: of the projections into heads.
-        out_bias: of the projection back.
-        kv_heads: heads of keys and values, if they are fewer.
+        heads: number of heads.
+        bias: whether the projections into heads have biases.
+        out_bias: whether the projection back has a bias.
+        kv_heads: number of heads of keys and values, if it differs.
     """
     counts = (heads, kv_heads or heads, kv_heads or heads)
     into = [
@@ -137,9 +136,9 @@ def fused_attention_keys(source: str, out: str, heads: int) -> list[Key]:
     """Rows of an attention layer with biases, whose queries, keys and values are thirds of one tensor.
 
     Args:
-        source: names of weight and bias up to these words, with what joins them: "attn.qkv.", "in_proj_".
+        source: prefix of the names of weight and bias, including the separator: "attn.qkv.", "in_proj_".
         out: name of the projection back to the width.
-        heads: how many.
+        heads: number of heads.
     """
     into = [
         Key(f"{source}{kind}", f"attention.{name}{suffix}", pattern, {"h": heads}, part=(index, 3))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,15 @@ use_bfloat16 use_cache""".split()
 """Fields of Hugging Face configs that say nothing about what the forward pass computes."""
 
 
-# Not typing.Self: beartype, which checks the annotations under pytest, refuses it on methods it wraps one by one.
+# Not typing.Self: beartype, which checks the annotations in the tests, does not support it for single methods.
 ConfigT = TypeVar("ConfigT", bound="Config")
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+Tree = TypeVar("Tree")
+Kept = TypeVar("Kept")
+Result = TypeVar("Result")
+
+Layer = int | Int[Array, ""]
+"""Index of a layer, which may be traced."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,7 @@ class Config:
 
     @classmethod
     def from_fields(
-        cls: type[ConfigT], fields: Mapping[str, Any], *, where: str, ignored: Iterable[str] = ()
+        cls: type[ConfigT], fields: Mapping[str, object], *, where: str, ignored: Iterable[str] = ()
     ) -> ConfigT:
         """Builds the config from a Hugging Face config's fields, refusing any that it does not know.
 
@@ -138,57 +145,110 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B inputs"]) -> Float[Array, "*B outputs"]:
         """Applies the map."""
-        y = flat_product(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...]
+        return _affine(x, self.kernel, self.bias)
+
+
+class Projections(nnx.Module):
+    """Maps from the width into the heads of an attention layer and back; heads are real axes of the weights."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_width: int,
+        layers: int,
+        *,
+        kv_heads: int | None = None,
+        bias: bool,
+        out_bias: bool,
+        rngs: nnx.Rngs,
+    ):
+        """Starts with variance 1 / inputs, and the map back with less in a stack of more layers.
+
+        Args:
+            width: width of the tokens, D.
+            heads: number of heads, H.
+            head_width: width of a head, E.
+            layers: number of layers in the stack, L.
+            kv_heads: number of heads of keys and values, K, if it is not H.
+            bias: whether queries, keys and values have biases.
+            out_bias: whether the map back has a bias.
+            rngs: source of the first values.
+        """
+        shape, kv_shape, scale = (heads, head_width), (kv_heads or heads, head_width), width**-0.5
+        self.query = normal(rngs, (width, *shape), scale)
+        self.key = normal(rngs, (width, *kv_shape), scale)
+        self.value = normal(rngs, (width, *kv_shape), scale)
+        self.out = normal(rngs, (*shape, width), scale * (2 * layers) ** -0.5)
+        self.query_bias = filled(0.0, shape) if bias else None
+        self.key_bias, self.value_bias = (filled(0.0, kv_shape) if bias else None for _ in range(2))
+        self.out_bias = filled(0.0, (width,)) if out_bias else None
+
+    def into_heads(
+        self, x: Float[Array, "*B S D"], source: Float[Array, "*B T D"]
+    ) -> tuple[Float[Array, "*B S H E"], Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
+        """Queries of the tokens `x`, and keys and values of the tokens `source`."""
+        query = _affine(x, self.query, self.query_bias)
+        return query, _affine(source, self.key, self.key_bias), _affine(source, self.value, self.value_bias)
+
+    def from_heads(self, mixed: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
+        """What attention adds to the tokens, from what their queries read."""
+        out = flat_product(join_heads(mixed), join_heads(self.out[...], 0))
+        return out if self.out_bias is None else out + self.out_bias[...]
 
 
 _PRODUCT = "product"
 
 
-def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs *outputs"]) -> Float[Array, "..."]:
-    """A linear map of the last axis as one product of two matrices, whatever axes there are besides.
+def _affine(x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "..."]:
+    y = flat_product(x, kernel[...])
+    return y if bias is None else y + bias[...]
 
-    XLA's CPU back end is twice as slow on [B, T, D] @ [D, F], gradients most of all.
+
+def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs *outputs"]) -> Float[Array, "..."]:
+    """A linear map of the last axis as one product of two matrices, whatever other axes there are.
+
+    XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients.
     """
     y = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1), _PRODUCT)
     return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
-    """Two neighbouring axes, heads and their width, as one."""
+    """Merges two adjacent axes, heads and their width."""
     axis %= x.ndim
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def take_tokens(values: Float[Array, "*layers B T D"], positions: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:
-    """Every prompt's tokens at its own positions; NaN where there is no such position."""
+    """Every prompt's tokens at its own positions; NaN at positions out of range."""
     shape = (1,) * (values.ndim - 3) + (*positions.shape, 1)
-    # Negative positions would count from the end.
+    # Negative positions would otherwise count from the end.
     positions = jnp.where(positions < 0, values.shape[-2], positions)
     return jnp.take_along_axis(values, positions.reshape(shape), axis=-2, mode="fill")
 
 
-def layer_of(parameters: Any, layer: Any) -> Any:
-    """One layer's parameters out of stacked ones; the index may be traced."""
+def layer_of(parameters: Tree, layer: Layer) -> Tree:
+    """One layer's parameters out of stacked ones."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), parameters)
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+def stacked(make: Callable[[nnx.Rngs], ModuleT], count: int, rngs: nnx.Rngs) -> ModuleT:
     """One module whose parameters carry a leading layer axis of `count`, for use under `lax.scan`."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 Recompute = Literal["nothing", "cheap", "all"]
-"""What a backward pass computes again: nothing; all but the products with weights; or everything within a block."""
+"""What a backward pass recomputes: nothing, everything but the products with weights, or everything in a block."""
 
 
 class Learning(NamedTuple):
     """How a stack of layers is differentiated.
 
     Attributes:
-        frozen: this many of its first layers get no gradient, nor does anything before them.
-        trained: whether parameters of the stack get one.
-        recompute: what the backward pass computes again, from what entered a layer, instead of keeping it.
+        frozen: number of first layers that get no gradient, nor does anything before them.
+        trained: whether the parameters of the other layers get a gradient.
+        recompute: what the backward pass recomputes from what entered a layer instead of keeping it.
     """
 
     frozen: int = 0
@@ -197,23 +257,24 @@ class Learning(NamedTuple):
 
 
 class Stackable(nnx.Module):
-    """A layer that is stacked; the stack may say how it is differentiated."""
+    """A layer of a stack, or the stack itself, which may define how it is differentiated."""
 
     learning: Learning | None = None
 
 
-def by_index(layers: Any) -> bool:
-    """Whether some of stacked layers can be run at no cost for the others.
+def by_index(layers: Stackable) -> bool:
+    """Whether running some of the stacked layers by their index costs nothing for the others.
 
-    Scanning over a part of the parameters copies it. Picking layers by their index does not, but differentiated with
-    respect to the parameters it costs the whole stack for every layer, and a layer that is not recomputed is kept.
+    Scanning over a part of the parameters copies that part. Selecting layers by their index does not copy, but its
+    gradient with respect to the parameters costs a whole stack for every layer, and without recomputation the selected
+    parameters are kept for the backward pass.
     """
     learning = layers.learning
     return learning is None or (not learning.trained and learning.recompute != "nothing")
 
 
-def recomputed(layers: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step through one of stacked layers, of which the backward pass keeps as much as `layers.learning` says."""
+def recomputed(layers: Stackable, step: Callable[..., Result]) -> Callable[..., Result]:
+    """A step through one of the stacked layers, of which the backward pass keeps what `layers.learning` says."""
     if layers.learning is None or layers.learning.recompute == "nothing":
         return step
     products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
@@ -222,28 +283,32 @@ def recomputed(layers: Any, step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scan_stack(
-    layers: Any, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, xs: Any, depth: int | None = None
-) -> Any:
+    layers: Stackable,
+    step: Callable[[Result, Tree], tuple[Result, Kept]],
+    x: Result,
+    xs: Tree,
+    depth: int | None = None,
+) -> tuple[Result, Kept]:
     """`jax.lax.scan` over the first `depth` of stacked layers, differentiated as `layers.learning` says.
 
     Args:
-        layers: the stack, see `Stackable`.
-        step: from a value and one layer's part of `xs` to the next value and what is kept of it.
-        x: what enters the first layer.
-        xs: all layers' parameters, and whatever else goes with them, layer axes first.
-        depth: how many layers; all by default.
+        layers: the stack.
+        step: maps a value and one layer's part of `xs` to the next value and an output.
+        x: the value that enters the first layer.
+        xs: parameters of all layers, and other arrays that the layers need, with leading layer axes.
+        depth: number of layers to run; all by default.
 
     Returns:
-        What leaves the last layer, and what is kept of all.
+        The value that leaves the last layer, and the stacked outputs.
     """
     count = jax.tree.leaves(xs)[0].shape[0]
     end = count if depth is None else depth
 
-    def picked(x: Any, xs: Any, first: int, last: int) -> Any:
+    def picked(x: Result, xs: Tree, first: int, last: int) -> tuple[Result, Kept]:
         body = recomputed(layers, lambda x, index: step(x, layer_of(xs, index)))
         return jax.lax.scan(body, x, jnp.arange(first, last))
 
-    def learning(x: Any, first: int) -> Any:
+    def learning(x: Result, first: int) -> tuple[Result, Kept]:
         if (first, end) != (0, count) and by_index(layers):
             return picked(x, xs, first, end)
         part = xs if (first, end) == (0, count) else jax.tree.map(lambda leaf: leaf[first:end], xs)

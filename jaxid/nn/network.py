@@ -1,4 +1,4 @@
-"""What the networks of all families share: pictures merged into the text, and the decoder run on both."""
+"""The base of all families' networks: merges pictures into the text and runs the decoder on both."""
 
 import abc
 from typing import Any
@@ -16,21 +16,21 @@ from jaxid.nn.views import Memory
 
 
 class Network(nnx.Module):
-    """A vision-language model; a family says how pictures become decoder tokens (`features`)."""
+    """A vision-language model; families define how pictures become decoder tokens (`features`)."""
 
     decoder: Decoder
     config: Any
 
     @abc.abstractmethod
     def features(self, inputs: Inputs) -> Float[Array, "... D"]:
-        """All pictures' decoder tokens, which `inputs.image_rows` counts through all leading axes."""
+        """All pictures' decoder tokens; `inputs.image_rows` indexes them with all leading axes flattened."""
 
     def pixels(self, inputs: Inputs) -> Float[Array, "N ..."]:
-        """The pictures in the number format of the parameters."""
+        """The pictures in the dtype of the parameters."""
         return jnp.asarray(inputs.pixels, self.decoder.embedding[...].dtype)
 
     def spans(self, inputs: Inputs) -> Int[Array, "B T"]:
-        """Index of the picture that every token belongs to, or -1; neighbouring pictures' tokens count as one."""
+        """Index of the picture that every token belongs to, or -1; adjacent pictures count as one."""
         pictured = inputs.image_rows >= 0
         starts = pictured & ~jnp.pad(pictured, ((0, 0), (1, 0)))[:, :-1]
         return jnp.where(pictured, jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, -1)
@@ -48,14 +48,14 @@ class Network(nnx.Module):
         return jnp.where(pictured[..., None], pictures, text)
 
     def mask(self, inputs: Inputs) -> Bool[Array, "B T T"]:
-        """Which tokens each token reads: those before it that are no padding; those of its own picture, if so built."""
+        """Which tokens each token reads: earlier ones except padding, in some models also those of its picture."""
         mask = attention.causal_mask(inputs.positions, inputs.positions, inputs.valid)
         if self.config.text_config.bidirectional_pictures and inputs.pixels is not None:
             mask = mask | (attention.same_span(self.spans(inputs)) & inputs.valid[:, None])
         return mask
 
     def memory(self, inputs: Inputs) -> Memory | None:
-        """What cross-attention layers read of the pictures, in families that have them."""
+        """The pictures' keys and values, in families with cross-attention layers."""
         del inputs
         return None
 

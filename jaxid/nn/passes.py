@@ -1,21 +1,27 @@
-"""The passes of a decoder, five thin drivers of its one step: forward, record, resume, prefill, decode.
+"""The passes of a decoder, five drivers of one step: forward, record, resume, prefill and decode.
 
-In a causal decoder an edit at some layer and token changes nothing at earlier tokens and earlier layers. So a clean
-pass is recorded once, and every edited pass resumes from the first token it edits on (the suffix) and from the first
-layer it edits on, reading the earlier tokens' (the prefix's) recorded keys and values. Generation resumes likewise.
+In a causal decoder, an edit at some layer and token changes nothing at earlier tokens or in earlier layers. A clean
+pass is therefore recorded once. Every edited pass resumes at the first token that it edits, where its suffix begins,
+and at the first layer that it edits, and reads the recorded keys and values of the earlier tokens, its prefix.
+Generation resumes in the same way.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxid.nn.decoder import Decoder, Tap, kept
-from jaxid.nn.layers import by_index, recomputed, scan_stack, take_tokens
+from jaxid.nn.decoder import Decoder, DecoderBlock, Tap, kept
+from jaxid.nn.layers import Layer, by_index, recomputed, scan_stack, take_tokens
 from jaxid.nn.sites import DECODER_SITES, Capture, Site, SiteFunction, clean
-from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Swapped, View
+from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Stored, Swapped, View
+
+Tree = TypeVar("Tree")
+Caches = tuple[Float[Array, "L R B C K E"], Float[Array, "L R B C K E"]]
+Decoding = tuple[Array, Array, Array, Array, Array, Caches]
 
 # --- whole prompts --------------------------------------------------------------------------------------------------
 
@@ -23,19 +29,19 @@ from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Swapped, View
 class DecoderOutput(NamedTuple):
     """What a forward pass returns."""
 
-    hidden: Float[Array, "B T D"]  # after the final norm; of the wanted tokens, if some were asked for
+    hidden: Float[Array, "B T D"]  # after the final norm, at the wanted tokens
     captured: dict[str, Float[Array, "..."]]  # "embed" Float[B P D]; block sites Float[L B P D]
 
 
 class Record(NamedTuple):
-    """What one pass leaves behind for later ones.
+    """What a pass records for later ones.
 
     Attributes:
         hidden: normed final hidden state at the last position.
-        keys: of every layer and token, rotated, heads first.
-        values: likewise.
-        residuals: of the suffix: what enters layer l at index l, what leaves the last layer at index L.
-        memory: what cross-attention layers read of the pictures.
+        keys: rotated keys of every layer and token, heads first.
+        values: values of every layer and token, heads first.
+        residuals: residual stream of the suffix, with the input of layer l at index l and the last output at index L.
+        memory: the pictures' keys and values for cross-attention layers.
     """
 
     hidden: Float[Array, "B D"]
@@ -62,15 +68,15 @@ def forward(
 
     Args:
         decoder: the decoder.
-        embeddings: Float[B, T, D], pictures already merged in.
-        positions: of every token in its prompt, Int[B, T].
-        mask: which tokens each token reads, Bool[B, T, T]; none reads a later one, but for pictures' own tokens.
+        embeddings: token embeddings with the pictures merged in.
+        positions: position of every token in its prompt.
+        mask: which tokens each token reads; later ones only within a picture.
         intervention: called as `intervention(site, value)` at every site.
-        capture: what to return; block sites come stacked over layers.
+        capture: what to return; values at block sites are stacked over layers.
         rope_positions: positions along several axes, for families that rotate heads by them.
         memory: what cross-attention layers read.
-        wanted: the tokens whose final hidden states are returned, by index; all by default. The last block is then
-            run for them, and for the captured ones, alone, unless blocks are trained or all tokens captured.
+        wanted: index of the tokens whose final hidden states are returned; all by default. Unless blocks are trained or
+            all tokens are captured, the last block then runs only for these and for the captured tokens.
         last: index of every prompt's last token, as in `Decoder.rotations`.
 
     Returns:
@@ -82,8 +88,8 @@ def forward(
     sites = [name for name in DECODER_SITES if name in capture.sites]
     others = capture.positions if sites else None
 
-    def step(x: Array, layer: Any, parameters: Any, keep: Keep = None) -> tuple[Array, dict[str, Array]]:
-        """Of the kept tokens, if not all are, the captured ones come last."""
+    def step(x: Array, layer: Layer, parameters: PyTree, keep: Keep = None) -> tuple[Array, dict[str, Array]]:
+        """One layer; `keep` ends with the captured tokens."""
         found: dict[str, Array] = {}
         edit = _tap(intervention, layer, positions, keep)
 
@@ -120,22 +126,22 @@ def record(
     rope_positions: Int[Array, "B A T"] | None = None,
     memory: Memory | None = None,
 ) -> Record:
-    """One pass, recorded. Of the last block only the suffix is computed: nothing else leads to an answer.
+    """Runs and records whole prompts; the last block runs only for the suffix, which alone affects the answer.
 
     Args:
         decoder: the decoder.
-        embeddings: its input.
+        embeddings: as in `forward`.
         positions: as in `forward`.
         mask: as in `forward`.
-        suffix: the tokens whose residual stream is kept, by index.
-        last: index of every prompt's last token, which is one of the suffix.
+        suffix: index of the tokens whose residual stream is recorded.
+        last: index of every prompt's last token, which is part of the suffix.
         intervention: called as `intervention(site, value)` at every site.
         rope_positions: as in `forward`.
         memory: as in `forward`.
     """
     view = _whole(decoder, positions, mask, rope_positions, last, memory)
 
-    def step(x: Array, layer: Any, parameters: Any, keep: Keep = None) -> tuple[Array, tuple[Array, ...]]:
+    def step(x: Array, layer: Layer, parameters: PyTree, keep: Keep = None) -> tuple[Array, tuple[Array, ...]]:
         entering, block = take_tokens(x, suffix), decoder.block(layer, parameters)
         x, stored = decoder.step(block, layer, x, view, _tap(intervention, layer, positions, keep), keep)
         return x, (entering, *(jnp.moveaxis(heads, 1, 2) for heads in stored))
@@ -153,14 +159,19 @@ def record(
 
 
 def _whole(
-    decoder: Decoder, positions: Array, mask: Array, rope_positions: Any, last: Any, memory: Memory | None
+    decoder: Decoder,
+    positions: Array,
+    mask: Array,
+    rope_positions: Array | None,
+    last: Array | None,
+    memory: Memory | None,
 ) -> View:
     """What the tokens of whole prompts read."""
     tokens = decoder.tokens(positions, rope_positions, last, positions.shape[1])
     return decoder.view(Own(tokens, mask, causal=not decoder.config.bidirectional_pictures), memory)
 
 
-def _tap(intervention: SiteFunction, layer: Any, positions: Int[Array, "B T"], keep: Keep = None) -> Tap:
+def _tap(intervention: SiteFunction, layer: Layer, positions: Int[Array, "B T"], keep: Keep = None) -> Tap:
     """An intervention at the sites of a layer."""
 
     def tap(name: str, value: Array) -> Array:
@@ -172,8 +183,13 @@ def _tap(intervention: SiteFunction, layer: Any, positions: Int[Array, "B T"], k
     return tap
 
 
-def _stack(decoder: Decoder, step: Any, x: Float[Array, "B T D"], keep: Keep) -> tuple[Float[Array, "B S D"], Any]:
-    """All layers in turn, `step(x, layer, parameters, keep)`; `keep` holds in the last one alone."""
+def _stack(
+    decoder: Decoder,
+    step: Callable[..., tuple[Array, Tree]],
+    x: Float[Array, "B T D"],
+    keep: Keep,
+) -> tuple[Float[Array, "B S D"], Tree]:
+    """Runs `step(x, layer, parameters, keep)` in all layers in turn; `keep` applies only to the last one."""
     layers, count = decoder.layers, decoder.config.num_hidden_layers
     xs = (jnp.arange(count), nnx.state(layers))
     if keep is None:
@@ -187,21 +203,21 @@ def _stack(decoder: Decoder, step: Any, x: Float[Array, "B T D"], keep: Keep) ->
 
 
 class Suffix(NamedTuple):
-    """The tokens that are run again, and what they read.
+    """The tokens that run again, and what they read.
 
     Attributes:
-        residuals: recorded residual stream of these tokens, entering every layer (and leaving the last).
+        residuals: recorded residual stream of these tokens, as in `Record`.
         positions: their positions in the prompt.
-        rope_positions: what their heads are rotated by, if not the positions.
-        last: which of them is the prompt's last token.
-        prefix_keys: recorded keys, heads first, of the tokens before them (and of later ones, which are not read).
-        prefix_values: likewise.
-        prefix_mask: false where the prefix of a prompt has ended.
+        rope_positions: positions along several axes, for families that rotate heads by them.
+        last: index of the prompt's last token among them.
+        prefix_keys: recorded keys of the tokens before them, heads first; those of later tokens are not read.
+        prefix_values: recorded values that belong to these keys.
+        prefix_mask: false after the end of a prompt's prefix.
         memory: what cross-attention layers read.
-        other_keys: of another recorded pass, which rows read instead in the layers after `swapped`.
-        other_values: likewise.
-        other_memory: likewise.
-        swapped: the last layer in which each row still reads its own pass's prefix.
+        other_keys: keys of another recorded pass, which rows read instead in the layers after `swapped`.
+        other_values: values of that pass.
+        other_memory: memory of that pass.
+        swapped: the last layer in which each row reads the prefix of its own pass.
     """
 
     residuals: Float[Array, "L1 B S D"]
@@ -231,30 +247,30 @@ class Suffix(NamedTuple):
         return own, recorded(self.other_keys, self.other_values, self.other_memory)
 
 
-def _by_row(edits: Any) -> SiteFunction:
-    """Interventions of R rows as one on values of shape [R, B, S, D]."""
+def _by_row(edits: SiteFunction) -> SiteFunction:
+    """Interventions of R rows as one intervention on values of shape [R, B, S, D]."""
     return lambda site, value: jax.vmap(lambda edit, value: edit(site, value))(edits, value)
 
 
 def resume(
     decoder: Decoder,
     suffix: Suffix,
-    edits: Any,
+    edits: SiteFunction,
     start: Int[Array, "R"],
     *,
     chunk: int,
 ) -> Float[Array, "R B D"]:
-    """Final hidden states of R edited passes over the suffix, each from its own first layer on.
+    """Final hidden states of R edited passes over the suffix, each starting at its own first layer.
 
-    Rows are sorted by their first layer and go through the layers in chunks; a chunk joins at the layer where the
-    first of its rows does. First layers are data: one program serves all of them.
+    Rows are sorted by their first layer and pass through the layers in chunks. A chunk joins at the layer where the
+    first of its rows does. First layers are data, so that one program serves all of them.
 
     Args:
         decoder: the decoder.
         suffix: the tokens and what they read.
         edits: a pytree of interventions with a leading axis R, or one without leaves.
-        start: the first layer that each of them changes, 0 to L (L: it only changes what leaves the last layer).
-        chunk: rows that go through a block together.
+        start: the first layer that each of them changes, 0 to L; L for a change of only the last layer's output.
+        chunk: number of rows that pass through a block together.
 
     Returns:
         Normed final hidden states at the last positions.
@@ -265,7 +281,7 @@ def resume(
     # The last chunk is padded with copies that never join.
     padded = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * chunk - rows,))])
 
-    def grouped(tree: Any) -> Any:
+    def grouped(tree: Tree) -> Tree:
         return jax.tree.map(lambda leaf: leaf[padded].reshape(chunks, chunk, *leaf.shape[1:]), tree)
 
     first = jnp.where(jnp.arange(chunks * chunk) < rows, start[padded], count).reshape(chunks, chunk)
@@ -273,20 +289,22 @@ def resume(
 
     own, other = suffix.views(decoder)
 
-    def enter(edit: Any, first: Array) -> Array:
-        """What a row starts from: the recorded values, with edits between two layers applied."""
+    def enter(edit: SiteFunction, first: Array) -> Array:
+        """What a row starts from: the recorded values, edited between the layer before and its first."""
         x, positions = suffix.residuals[first], suffix.positions
         embedded = edit(Site("embed", jnp.asarray(-1), positions), x)
-        # An edit may name any layer, where it is traced: one that does not exist must not count.
+        # A traced edit may name any layer; one that does not exist must have no effect.
         return jnp.where(first > 0, edit(Site("resid_post", first - 1, positions), x), embedded)
 
-    def advance(block: Any, layer: Any, chunk: tuple[Array, Any, Array, Any], keep: Keep = None) -> Array:
-        """Those rows of a chunk through a block that have joined by then."""
+    def advance(
+        block: DecoderBlock, layer: Layer, chunk: tuple[Array, SiteFunction, Array, Array | None], keep: Keep = None
+    ) -> Array:
+        """Runs the block for the rows of a chunk that have joined."""
         x, edits, first, swapped = chunk
         waiting = kept(x, keep)
 
         def go(x: Array) -> Array:
-            view = own if other is None else Swapped(own, other, swapped)
+            view = own if other is None or swapped is None else Swapped(own, other, swapped)
             tap = _tap(_by_row(edits), layer, suffix.positions, keep)
             after, _ = decoder.step(block, layer, x, view, tap, keep)
             return jnp.where((first <= layer)[:, None, None, None], after, waiting)
@@ -315,10 +333,10 @@ class Start(NamedTuple):
     """Where decoding begins.
 
     Attributes:
-        hidden: normed final hidden state at the prompts' last tokens, Float[R, B, D].
-        keys: of the tokens that are a row's own, Float[L, R, B, S, K, E]; S may be 0.
-        values: likewise.
-        valid: false where a prompt's own tokens have ended, Bool[B, S].
+        hidden: normed final hidden state at the prompts' last tokens.
+        keys: keys of the rows' own tokens of the prompt, S of them, which may be 0.
+        values: values of these tokens.
+        valid: false after the last of these tokens.
     """
 
     hidden: Float[Array, "R B D"]
@@ -331,10 +349,10 @@ class Shared(NamedTuple):
     """What all rows of a generation share.
 
     Attributes:
-        keys: recorded, heads first, Float[L, B, K, T, E].
-        values: likewise.
-        valid: which of them belong to the prefix, Bool[B, T].
-        first: position of the rows' own first token, Int[B].
+        keys: recorded keys, heads first.
+        values: recorded values, heads first.
+        valid: which of them belong to the prefix.
+        first: position of the rows' own first token.
         memory: what cross-attention layers read.
     """
 
@@ -345,8 +363,8 @@ class Shared(NamedTuple):
     memory: Memory | None
 
 
-def prefill(decoder: Decoder, suffix: Suffix, edits: Any, rows: int) -> Start:
-    """Runs the suffix of R rows, each under its own edit, through all layers and keeps its keys and values."""
+def prefill(decoder: Decoder, suffix: Suffix, edits: SiteFunction, rows: int) -> Start:
+    """Runs the suffix of R rows, each with its own edit, through all layers and keeps the keys and values."""
     recorded, edit, (view, _) = suffix.residuals[0], _by_row(edits), suffix.views(decoder)
 
     def step(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -367,48 +385,48 @@ def decode(
     last: Int[Array, "B"],
     last_rope: Int[Array, "B A"] | None,
     stop_ids: Int[Array, "n"],
-    edits: Any | None,
+    edits: SiteFunction | None,
     *,
     steps: int,
 ) -> tuple[Int[Array, "R B N"], Int[Array, "R B"]]:
-    """The most probable token again and again, until every row has ended.
+    """Greedy decoding, until every row has ended.
 
     Args:
         decoder: the decoder.
         shared: what all rows read.
         start: the rows' own tokens of the prompt.
         last: position of the prompts' last tokens.
-        last_rope: what their heads are rotated by, if not that position.
+        last_rope: that position along several axes, for families that rotate heads by them.
         stop_ids: tokens that end a row; ended rows are padded with the first of them.
-        edits: interventions, a row each, called at the new tokens too; None leaves them as they are.
-        steps: the most new tokens.
+        edits: interventions at the new tokens, one per row; None for no intervention.
+        steps: maximum number of new tokens.
 
     Returns:
-        New tokens, stop token included, and how many they are.
+        The new tokens, including the stop token, and their number.
     """
     rows, batch, own = (*start.hidden.shape[:2], start.valid.shape[1])
     edit = _by_row(clean if edits is None else edits)
-    memory = None if shared.memory is None else shared.memory.at(last[:, None])  # what the last token sees
+    memory = None if shared.memory is None else shared.memory.at(last[:, None])  # as the last token reads it
     unembedding = decoder.unembed_matrix()
     filler = stop_ids[0] if stop_ids.shape[0] else jnp.asarray(0, jnp.int32)
     slots = jnp.arange(own + steps)
     filled = jnp.concatenate([start.valid, jnp.ones((batch, steps), bool)], axis=1)
-    # The prompt's own tokens stand from `first` on, the new ones after the last of them.
+    # The rows' own tokens of the prompt begin at position `first`; the new tokens follow the last of them.
     slot_positions = jnp.where(slots < own, shared.first[:, None] + slots, last[:, None] + 1 + slots - own)
 
     def choose(hidden: Array) -> Array:
         logits = jnp.einsum("rbd,dv->rbv", hidden, unembedding, preferred_element_type=jnp.float32)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def next_token(token: Array, index: Array, caches: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        """The tokens after those of that index, and the caches with these in them."""
+    def next_token(token: Array, index: Array, caches: Caches) -> tuple[Array, Caches]:
+        """The tokens that follow those with this index, and the caches with the latter added."""
         positions = last[:, None] + 1 + index
         rope_positions = None if last_rope is None else (last_rope + 1 + index)[:, :, None]
         tokens = decoder.tokens(positions, rope_positions, None, shared.keys.shape[3] + steps)
         recorded = (tokens, shared.keys, shared.values, shared.valid)
         slot = own + index
 
-        def step(carry: tuple[Array, tuple[Array, Array]], layer: Array) -> tuple[Any, None]:
+        def step(carry: tuple[Array, Stored], layer: Array) -> tuple[tuple[Array, Stored], None]:
             x, caches = carry
             cache = Cache(*recorded, caches, slot, filled & (slots <= slot), slot_positions)
             view = decoder.view(cache, memory)
@@ -419,17 +437,17 @@ def decode(
         (x, caches), _ = jax.lax.scan(step, (x, caches), jnp.arange(decoder.config.num_hidden_layers))
         return choose(decoder.norm(x[:, :, 0])), caches
 
-    def more(state: tuple[Any, ...]) -> Array:
+    def more(state: Decoding) -> Array:
         index, _, _, _, done, _ = state
         return (index < steps) & ~done.all()
 
-    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def advance(state: Decoding) -> Decoding:
         index, token, tokens, lengths, done, caches = state
         token = jnp.where(done, filler, token)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, :, None], (0, 0, index))
         lengths = lengths + (~done).astype(jnp.int32)
         done = done | (token[..., None] == stop_ids).any(axis=-1)
-        # Nothing follows the last token.
+        # No token is needed after the last one.
         following, caches = jax.lax.cond(
             (index + 1 < steps) & ~done.all(),
             lambda caches: next_token(token, index, caches),

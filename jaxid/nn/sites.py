@@ -1,8 +1,8 @@
-"""Named places in a forward pass, where values can be read and replaced, and what an intervention there is."""
+"""Named sites of a forward pass, where values can be read and replaced, and the protocol of interventions there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.io import first_line
+from jaxid.nn.inputs import AnyArray
 from jaxid.nn.layers import take_tokens
-
-AnyArray = Any
-"""On a device (`jax.Array`) or still on the host (`np.ndarray`)."""
 
 DECODER_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Sites of every decoder block, in the order of computation (TransformerLens' names)."""
 
 SITES = ("embed", *DECODER_SITES)
-"""All sites: the decoder's input, pictures merged in, and those of every block."""
+"""All sites: the decoder's input, with pictures merged in, and those of every block."""
 
 NOWHERE = int(np.iinfo(np.int32).max)
 """The layer and position of an intervention that acts nowhere."""
@@ -29,12 +27,12 @@ NOWHERE = int(np.iinfo(np.int32).max)
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the forward pass a value stands.
+    """Where in the forward pass a value occurs.
 
     Attributes:
         name: one of `SITES`.
-        layer: the decoder block, 0-based; -1 before the first block. A traced scalar.
-        positions: place in the prompt of every row of the value, Int[B, T].
+        layer: index of the decoder block; -1 before the first block. It may be traced.
+        positions: position in the prompt of every token of the value.
     """
 
     name: str
@@ -42,19 +40,19 @@ class Site:
     positions: Int[Array, "B T"]
 
 
-# The name is static: it decides while tracing which edits touch the value at all.
+# The name is static, so that edits at other sites add nothing to the program.
 jax.tree_util.register_dataclass(Site, data_fields=["layer", "positions"], meta_fields=["name"])
 
 SiteFunction = Callable[[Site, Float[Array, "B T D"]], Float[Array, "B T D"]]
-"""Maps the value at a site to the value that the pass continues with. All that a pass asks of an intervention."""
+"""Maps the value at a site to the value that the pass continues with. A pass requires no more of an intervention."""
 
 
 class Reach(NamedTuple):
-    """Where an intervention begins to act; all before it is as in the clean run.
+    """Where an intervention begins to act; everything before that is as in the clean run.
 
     Attributes:
-        layer: the first one that has to run again, Int[S...]: k + 1 for a change of what leaves layer k.
-        position: the first changed position of every prompt, Int[B or 1].
+        layer: the first layer that has to run again: k + 1 if the output of layer k is changed.
+        position: the first changed position of every prompt.
     """
 
     layer: Int[AnyArray, "*S"]
@@ -63,20 +61,20 @@ class Reach(NamedTuple):
 
 @runtime_checkable
 class Intervention(Protocol):
-    """A pytree that is called at every site of a pass, and says what it leaves untouched.
+    """A pytree that is called at every site of a pass, and declares where it acts.
 
-    Whatever has these three members is one. A plain function or another callable pytree may be given wherever an
-    intervention is asked for: it counts as a single one that may act everywhere.
+    Any pytree with these three members is an intervention. A plain function or another callable pytree is accepted
+    wherever an intervention is: it counts as a single intervention that may act everywhere.
     """
 
     @property
     def reach(self) -> Reach | None:
-        """Where it begins to act, which is all that `rerun` computes; None if it does not say."""
+        """Where it begins to act, and thus what `rerun` computes; None if that is unknown."""
         ...
 
     @property
     def sweep_shape(self) -> tuple[int, ...]:
-        """Lengths of the leading axes that all its arrays share, one intervention an entry; () for a single one."""
+        """Shape of the leading axes over which all its arrays hold one intervention per entry; () for a single one."""
         ...
 
     def __call__(self, site: Site, value: Float[Array, "B T D"], /) -> Float[Array, "B T D"]:
@@ -91,7 +89,7 @@ class Clean:
 
     @property
     def reach(self) -> Reach:
-        """Nothing is changed."""
+        """Beyond every layer and position."""
         return Reach(np.asarray(NOWHERE), np.array([NOWHERE]))
 
     @property
@@ -114,13 +112,13 @@ class Capture:
     """What a forward pass returns besides its logits.
 
     Attributes:
-        sites: names of the sites to return, static.
-        positions: to return per prompt, Int[B, P] or Int[B]; Int[1, P] stands for all prompts. None returns every
-            position. They count from 0 and end with the prompt's last token; traced ones out of range give NaN.
+        sites: names of the sites to return, which are static.
+        positions: positions to return of each prompt, Int[B, P] or Int[B], or Int[1, P] for all prompts alike; None for
+            every position. They count from 0 to the prompt's last token; traced ones out of range give NaN.
     """
 
     sites: tuple[str, ...] = ()
-    positions: Any = None
+    positions: AnyArray | None = None
 
     def take(self, value: Float[Array, "B T D"]) -> Float[Array, "B P D"]:
         """The value's rows at the wanted positions."""
@@ -130,13 +128,13 @@ class Capture:
 jax.tree_util.register_dataclass(Capture, data_fields=["positions"], meta_fields=["sites"])
 
 
-def as_integers(name: str, value: Any) -> Int[AnyArray, "..."]:
-    """Layers or positions as int32: traced as they are, all others on the host.
+def as_integers(name: str, value: object) -> Int[AnyArray, "..."]:
+    """Layers or positions as int32: traced ones remain traced, all others are arrays on the host.
 
     Raises:
-        InputError: for anything but integers, or one that int32 does not hold.
+        InputError: for anything but integers, or an integer out of the range of int32.
     """
-    # One dtype, and not the weak one of Python numbers: either would compile the forward pass once more.
+    # Another dtype, or the weak type of Python numbers, would compile the forward pass once more.
     if isinstance(value, Tracer):
         if not jnp.issubdtype(value.dtype, jnp.integer):
             raise InputError(f"`{name}` must hold integers, not {value.dtype}.")
@@ -153,11 +151,11 @@ def as_integers(name: str, value: Any) -> Int[AnyArray, "..."]:
     return array.astype(np.int32)
 
 
-def as_positions(positions: Any) -> Int[AnyArray, "Br P"]:
+def as_positions(positions: AnyArray) -> Int[AnyArray, "Br P"]:
     """Positions of shape [B] or [B, P], as [B, P].
 
     Raises:
-        InputError: for anything but integers, another shape, none at all, or a known negative one.
+        InputError: for anything but integers, another shape, an empty array, or a negative position that is not traced.
     """
     positions = as_integers("positions", positions)
     if positions.ndim not in (1, 2):

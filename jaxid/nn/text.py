@@ -27,7 +27,7 @@ class TextConfig(BlockConfig):
     reads_padding: bool = False  # padding is read like any other token
     first_norm: bool = False  # a norm before the first block
     final_norm: bool = True  # a norm after the last block
-    class_token: bool = False  # a token of its own stands after the window
+    class_token: bool = False  # a class token follows the window
 
     @property
     def context(self) -> int:
@@ -36,7 +36,7 @@ class TextConfig(BlockConfig):
 
     @property
     def whole_window(self) -> bool:
-        """Whether what a caption becomes depends on the padding after it, so that the window must be full."""
+        """Whether a caption's embedding depends on its padding, so that it must be padded to the whole window."""
         return self.class_token or (self.reads_padding and not self.causal)
 
 
@@ -51,7 +51,7 @@ def text_keys(config: TextConfig) -> list[Key]:
 
 
 class TextEncoder(nnx.Module):
-    """Token and position embeddings, blocks, norms (HF CLIPTextModel and its kin)."""
+    """Token and position embeddings, blocks, norms (HF CLIPTextModel and similar classes)."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         """Builds the encoder; every block parameter carries a leading layer axis."""
@@ -70,11 +70,11 @@ class TextEncoder(nnx.Module):
     def __call__(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "L1 N S D"]:
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k; before the final norm.
 
-        S is T, and one more where a class token stands after the window.
+        S is T, or T + 1 if a class token follows the window.
 
         Args:
-            token_ids: Int[N, T].
-            valid: false at padding, which stands at the end.
+            token_ids: ids of the tokens.
+            valid: false at padding, which is at the end.
         """
         length, context = token_ids.shape[1], self.config.context
         if length > context or (self.config.class_token and length < context):
@@ -96,8 +96,8 @@ class TextEncoder(nnx.Module):
     def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N S S"]:
         """Which tokens each token reads."""
         if self.config.class_token:
-            # Published weights were trained with the padding's mask shifted right by one: the first token is always
-            # read, any other if the one before it is no padding.
+            # Published weights were trained with the padding mask shifted right by one: the first token is always read,
+            # every other if the one before it is not padding.
             valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         read = jnp.ones_like(valid) if self.config.reads_padding else valid
         if not self.config.causal:
@@ -114,9 +114,9 @@ def at_end(x: Float[Array, "N T D"], token_ids: Int[Array, "N T"], eos_token_id:
     """The row at every caption's end token.
 
     Args:
-        x: Float[N, T, D].
-        token_ids: Int[N, T].
-        eos_token_id: the end token, whose first position counts; 2 stands for the highest id of each caption, as in the
+        x: hidden states.
+        token_ids: ids of the tokens.
+        eos_token_id: the end token, whose first position counts; 2 means the highest id of each caption, as in the
             configs of early CLIP checkpoints.
     """
     position = jnp.argmax(token_ids if eos_token_id == 2 else token_ids == eos_token_id, axis=1)

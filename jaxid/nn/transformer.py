@@ -1,14 +1,14 @@
-"""One Transformer block and its scanned stack: what picture towers and text encoders are made of."""
+"""A Transformer block and its scanned stack, for picture towers and text encoders."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxid.kernels import attention, rope
+from jaxid.kernels.rope import Rotation
 from jaxid.nn.fields import check_parts
 from jaxid.nn.keys import Key, attention_keys, encoder_block
 from jaxid.nn.layers import (
@@ -16,12 +16,11 @@ from jaxid.nn.layers import (
     Config,
     LayerNorm,
     Linear,
+    Projections,
     RMSNorm,
     Stackable,
     filled,
-    flat_product,
     join_heads,
-    normal,
     scan_stack,
 )
 
@@ -43,7 +42,7 @@ class BlockConfig(Config):
     layer_scale: bool = False  # what attention and MLP add is multiplied by learned vectors
     gated_mlp: bool = False  # down(act(gate(x)) * up(x)) in place of down(act(up(x)))
     tanh_gates: bool = False  # what attention and MLP add is multiplied by the tanh of learned numbers
-    norms_after: bool = False  # norms stand after each sum, as in BERT, not before attention and MLP
+    norms_after: bool = False  # norms follow each sum, as in BERT, instead of preceding attention and MLP
 
     def __post_init__(self) -> None:
         """Refuses what does not fit together."""
@@ -57,7 +56,7 @@ def block_keys(heads: int) -> list[Key]:
 
 
 Read = Callable[[Float[Array, "N S H E"], Float[Array, "N I H E"], Float[Array, "N I H E"]], Float[Array, "N S H E"]]
-"""Attention: from queries, keys and values to what the queries read."""
+"""Attention: maps queries, keys and values to what the queries read."""
 
 
 def read_all(
@@ -67,56 +66,40 @@ def read_all(
     return attention.attend(query, key, value)
 
 
-class Attention(nnx.Module):
-    """Multi-head attention of a picture's or text's tokens; heads are real axes of the weights."""
+class Attention(Projections):
+    """Multi-head attention of a picture's or text's tokens."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
-        """Draws projections of variance 1 / inputs."""
+        """Builds the projections and norms."""
         width, heads = config.hidden_size, config.num_attention_heads
-        head_width, scale = width // heads, width**-0.5
+        super().__init__(
+            width,
+            heads,
+            width // heads,
+            config.num_hidden_layers,
+            bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
+            rngs=rngs,
+        )
         self.config = config
-        self.query = normal(rngs, (width, heads, head_width), scale)
-        self.key = normal(rngs, (width, heads, head_width), scale)
-        self.value = normal(rngs, (width, heads, head_width), scale)
-        self.out = normal(rngs, (heads, head_width, width), scale * (2 * config.num_hidden_layers) ** -0.5)
-        if config.attention_bias:
-            self.query_bias = filled(0.0, (heads, head_width))
-            self.key_bias = filled(0.0, (heads, head_width))
-            self.value_bias = filled(0.0, (heads, head_width))
-        if config.attention_out_bias:
-            self.out_bias = filled(0.0, (width,))
         if config.query_key_norm:
             self.query_norm, self.key_norm = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
 
     def __call__(
         self,
-        x: Float[Array, "N I D"],
-        read: Read = read_all,
-        rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
-    ) -> Float[Array, "N I D"]:
-        """Mixes a picture's or a text's tokens."""
-        return self.cross(x, x, read, rotation)
-
-    def cross(
-        self,
         x: Float[Array, "N S D"],
-        source: Float[Array, "N I D"],
         read: Read = read_all,
-        rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
+        rotation: Rotation | None = None,
+        source: Float[Array, "N I D"] | None = None,
     ) -> Float[Array, "N S D"]:
-        """What tokens read of others."""
-        query = flat_product(x, self.query[...])
-        key, value = (flat_product(source, kernel[...]) for kernel in (self.key, self.value))
-        if self.config.attention_bias:
-            query, key = query + self.query_bias[...], key + self.key_bias[...]
-            value = value + self.value_bias[...]
+        """What tokens read from each other, or from the tokens of a `source`."""
+        query, key, value = self.into_heads(x, x if source is None else source)
         if self.config.query_key_norm:
             query = self.query_norm(join_heads(query)).reshape(query.shape)
             key = self.key_norm(join_heads(key)).reshape(key.shape)
         if rotation is not None:
             query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
-        out = flat_product(join_heads(read(query, key, value)), join_heads(self.out[...], 0))
-        return out + self.out_bias[...] if self.config.attention_out_bias else out
+        return self.from_heads(read(query, key, value))
 
 
 class Block(Stackable):
@@ -138,12 +121,9 @@ class Block(Stackable):
             self.attention_scale, self.mlp_scale = filled(1.0, shape), filled(1.0, shape)
 
     def __call__(
-        self,
-        x: Float[Array, "N I D"],
-        read: Read = read_all,
-        rotation: tuple[Float[Array, "N I F"], Float[Array, "N I F"]] | None = None,
+        self, x: Float[Array, "N I D"], read: Read = read_all, rotation: Rotation | None = None
     ) -> Float[Array, "N I D"]:
-        """One block: `read(query, key, value)` says who reads whom."""
+        """Runs the block; `read(query, key, value)` is its attention."""
         if self.config.norms_after:
             x = self.attention_norm(x + self._scaled("attention", self.attention(x, read, rotation)))
             return self.mlp_norm(x + self._scaled("mlp", self._mlp(x)))
@@ -163,12 +143,12 @@ class Block(Stackable):
 
 
 def run_blocks(
-    layers: Any, x: Float[Array, "N I D"], depth: int | None = None, *, read: Read = read_all
+    layers: Block, x: Float[Array, "N I D"], depth: int | None = None, *, read: Read = read_all
 ) -> Float[Array, "L1 N I D"]:
-    """What enters the first of stacked blocks, and what leaves every one of the first `depth`; `read` as in a block."""
+    """What enters the first of the stacked blocks, and what leaves each of the first `depth`."""
     block_definition, block_parameters = nnx.split(layers)
 
-    def step(x: Array, parameters: Any) -> tuple[Array, Array]:
+    def step(x: Array, parameters: PyTree) -> tuple[Array, Array]:
         x = nnx.merge(block_definition, parameters)(x, read)
         return x, x
 

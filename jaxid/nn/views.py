@@ -1,13 +1,12 @@
-"""What the queries of a block may read: tokens of their own, a recorded prefix, a growing cache, a picture's memory.
+"""What the queries of a block may read: their own prompt, a recorded prefix, a growing cache, a picture's memory.
 
-A view is asked twice in every block. `store` takes the keys and values of the block's tokens and says what is left of
-them for whoever reads them; `read` answers the queries. Rotary positions, causal and window masks and the mask of a
-memory are kept here and nowhere else.
+A view is called twice in every block. `store` maps the keys and values of the block's tokens to what is kept of them,
+and `read` answers the queries. Only views apply rotary positions, causal masks, window masks and the masks of memories.
 """
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +14,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.kernels import attention, rope
-from jaxid.nn.layers import layer_of, take_tokens
-
-Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
-"""Cosine and sine of every token's rotary angles; with a leading axis for full and for sliding layers."""
+from jaxid.kernels.rope import Rotation
+from jaxid.nn.layers import Layer, layer_of, take_tokens
 
 Heads = Float[Array, "*R B T K E"]
-"""Keys or values of a block's tokens; rows R of edits may share the prompts."""
+"""Keys or values of a block's tokens; R rows of edits may share the prompts."""
 
 Queries = Float[Array, "*R B S H E"]
 """Queries of the kept tokens, or what they read."""
 
 Stored = tuple[Float[Array, "..."], Float[Array, "..."]]
-"""Keys and values as a view leaves them."""
+"""Keys and values in the form in which a view keeps them."""
 
 Keep = Int[Array, "B S"] | None
 """The tokens whose results are wanted, by their index in the block; None for all of them."""
@@ -37,23 +34,23 @@ class View(abc.ABC):
     """What the queries of a block may read."""
 
     @abc.abstractmethod
-    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
-        """What is left of the block's keys and values."""
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
+        """What is kept of the block's keys and values."""
 
     @abc.abstractmethod
-    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
+    def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """What the queries of the kept tokens read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens that go through a block, by their positions in the prompt.
+    """The tokens that pass through a block, and their positions in the prompt.
 
     Attributes:
-        positions: of every token.
-        rotation: of every token.
+        positions: position of every token.
+        rotation: rotary angles of every token; with a leading axis for full and sliding layers if these differ.
         slides: which layers have sliding-window attention.
-        window: positions that a sliding layer reads; None where sequences are no longer than that.
+        window: number of positions that a sliding layer reads; None if no sequence is longer.
     """
 
     positions: Int[Array, "B T"]
@@ -65,10 +62,10 @@ class Tokens:
         """Positions of the kept tokens."""
         return self.positions if keep is None else jnp.take_along_axis(self.positions, keep, axis=1)
 
-    def _sliding(self, layer: Any) -> Bool[Array, ""]:
+    def _sliding(self, layer: Layer) -> Bool[Array, ""]:
         return jnp.asarray(np.array(self.slides))[layer]
 
-    def rotated(self, layer: Any, heads: Float[Array, "*R B S H E"], keep: Keep = None) -> Float[Array, "*R B S H E"]:
+    def rotated(self, layer: Layer, heads: Float[Array, "*R B S H E"], keep: Keep = None) -> Float[Array, "*R B S H E"]:
         """The kept tokens' queries or keys, rotated by their positions."""
         cosine, sine = self.rotation
         if cosine.ndim == 4:
@@ -78,9 +75,9 @@ class Tokens:
         return rope.rotate(heads, cosine, sine)
 
     def within(
-        self, layer: Any, mask: Bool[Array, "#B #S T"], keep: Keep, key_positions: Int[Array, "#B T"]
+        self, layer: Layer, mask: Bool[Array, "#B #S T"], keep: Keep, key_positions: Int[Array, "#B T"]
     ) -> Bool[Array, "#B #S T"]:
-        """A mask, and in a sliding layer the window besides."""
+        """The mask, restricted to the window in a sliding layer."""
         if self.window is None:
             return mask
         queries = self.of(keep)
@@ -94,19 +91,19 @@ class Own(View):
 
     Attributes:
         tokens: the prompts' tokens.
-        mask: which tokens each token reads, windows apart.
-        causal: promises that none reads a later one.
+        mask: which tokens each token reads, without regard to windows.
+        causal: promises that no token reads a later one.
     """
 
     tokens: Tokens
     mask: Bool[Array, "#B T T"]
     causal: bool
 
-    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """Rotated keys, and values."""
         return self.tokens.rotated(layer, key), value
 
-    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
+    def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prompt."""
         mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
         mask = self.tokens.within(layer, mask, keep, self.tokens.positions)
@@ -116,13 +113,13 @@ class Own(View):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(View):
-    """Rows that share a prefix of their prompts and continue each with tokens of its own.
+    """Rows that share a prefix of their prompts, each continuing with tokens of its own.
 
     Attributes:
-        tokens: the rows' own tokens, the same positions in all rows.
-        keys: recorded, heads first, of the prefix and maybe of later tokens, which are not read.
-        values: likewise.
-        mask: false where the prefix of a prompt has ended.
+        tokens: the rows' own tokens, at the same positions in all rows.
+        keys: recorded keys of the prefix, heads first; those of later tokens may follow, and are not read.
+        values: the values that belong to these keys.
+        mask: false after the end of a prompt's prefix.
     """
 
     tokens: Tokens
@@ -130,11 +127,11 @@ class Prefix(View):
     values: Float[Array, "L B K T E"]
     mask: Bool[Array, "B P"]
 
-    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """Rotated keys, and values."""
         return self.tokens.rotated(layer, key), value
 
-    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
+    def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prefix, which is read once for all rows, and to the row's own tokens."""
         count = self.mask.shape[1]
         prefix_keys, prefix_values = (
@@ -147,11 +144,11 @@ class Prefix(View):
         return attention.shared_prefix_attention(prefix_keys, prefix_values, before, query, keys, values, mask[None])
 
     def own(
-        self, layer: Any, stored: Stored, keep: Keep
+        self, layer: Layer, stored: Stored, keep: Keep
     ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Bool[Array, "#B #S C"], Int[Array, "B C"]]:
         """Keys and values of the rows' own tokens, which of them each query reads, and their positions."""
         del layer
-        # By index: padding stands on the right, where nothing that counts reads it.
+        # By index: padding is on the right, where no real token reads it.
         index = jnp.arange(self.tokens.positions.shape[1])
         queries = index[None] if keep is None else keep
         return *stored, index <= queries[:, :, None], self.tokens.positions
@@ -159,13 +156,13 @@ class Prefix(View):
 
 @dataclasses.dataclass(frozen=True)
 class Cache(Prefix):
-    """One new token a row, which also reads those that the row had before.
+    """One new token per row, which also reads the row's earlier tokens.
 
     Attributes:
-        caches: keys and values of every layer and of the rows' own tokens, with room for those to come.
-        slot: where the new token's go.
-        filled: which slots hold a token of the prompt, or a new one up to this.
-        positions: of the tokens in the slots.
+        caches: keys and values of the rows' own tokens in every layer, with room for those to come.
+        slot: index in the caches where the new token is written.
+        filled: which entries of the caches hold a token, the new one included.
+        positions: positions of the tokens in the caches.
     """
 
     caches: tuple[Float[Array, "L R B C K E"], Float[Array, "L R B C K E"]]
@@ -173,8 +170,8 @@ class Cache(Prefix):
     filled: Bool[Array, "B C"]
     positions: Int[Array, "B C"]
 
-    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
-        """The caches with the new token in them."""
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
+        """The caches with the new token added."""
         new = (self.tokens.rotated(layer, key), value)
         first, second = (
             jax.lax.dynamic_update_slice(cache, leaf[None], (layer, 0, 0, self.slot, 0, 0))
@@ -183,9 +180,9 @@ class Cache(Prefix):
         return first, second
 
     def own(
-        self, layer: Any, stored: Stored, keep: Keep
+        self, layer: Layer, stored: Stored, keep: Keep
     ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Bool[Array, "#B #S C"], Int[Array, "B C"]]:
-        """The cached keys and values of the layer, those that are filled, and their positions."""
+        """The cached keys and values of the layer, which of them are filled, and their positions."""
         del keep
         return *layer_of(stored, layer), self.filled[:, None], self.positions
 
@@ -194,10 +191,10 @@ class Memory(NamedTuple):
     """What cross-attention layers read: keys and values of the pictures, the same for every edit of the text.
 
     Attributes:
-        keys: of every cross-attention layer, heads first, Float[C, B, K, I, E].
-        values: likewise.
-        mask: which of them each token reads, Bool[B, T, I]; tokens that may read none read all.
-        rows: false for tokens that may read none, Bool[B, T].
+        keys: the pictures' keys in every cross-attention layer, heads first.
+        values: the values that belong to these keys.
+        mask: which of them each token reads; all of them for tokens that may read none.
+        rows: false for tokens that may read none.
     """
 
     keys: Float[Array, "C B K I E"]
@@ -206,12 +203,12 @@ class Memory(NamedTuple):
     rows: Bool[Array, "B T"]
 
     def at(self, positions: Int[Array, "B S"]) -> "Memory":
-        """The memory as tokens at some positions see it."""
+        """The memory as the tokens at some positions read it."""
         mask = jnp.take_along_axis(self.mask, positions[:, :, None], axis=1)
         return self._replace(mask=mask, rows=jnp.take_along_axis(self.rows, positions, axis=1))
 
-    def read(self, index: Any, query: Queries, keep: Keep = None) -> Queries:
-        """What the queries of the kept tokens read in the cross-attention layer of that index."""
+    def read(self, index: Layer, query: Queries, keep: Keep = None) -> Queries:
+        """What the queries of the kept tokens read in a cross-attention layer, by its index among these."""
         mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
 
         @jax.checkpoint
@@ -224,23 +221,23 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Swapped(View):
-    """Rows that read something else in the layers after one of their own.
+    """Rows that read another view after a layer of each row's own.
 
     Attributes:
-        own: what they read up to that layer; it keeps the rows' keys and values in any case.
+        own: what they read up to that layer; it stores the rows' keys and values in all layers.
         other: what they read after it.
-        after: the last layer in which each row still reads its own.
+        after: the last layer in which each row reads `own`.
     """
 
     own: View
     other: View
     after: Int[Array, "R"]
 
-    def store(self, layer: Any, key: Heads, value: Heads) -> Stored:
-        """As the rows' own view."""
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
+        """The same as the rows' own view."""
         return self.own.store(layer, key, value)
 
-    def read(self, layer: Any, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
-        """Both are read, and every row takes its one."""
+    def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
+        """Reads both views and selects one for every row."""
         own, other = (view.read(layer, query, stored, keep) for view in (self.own, self.other))
         return jnp.where((self.after < layer)[:, None, None, None, None], other, own)

@@ -165,11 +165,11 @@ def test_odd_values_are_named_or_harmless(name: str) -> None:
 
 NAMED = [
     ({"hidden_size": 0}, r"config\.json: text_config\.hidden_size must be an integer from 1"),
-    ({"hidden_size": 33}, r"hidden_size 33 cannot be divided by num_attention_heads 4"),
+    ({"hidden_size": 33}, r"hidden_size 33 is not divisible by num_attention_heads 4"),
     ({"num_hidden_layers": 0}, r"text_config\.num_hidden_layers must be an integer from 1 to 10000, not 0"),
     ({"num_hidden_layers": 10**9}, r"text_config\.num_hidden_layers must be"),
-    ({"num_attention_heads": 5}, r"cannot be divided by num_attention_heads 5"),
-    ({"num_key_value_heads": 3}, r"cannot be divided by num_key_value_heads 3"),
+    ({"num_attention_heads": 5}, r"is not divisible by num_attention_heads 5"),
+    ({"num_key_value_heads": 3}, r"is not divisible by num_key_value_heads 3"),
     ({"rms_norm_eps": "x"}, r"text_config\.rms_norm_eps must be a finite number above 0, not 'x'"),
     ({"rms_norm_eps": 0}, r"rms_norm_eps"),
     ({"rms_norm_eps": float("nan")}, r"rms_norm_eps"),

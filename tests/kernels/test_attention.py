@@ -111,7 +111,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def compiled(function: Any) -> Any:
-    """Traced anew, so that no program of the other path is found."""
+    """Clears the caches, so that no program of the other implementation is reused."""
     return jax.jit(lambda *arguments: function(*arguments))
 
 
@@ -134,7 +134,7 @@ def drawn(rng: np.random.Generator, *shape: int, spread: float = 1.0) -> jax.Arr
 
 
 def padded_causal(length: int, keys: int, ends: tuple[int, ...]) -> np.ndarray:
-    """Queries are the last tokens; prompts end at `ends`, and padding reads what stands before it."""
+    """Queries are the last tokens; prompts end at `ends`, and padding reads the tokens before it."""
     query, key = np.arange(length)[:, None] + keys - length, np.arange(keys)
     return (key <= query) & (key < np.array(ends)[:, None, None])
 
@@ -261,7 +261,7 @@ def shared(
 def tiled(
     prefix_key: Any, prefix_value: Any, query: Any, key: Any, value: Any, *, prefix_mask: Any, mask: Any, xp: Any = np
 ) -> Any:
-    """Every row with a prefix of its own, in one softmax."""
+    """The same attention in one softmax, with a copy of the prefix per row."""
     rows, batch, length = query.shape[:3]
     copies = [
         xp.broadcast_to(xp.moveaxis(array, 1, 2), (rows, batch, array.shape[2], array.shape[1], array.shape[3]))

@@ -18,7 +18,7 @@ def test_causal_mask_is_the_worked_example() -> None:
 
 
 def test_causal_mask_of_later_queries() -> None:
-    """Two queries behind a prefix of three keys, as in a continued prompt; row 1 has one key less."""
+    """Two queries after a prefix of three keys, as in a continued prompt; row 1 has one key less."""
     queries = jnp.array([[3, 4], [2, 3]])
     keys = jnp.array([[0, 1, 2, 3, 4], [0, 1, 9, 2, 3]])
     valid = jnp.array([[True] * 5, [True, True, False, True, True]])
@@ -27,7 +27,7 @@ def test_causal_mask_of_later_queries() -> None:
 
 
 def test_near_is_a_sliding_window() -> None:
-    """Three keys back at most, the query's own included; the window looks at places, not at indices."""
+    """Three keys back at most, the query's own included; the window counts positions, not indices."""
     positions = jnp.arange(5)[None]
     expected = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]], bool)
     np.testing.assert_array_equal(near(positions, positions, 3)[0], expected)

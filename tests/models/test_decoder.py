@@ -57,7 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "mllama_text_model": {"cross_attention_layers": [1], "rope_scaling": LLAMA3},
 }
-"""What tiny decoders of every kind have besides."""
+"""Additional settings of the tiny decoders of every kind."""
 
 
 @functools.cache
@@ -134,7 +134,7 @@ def theirs_run(model: Any, **more: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_hugging_faces(kind: str) -> None:
-    """Mllama's without a picture; Gemma's in prompts that reach beyond its window."""
+    """Mllama's without a picture; Gemma's in prompts longer than its window."""
     decoder, wanted = ours(kind), theirs_run(reference(kind))
     assert (decoder.window(9) is not None) == (kind == "gemma3_text")
     np.testing.assert_allclose(run(decoder)[VALID], wanted[VALID], atol=2e-5)
@@ -337,7 +337,7 @@ def test_shut_gates_leave_the_text_as_it_is() -> None:
 
 
 def test_values_of_every_site_have_one_shape() -> None:
-    """Also where blocks differ: a cross-attention layer's values stand beside the others'."""
+    """Also where blocks differ: a cross-attention layer's values are stacked with the others'."""
     decoder = tiny(MllamaDecoder, **CROSSED)
     memory, x = memory_of(decoder), decoder.embed(jnp.asarray(IDS))
     capture = Capture(("embed", *DECODER_SITES), jnp.array([[0, 8], [1, 5]]))

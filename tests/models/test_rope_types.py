@@ -60,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 4,
     },
 }
-"""Settings of every kind; what stands after a dash tells them apart."""
+"""Settings of every kind; the suffix after a dash distinguishes settings of one kind."""
 
 ROTARY: dict[str, Any] = {
     "llama": LlamaRotaryEmbedding,
@@ -144,7 +144,7 @@ def run(definition: Any, state: Any, ids: Any, valid: Any, last: Any) -> jax.Arr
 
 @pytest.mark.parametrize(("decoder", "name"), WHOLE)
 def test_whole_prompts_are_hugging_faces(decoder: str, name: str) -> None:
-    """Within the context and beyond it, in padded batches; more padding here than there changes nothing."""
+    """Within the context and beyond it, in padded batches; different amounts of padding change nothing."""
     fields, padded = fields_of(decoder, name), 16
     theirs = build(config_of(decoder, fields))
     ours = ours_of(theirs, fields)
@@ -298,7 +298,7 @@ def test_forward_rerun_and_generate_agree_with_hugging_face_beyond_the_context(n
 
 
 def without_stops(model: Any) -> Any:
-    """The model, writing on after a stop token."""
+    """The model, which does not stop at a stop token."""
     processor = copy.copy(model.processor)
     processor.stop_ids = ()
     return dataclasses.replace(model, processor=processor)

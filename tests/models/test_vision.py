@@ -117,7 +117,7 @@ def test_hidden_states_are_hugging_faces(kind: str, side: int) -> None:
     assert states.shape == (4, 2, tokens, 24) and tower.config.num_patches == (side // 8) ** 2
     for layer, wanted in enumerate(output.hidden_states):
         np.testing.assert_allclose(states[layer], wanted.numpy(), atol=1e-5)
-    if kind == "siglip_vision_model":  # whose end, behind the last norm, is what some families read
+    if kind == "siglip_vision_model":  # some families read its output after the last norm
         np.testing.assert_allclose(tower.post_norm(states[-1]), output.last_hidden_state.numpy(), atol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_pictures_of_another_size_are_refused(shape: tuple[int, int]) -> None:
 
 
 def test_patches_stand_row_by_row() -> None:
-    """Each as (row, column, channel); what no whole patch covers is left out."""
+    """Each as (row, column, channel); pixels outside whole patches are dropped."""
     pixels = jnp.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7).astype(jnp.float32)
     found = patches(pixels, 2)
     assert found.shape == (2, 6, 12)
@@ -177,7 +177,7 @@ def normed(x: np.ndarray, own: dict[str, np.ndarray], name: str, epsilon: float,
 
 
 def by_hand(config: BlockConfig, own: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """The block in float64, one formula after the other."""
+    """The block in float64, formula by formula."""
     epsilon, rms = config.layer_norm_eps, config.rms_norm
 
     def added(value: np.ndarray, name: str) -> np.ndarray:
@@ -269,7 +269,7 @@ def test_a_block_with_scales_and_norms_is_interns() -> None:
 
 
 def test_who_reads_whom_and_turned_heads() -> None:
-    """`read` and the rotation are handed in: queries and keys turn, values do not."""
+    """`read` and the rotation are arguments: queries and keys are rotated, values are not."""
     found, x = block(), jnp.asarray(X)
     seen: list[Any] = []
 
