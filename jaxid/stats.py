@@ -1,6 +1,6 @@
-"""What samples are summed up by: medians and quartiles, means, and confidence intervals."""
+"""Summary statistics: medians and quartiles, means, confidence intervals and rank tests."""
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float
@@ -8,12 +8,14 @@ from jaxtyping import Float
 from jaxid.errors import InputError
 
 
-def centre_and_spread(values: Any, axis: int = 0, *, robust: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a sample is summed up by, in summaries and figures alike.
+def centre_and_spread(
+    values: np.ndarray, axis: int = 0, *, robust: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The centre and spread of a sample, for summaries and figures alike.
 
     Args:
         values: the sample.
-        axis: along which it lies.
+        axis: the axis of the sample.
         robust: the median and the quartiles; else the mean and one standard deviation to each side.
 
     Returns:
@@ -26,7 +28,7 @@ def centre_and_spread(values: Any, axis: int = 0, *, robust: bool = True) -> tup
     return mean, mean - deviation, mean + deviation
 
 
-def mean_interval(values: Any, axis: int = 0) -> np.ndarray:
+def mean_interval(values: np.ndarray, axis: int = 0) -> np.ndarray:
     """Half of Student's 95 % interval of a mean along an axis; NaN for a single value."""
     from scipy import stats
 
@@ -58,31 +60,50 @@ def confidence_interval(successes: int, count: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def moments(values: Float[np.ndarray, "N"]) -> dict[str, Any]:
-    """Count, mean and median of a sample; None where it is empty."""
-    some = len(values) > 0
-    return {
-        "count": len(values),
-        "mean": float(values.mean()) if some else None,
-        "median": float(np.median(values)) if some else None,
-    }
+class Moments(TypedDict):
+    """Count, mean and median of a sample; the last two are None where it is empty."""
+
+    count: int
+    mean: float | None
+    median: float | None
 
 
-def rank_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "M"]) -> dict[str, Any]:
-    """Mann-Whitney U of two samples: are values of the first the larger ones?
+def moments(values: Float[np.ndarray, "N"]) -> Moments:
+    """Count, mean and median of a sample."""
+    if not len(values):
+        return Moments(count=0, mean=None, median=None)
+    return Moments(count=len(values), mean=float(values.mean()), median=float(np.median(values)))
 
-    Returns:
-        "u", the number of pairs in which the first sample's value is larger (ties count half); "auc", their share;
-        and the p-values "p_two_sided", "p_greater" (the first is larger) and "p_less". All None where a sample is
-        empty.
+
+class RankTest(TypedDict):
+    """A Mann-Whitney U test of two samples; all values are None where a sample is empty.
+
+    `u` is the number of pairs in which the first sample's value is larger (ties count half), `auc` the share of those
+    pairs. `p_greater` is for the first sample having the larger values.
     """
+
+    u: float | None
+    auc: float | None
+    p_two_sided: float | None
+    p_greater: float | None
+    p_less: float | None
+
+
+def rank_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "M"]) -> RankTest:
+    """Mann-Whitney U of two samples: are values of the first the larger ones?"""
     if not len(first) or not len(second):
-        return dict.fromkeys(("u", "auc", "p_two_sided", "p_greater", "p_less"))
+        return RankTest(u=None, auc=None, p_two_sided=None, p_greater=None, p_less=None)
     from scipy import stats
 
     # In float32, scipy rounds the p-values too.
     first, second = first.astype(np.float64), second.astype(np.float64)
-    found = {side: stats.mannwhitneyu(first, second, alternative=side) for side in ("two-sided", "greater", "less")}
-    u = float(found["two-sided"].statistic)
-    values = {f"p_{side.replace('-', '_')}": float(result.pvalue) for side, result in found.items()}
-    return {"u": u, "auc": u / (len(first) * len(second)), **values}
+    both, greater, less = (
+        stats.mannwhitneyu(first, second, alternative=side) for side in ("two-sided", "greater", "less")
+    )
+    return RankTest(
+        u=float(both.statistic),
+        auc=float(both.statistic) / (len(first) * len(second)),
+        p_two_sided=float(both.pvalue),
+        p_greater=float(greater.pvalue),
+        p_less=float(less.pvalue),
+    )

@@ -1,13 +1,13 @@
-"""Deviation: does the place that words carry differ from the true one where a model errs?
+"""Deviation: where a model errs, do its words encode another place than the true one?
 
-A word's deviation is its activation in the question with picture, less that in the same question without one. It is
-compared, in the plane of the spatial IDs, with the ID of the place where the object is ([ID] arXiv 2601.12626,
+A word's deviation is its activation in a question with the picture, less its activation in the same question without
+it. It is compared with the ID of the object's true place, in the plane of the spatial IDs ([ID] arXiv 2601.12626,
 Figure 8 a).
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,7 @@ from jaxid.experiments.session import (
     padded,
     parse_layers,
     require_same_model,
+    rows_where,
     scaled,
     spread,
 )
@@ -38,22 +39,22 @@ from jaxid.interp.trace import residuals_at
 from jaxid.io import tidy, write_json
 from jaxid.kernels import probing
 from jaxid.nn.sites import Capture
-from jaxid.stats import confidence_interval, moments, rank_test
+from jaxid.stats import Moments, RankTest, confidence_interval, moments, rank_test
 
 ROLES = ("subject", "object")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deviations:
-    """Where words and ground truth lie in the plane of the IDs; objects are the subject and the object.
+    """Coordinates of words and of ground truth in the plane of the IDs.
 
     Attributes:
-        control: log-probabilities of the two answers, Float[B, 2].
-        truth: index of the true answer, Int[B].
-        words: coordinates of the words' deviations by layer, item and object, Float[L, B, 2, 2].
-        places: those of the ground-truth IDs, Float[L, B, 2, 2].
-        axis: along which of the picture's axes was asked.
-        layers: Int[L].
+        control: log-probabilities of the two answers.
+        truth: index of the true answer.
+        words: coordinates of the words' deviations by layer, item, object (subject first) and direction (x, y).
+        places: coordinates of the ground-truth IDs.
+        axis: the axis of the picture that the questions are about, "horizontal" or "vertical".
+        layers: the layers after which activations were read.
     """
 
     control: Float[np.ndarray, "B 2"]
@@ -65,7 +66,7 @@ class Deviations:
 
     @property
     def correct(self) -> Bool[np.ndarray, "B"]:
-        """Whether the true answer is the more probable one."""
+        """Whether the true answer is more probable than the other one."""
         rows = np.arange(len(self.truth))
         return self.control[rows, self.truth] > self.control[rows, 1 - self.truth]
 
@@ -76,12 +77,12 @@ class Deviations:
 
     @property
     def true_gaps(self) -> Float[np.ndarray, "L B"]:
-        """The same of the ground-truth IDs."""
+        """How far apart the ground-truth IDs are, in the same direction."""
         return gap(self.places, self.axis, self.truth)
 
     @property
     def margins(self) -> Float[np.ndarray, "L B"]:
-        """The words' gap less the ground truth's: above 0, the words are further apart than the objects."""
+        """The words' gaps less the true ones: above 0, the words are further apart than the objects."""
         return self.gaps - self.true_gaps
 
 
@@ -90,8 +91,8 @@ def gap(
 ) -> Float[np.ndarray, "*L B"]:
     """The subject's coordinate less the object's along the asked axis, negated where the first answer is true.
 
-    The first words, left and above, are at the smaller coordinate: a subject that is where it should be has a gap
-    above 0.
+    The first answers, left and above, are at smaller coordinates, so the gap is above 0 for a subject that is where it
+    should be.
 
     Args:
         coordinates: by item, object (subject first) and direction (x, y).
@@ -103,23 +104,13 @@ def gap(
 
 
 def easy(margins: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
-    """Which items are in the half of larger margins; of an odd number the middle one is.
-
-    Equal margins are ranked in their order.
-    """
+    """Which items are in the half with larger margins, including the middle one; ties are ranked in their order."""
     ranks = np.argsort(np.argsort(margins, kind="stable"), kind="stable")
     return ranks >= len(margins) // 2
 
 
 TrueIDs = Callable[[SpatialIDs, Int[np.ndarray, "L"], Float[np.ndarray, "B 2 4"]], Float[Array, "L B 2 D"]]
-"""Ground-truth IDs: IDs, layers, and boxes (x, y, width, height) as shares of the picture -> IDs."""
-
-
-def box_ids(
-    ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
-) -> Float[Array, "L B 2 D"]:
-    """The IDs of the boxes' centres."""
-    return ids.at_box(layers, boxes, (1.0, 1.0))
+"""Makes ground-truth IDs from IDs, layers, and boxes (x, y, width, height) as shares of the picture."""
 
 
 def measure_deviations(
@@ -129,20 +120,20 @@ def measure_deviations(
     boxes: Float[np.ndarray, "B 2 4"],
     *,
     layers: Sequence[int] | None = None,
-    true_ids: TrueIDs = box_ids,
+    true_ids: TrueIDs = SpatialIDs.at_box,
 ) -> Deviations:
-    """Deviations and ground truth of every item, at all layers from one pass with pictures and one without.
+    """Deviations and ground truth of every item: all layers from one pass with pictures and one without.
 
     Args:
         model: the model.
         batch: prepared items of one axis.
         ids: the model's spatial IDs.
         boxes: (x, y, width, height) of subject and object, as shares of the picture's width and height.
-        layers: those after which activations are read; all by default.
-        true_ids: makes the ground-truth IDs.
+        layers: layers after which activations are read; all by default.
+        true_ids: makes the ground-truth IDs; the IDs of the boxes' centres by default.
 
     Raises:
-        InputError: if IDs and model differ, a layer is out of range, or the boxes are of other items.
+        InputError: if the IDs are of another model, a layer is out of range, or there is not one pair of boxes an item.
     """
     require_same_model(model, ids)
     count = len(batch.prompts)
@@ -168,33 +159,41 @@ def measure_deviations(
 # --- the experiment --------------------------------------------------------------------------------------------------
 
 
+class Half(TypedDict):
+    """Accuracy of some items with its Wilson interval; None of no items."""
+
+    count: int
+    accuracy: float | None
+    interval: tuple[float, float] | None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Separation:
     """How well margins at a layer tell right from wrong answers.
 
     Attributes:
         layer: the layer.
-        accuracy: of all items.
-        margin: count, mean and median of the margins of "right" and "wrong" answers.
-        mann_whitney: the rank test of the two, see `jaxid.stats.rank_test`.
-        halves: count, accuracy and its Wilson interval of the "easy" half of larger margins and the "hard" one.
+        accuracy: over all items.
+        margin: margins of "right" and "wrong" answers.
+        mann_whitney: rank test of the two.
+        halves: the "easy" half, with larger margins, and the "hard" one.
     """
 
     layer: int
     accuracy: float
-    margin: dict[str, dict[str, Any]]
-    mann_whitney: dict[str, Any]
-    halves: dict[str, dict[str, Any]]
+    margin: dict[str, Moments]
+    mann_whitney: RankTest
+    halves: dict[str, Half]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviationSummary(Separation, Summary):
-    """What the deviations say.
+    """Summary of a deviation run: the separation at the reported layer, and further ones.
 
     Attributes:
-        by_axis: the same for the items of each axis, at the reported layer.
-        by_layer: the same at every layer.
-        boxes_against_relation: items whose boxes contradict the relation that their caption tells.
+        by_axis: separation of the items of each axis, at the reported layer.
+        by_layer: separation at every layer.
+        boxes_against_relation: items whose boxes contradict the relation in their caption.
     """
 
     by_axis: dict[str, Separation]
@@ -206,9 +205,7 @@ class DeviationSummary(Separation, Summary):
 class Deviation(
     WithLayers[PlacedItem, RelationBatch, DeviationSummary], WithSpatialIDs[PlacedItem, RelationBatch, DeviationSummary]
 ):
-    """Compare where words say objects are with where they are (Figure 8 a); split items into easy and hard.
-
-    The layers are those in the table, all by default.
+    """Compare where words place objects with where they are (Figure 8 a); split items into easy and hard.
 
     Attributes:
         layer: the layer that is reported; the published one, or one as deep, by default.
@@ -216,6 +213,7 @@ class Deviation(
 
     name: ClassVar[str] = "deviation"
     reporting: ClassVar[frozenset[str]] = frozenset({"layer"})
+    true_ids: ClassVar[TrueIDs] = staticmethod(SpatialIDs.at_box)
 
     layer: int | None = None
 
@@ -231,7 +229,7 @@ class Deviation(
         return scaled([12], model.num_layers)[0] if found is None else found
 
     def chosen_layers(self, model: Model) -> list[int]:
-        """The layers given, and the one that is reported."""
+        """The given layers, and the one that is reported."""
         return sorted({*super().chosen_layers(model), self.chosen_layer(model)})
 
     def items(self, session: Session) -> list[PlacedItem]:
@@ -246,43 +244,59 @@ class Deviation(
         """The published questions."""
         return prepare(session.model, [placed.item for placed in items], template=session.template, case=session.case)
 
-    def true_ids(
-        self, ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
-    ) -> Float[Array, "L B 2 D"]:
-        """Ground-truth IDs."""
-        return box_ids(ids, layers, boxes)
-
     def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Columns:
         """A row for each layer, item and object."""
-        boxes = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
+        shares = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
         found = measure_deviations(
-            session.model, batch, session.ids, boxes, layers=session.layers, true_ids=self.true_ids
+            session.model, batch, session.ids, shares, layers=session.layers, true_ids=self.true_ids
         )
-        return table_of(found, items, session.model.name)
+        count = len(items)
+        words, places, truth = found.words[:, :count], found.places[:, :count], found.truth[:count]
+        shape = words.shape[:-1]
+        rows, boxes = np.arange(count), np.stack([placed.boxes for placed in items])
+        sources = [placed.item for placed in items]
+        axes = {"layer": found.layers.tolist(), "item": [item.key for item in sources], "role": ROLES}
+        return {
+            **tidy(words[..., 0], axes, name="x"),
+            "y": words[..., 1].ravel(),
+            "true_x": places[..., 0].ravel(),
+            "true_y": places[..., 1].ravel(),
+            "model": spread(session.model.name, shape),
+            **item_columns(sources, shape, axis=1),
+            "name": spread([[item.subject, item.object] for item in sources], shape),
+            **{f"box_{name}": spread(boxes[..., n], shape) for n, name in enumerate(("x", "y", "width", "height"))},
+            "picture_width": spread([placed.size[0] for placed in items], shape, 1),
+            "picture_height": spread([placed.size[1] for placed in items], shape, 1),
+            "control_correct": spread(found.control[rows, truth], shape, 1),
+            "control_wrong": spread(found.control[rows, 1 - truth], shape, 1),
+            "correct": spread(found.correct[:count], shape, 1),
+            "gap": spread(found.gaps[:, :count], shape, 0, 1),
+            "true_gap": spread(found.true_gaps[:, :count], shape, 0, 1),
+            "margin": spread(found.margins[:, :count], shape, 0, 1),
+        }
 
     def summarise(self, session: Session, table: Columns) -> DeviationSummary:
-        """How margins tell right from wrong answers; writes the items of each half to `easy.json` and `hard.json`."""
+        """Separations by margin; writes the items of each half to `easy.json` and `hard.json`."""
         layer = self.chosen_layer(session.model)
         rows = rows_at(table, layer)
         halves = easy(rows["margin"])
         for name, chosen in (("easy", halves), ("hard", ~halves)):
             write_json(self.out / f"{name}.json", rows["item"][chosen].tolist())
         by_layer = [separation(table, k) for k in session.layers]
-        axes = {axis: table["axis"] == axis for axis in dict.fromkeys(rows["axis"].tolist())}
         used = set(rows["item"].tolist())
         return DeviationSummary(
             **session.facts,
             **vars(by_layer[session.layers.index(layer)]),
             by_axis={
-                axis: separation({name: values[own] for name, values in table.items()}, layer)
-                for axis, own in axes.items()
+                axis: separation(rows_where(table, table["axis"] == axis), layer)
+                for axis in dict.fromkeys(rows["axis"].tolist())
             },
             by_layer=by_layer,
             boxes_against_relation=[one.key for one in session.items if one.against_relation and one.key in used],
         )
 
     def figures(self, session: Session, table: Columns, summary: DeviationSummary) -> Iterator[tuple[str, Figure]]:
-        """Margins at the reported layer; and, of more layers and items, how the layers compare."""
+        """Margins at the reported layer; for two items or more also accuracies by layer."""
         rows, tested = rows_at(table, summary.layer), summary.mann_whitney
         note = ""
         if tested["auc"] is not None:
@@ -296,7 +310,7 @@ class Deviation(
         )
         halves = {name: [one.halves[name] for one in summary.by_layer] for name in ("easy", "hard")}
         if any(half["accuracy"] is None for half in [*halves["easy"], *halves["hard"]]):
-            return  # of a single item, one half is empty
+            return  # with a single item, one half is empty
         auc = [one.mann_whitney["auc"] for one in summary.by_layer]
         figure = plots.margins_by_layer(
             np.array(session.layers),
@@ -310,14 +324,14 @@ class Deviation(
         yield "deviation_by_layer", figure
 
     def report(self, summary: DeviationSummary) -> Iterator[str]:
-        """Whether margins tell right from wrong answers."""
+        """How well margins tell right from wrong answers."""
         parts = [f"{summary.items} items, {summary.accuracy:.1%} answered correctly; layer {summary.layer}"]
         tested = summary.mann_whitney
         if tested["auc"] is None:
-            parts.append("nothing to compare, as all answers are alike")
+            parts.append("nothing to compare, as all answers are right or all are wrong")
         else:
             parts.append(
-                f"right before wrong answers AUC {tested['auc']:.2f} (Mann-Whitney U p = {tested['p_two_sided']:.2g})"
+                f"AUC of right over wrong answers {tested['auc']:.2f} (Mann-Whitney U p = {tested['p_two_sided']:.2g})"
             )
         parts += [
             f"{name} half {half['accuracy']:.1%} correct"
@@ -328,48 +342,18 @@ class Deviation(
 
 
 def placed_items(session: Session) -> list[PlacedItem]:
-    """The run's COCO-Spatial items and their boxes, from the instances file of the data folder.
+    """The run's COCO-Spatial items with their boxes, from the instances file of the data folder.
 
     Raises:
-        DataError: for an item whose objects cannot be located, unless bad items are skipped; or if none is left.
+        DataError: if an item's objects cannot be located, unless bad items are skipped; or if no item is left.
     """
     items = session.spatial_items()
     return session.usable(items, lambda item: item.key, read_instances(find_instances(session.experiment.data)).locate)
 
 
-def table_of(found: Deviations, items: Sequence[PlacedItem], model: str) -> Columns:
-    """A row for each layer, item and object."""
-    count = len(items)
-    words, places = found.words[:, :count], found.places[:, :count]
-    shape = words.shape[:-1]
-    axes = {"layer": found.layers.tolist(), "item": [placed.key for placed in items], "role": ROLES}
-    rows, truth = np.arange(count), found.truth[:count]
-    boxes = np.stack([placed.boxes for placed in items])
-    sources = [placed.item for placed in items]
-    return {
-        **tidy(words[..., 0], axes, name="x"),
-        "y": words[..., 1].ravel(),
-        "true_x": places[..., 0].ravel(),
-        "true_y": places[..., 1].ravel(),
-        "model": spread(model, shape),
-        **item_columns(sources, shape, axis=1),
-        "name": spread([[item.subject, item.object] for item in sources], shape),
-        **{f"box_{name}": spread(boxes[..., n], shape) for n, name in enumerate(("x", "y", "width", "height"))},
-        "picture_width": spread([placed.size[0] for placed in items], shape, 1),
-        "picture_height": spread([placed.size[1] for placed in items], shape, 1),
-        "control_correct": spread(found.control[rows, truth], shape, 1),
-        "control_wrong": spread(found.control[rows, 1 - truth], shape, 1),
-        "correct": spread(found.correct[:count], shape, 1),
-        "gap": spread(found.gaps[:, :count], shape, 0, 1),
-        "true_gap": spread(found.true_gaps[:, :count], shape, 0, 1),
-        "margin": spread(found.margins[:, :count], shape, 0, 1),
-    }
-
-
 def rows_at(table: Columns, layer: int) -> Columns:
-    """The table's columns, one row an item, at a layer."""
-    chosen = (table["layer"] == layer) & (table["role"] == "subject")
-    return {name: values[chosen] for name, values in table.items()}
+    """The table at a layer, one row an item."""
+    return rows_where(table, (table["layer"] == layer) & (table["role"] == "subject"))
 
 
 def separation(table: Columns, layer: int) -> Separation:
@@ -383,13 +367,12 @@ def separation(table: Columns, layer: int) -> Separation:
         accuracy=float(correct.mean()),
         margin={name: moments(values) for name, values in groups.items()},
         mann_whitney=rank_test(groups["right"], groups["wrong"]),
-        halves={name: _share(correct[chosen]) for name, chosen in (("easy", halves), ("hard", ~halves))},
+        halves={name: _half(correct[chosen]) for name, chosen in (("easy", halves), ("hard", ~halves))},
     )
 
 
-def _share(correct: Bool[np.ndarray, "N"]) -> dict[str, Any]:
-    """Accuracy with its 95 % interval."""
+def _half(correct: Bool[np.ndarray, "N"]) -> Half:
     if not len(correct):
-        return {"count": 0, "accuracy": None, "interval": None}
+        return Half(count=0, accuracy=None, interval=None)
     interval = confidence_interval(int(correct.sum()), len(correct))
-    return {"count": len(correct), "accuracy": float(correct.mean()), "interval": interval}
+    return Half(count=len(correct), accuracy=float(correct.mean()), interval=interval)

@@ -5,6 +5,7 @@ Nothing else knows of them: an experiment's own steps are what the paper says, a
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -88,16 +89,12 @@ class _BeliefSwap(BeliefSwap):
     """Norms over all occurrences of a word; the best layers are chosen on the items that are reported."""
 
     same_items = True
+    norms = staticmethod(occurrence_norms)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.max_new_tokens:
             raise InputError("the published code measures norms over the generated text too: set max_new_tokens.")
-
-    def norms(
-        self, model: Model, batch: RelationBatch, recorded: Trace, written: Generation | None
-    ) -> Float[Array, "L B 2"]:
-        return occurrence_norms(model, batch, recorded, written)
 
 
 class ScoresAsPublished:
@@ -157,10 +154,7 @@ class _Depth(_Misplaced, Depth):
 class _Deviation(Deviation):
     """Ground-truth IDs are half a cell off."""
 
-    def true_ids(
-        self, ids: SpatialIDs, layers: Int[np.ndarray, "L"], boxes: Float[np.ndarray, "B 2 4"]
-    ) -> Float[Array, "L B 2 D"]:
-        return ids.at_box(layers, boxes, (1.0, 1.0), half_cell=False)
+    true_ids = staticmethod(partial(SpatialIDs.at_box, half_cell=False))
 
 
 class _Occlusion(Occlusion):
@@ -181,8 +175,7 @@ class _TemporalSteer(_Negated, TemporalSteer):
 class _ExtractTemporalIDs(ExtractTemporalIDs):
     """IDs are those of `last_clips`."""
 
-    def accumulate(self, batches: Iterable[IDBatch], **options: Any) -> TemporalIDs:
-        return last_clips(batches, **options)
+    accumulate = staticmethod(last_clips)
 
 
 _VARIANTS: dict[type[Command[Any]], type[Command[Any]]] = {

@@ -1,4 +1,4 @@
-"""One run at work: the model, what was resolved from the options, the job over the items, and what all runs share."""
+"""The state of a run: its model, resolved options and job; and functions for the tables of all experiments."""
 
 import dataclasses
 import os
@@ -7,9 +7,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxid import io, jobs, zoo
 from jaxid.checkpoints.loading import open_checkpoint
@@ -24,41 +25,52 @@ if TYPE_CHECKING:
     from jaxid.experiments.base import Experiment
 
 Columns = Mapping[str, Any]
-"""A table: the values of every column, one a row."""
+"""A table: the values of every column, one for each row."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+
+@runtime_checkable
+class Keyed(Protocol):
+    """An item of an experiment."""
+
+    @property
+    def key(self) -> str:
+        """A unique name."""
+        ...
+
+
 LARGEST_BATCH = 32
-"""Prompts that are traced together, however much memory there is."""
+"""The most prompts that are traced together, however much memory there is."""
 
 _NO_SETTINGS = {"out", "batch_size", "restart", "skip_bad", "progress"}
-"""Options on which no row depends."""
+"""Options that no row depends on."""
 
 
 class Session:
-    """One run at work: the model, what was resolved from the options, and what is counted on the way.
+    """The state of a run: its model, resolved options and counts.
 
-    Whatever is quick to check comes before the model's weights are read.
+    Whatever is quick to check is checked before the model's weights are read.
 
     Attributes:
-        model: without its parameters, until `begin` has read them.
-        ids: the IDs, if the experiment works with any.
+        model: the model; its parameters are missing until `begin` has read them.
+        ids: the IDs, if the experiment needs any.
         layers: the chosen layers, ascending.
         template: the user's text.
         case: form of the answer words that is read.
-        prompts_together: prompts traced together.
-        batch_size: items whose prompts those are.
-        bad: items that cannot be used, and why.
-        items: all items of the run, from `begin` on.
-        index: of every item among them, by its key.
+        prompts_together: number of prompts that are traced together.
+        batch_size: number of items that these prompts belong to.
+        bad: items that cannot be used, with the errors.
+        items: all items of the run; set by `begin`.
+        index: index of every item, by its key.
     """
 
     def __init__(self, experiment: "Experiment[Any, Any, Any]"):
-        """Checks that results can be written, then reads all of the model but its weights.
+        """Checks that results can be written, then reads the model without its weights.
 
         Raises:
-            OutputError: if they cannot.
+            OutputError: if results cannot be written.
             CheckpointError: if the model's config, tokenizer or image processor, or the IDs, cannot be read.
             InputError: for layers that the model does not have, or IDs of another model.
         """
@@ -70,7 +82,7 @@ class Session:
         if self.ids is not None:
             require_same_model(self.model, self.ids)
         self.layers = experiment.chosen_layers(self.model)
-        # Shipped models know plain questions only.
+        # Shipped models were trained on plain questions only.
         plain = experiment.model in zoo.SHIPPED
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
         self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
@@ -82,11 +94,11 @@ class Session:
     # --- reading items ---
 
     def bad_rows(self) -> list[tuple[str, DataError]] | None:
-        """Where a reader notes rows that cannot be used; None if they are an error."""
+        """The list in which a reader notes rows that cannot be used; None if it should raise an error."""
         return self.bad if self.experiment.skip_bad else None
 
     def sample(self, items: Sequence[Item], limit: int | None = None) -> list[Item]:
-        """At most `limit` items (the option's by default), drawn without repetition, in their own order."""
+        """At most `limit` items (the option by default), drawn without repetition; their order is kept."""
         limit = self.experiment.limit if limit is None else limit
         if limit is None or limit >= len(items):
             return list(items)
@@ -94,10 +106,10 @@ class Session:
         return [items[row] for row in sorted(rows)]
 
     def spatial_items(self, axis: str | None = None) -> list[SpatialItem]:
-        """COCO-Spatial items (of one axis), at most `limit` of them, questions of a kind together.
+        """At most `limit` COCO-Spatial items, of one axis if given, sorted by axis and length.
 
         Raises:
-            DataError: for a malformed row or a missing picture, unless bad items are skipped; or without items.
+            DataError: for a malformed row or a missing picture, unless bad items are skipped; or if there are no items.
         """
         folder = self.experiment.data
         items = read_coco_spatial(*find_coco_spatial(folder), bad=self.bad_rows())
@@ -105,14 +117,14 @@ class Session:
         if not chosen:
             raise DataError(f"{folder} holds no {f'{axis} ' if axis else ''}items.")
         drawn = self.sample(chosen)
-        # Prompts of one kind and length side by side share their programs.
+        # Prompts of one kind and length, side by side, share their programs.
         return sorted(drawn, key=lambda item: (axis_of(item), len(item.subject.split()) + len(item.object.split())))
 
     def usable(self, items: Sequence[Item], key: Callable[[Item], str], made: Callable[[Item], Made]) -> list[Made]:
-        """What a function makes of every item; bad items are noted where they are to be skipped.
+        """Applies a function to every item; bad items are noted if they are to be skipped.
 
         Raises:
-            DataError: for a bad item, unless those are skipped; or if none is left.
+            DataError: for a bad item, unless bad items are skipped; or if no item is left.
         """
         found, bad = [], self.bad_rows()
         for item in items:
@@ -133,43 +145,43 @@ class Session:
 
         Raises:
             OutputError: if the folder holds another run, or is in use.
-            PromptError: for answers without a token of their own.
-            JaxidError: for a tried item that cannot be used, unless bad items are skipped.
+            PromptError: if an answer is not a single token.
+            JaxidError: if one of these items cannot be used, unless bad items are skipped.
         """
         experiment, self.items = self.experiment, items
-        self.index = {experiment.key(item): index for index, item in enumerate(items)}
+        self.index = {item.key: index for index, item in enumerate(items)}
         self.settings = self._described()
-        jobs.check(experiment.out, settings=self.settings, items=items, key=experiment.key, restart=experiment.restart)
+        jobs.check(experiment.out, settings=self.settings, items=items, key=_key, restart=experiment.restart)
         for item in [group[0] for group in experiment.groups(items)] if items else ():
             try:
                 batches = experiment.asked(experiment.prepare(self, [item]))
             except jobs.ITEM_ERRORS as error:
                 if experiment.skip_bad:
                     continue
-                raise jobs.bad_item(experiment.key(item), error) from error
+                raise jobs.bad_item(item.key, error) from error
             for batch in batches:
                 answer_forms(self.model.processor, batch.answers, batch.case)
         self.model = self._checkpoint.load()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
 
-    def _described(self) -> dict[str, Any]:
-        """The settings of the run: every option on which rows depend, as it was resolved."""
+    def _described(self) -> dict[str, object]:
+        """The settings of the run: every option that rows depend on, as it was resolved."""
         experiment = self.experiment
-        found: dict[str, Any] = {"experiment": experiment.name}
+        found: dict[str, object] = {"experiment": experiment.name}
         for field in dataclasses.fields(experiment):
             value = getattr(experiment, field.name)
             if field.name not in _NO_SETTINGS | experiment.reporting and value is not None:
                 found[field.name] = str(value.resolve()) if isinstance(value, Path) else value
         if self.ids is not None:
-            found["ids_digest"] = io.digest(Path(found["ids"]))
+            found["ids_digest"] = io.digest(Path(str(found["ids"])))
         return found | {"template": self.template, "case": self.case, "layers": self.layers}
 
     def count_words(self, batch: RelationBatch, count: int) -> None:
-        """Looks at the words of a batch's first `count` questions: which are split, and which the vocabulary lacks.
+        """Counts split and unknown words in a batch's first `count` questions.
 
         Raises:
-            PromptError: for a word of several tokens, if those are refused.
+            PromptError: for a word of several tokens, if such words are refused.
         """
         for column, words in enumerate(zip(*batch.names, strict=True)):
             tokens = batch.prompts.word_tokens(words, beside=batch.names, occurrence=0)
@@ -184,7 +196,7 @@ class Session:
         self._unknown.update(word for own in batch.prompts.unknown[:count] for word in own)
 
     def table(self) -> Columns:
-        """Computes what is missing, and writes and returns the table; items that are not finite are dropped.
+        """Computes the missing rows; writes the table and returns it without items that are not finite.
 
         Raises:
             DataError: if no item is left.
@@ -192,10 +204,10 @@ class Session:
         experiment = self.experiment
         counts: dict[frozenset[str], tuple[int, Counter[str]]] = {}
 
-        def counted(items: list[Any]) -> Columns:
+        def counted(items: list[Keyed]) -> Columns:
             self._split, self._unknown = 0, Counter()
             columns = experiment.chunk(self, items)
-            keys = frozenset(map(experiment.key, items))
+            keys = frozenset(item.key for item in items)
             for own in [own for own in counts if own <= keys]:  # items that were tried alone count once
                 del counts[own]
             counts[keys] = self._split, self._unknown
@@ -205,7 +217,7 @@ class Session:
             experiment.out,
             settings=self.settings | {"fingerprint": self.model.fingerprint},
             items=self.items,
-            key=experiment.key,
+            key=_key,
             compute=counted,
             chunk_size=self.batch_size,
             restart=experiment.restart,
@@ -236,7 +248,7 @@ class Session:
 
 
 def fitting(model: Model, dtype: str, rows: int) -> int:
-    """How many prompts a quarter of the free memory holds, traced together with so many interventions each."""
+    """How many prompts, with that many interventions each, fit in a quarter of the free memory."""
     text = model.config.text_config
     width = np.dtype(np.float32).itemsize if dtype == "float32" else 2
     tokens = model.processor.usual_tokens + 64
@@ -247,7 +259,7 @@ def fitting(model: Model, dtype: str, rows: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that are free on the device, as far as it says; 4 GiB where nothing is known."""
+    """Free memory of the device in bytes; 4 GiB if that is unknown."""
     import jax
 
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -260,7 +272,7 @@ def free_memory() -> int:
 
 
 def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
-    """Checks that IDs can be of this model.
+    """Checks that IDs were extracted from this model.
 
     Raises:
         InputError: if layers, width or fingerprint differ.
@@ -278,49 +290,54 @@ def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
 
 
 def padded(items: Sequence[Item], size: int) -> list[Item]:
-    """The items and, up to `size`, the first one again: batches of one shape share their programs."""
+    """Items padded up to `size` with the first one, since batches of one shape share their programs."""
     return [*items, *[items[0]] * (size - len(items))]
 
 
-def by_axis(items: Sequence[Item], item_of: Callable[[Any], SpatialItem] = lambda item: item) -> list[list[Item]]:
-    """The items of each axis; those of a class of their own say which COCO-Spatial item each is about."""
+def by_axis(items: Sequence[Item], item_of: Callable[[Item], SpatialItem]) -> list[list[Item]]:
+    """The items of each axis; `item_of` gives the COCO-Spatial item that each is about."""
     axes = dict.fromkeys(axis_of(item_of(item)) for item in items)
     return [[item for item in items if axis_of(item_of(item)) == axis] for axis in axes]
 
 
 def joined(parts: Sequence[Columns]) -> Columns:
-    """Tables of the same columns, one below the other."""
+    """Concatenates tables with the same columns."""
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def spread(values: Any, shape: tuple[int, ...], *over: int) -> np.ndarray:
+def rows_where(table: Columns, chosen: Bool[np.ndarray, "N"]) -> Columns:
+    """The chosen rows of a table."""
+    return {name: values[chosen] for name, values in table.items()}
+
+
+def spread(values: object, shape: tuple[int, ...], *over: int) -> np.ndarray:
     """A column of values that are the same along some axes of a table.
 
     Args:
         values: the values.
-        shape: of the table, as `jaxid.io.tidy` unrolls it.
-        over: which of its axes the values have; the last ones by default.
+        shape: shape of the array that `jaxid.io.tidy` unrolls to the table.
+        over: the axes that the values have; the last ones by default.
     """
-    values = np.asarray(values)
+    array = np.asarray(values)
     if over:
-        values = np.expand_dims(values, [axis for axis in range(len(shape)) if axis not in over])
-    return np.broadcast_to(values, shape).ravel()
+        array = np.expand_dims(array, [axis for axis in range(len(shape)) if axis not in over])
+    return np.broadcast_to(array, shape).ravel()
 
 
 def item_columns(items: Sequence[SpatialItem], shape: tuple[int, ...], axis: int) -> Columns:
-    """What a table says of COCO-Spatial items, which are along one of its axes."""
+    """The columns that describe COCO-Spatial items, which are along one axis of a table."""
     fields = ("image_id", "subject", "object", "relation")
     found = {name: spread([getattr(item, name) for item in items], shape, axis) for name in fields}
     return found | {"axis": spread([axis_of(item) for item in items], shape, axis)}
 
 
-def as_array(table: Columns, name: str, axes: Mapping[str, Sequence[Any]]) -> np.ndarray:
-    """A column of a tidy table as an array again, see `jaxid.io.tidy`; rows with other labels are not read.
+def as_array(table: Columns, name: str, axes: Mapping[str, Sequence[object]]) -> np.ndarray:
+    """The array that `jaxid.io.tidy` unrolled to a column; rows with other labels are not read.
 
     Args:
         table: the table.
-        name: of the column.
-        axes: axis name -> labels along that axis, every combination of which has a row.
+        name: name of the column.
+        axes: axis name -> labels along that axis. Every combination of labels has a row.
     """
     places = {axis: {label: place for place, label in enumerate(labels)} for axis, labels in axes.items()}
     found = np.array([[of.get(label, -1) for label in table[axis].tolist()] for axis, of in places.items()])
@@ -332,15 +349,18 @@ def as_array(table: Columns, name: str, axes: Mapping[str, Sequence[Any]]) -> np
 
 
 def scaled(published: Iterable[int], layers: int) -> list[int]:
-    """Layers as deep in a model as the published ones are in one of 32."""
+    """Scales layers of a model with 32 layers to the same depths in one with `layers`."""
     return sorted({min(layers - 1, round(layer * layers / 32)) for layer in published})
 
 
 def finite_items(table: Columns) -> tuple[Columns, list[str]]:
-    """A table without the items that have a number which is not finite, and the keys of those items.
+    """Drops the items that have a number that is not finite.
 
     Args:
-        table: columns, `item` among them.
+        table: the columns, including `item`.
+
+    Returns:
+        The other items' rows, and the keys of those that were dropped.
 
     Raises:
         DataError: if no item is left.
@@ -358,22 +378,26 @@ def finite_items(table: Columns) -> tuple[Columns, list[str]]:
             "--dtype float32 or another --strength."
         )
     warnings.warn(
-        f"{len(lost)} of {count} items are skipped, as numbers of theirs are NaN or infinite: "
+        f"{len(lost)} of {count} items are skipped, since some of their numbers are NaN or infinite: "
         f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}.",
         JaxidWarning,
         stacklevel=2,
     )
-    return {name: values[kept] for name, values in table.items()}, lost
+    return rows_where(table, kept), lost
+
+
+def _key(item: Keyed) -> str:
+    return item.key
 
 
 _RANGE = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
 
 
 def parse_layers(text: str | None, model: Model, default: Sequence[int]) -> list[int]:
-    """Decoder layers from "3,5-8".
+    """Parses decoder layers such as "3,5-8".
 
     Raises:
-        InputError: if it is not of that form, or the model lacks a layer.
+        InputError: if the text is not of that form, or the model does not have a layer.
     """
     ranges = [(layer, layer) for layer in default]
     if text is not None:

@@ -1,9 +1,9 @@
-"""Time in video models: reversed clips swapped in, and scenes steered to frames ([ID] arXiv 2601.12626, Figure 10)."""
+"""Time in video models: swap reversed clips in, and steer scenes to frames ([ID] arXiv 2601.12626, Figure 10)."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ from jaxid.data.videos import with_times
 from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, SwapSummary
 from jaxid.experiments.base import Experiment, Summary
 from jaxid.experiments.relations import Case, RelationBatch, fill
-from jaxid.experiments.session import Columns, Session, as_array, require_same_model
+from jaxid.experiments.session import Columns, Session, as_array, require_same_model, rows_where
 from jaxid.experiments.steering import Steered, Steering, SummaryT, steer
 from jaxid.families.base import Model
 from jaxid.ids.temporal import TemporalIDs, rank_correlation
@@ -29,13 +29,13 @@ ANSWERS = ("before", "after")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderBatch:
-    """Questions of order, prepared.
+    """Prepared questions about the order of scenes.
 
     Attributes:
-        asked: the prompts, how their answers are read, and each scene's last word.
-        clips: what they are about.
-        first: positions of all words of the scene that is named first, Int[B, P].
-        second: of the other one, Int[B, Q].
+        asked: the prompts, how their answers are read, and the position of each scene's last token.
+        clips: the clips that they are about.
+        first: positions of all tokens of the scene that is named first.
+        second: positions of all tokens of the other scene.
     """
 
     asked: RelationBatch
@@ -45,25 +45,24 @@ class OrderBatch:
 
     @property
     def words(self) -> Int[np.ndarray, "B R"]:
-        """Positions of both scenes' words."""
+        """Positions of both scenes' tokens."""
         return np.concatenate([self.first, self.second], axis=1)
 
 
 def prepare(model: Model, items: Sequence[OrderItem], *, template: str = "{query}", case: Case = "both") -> OrderBatch:
-    """Prepares questions about clips; scenes' words are located in each question.
+    """Prepares questions about clips, and locates the scenes' words in each question.
 
     Args:
         model: the model.
-        items: the questions; the clip of one that is given several times is read once.
+        items: the questions; the clip of a repeated item is read once.
         template: the user's text after the times, with a place for the {query}.
         case: which form of the answer words is read.
 
     Raises:
-        DataError: for a video that is unreadable or too short.
-        PromptError: if a query does not hold a scene's words.
+        DataError: if a video is unreadable or too short.
+        PromptError: if a query does not contain a scene's words.
     """
-    distinct = {id(item): item for item in items}
-    opened = {place: item.open() for place, item in distinct.items()}
+    opened = {key: item.open() for key, item in {id(item): item for item in items}.items()}
     clips = [opened[id(item)] for item in items]
     texts = [with_times(clip, fill(template, item.query, ANSWERS)) for clip, item in zip(clips, items, strict=True)]
     prompts = model.prepare(clips, texts)
@@ -82,12 +81,12 @@ def prepare(model: Model, items: Sequence[OrderItem], *, template: str = "{query
 
 
 def reversed_prompts(model: Model, batch: OrderBatch) -> Prompts:
-    """The same questions about the clips played backwards; what is said of their times stays."""
+    """The same questions about the reversed clips; the times in the text stay as they are."""
     return model.prepare([clip.reversed() for clip in batch.clips], list(batch.asked.prompts.questions))
 
 
 def frame_vectors(ids: TemporalIDs, layers: Sequence[int]) -> Float[Array, "L F D"]:
-    """Every frame's ID less that of the frame across the middle, ID[f] - ID[8 - f]."""
+    """The ID of every frame less that of the frame mirrored in time, ID[f] - ID[8 - f]."""
     universal = ids.universal[np.asarray(layers)]
     return universal - jnp.flip(universal, axis=1)
 
@@ -106,7 +105,7 @@ def steer_to_frames(
         Log-probabilities of "before" and "after", those steered Float[L, F, B, 2].
 
     Raises:
-        InputError: if IDs and model differ, or a layer is out of range.
+        InputError: if the IDs are of another model, or a layer is out of range.
     """
     require_same_model(model, ids)
     vectors = frame_vectors(ids, layers)
@@ -119,7 +118,7 @@ def steer_to_frames(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AboutOrder(Experiment[OrderItem, OrderBatch, SummaryT]):
-    """Questions of order.
+    """What the experiments on questions about order share.
 
     Attributes:
         data: folder with manifest.csv (or .json, .jsonl), or the manifest itself.
@@ -145,11 +144,11 @@ class AboutOrder(Experiment[OrderItem, OrderBatch, SummaryT]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemporalSwapSummary(SwapSummary):
-    """What came of swapping reversed clips in.
+    """Summary of a temporal swap.
 
     Attributes:
-        accuracy: about the clips.
-        accuracy_backwards: about the reversed clips, where the other answer is true.
+        accuracy: accuracy of the answers about the clips.
+        accuracy_backwards: accuracy about the reversed clips, where the other answer is true.
     """
 
     accuracy: float
@@ -158,7 +157,7 @@ class TemporalSwapSummary(SwapSummary):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemporalSwap(AboutOrder[TemporalSwapSummary], ActivationSwap[OrderItem, OrderBatch, TemporalSwapSummary]):
-    """Put activations of the clip played backwards into the control run (Figure 10 a)."""
+    """Swap activations of the reversed clip into the control run (Figure 10 a)."""
 
     name: ClassVar[str] = "temporal-swap"
     changed_to: ClassVar[str] = "the clip played backwards"
@@ -171,14 +170,14 @@ class TemporalSwap(AboutOrder[TemporalSwapSummary], ActivationSwap[OrderItem, Or
         """Both scenes' words."""
         return batch.words
 
-    def columns(self, items: Sequence[OrderItem]) -> dict[str, Sequence[Any]]:
+    def columns(self, items: Sequence[OrderItem]) -> dict[str, Sequence[str]]:
         """The true answers."""
         return {"answer": [item.answer for item in items]}
 
     def summarise(self, session: Session, table: Columns) -> TemporalSwapSummary:
         """Scores by token set, layer and word; and the accuracies."""
-        first = (table["tokens"] == TOKEN_SETS[0]) & (table["layer"] == session.layers[0])
-        rows = {name: values[first] for name, values in table.items()}
+        # Control and intervened run are repeated for every token set and layer.
+        rows = rows_where(table, (table["tokens"] == TOKEN_SETS[0]) & (table["layer"] == session.layers[0]))
         axes = {"item": list(dict.fromkeys(rows["item"].tolist())), "word": ANSWERS}
         truth = rows["answer"][:: len(ANSWERS)]
 
@@ -192,22 +191,22 @@ class TemporalSwap(AboutOrder[TemporalSwapSummary], ActivationSwap[OrderItem, Or
         )
 
     def report(self, summary: TemporalSwapSummary) -> Iterator[str]:
-        """What the figure draws, and the accuracy."""
+        """The scores, and the accuracy."""
         yield from super().report(summary)
         yield f"{summary.accuracy:.1%} answered correctly"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemporalSteerSummary(Summary):
-    """What came of steering to every frame.
+    """Summary of steering to every frame.
 
     Attributes:
-        layers: ascending.
+        layers: the steered layers, ascending.
         words: the answers.
-        frames: those steered to.
-        change_mean: of the answers' log-probabilities by layer, frame and word: means over items.
-        change_std: standard deviations over items.
-        rank_correlation: Spearman's, of the lead of "before" and the frame, by layer.
+        frames: the frames steered to.
+        change_mean: change of the answers' log-probabilities by layer, frame and word: mean over items.
+        change_std: standard deviation of the change over items.
+        rank_correlation: Spearman's rank correlation of the lead of "before" with the frame, by layer.
     """
 
     layers: list[int]
@@ -235,7 +234,7 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
         return TemporalIDs.load(self.ids)
 
     def default_layers(self, model: Model) -> Sequence[int]:
-        """As deep as the published one, 13 of 28."""
+        """The layer as deep as the published 13 of 28."""
         return [min(model.num_layers - 1, round(13 * model.num_layers / 28))]
 
     def swept(self, session: Session) -> dict[str, Sequence[int]]:
@@ -248,7 +247,7 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
         return self.rows_of(session, items, ANSWERS, found)
 
     def summarise(self, session: Session, table: Columns) -> TemporalSteerSummary:
-        """Mean changes by layer and frame, and how they follow the frame."""
+        """Changes by layer and frame, and their rank correlation with the frame."""
         frames = session.ids.frames
         found = self.changes(session, table, ANSWERS)
         means = found.mean(axis=-2)
@@ -263,7 +262,7 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
         )
 
     def figures(self, session: Session, table: Columns, summary: TemporalSteerSummary) -> Iterator[tuple[str, Figure]]:
-        """The changes by frame, at the middle one of the layers."""
+        """The changes by frame, at the middle layer."""
         shown = len(session.layers) // 2
         figure = plots.temporal_steering(
             np.array(summary.frames),
@@ -275,7 +274,7 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
         yield "temporal_steering", figure
 
     def report(self, summary: TemporalSteerSummary) -> Iterator[str]:
-        """The change of the answers' ratio, by frame."""
+        """The change of log p(before) - log p(after), by frame."""
         for layer, change in zip(summary.layers, summary.change_mean, strict=True):
             lead = ", ".join(f"{before - after:+.2f}" for before, after in change)
             yield f"layer {layer}: change of log p(before) - log p(after) by frame {lead}"

@@ -1,8 +1,8 @@
-"""Extraction of temporal IDs from a folder of clips ([ID] arXiv 2601.12626, Figure 10 b)."""
+"""Extracts temporal IDs from a folder of clips ([ID] arXiv 2601.12626, Figure 10 b)."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -16,43 +16,34 @@ from jaxid.errors import DataError
 from jaxid.experiments.base import write_config
 from jaxid.experiments.spatial_ids import Extraction
 from jaxid.experiments.temporal import ANSWERS
-from jaxid.families.base import Model
 from jaxid.ids.extract import TEMPORAL_QUESTION, centred_words, extract_temporal
 from jaxid.ids.temporal import TemporalIDs, accumulate_temporal_ids
 from jaxid.io import write_json
 
 
-def word_coordinates(
-    model: Model, ids: TemporalIDs, words: Sequence[str] = ANSWERS
-) -> dict[str, Float[np.ndarray, "L"]]:
-    """Words without a clip, less their mean, on each layer's line from early to late."""
-    centred = centred_words(model, words)
-    return dict(zip(words, ids.line().coordinates(centred, centred=True).T, strict=True))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemporalExtraction:
-    """What temporal IDs were extracted from, and what lies along the line from early to late in every layer.
+    """What temporal IDs were extracted from, and coordinates along each layer's line from early to late.
 
     Attributes:
-        model: its name.
-        fingerprint: of its checkpoint.
-        clips: how many.
-        pairs: ordered pairs of objects.
+        model: name of the model.
+        fingerprint: fingerprint of its checkpoint.
+        clips: number of clips used.
+        pairs: number of ordered pairs of objects.
         skipped: clips that could not be used: their count, keys and reasons.
-        frames: those at which objects come.
-        rank_correlation: Spearman's, of an ID's coordinate and its frame, by layer.
-        share_of_variance: of the IDs' variance along the line, by layer.
-        coordinates: of the IDs, by layer and frame: 0 the earliest, 1 the latest.
-        words: coordinates of "before" and "after", by layer.
-        best_layer: the one of the highest rank correlation.
+        frames: the frames at which objects appear.
+        rank_correlation: Spearman's rank correlation of an ID's coordinate with its frame, by layer.
+        share_of_variance: share of the IDs' variance along the line, by layer.
+        coordinates: coordinates of the IDs by layer and frame; 0 is the earliest, 1 the latest.
+        words: coordinates of "before" and "after" read without a clip, less their mean, by layer.
+        best_layer: the layer with the highest rank correlation.
     """
 
     model: str
     fingerprint: str
     clips: int
     pairs: int
-    skipped: dict[str, Any]
+    skipped: dict[str, object]
     frames: list[int]
     rank_correlation: Float[np.ndarray, "L"]
     share_of_variance: Float[np.ndarray, "L"]
@@ -65,10 +56,10 @@ class TemporalExtraction:
 class ExtractTemporalIDs(Extraction[TemporalExtraction]):
     """Extract temporal IDs from clips in which objects appear, appear_{A}{i}_{B}{j}.mp4 (Figure 10 b).
 
-    What lies along each layer's line from early to late is written beside the IDs, as .json and .png.
+    The coordinates along each layer's line from early to late are written beside the IDs, as .json and .png.
 
     Attributes:
-        skip_bad: skip clips that are wrongly named, unreadable or too short, and list them.
+        skip_bad: skip clips that are misnamed, unreadable or too short, and list them.
         reference_bugs: reproduce the bugs of the published code.
     """
 
@@ -80,10 +71,10 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
     reference_bugs: bool = False
 
     def run(self) -> TemporalExtraction:
-        """Extracts the IDs; writes them, what lies along each layer's line, and the figure.
+        """Extracts the IDs; writes them, the coordinates along each layer's line, and the figure.
 
         Raises:
-            DataError: for a bad clip, unless those are skipped; or if none is left.
+            DataError: for a bad clip, unless bad clips are skipped; or if none is left.
             OutputError: if a file cannot be written.
         """
         if self.reference_bugs:
@@ -92,9 +83,8 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
             return with_bugs(self)._run()
         return self._run()
 
-    def accumulate(self, batches: Iterable[Any], **options: Any) -> TemporalIDs:
-        """Makes IDs of the words' activations."""
-        return accumulate_temporal_ids(batches, **options)
+    accumulate: ClassVar[Callable[..., TemporalIDs]] = staticmethod(accumulate_temporal_ids)
+    """Makes IDs from the words' activations."""
 
     def _run(self) -> TemporalExtraction:
         self.check_output()
@@ -116,7 +106,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
         )
         check_finite(f"the IDs of {self.model} in {self.dtype}", np.asarray(ids.values), DataError)
         ids.save(self.out)
-        line = ids.line()
+        line, centred = ids.line(), centred_words(model, ANSWERS)
         found = TemporalExtraction(
             model=model.name,
             fingerprint=model.fingerprint,
@@ -127,7 +117,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
             rank_correlation=line.order,
             share_of_variance=line.share,
             coordinates=line.coordinates(np.asarray(ids.universal)),
-            words=word_coordinates(model, ids),
+            words=dict(zip(ANSWERS, line.coordinates(centred, centred=True).T, strict=True)),
             best_layer=int(np.lexsort((line.share, line.order))[-1]),
         )
         write_json(self.out.with_suffix(".json"), found)
@@ -136,10 +126,10 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
         return found
 
     def opened(self, items: Iterable[AppearItem], bad: list[tuple[str, DataError]]) -> Iterator[AppearItem]:
-        """The items with their clips opened; those that cannot be are noted where they are to be skipped.
+        """The items with their clips opened; the bad ones are noted if they are to be skipped.
 
         Raises:
-            DataError: for the first of them else; or if none is left.
+            DataError: for a bad clip, unless bad clips are skipped; or if none is left.
         """
         some = False
         for item in items:
@@ -156,7 +146,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
             raise DataError(f"no clip of {self.data} could be used: {bad[-1][1] if bad else 'there are none'}")
 
     def report(self, result: TemporalExtraction) -> Iterator[str]:
-        """What was read, and how well the IDs follow the frames."""
+        """Counts of clips and pairs, and the rank correlation of IDs and frames."""
         order = ", ".join(f"{value:.2f}" for value in result.rank_correlation)
         count = result.skipped["count"]
         yield (
@@ -166,7 +156,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
 
 
 def draw(found: TemporalExtraction) -> Figure:
-    """Where the IDs of the best layer lie along its line, and how well those of each layer follow the frames."""
+    """The best layer's IDs along its line, and the rank correlation with the frames by layer."""
     return plots.temporal_line(
         found.coordinates,
         np.array(found.frames),

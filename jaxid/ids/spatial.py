@@ -1,4 +1,4 @@
-"""Spatial IDs: where in the picture an object is, and the geometry of that ([ID] arXiv 2601.12626).
+"""Spatial IDs: where in the picture an object is, and their geometry ([ID] arXiv 2601.12626).
 
 A spatial ID is the part of an object word's activation that says where in the picture the object is. Cells (x, y):
 column x to the right, row y **down**.
@@ -87,15 +87,15 @@ class SpatialIDs(IDs):
         self,
         layer: int | Sequence[int] | Int[np.ndarray, "*layers"] | Int[Array, "*layers"],
         box: Sequence[float | int] | Float[np.ndarray, "*boxes 4"] | Float[Array, "*boxes 4"],
-        image_size: tuple[Size, Size],
+        image_size: tuple[Size, Size] = (1.0, 1.0),
         half_cell: bool = True,
     ) -> Float[Array, "..."]:
         """The ID of a box's centre, mixed from the universal IDs of the cells around it.
 
         Args:
             layer: Layer or layers.
-            box: (x, y, width, height) of the box, or many boxes, in pixels; x, y is the upper left corner.
-            image_size: Width and height of the image in pixels.
+            box: (x, y, width, height) of the box, or many boxes; x, y is the upper left corner.
+            image_size: Width and height of the image, in the same unit; 1 if boxes are shares of them.
             half_cell: False reproduces the published mapping, half a cell off (`kernels.probing.bilinear`).
 
         Returns:
@@ -132,7 +132,7 @@ class SpatialIDs(IDs):
         return probing.plane_coordinates(self.universal if values is None else values, *self.plane())
 
     def explained_variance(self) -> Float[Array, "L"]:
-        """Share of the universal IDs' variance that lies in the plane."""
+        """Share of the universal IDs' variance in the plane."""
         return probing.explained_variance(self.universal, *self.plane())
 
     def agreement(self) -> Float[Array, "L"]:
@@ -150,13 +150,13 @@ class SpatialIDs(IDs):
         """Reads a `.pt` file in the layout of the paper's authors.
 
         Such a file is `[layer][object][(x, y, size)]` -> [D], or universal without the object (the one object
-        is then called "universal"), or keyed (x, y) without the size. It does not say how many pictures are
-        behind an ID: each count is 1. Files made from Hugging Face's `hidden_states` hold the last layer
+        is then called "universal"), or keyed (x, y) without the size. It does not hold the number of
+        pictures averaged in an ID: each count is 1. Files made from Hugging Face's `hidden_states` hold the last layer
         after the final norm.
 
         Args:
             path: The file.
-            size: Reads this size alone; all of them by default. Names the size of a file keyed (x, y), 224 by
+            size: Reads only this size; all of them by default. Names the size of a file keyed (x, y), 224 by
                 default.
             layer_key: What layers are keyed by: "hf" (0 = embeddings, k + 1 = layer k) or "layer" (k = layer k).
 
@@ -183,7 +183,7 @@ class SpatialIDs(IDs):
         return self.sizes.index(size)
 
     def _require_cells(self, counts: Int[np.ndarray, "O X Y"], whose: str, size_index: int) -> None:
-        """Refuses a grid with holes: axes and mixes of it would silently count them as zero vectors."""
+        """Refuses a grid with holes, which axes and interpolation would silently treat as zero vectors."""
         holes = [(int(x), int(y)) for x, y in np.argwhere((counts == 0).all(axis=0))]
         if holes:
             raise InputError(
@@ -204,12 +204,12 @@ def accumulate_ids(
     """Spatial IDs from a stream of activations ([ID] arXiv 2601.12626, extraction of spatial IDs); see `accumulate`.
 
     Args:
-        batches: Batches in any order, their places the cells y * 4 + x; equal lengths (padded) compile once.
+        batches: Batches in any order; places are cells y * 4 + x. Equal lengths (padded) compile once.
         pairs: Number of ordered pairs.
         objects: Names of the objects.
         sizes: Object sizes in pixels.
-        model: Name of the model, kept in the container.
-        fingerprint: Fingerprint of its parameters, kept in the container.
+        model: Name of the model, stored in the container.
+        fingerprint: Fingerprint of its parameters, stored in the container.
 
     Returns:
         The IDs; an object or cell without pictures has count 0.

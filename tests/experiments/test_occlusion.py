@@ -104,7 +104,7 @@ def test_sensitivity_by_hand() -> None:
     assert result.random_drop == pytest.approx([-1 + 3.9])
     steps = Occlusion(out=Path("out"), data=Path("data"))
     assert steps.sensitivity(result) == [-9 + 3]
-    # The published code leaves out the first blur and takes in the fifth.
+    # The published code skips the first blur and includes the fifth.
     assert with_bugs(steps).sensitivity(result) == [-5 + 3]
 
 
@@ -274,7 +274,7 @@ def test_margins_of_a_deviation_run(place: Path, tmp_path: Path) -> None:
     assert summary.margins["items"] == ITEMS - 1
     assert summary.margins["spearman"] == pytest.approx(-1)
     for folder in (tmp_path, place / "out"):
-        with pytest.raises(DataError, match="no finished jaxid run deviation"):
+        with pytest.raises(DataError, match="no finished deviation run"):
             run(place, tmp_path / "other", deviation=folder)
 
 
@@ -284,7 +284,7 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
     arguments += ["--template", "{query}", "--out", tmp_path / "out", "--limit", "2", "--batch-size", "24"]
     capsys.readouterr()
     assert "radius must be" in refused(capsys, *arguments, "--radius", "0")
-    assert "no finished jaxid run deviation" in refused(capsys, *arguments, "--deviation", tmp_path)
+    assert "no finished deviation run" in refused(capsys, *arguments, "--deviation", tmp_path)
     assert command(*arguments) == 0
     line, written = capsys.readouterr().out.splitlines()
     assert written == str(tmp_path / "out" / "summary.json")
