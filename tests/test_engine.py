@@ -288,7 +288,7 @@ def test_gradient_with_respect_to_a_steering_vector() -> None:
         (lambda at, v: scale([0, 1, 9], at, 1.0), "layer 9 is out of range"),
         (lambda at, v: add(0, at, v, site="embed"), "layer 0 is out of range for site 'embed': .* layer -1"),
         (lambda at, v: chain(scale(0, at, 1.0), chain(scale(7, at, 1.0))), "layer 7 is out of range"),
-        (lambda at, v: add(1, [at[0]] * 3, v), "the edit is for 3 prompts, the batch holds 2"),
+        (lambda at, v: add(1, [at[0]] * 3, v), "the edit is for 3 prompts, but the batch holds 2"),
         (lambda at, v: add(1, at, v[:-1]), "the edit's vector has width 31, the model's residual stream 32"),
         (lambda at, v: add(1, at, v[:1]), "the edit's vector has width 1, the model's residual stream 32"),
         (lambda at, v: add(1, at + 1000, v), "position 10.. lies outside prompt 0, which ends at 26"),

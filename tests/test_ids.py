@@ -202,7 +202,7 @@ def test_batches_of_other_shapes_and_none_are_refused():
     short = pictures._replace(own_index=pictures.own_index[:-1])
     with pytest.raises(InputError, match="own_index is"):
         accumulate_ids([short], pairs=len(PAIRS), objects=OBJECTS, sizes=SIZES)
-    with pytest.raises(InputError, match="no rows but padding"):
+    with pytest.raises(InputError, match="hold only padding"):
         accumulate_ids([], pairs=1, objects=OBJECTS)
 
 

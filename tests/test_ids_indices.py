@@ -46,7 +46,7 @@ def test_slices_stay_inside(ids: SpatialIDs) -> None:
     np.testing.assert_array_equal(ids[1:3, 0, 0], ids[[1, 2], 0, 0])
     np.testing.assert_array_equal(ids[::-1, 0, 0], ids[[2, 1, 0], 0, 0])
     for key in (slice(-2, None), slice(0, 4), slice(0, -1), slice(0.0, 2), slice(None, None, 0)):
-        with pytest.raises(InputError, match="a slice of layers lies between 0 and 3"):
+        with pytest.raises(InputError, match="a slice of layers must lie between 0 and 3"):
             ids[key, 0, 0]
 
 

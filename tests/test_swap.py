@@ -183,5 +183,5 @@ def test_unlike_traces(beside: bool, model: Model, ours: Trace) -> None:
         (fixtures.recorded(PLAIN), ours),  # pictures of fewer tokens
     ):
         edit = add(1, own.prompts.last(), vectors()) if beside else clean
-        with pytest.raises(InputError, match="of the same model whose prompts are alike up to the picture's end"):
+        with pytest.raises(InputError, match="of the same model whose prompts are equal up to the picture's end"):
             rerun(own.model, own, edit, pictures_of=source, after=1)

@@ -69,6 +69,14 @@ def test_chunks_fit(count: int, tokens: int) -> None:
     assert chunk == 1 or chunk * tokens <= 2048
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 20, 80, 160, 640, 3000])
+def test_fewer_than_half_as_many_rows_are_computed_in_vain(tokens: int) -> None:
+    """Whatever the number of rows: chunks divide the bucket, and those that hold only padding are skipped."""
+    for count in range(1, 601):
+        chunk = rows_together(bucket(count), tokens)
+        assert bucket(count) % chunk == 0 and -(-count // chunk) * chunk < 1.5 * count
+
+
 SWEEPS = {
     "every layer once": np.arange(32),
     "every fourth layer": np.arange(0, 32, 4),
@@ -132,21 +140,17 @@ def test_edits_at_other_layers_and_other_numbers_of_layers() -> None:
 
 
 @pytest.mark.usefixtures("once")
-def test_swaps_after_other_layers() -> None:
+@pytest.mark.parametrize("pictures", [False, True])
+def test_swaps_after_other_layers(pictures: bool) -> None:
     model, recorded = fixtures.model(GQA), fixtures.recorded(GQA)
     mirrored = model.prepare([picture[:, ::-1] for picture in fixtures.pictures()], fixtures.QUESTIONS)
     other = trace.trace(model, mirrored)
     for layers in LAYER_SETS:
-        rerun(model, recorded, swap(other, layers, "text")).logprobs([14, 16])
-
-
-@pytest.mark.usefixtures("once")
-def test_pictures_after_other_layers() -> None:
-    model, recorded = fixtures.model(GQA), fixtures.recorded(GQA)
-    mirrored = model.prepare([picture[:, ::-1] for picture in fixtures.pictures()], fixtures.QUESTIONS)
-    other = trace.trace(model, mirrored)
-    for layers in LAYER_SETS:
-        rerun(model, recorded, pictures_of=other, after=layers).logprobs([14, 16])
+        if pictures:
+            output = rerun(model, recorded, pictures_of=other, after=layers)
+        else:
+            output = rerun(model, recorded, swap(other, layers, "text"))
+        output.logprobs([14, 16])
 
 
 @pytest.mark.usefixtures("once")

@@ -170,7 +170,7 @@ def test_what_does_not_fit() -> None:
         ids(objects=("star", "star", "cup"))
     with pytest.raises(InputError, match=r"no ID at frames \[2\]"):
         _ = ids(counts=np.tile(np.array([1, 0, 1, 1, 1, 1, 1], np.int32), (3, 1))).universal
-    with pytest.raises(InputError, match="no rows but padding"):
+    with pytest.raises(InputError, match="hold only padding"):
         accumulate_temporal_ids([], pairs=1, objects=OBJECTS)
     batch = next(batches(parts()))
     for change, message in (

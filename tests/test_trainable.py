@@ -93,7 +93,7 @@ def test_the_largest_come_first_within_the_budget() -> None:
     assert [tensor.size for tensor in choose(every, ["lm-mlp"], budget=0.5)] == [10, 40]  # 50 of 100: 40, not 30, 10
     assert [tensor.size for tensor in choose(every, ["lm-mlp", "projector"], budget=1.0)] == [10, 40, 30, 5, 15]
     assert [tensor.size for tensor in choose(every, ["projector"], budget=0.15)] == [15]
-    with pytest.raises(InputError, match="the smallest has 15 numbers; give a larger budget"):
+    with pytest.raises(InputError, match="the smallest has 15 elements; give a larger budget"):
         choose(every, ["projector"], budget=0.14)
     with pytest.raises(InputError, match="the network has none of that kind"):
         choose(every, ["vision-mlp"], budget=0.5)

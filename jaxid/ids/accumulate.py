@@ -1,7 +1,7 @@
-"""IDs from a stream of activations: what is left of an object word's activation without its mean.
+"""IDs from a stream of activations: an object word's activation minus its mean.
 
-For a word beside a partner that stays at one place, its ID is its activation less the mean over all of its own places
-and sizes; IDs are averaged over the partner's places, then over the pairs of each object ([ID] arXiv 2601.12626,
+With the partner at a fixed place, the ID of a word is its activation minus the mean over all of its own places and
+sizes. IDs are then averaged over the partner's places, then over the pairs of each object ([ID] arXiv 2601.12626,
 extraction of spatial IDs). Places are cells of a grid, or frames of a clip.
 """
 
@@ -21,15 +21,15 @@ _add = jax.jit(probing.accumulate, donate_argnums=0)
 
 
 class IDBatch(NamedTuple):
-    """One batch of activations, a row a word. A row with pair -1 is padding: nothing of it is read.
+    """One batch of activations, one word a row. Rows with pair -1 are padding and are ignored.
 
     Attributes:
         activations: At the word's last sub-token; index 0 the embeddings, k + 1 the output of layer k.
-        object_index: Which object the word names.
-        pair_index: Which object with which partner, in which role; a pair is of one object.
-        own_index: Where the object is: its cell y * 4 + x in a picture, or the index of its frame in a clip.
-        other_index: Where its partner is.
-        size_index: Which object size.
+        object_index: Index of the object that the word names.
+        pair_index: Index of the object, its partner and its role together; a pair has one object.
+        own_index: Place of the object: its cell y * 4 + x in a picture, or the index of its frame in a clip.
+        other_index: Place of its partner.
+        size_index: Index of the object's size.
     """
 
     activations: Float[Array, "B L+1 D"] | Float[np.ndarray, "B L+1 D"]
@@ -51,11 +51,11 @@ def accumulate(
         batches: in any order; equal lengths (padded) compile once.
         pairs: number of pairs.
         objects: names of the objects.
-        places: where an object can be.
+        places: number of places that an object can have.
         sizes: number of object sizes.
 
     Returns:
-        The IDs, and how many rows are behind each; both zero where there are none.
+        The IDs and the number of rows averaged in each; both are zero where there are none.
 
     Raises:
         InputError: An index out of range, both objects of a pair in one place, a pair of two different objects,
@@ -80,7 +80,7 @@ def accumulate(
         own_sums = _add(own_sums, activations, jnp.asarray(pair), jnp.asarray(own))
         other_sums = _add(other_sums, activations, jnp.asarray(pair), jnp.asarray(other))
     if own_sums is None or other_sums is None or not crossings.any():
-        raise InputError("There are no activations to find IDs in: the batches hold no rows but padding.")
+        raise InputError("There are no activations to find IDs in: the batches hold only padding.")
 
     layers, width = own_sums.sums.shape[2:]
     values = np.zeros((layers, len(objects), sizes * places, width), np.float32)
@@ -135,5 +135,5 @@ def _checked(
 
 
 def layer_names(layers: int) -> tuple[str, ...]:
-    """Names of where IDs are read: after each layer."""
+    """Names of the sites at which IDs are read, after each layer."""
     return tuple(f"blocks.{k}.resid_post" for k in range(layers))

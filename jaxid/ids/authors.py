@@ -11,7 +11,7 @@ from jaxid.checkpoints.torch_files import read_torch_file
 from jaxid.data.grid import GRID
 from jaxid.errors import CheckpointError, InputError
 
-_UNNAMED_SIZE = 224  # of files that are keyed by (x, y) alone
+_UNNAMED_SIZE = 224  # in files that are keyed by (x, y)
 
 Size = int | float  # of an object picture, in pixels
 Cell = tuple[int, int, Size]  # column, row, size
@@ -29,8 +29,8 @@ def read_authors_ids(
 
     Args:
         path: The file: `[layer][object][(x, y, size)]` -> [D], or without the object, or keyed (x, y).
-        size: Reads this size alone; all by default. Names the size of a file keyed (x, y), 224 by default.
-        layer_key: What layers are keyed by: "hf" (0 = embeddings, k + 1 = layer k) or "layer" (k = layer k).
+        size: Reads only this size; all by default. Names the size of a file keyed (x, y), 224 by default.
+        layer_key: The key of a layer: "hf" (0 = embeddings, k + 1 = layer k) or "layer" (k = layer k).
 
     Returns:
         IDs after each layer, IDs of the embeddings where the file has them, names of the objects (the one
@@ -64,7 +64,7 @@ def read_authors_ids(
             where, vectors = f"{path}: [{key}][{name!r}]", layers[key][name]
             if set(vectors) != places:
                 wrong = min(set(vectors) ^ places)
-                raise CheckpointError(f"{where} {'has no' if wrong in places else 'has a strange'} cell {wrong}.")
+                raise CheckpointError(f"{where} {'has no' if wrong in places else 'has an unexpected'} cell {wrong}.")
             for (x, y, s), vector in vectors.items():
                 if vector.shape != (width,) or not np.isfinite(vector).all():
                     raise CheckpointError(f"{where}[{(x, y, s)}] is not a finite vector of width {width}.")
@@ -79,7 +79,7 @@ def _layers(tree: object, size: Size | None, path: str) -> dict[int, dict[str, d
     for key, entry in _filled(tree, path).items():
         where = f"{path}: [{key!r}]"
         if isinstance(key, bool) or not str(key).isdecimal() or int(key) in layers:
-            raise CheckpointError(f"{where} is not the index of a layer, or is one twice.")
+            raise CheckpointError(f"{where} is not the index of a layer, or repeats one.")
         if all(isinstance(name, tuple) for name in _filled(entry, where)):
             entry = {"universal": entry}
         if not all(isinstance(name, str) for name in entry):
@@ -91,12 +91,12 @@ def _layers(tree: object, size: Size | None, path: str) -> dict[int, dict[str, d
 def _filled(value: object, where: str) -> Mapping[Any, Any]:
     """The value, which must be a dictionary with something in it."""
     if not isinstance(value, Mapping) or not value:
-        raise CheckpointError(f"{where} is not a dictionary of spatial IDs, or an empty one.")
+        raise CheckpointError(f"{where} is not a dictionary of spatial IDs, or is empty.")
     return value
 
 
 def _cells(cells: object, size: Size | None, where: str) -> dict[Cell, np.ndarray]:
-    """Vectors by (x, y, size): of the asked size, or of all."""
+    """Vectors by (x, y, size), of the given size or of all."""
     found = {}
     for key, vector in _filled(cells, where).items():
         if (

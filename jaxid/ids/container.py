@@ -1,6 +1,7 @@
-"""The container of IDs: vectors with named axes, their checks, their indices, their mean over objects, their files."""
+"""The container of IDs: vectors with named axes, with checks, indexing and files."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxid import __version__
 from jaxid.checks import check_finite
 from jaxid.errors import CheckpointError, InputError, OutputError
 from jaxid.io import reading, reporting, whole_file
+from jaxid.nn.sites import AnyArray
 
 VERSION = "1"
 
@@ -23,8 +25,8 @@ Kind = TypeVar("Kind", bound="IDs")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class IDs:
-    """IDs of one model by layer, object and place; a subclass says which axes a place has.
+class IDs(ABC):
+    """IDs of one model by layer, object and place; a subclass defines the axes of a place.
 
     Indices (`ids[layer, place]`) read the universal IDs and broadcast as in numpy: `ids[layers, 0, 0]` is
     [len(layers), D]. They count from 0; traced ones out of range give NaN. Layer k is the output of decoder block k,
@@ -35,17 +37,17 @@ class IDs:
     """
 
     KIND: ClassVar[str]  # for people: "spatial IDs"
-    FORMAT: ClassVar[str]  # what files say of their kind
+    FORMAT: ClassVar[str]  # the format named in files
     AXES: ClassVar[tuple[str, ...]]  # of `values`
     INDEXED: ClassVar[tuple[str, ...]]  # the axes of `universal` but for the width, as `ids[...]` takes them
     NAMES: ClassVar[Mapping[str, str]]  # axis -> the field that names its entries
 
     values: Float[np.ndarray, "L O *place D"]  # float32; zero where counts is zero
-    counts: Int[np.ndarray, "O *place"]  # words read behind each ID; zero: there is none
+    counts: Int[np.ndarray, "O *place"]  # number of words averaged in each ID; zero: there is none
     objects: tuple[str, ...]
     layer_names: tuple[str, ...]
-    embeddings: Float[np.ndarray, "O *place D"] | None = None  # the same before the first block
-    model: str = ""  # name of the model
+    embeddings: Float[np.ndarray, "O *place D"] | None = None  # IDs of the embeddings
+    model: str = ""  # the model's name
     fingerprint: str = ""  # of the model's parameters
 
     def __post_init__(self) -> None:
@@ -58,31 +60,31 @@ class IDs:
                 raise InputError(f"{field} must name {length} different entries, not {list(names)}.")
         counts = np.asarray(self.counts)
         if counts.shape != shape[1:-1]:
-            raise InputError(f"counts is {list(counts.shape)}; values asks for {list(shape[1:-1])}.")
+            raise InputError(f"counts is {list(counts.shape)}; values needs {list(shape[1:-1])}.")
         if counts.dtype.kind not in "iu" or (counts < 0).any():
             raise InputError("counts must be integers of 0 or more.")
         for field, array, expected in (("values", self.values, shape), ("embeddings", self.embeddings, shape[1:])):
             if array is None:
                 continue
             if array.shape != expected:
-                raise InputError(f"{field} is {list(array.shape)}; values asks for {list(expected)}.")
+                raise InputError(f"{field} is {list(array.shape)}; values needs {list(expected)}.")
             if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise InputError(f"{field} must hold floating-point numbers, not {array.dtype}.")
             if not isinstance(array, Tracer):
                 check_finite(field, array)
 
     @property
+    @abstractmethod
     def universal(self) -> Float[Array, "L *place D"]:
         """Universal IDs: the mean over the objects that have data, weighted equally."""
-        raise NotImplementedError
 
-    def __getitem__(self, key: Any) -> Float[Array, "..."]:
+    def __getitem__(self, key: object) -> Float[Array, "..."]:
         if not isinstance(key, tuple) or len(key) != len(self.INDEXED):
             raise InputError(f"Index {self.KIND} by {', '.join(self.INDEXED)}, not by {key!r:.80}.")
         return take(self.universal, *map(self.entry, self.INDEXED, key))
 
-    def entry(self, axis: str, index: Any) -> Any:
-        """Indices of one axis of `universal`, checked unless they are traced.
+    def entry(self, axis: str, index: object) -> Int[AnyArray, "..."]:
+        """Indices along one axis of `universal`, checked unless they are traced.
 
         Raises:
             InputError: for anything but integers from 0 to the last entry, or a slice of them.
@@ -94,7 +96,7 @@ class IDs:
             known = all(isinstance(bound, int | np.integer) and 0 <= bound <= length for bound in bounds)
             if known and isinstance(index.step, int | np.integer | None) and index.step != 0:
                 return np.arange(length)[index]
-            raise InputError(f"a slice of {axis}s lies between 0 and {length}, not {index}{note}.")
+            raise InputError(f"a slice of {axis}s must lie between 0 and {length}, not {index}{note}.")
         wanted = f"a {axis} is an integer from 0 to {length - 1}, not"
         if isinstance(index, Tracer):
             if jnp.issubdtype(index.dtype, jnp.integer):
@@ -109,7 +111,7 @@ class IDs:
         """Writes the IDs as a safetensors file whose metadata names every axis; `load` reads it.
 
         Raises:
-            OutputError: The file cannot be written. A file that was there is then unharmed.
+            OutputError: The file cannot be written. An existing file is then unchanged.
         """
         from safetensors.numpy import save_file
 
@@ -136,13 +138,13 @@ class IDs:
         """Reads a file written by `save`.
 
         Raises:
-            CheckpointError: The file is missing, damaged, or not a file of such IDs of this version.
+            CheckpointError: The file is missing, damaged, or not a file of such IDs in this version's format.
         """
         from safetensors import safe_open
 
         with reading(path, f"a file of {cls.KIND}"), safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
         found = metadata.get("format"), metadata.get("format_version")
         if found != (cls.FORMAT, VERSION):
             raise CheckpointError(
@@ -176,10 +178,10 @@ class IDs:
 
     @classmethod
     def _from_file(cls: type[Kind], path: str | Path, **fields: Any) -> Kind:
-        """The container of what a file holds.
+        """The container with the contents of a file.
 
         Raises:
-            CheckpointError: naming the file, if its parts do not fit each other.
+            CheckpointError: if its parts do not fit each other; the message names the file.
         """
         try:
             return cls(**fields)
@@ -187,7 +189,7 @@ class IDs:
             raise CheckpointError(f"{path} is an incomplete file of {cls.KIND}: {problem}") from problem
 
 
-def take(values: Float[Array, "..."], *indices: Any) -> Float[Array, "..."]:
+def take(values: Float[Array, "..."], *indices: Int[AnyArray, "..."]) -> Float[Array, "..."]:
     """Values at indices of the leading axes that `IDs.entry` has checked; NaN at traced ones out of range."""
     inside = [
         jnp.where(index < 0, values.shape[axis], index) if isinstance(index, Tracer) else index
@@ -203,6 +205,6 @@ def mean_over_objects(
     present = (counts > 0).astype(np.float32)
     mean = np.einsum("lo...d,o...->l...d", np.asarray(values, np.float32), present)
     mean /= present.sum(axis=0)[..., None]
-    # What is kept must not be a tracer, even where it is first asked for inside a traced function.
+    # The result is cached, so it must not be a tracer even if it is first computed inside a traced function.
     with jax.ensure_compile_time_eval():
         return jnp.asarray(mean)

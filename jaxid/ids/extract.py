@@ -20,7 +20,7 @@ from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Prompts
 
 SPATIAL_QUESTION = "Is the {b} to the left or right of the {a}?"
-"""The published question about grid pictures; its word {b} is the one whose activations are read."""
+"""The published question about grid pictures; its word {b} is the one that is read."""
 
 TEMPORAL_QUESTION = (
     "In this video, two objects appear at different times. Does the {a} come before or after the {b}? "
@@ -32,7 +32,7 @@ Item = TypeVar("Item", GridItem, AppearItem)
 
 
 class _Word(NamedTuple):
-    """A word to read of an item: what it names, where that and its partner are, and of which size."""
+    """A word of an item: the object it names, the places of that and of its partner, and the index of its size."""
 
     name: str
     own: int
@@ -59,13 +59,13 @@ def extract_spatial(
     Args:
         model: the model.
         items: grid pictures in any order; wrap the iterable in tqdm for a progress bar.
-        pairs: all ordered pairs (A, B) that occur.
-        sizes: all object sizes that occur, pixels.
-        question: with {a} and {b} where the names go.
+        pairs: all ordered pairs (A, B) that may occur.
+        sizes: all object sizes that may occur, in pixels.
+        question: the question, with {a} and {b} for the names.
         batch_size: pictures per forward pass.
 
     Returns:
-        IDs of every object that stands second in a pair.
+        IDs of every object that is second in a pair.
 
     Raises:
         InputError: if an item's pair or size is not among those announced, or its objects have the same name.
@@ -103,10 +103,10 @@ def extract_temporal(
     Args:
         model: the model.
         items: clips in any order; wrap the iterable in tqdm for a progress bar.
-        pairs: all ordered pairs (A, B) that occur.
-        question: with {a} and {b} where the names go.
+        pairs: all ordered pairs (A, B) that may occur.
+        question: the question, with {a} and {b} for the names.
         batch_size: clips per forward pass.
-        accumulate: what makes IDs of the batches, called as `accumulate_temporal_ids` is.
+        accumulate: computes the IDs from the batches; has the signature of `accumulate_temporal_ids`.
 
     Raises:
         InputError: if an item's pair is not among those announced, or its clip cannot be read.
@@ -138,7 +138,7 @@ def _batches(
     picture: Callable[[Item], Picture | Clip],
     words: Callable[[Item], list[_Word]],
 ) -> Iterator[IDBatch]:
-    """Activations at the words to read: for a batch of items, one batch for each word of an item.
+    """Activations at the words, with one batch for each word of a batch of items.
 
     A short last batch of items is padded with its first, so that one program serves all batches.
     """
@@ -170,7 +170,7 @@ def _batches(
 
 
 def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
-    """Words without a picture, each read at its own position after every layer, less their mean (Figure 5)."""
+    """Activations of words without a picture, after every layer, minus their mean (Figure 5)."""
     prompts = model.prepare(None, list(words))
     states = activations_at(model, prompts, prompts.word(list(words)))[:, 1:].astype(np.float32).swapaxes(0, 1)
     return states - states.mean(axis=1, keepdims=True)

@@ -1,13 +1,13 @@
-"""Temporal IDs: when in a video an object comes, and the line from early to late ([ID] arXiv 2601.12626).
+"""Temporal IDs: when in a video an object appears, and the line from early to late ([ID] arXiv 2601.12626).
 
-A temporal ID is the part of an object word's activation that says when in a video the object comes. Frames are numbered
-as in the published clips: of eight evenly spread frames 0..7, objects come at 1 to 7.
+A temporal ID is the part of an object word's activation that says when in a video the object appears. Frames are
+counted as in the published clips: of eight evenly spaced frames 0..7, objects appear at 1 to 7.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +17,17 @@ from jaxtyping import Array, Float, Int
 from jaxid.errors import InputError
 from jaxid.ids.accumulate import IDBatch, accumulate, layer_names
 from jaxid.ids.container import IDs, mean_over_objects
-from jaxid.nn.sites import as_integers
+from jaxid.nn.sites import AnyArray, as_integers
 
 FRAMES = tuple(range(1, 8))
-"""Frames at which objects come in the published clips."""
+"""Frames at which objects appear in the published clips."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TemporalIDs(IDs):
     """Temporal IDs of one model, by layer, object and frame.
 
-    `ids[k, f]` is the universal ID (the mean over objects) of layer k for objects that come at frame f; traced frames
+    `ids[k, f]` is the universal ID (the mean over objects) of layer k for objects that appear at frame f; traced frames
     that do not exist give NaN.
 
     Raises:
@@ -64,8 +64,8 @@ class TemporalIDs(IDs):
             raise InputError(f"There is no ID at frames {missing}: extract from clips of every frame.")
         return mean_over_objects(self.values, self.counts)
 
-    def entry(self, axis: str, index: Any) -> Any:
-        """As `IDs.entry`; frames are taken by their number.
+    def entry(self, axis: str, index: object) -> Int[AnyArray, "..."]:
+        """As `IDs.entry`, but frames are selected by the names in `frames`.
 
         Raises:
             InputError: also for a frame that has no IDs.
@@ -85,14 +85,14 @@ class TemporalIDs(IDs):
 
 
 class Line(NamedTuple):
-    """A direction in every layer, and where things lie along it.
+    """A direction in every layer, and coordinates along it.
 
     Attributes:
-        origin: what has coordinate 0 before scaling, Float[L, D].
+        origin: mean of the IDs, whose coordinate is 0 before scaling, Float[L, D].
         direction: unit vectors, Float[L, D].
-        low: of the IDs' coordinates, Float[L]; they are scaled to 0..1.
-        high: likewise.
-        share: of the IDs' variance along it, Float[L].
+        low: the lowest coordinate of the IDs, which is scaled to 0, Float[L].
+        high: the highest one, which is scaled to 1, Float[L].
+        share: share of the IDs' variance along the direction, Float[L].
         order: Spearman's rank correlation of coordinate and frame, Float[L].
     """
 
@@ -104,11 +104,11 @@ class Line(NamedTuple):
     order: Float[np.ndarray, "L"]
 
     def coordinates(self, values: Float[np.ndarray, "L N D"], *, centred: bool = False) -> Float[np.ndarray, "L N"]:
-        """Where vectors lie: 0 as the earliest ID, 1 as the latest.
+        """Coordinates of vectors: 0 for the lowest coordinate of the IDs, 1 for the highest.
 
         Args:
             values: the vectors.
-            centred: they have no mean to take away; else that of the IDs is.
+            centred: the vectors are centred already; otherwise the IDs' mean is subtracted.
         """
         away = values if centred else values - self.origin[:, None]
         return (np.einsum("lnd,ld->ln", away, self.direction) - self.low[:, None]) / (self.high - self.low)[:, None]
@@ -135,13 +135,12 @@ def early_to_late(universal: Float[np.ndarray, "L F D"], frames: Int[np.ndarray,
 
 
 def rank_correlation(values: Float[np.ndarray, "F"], frames: Int[np.ndarray, "F"]) -> float:
-    """Spearman's; 0 where all values are equal."""
+    """Spearman's rank correlation; 0 if all values are equal."""
     from scipy import stats
 
     if np.ptp(values) == 0:
         return 0.0
-    result: Any = stats.spearmanr(values, frames)
-    return float(result.statistic)
+    return float(np.asarray(stats.spearmanr(values, frames))[0])
 
 
 def accumulate_temporal_ids(
@@ -156,12 +155,12 @@ def accumulate_temporal_ids(
     """Temporal IDs from a stream of activations; see `accumulate`.
 
     Args:
-        batches: in any order, their places indices in `frames`; equal lengths (padded) compile once.
+        batches: batches in any order; places are indices into `frames`. Equal lengths (padded) compile once.
         pairs: number of different `pair_index`.
         objects: names of the objects.
-        frames: at which objects come.
-        model: name of the model, kept in the container.
-        fingerprint: of its parameters, kept in the container.
+        frames: frames at which objects appear.
+        model: name of the model, stored in the container.
+        fingerprint: fingerprint of its parameters, stored in the container.
 
     Raises:
         InputError: as `accumulate`.

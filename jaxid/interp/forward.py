@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import InputError
 from jaxid.families.base import Model
@@ -18,6 +17,7 @@ from jaxid.interp.interventions import Edit, VectorEdit, as_intervention, check_
 from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.kernels.logprobs import log_probs
 from jaxid.nn.inputs import Inputs
+from jaxid.nn.network import Network
 from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, SiteFunction, as_integers, as_positions, clean
 from jaxid.prompts.processor import Prompts
 
@@ -29,7 +29,7 @@ class Output:
     Attributes:
         hidden: normed final hidden state at the last position, Float[S..., B, D].
         captured: by site; "embed" Float[S..., B, P, D], block sites Float[S..., L, B, P, D].
-        model: the model that made it.
+        model: the model that computed it.
     """
 
     hidden: Float[Array, "*S B D"]
@@ -41,14 +41,14 @@ class Output:
         """Next-token logits at the last position, float32."""
         return self._read(_unembed)
 
-    def logprobs(self, answers: Any) -> Float[Array, "*S B n"]:
+    def logprobs(self, answers: object) -> Float[Array, "*S B n"]:
         """Log-probabilities of answers as the next token, over the full vocabulary.
 
         Args:
             answers: answer words, list[str], each a single token after the prompt; or token ids, Int[n].
 
         Raises:
-            PromptError: for a word that is not a single token of its own.
+            PromptError: for a word that is not a single token.
         """
         if isinstance(answers, list | tuple) and all(isinstance(answer, str) for answer in answers):
             answers = self.model.processor.answer_ids(answers)
@@ -63,21 +63,25 @@ class Output:
         return sweep.unflat(found)
 
 
-def _matrix(definition: Any, parameters: Any) -> Float[Array, "D V"]:
+def _matrix(definition: nnx.GraphDef[Network], parameters: PyTree) -> Float[Array, "D V"]:
     return nnx.merge(definition, nnx.State(parameters)).decoder.unembed_matrix()
 
 
 @partial(jax.jit, static_argnums=0)
-def _unembed(definition: Any, parameters: Any, hidden: Float[Array, "*S B D"]) -> Float[Array, "*S B V"]:
+def _unembed(
+    definition: nnx.GraphDef[Network], parameters: PyTree, hidden: Float[Array, "*S B D"]
+) -> Float[Array, "*S B V"]:
     return jnp.einsum("...d,dv->...v", hidden, _matrix(definition, parameters), preferred_element_type=jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
-def _answer_log_probs(definition: Any, parameters: Any, hidden: Array, ids: Array) -> Array:
+def _answer_log_probs(definition: nnx.GraphDef[Network], parameters: PyTree, hidden: Array, ids: Array) -> Array:
     return log_probs(hidden, _matrix(definition, parameters), ids)
 
 
-def _pass(definition: Any, parameters: Any, inputs: Inputs, intervention: SiteFunction, capture: Capture) -> Any:
+def _pass(
+    definition: nnx.GraphDef[Network], parameters: PyTree, inputs: Inputs, intervention: SiteFunction, capture: Capture
+) -> tuple[Array, dict[str, Array]]:
     network = nnx.merge(definition, nnx.State(parameters))
     output = network(inputs, intervention, capture)
     last = jnp.take_along_axis(output.hidden, inputs.last[:, None, None], axis=1)[:, 0]
@@ -86,24 +90,24 @@ def _pass(definition: Any, parameters: Any, inputs: Inputs, intervention: SiteFu
 
 @partial(jax.jit, static_argnames=("definition", "chunk"))
 def _run(
-    definition: Any,
-    parameters: Any,
+    definition: nnx.GraphDef[Network],
+    parameters: PyTree,
     inputs: Inputs,
-    intervention: Any,
+    intervention: PyTree,
     capture: Capture,
     count: Int[Array, ""] | None,
     *,
     chunk: int,
-) -> Any:
-    """One pass; or passes of R rows, `chunk` at a time, of which the first `count` are wanted."""
+) -> tuple[Array, dict[str, Array]]:
+    """A single pass; with `count`, the passes of R rows in chunks, of which only the first `count` are needed."""
     if count is None:
         return _pass(definition, parameters, inputs, intervention, capture)
     rows = jax.tree.leaves(intervention)[0].shape[0]
     chunks = -(-rows // chunk)
     row = (jnp.arange(chunks * chunk) % rows).reshape(chunks, chunk)
 
-    @jax.jit  # or it would be traced twice, for its shapes and for its values
-    def run(row: Array) -> Any:
+    @jax.jit  # so that it is traced only once, for its shapes and its values
+    def run(row: Array) -> PyTree:
         edits = jax.tree.map(lambda leaf: leaf[row], intervention)
         return jax.vmap(lambda edit: _pass(definition, parameters, inputs, edit, capture))(edits)
 
@@ -125,10 +129,10 @@ def forward(
     Args:
         model: the model.
         prompts: B prompts.
-        intervention: called at every site as `(site, value) -> value`. Edits made by `jaxid.add` and its kin carry
-            their sweep axes S; any other pytree-registered callable or plain function counts as a single one.
+        intervention: called at every site as `(site, value) -> value`. Edits made by `jaxid.add` etc. carry their sweep
+            axes S; any other callable pytree or plain function counts as a single intervention.
         capture: sites and positions to return.
-        chunk: interventions that run side by side, which bounds the memory; chosen from their number by default.
+        chunk: number of interventions that run together, which bounds the memory; chosen automatically by default.
 
     Returns:
         The output, with sweep axes leading.
@@ -158,24 +162,24 @@ def forward(
     )
 
 
-def checked_positions(prompts: Prompts, positions: Any, new_tokens: int = 0) -> Int[AnyArray, "B P"]:
+def checked_positions(prompts: Prompts, positions: object, new_tokens: int = 0) -> Int[AnyArray, "B P"]:
     """Positions in every prompt of a batch.
 
     Args:
         prompts: the batch.
-        positions: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
-        new_tokens: how many tokens may follow the prompts.
+        positions: Int[B, P] or Int[B]; Int[1, P] applies to all prompts.
+        new_tokens: number of tokens that may follow the prompts.
 
     Returns:
         Int[B, P], on the host unless it is traced.
 
     Raises:
-        InputError: for another shape or kind, or a known position that a prompt does not have.
+        InputError: for another shape or dtype, or a concrete position outside its prompt.
     """
     positions = as_positions(positions)
     count = len(prompts)
     if positions.shape[0] not in (1, count):
-        raise InputError(f"`positions` names those of {positions.shape[0]} prompts, the batch holds {count}.")
+        raise InputError(f"`positions` is for {positions.shape[0]} prompts, but the batch holds {count}.")
     if isinstance(positions, Tracer):
         return jnp.broadcast_to(positions, (count, positions.shape[1]))
     positions = np.broadcast_to(positions, (count, positions.shape[1]))
@@ -192,24 +196,24 @@ def checked_positions(prompts: Prompts, positions: Any, new_tokens: int = 0) -> 
 def nan_outside(
     prompts: Prompts, positions: Int[AnyArray, "B P"] | None, values: Float[Array, "*S B P D"]
 ) -> Float[Array, "*S B P D"]:
-    """Values read at positions; NaN at traced ones that a prompt does not have."""
-    if not isinstance(positions, Tracer):  # checked
+    """The values, with NaN at traced positions that are outside the prompt."""
+    if not isinstance(positions, Tracer):  # those have been checked
         return values
     inside = (positions >= 0) & (positions <= prompts.last()[:, None])
     return jnp.where(inside[..., None], values, jnp.nan)
 
 
 def check(model: Model, prompts: Prompts, intervention: Intervention, new_tokens: int = 0) -> None:
-    """Checks layers, positions, number of prompts and width of an edit, where it is ours and concrete.
+    """Checks layers, positions, number of prompts and width of the library's own edits, where they are concrete.
 
     Args:
         model: the model.
         prompts: the batch.
         intervention: the edit, or a chain of them.
-        new_tokens: how many tokens may follow the prompts.
+        new_tokens: number of tokens that may follow the prompts.
 
     Raises:
-        InputError: naming what does not fit the model and the batch.
+        InputError: if an edit does not fit the model and the batch.
     """
     for part in parts_of(intervention):
         if not isinstance(part, Edit):
@@ -217,7 +221,7 @@ def check(model: Model, prompts: Prompts, intervention: Intervention, new_tokens
         check_layers(part.layer, part.site, model.num_layers, model.name)
         rows = part.positions.shape[-2]
         if rows not in (1, len(prompts)):
-            raise InputError(f"the edit is for {rows} prompts, the batch holds {len(prompts)}.")
+            raise InputError(f"the edit is for {rows} prompts, but the batch holds {len(prompts)}.")
         if isinstance(part, VectorEdit) and part.vector.shape[-1] != model.width:
             width = part.vector.shape[-1]
             raise InputError(f"the edit's vector has width {width}, the model's residual stream {model.width}.")

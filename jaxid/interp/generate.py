@@ -3,14 +3,13 @@
 import dataclasses
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from jaxid.errors import InputError
 from jaxid.families.base import Model
@@ -19,18 +18,19 @@ from jaxid.interp.interventions import as_intervention
 from jaxid.interp.sweep import Sweep, bucket
 from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
 from jaxid.nn import passes
+from jaxid.nn.network import Network
 from jaxid.nn.sites import AnyArray, Clean, SiteFunction, clean
 from jaxid.prompts.processor import Prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What a model writes; S are the intervention's sweep axes.
+    """Tokens that a model generated; S are the intervention's sweep axes.
 
     Attributes:
         tokens: new tokens, padded after the stop token, Int[S..., B, N]; on the host unless they are traced.
-        lengths: how many of them there are, stop token included, Int[S..., B].
-        first: where the first new token is read: its logits and log-probabilities.
+        lengths: number of new tokens, including the stop token, Int[S..., B].
+        first: output from which the first new token is chosen, with its logits and log-probabilities.
     """
 
     tokens: Int[AnyArray, "*S B N"]
@@ -48,24 +48,26 @@ class Generation:
 
 
 @partial(jax.jit, static_argnames=("definition", "rows"))
-def _prefill(definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, *, rows: int) -> passes.Start:
+def _prefill(
+    definition: nnx.GraphDef[Network], parameters: PyTree, suffix: passes.Suffix, edits: PyTree, *, rows: int
+) -> passes.Start:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
     return passes.prefill(decoder, suffix, edits, rows)
 
 
 @partial(jax.jit, static_argnames=("definition", "steps"))
 def _decode(
-    definition: Any,
-    parameters: Any,
+    definition: nnx.GraphDef[Network],
+    parameters: PyTree,
     prefix: passes.Shared,
     start: passes.Start,
     last: Array,
     last_rope: Array | None,
     stop_ids: Array,
-    edits: Any,
+    edits: PyTree,
     *,
     steps: int,
-) -> Any:
+) -> tuple[Array, Array]:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
     return passes.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
 
@@ -79,26 +81,27 @@ def generate(
     every_step: bool = False,
     chunk: int = 64,
 ) -> Generation:
-    """Writes on greedily from every prompt, under every intervention of a sweep.
+    """Generates greedily from every prompt, under every intervention of a sweep.
 
     Rows share the keys and values of their prompt up to the first edited token, and stop when all have ended. An
-    intervention that does not say where it begins to act, or that acts on a picture, costs a full pass of its own
-    for every row (see `rerun`).
+    intervention that acts on a picture, or does not say where it begins to act, costs a full pass for every row (see
+    `rerun`).
 
     Args:
         model: the model.
         prompts: B prompts, or their trace.
         intervention: as in `rerun`.
-        max_new_tokens: the most new tokens.
+        max_new_tokens: maximum number of new tokens.
         every_step: the intervention acts on the new tokens too, at the positions that follow the prompt
-            (`prompts.last() + 1` and on); else in the prompt's pass only, as published.
-        chunk: the most rows of the sweep that are written together, which bounds the memory.
+            (from `prompts.last() + 1` on); otherwise only in the pass over the prompt, as published.
+        chunk: maximum number of the sweep's rows that are generated together, which bounds the memory.
 
     Returns:
-        Tokens, texts, and what the first token is read from.
+        The generation.
 
     Raises:
-        InputError: for an edit that does not fit, no new token, or a trace of another model or of an edited pass.
+        InputError: for an edit that does not fit, `max_new_tokens` below 1, or a trace of another model or of an
+            edited pass.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
@@ -121,7 +124,7 @@ def generate(
     last, turned = jnp.asarray(batch.last()), batch.inputs.rope_positions
     last_rope = None if turned is None else jnp.asarray(turned[np.arange(len(batch)), :, batch.last()])
 
-    def write(prefix: passes.Shared, start: passes.Start, edits: Any) -> tuple[Array, Array, Array]:
+    def write(prefix: passes.Shared, start: passes.Start, edits: PyTree) -> tuple[Array, Array, Array]:
         acting = edits if every_step else None
         tokens, lengths = _decode(
             model.definition, model.parameters, prefix, start, last, last_rope, stop_ids, acting, steps=max_new_tokens

@@ -7,14 +7,14 @@ Layers, positions, vectors and strengths are arrays inside the pytree, so one co
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.checks import check_finite
 from jaxid.errors import InputError
@@ -39,7 +39,7 @@ Matches = Bool[Array, "B T P"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edit(ABC):
-    """What is done with the values at a site, in one layer, at chosen positions.
+    """A change of the values at a site, in one layer, at chosen positions.
 
     Attributes:
         site: name of the site.
@@ -83,7 +83,7 @@ class Edit(ABC):
 
     @abstractmethod
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
-        """What becomes of every row of a value; `matches` says which of the positions stand there."""
+        """Every row of a value edited; `matches` says which of the positions a row has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Add(VectorEdit):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replace(VectorEdit):
-    """Goes from the value to `vector`, part of the way at a strength below 1."""
+    """Interpolates from the value (strength 0) to `vector` (strength 1)."""
 
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
         """The mixture."""
@@ -130,10 +130,10 @@ class Replace(VectorEdit):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectOut(VectorEdit):
-    """Takes `strength` times the value's component along `vector` away."""
+    """Subtracts `strength` times the value's component along `vector`."""
 
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
-        """What is left."""
+        """The remainder."""
         vector = self.rows(matches, value)
         # Divided by its largest entry first, so that no square overflows or vanishes.
         largest = jax.lax.stop_gradient(jnp.abs(vector).max(axis=-1, keepdims=True))
@@ -156,7 +156,7 @@ class Scale(Edit):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Interventions applied one after the other at every site."""
+    """Interventions applied in order at every site."""
 
     parts: tuple[Any, ...]  # interventions; typed so, their `reach` would be asked for while tracing
 
@@ -197,41 +197,41 @@ def earliest(reaches: Iterable[Reach | None]) -> Reach | None:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-    """A function, or a callable pytree, of a user's own as an intervention.
+    """A function, or a callable pytree, of the user as an intervention.
 
     Attributes:
-        function: what is called; where it has attributes `reach` and `sweep_shape`, they are the intervention's.
+        function: the function. Its attributes `reach` and `sweep_shape`, if any, are those of the intervention.
     """
 
-    function: Callable[..., Any]
+    function: SiteFunction
 
     @property
     def reach(self) -> Reach | None:
-        """What the function says of itself; None if it does not."""
+        """The function's attribute; None if it has none."""
         return getattr(self.function, "reach", None)
 
     @property
     def sweep_shape(self) -> tuple[int, ...]:
-        """What the function says of itself; a single intervention if it does not."""
+        """The function's attribute; that of a single intervention if it has none."""
         return getattr(self.function, "sweep_shape", ())
 
     def __call__(self, site: Site, value: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Calls the function."""
         return self.function(site, value)
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], SiteFunction | None]:
         """The function's arrays, or the function itself as static."""
         plain = jax.tree_util.all_leaves([self.function])
         return ((), self.function) if plain else ((self.function,), None)
 
     @classmethod
-    def tree_unflatten(cls, function: Any, arrays: tuple[Any, ...]) -> "Wrapped":
+    def tree_unflatten(cls, function: SiteFunction | None, arrays: tuple[PyTree, ...]) -> "Wrapped":
         """The inverse of `tree_flatten`."""
         return cls(*arrays) if function is None else cls(function)
 
 
-def as_intervention(intervention: Any) -> Intervention:
-    """An intervention as it is, any other callable as one of a user's own.
+def as_intervention(intervention: object) -> Intervention:
+    """The intervention itself; any other callable is wrapped.
 
     Raises:
         InputError: if it cannot be called.
@@ -264,7 +264,7 @@ def chain(*interventions: SiteFunction) -> Chain:
 EditType = TypeVar("EditType", bound=Edit)
 
 
-def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Add:
+def add(layer: object, positions: object, vector: object, strength: object = 1.0, *, site: str = "resid_post") -> Add:
     """Adds `strength * vector` (steering).
 
     Args:
@@ -272,7 +272,7 @@ def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: s
         positions: Int[B] or Int[B, P], e.g. `prompts.word("star")`.
         vector: Float[S..., D], Float[S..., B, D] or Float[S..., B, P, D].
         strength: Float[S...] or a number.
-        site: which site.
+        site: name of the site.
 
     Raises:
         InputError: for an unknown site or shapes that do not fit.
@@ -280,15 +280,17 @@ def add(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: s
     return _edit(Add, layer, positions, strength, site, vector=vector)
 
 
-def replace(layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post") -> Replace:
-    """Puts `vector` in place of the value (activation patching); a strength below 1 goes part of the way.
+def replace(
+    layer: object, positions: object, vector: object, strength: object = 1.0, *, site: str = "resid_post"
+) -> Replace:
+    """Replaces the value by `vector` (activation patching); a strength below 1 interpolates.
 
     Arguments and errors as in `add`.
     """
     return _edit(Replace, layer, positions, strength, site, vector=vector)
 
 
-def scale(layer: Any, positions: Any, strength: Any, *, site: str = "resid_post") -> Scale:
+def scale(layer: object, positions: object, strength: object, *, site: str = "resid_post") -> Scale:
     """Multiplies the value by `strength`, Float[S...]; 0 ablates it.
 
     Other arguments and errors as in `add`.
@@ -297,7 +299,7 @@ def scale(layer: Any, positions: Any, strength: Any, *, site: str = "resid_post"
 
 
 def project_out(
-    layer: Any, positions: Any, vector: Any, strength: Any = 1.0, *, site: str = "resid_post"
+    layer: object, positions: object, vector: object, strength: object = 1.0, *, site: str = "resid_post"
 ) -> ProjectOut:
     """Removes the value's component along `vector`, which need not have unit length.
 
@@ -306,18 +308,20 @@ def project_out(
     return _edit(ProjectOut, layer, positions, strength, site, vector=vector)
 
 
-def _edit(kind: type[EditType], layer: Any, positions: Any, strength: Any, site: str, **vector: Any) -> EditType:
+def _edit(
+    kind: type[EditType], layer: object, positions: object, strength: object, site: str, **vector: object
+) -> EditType:
     """An edit of that kind from what its constructor was given, with its `vector` if it has one."""
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
-    # Left on the host where they are known: what a rerun can skip is decided there, also while tracing.
+    # Concrete ones stay on the host, where it is decided what a rerun can skip, even while tracing.
     layer, positions = as_integers("layer", layer), as_positions(positions)
     sweep = layer.shape
     if layer.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
     vectors = {name: _vector(value, sweep, positions) for name, value in vector.items()}
     strength = _numbers("strength", strength)
-    strength = strength.astype(_wide(vectors["vector"].dtype if vectors else jnp.float32))
+    strength = strength.astype(_wide(vectors["vector"].dtype if vectors else np.dtype(np.float32)))
     try:
         strength = jnp.broadcast_to(strength, sweep)
     except ValueError as error:
@@ -326,7 +330,7 @@ def _edit(kind: type[EditType], layer: Any, positions: Any, strength: Any, site:
     return kind(site=site, layer=layer, positions=positions, strength=strength, **vectors)
 
 
-def _vector(value: Any, sweep: tuple[int, ...], positions: Int[AnyArray, "Br P"]) -> Float[Array, "*S Bv Pv D"]:
+def _vector(value: object, sweep: tuple[int, ...], positions: Int[AnyArray, "Br P"]) -> Float[Array, "*S Bv Pv D"]:
     """A vector with all its axes, of length 1 where it is the same for all prompts or positions."""
     vector = _numbers("vector", value)
     inner = vector.ndim - len(sweep)
@@ -349,11 +353,11 @@ def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str
     Args:
         layer: the layers.
         site: the site.
-        layers: how many the model has.
+        layers: the model's number of layers.
         where: the model's name.
 
     Raises:
-        InputError: naming the layer, and what to write instead.
+        InputError: for a layer out of range; the message says which layers exist.
     """
     if isinstance(layer, Tracer):
         return
@@ -367,9 +371,9 @@ def check_layers(layer: Int[AnyArray, "..."], site: str, layers: int, where: str
         raise InputError(f"layer {wrong.flat[0]} is out of range for site {site!r}: {known}.")
 
 
-def _wide(dtype: Any) -> Any:
-    """What values of a floating kind are computed in: float32, or their own kind if that is wider."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+def _wide(dtype: np.dtype) -> np.dtype:
+    """The dtype in which values of a floating-point dtype are computed: float32, or their own if it is wider."""
+    return dtype if jnp.finfo(dtype).bits > 32 else np.dtype(np.float32)
 
 
 def _numbers(name: str, value: Any) -> Float[Array, "..."]:
@@ -400,8 +404,8 @@ def _numbers(name: str, value: Any) -> Float[Array, "..."]:
     return jnp.asarray(value)
 
 
-def stack(interventions: Any) -> Any:
-    """Interventions that differ in the values of their arrays alone, as one with a new leading sweep axis.
+def stack(interventions: object) -> Intervention:
+    """Stacks interventions that differ only in the values of their arrays along a new leading sweep axis.
 
     Raises:
         InputError: if there are none, or they differ in more: operation, site, shapes, sweep axes; or if one holds no
@@ -422,7 +426,7 @@ def stack(interventions: Any) -> Any:
         if jax.tree.structure(one) != jax.tree.structure(every[0]):
             raise InputError(f"intervention {index} of the stack has another function or structure than the first.")
 
-    def join(*leaves: Any) -> Any:
+    def join(*leaves: AnyArray) -> AnyArray:
         known = all(isinstance(leaf, np.ndarray) for leaf in leaves)  # stays on the host, as constructors leave it
         return (np if known else jnp).stack(leaves)
 

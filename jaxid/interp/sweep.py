@@ -1,55 +1,60 @@
 """Sweeps as rows that run together, in few lengths, so that few programs are compiled.
 
-A program is compiled for a number of rows. So rows are padded to the next bucket, and how many of them go through a
-layer together follows from the bucket alone: other layers, or a few more or fewer of them, find the program compiled.
+A program is compiled for a number of rows. Rows are therefore padded to the next bucket, and the number of rows that go
+through a layer together depends on the bucket alone. A sweep over other layers, or with a few more or fewer rows, finds
+its program compiled.
 """
 
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+
+Tree = TypeVar("Tree")
 
 _TOKENS_TOGETHER = 2048
-"""Tokens that go through a layer together, over all rows of a chunk."""
+"""The most tokens that go through a layer together, over all rows of a chunk."""
 
 _CHUNK_OVERHEAD = {"cpu": 32, "accelerator": 256}
-"""What another chunk costs in a layer, in tokens: reading its weights takes as long as the products of so many."""
+"""The cost of another chunk in a layer, in tokens: the time to read the weights. Estimates, which nobody measured."""
 
 
 def bucket(count: int) -> int:
     """The length to which `count` rows are padded: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 
-    Padding is at most a third of the rows, and chunks that hold nothing else are skipped.
+    At most a third of the padded rows are padding.
     """
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
 def rows_together(rows: int, tokens: int) -> int:
-    """How many of a sweep's rows go through a layer together.
+    """The number of a sweep's rows that go through a layer together: a bucket that divides them.
 
-    A larger chunk costs fewer readings of the weights. A smaller one wastes less on rows that go along idle: padding,
-    and, as rows are sorted by the layer in which they join, those of one chunk in every layer. For a sweep spread
-    evenly over the layers, both costs are equal at the square root taken here: each is sqrt(overhead / (rows x
-    tokens)) of the useful work, 11 % for 32 layers of 80 tokens on a CPU.
+    Larger chunks read the weights less often. Smaller ones compute fewer idle rows: rows are sorted by the layer in
+    which they start, and a chunk starts with its first row. In a model of these costs, with a sweep spread evenly over
+    the layers and an assumed overhead per chunk (`_CHUNK_OVERHEAD`), both are equal at the square root taken here.
+    The choice affects speed only. Since chunks that hold nothing but padding are skipped and the others end within
+    the bucket, fewer than half as many rows as are wanted are computed in vain.
 
     Args:
-        rows: how many there are, a bucket's length.
-        tokens: of one row, over all prompts.
+        rows: number of rows, the length of a bucket.
+        tokens: tokens of one row, over all prompts.
     """
     overhead = _CHUNK_OVERHEAD["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     largest = max(1, min(rows, _TOKENS_TOGETHER // tokens))
     wanted = math.sqrt(rows * overhead / tokens)
-    sizes = {bucket(size) for size in range(1, largest + 1)}
-    return min((size for size in sizes if size <= largest), key=lambda size: abs(math.log(size / wanted)))
+    sizes = (size for size in range(1, largest + 1) if bucket(size) == size and rows % size == 0)
+    return min(sizes, key=lambda size: abs(math.log(size / wanted)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The sweep axes S of an intervention, and its rows R: one axis, padded to a bucket's length.
+    """The sweep axes S of an intervention, flattened to one axis of R rows that is padded to a bucket.
 
     Attributes:
         shape: lengths of the sweep axes.
@@ -59,27 +64,27 @@ class Sweep:
 
     @property
     def count(self) -> int:
-        """How many rows there are without padding."""
+        """Number of rows without padding."""
         return math.prod(self.shape)
 
     @property
     def rows(self) -> int:
-        """How many rows there are with padding."""
+        """Number of rows with padding."""
         return bucket(self.count)
 
-    def flat(self, tree: Any) -> Any:
+    def flat(self, tree: Tree) -> Tree:
         """Arrays [S..., ...] as [R, ...]; the padding repeats the first row."""
         found = jax.tree.map(lambda leaf: leaf.reshape(self.count, *leaf.shape[len(self.shape) :]), tree)
         return found if self.rows == self.count else _padded(found, rows=self.rows)
 
-    def unflat(self, tree: Any) -> Any:
+    def unflat(self, tree: Tree) -> Tree:
         """Arrays [R, ...] as [S..., ...]."""
         return jax.tree.map(lambda leaf: leaf[: self.count].reshape(*self.shape, *leaf.shape[1:]), tree)
 
 
 @partial(jax.jit, static_argnames="rows")
-def _padded(tree: Any, *, rows: int) -> Any:
-    def pad(leaf: Any) -> Any:
+def _padded(tree: Tree, *, rows: int) -> Tree:
+    def pad(leaf: Array) -> Array:
         return jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (rows - leaf.shape[0], *leaf.shape[1:]))])
 
     return jax.tree.map(pad, tree)

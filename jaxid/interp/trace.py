@@ -2,19 +2,18 @@
 
 `trace` records a pass once. `rerun` gives what `forward` would give under an intervention, exactly, but computes only
 the tokens from the first edited one on, in the layers from the first edited one on, for all interventions of a sweep
-at once, against the recorded keys and values of the tokens before.
+together, against the recorded keys and values of the tokens before.
 """
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import InputError
 from jaxid.families.base import Model
@@ -24,6 +23,7 @@ from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.nn import passes
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import take_tokens
+from jaxid.nn.network import Network
 from jaxid.nn.sites import AnyArray, Clean, Intervention, Reach, SiteFunction, as_integers, clean
 from jaxid.nn.views import Memory
 from jaxid.prompts.processor import Prompts
@@ -32,18 +32,18 @@ from jaxid.prompts.processor import Prompts
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
-    """One recorded pass: all that any rerun can need, and no more.
+    """One recorded pass: exactly what reruns need.
 
     Attributes:
         hidden: normed final hidden state at the last position, Float[B, D].
-        keys: of every layer and token, Float[L, B, K, T, E].
-        values: likewise.
-        residuals: residual stream of the tokens after the picture (all tokens, without one): the embeddings, then what
-            leaves every layer, Float[L + 1, B, S, D].
-        memory: what cross-attention layers read of the pictures, in families that have them.
-        model: the model that made it.
-        prompts: what it read.
-        edited: whether an intervention acted on it.
+        keys: keys of every layer and token, Float[L, B, K, T, E].
+        values: values of every layer and token, of the same shape.
+        residuals: residual stream of the tokens after the picture (all tokens if there is none): the embeddings, then
+            the output of every layer, Float[L + 1, B, S, D].
+        memory: the pictures' keys and values for cross-attention layers, in families that have them.
+        model: the model that computed it.
+        prompts: its prompts.
+        edited: whether the pass was edited.
     """
 
     hidden: Float[AnyArray, "B D"]
@@ -65,15 +65,15 @@ class Trace:
         """Next-token logits of the clean pass, float32."""
         return self.output.logits
 
-    def logprobs(self, answers: Any) -> Float[Array, "B n"]:
+    def logprobs(self, answers: object) -> Float[Array, "B n"]:
         """Log-probabilities of the clean pass; see `Output.logprobs`."""
         return self.output.logprobs(answers)
 
-    def at(self, positions: Any) -> Float[Array, "L1 B P D"]:
+    def at(self, positions: object) -> Float[Array, "L1 B P D"]:
         """Residual stream at chosen positions: index 0 the embeddings, k + 1 what leaves layer k.
 
         Args:
-            positions: Int[B, P] or Int[B]; Int[1, P] stands for all prompts.
+            positions: Int[B, P] or Int[B]; Int[1, P] applies to all prompts.
 
         Raises:
             InputError: for a position that was not recorded, such as a picture's token; traced ones give NaN.
@@ -88,7 +88,7 @@ class Trace:
         return nan_outside(self.prompts, positions, take_tokens(self.residuals, jnp.asarray(positions - start)))
 
 
-def swap(source: Trace, layer: Any, positions: Any) -> Replace:
+def swap(source: Trace, layer: object, positions: object) -> Replace:
     """Another trace's activations of text in place of a trace's own, after a layer (activation swap).
 
     Pictures are swapped by `rerun(..., pictures_of=source, after=layer)`.
@@ -119,7 +119,7 @@ def swap(source: Trace, layer: Any, positions: Any) -> Replace:
 
 @partial(jax.jit, static_argnums=0)
 def _record(
-    definition: Any, parameters: Any, inputs: Inputs, suffix: Array, intervention: SiteFunction
+    definition: nnx.GraphDef[Network], parameters: PyTree, inputs: Inputs, suffix: Array, intervention: SiteFunction
 ) -> passes.Record:
     network = nnx.merge(definition, nnx.State(parameters))
     return passes.record(
@@ -136,12 +136,12 @@ def _record(
 
 
 @partial(jax.jit, static_argnums=0)
-def _residuals(definition: Any, parameters: Any, inputs: Inputs, positions: Array) -> Array:
+def _residuals(definition: nnx.GraphDef[Network], parameters: PyTree, inputs: Inputs, positions: Array) -> Array:
     # Only what is returned is computed: no keys and values are kept, and the last layer runs at these positions alone.
     return _record(definition, parameters, inputs, positions, clean).residuals
 
 
-def residuals_at(model: Model, prompts: Prompts, positions: Any) -> Float[Array, "L1 B P D"]:
+def residuals_at(model: Model, prompts: Prompts, positions: object) -> Float[Array, "L1 B P D"]:
     """Residual stream of a clean pass at chosen positions: index 0 the embeddings, k + 1 what leaves layer k.
 
     Cheaper than `forward` with a capture: the last layer computes these positions only. Positions as in `Trace.at`.
@@ -176,7 +176,7 @@ def trace(model: Model, prompts: Prompts, intervention: SiteFunction = clean) ->
 
 
 def record(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -> Trace:
-    """`trace` without its checks: the intervention may name tokens that are yet to follow the prompts."""
+    """`trace` without its checks: the intervention may act at positions after the prompts."""
     start = prompts.text_start()
     tokens = prompts.inputs.token_ids.shape[1]
     suffix = np.minimum(start[:, None] + np.arange(tokens - start.min()), tokens - 1)
@@ -196,12 +196,12 @@ def record(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What of a trace a rerun runs again.
+    """The part of a trace that a rerun computes again.
 
     Attributes:
-        first: first position that is run again, of every prompt, Int[B].
-        prefix: how many tokens before it are read, of the longest prompt.
-        length: how many tokens are run again, of the prompt with most of them.
+        first: first position that is computed again in every prompt, Int[B].
+        prefix: number of recorded tokens before it, the maximum over the prompts.
+        length: number of tokens that are computed again, the maximum over the prompts.
     """
 
     first: Int[np.ndarray, "B"]
@@ -222,7 +222,7 @@ def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
     return Plan(first=first, prefix=min(-(-int(first.max()) // 8) * 8, tokens), length=min(length + length % 2, tokens))
 
 
-def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Any = None) -> passes.Suffix:
+def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Array | None = None) -> passes.Suffix:
     """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
     positions = plan.first[:, None] + np.arange(plan.length)
     recorded = np.minimum(positions - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
@@ -249,7 +249,14 @@ _tokens = jax.jit(take_tokens)
 
 @partial(jax.jit, static_argnames=("definition", "chunk"))
 def _resume(
-    definition: Any, parameters: Any, suffix: passes.Suffix, edits: Any, start: Array, count: Array, *, chunk: int
+    definition: nnx.GraphDef[Network],
+    parameters: PyTree,
+    suffix: passes.Suffix,
+    edits: PyTree,
+    start: Array,
+    count: Array,
+    *,
+    chunk: int,
 ) -> Array:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
     # Padding never joins.
@@ -263,7 +270,7 @@ def rerun(
     intervention: SiteFunction = clean,
     *,
     pictures_of: Trace | None = None,
-    after: Any = None,
+    after: object = None,
     chunk: int | None = None,
 ) -> Output:
     """What `forward` gives under an intervention, computed from a recorded pass where the intervention changes it.
@@ -273,11 +280,11 @@ def rerun(
     and numbers of rows that share a bucket (see `jaxid.interp.sweep`).
 
     An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
-    that acts on a picture's tokens or before them, falls back to a full pass. A callable of your own says it by an
-    attribute `reach`, see `jaxid.nn.sites.Reach`.
+    that acts on a picture's tokens or before them, falls back to a full pass. Your own callables can say it in an
+    attribute `reach`; see `jaxid.nn.sites.Reach`.
 
     With `pictures_of`, a row reads another trace's pictures in the layers after one, as if all image tokens were
-    swapped there. Image tokens depend on nothing but pictures and what stands before them, so those layers read the
+    swapped there. Image tokens depend only on pictures and on what precedes them, so those layers read the
     other trace's keys and values, and no image token is computed again. Where pictures enter by cross-attention
     (Llama-3.2-Vision), they read the other picture.
 
@@ -285,9 +292,9 @@ def rerun(
         model: the model that made the trace.
         trace: the recorded pass.
         intervention: as in `forward`; its sweep axes S lead in the output.
-        pictures_of: a trace of prompts that are alike up to the picture's end.
+        pictures_of: a trace of prompts that are equal up to the picture's end.
         after: the last layer(s) of every row, 0-based, that still read their own pictures, Int[S...].
-        chunk: rows that go through a layer together; chosen from their number and lengths by default.
+        chunk: number of rows that go through a layer together; chosen from their number and lengths by default.
 
     Returns:
         The output; it captures nothing (use `forward`).
@@ -350,7 +357,7 @@ def rerun(
 def check_trace(model: Model, trace: Trace, intervention: Intervention) -> None:
     """Refuses a trace of another model, and edits of a pass that is itself edited.
 
-    What is run again would be run without the trace's own edit.
+    A rerun would not apply the trace's own edit.
     """
     _check_model(trace, model)
     if trace.edited and not isinstance(intervention, Clean):
@@ -378,8 +385,8 @@ def _check_model(trace: Trace, model: Model) -> None:
 
 
 def _equal(pairs: list[tuple[AnyArray, AnyArray]]) -> bool:
-    """Whether two lists of parameters hold the same values; nothing but the answer comes to the host."""
-    # Under a user's own jit too; parameters that lie on other devices are brought together.
+    """Whether pairs of parameters have equal values; only the answer is copied to the host."""
+    # Under a user's own jit too; parameters on other devices are moved to one.
     with jax.ensure_compile_time_eval():
         return not pairs or bool(_all_equal([(a, jax.device_put(b, getattr(a, "sharding", None))) for a, b in pairs]))
 
@@ -391,15 +398,15 @@ def _all_equal(pairs: list[tuple[AnyArray, AnyArray]]) -> Array:
 
 
 def check_pictures(trace: Trace, source: Trace, after: Int[AnyArray, "*S"]) -> None:
-    """Refuses pictures that cannot be swapped: keys and values are taken over as they are.
+    """Refuses pictures that cannot be swapped.
 
-    So what stands before and in the picture has to agree.
+    Keys and values are reused unchanged, so the prompts must be equal up to the end of the picture.
     """
     check_layers(after, "resid_post", source.model.num_layers, source.model.name)
     positions = source.prompts.image_tokens()  # refuses prompts without a picture
     if (np.diff(positions, axis=1) != 1).any():
         raise InputError(
-            "the prompts' pictures do not stand next to each other, and what stands between them depends on them too: "
+            "the prompts' pictures are not adjacent, and the tokens between them depend on them too: "
             "use jaxid.forward with jaxid.replace at prompts.image_tokens()."
         )
     start = trace.prompts.text_start()
@@ -411,8 +418,10 @@ def check_pictures(trace: Trace, source: Trace, after: Int[AnyArray, "*S"]) -> N
     ours, theirs = trace.model, source.model
     if not same or (ours.definition, ours.fingerprint) != (theirs.definition, theirs.fingerprint):
         raise InputError(
-            "`pictures_of` needs a trace of the same model whose prompts are alike up to the picture's end."
+            "`pictures_of` needs a trace of the same model whose prompts are equal up to the picture's end."
         )
     if ours.config.text_config.reads_length and trace.prompts.last().max() != source.prompts.last().max():
-        raise InputError("`pictures_of` needs prompts of one length here: the model's rotary embedding depends on it.")
+        raise InputError(
+            "`pictures_of` needs prompts of the same length here: the model's rotary embedding depends on it."
+        )
     _check_model(source, ours)

@@ -1,4 +1,4 @@
-"""The folder of a training run: its lock and settings, saved states that may be damaged, tables of metrics."""
+"""The folder of a training run: its lock, its settings, its saved states and its tables of metrics."""
 
 import contextlib
 import csv
@@ -10,12 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxid.errors import CheckpointError, JaxidWarning, OutputError
 from jaxid.io import (
@@ -31,31 +31,37 @@ from jaxid.io import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+Row = dict[str, float | str]
+"""One row of a table of metrics: "step", "stage", and numbers by name."""
+
 
 @contextlib.contextmanager
 def begun(
-    folder: Path, settings: Mapping[str, Any], *, restart: bool = False, made: Sequence[str] = ()
+    folder: Path, settings: Mapping[str, object], *, restart: bool = False, made: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Keeps a run's folder for this process, and removes what a killed one left half written.
+    """Locks a run's folder for this process, and removes files that a killed process left half written.
 
     Args:
-        folder: of the run; made if need be. Its `run.json` holds the settings.
-        settings: all that decides the outcome.
+        folder: folder of the run, created if necessary. Its `run.json` holds the settings.
+        settings: every setting that affects the outcome.
         restart: discard the run in the folder and begin anew.
-        made: patterns of what a run makes besides state and metrics, and is discarded with them.
+        made: glob patterns of further files of a run, which are discarded together with state and metrics.
 
     Raises:
         OutputError: if the folder holds a run with other settings, is in use by another process, or cannot be written
-            to, or if its `run.json` is damaged or gone.
+            to, or if its `run.json` is damaged or missing.
     """
     check_folder(folder, settings, restart=restart)
     with locked(folder):
         if restart:
-            # The settings last: until all else is gone, they say whose it is.
+            # The settings go last: until then they tell which run the remaining files belong to.
             for pattern in ("state", "metrics.csv", *made, "run.json"):
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _compare(folder, settings)  # another process may have come first
+        _compare(folder, settings)  # another process may have written to it since
         for inner in (folder, *folder.iterdir()):
             remove_temporary(inner)
         for half in folder.glob("state/*.orbax-checkpoint-tmp*"):
@@ -64,14 +70,14 @@ def begun(
         yield
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any], *, restart: bool = False, part: bool = False) -> None:
-    """Refuses what `begun` would refuse of a folder that no process is working in.
+def check_folder(folder: Path, settings: Mapping[str, object], *, restart: bool = False, part: bool = False) -> None:
+    """Raises the errors that `begun` would raise, without locking the folder.
 
     Args:
-        folder: of the run; made if need be.
-        settings: all that decides the outcome.
+        folder: as in `begun`.
+        settings: as in `begun`.
         restart: as in `begun`.
-        part: these are the settings that are known already; others are not compared.
+        part: only some of the settings are given; the others are not compared.
 
     Raises:
         OutputError: as `begun`.
@@ -81,8 +87,8 @@ def check_folder(folder: Path, settings: Mapping[str, Any], *, restart: bool = F
         _compare(folder, settings, part=part)
 
 
-def _compare(folder: Path, settings: Mapping[str, Any], *, part: bool = False) -> None:
-    """Refuses a folder that holds a run with other settings, or one whose settings are not known."""
+def _compare(folder: Path, settings: Mapping[str, object], *, part: bool = False) -> None:
+    """Refuses a folder that holds a run whose settings differ or are unknown."""
     record, now = folder / "run.json", json.loads(to_json(settings))
     advice = "give --restart to begin anew, or another --out"
     if not record.exists():
@@ -97,18 +103,18 @@ def _compare(folder: Path, settings: Mapping[str, Any], *, part: bool = False) -
 
 
 class States:
-    """The saved states of a run, each with a checksum: Orbax restores flipped bits as if they were numbers."""
+    """The saved states of a run. Each has a checksum, as Orbax does not notice flipped bits."""
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
-        self.manager: Any = None
+        self.manager: ocp.CheckpointManager | None = None
 
     def __enter__(self) -> "States":
         self._quiet = _orbax_silenced()
         self._quiet.__enter__()
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if self.manager is not None:
                 with self._writing() if kind is None else contextlib.suppress(Exception):
@@ -118,8 +124,8 @@ class States:
         finally:
             self._quiet.__exit__(None, None, None)
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes a state in the background, once the one before is written; the last two are kept."""
+    def save(self, step: int, state: PyTree) -> None:
+        """Writes a state in the background, after the previous one is written; the last two are kept."""
         import orbax.checkpoint as ocp
 
         checksum = int(_checksum(state))
@@ -139,14 +145,14 @@ class States:
                 f"check the folder, then run again: training resumes from the last saved step."
             ) from problem
 
-    def restore(self, abstract: Callable[[int], Any]) -> tuple[int, Any]:
-        """The last saved step whose state is whole, and that state; step 0 and nothing if none was saved.
+    def restore(self, abstract: Callable[[int], PyTree]) -> tuple[int, PyTree]:
+        """The last saved step whose state is intact, and that state; (0, None) if none was saved.
 
         Args:
-            abstract: shapes of the state of a step, or None for steps that the run does not have.
+            abstract: maps a step to the shapes of its state, or to None if the run has no such step.
 
         Raises:
-            CheckpointError: if states were saved, but none is whole.
+            CheckpointError: if states were saved, but none is intact.
         """
         damaged: list[tuple[Path, str]] = []
         steps = [path for path in self.folder.glob("*") if path.name.isdecimal()]
@@ -167,13 +173,13 @@ class States:
             )
         return 0, None
 
-    def _read(self, path: Path, expected: Any) -> Any:
+    def _read(self, path: Path, expected: PyTree) -> PyTree:
         import orbax.checkpoint as ocp
 
         if expected is None:
-            raise CheckpointError(f"{path} is no state of this run, which has no such step.")
+            raise CheckpointError(f"{path} is not a state of this run, which has no such step.")
         if not (path / "default").is_dir():
-            raise CheckpointError(f"{path} cannot be read as a training state: its folder default is missing.")
+            raise CheckpointError(f"{path} cannot be read as a training state: its folder `default` is missing.")
         with reading(path, "a training state"):
             state = ocp.StandardCheckpointer().restore(path / "default", expected)
             noted = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"] or {}
@@ -184,18 +190,18 @@ class States:
 
 @contextlib.contextmanager
 def _orbax_silenced() -> Iterator[None]:
-    """Drops the tracebacks that Orbax logs, and its threads leave, for failures that are raised as errors besides."""
+    """Suppresses the tracebacks that Orbax and its threads print for failures that are also raised as errors."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def wanted(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    def tell(problem: Any) -> None:
+    def report(problem: Any) -> None:
         if str(problem.exc_value) != "Event loop is closed":
             hook(problem)
 
     logger.addFilter(wanted)
-    sys.unraisablehook = tell
+    sys.unraisablehook = report
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -207,8 +213,8 @@ def _orbax_silenced() -> Iterator[None]:
 
 
 @jax.jit
-def _checksum(tree: Any) -> Array:
-    """A number that tells any flipped bit of a pytree: its words, each times an odd number for its position, summed."""
+def _checksum(tree: PyTree) -> Array:
+    """A checksum that any flipped bit changes: the sum of the words, each times an odd number given by its position."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(tree):
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
@@ -222,13 +228,13 @@ def _checksum(tree: Any) -> Array:
     return total
 
 
-def append_metrics(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Adds a row; rows of steps that a kill undid are dropped first.
+def append_metrics(path: Path, columns: Sequence[str], row: Mapping[str, float | str]) -> None:
+    """Appends a row, after dropping the rows of later steps, which belong to a run that was killed.
 
     Raises:
         OutputError: if the file is damaged or cannot be written.
     """
-    rows = [old for old in metrics_rows(path, columns) if int(old["step"]) < row["step"]]
+    rows = [old for old in metrics_rows(path, columns) if int(old["step"]) < int(row["step"])]
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
@@ -245,11 +251,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """The rows of a table of metrics as they are written; none if there is no such file.
+    """The rows of a table of metrics as text; none if the file does not exist.
 
     Args:
         path: the file.
-        columns: those that it may have.
+        columns: the columns that it may have; any by default.
 
     Raises:
         OutputError: if the file is damaged.
@@ -261,7 +267,7 @@ def metrics_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[
             rows = list(csv.DictReader(file, strict=True))
             for row in rows:
                 if None in row or None in row.values() or not row["step"].isdecimal():
-                    raise ValueError("a line is not whole")
+                    raise ValueError("a line is incomplete")
                 if columns is not None and not set(row) <= set(columns):
                     raise ValueError(f"it has other columns than {', '.join(columns)}")
                 for name, text in row.items():
@@ -271,5 +277,5 @@ def metrics_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[
     return rows
 
 
-def _value(name: str, text: str) -> Any:
+def _value(name: str, text: str) -> float | str:
     return text if name == "stage" or not text else float(text)

@@ -1,91 +1,98 @@
-"""The training loop of all that jaxid trains: seeded, resumable after a kill, data-parallel over local devices."""
+"""The training loop: seeded, resumable after a kill, data-parallel over local devices."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxid.errors import InputError, JaxidWarning
-from jaxid.train.folder import States, metrics_rows
+from jaxid.train.folder import Row, States, metrics_rows
 from jaxid.train.folder import append_metrics as append_metrics
 from jaxid.train.folder import begun as begun
 from jaxid.train.folder import check_folder as check_folder
 from jaxid.train.folder import read_metrics as read_metrics
 
 Metrics = dict[str, Array]
-Batch = Mapping[str, Any]
+Batch = Mapping[str, PyTree]
 
 _MOST_SKIPPED = 20
-"""So many steps in a row without a finite gradient end a run."""
+"""The number of consecutive steps without a finite gradient that ends a run."""
+
+
+class State(TypedDict):
+    """What a step of training changes."""
+
+    parameters: PyTree
+    optimizer: PyTree
 
 
 class Stage(NamedTuple):
-    """One stretch of training with its own loss, data and schedule.
+    """One stage of training, with its own loss, data and schedule.
 
     Attributes:
-        name: in the progress bar and the metrics.
+        name: its name in the progress bar and the metrics.
         first: index of its first step, counted over the whole run.
-        steps: how many it has.
-        loss: from parameters and a batch to the loss and what is worth recording.
-        batch: arrays of a step, a pure function of its index, so that a resumed run sees the same data.
-        optimizer: what turns gradients into updates.
-        whole: names of the arrays that every device needs whole.
+        steps: number of steps.
+        loss: maps parameters and a batch to the loss and further metrics.
+        batch: maps the index of a step to its arrays; a pure function, so that a resumed run sees the same data.
+        optimizer: turns gradients into updates.
+        whole: names of the arrays that are replicated rather than split over the devices.
         constants: further entries of every batch that no step changes, such as frozen parameters.
-        accumulate: the arrays' first axis counts small batches, whose gradients are computed one after the other (on
-            several devices, side by side) and averaged, so that only one batch has to fit in memory.
+        accumulate: the arrays' first axis counts small batches, whose gradients are computed in turn (on several
+            devices, in parallel) and averaged, so that only one batch has to fit in memory.
     """
 
     name: str
     first: int
     steps: int
-    loss: Callable[[Any, dict[str, Array]], tuple[Array, Metrics]]
+    loss: Callable[[PyTree, dict[str, Array]], tuple[Array, Metrics]]
     batch: Callable[[int], Batch]
     optimizer: optax.GradientTransformation
     whole: tuple[str, ...] = ()
-    constants: Mapping[str, Any] = {}
+    constants: Mapping[str, PyTree] = {}
     accumulate: bool = False
 
 
 def fit(
     folder: Path,
-    parameters: Any,
+    parameters: PyTree,
     stages: Sequence[Stage],
     *,
     columns: Sequence[str],
     save_every: int = 100,
     record_every: int = 20,
     progress: bool = True,
-    log: Callable[[dict[str, Any]], None] | None = None,
-    check: Callable[[int, Any], None] | None = None,
+    log: Callable[[Row], None] | None = None,
+    check: Callable[[int, PyTree], None] | None = None,
     check_every: int = 100,
-) -> Any:
-    """Trains, or resumes from the last saved step, and returns the parameters; to be called inside `begun`.
+) -> PyTree:
+    """Trains, or resumes from the last saved step, and returns the parameters. Call it inside `begun`.
 
     A step whose gradient is not finite changes nothing; it is counted in the column "skipped" of `metrics.csv`.
 
     Args:
-        folder: where the run's state and metrics live (`state/`, `metrics.csv`).
-        parameters: a pytree of float arrays to begin with.
-        stages: what to do, one after the other.
-        columns: of `metrics.csv`, to which "skipped" is added.
+        folder: folder for the run's state and metrics (`state/`, `metrics.csv`).
+        parameters: the initial parameters, a pytree of float arrays.
+        stages: the stages, trained in turn.
+        columns: columns of `metrics.csv`, to which "skipped" is added.
         save_every: steps between saves.
         record_every: steps between rows of metrics.
         progress: show a progress bar, on terminals.
-        log: is also given every row of metrics.
-        check: is given the count of steps done and the parameters, every so often and at the end; after a kill, the
-            steps that it undid are checked again.
+        log: called with every row of metrics.
+        check: called with the number of steps done and the parameters every `check_every` steps and at the end. Steps
+            that are repeated after a kill are checked again.
         check_every: steps between checks.
 
     Raises:
-        CheckpointError: if there are saved states, but none is whole.
+        CheckpointError: if there are saved states, but none is intact.
         OutputError: if the state or the metrics cannot be written, or the metrics are damaged.
         InputError: if training diverges: too many gradients in a row, or the parameters, are not finite.
     """
@@ -96,7 +103,7 @@ def fit(
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
-    def abstract(step: int) -> Any:
+    def abstract(step: int) -> PyTree:
         for stage in stages:
             if stage.first < step <= stage.first + stage.steps:
                 shapes = jax.eval_shape(partial(_start, stage), parameters)
@@ -128,7 +135,7 @@ def fit(
                     skipped = _check_health(state, stage, now)
                 if record:
                     numbers = {name: round(float(value), 4) for name, value in metrics.items()}
-                    row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
+                    row: Row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
                     append_metrics(metrics_file, columns, row)
                     if log is not None:
                         log(row)
@@ -143,8 +150,8 @@ def fit(
     return jax.device_get(parameters)
 
 
-def _start(stage: Stage, parameters: Any) -> dict[str, Any]:
-    """The state that a stage begins with."""
+def _start(stage: Stage, parameters: PyTree) -> State:
+    """The initial state of a stage."""
     return {"parameters": parameters, "optimizer": skip_not_finite(stage.optimizer).init(parameters)}
 
 
@@ -154,11 +161,11 @@ def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTr
     return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
 
 
-def _check_health(state: dict[str, Any], stage: Stage, step: int) -> int:
-    """How many of a stage's steps were skipped.
+def _check_health(state: State, stage: Stage, step: int) -> int:
+    """The number of a stage's steps that were skipped.
 
     Raises:
-        InputError: if that were all of them or too many in a row, or if the parameters are not finite.
+        InputError: if all of them or too many in a row were skipped, or if the parameters are not finite.
     """
     counts, last = state["optimizer"], step == stage.first + stage.steps
     in_row, skipped = int(counts.notfinite_count), int(counts.total_notfinite)
@@ -183,12 +190,12 @@ def _check_health(state: dict[str, Any], stage: Stage, step: int) -> int:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> Array:
+def _all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def batches(stage: Stage, first: int) -> Iterator[tuple[int, Batch]]:
-    """Steps and batches of a stage from a step on, the next one drawn while the current one trains."""
+    """Steps and batches of a stage, starting at step `first`; the next batch is drawn during the current step."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(stage.batch, first)
         for step in range(first, stage.first + stage.steps):
@@ -209,20 +216,18 @@ def adamw(
             schedule,
             b2=0.98,
             weight_decay=weight_decay,
-            # Stacked block matrices have three axes and more; embeddings, norms and biases have fewer.
+            # Stacked block matrices have three or more axes; embeddings, norms and biases have fewer.
             mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree),
         ),
     )
 
 
-def _step_function(stage: Stage, devices: int) -> Callable[..., Any]:
+def _step_function(stage: Stage, devices: int) -> Callable[..., tuple[State, Metrics]]:
     @partial(jax.jit, donate_argnums=0)
-    def step_function(
-        state: dict[str, Any], batch: dict[str, Any], constants: dict[str, Any]
-    ) -> tuple[dict[str, Any], Metrics]:
+    def step_function(state: State, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[State, Metrics]:
         parameters = state["parameters"]
 
-        def gradients(own: dict[str, Any]) -> tuple[Any, Metrics]:
+        def gradients(own: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
             return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
 
         found, metrics = _averaged(gradients, batch, devices) if stage.accumulate else gradients(batch)
@@ -233,19 +238,19 @@ def _step_function(stage: Stage, devices: int) -> Callable[..., Any]:
     return step_function
 
 
-def _averaged(function: Callable[[Any], Any], batch: dict[str, Any], devices: int) -> Any:
-    """The mean of a function over the first axis of a batch, each device taking its share of it one by one."""
+def _averaged(function: Callable[[PyTree], PyTree], batch: dict[str, PyTree], devices: int) -> PyTree:
+    """The mean of a function over the first axis of a batch; each device computes its share sequentially."""
     count = jax.tree.leaves(batch)[0].shape[0]
     together = devices if count % devices == 0 else 1
 
-    def several(part: Any) -> Any:
+    def several(part: PyTree) -> PyTree:
         if together == 1:
             return function(jax.tree.map(lambda leaf: leaf[0], part))
         return jax.tree.map(lambda leaf: leaf.sum(axis=0), jax.vmap(function)(part))
 
     if count == together:
         total = several(batch)
-    else:  # a device's share lies together, so the small batches that run side by side are far apart
+    else:  # each device's share is contiguous, so those that run in parallel are `count // together` apart
         rows = jax.tree.map(
             lambda leaf: leaf.reshape(together, count // together, *leaf.shape[1:]).swapaxes(0, 1), batch
         )

@@ -1,23 +1,23 @@
-"""Which of a model's tensors are trained: selectors, a budget, and the trained part as a pytree of its own.
+"""Which of a model's tensors are trained: selectors, a budget, and the trained part as a separate pytree.
 
-A tensor is one layer's part of a stacked parameter, or a parameter that is not stacked. Only the trained part is ever
-given to an optimiser, so frozen tensors have no optimiser state.
+A tensor is one layer of a stacked parameter, or a parameter that is not stacked. Only the trained part is passed to an
+optimizer, so frozen tensors have no optimizer state.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from jaxid.checkpoints.tensors import flatten, unflatten
+from jaxid.checkpoints.tensors import Leaves, flatten, unflatten
 from jaxid.checks import check_seed
 from jaxid.errors import InputError
-from jaxid.nn.layers import Learning, Recompute
+from jaxid.nn.layers import Learning, Recompute, Stackable
+from jaxid.nn.network import Network
 
 GROUPS = (
     "vision-mlp",
@@ -37,7 +37,7 @@ STACKS = ("layers", "global_layers", "crossing")
 """Parts of a network whose parameters have a leading layer axis; a tower's global layers come after its others."""
 
 Trained = dict[str, Array]
-"""Trained tensors by their parameter's path, the trained rows of stacked ones: float32."""
+"""Trained tensors by the path of their parameter, only the trained rows of stacked ones; float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class Tensor:
     """One tensor that may be trained.
 
     Attributes:
-        path: of the parameter, joined by dots.
+        path: path of the parameter, joined by dots.
         row: its layer in a stacked parameter; None if it is not stacked.
-        size: how many numbers it has.
+        size: number of elements.
         group: one of `GROUPS`.
         depth: index of its block, counted over all stacks of its part of the network; -1 outside blocks.
     """
@@ -60,17 +60,12 @@ class Tensor:
 
     @property
     def name(self) -> str:
-        """How it is listed."""
+        """Its name in lists of tensors."""
         return self.path if self.row is None else f"{self.path}[{self.row}]"
 
 
 def group_of(path: str, *, tied: bool) -> str:
-    """The kind of a parameter.
-
-    Args:
-        path: of the parameter.
-        tied: whether the embedding is the head as well.
-    """
+    """The kind of the parameter at a path; `tied` says whether the embedding is also the head."""
     first, *_ = parts = path.split(".")
     norm = any("norm" in part for part in parts)
     if first == "decoder":
@@ -90,7 +85,7 @@ def group_of(path: str, *, tied: bool) -> str:
     return "vision-attention" if any(part.startswith("attention") for part in parts) else "vision-mlp"
 
 
-def tensors(parameters: dict[str, Any], *, tied: bool) -> list[Tensor]:
+def tensors(parameters: PyTree, *, tied: bool) -> list[Tensor]:
     """All tensors of a network, from its parameters or their shapes."""
     flat = flatten(parameters)
     lengths: dict[str, int] = {}
@@ -124,12 +119,12 @@ def choose(
     Args:
         every: all tensors of the network.
         selectors: kinds of tensors; "all"; or "random", tensors of all kinds in a random order.
-        budget: share of all parameters that may be trained.
-        vision_blocks: how many of the tower's last blocks may be trained; None for all.
-        seed: of "random".
+        budget: the largest share of all parameters that may be trained.
+        vision_blocks: number of the tower's last blocks that may be trained; None for all.
+        seed: seed for "random".
 
     Returns:
-        The tensors, as they stand in the network.
+        The tensors, in the network's order.
 
     Raises:
         InputError: for an unknown selector or a budget out of range, or if none of them fits the budget.
@@ -166,7 +161,7 @@ def choose(
             room -= tensor.size
     if not chosen:
         smallest = min((tensor.size for tensor in wanted), default=None)
-        reason = "the network has none of that kind" if smallest is None else f"the smallest has {smallest} numbers"
+        reason = "the network has none of that kind" if smallest is None else f"the smallest has {smallest} elements"
         raise InputError(
             f"no tensor of {', '.join(selectors)} fits {budget:.2%} of {sum(tensor.size for tensor in every)} "
             f"parameters: {reason}; give a larger budget or other selectors."
@@ -179,21 +174,21 @@ class Selection:
     """Which rows of which parameters are trained; hashable, so that it can be static under jit.
 
     Attributes:
-        rows: by path: the trained rows of a stacked parameter, or None for a whole one.
+        rows: pairs of a parameter's path and its trained rows, or None if it is trained whole.
     """
 
     rows: tuple[tuple[str, tuple[int, ...] | None], ...]
 
     @classmethod
     def of(cls, chosen: Sequence[Tensor]) -> "Selection":
-        """The selection of some tensors."""
+        """The selection of the given tensors."""
         found: dict[str, tuple[int, ...] | None] = {}
         for tensor in chosen:
             found[tensor.path] = None if tensor.row is None else (*(found.get(tensor.path) or ()), tensor.row)
         return cls(tuple(sorted(found.items())))
 
-    def split(self, parameters: dict[str, Any]) -> Trained:
-        """The trained tensors as float32 copies, whatever the model's number format.
+    def split(self, parameters: PyTree) -> Trained:
+        """The trained tensors as float32 copies, whatever the model's dtype.
 
         Raises:
             InputError: for a parameter or a row that the network does not have.
@@ -204,21 +199,21 @@ class Selection:
             for path, rows in self.rows
         }
 
-    def merge(self, parameters: dict[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters with the trained tensors in place, in the parameters' own number format."""
+    def merge(self, parameters: PyTree, trained: Mapping[str, PyTree]) -> PyTree:
+        """The parameters with the trained tensors in place, in the parameters' dtype."""
         flat = self._checked(parameters)
         for path, rows in self.rows:
             leaf, new = flat[path], jnp.asarray(trained[path], flat[path].dtype)
             if rows is None or rows == tuple(range(leaf.shape[0])):
                 flat[path] = new
-            elif rows == tuple(range(rows[0], rows[-1] + 1)):  # as is usual; cheaper to differentiate than a scatter
+            elif rows == tuple(range(rows[0], rows[-1] + 1)):  # the usual case; cheaper to differentiate than a scatter
                 flat[path] = jnp.concatenate([leaf[: rows[0]], new, leaf[rows[-1] + 1 :]])
             else:
                 flat[path] = leaf.at[np.array(rows)].set(new)
         return unflatten(flat)
 
-    def _checked(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The network's parameters by path, in which all selected rows exist."""
+    def _checked(self, parameters: PyTree) -> Leaves:
+        """The network's parameters by path, after checking that all selected rows exist."""
         flat = dict(flatten(parameters))
         for path, rows in self.rows:
             if path not in flat:
@@ -229,26 +224,28 @@ class Selection:
         return flat
 
     def lowest(self, prefix: str) -> int | None:
-        """The first trained row of the stack below a prefix; None if it has none."""
+        """The first trained row among the stacked parameters with a prefix; None if there is none."""
         found = [min(rows) for path, rows in self.rows if rows is not None and path.startswith(prefix)]
         return min(found, default=None)
 
 
-def for_learning(definition: Any, parameters: Any, selection: Selection, *, recompute: Recompute) -> Any:
-    """The network's definition with what each of its stacks has to know of training.
+def for_learning(
+    definition: nnx.GraphDef[Network], parameters: PyTree, selection: Selection, *, recompute: Recompute
+) -> nnx.GraphDef[Network]:
+    """The network's definition, in which every stack knows which of its layers are trained.
 
     Blocks before the first trained tensor get no backward pass.
 
     Args:
-        definition: the network's.
-        parameters: the network's, or their shapes.
-        selection: what is trained.
-        recompute: what the backward pass recomputes instead of keeping it.
+        definition: definition of the network.
+        parameters: its parameters, or their shapes.
+        selection: the tensors that are trained.
+        recompute: what the backward pass recomputes instead of storing.
     """
     network = nnx.merge(definition, nnx.State(parameters))
     paths = [path for path, _ in selection.rows]
 
-    def learning(layers: Any, prefix: str, *, before: bool) -> None:
+    def learning(layers: Stackable, prefix: str, *, before: bool) -> None:
         count = jax.tree.leaves(nnx.state(layers))[0].shape[0]
         lowest = selection.lowest(prefix)
         frozen = 0 if before else count if lowest is None else lowest
