@@ -17,7 +17,7 @@ from jaxid.data.pictures import mirrored, recoloured
 from jaxid.errors import DataError
 from jaxid.experiments.base import Summary, WithLayers
 from jaxid.experiments.relations import RelationBatch, prepare
-from jaxid.experiments.session import Columns, Session, as_array, padded, spread
+from jaxid.experiments.session import Columns, Keyed, Session, as_array, padded, spread
 from jaxid.families.base import Model
 from jaxid.interp.trace import rerun, swap, trace
 from jaxid.io import tidy
@@ -26,11 +26,11 @@ from jaxid.prompts.processor import Prompts
 from jaxid.stats import centre_and_spread
 
 TOKEN_SETS = ("image", "text", "words")
-"""What is swapped: all image tokens, all text tokens after the picture, the words asked about."""
+"""The swapped tokens: of the image, of the text after it, or of the words that are asked about."""
 
 PUBLISHED_ITEMS = 100
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Keyed)
 Batch = TypeVar("Batch")
 SummaryT = TypeVar("SummaryT", bound="SwapSummary")
 
@@ -40,10 +40,10 @@ class Patched:
     """Log-probabilities of the two answers.
 
     Attributes:
-        control: about the picture itself, Float[B, 2].
-        intervened: about the changed picture, Float[B, 2].
-        patched: by token set and layer, Float[3, L, B, 2].
-        layers: Int[L].
+        control: for the picture itself.
+        intervened: for the changed picture.
+        patched: for the picture itself with swapped activations, by token set and layer.
+        layers: the layers after which activations are swapped.
     """
 
     control: Float[np.ndarray, "B 2"]
@@ -53,10 +53,9 @@ class Patched:
 
     @property
     def scores(self) -> dict[str, Float[np.ndarray, "L B 2"]]:
-        """By token set: how far the swap carries each answer.
+        """How far the swap of each token set carries the answers.
 
-        NaN where the changed picture leaves an answer as it is, so that there is nothing to carry; the published code
-        counts this as 0.
+        NaN where the changed picture does not change an answer. The published code counts this as 0.
         """
         scores = np.asarray(swap_score(*map(jnp.asarray, (self.control, self.patched, self.intervened))))
         defined = np.where(self.control == self.intervened, np.nan, scores)
@@ -66,9 +65,9 @@ class Patched:
 def swap_score(
     control: Float[Array, "B n"], patched: Float[Array, "*S B n"], intervened: Float[Array, "B n"]
 ) -> Float[Array, "*S B n"]:
-    """How far a patch carries the answers to those of the intervened picture: 0 not at all, 1 wholly.
+    """How far a patch carries the answers towards those for the changed picture: 0 not at all, 1 all the way.
 
-    (log p_control - log p_patched) / (log p_control - log p_intervened); what is not finite counts as 0.
+    This is (log p_control - log p_patched) / (log p_control - log p_intervened), and 0 where that is not finite.
     """
     score = (control - patched) / (control - intervened)
     return jnp.where(jnp.isfinite(score), score, 0.0)
@@ -87,8 +86,8 @@ def swap_activations(
 
     Args:
         model: the model.
-        batch: prepared questions (the control pictures or clips).
-        intervened: the same questions about the changed ones, e.g. mirrored left-right.
+        batch: prepared questions about the control pictures or clips.
+        intervened: the same questions about the changed ones, for example mirrored.
         words: positions of the words that are swapped; those of subject and object by default.
         layers: decoder layers after which values are swapped; all by default.
         chunk: edits that run side by side.
@@ -132,7 +131,7 @@ class Scores:
 
 
 def statistics(scores: Mapping[str, Float[np.ndarray, "L B 2"]]) -> Scores:
-    """What scores amount to over the items with finite scores.
+    """Statistics of the scores, over the items whose scores are all finite.
 
     Raises:
         DataError: if there is no such item.
@@ -155,13 +154,13 @@ def statistics(scores: Mapping[str, Float[np.ndarray, "L B 2"]]) -> Scores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwapSummary(Scores, Summary):
-    """What came of an activation swap.
+    """Summary of an activation swap.
 
     Attributes:
-        statistic: what the figure shows, "median" or "mean".
+        statistic: the statistic in the figure, "median" or "mean".
         layers: ascending.
         words: the two answers.
-        mean_change_of_answers: mean distance of the answers' log-probabilities about either picture.
+        mean_change_of_answers: mean absolute difference of the answers' log-probabilities for the two pictures.
     """
 
     statistic: str
@@ -172,12 +171,12 @@ class SwapSummary(Scores, Summary):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, SummaryT]):
-    """What the activation swaps share: a subclass says its items, their prompts, and what is changed about them."""
+    """Base class of the activation swaps. A subclass gives the items, their prompts, and the changed prompts."""
 
     changed_to: ClassVar[str]
-    """What the other picture or clip is, such as "the mirrored picture"."""
+    """Description of the changed picture or clip, such as "the mirrored picture"."""
     statistic: ClassVar[str] = "median"
-    """What figure and report show: medians, or the published means."""
+    """Statistic that figure and report show: "median", or the published "mean"."""
 
     def rows(self, session: Session) -> int:
         """One token set at every layer."""
@@ -185,7 +184,7 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
 
     @abc.abstractmethod
     def changed(self, session: Session, items: Sequence[Item], batch: Batch) -> Prompts:
-        """The questions of a batch about the changed pictures or clips; items are padded as the batch is."""
+        """The questions of a batch about the changed pictures or clips; the items are padded like the batch."""
 
     def words(self, batch: Batch) -> Int[np.ndarray, "B P"]:
         """Positions of the words that are swapped."""
@@ -195,7 +194,7 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         """How far the swaps carry the answers."""
         return np.stack(list(found.scores.values()))
 
-    def columns(self, items: Sequence[Item]) -> Mapping[str, Sequence[Any]]:
+    def columns(self, items: Sequence[Item]) -> Mapping[str, Sequence[object]]:
         """Further columns of the table, with a value for each item."""
         return {}
 
@@ -208,7 +207,7 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         axes = {
             "tokens": TOKEN_SETS,
             "layer": session.layers,
-            "item": [self.key(item) for item in items],
+            "item": [item.key for item in items],
             "word": asked.answers,
         }
         return tidy(patched, axes, name="patched") | {
@@ -220,7 +219,7 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         }
 
     def facts(self, session: Session, table: Columns) -> dict[str, Any]:
-        """What every activation swap's summary says."""
+        """The fields of every activation swap's summary."""
         return {
             **session.facts,
             **vars(statistics(scores_of(table))),
@@ -244,14 +243,14 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         )
 
     def report(self, summary: SummaryT) -> Iterator[str]:
-        """What the figure draws: for each token set and word, medians, or the published means."""
+        """The statistic that the figure shows, for each token set and word."""
         yield (
             f"{summary.statistic} score of {summary.score_items} items by layer: "
             f"0 without a swap, 1 as for {self.changed_to}"
         )
         for tokens, scores in getattr(summary, f"score_{summary.statistic}").items():
             for word, by_layer in zip(summary.words, scores.T, strict=True):
-                # Never "-0.00".
+                # Adding 0.0 avoids "-0.00".
                 values = ", ".join(f"{round(float(value), 2) + 0.0:.2f}" for value in by_layer)
                 yield f"{tokens:6s} {word:7s} {values}"
         yield f"{summary.items} items{summary.skipped_note}"

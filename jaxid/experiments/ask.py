@@ -17,13 +17,13 @@ from jaxid.interp.forward import forward
 
 @dataclasses.dataclass(frozen=True)
 class Ask(Command[list[tuple[str, float]]]):
-    """Ask a model about a picture; prints the most probable next tokens with their probabilities.
+    """Ask a model about a picture and print the most probable next tokens with their probabilities.
 
     Attributes:
-        picture: a picture.
-        question: a question about it.
+        picture: file of the picture.
+        question: question about it.
         model: alias, Hugging Face id or folder.
-        top: how many answers to print.
+        top: number of answers to print.
         dtype: of parameters and activations.
     """
 

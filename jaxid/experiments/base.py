@@ -1,6 +1,7 @@
-"""The shape of every command: a dataclass of options that runs. Of an experiment: steps, which a resumable job calls.
+"""The base classes of commands and experiments.
 
-From an `Experiment` follow its command and help (`jaxid.cli`), the job and its table, the summary, and the figures.
+A command is a dataclass of options with a method that runs it. An experiment adds the steps that a resumable job calls.
+Its command line and help (`jaxid.cli`), its table, summary and figures follow from it.
 """
 
 import abc
@@ -9,13 +10,13 @@ import importlib.metadata
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypedDict, TypeVar
 
 from jaxid import io, plots
 from jaxid.checks import Count, check_options
 from jaxid.errors import InputError
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, Session, joined, padded, parse_layers
+from jaxid.experiments.session import Columns, Keyed, Session, joined, padded, parse_layers
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
@@ -23,7 +24,7 @@ from jaxid.ids.temporal import TemporalIDs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Keyed)
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
@@ -36,7 +37,7 @@ PUBLISHED_TEMPLATE = "QUESTION: {query}Answer {First} or {Second}. ANSWER:"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(abc.ABC, Generic[Result]):
-    """What a user can run: options, each documented once, from which the command line follows."""
+    """Something a user can run. The command line follows from its options, each of which is documented once."""
 
     def __post_init__(self) -> None:
         """Checks what does not need the model.
@@ -48,51 +49,65 @@ class Command(abc.ABC, Generic[Result]):
 
     @abc.abstractmethod
     def run(self) -> Result:
-        """Does the work and returns what came of it."""
+        """Runs the command."""
 
     def report(self, result: Result) -> Iterable[str]:
-        """What came of it, line by line."""
+        """The result in lines of text."""
         return ()
 
     def printed(self, result: Result) -> Iterable[str]:
-        """What the command prints in the end."""
+        """The lines that the command prints when it is done."""
         return self.report(result)
+
+
+class SkippedItems(TypedDict):
+    """How many items were skipped, and the key of each with the reason."""
+
+    count: int
+    items: list[dict[str, str]]
+
+
+class LostItems(TypedDict):
+    """How many items had numbers that are not finite, and their keys."""
+
+    count: int
+    items: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What every run's `summary.json` says.
+    """The fields of every run's `summary.json`.
 
     Attributes:
-        experiment: its command.
+        experiment: name of the command.
         model: the model's name.
-        fingerprint: of its checkpoint.
-        items: how many items the numbers come from.
-        skipped: items that could not be used: their count, keys and reasons.
-        not_finite: items with a number that is NaN or infinite, which are in the table but in no other number.
-        resumed_items: how many items were done when this call began.
-        words_of_several_tokens: how many words were read at the last of their tokens, in the items of this call.
-        unknown_words: words that the vocabulary lacks, and in how many items of this call they stand.
-        settings: all that the rows depend on.
+        fingerprint: of the model's checkpoint.
+        items: number of items that the numbers come from.
+        skipped: items that could not be used.
+        not_finite: items with NaN or infinite numbers. They are in the table, but no other number includes them.
+        resumed_items: items that were done when this call began.
+        words_of_several_tokens: words that were read at the last of their tokens, in the items of this call.
+        unknown_words: words missing from the vocabulary, and how many items of this call contain them.
+        settings: everything that the rows depend on.
         versions: of the packages.
-        seconds: that this call took.
+        seconds: duration of this call.
     """
 
     experiment: str
     model: str
     fingerprint: str
     items: int
-    skipped: Mapping[str, Any]
-    not_finite: Mapping[str, Any]
+    skipped: SkippedItems
+    not_finite: LostItems
     resumed_items: int
     words_of_several_tokens: int
     unknown_words: Mapping[str, int]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
     def about(self, strength: float | None = None, note: str = "", items: int | None = None) -> plots.About:
-        """What a figure says of the run below it."""
+        """The line below a figure that describes the run."""
         lost = self.not_finite["count"]
         skipped = f"{lost} of {self.items + lost} items not finite, skipped" if lost else ""
         text = "; ".join(part for part in (skipped, note) if part)
@@ -100,7 +115,7 @@ class Summary:
 
     @property
     def skipped_note(self) -> str:
-        """What a command says of skipped items."""
+        """The end of a report that mentions skipped items; empty without any."""
         count = self.skipped["count"]
         return f"; {count} bad items skipped, see the summary" if count else ""
 
@@ -112,31 +127,31 @@ SummaryT = TypeVar("SummaryT", bound=Summary)
 class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     """A published experiment: options and steps.
 
-    A subclass says what its items are (`items`), how they are asked (`prepare`), what rows come of a batch
-    (`compute`), what the table amounts to (`summarise`), and how that is drawn (`figures`). `run` is the same for all.
+    A subclass reads its items (`items`), makes prompts of them (`prepare`), computes the rows of a batch (`compute`),
+    summarises the table (`summarise`) and draws the summary (`figures`). `run` is the same for all.
 
     Attributes:
-        out: folder for parts, table, summary and figures. A run that it holds is resumed if its settings agree.
+        out: folder for parts, table, summary and figures. If it holds a run with the same settings, that is resumed.
         data: folder of the data set.
         model: alias, Hugging Face id or folder.
         batch_size: prompts traced together; chosen from the free memory by default.
         dtype: of parameters and activations.
-        limit: how many items, drawn by the seed; all by default.
+        limit: number of items, drawn by the seed; all by default.
         seed: of the sample, and of everything else that is random.
-        restart: discard the run that the folder holds, and begin anew.
+        restart: discard the run in the folder and start again.
         skip_bad: skip items that cannot be used, and list them.
         reference_bugs: reproduce the bugs of the published code.
         template: the user's text, with {query}, {first}, {second}, {First}, {Second}; the published one by default.
-        case: form of the answer words that is read: lower, capital, both added up, or the one that the published code
-            reads for the model's family.
-        split_words: read a word of several tokens at its last one, or refuse it.
+        case: form of the answer words that is read: lower, capital, both (their probabilities are added), or the one
+            that the published code reads for the model's family.
+        split_words: what to do with a word of several tokens: read it at its last one, or refuse it.
         progress: show progress bars, on terminals.
     """
 
     name: ClassVar[str]
     published_text: ClassVar[str] = PUBLISHED_SUFFIX
     reporting: ClassVar[frozenset[str]] = frozenset()
-    """Options that summary and figures depend on, but no row."""
+    """Options that the summary and the figures depend on, but not the rows."""
     prompts_per_item: ClassVar[int] = 1
 
     out: Path
@@ -162,18 +177,17 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """
         super().__post_init__()
         if self.template is not None and "{query}" not in self.template:
-            raise InputError(f"the template {self.template!r} has no place for the {{query}}.")
+            raise InputError(f"the template {self.template!r} does not contain {{query}}.")
 
     @abc.abstractmethod
     def items(self, session: Session) -> Sequence[Item]:
         """All items of the run, read from `data`."""
 
-    def key(self, item: Item) -> str:
-        """An item's name, unlike all others."""
-        return getattr(item, "key")  # noqa: B009 - items are of any class with a key
-
     def groups(self, items: Sequence[Item]) -> list[list[Item]]:
-        """The items that can be prepared together, such as those of one axis; also: one item of each is tried first."""
+        """Groups of items that can be prepared together, such as those of one axis.
+
+        One item of each group is tried before the weights are loaded.
+        """
         return [list(items)]
 
     @abc.abstractmethod
@@ -181,11 +195,11 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """The prompts of items of one group."""
 
     def asked(self, batch: Batch) -> Sequence[RelationBatch]:
-        """The questions in what `prepare` made; the words of the first are counted."""
+        """The questions of a batch; the words of the first are counted."""
         return [batch]  # pyright: ignore[reportReturnType] - true of the experiments that do not override it
 
     def rows(self, session: Session) -> int:
-        """Interventions that run side by side for each prompt, for the estimate of memory."""
+        """Number of interventions per prompt that run together; the estimate of memory needs it."""
         return 0
 
     @abc.abstractmethod
@@ -193,30 +207,30 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """The table's rows of items.
 
         Args:
-            session: the loaded model, and what was resolved from the options.
-            items: of one group.
-            batch: made of them, padded with the first one up to the batch size; no row comes of padding.
+            session: the loaded model and the resolved options.
+            items: items of one group.
+            batch: their prompts, padded up to the batch size with the first item; padding gets no rows.
         """
 
     @abc.abstractmethod
     def summarise(self, session: Session, table: Columns) -> SummaryT:
-        """What the table amounts to, `**session.facts` among it."""
+        """Summarises the table; `**session.facts` are the fields that all summaries share."""
 
     def figures(self, session: Session, table: Columns, summary: SummaryT) -> "Iterator[tuple[str, Figure]]":
-        """Name and figure of all that is drawn."""
+        """The figures with the names of their files."""
         yield from ()
 
     def printed(self, result: SummaryT) -> Iterator[str]:
-        """The report, and where the summary is."""
+        """The report, and the path of the summary."""
         yield from self.report(result)
         yield str(self.out / "summary.json")
 
     def read_ids(self) -> SpatialIDs | TemporalIDs | None:
-        """The file of IDs that the experiment works with, if it does."""
+        """The IDs, if the experiment needs any."""
         return None
 
     def default_layers(self, model: Model) -> Iterable[int]:
-        """The layers of the experiment where the user gives none."""
+        """The layers that are used if the user gives none."""
         return range(model.num_layers)
 
     def chosen_layers(self, model: Model) -> list[int]:
@@ -238,7 +252,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         Raises:
             OutputError: if the folder holds another run, is in use, or cannot be written to.
             CheckpointError: if the model or the IDs cannot be read.
-            DataError: for an item that cannot be used, unless those are skipped; or if none is left.
+            DataError: if an item cannot be used and bad items are not skipped, or if no item is left.
         """
         if self.reference_bugs:
             from jaxid.experiments.reference import with_bugs  # it knows all experiments
@@ -271,13 +285,13 @@ class WithLayers(Experiment[Item, Batch, SummaryT]):
     """An experiment on chosen layers.
 
     Attributes:
-        layers: decoder layers, counted from 0, such as 3,5-8; the experiment's own by default.
+        layers: decoder layers, counted from 0, such as 3,5-8; the default depends on experiment and model.
     """
 
     layers: str | None = None
 
     def chosen_layers(self, model: Model) -> list[int]:
-        """The layers given, else the experiment's own."""
+        """The given layers, or the default ones."""
         return parse_layers(self.layers, model, tuple(self.default_layers(model)))
 
 
@@ -301,7 +315,7 @@ class WithStrength(Experiment[Item, Batch, SummaryT]):
     """An experiment that adds vectors.
 
     Attributes:
-        strength: of what is added; 5 as published.
+        strength: factor of the added vectors; 5 as published.
     """
 
     strength: float = 5.0
@@ -312,11 +326,11 @@ def read_spatial_ids(path: Path) -> SpatialIDs:
     return SpatialIDs.from_torch(path) if path.suffix == ".pt" else SpatialIDs.load(path)
 
 
-def write_config(command: Command[Any], folder: Path, name: str = "config.yaml") -> Path:
-    """Writes `config.yaml`, with which `--config` repeats a command, whatever the folder it is given in."""
+def write_config(command: Command[Result], folder: Path, name: str = "config.yaml") -> Path:
+    """Writes the file with which `--config` repeats a command from any working directory."""
     import yaml
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, Path):
             return str(value.resolve())
         return [plain(entry) for entry in value] if isinstance(value, tuple) else value

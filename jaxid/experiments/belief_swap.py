@@ -1,4 +1,4 @@
-"""Belief swap: spatial IDs added to the two words swap the answer ([ID] arXiv 2601.12626, Figures 2 and 9)."""
+"""Belief swap: adding spatial IDs to the two words swaps the answer ([ID] arXiv 2601.12626, Figures 2 and 9)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +30,13 @@ class Swapped:
     """Log-probabilities of (first word, second word) before and after the swap.
 
     Attributes:
-        control: Float[B, 2].
-        steered: by condition, layer, strength: Float[2, L, S, B, 2].
-        layers: Int[L].
-        strengths: Float[S].
-        truth: index of the true answer, Int[B].
-        control_texts: what the control run wrote, [B]; empty strings where nothing was generated.
-        steered_texts: likewise under every edit, [2, L, S, B].
+        control: before the swap.
+        steered: after it, by condition, layer and strength.
+        layers: the layers after which vectors are added.
+        strengths: norms of the vectors, in units of the words' norms.
+        truth: index of the true answer.
+        control_texts: texts of the control run, [B]; empty strings if nothing was generated.
+        steered_texts: texts generated under every edit, [2, L, S, B]; empty strings if nothing was generated.
     """
 
     control: Float[np.ndarray, "B 2"]
@@ -61,10 +61,10 @@ class Swapped:
 def directions(
     ids: SpatialIDs, axis: str, answers: Int[np.ndarray, "B"], layers: Int[np.ndarray, "L"]
 ) -> Float[Array, "L B 2 D"]:
-    """What pushes each item's belief the other way: for the subject's word and, negated, for the object's.
+    """The vectors that push each item's belief the other way, for the subject's and the object's word.
 
-    A subject that is believed to be on the right is pushed by U(0, 0) - U(3, 0), one above by U(0, 3) - U(0, 0);
-    others reversed. `answers` holds the index of what is believed among the axis' two words.
+    A subject that is believed to be on the right is pushed by U(0, 0) - U(3, 0), one that is believed to be above by
+    U(0, 3) - U(0, 0). Others, and the objects, get the negative. `answers` are indices of the believed answers.
     """
     first = ids[layers, 0, 0]
     far = ids[layers, 3, 0] if axis == "horizontal" else ids[layers, 0, 3]
@@ -74,7 +74,7 @@ def directions(
 
 
 def noise(seed: int, indices: Int[np.ndarray, "B"], layers: int, width: int) -> Float[Array, "L B 2 D"]:
-    """Gaussian vectors for every item, layer and word; an item's depend on its index alone, not on its batch."""
+    """Gaussian vectors for every item, layer and word. An item's vectors depend on its index, not on its batch."""
     keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(jnp.asarray(indices))
     drawn = jax.vmap(lambda key: jax.random.normal(key, (layers, 2, width), jnp.float32))(keys)
     return jnp.moveaxis(drawn, 0, 1)
@@ -96,7 +96,7 @@ def word_norms(
 
 
 Norms = Callable[[Model, RelationBatch, Trace, Generation | None], Float[Array, "L B 2"]]
-"""What the strengths are multiples of: model, batch, its trace, and what the control run wrote -> norms."""
+"""Computes the norms that strengths multiply, from model, batch, its trace, and the control run's texts."""
 
 
 def swap_beliefs(
@@ -113,7 +113,7 @@ def swap_beliefs(
     recorded: Trace | None = None,
     chunk: int | None = None,
 ) -> Swapped:
-    """Swaps the belief of every item at every layer and strength, beside noise of the same norm, in one call.
+    """Swaps the belief of every item at every layer and strength, by IDs and by noise of the same norm.
 
     Args:
         model: the model.
@@ -121,17 +121,16 @@ def swap_beliefs(
         ids: the model's spatial IDs.
         layers: decoder layers after which the vectors are added.
         strengths: norms of the vectors in units of the words' activations.
-        seed: of the noise.
-        indices: of the items, on which their noise depends; 0 to B - 1 by default.
-        max_new_tokens: writes the answers too, control and steered, with so many tokens at most. What is believed is
-            then what the control run wrote (as published), where that is one of the two words; else the answer of
-            higher probability.
-        norms: of the words, which the strengths multiply.
+        seed: seed of the noise.
+        indices: indices of the items, which their noise depends on; 0 to B - 1 by default.
+        max_new_tokens: if above 0, answers of at most so many tokens are generated too. A belief is then the word that
+            the control run wrote (as published), or the more probable answer if it wrote neither word or both.
+        norms: computes the norms of the words, which the strengths multiply.
         recorded: the trace of the questions, if there is one already.
-        chunk: edits that run side by side.
+        chunk: number of edits that run together.
 
     Raises:
-        InputError: if IDs and model differ, or a layer is out of range.
+        InputError: if the IDs are of another model, or a layer is out of range.
     """
     require_same_model(model, ids)
     chosen, multiples = np.asarray(layers), np.asarray(strengths, np.float32)
@@ -174,7 +173,7 @@ def swap_beliefs(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeliefSwapSummary(Rates, Summary):
-    """What came of a belief swap."""
+    """Summary of a belief swap."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,17 +182,18 @@ class BeliefSwap(
     WithLayers[SpatialItem, RelationBatch, BeliefSwapSummary],
     WithStrength[SpatialItem, RelationBatch, BeliefSwapSummary],
 ):
-    """Swap beliefs with spatial IDs, beside noise of the same norm (Figure 2).
+    """Swap beliefs with spatial IDs, and with noise of the same norm (Figure 2).
 
-    An item takes part in the rates if its control answer is exactly one of the two words. Strengths are multiples of
-    the norm of a word's activation.
+    The rates are of the items whose control answer is exactly one of the two words. Strengths are multiples of the norm
+    of a word's activation.
 
     Attributes:
-        max_new_tokens: written by the control run and under every edit; 0 reads the first token alone.
+        max_new_tokens: length of the answers, without and with edits; 0 reads only the first token.
     """
 
     name: ClassVar[str] = "belief-swap"
     same_items: ClassVar[bool] = False
+    norms: ClassVar[Norms] = staticmethod(word_norms)
 
     max_new_tokens: Annotated[int, Range(0)] = 250
 
@@ -203,10 +203,10 @@ class BeliefSwap(
 
     def groups(self, items: Sequence[SpatialItem]) -> list[list[SpatialItem]]:
         """The items of each axis."""
-        return by_axis(items)
+        return by_axis(items, lambda item: item)
 
     def default_layers(self, model: Model) -> Sequence[int]:
-        """The published layers of a model; all of a small one, the second to fourth sixth of another."""
+        """The published layers of a model; of others, all layers up to 12, else those from 1/4 to 5/8 of the depth."""
         count = model.num_layers
         return published(self.model).belief_swap or (
             range(count) if count <= 12 else range(count // 4, count * 5 // 8 + 1)
@@ -219,12 +219,6 @@ class BeliefSwap(
     def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
         """The published questions."""
         return prepare(session.model, items, template=session.template, case=session.case)
-
-    def norms(
-        self, model: Model, batch: RelationBatch, recorded: Trace, written: Generation | None
-    ) -> Float[Array, "L B 2"]:
-        """Norms of the words, which the strength multiplies."""
-        return word_norms(model, batch, recorded, written)
 
     def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Columns:
         """A row for each item, condition and layer."""

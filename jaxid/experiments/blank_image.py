@@ -1,13 +1,13 @@
-"""Blank image, a control: what is left of answers, spatial IDs and belief swaps when there is nothing to see?
+"""Blank image, a control: which answers, spatial IDs and belief swaps remain when there is nothing to see?
 
-The questions of the belief swap are asked about the picture itself and about blank ones of its size: grey, and the
-mean picture of the data set.
+The questions of the belief swap are asked about the picture itself and about two blank ones of the same size: a grey
+one, and the mean picture of the data set.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +26,7 @@ from jaxid.experiments.session import Columns, Session, as_array, by_axis, item_
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.trace import Trace, residuals_at, trace
 from jaxid.io import tidy
-from jaxid.prompts.pictures import open_picture
+from jaxid.prompts.pictures import Picture, open_picture
 from jaxid.stats import confidence_interval, mean_interval
 
 PICTURES = ("original", "grey", "mean")
@@ -34,10 +34,10 @@ COORDINATES = ("subject_x", "subject_y", "object_x", "object_y")
 GREY = 128
 
 
-def mean_picture(pictures: Iterable[Any]) -> UInt8[np.ndarray, "Y X 3"]:
-    """The mean of pictures' pixels, all resized to the first one's size.
+def mean_picture(pictures: Iterable[Picture]) -> UInt8[np.ndarray, "Y X 3"]:
+    """The mean of pictures' pixels, all resized to the size of the first one.
 
-    Pictures that cannot be opened take no part: whoever asks about them is told.
+    Pictures that cannot be opened are skipped; asking about them raises the error.
     """
     total, count, size = np.full((1, 1, 3), GREY, float), 0, (1, 1)
     for picture in pictures:
@@ -49,8 +49,8 @@ def mean_picture(pictures: Iterable[Any]) -> UInt8[np.ndarray, "Y X 3"]:
     return np.rint(total / max(count, 1)).astype(np.uint8)
 
 
-def blank_like(picture: Any, kind: str, mean: UInt8[np.ndarray, "Y X 3"]) -> Any:
-    """The picture itself, or a blank one of its size, which therefore becomes as many tokens.
+def blank_like(picture: Picture, kind: str, mean: UInt8[np.ndarray, "Y X 3"]) -> Picture:
+    """The picture itself, or a blank one of the same size and therefore with as many tokens.
 
     Args:
         picture: the picture.
@@ -64,9 +64,9 @@ def blank_like(picture: Any, kind: str, mean: UInt8[np.ndarray, "Y X 3"]) -> Any
 
 
 def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float[np.ndarray, "L B 2 2"]:
-    """What a picture adds to the words of subject and object, in every layer's plane of the spatial IDs.
+    """The deviations of the subject's and the object's word, in every layer's plane of the spatial IDs.
 
-    That is their activations, less those in the same questions without a picture: the deviations of Figure 8 a.
+    A deviation is an activation less the one in the same question without a picture, as in Figure 8 a.
     """
     text = recorded.model.prepare(None, list(batch.prompts.questions))
     alone = residuals_at(recorded.model, text, text.words(batch.names)[:, :2])
@@ -85,23 +85,23 @@ class BlankItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlankImageSummary(Summary):
-    """What is left, by kind of picture; intervals are of 95 %.
+    """Answers, IDs and swaps by kind of picture, with 95 % intervals.
 
     Attributes:
         pictures: the kinds.
-        accuracy: share of true answers.
-        accuracy_interval: Wilson's.
-        agreement: share of items answered as about the picture itself.
+        accuracy: share of correct answers.
+        accuracy_interval: Wilson's interval of the accuracy.
+        agreement: share of items with the same answer as for the original picture.
         lead: mean of log p(true answer) - log p(other answer).
-        lead_interval: half of Student's.
+        lead_interval: half-width of Student's interval of the lead.
         layers: ascending.
-        id_norm: root mean square distance of what the picture adds to the words (`place_words`) from its mean over the
-            items of an axis, by layer. What a picture adds whatever it shows is in the mean; places are not.
-        gap: mean of how far the subject is from the object along the asked axis, in the true direction, by layer. It
-            tells places that are seen from places that are made up, which have a norm but a gap about 0.
-        gap_interval: half of Student's.
+        id_norm: root mean square distance of the words' deviations (`place_words`) from their mean over the items of an
+            axis, by layer. The mean holds what any picture adds; places are in the distance from it.
+        gap: mean distance from subject to object along the asked axis, in the true direction, by layer. Made-up places
+            have a norm but a gap of about 0.
+        gap_interval: half-width of Student's interval of the gap.
         swapped: share of beliefs swapped by IDs, by layer.
-        swapped_interval: Wilson's.
+        swapped_interval: Wilson's interval of that share.
         noise: share swapped by noise of the same norm, by layer.
     """
 
@@ -153,8 +153,9 @@ class BlankImage(
             pictures = [blank_like(one.item.picture, kind, one.mean) for one in items]
             return [dataclasses.replace(one.item, picture=new) for one, new in zip(items, pictures, strict=True)]
 
-        options: dict[str, Any] = {"template": session.template, "case": session.case}
-        return {kind: prepare(session.model, shown(kind), **options) for kind in PICTURES}
+        return {
+            kind: prepare(session.model, shown(kind), template=session.template, case=session.case) for kind in PICTURES
+        }
 
     def asked(self, batch: Mapping[str, RelationBatch]) -> list[RelationBatch]:
         """The questions about every kind of picture."""
@@ -214,18 +215,19 @@ class BlankImage(
 
     def figures(self, session: Session, table: Columns, summary: BlankImageSummary) -> Iterator[tuple[str, Figure]]:
         """What is left, picture beside picture."""
-        names = (
-            "accuracy",
-            "accuracy_interval",
-            "id_norm",
-            "gap",
-            "gap_interval",
-            "swapped",
-            "swapped_interval",
-            "noise",
+        figure = plots.blank_image(
+            np.array(summary.layers),
+            summary.accuracy,
+            summary.accuracy_interval,
+            summary.id_norm,
+            summary.gap,
+            summary.gap_interval,
+            summary.swapped,
+            summary.swapped_interval,
+            summary.noise,
+            about=summary.about(self.strength),
         )
-        drawn = {name: getattr(summary, name) for name in names}
-        yield "blank_image", plots.blank_image(np.array(summary.layers), **drawn, about=summary.about(self.strength))
+        yield "blank_image", figure
 
     def report(self, summary: BlankImageSummary) -> Iterator[str]:
         """A line for each kind of picture, at the layer at which IDs swap most beliefs about the pictures."""

@@ -1,4 +1,4 @@
-"""Shares of swapped beliefs, of one run and of several ([ID] arXiv 2601.12626, Figures 2 and 9)."""
+"""Shares of swapped beliefs, in one run and across runs ([ID] arXiv 2601.12626, Figures 2 and 9)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +26,15 @@ class Best:
     """The layers at which most beliefs are swapped, and what is swapped there.
 
     Attributes:
-        layers: the three best ones.
-        belief: share swapped by IDs, the mean of the layers.
-        belief_std: its standard deviation over them.
+        layers: the three best layers.
+        belief: share swapped by IDs, the mean over these layers.
+        belief_std: standard deviation of that share over the layers.
         belief_interval: Wilson's 95 % interval of the mean share.
-        noise: likewise by noise.
-        noise_std: likewise.
-        noise_interval: likewise.
-        items: how many items these are the shares of.
-        chosen_on: "other items", or "same items" where the layers were chosen on those reported, as published.
+        noise: share swapped by noise, the mean over the same layers.
+        noise_std: standard deviation of the share swapped by noise.
+        noise_interval: Wilson's 95 % interval of the share swapped by noise.
+        items: number of items that the shares are of.
+        chosen_on: "other items", or "same items" if the layers were chosen on the reported ones, as published.
     """
 
     layers: list[int]
@@ -53,8 +53,8 @@ class Rates:
     """Shares of items that were answered with one of the two words; intervals are Wilson's of 95 %.
 
     Attributes:
-        answered_items: how many that are.
-        unanswered_items: how many others.
+        answered_items: number of these items.
+        unanswered_items: number of other items.
         accuracy: of the control run.
         accuracy_interval: its interval.
         layers: ascending.
@@ -64,9 +64,9 @@ class Rates:
         swapped_by_axis_interval: their intervals.
         verdicts: "correct", "wrong" and "nonsense" answers under the edits, by condition and layer.
         accuracy_drop: how much the IDs lower the accuracy, by layer.
-        mean_accuracy_drop: the mean of the layers.
+        mean_accuracy_drop: mean of that over the layers.
         best: the best layers.
-        selection: items that the best layers were chosen on, and items that are reported.
+        selection: keys of the items that the best layers were chosen on, and of those that are reported.
     """
 
     answered_items: int
@@ -82,14 +82,14 @@ class Rates:
     accuracy_drop: list[float]
     mean_accuracy_drop: float
     best: Best
-    selection: dict[str, Any]
+    selection: dict[str, str | list[str]]
 
 
 def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: bool = False) -> Rates:
     """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts.
 
-    The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others,
-    as shares of items that layers were chosen on are too large.
+    The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others.
+    Shares of the items that layers were chosen on would be too large.
 
     Args:
         table: a row for each item, condition and layer.
@@ -126,11 +126,20 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
     by_axis = {name: used & (axis == name) for name in dict.fromkeys(axis[used].tolist())}
     choosing, reporting = _halves(pictures, used, seed, same_items)
     best = np.argsort(shares(choosing)["belief"], kind="stable")[::-1][:BEST]
-    picked = {name: np.array(of_layers)[best] for name, of_layers in shares(reporting).items()}
+    picked = [np.array(of_layers)[best] for of_layers in shares(reporting).values()]
     reported, chosen_on = int(reporting.sum()), "same items" if choosing is reporting else "other items"
-    at_best: dict[str, Any] = {name: float(own.mean()) for name, own in picked.items()}
-    at_best |= {f"{name}_std": float(own.std()) for name, own in picked.items()}
-    at_best |= {f"{name}_interval": confidence_interval(round(at_best[name] * reported), reported) for name in picked}
+    belief, noise = (float(own.mean()) for own in picked)
+    at_best = Best(
+        layers=[int(layers[row]) for row in best],
+        belief=belief,
+        belief_std=float(picked[0].std()),
+        belief_interval=confidence_interval(round(belief * reported), reported),
+        noise=noise,
+        noise_std=float(picked[1].std()),
+        noise_interval=confidence_interval(round(noise * reported), reported),
+        items=reported,
+        chosen_on=chosen_on,
+    )
     keys = np.array(axes["item"])
     return Rates(
         answered_items=count,
@@ -145,7 +154,7 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
         verdicts=verdicts,
         accuracy_drop=drops,
         mean_accuracy_drop=float(np.mean(drops)),
-        best=Best(layers=[int(layers[row]) for row in best], items=reported, chosen_on=chosen_on, **at_best),
+        best=at_best,
         selection={
             "chosen_on": chosen_on,
             "choosing": keys[choosing].tolist(),
@@ -155,7 +164,7 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
 
 
 def _halves(pictures: np.ndarray, used: np.ndarray, seed: int, same_items: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Items that layers are chosen on, and items that are reported; all of them for both, where none would be left."""
+    """Items that layers are chosen on, and items that are reported; all items for both if either would be empty."""
     different = np.unique(pictures[used])
     order = np.random.default_rng((seed, 2)).permutation(len(different))
     choosing = used & np.isin(pictures, different[order[: len(different) // 2]])
@@ -185,7 +194,7 @@ def draw_layers(found: Rates, strength: float, about: plots.About) -> Figure:
 
 
 def draw_best(best: Mapping[str, Best], strength: float | str) -> Figure:
-    """Figure 2 of the best layers of models: as published only if all of them were chosen on the same items."""
+    """Figure 2 of the best layers of models, with standard deviations only if all were chosen on the same items."""
     values = {
         part: np.array([getattr(one, part) for one in best.values()])
         for part in ("belief", "belief_std", "noise", "noise_std")
@@ -218,14 +227,14 @@ def bounds_of(values: Sequence[float]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared:
-    """What a finished run says of its model.
+    """Results of a finished run.
 
     Attributes:
-        accuracy: of the control run.
+        accuracy: accuracy of the control run.
         accuracy_interval: its interval.
-        mean_accuracy_drop: how much of it the IDs take away.
-        answered_items: the items of these shares.
-        strength: of the edits.
+        mean_accuracy_drop: how much the IDs lower it.
+        answered_items: number of items that the shares are of.
+        strength: strength of the edits.
         best: the best layers.
     """
 
@@ -252,17 +261,17 @@ class Compare(Command[dict[str, Compared]]):
     out: Path = dataclasses.field(kw_only=True)
 
     def run(self) -> dict[str, Compared]:
-        """Reads the runs' summaries, and draws them.
+        """Reads the runs' summaries and draws them.
 
         Returns:
-            What was drawn, by name of the model.
+            The results by name of the model.
 
         Raises:
             DataError: for a folder without a belief-swap summary.
             OutputError: if `out` is the folder of a run, or cannot be written to.
         """
         if (self.out / "settings.json").exists():
-            raise OutputError(f"{self.out} holds a run, whose figure would be replaced; give another --out.")
+            raise OutputError(f"{self.out} holds a run, whose figures would be overwritten; choose another --out.")
         io.ensure_output_folder(self.out)
         found: dict[str, Compared] = {}
         for folder in self.folders:
@@ -293,20 +302,16 @@ class Compare(Command[dict[str, Compared]]):
 
 
 def read_run(folder: Path) -> tuple[str, Compared]:
-    """The model of a finished run, and what its summary says.
+    """The model and the results of a finished run.
 
     Raises:
-        DataError: if it is none, or holds shares that are none.
+        DataError: if the folder holds no summary of such a run, or the summary holds impossible shares.
     """
     path = folder / "summary.json"
     try:
         with io.reading(path, "its summary", DataError):
             summary = io.read_json(path, DataError)
             best = dict(summary["best"])
-            shares: dict[str, Any] = {
-                part: float(best[part]) for part in ("belief", "belief_std", "noise", "noise_std")
-            }
-            intervals: dict[str, Any] = {f"{part}_interval": _interval(best[f"{part}_interval"]) for part in CONDITIONS}
             entry = Compared(
                 accuracy=float(summary["accuracy"]),
                 accuracy_interval=_interval(summary["accuracy_interval"]),
@@ -315,16 +320,29 @@ def read_run(folder: Path) -> tuple[str, Compared]:
                 strength=float(summary["settings"]["strength"]),
                 best=Best(
                     layers=[int(layer) for layer in best["layers"]],
+                    belief=float(best["belief"]),
+                    belief_std=float(best["belief_std"]),
+                    belief_interval=_interval(best["belief_interval"]),
+                    noise=float(best["noise"]),
+                    noise_std=float(best["noise_std"]),
+                    noise_interval=_interval(best["noise_interval"]),
                     items=int(best["items"]),
                     chosen_on=str(best["chosen_on"]),
-                    **shares,
-                    **intervals,
                 ),
             )
-            bounds = [*entry.accuracy_interval, *intervals["belief_interval"], *intervals["noise_interval"]]
-            numbers = np.array([entry.accuracy, abs(entry.mean_accuracy_drop), *shares.values(), *bounds])
-            if not ((numbers >= 0) & (numbers <= 1)).all() or min(entry.answered_items, entry.best.items) < 1:
-                raise ValueError("a share is not one from 0 to 1, or of no items")
+            one = entry.best
+            bounds = [*entry.accuracy_interval, *one.belief_interval, *one.noise_interval]
+            shares = [
+                entry.accuracy,
+                abs(entry.mean_accuracy_drop),
+                one.belief,
+                one.belief_std,
+                one.noise,
+                one.noise_std,
+            ]
+            numbers = np.array([*shares, *bounds])
+            if not ((numbers >= 0) & (numbers <= 1)).all() or min(entry.answered_items, one.items) < 1:
+                raise ValueError("a share is not between 0 and 1, or is of no items")
             return str(summary["model"]), entry
     except JaxidError as error:
         raise DataError(f"{folder} holds no summary of a finished jaxid run belief-swap: {error}") from error

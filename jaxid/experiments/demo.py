@@ -1,4 +1,4 @@
-"""The main job from end to end on tiny-llava: IDs found, drawn and proven causal, by a list of experiments."""
+"""The demo: finds the spatial IDs of tiny-llava, draws them, and shows that they are causal."""
 
 import dataclasses
 import importlib.metadata
@@ -46,16 +46,14 @@ STEERING = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Command[dict[str, Any]]):
-    """Find, draw and prove the spatial IDs of the model that ships with jaxid.
-
-    The defaults stay under two minutes on two cores.
+    """Find the spatial IDs of the model that ships with jaxid, draw them, and show that they are causal.
 
     Attributes:
         out: folder for report, summary, tables and figures.
-        model: tiny-llava, or the folder of one trained like it.
-        seed: of the scenes and of the noise.
-        accuracy_questions: how many of each kind are asked.
-        partners: objects that each object is paired with for the IDs.
+        model: tiny-llava, or the folder of a model that was trained like it.
+        seed: seed of the scenes and of the noise.
+        accuracy_questions: number of questions of each kind.
+        partners: number of objects that each object is paired with to extract IDs.
         swap_items: questions of each relation whose beliefs are swapped.
         steer_items: questions of each relation that are steered.
         strengths: norms of the swap's vectors in units of the words' activations; 5 as published.
@@ -78,7 +76,7 @@ class Demo(Command[dict[str, Any]]):
         """Runs the demo and writes report, summary, tables and figures.
 
         Returns:
-            What `summary.json` holds.
+            The content of `summary.json`.
 
         Raises:
             OutputError: if `out` cannot be written.
@@ -87,7 +85,7 @@ class Demo(Command[dict[str, Any]]):
         for folder in (self.out, self.out / "results", self.out / "figures"):
             io.ensure_output_folder(folder)
         started = time.perf_counter()
-        # Closed before an error is shown, which therefore starts a line of its own.
+        # The bar is closed before an error is printed, so that the error starts on a new line.
         with tqdm(
             total=1 + len(PARTS),
             disable=self.no_bar,
@@ -112,7 +110,7 @@ class Demo(Command[dict[str, Any]]):
 
     @property
     def no_bar(self) -> bool | None:
-        """What tqdm is told: None draws bars on terminals only."""
+        """The value of tqdm's `disable`: None draws bars on terminals only."""
         return None if self.progress else True
 
     def report(self, result: dict[str, Any]) -> Iterator[str]:
@@ -126,7 +124,7 @@ class Demo(Command[dict[str, Any]]):
 
 
 class _Work:
-    """The model and its questions, what the parts find for one another, and where they write."""
+    """The model, its questions, and the results that later parts read."""
 
     ids: SpatialIDs
     best_layer: int
@@ -137,7 +135,7 @@ class _Work:
         checkpoint = open_checkpoint(demo.model)
         rng = np.random.default_rng((55, demo.seed))
         self.items = {axis: evaluation.relation_items(rng, demo.swap_items, axis)[0] for axis in ANSWERS}
-        for items in self.items.values():  # what the questions need, before the weights are read
+        for items in self.items.values():  # errors in questions are raised before the weights are read
             asked = prepare(checkpoint.model, items[:4])
             answer_forms(checkpoint.model.processor, asked.answers, asked.case)
         self.model = checkpoint.load()
@@ -150,11 +148,13 @@ class _Work:
     def figure(self, name: str, figure: Figure) -> None:
         plots.save(figure, self.demo.out / "figures" / f"{name}.png")
 
-    def about(self, items: int | None = None, **more: Any) -> plots.About:
-        return plots.About(model=self.model.name, items=items, **more)
+    def about(
+        self, items: int | None = None, *, unit: str = "items", strength: float | None = None, note: str = ""
+    ) -> plots.About:
+        return plots.About(model=self.model.name, items=items, unit=unit, strength=strength, note=note)
 
     def ask(self) -> None:
-        """What the model answers on scenes that training never showed."""
+        """The model's answers on scenes that it was not trained on."""
         accuracy = evaluation.evaluate(self.model, count=self.demo.accuracy_questions, seed=self.demo.seed + 1)
         fields = ("value", "low", "high", "count")
         columns = {field: [getattr(one, field) for one in accuracy.values()] for field in fields}
@@ -174,7 +174,7 @@ class _Work:
         """The IDs, and their geometry."""
         pairs, total, pictures = grid_items(self.demo.partners, self.demo.seed)
         bar = tqdm(pictures, total=total, unit="picture", leave=False, disable=self.demo.no_bar)
-        # An iterator, not the bar itself: run-time type checkers peek into what they take for a collection.
+        # An iterator, not the bar itself: run-time type checkers look into collections, and the bar seems to be one.
         self.ids = extract_spatial(self.model, iter(bar), pairs=pairs)
         self.ids.save(self.demo.out / "results" / "spatial_ids.safetensors")
         probes = probe_ids(self.ids)
@@ -306,7 +306,7 @@ class _Work:
         self.figure("steering_map", figure)
 
     def mirror(self) -> None:
-        """Where the place sits: activations of the mirrored pictures put into the control run."""
+        """Activations of the mirrored pictures replace those of the control run."""
         batch, words = self.batches["horizontal"], ANSWERS["horizontal"]
         pictures = [mirrored(np.asarray(item.picture)) for item in self.items["horizontal"]]
         scores = swap_activations(self.model, batch, self.model.prepare(pictures, list(batch.prompts.questions))).scores
@@ -329,11 +329,11 @@ PARTS: Mapping[str, Callable[[_Work], None]] = {
     "steering": _Work.steer,
     "mirror swap": _Work.mirror,
 }
-"""The experiments, in their order; later ones read what earlier ones found."""
+"""The experiments in their order; later ones read the results of earlier ones."""
 
 
 def grid_items(partners: int, seed: int) -> tuple[list[tuple[str, str]], int, Iterator[GridItem]]:
-    """All placements of every object beside a few others: pairs, number of pictures, the pictures one by one."""
+    """All placements of every object beside a few others: the pairs, the number of pictures, and the pictures."""
     rng = np.random.default_rng((331, seed))
     size = len(OBJECTS)
     pairs = [((b + step) % size, b) for b in range(size) for step in rng.permutation(size - 1)[:partners] + 1]
@@ -381,13 +381,13 @@ def probe_ids(ids: SpatialIDs) -> dict[str, list[float]]:
     return {name: rounded(values) for name, values in numbers.items()}
 
 
-def rounded(values: Any) -> Any:
+def rounded(values: object) -> Any:
     """Numbers to four places, as lists."""
-    return np.round(np.asarray(values, float), 4).tolist()
+    return np.round(np.asarray(values, np.float64), 4).tolist()
 
 
 def _correlation(values: Float[np.ndarray, "4"]) -> float:
-    """Correlation with the index of the column or row; 0 where nothing varies, as after the last layer."""
+    """Correlation with the index of the column or row; 0 if nothing varies, as after the last layer."""
     return float(np.corrcoef(np.arange(4), values)[0, 1]) if np.ptp(values) > 1e-6 else 0.0
 
 

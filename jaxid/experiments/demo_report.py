@@ -1,4 +1,4 @@
-"""The demo's report: the summary's numbers and the figures, in Markdown."""
+"""The demo's report in Markdown, with the summary's numbers and the figures."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -12,13 +12,13 @@ GEOMETRY = {
     "row_correlation": "corr. row",
     "axes_cosine": "cosine of axes",
 }
-"""Numbers of the IDs' geometry, and what they are called in the report."""
+"""Keys of the IDs' geometry in the summary, and their headings in the report."""
 
 MIRROR = {"image": "image tokens", "text": "text tokens", "words": "the two words"}
 
 
-def _table(columns: Mapping[str, Collection[Any]]) -> str:
-    """A table, given its columns by their headings."""
+def _table(columns: Mapping[str, Collection[object]]) -> str:
+    """A table of columns with headings."""
     rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
@@ -88,9 +88,10 @@ def render(summary: Mapping[str, Any]) -> str:
     return f"""# Spatial IDs of {summary["model"]}
 
 Layers are counted from 0. Answers, swaps and steering are measured on scenes with pairs of objects, or of places, that
-training never showed; the IDs are read from freshly drawn grid pictures of all places. Took {summary["seconds"]} s.
+the model was not trained on. The IDs are read from newly drawn grid pictures of all places.
+Took {summary["seconds"]} s.
 
-## What the model answers
+## Answers
 
 ![Scenes with the model's answers](figures/scenes.png)
 
@@ -108,9 +109,9 @@ The 16 cells of one object in the plane of the two axes (Figure 5), and how much
 
 ## Belief swap
 
-IDs added to both words so that the answer should be the other one, beside noise of the same norm (Figure 2). Layer and
+IDs, or noise of the same norm, are added to both words to swap the answer (Figure 2). Layer and
 strength were chosen on {items["choosing"]} items per relation; all rates are of the other {items["reported"]}. The
-strength is the vector's norm over that of the word's activation; here {summary["best_factor"]}, the published one is 5.
+strength is the vector's norm divided by that of the word's activation: here {summary["best_factor"]}, as published 5.
 
 ![Belief swap](figures/belief_swap.png)
 
@@ -132,7 +133,7 @@ Change of the answers' log-probabilities when the subject's word is steered to e
 
 {steering}
 
-## Where the place sits: mirror swap
+## Mirror swap: which tokens hold places
 
 How far the answers follow when activations of the mirrored picture replace those of the control run (Figure 4):
 medians over items, and the mean of both words' medians below.

@@ -1,4 +1,4 @@
-"""Depth: are height and depth the same to the model? ([ID] arXiv 2601.12626, Figure 7)."""
+"""Depth: does the model tell height from depth? ([ID] arXiv 2601.12626, Figure 7)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxid import plots
 from jaxid.experiments.base import Summary
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, Session, joined
+from jaxid.experiments.session import Columns, Session, joined, rows_where
 from jaxid.experiments.steering import KINDS, Kind, Question, ToCells, about_items, ask
 from jaxid.stats import mean_interval
 
@@ -19,7 +19,7 @@ QUESTIONS = {
     "height": KINDS["above-below"],
     "depth": Kind("Is the {0} in front or behind the {1}?", ("front", "behind"), "vertical"),
 }
-"""What is asked about the same pictures."""
+"""The questions about each picture."""
 
 Batches = Mapping[str, RelationBatch]
 """The same pictures and objects under both questions."""
@@ -27,15 +27,15 @@ Batches = Mapping[str, RelationBatch]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthSummary(Summary):
-    """What came of steering along the vertical axis under both questions.
+    """Summary of steering along the vertical axis under both questions.
 
     Attributes:
         layers: ascending.
         words: the answers, by question.
-        change: of their log-probabilities by layer, cell (x, y) and word, by question: means over items.
-        change_interval: half of the means' 95 % intervals.
-        height_depth_correlation: of the two questions' change of log p(first word) - log p(second word), by layer and
-            row: 0 if the model keeps height and depth apart, 1 if it takes them for the same.
+        change: mean change of their log-probabilities, by question, layer, cell (x, y) and word.
+        change_interval: half-widths of the means' 95 % intervals.
+        height_depth_correlation: correlation, over layers and rows, of the two questions' changes of
+            log p(first word) - log p(second word): 0 if the model tells height from depth, 1 if it does not.
     """
 
     layers: list[int]
@@ -47,15 +47,15 @@ class DepthSummary(Summary):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Depth(ToCells[Batches, DepthSummary]):
-    """Ask whether height is taken for depth: one steering under two questions (Figure 7).
+    """Test whether the model confuses height and depth: the same steering under two questions (Figure 7).
 
-    Every subject is steered along the vertical axis, by U(x, y) - U(x, 3 - y). A model that keeps height and depth
-    apart changes its answer to the question about height only.
+    Every subject is steered along the vertical axis, by U(x, y) - U(x, 3 - y). A model that tells height from
+    depth changes only its answer to the question about height.
     """
 
     name: ClassVar[str] = "depth"
     panels: ClassVar[tuple[str, str]] = ("height", "depth")
-    """The questions whose changes are drawn under the names of height and depth."""
+    """The questions whose changes the figure shows as height and as depth."""
 
     def items(self, session: Session) -> list[Question]:
         """Above/below items."""
@@ -66,7 +66,7 @@ class Depth(ToCells[Batches, DepthSummary]):
         return {name: ask(session, kind, items) for name, kind in QUESTIONS.items()}
 
     def asked(self, batch: Batches) -> list[RelationBatch]:
-        """Those about height, then those about depth."""
+        """The questions about height, then those about depth."""
         return list(batch.values())
 
     def compute(self, session: Session, items: Sequence[Question], batch: Batches) -> Columns:
@@ -78,11 +78,10 @@ class Depth(ToCells[Batches, DepthSummary]):
         return joined(tables)
 
     def summarise(self, session: Session, table: Columns) -> DepthSummary:
-        """Mean changes by question, layer and cell, and how alike they are by row."""
+        """Mean changes by question, layer and cell, and the correlation of the questions."""
         found = {}
         for name, kind in QUESTIONS.items():
-            rows = {column: values[table["question"] == name] for column, values in table.items()}
-            found[name] = self.changes(session, rows, kind.answers)
+            found[name] = self.changes(session, rows_where(table, table["question"] == name), kind.answers)
         means = {name: values.mean(axis=-2) for name, values in found.items()}
         sides = [(mean[..., 0] - mean[..., 1]).mean(axis=1).ravel() for mean in means.values()]
         return DepthSummary(
@@ -95,7 +94,7 @@ class Depth(ToCells[Batches, DepthSummary]):
         )
 
     def figures(self, session: Session, table: Columns, summary: DepthSummary) -> Iterator[tuple[str, Figure]]:
-        """The changes by row, a panel a question."""
+        """The changes by row, with a panel for each question."""
         note = plots.means_note(list(summary.change_interval.values()))
         figure = plots.depth_by_row(
             np.array(summary.layers),
@@ -106,7 +105,7 @@ class Depth(ToCells[Batches, DepthSummary]):
         yield "depth", figure
 
     def report(self, summary: DepthSummary) -> Iterator[str]:
-        """How alike the two answers move."""
+        """The correlation of the two questions' changes."""
         yield (
             f"{summary.items} items: steering moves both answers alike with correlation "
             f"{summary.height_depth_correlation:+.2f}{summary.skipped_note}"

@@ -1,8 +1,8 @@
-"""What the two-object experiments share: items, their prompts, the words of each relation, and how answers are read."""
+"""Questions about two or more objects: their prompts, the positions of their words, and how answers are read."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,25 +13,26 @@ from jaxid.errors import InputError, PromptError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output
 from jaxid.interp.trace import Trace
+from jaxid.prompts.pictures import Picture
 from jaxid.prompts.processor import Processor, Prompts
 from jaxid.prompts.words import word_spans
 
 Case = Literal["lower", "capital", "both"]
-"""Which form of an answer word is read: "lower" (left), "capital" (Left), or "both", their probabilities together."""
+"""The form of an answer word that is read: "lower" (left), "capital" (Left), or "both" (the sum of the two)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RelationBatch:
-    """Questions of one kind about two (or more) objects, prepared.
+    """Prepared questions of one kind about two or more objects.
 
     Attributes:
-        prompts: their prompts.
-        words: position of the subject's, the object's and any further word, Int[B, W].
+        prompts: the prompts.
+        words: positions of the words for the subject, the object and any further objects.
         names: those words, by prompt.
-        truth: index of the true answer among the two answer words, -1 where it is not known, Int[B].
-        axis: along which of the picture's axes it is asked or steered, "horizontal" or "vertical".
+        truth: index of the true answer word, -1 if unknown.
+        axis: the axis of the picture that is asked about or steered along, "horizontal" or "vertical".
         answers: the two answer words.
-        case: which form of them is read.
+        case: the form of them that is read.
     """
 
     prompts: Prompts
@@ -46,14 +47,14 @@ class RelationBatch:
         """Log-probabilities of the two answers as the next token.
 
         Raises:
-            PromptError: if a word has no token of its own in the wanted form.
+            PromptError: if a word in the wanted form is not a single token.
         """
         found = [output.logprobs(ids) for ids in answer_forms(output.model.processor, self.answers, self.case)]
         return found[0] if len(found) == 1 else jnp.logaddexp(*found)
 
 
 def answer_forms(processor: Processor, answers: Sequence[str], case: Case) -> list[Int[np.ndarray, "n"]]:
-    """Token ids of answer words in every form that is read, but forms in which one has no token of its own.
+    """Token ids of answer words in every form that is read. Forms with a word of several tokens are skipped.
 
     Raises:
         PromptError: if no form is left.
@@ -71,7 +72,7 @@ def answer_forms(processor: Processor, answers: Sequence[str], case: Case) -> li
 
 
 def answer_of(text: str, words: Sequence[str]) -> int:
-    """Index of the answer word that a generated text holds, -1 unless it is exactly one of them."""
+    """Index of the answer word in a generated text; -1 if the text contains none or both."""
     found = [index for index, spans in enumerate(word_spans(text, words, ignore_case=True)) if spans]
     return found[0] if len(found) == 1 else -1
 
@@ -84,14 +85,14 @@ def prepare(
     Args:
         model: the model.
         items: at least one, all of the same axis.
-        suffix: added to every question, e.g. ' Answer "left" or "right" only.'; {first} and {second} stand for the
-            answer words, {First} and {Second} for their capitalised forms.
-        case: which form of the answer words is read.
-        template: the user's text, with a place for the {query} and those of the suffix.
+        suffix: added to every question, such as ' Answer "left" or "right" only.'. {first} and {second} are replaced by
+            the answer words, {First} and {Second} by their capitalised forms.
+        case: the form of the answer words that is read.
+        template: the user's text, with the placeholder {query} and those of the suffix.
 
     Raises:
-        InputError: if there are none, or of both axes.
-        PromptError: if a question does not hold a word.
+        InputError: if there are no items, or items of both axes.
+        PromptError: if a question does not contain a word.
     """
     axes = {axis_of(item) for item in items}
     if len(axes) != 1:
@@ -111,7 +112,7 @@ def prepare(
 
 
 def fill(template: str, query: str, answers: Sequence[str]) -> str:
-    """A template with its query and answer words, see `prepare`."""
+    """Fills in the query and the answer words; see `prepare`."""
     first, second = answers
     for mark, text in (
         ("{query}", query),
@@ -126,7 +127,7 @@ def fill(template: str, query: str, answers: Sequence[str]) -> str:
 
 def prepare_questions(
     model: Model,
-    pictures: Sequence[Any],
+    pictures: Sequence[Picture],
     questions: Sequence[str],
     names: Sequence[tuple[str, ...]],
     *,
@@ -135,22 +136,22 @@ def prepare_questions(
     truth: Sequence[int],
     case: Case = "lower",
 ) -> RelationBatch:
-    """Prepares questions about named objects; the first place of each name in its question is located.
+    """Prepares questions about named objects, and finds where each name first occurs in its question.
 
-    A name inside a longer one ("dog" in "hot dog") is not a place of its own.
+    A name inside a longer one ("dog" in "hot dog") is not an occurrence.
 
     Args:
         model: the model.
-        pictures: one a question.
+        pictures: one for each question.
         questions: the user's texts.
-        names: of every question's objects, the steered one first.
+        names: names of every question's objects, the steered one first.
         axis: "horizontal" or "vertical".
         answers: the two answer words.
-        truth: index of the true one, -1 where it is not known.
-        case: which form of the answer words is read.
+        truth: index of the true answer, -1 if unknown.
+        case: the form of the answer words that is read.
 
     Raises:
-        PromptError: if a question does not hold a name.
+        PromptError: if a question does not contain a name.
         InputError: if two objects of a question have the same name.
     """
     prompts = model.prepare(list(pictures), list(questions))

@@ -1,4 +1,4 @@
-"""Extraction of spatial IDs from a folder of grid pictures ([ID] arXiv 2601.12626, Figures 3 and 5)."""
+"""Extracts spatial IDs from a folder of grid pictures ([ID] arXiv 2601.12626, Figures 3 and 5)."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Extraction(Command[Result]):
-    """What the extractions of IDs share.
+    """Base class of the commands that extract IDs.
 
     Attributes:
         data: folder of the pictures or clips.
-        out: the file of IDs, .safetensors.
+        out: file for the IDs, .safetensors.
         model: alias, Hugging Face id or folder.
         batch_size: pictures or clips read together.
         dtype: of parameters and activations.
@@ -41,7 +41,7 @@ class Extraction(Command[Result]):
         """Checks that the IDs can be written.
 
         Raises:
-            OutputError: if they cannot.
+            OutputError: if they cannot be written.
         """
         if self.out.suffix != ".safetensors":
             raise OutputError(f"{self.out} cannot hold IDs: the name must end in .safetensors.")
@@ -50,7 +50,7 @@ class Extraction(Command[Result]):
         ensure_output_folder(self.out.parent)
 
     def with_bar(self, items: Sequence[Item], unit: str) -> Iterator[Item]:
-        """The items, counted by a progress bar on terminals, which says what the first batch waits for."""
+        """The items, with a progress bar on terminals that explains the wait for the first batch."""
         from tqdm import tqdm
 
         with tqdm(items, unit=unit, disable=None, desc=f"compiling for batches of {self.batch_size}") as bar:
@@ -62,11 +62,11 @@ class Extraction(Command[Result]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpatialExtraction:
-    """What spatial IDs were extracted from.
+    """Result of an extraction of spatial IDs.
 
     Attributes:
-        pictures: how many.
-        pairs: ordered pairs of objects.
+        pictures: number of pictures.
+        pairs: number of ordered pairs of objects.
         explained_variance: share of the IDs' variance that two axes explain, by layer.
     """
 
@@ -108,7 +108,7 @@ class ExtractIDs(Extraction[SpatialExtraction]):
         return SpatialExtraction(pictures=len(items), pairs=len(pairs), explained_variance=shares)
 
     def report(self, result: SpatialExtraction) -> Iterator[str]:
-        """What was read, and how much two axes explain."""
+        """The numbers of pictures and pairs, and how much two axes explain."""
         shares = ", ".join(f"{share:.1%}" for share in result.explained_variance)
         yield (
             f"{self.out}: {result.pictures} pictures, {result.pairs} pairs; two axes explain of the IDs' variance, by "

@@ -1,9 +1,9 @@
-"""Steering of one picture: its two words are pushed apart at every layer ([ID] arXiv 2601.12626, Figure 6 d)."""
+"""Steering of one picture: IDs push its two words apart at every layer ([ID] arXiv 2601.12626, Figure 6 d)."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,17 +47,17 @@ def steer_apart(
         model: the model.
         batch: prepared questions.
         ids: the model's spatial IDs.
-        layers: those after which the vectors are added.
-        cells: the two cells.
+        layers: layers after which the vectors are added.
+        cells: the cells of subject and object.
         id_layer: the layer whose IDs are used throughout.
-        strength: of the vectors, which are not rescaled.
-        positions: where the vectors are added; at the subject's and the object's word by default.
+        strength: factor of the vectors, which are not rescaled.
+        positions: positions where the vectors are added; the words of subject and object by default.
 
     Returns:
-        Log-probabilities, those steered Float[L, B, 2].
+        Log-probabilities; `steered` is Float[L, B, 2].
 
     Raises:
-        InputError: if IDs and model differ, or a layer or cell is out of range.
+        InputError: if the IDs are of another model, or a layer or cell is out of range.
     """
     require_same_model(model, ids)
     first, second = (ids[id_layer, x, y] for x, y in cells)
@@ -68,33 +68,40 @@ def steer_apart(
 
 
 def parse_cells(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two cells from "0,0:3,0", as column,row from the upper left.
+    """Parses two cells such as "0,0:3,0": column,row from the upper left.
 
     Raises:
-        InputError: if it is not of that form, or they are no two different cells of the grid.
+        InputError: if the text is not of that form, or does not name two different cells of the grid.
     """
     try:
         (x1, y1), (x2, y2) = (map(int, cell.split(",")) for cell in text.split(":"))
     except ValueError as error:
         raise InputError(f"cells are given as column,row:column,row, such as 0,0:3,0; got {text!r}.") from error
     if (x1, y1) == (x2, y2) or not all(0 <= place < GRID for place in (x1, y1, x2, y2)):
-        raise InputError(f"cells are two different ones, columns and rows from 0 to {GRID - 1}, not {text!r}.")
+        raise InputError(f"cells must be two different ones, with columns and rows from 0 to {GRID - 1}; got {text!r}.")
     return (x1, y1), (x2, y2)
+
+
+class Target(TypedDict):
+    """Name of an object, and the cell that it is steered to."""
+
+    name: str
+    cell: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SteerPictureSummary(Summary):
-    """What came of steering the two words of a picture apart.
+    """Summary of steering the two words of a picture apart.
 
     Attributes:
         question: the user's text.
         words: the answers.
         control: their log-probabilities without steering.
-        layers: after which the IDs were added, ascending.
-        id_layer: whose IDs.
-        subject: its name, and the cell that it is steered to.
-        object: likewise.
-        change: of the answers' log-probabilities, by layer and word.
+        layers: layers after which the IDs were added, ascending.
+        id_layer: the layer whose IDs were added.
+        subject: the subject and its cell.
+        object: the object and its cell.
+        change: change of the answers' log-probabilities, by layer and word.
     """
 
     question: str
@@ -102,8 +109,8 @@ class SteerPictureSummary(Summary):
     control: Float[np.ndarray, "2"]
     layers: list[int]
     id_layer: int
-    subject: dict[str, Any]
-    object: dict[str, Any]
+    subject: Target
+    object: Target
     change: Float[np.ndarray, "L 2"]
 
 
@@ -125,7 +132,7 @@ class SteerPicture(
 
     name: ClassVar[str] = "steer-picture"
 
-    # The picture takes the data set's place.
+    # There is a picture instead of a data set.
     data: Annotated[None, Parameter(parse=False)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     limit: Annotated[None, Parameter(parse=False)] = None
     batch_size: Count | None = 1
@@ -146,7 +153,7 @@ class SteerPicture(
         parse_cells(self.cells)
 
     def default_layers(self, model: Model) -> Sequence[int]:
-        """As deep as the published ones."""
+        """Layers at the same depths as the published ones."""
         return scaled(PUBLISHED[0], model.num_layers)
 
     def chosen_id_layer(self, model: Model) -> int:
@@ -199,8 +206,8 @@ class SteerPicture(
             control=table["control"][:2],
             layers=session.layers,
             id_layer=self.chosen_id_layer(session.model),
-            subject={"name": self.subject, "cell": own},
-            object={"name": self.object, "cell": other},
+            subject=Target(name=self.subject, cell=own),
+            object=Target(name=self.object, cell=other),
             change=self.changes(session, table, kind.answers)[:, 0],
         )
 

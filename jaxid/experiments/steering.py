@@ -1,9 +1,9 @@
-"""Steering: the subject's word is pushed to each of the 16 cells ([ID] arXiv 2601.12626, Figure 6)."""
+"""Steering: IDs push the subject's word to each of the 16 cells ([ID] arXiv 2601.12626, Figure 6)."""
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +17,18 @@ from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError
 from jaxid.experiments.base import PUBLISHED_TEMPLATE, Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.relations import RelationBatch, fill, prepare_questions
-from jaxid.experiments.session import Columns, Session, as_array, require_same_model, scaled, spread
+from jaxid.experiments.session import Columns, Keyed, Session, as_array, require_same_model, scaled, spread
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import rerun, trace
 from jaxid.io import tidy
 from jaxid.nn.sites import Intervention
+from jaxid.prompts.pictures import Picture
 from jaxid.stats import mean_interval
 
 PUBLISHED_LAYERS = (12, 13, 14)
-"""Of the published sweeps over cells, of 32."""
+"""Layers of the published sweeps over cells, of 32."""
 
 CELLS = {"x": range(GRID), "y": range(GRID)}
 """The axes of a sweep over cells, as `jaxid.io.tidy` takes them."""
@@ -38,8 +39,8 @@ class Steered:
     """Log-probabilities of the two answers.
 
     Attributes:
-        control: Float[B, 2].
-        steered: by whatever was swept, Float[S..., B, 2].
+        control: without an intervention.
+        steered: with interventions; their sweep axes lead.
     """
 
     control: Float[np.ndarray, "B 2"]
@@ -79,15 +80,15 @@ def steer_to_cells(
         model: the model.
         batch: prepared questions of one axis.
         ids: the model's spatial IDs.
-        layers: those after which the vector is added.
-        strength: of the vectors, which are not rescaled; m of the published procedure.
-        positions: where the vectors are added; at the subject's word by default.
+        layers: layers after which the vectors are added.
+        strength: factor of the vectors, which are not rescaled; m of the published procedure.
+        positions: positions where the vectors are added; the subject's word by default.
 
     Returns:
-        Log-probabilities, those steered Float[L, 4, 4, B, 2].
+        Log-probabilities; `steered` is Float[L, 4, 4, B, 2].
 
     Raises:
-        InputError: if IDs and model differ, or a layer is out of range.
+        InputError: if the IDs are of another model, or a layer is out of range.
     """
     require_same_model(model, ids)
     vectors = cell_vectors(ids, batch.axis, layers)
@@ -103,9 +104,9 @@ class Kind(NamedTuple):
     """A kind of question about objects.
 
     Attributes:
-        text: the question, with places for the objects' names, the steered one's first.
+        text: the question, with placeholders for the objects' names, the steered one first.
         answers: the two answer words.
-        axis: of the picture along which the subject is steered.
+        axis: axis of the picture along which the subject is steered.
     """
 
     text: str
@@ -126,7 +127,7 @@ class Question:
     """A picture and its objects, the steered one first."""
 
     key: str
-    picture: Any
+    picture: Picture
     names: tuple[str, ...]
 
 
@@ -151,27 +152,27 @@ def ask(session: Session, kind: Kind, questions: Sequence[Question]) -> Relation
 
 # --- the experiments -------------------------------------------------------------------------------------------------
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Keyed)
 Batch = TypeVar("Batch")
 SummaryT = TypeVar("SummaryT", bound=Summary)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, SummaryT]):
-    """What the experiments share that steer words: a row for each layer, whatever else is swept, item and word."""
+    """Base class of experiments that steer words: a row for each layer, swept value, item and answer."""
 
     published_text: ClassVar[str] = PUBLISHED_TEMPLATE
 
     def default_layers(self, model: Model) -> Sequence[int]:
-        """As deep as the published ones."""
+        """Layers at the same depths as the published ones."""
         return scaled(PUBLISHED_LAYERS, model.num_layers)
 
-    def swept(self, session: Session) -> Mapping[str, Sequence[Any]]:
-        """What is swept besides the layers: the table's columns and their values, as `jaxid.io.tidy` takes them."""
+    def swept(self, session: Session) -> Mapping[str, Sequence[object]]:
+        """The axes that are swept besides the layers, as `jaxid.io.tidy` takes them."""
         return {}
 
     def rows(self, session: Session) -> int:
-        """Every cell, or whatever is swept, at every layer."""
+        """Every swept value at every layer."""
         return math.prod(len(values) for values in self.swept(session).values()) * len(session.layers)
 
     def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
@@ -179,15 +180,19 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
         return batch.words[:, :words]
 
     def change(self, found: Steered) -> Float[np.ndarray, "*S B 2"]:
-        """What is reported of the log-probabilities."""
+        """The change of log-probabilities that is reported."""
         return found.change
 
     def rows_of(self, session: Session, items: Sequence[Item], answers: Sequence[str], found: Steered) -> Columns:
         """The table's rows of items."""
         count = len(items)
         steered = found.steered[..., :count, :]
-        keys = [self.key(item) for item in items]
-        axes = {"layer": session.layers, **self.swept(session), "item": keys, "word": answers}
+        axes = {
+            "layer": session.layers,
+            **self.swept(session),
+            "item": [item.key for item in items],
+            "word": answers,
+        }
         return tidy(steered, axes, name="steered") | {
             "model": spread(session.model.name, steered.shape),
             "control": spread(found.control[:count], steered.shape),
@@ -203,9 +208,9 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batch, SummaryT]):
-    """What the experiments share that steer the subject to every cell."""
+    """Base class of experiments that steer the subject to every cell."""
 
-    def swept(self, session: Session) -> Mapping[str, Sequence[Any]]:
+    def swept(self, session: Session) -> Mapping[str, Sequence[object]]:
         """Every cell."""
         return CELLS
 
@@ -223,13 +228,13 @@ class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SteerSummary(Summary):
-    """What came of steering to every cell.
+    """Summary of steering to every cell.
 
     Attributes:
         layers: ascending.
         words: the answers.
-        change: of their log-probabilities by layer, cell (x, y) and word: means over items.
-        change_interval: half of the means' 95 % intervals.
+        change: mean change of their log-probabilities by layer, cell (x, y) and word.
+        change_interval: half-widths of the means' 95 % intervals.
     """
 
     layers: list[int]
@@ -243,8 +248,8 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
     """Steer subjects to every cell of the grid (Figure 6).
 
     Attributes:
-        relation: what is asked. The data are COCO-Spatial's for left-right and above-below, grid pictures for
-            near-far, pictures of three objects for between.
+        relation: the kind of question. left-right and above-below need COCO-Spatial, near-far needs grid pictures,
+            between needs pictures of three objects.
     """
 
     name: ClassVar[str] = "steer"
@@ -305,7 +310,7 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
         yield f"steering_{self.relation.replace('-', '_')}", figure
 
     def report(self, summary: SteerSummary) -> Iterator[str]:
-        """The change of the answers' ratio, as the grid lies."""
+        """The change of the difference of log-probabilities, laid out as the grid."""
         first, second = summary.words
         yield (
             f"change of log p({first}) - log p({second}) by cell, mean of {summary.items} items{summary.skipped_note}"

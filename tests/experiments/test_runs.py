@@ -20,11 +20,11 @@ from test_cli import run as command
 from jaxid.data.coco_spatial import CAPTIONS_FILE, find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.scenes import sample_free
 from jaxid.errors import DataError, InputError, JaxidWarning, OutputError, PromptError
-from jaxid.experiments import activation_swap, belief_swap, reference
+from jaxid.experiments import activation_swap, belief_swap
 from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap
 from jaxid.experiments.belief_swap import BeliefSwap, BeliefSwapSummary, swap_beliefs
 from jaxid.experiments.compare import Compare
-from jaxid.experiments.reference import occurrence_norms
+from jaxid.experiments.reference import occurrence_norms, with_bugs
 from jaxid.experiments.relations import prepare
 from jaxid.experiments.session import parse_layers
 from jaxid.families.base import Model
@@ -145,9 +145,10 @@ def test_the_bugs_of_the_published_belief_swap(place: Path, monkeypatch: pytest.
         measured.append(occurrence_norms(*arguments))
         return measured[-1]
 
-    monkeypatch.setattr(reference, "occurrence_norms", spy)
     monkeypatch.setattr(belief_swap, "answer_of", lambda *_: 0)  # what the tiny model writes is no answer
     published = experiment(BeliefSwap, place, "bugs", reference_bugs=True, layers="1", max_new_tokens=2, limit=4)
+    assert with_bugs(published).norms is occurrence_norms
+    monkeypatch.setattr(type(with_bugs(published)), "norms", staticmethod(spy))
     assert published.run().best.chosen_on == "same items" and measured
     with pytest.raises(InputError, match="max_new_tokens"):
         dataclasses.replace(published, max_new_tokens=0).run()
