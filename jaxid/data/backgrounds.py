@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 BACKGROUNDS: tuple[str, ...] = ("white", "plain", "gradient", "noise", "texture")
-"""Kinds of background; `Scenes.background_kinds` holds indices into this tuple."""
+"""Kinds of background; `Scenes.background_kinds` indexes this tuple."""
 
 _TILE = 256  # side of the periodic noise tiles behind the "noise" and "texture" backgrounds
 
@@ -17,18 +17,19 @@ def draw_backgrounds(
     seeds: Int[np.ndarray, "N"],
     size: int,
 ) -> Float[np.ndarray, "N size size 3"]:
-    """Pictures without objects, in 0..1.
+    """Draws pictures without objects, values in 0..1.
 
     Args:
-        kinds: Index in `BACKGROUNDS`.
-        colors: The two colours that a background mixes with a weight per pixel; plain ones show the first.
-        seeds: Chooses the direction of a gradient, the part of a noise or texture.
-        size: Rows and columns.
+        kinds: indices into `BACKGROUNDS`.
+        colors: the two colours that each background blends pixel by pixel; plain ones show the first.
+        seeds: choose a gradient's direction, or the part of the noise or texture that is shown.
+        size: rows and columns.
     """
     noise, texture = _tiles()
     weights = np.zeros((len(kinds), size, size), np.float32)
+    blended = np.flatnonzero(kinds > BACKGROUNDS.index("plain"))
     ticks = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
-    for index in np.flatnonzero(kinds > BACKGROUNDS.index("plain")):
+    for index in blended:
         seed, kind = int(seeds[index]), BACKGROUNDS[kinds[index]]
         across, down = seed % _TILE, seed // _TILE % _TILE
         if kind == "gradient":
@@ -45,8 +46,7 @@ def draw_backgrounds(
     first, second = np.moveaxis(colors.astype(np.float32), 1, 0)
     canvas = np.empty((len(kinds), size, size, 3), np.float32)
     canvas[:] = first[:, None, None]
-    mixed = np.flatnonzero(kinds > BACKGROUNDS.index("plain"))
-    canvas[mixed] += weights[mixed, ..., None] * (second - first)[mixed, None, None]
+    canvas[blended] += weights[blended, ..., None] * (second - first)[blended, None, None]
     return canvas
 
 
@@ -56,7 +56,7 @@ def _tiles() -> tuple[Float[np.ndarray, "T T"], Float[np.ndarray, "T T"]]:
     rng = np.random.default_rng(20_260_126)
     noise = rng.random((_TILE, _TILE), dtype=np.float32)
     frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None]) * _TILE
-    # Waves of 1 / 16 of the tile and longer, each octave with the same strength: cloudy, without fine grain.
+    # Wavelengths from 1/16 of the tile up, every octave equally strong: clouds without fine grain.
     spectrum = np.where((frequency > 1.5) & (frequency < 16), 1 / np.maximum(frequency, 1), 0)
     cloud = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((_TILE, _TILE))) * spectrum, s=(_TILE, _TILE))
     cloud = np.clip(0.5 + 0.25 * cloud / cloud.std(), 0, 1).astype(np.float32)

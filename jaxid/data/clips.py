@@ -1,8 +1,8 @@
-"""Clips in which objects come at different times, and MVBench's questions of order, read and written.
+"""Clips in which objects appear at different times, and MVBench's questions about order, read and written.
 
-Synthetic clips are called `appear_{A}{i}_{B}{j}.mp4`: of eight evenly spread frames 0..7, A is in the picture from
-frame i on and B from frame j on. The manifest lists what happens first in a video and what after it. Source: [ID]
-arXiv 2601.12626, section on temporal IDs.
+Synthetic clips are named `appear_{A}{i}_{B}{j}.mp4`: of eight evenly spaced frames 0..7, A is visible from frame i on
+and B from frame j on. The manifest lists which of two scenes of a video happens first. Source: [ID] arXiv 2601.12626,
+section on temporal IDs.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxid.data.files import inside, read_csv, usable, write_csv
+from jaxid.data.files import existing, read_csv, usable, write_csv
 from jaxid.data.objects import OBJECTS, check_pairs
 from jaxid.data.scenes import Scenes, concatenate, render, sample_free
 from jaxid.data.videos import FRAMES, VIDEO_ENDINGS, read_video, write_video
@@ -26,12 +26,12 @@ MANIFEST = "manifest.csv"
 _FIELDS = ("video_path", "scene1", "scene2", "query", "correct_order", "query_order")
 _NAME = re.compile(r"appear_([^_]+?) ?([1-7])_([^_]+?) ?([1-7])")
 _HOLD, _RATES = 4, (8, 16)
-"""Video frames that show one of the eight, and frames a second of written videos."""
+"""How many video frames show each of the eight, and the frame rates of written videos."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Filmed:
-    """What is asked of a video."""
+    """A question about a video."""
 
     video: Clip | str | Path
 
@@ -42,7 +42,7 @@ class _Filmed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AppearItem(_Filmed):
-    """A clip into which A comes at one frame and B at another; of eight, counted from 0."""
+    """A clip of eight frames, counted from 0, in which A appears at one frame and B at another."""
 
     object_a: str
     frame_a: int
@@ -51,7 +51,7 @@ class AppearItem(_Filmed):
 
     @property
     def key(self) -> str:
-        """A name of its own."""
+        """A unique name."""
         return f"{self.object_a}{self.frame_a}_{self.object_b}{self.frame_b}"
 
 
@@ -59,15 +59,15 @@ class AppearItem(_Filmed):
 class OrderItem(_Filmed):
     """A question about which of two scenes of a video comes first."""
 
-    scene1: str  # the words of the scene that the query names first
+    scene1: str  # the words for the scene that the query names first
     scene2: str
     query: str
-    answer: str  # "before" or "after": when the first-named scene happens, seen from the other
+    answer: str  # "before" or "after": when the scene named first happens relative to the other
     row: int = 0
 
     @property
     def key(self) -> str:
-        """A name of its own."""
+        """A unique name."""
         name = self.video.stem if isinstance(self.video, Path) else "clip"
         return f"{self.row:05d}-{name}"
 
@@ -79,23 +79,23 @@ def read_appear_folder(folder: str | Path, *, bad: list[tuple[str, DataError]] |
     """Lists a folder's clips `appear_{A}{i}_{B}{j}` (video files, or folders of frames) by objects and frames.
 
     Args:
-        folder: where they are.
-        bad: where given, clips of other names are skipped and noted here.
+        folder: the folder of the clips.
+        bad: if given, clips with other names are skipped and noted here.
 
     Raises:
-        DataError: if the folder is missing or holds none, or for a video of another name.
+        DataError: if the folder is missing or holds no clips, or, without `bad`, for a video with another name.
     """
     folder = Path(folder)
     expected = "appear_{A}{i}_{B}{j}.mp4 with two different frames from 1 to 7"
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}; give one of clips {expected}.")
+        raise DataError(f"the folder {folder} does not exist; give a folder of clips {expected}.")
     items = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or (path.is_file() and path.suffix.lower() not in VIDEO_ENDINGS):
             continue
         found = _NAME.fullmatch(path.stem if path.is_file() else path.name)
         if found is None or found[2] == found[4] or found[1] == found[3]:
-            error = DataError(f"{path} does not fit {expected}; rename it or take it out.")
+            error = DataError(f"{path} does not fit {expected}; rename or remove it.")
             if bad is None:
                 raise error
             bad.append((path.name, error))
@@ -109,19 +109,19 @@ def read_appear_folder(folder: str | Path, *, bad: list[tuple[str, DataError]] |
 
 
 def frame_states(starts: Int[np.ndarray, "N K"], stops: Int[np.ndarray, "N K"], frames: int = FRAMES) -> np.ndarray:
-    """Which objects are in the picture at every frame, Bool[N, F, K]: those that came and have not gone."""
+    """Which objects are visible at every frame, Bool[N, F, K]: from their start on, and before their stop."""
     frame = np.arange(frames)[:, None]
     return (starts[:, None] <= frame) & (frame < stops[:, None])
 
 
 def draw_clip(scene: Scenes, present: np.ndarray, size: int) -> UInt8[np.ndarray, "F Y X 3"]:
-    """Draws the frames of one scene, whose objects are there as `present` says, Bool[F, K]."""
+    """Draws the frames of one scene; `present`, Bool[F, K], says which objects are visible when."""
     states, which = np.unique(present, axis=0, return_inverse=True)
     return render(with_objects(scene, np.zeros(len(states), np.int64), states), size)[which.reshape(-1)]
 
 
 def with_objects(scenes: Scenes, rows: Int[np.ndarray, "M"], present: np.ndarray) -> Scenes:
-    """Copies of scenes in which only some objects are there, Bool[M, K]."""
+    """Copies of scenes that keep only the objects in `present`, Bool[M, K]."""
     chosen = scenes[rows]
     return dataclasses.replace(chosen, objects=np.where(present, chosen.objects, -1))
 
@@ -137,20 +137,20 @@ def write_appear_folder(
     """Draws clips of all pairs at all frames, as `appear_{A}{i}_{B}{j}.mp4`.
 
     Args:
-        folder: where to.
+        folder: where the clips are written.
         pairs: ordered pairs of different names from `OBJECTS`.
-        frames: (i, j), different, from 1 to 7; all 42 by default.
-        seed: of places, colours and backgrounds; the same seed draws the same clips.
+        frames: pairs of different frames (i, j) from 1 to 7; all 42 by default.
+        seed: of positions, colours and backgrounds; the same seed draws the same clips.
         picture_size: side of the pictures in pixels, even.
 
     Raises:
-        InputError: for a pair or frames that are not so.
+        InputError: for a pair or frames that do not satisfy this.
         OutputError: if a file cannot be written.
     """
     frames = [(i, j) for i in range(1, FRAMES) for j in range(1, FRAMES) if i != j] if frames is None else frames
     check_pairs(pairs)
     if any(i == j or not {i, j} <= set(range(1, FRAMES)) for i, j in frames):
-        raise InputError(f"frames are two different integers from 1 to {FRAMES - 1}; got {list(frames)}.")
+        raise InputError(f"frames must be two different integers from 1 to {FRAMES - 1}; got {list(frames)}.")
     items = []
     for index, pair in enumerate(pairs):
         rng = np.random.default_rng((seed, index))
@@ -164,7 +164,7 @@ def write_appear_folder(
 
 
 def of_objects(rng: np.random.Generator, objects: Int[np.ndarray, "N K"]) -> Scenes:
-    """Free scenes of given objects, each in another ninth of the picture, so that none hides another."""
+    """Free scenes of given objects, each in a different ninth of the picture, so that none hides another."""
     count, most = objects.shape
     kept: list[Scenes] = []
     missing = count
@@ -182,22 +182,23 @@ def _write(path: Path, scene: Scenes, present: np.ndarray, size: int, rate: int)
     write_video(path, np.repeat(draw_clip(scene, present, size), _HOLD, axis=0), rate=rate)
 
 
-# --- questions of order --------------------------------------------------------------------------------------------
+# --- questions about order -----------------------------------------------------------------------------------------
 
 
 def read_mvbench(path: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[OrderItem]:
-    """Reads a manifest of questions of order and checks that every video is there.
+    """Reads a manifest of questions about order and checks that every video exists.
 
-    Rows hold video_path (from the manifest's folder, which it must not leave), scene1 and scene2 (the words of what
+    Rows hold video_path (relative to the manifest's folder, which it must not leave), scene1 and scene2 (words for what
     happens), query, correct_order (in which the scenes happen) and query_order (in which the query names them), both as
     "scene1,scene2" or "1,2". The answer is "before" if the two orders agree, else "after".
 
     Args:
         path: the manifest (.csv, .json, .jsonl), or the folder that holds `manifest.csv`, `.json` or `.jsonl`.
-        bad: where given, rows that cannot be used are skipped and noted here.
+        bad: if given, rows that cannot be used are skipped and noted here.
 
     Raises:
-        DataError: if it is missing or unreadable, or for a row that lacks a field or its video.
+        DataError: if the manifest is missing or unreadable, or, without `bad`, for a row that lacks a field or its
+            video.
     """
     path = _manifest(Path(path))
     items = usable(_rows(path), lambda index, row: _order_item(row, index, path), bad)
@@ -222,7 +223,7 @@ def _rows(path: Path) -> list[object]:
         return read_csv(path)
     if ending != ".jsonl":
         return read_json(path, DataError, expected=list)
-    with reading(path, "a JSON value a line", DataError):
+    with reading(path, "one JSON value per line", DataError):
         return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
@@ -234,14 +235,11 @@ def _order_item(row: object, index: int, path: Path) -> OrderItem:
         raise DataError(f"{where} lacks {', '.join(missing)}; rows hold {', '.join(_FIELDS)}.")
     wrong = [name for name in _FIELDS if not isinstance(fields[name], str if "order" not in name else str | list)]
     if wrong:
-        raise DataError(f"{where} has no text in {', '.join(wrong)}: {[fields[name] for name in wrong]!r:.300}.")
+        raise DataError(f"{where} needs text in {', '.join(wrong)}, not {[fields[name] for name in wrong]!r:.300}.")
     scenes = {"1": fields["scene1"].strip(), "2": fields["scene2"].strip()}
     named, happened = (_order(fields[name], scenes, f"{name} in {where}") for name in ("query_order", "correct_order"))
-    video = inside(path.parent, fields["video_path"], where)
-    if not video.exists():
-        raise DataError(f"{where}: there is no video {video}.")
     return OrderItem(
-        video=video,
+        video=existing(path.parent, fields["video_path"], where, folders=True),
         scene1=scenes[named[0]],
         scene2=scenes[named[1]],
         query=fields["query"].strip(),
@@ -251,7 +249,7 @@ def _order_item(row: object, index: int, path: Path) -> OrderItem:
 
 
 def _order(value: str | list[object], scenes: Mapping[str, str], where: str) -> tuple[str, str]:
-    """("1", "2") or ("2", "1"), from a list or a text of the scenes' names, digits or words."""
+    """("1", "2") or ("2", "1"), from a list or a string of the scenes' names, digits or words."""
     parts = value if isinstance(value, list) else re.split(r"\s*(?:,|;|->|<|\|)\s*", value.strip("[]() "))
     digits = {words: digit for digit, words in scenes.items()}
     order = tuple(
@@ -259,17 +257,17 @@ def _order(value: str | list[object], scenes: Mapping[str, str], where: str) -> 
         for text in (str(part).strip("'\" ") for part in parts)
     )
     if sorted(order) != ["1", "2"]:
-        raise DataError(f"{where} is {value!r:.300}, not an order of the two scenes such as 'scene1,scene2'.")
+        raise DataError(f"{where} is {value!r:.300}; expected an order of the two scenes, such as 'scene1,scene2'.")
     return order[0], order[1]
 
 
 def write_mvbench(folder: str | Path, count: int, *, seed: int = 0, picture_size: int = 144) -> list[OrderItem]:
-    """Draws videos in which one object comes and goes before another does, with questions of their order.
+    """Draws videos in which one object comes and goes before another does, with questions about their order.
 
     Args:
-        folder: gets `manifest.csv` and `videos/`.
+        folder: where `manifest.csv` and `videos/` are written.
         count: number of videos.
-        seed: of all that is drawn.
+        seed: of everything drawn.
         picture_size: side of the pictures in pixels, even.
 
     Raises:
@@ -294,7 +292,7 @@ def write_mvbench(folder: str | Path, count: int, *, seed: int = 0, picture_size
 
 
 def draw_windows(rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "N 2"], Int[np.ndarray, "N 2"]]:
-    """When two objects come and go, the first one gone before the second comes; within frames 1 to 6."""
-    cuts = np.sort(rng.random((count, 6)).argsort(axis=1)[:, :4] + 1, axis=1)  # four different ones of 1..6
+    """When two objects appear and disappear within frames 1 to 6, the first one before the second appears."""
+    cuts = np.sort(rng.random((count, 6)).argsort(axis=1)[:, :4] + 1, axis=1)  # four different frames of 1..6
     starts, stops = cuts[:, [0, 2]], cuts[:, [1, 3]]
     return starts, stops + np.array([0, 1])

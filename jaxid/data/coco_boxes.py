@@ -1,11 +1,12 @@
-"""Where the two objects of COCO-Spatial items are: boxes from COCO's instances file, read by pycocotools."""
+"""Boxes of the two objects of COCO-Spatial items, from COCO's instances file, read by pycocotools."""
 
 import contextlib
 import dataclasses
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -15,16 +16,19 @@ from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, reading
 from jaxid.prompts.pictures import Stored, stored
 
+if TYPE_CHECKING:
+    import pycocotools.coco
+
 _SIGNS = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
 _ROUNDING = 1.0
-"""Pixels by which a box may leave its picture: COCO's are rounded. Such boxes are cut at the edge."""
+"""Pixels by which a box may leave its picture, as COCO's are rounded. Such boxes are clipped at the edge."""
 _FAR = 1e9
-"""No picture has a pixel so far away."""
+"""Coordinates must be smaller than this, which no picture reaches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PlacedItem:
-    """An item, and where its two objects are.
+    """An item and the boxes of its two objects.
 
     Attributes:
         item: the item.
@@ -39,12 +43,12 @@ class PlacedItem:
 
     @property
     def key(self) -> str:
-        """The item's."""
+        """The item's key."""
         return self.item.key
 
     @property
     def shares(self) -> Float[np.ndarray, "2 4"]:
-        """The boxes as shares of the picture's width and height."""
+        """The boxes as fractions of the picture's width and height."""
         return self.boxes / np.array([*self.size, *self.size], self.boxes.dtype)
 
     @property
@@ -55,34 +59,29 @@ class PlacedItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Instances:
-    """A COCO instances file.
-
-    Attributes:
-        path: the file.
-        coco: its `pycocotools.coco.COCO`.
-    """
+    """A COCO instances file and its contents, as pycocotools indexes them."""
 
     path: Path
-    coco: Any
+    coco: "pycocotools.coco.COCO"
 
     def boxes(self, item: SpatialItem, name: str) -> Float[np.ndarray, "M 4"]:
         """Boxes of a category's instances in an item's picture, in the file's order; crowds are skipped.
 
         Raises:
-            DataError: The file lacks the picture, the category or an instance of it, or has a malformed box.
+            DataError: if the file lacks the picture, the category or an instance of it, or has a malformed box.
         """
         where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
         if item.image_id not in self.coco.imgs:
-            raise DataError(f"{where}: there is no such picture in the file. Give the file of the same pictures.")
+            raise DataError(f"{where}: the file does not list this picture. Give the instances file of these pictures.")
         known = [
             category for category, entry in self.coco.cats.items() if str(entry.get("name")).lower() == name.lower()
         ]
         if not known:
-            raise DataError(f"{where}: there is no category {name!r} in the file; add it, or correct the caption.")
+            raise DataError(f"{where}: the file has no category {name!r}; add it, or correct the caption.")
         own = [entry for entry in self.coco.imgToAnns.get(item.image_id, []) if entry.get("category_id") in known]
         single = [entry for entry in own if not entry.get("iscrowd")]
         if not single:
-            found = "only a crowd of them" if own else "no box of it"
+            found = "only a crowd" if own else "no box"
             raise DataError(f"{where}: there is {found} for the object {name!r}; add its box, or remove the item.")
         return np.array([_box(entry, name, where) for entry in single], np.float64)
 
@@ -90,8 +89,8 @@ class Instances:
         """The item with the boxes of its objects; of several instances, the pair that fits the relation best.
 
         Raises:
-            DataError: An object has no box, a box is malformed or outside the picture, or the picture cannot be read
-                or has another size than the file says. The message names file and item.
+            DataError: if an object has no box, a box is malformed or outside the picture, or the picture cannot be
+                read or its size differs from the file's. The message names the file and the item.
         """
         where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
         subjects, objects = (self.boxes(item, name) for name in (item.subject, item.object))
@@ -107,10 +106,10 @@ class Instances:
 
 
 def find_instances(folder: str | Path) -> Path:
-    """`instances_val2017.json` in a folder, or in `annotations` below it, where COCO's archive has it.
+    """`instances_val2017.json` in a folder, or in `annotations` inside it, where COCO's archive has it.
 
     Raises:
-        DataError: It is in neither place.
+        DataError: if it is in neither folder.
     """
     folder = Path(folder)
     for path in (folder / INSTANCES_FILE, folder / "annotations" / INSTANCES_FILE):
@@ -122,10 +121,10 @@ def find_instances(folder: str | Path) -> Path:
 
 
 def read_instances(path: str | Path) -> Instances:
-    """Reads a COCO instances file with pycocotools, whose printing is kept quiet.
+    """Reads a COCO instances file with pycocotools, whose printing is suppressed.
 
     Raises:
-        DataError: pycocotools is not installed, or the file is missing or not in COCO's instances format.
+        DataError: if pycocotools is not installed, or the file is missing or not in COCO's instances format.
     """
     path = Path(path)
     try:
@@ -149,21 +148,21 @@ def read_instances(path: str | Path) -> Instances:
 def upright_boxes(
     boxes: Float[np.ndarray, "M 4"], picture: Stored, where: str, stated: tuple[object, object] = (None, None)
 ) -> Float[np.ndarray, "M 4"]:
-    """Boxes as those of the upright picture, which is what models are shown (see `open_picture`).
+    """Boxes in the coordinates of the upright picture, which is what models see (see `open_picture`).
 
-    Where a picture's orientation tag rotates it, boxes may be of its pixels as they are stored, or of the upright
-    picture. The size that their file states tells which; where it states none, the only size that holds the boxes. If
-    both fit, as for tags that keep the size, the boxes are taken for those of the upright picture, with a warning: the
-    usual readers of pictures, with which boxes are drawn, rotate them.
+    If a picture's orientation tag rotates it, boxes may refer to the pixels as stored or to the upright picture. The
+    size stated in their file decides; without one, the boxes must fit into only one of the two. If both are possible,
+    as for tags that keep the size, the boxes are taken to refer to the upright picture, with a warning: the usual
+    picture readers, with which people draw boxes, apply the tag.
 
     Args:
         boxes: (x, y, width, height) in pixels.
-        picture: how it is stored.
-        where: begins messages: of what the boxes are.
-        stated: width and height of the picture as the boxes' file has it; None if it has none.
+        picture: how the picture is stored.
+        where: begins error messages; names what the boxes belong to.
+        stated: width and height of the picture according to the boxes' file, or None.
 
     Raises:
-        DataError: if neither the upright nor the stored picture is of the stated size.
+        DataError: if neither the upright nor the stored picture has the stated size.
     """
     if stated == (None, None):
         low, high = boxes[:, :2] + _ROUNDING, boxes[:, :2] + boxes[:, 2:] - _ROUNDING
@@ -174,7 +173,7 @@ def upright_boxes(
             (width, height), orientation = picture
             tag = f" (orientation {orientation})" if orientation > 1 else ""
             raise DataError(
-                f"{where}: the picture is {width} x {height} pixels{tag}, the boxes are of one of {stated[0]} x "
+                f"{where}: the picture has {width} x {height} pixels{tag}, but the boxes are for {stated[0]} x "
                 f"{stated[1]}. Give the picture in its original size."
             )
     if picture.orientation == 1:
@@ -183,8 +182,8 @@ def upright_boxes(
         return picture.rotated(boxes)
     if fits != [False, True]:
         warnings.warn(
-            f"{where}: the picture's orientation tag {picture.orientation} leaves open whether its boxes are of the "
-            "stored or of the upright picture; they are taken for those of the upright one.",
+            f"{where}: the picture's orientation tag {picture.orientation} leaves open whether its boxes refer to the "
+            "stored or to the upright picture; the upright one is assumed.",
             stacklevel=3,
         )
     return boxes
@@ -198,8 +197,8 @@ def centers(boxes: Float[np.ndarray, "*B 4"]) -> Float[np.ndarray, "*B 2"]:
 def best_pair(subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 4"], relation: str) -> tuple[int, int]:
     """The instances of subject and object that fit a relation best.
 
-    They are the two whose centres lie furthest apart in the relation's direction: for "left", the pair with the
-    subject furthest to the left of the object. Of equal pairs, the first in the file's order.
+    They are the two whose centres are furthest apart in the relation's direction: for "left", the pair with the
+    subject furthest to the left of the object. Ties go to the first pair in the file's order.
 
     Args:
         subjects: boxes of the subject's instances.
@@ -207,12 +206,12 @@ def best_pair(subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 
         relation: of the subject to the object: left, right, above or below.
 
     Raises:
-        InputError: The relation is none of the four, or an object has no instance.
+        InputError: if the relation is none of the four, or an object has no instance.
     """
     if relation not in _SIGNS or not len(subjects) or not len(objects):
         raise InputError(
-            f"best_pair needs a relation out of {', '.join(_SIGNS)} and an instance of each object, got {relation!r}, "
-            f"{len(subjects)} and {len(objects)}."
+            f"best_pair needs one of the relations {', '.join(_SIGNS)} and an instance of each object; got "
+            f"{relation!r}, {len(subjects)} and {len(objects)}."
         )
     first, second = divmod(int(apart(subjects, objects, relation).argmax()), len(objects))
     return first, second
@@ -221,13 +220,13 @@ def best_pair(subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 
 def apart(
     subjects: Float[np.ndarray, "M 4"], objects: Float[np.ndarray, "N 4"], relation: str
 ) -> Float[np.ndarray, "M N"]:
-    """Pixels by which each subject's centre lies from each object's in a relation's direction; below 0 against it."""
+    """Signed distances in pixels from each object's centre to each subject's, along a relation's direction."""
     axis, sign = _SIGNS[relation]
     return sign * (centers(subjects)[:, None, axis] - centers(objects)[None, :, axis])
 
 
-def _box(annotation: dict[str, Any], name: str, where: str) -> list[float]:
-    """The four numbers of an annotation, checked."""
+def _box(annotation: Mapping[str, object], name: str, where: str) -> list[float]:
+    """The four checked numbers of an annotation's box."""
     box = annotation.get("bbox")
     numbers = isinstance(box, list) and all(type(value) in (int, float) and abs(value) < _FAR for value in box)
     if not isinstance(box, list) or not numbers or len(box) != 4 or min(box[2:]) <= 0:
@@ -239,10 +238,10 @@ def _box(annotation: dict[str, Any], name: str, where: str) -> list[float]:
 
 
 def _inside(boxes: Float[np.ndarray, "M 4"], size: tuple[int, int], name: str, where: str) -> Float[np.ndarray, "M 4"]:
-    """The boxes, cut at the picture's edge where they leave it by rounding.
+    """The boxes, clipped at the picture's edge where rounding makes them leave it.
 
     Raises:
-        DataError: A box leaves the picture by more.
+        DataError: if a box leaves the picture by more than rounding explains.
     """
     limits = np.array(size, np.float64)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
@@ -252,7 +251,7 @@ def _inside(boxes: Float[np.ndarray, "M 4"], size: tuple[int, int], name: str, w
     if outside.any():
         box = boxes[int(outside.argmax())].tolist()
         raise DataError(
-            f"{where}: the box {box} of {name!r} lies outside the picture of {size[0]} x {size[1]} pixels. Correct it, "
+            f"{where}: the box {box} of {name!r} is outside the picture of {size[0]} x {size[1]} pixels. Correct it, "
             "or remove the item."
         )
     return np.concatenate([low, high - low], axis=1)

@@ -1,4 +1,4 @@
-"""COCO-Spatial: two-object pictures with a right and a wrong caption, read and written in the published layout.
+"""COCO-Spatial: pictures of two objects with a right and a wrong caption, read and written in the published layout.
 
 `coco_qa_two_obj.json` lists [image_id, right caption, wrong caption]; pictures are named by the twelve-digit id;
 boxes are COCO's `instances_val2017.json`. Source: [ID] section 4 (belief steering), arXiv 2601.12626.
@@ -7,12 +7,13 @@ boxes are COCO's `instances_val2017.json`. Source: [ID] section 4 (belief steeri
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxid.data.files import save_picture, usable
+from jaxid.data.files import existing, save_picture, usable
 from jaxid.data.scenes import OBJECTS, Scenes, render
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, write_text
@@ -22,13 +23,13 @@ CAPTIONS_FILE = "coco_qa_two_obj.json"
 INSTANCES_FILE = "instances_val2017.json"
 PICTURES_FOLDER = "val2017"
 MOST_IDS = 10**12
-"""Ids of pictures are below, so that they have twelve digits."""
+"""Picture ids are below this, so that they have at most twelve digits."""
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-"""Every relation and the one that the wrong caption states."""
+"""Each relation and the one that contradicts it."""
 
 ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
-"""Answer words of each axis; the first one is at the smaller coordinate."""
+"""Answer words of each axis; the first one is for the smaller coordinate."""
 
 _PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 _RELATIONS = {phrase: relation for relation, phrase in _PHRASES.items()}
@@ -56,7 +57,7 @@ class SpatialItem:
 
     @property
     def key(self) -> str:
-        """A name of its own: row, picture and what is asked."""
+        """A unique name: the row, the picture and what is asked."""
         return f"{self.row:05d}-{self.image_id:012d}-{self.subject}-{self.relation}-{self.object}"
 
     @property
@@ -66,25 +67,27 @@ class SpatialItem:
 
 
 def axis_of(item: SpatialItem) -> str:
-    """Along which axis an item asks: "horizontal" or "vertical".
+    """The axis that an item asks about: "horizontal" or "vertical".
 
     Raises:
-        InputError: if its relation is none of the four words.
+        InputError: if its relation is not left, right, above or below.
     """
-    for axis, words in ANSWERS.items():
-        if item.relation in words:
-            return axis
-    raise InputError(f"relation {item.relation!r} is none of left, right, above, below.")
+    _check_relation(item.relation)
+    return next(axis for axis, words in ANSWERS.items() if item.relation in words)
+
+
+def _check_relation(relation: str) -> None:
+    if relation not in OPPOSITE:
+        raise InputError(f"a relation is one of {', '.join(OPPOSITE)}; got {relation!r}.")
 
 
 def query(subject: str, object: str, relation: str) -> str:
     """The question whose answer is `relation` or its opposite.
 
     Raises:
-        InputError: The relation is not left, right, above or below.
+        InputError: if the relation is not left, right, above or below.
     """
-    if relation not in OPPOSITE:
-        raise InputError(f"A relation is one of {', '.join(OPPOSITE)}; got {relation!r}.")
+    _check_relation(relation)
     if relation in ("left", "right"):
         return f"Is the {subject} to the left or right of the {object}?"
     return f"Is the {subject} above or below the {object}?"
@@ -94,11 +97,10 @@ def caption(subject: str, object: str, relation: str) -> str:
     """The caption "A photo of a(n) subject <relation> a(n) object".
 
     Raises:
-        InputError: The relation is not left, right, above or below.
+        InputError: if the relation is not left, right, above or below.
     """
-    if relation not in _PHRASES:
-        raise InputError(f"A relation is one of {', '.join(_PHRASES)}; got {relation!r}.")
-    return f"A photo of {_with_article(subject)} {_PHRASES[relation]} {_with_article(object)}"
+    _check_relation(relation)
+    return f"A photo of {article(subject)} {_PHRASES[relation]} {article(object)}"
 
 
 def picture_name(image_id: int) -> str:
@@ -106,15 +108,16 @@ def picture_name(image_id: int) -> str:
     return f"{image_id:012d}.jpg"
 
 
-def _with_article(name: str) -> str:
+def article(name: str) -> str:
+    """The name with "a" or "an"."""
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def find_coco_spatial(folder: str | Path) -> tuple[Path, Path]:
-    """The two-object file of a folder and the folder of its pictures: `val2017` below it, or the folder itself.
+    """A folder's two-object file and the folder of its pictures: `val2017` inside it, or the folder itself.
 
     Raises:
-        DataError: There is no such file, or neither place holds a picture.
+        DataError: if the file is missing, or neither folder holds a picture.
     """
     folder = Path(folder)
     path = folder / CAPTIONS_FILE
@@ -124,36 +127,36 @@ def find_coco_spatial(folder: str | Path) -> tuple[Path, Path]:
 
 
 def find_pictures(folder: Path) -> Path:
-    """Where the pictures `{image_id:012d}.jpg` of a data set lie: in `val2017` below its folder, or beside it.
+    """The folder with the pictures `{image_id:012d}.jpg` of a data set: `val2017` inside its folder, or the folder.
 
     Raises:
-        DataError: Neither place holds one.
+        DataError: if neither holds one.
     """
     for place in (folder / PICTURES_FOLDER, folder):
         if any(_PICTURE.fullmatch(path.name) for path in place.glob("*.jpg")):
             return place
     raise DataError(
-        f"Neither {folder / PICTURES_FOLDER} nor {folder} holds pictures such as {picture_name(1)}; put them there."
+        f"neither {folder / PICTURES_FOLDER} nor {folder} holds pictures such as {picture_name(1)}; put them there."
     )
 
 
 def read_coco_spatial(
     json_path: str | Path, image_dir: str | Path, *, bad: list[tuple[str, DataError]] | None = None
 ) -> list[SpatialItem]:
-    """Reads the two-object file and checks that every picture is there.
+    """Reads the two-object file and checks that every picture exists.
 
     Args:
         json_path: `coco_qa_two_obj.json`.
-        image_dir: Folder of the pictures `{image_id:012d}.jpg`.
-        bad: Where given, rows that are malformed or lack their picture are skipped and noted here: the row's name
-            and its error.
+        image_dir: folder of the pictures `{image_id:012d}.jpg`.
+        bad: if given, rows that are malformed or lack their picture are skipped and noted here: the row's name and
+            its error.
 
     Returns:
         One item per row, in the file's order.
 
     Raises:
-        DataError: The file is missing or no JSON list; and without `bad`, a row is malformed (named by index and
-            content), or a picture is missing (named by path).
+        DataError: if the file is missing or not a JSON list, or, without `bad`, for a row that is malformed or whose
+            picture is missing.
     """
     rows = read_json(json_path, DataError, expected=list)
     return usable(rows, lambda index, row: _item(index, row, Path(json_path), Path(image_dir)), bad)
@@ -161,11 +164,7 @@ def read_coco_spatial(
 
 def _item(index: int, row: object, json_path: Path, image_dir: Path) -> SpatialItem:
     subject, relation, object, image_id = _parse_row(row, f"{json_path}, row {index}: {row!r:.300}")
-    path = image_dir / picture_name(image_id)
-    if not path.is_file():
-        raise DataError(
-            f"Picture {path} of {json_path}, row {index}, does not exist. Give the folder of COCO's val2017 pictures."
-        )
+    path = existing(image_dir, picture_name(image_id), f"{json_path}, row {index}")
     return SpatialItem(image_id=image_id, picture=path, subject=subject, object=object, relation=relation, row=index)
 
 
@@ -191,44 +190,41 @@ def write_coco_spatial(
 ) -> list[SpatialItem]:
     """Draws two-object scenes as a dataset in the published layout, balanced over the four relations.
 
-    Which of a picture's true relations is asked is chosen so that all four come out as often as the scenes allow.
-    Image ids count from 1.
+    Of a picture's true relations, the one asked about so far the least is chosen. Image ids count from 1.
 
     Args:
-        folder: Gets `coco_qa_two_obj.json`, `instances_val2017.json` (for pycocotools) and `val2017/` with the
-            pictures as JPEG.
-        scenes: Scenes of exactly two different objects.
-        size: Side of the pictures in pixels.
-        min_distance: Least distance of the two centres along the asked axis, in picture fractions.
-        noise: Standard deviation of what is added to every colour, as a share of their range; the same every time.
+        folder: the folder for `coco_qa_two_obj.json`, `instances_val2017.json` (for pycocotools) and the pictures, as
+            JPEG files in `val2017/`.
+        scenes: scenes of exactly two different objects.
+        size: side of the pictures in pixels.
+        min_distance: least distance between the two centres along the axis in question, in picture fractions.
+        noise: standard deviation of Gaussian noise on every colour, as a share of the colours' range; it is the same
+            on every call.
 
     Returns:
         The items, as `read_coco_spatial` reads them back.
 
     Raises:
-        InputError: A scene does not hold two different objects, its objects are too near on both axes, or the noise is
-            below 0.
-        OutputError: A file cannot be written.
+        InputError: if a scene does not hold two different objects, its objects are too close on both axes, or the
+            noise is below 0.
+        OutputError: if a file cannot be written.
     """
     if not 0 <= noise < np.inf:
-        raise InputError(f"noise is a share of the colours' range, 0 or above, not {noise}.")
+        raise InputError(f"noise is a share of the colours' range and must be 0 or above, not {noise}.")
     folder = Path(folder)
     items, rows, annotations = [], [], []
     counts = dict.fromkeys(OPPOSITE, 0)
     for index in range(len(scenes)):
-        slots = np.flatnonzero(scenes.objects[index] >= 0)
-        if len(slots) != 2 or len(set(scenes.objects[index, slots].tolist())) != 2:
-            names = [OBJECTS[name] for name in scenes.objects[index, slots]]
-            raise InputError(f"Scene {index} must hold two different objects, has {names}.")
+        slots = object_slots(scenes, index, 2)
         options = _true_relations(scenes.centers[index, slots], min_distance)
         if not options:
             raise InputError(
-                f"The two objects of scene {index} are nearer than {min_distance} of the picture along both axes: no "
+                f"the two objects of scene {index} are closer than {min_distance} of the picture along both axes: no "
                 "relation between them is clear. Draw scenes without overlap (sample_free) or lower min_distance."
             )
         relation, first = min(options, key=lambda option: counts[option[0]])
         counts[relation] += 1
-        subject, object = (OBJECTS[scenes.objects[index, slot]] for slot in (slots[first], slots[1 - first]))
+        subject, object = (OBJECTS[scenes.objects[index, slots[side]]] for side in (first, 1 - first))
         image_id = index + 1
         path = folder / PICTURES_FOLDER / picture_name(image_id)
         picture = render(scenes[index : index + 1], size)[0]
@@ -269,10 +265,23 @@ def write_coco_spatial(
     return items
 
 
+def object_slots(scenes: Scenes, index: int, count: int) -> Sequence[int]:
+    """The slots of a scene that hold objects.
+
+    Raises:
+        InputError: if they do not hold that many different objects.
+    """
+    slots = np.flatnonzero(scenes.objects[index] >= 0).tolist()
+    names = [OBJECTS[scenes.objects[index, slot]] for slot in slots]
+    if not len(slots) == len(set(names)) == count:
+        raise InputError(f"scene {index} must hold {count} different objects, has {', '.join(names) or 'none'}.")
+    return slots
+
+
 def _true_relations(centers: Float[np.ndarray, "2 2"], min_distance: float) -> list[tuple[str, int]]:
-    """The clear relations of two places, each with the index of its subject."""
+    """The clear relations between two centres, each with the index of its subject."""
     options = []
-    for axis, (before, after) in enumerate((("left", "right"), ("above", "below"))):
+    for axis, (before, after) in enumerate(ANSWERS.values()):
         distance = float(centers[1, axis] - centers[0, axis])
         if abs(distance) > min_distance:
             first = 0 if distance > 0 else 1

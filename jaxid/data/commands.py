@@ -1,4 +1,4 @@
-"""`jaxid data ...`: pictures and data sets, drawn in the published layouts."""
+"""`jaxid data ...`: draws pictures and data sets in the published layouts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from jaxid.errors import InputError
 from jaxid.io import ensure_output_folder
 
 Side = Annotated[int, Range(32)]
-"""Of a picture, in pixels."""
+"""Side of a picture in pixels."""
 
 
 def preview(out: Path, *, seed: int = 0, count: Count = 16, size: Annotated[int, Range(8)] = 112) -> None:
@@ -41,10 +41,10 @@ def grid(
     Args:
         out: folder for {A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png.
         pair: an ordered pair of objects, A,B; may be given several times.
-        size: object sizes of 224; 224 by default.
+        size: side of the objects in pixels of the 224-pixel cell; may be given several times; 224 by default.
         picture_size: side of the pictures, in pixels.
         seed: of the colours.
-        near_far: draw only both ends of the top row.
+        near_far: draw only the two ends of the top row.
     """
     from jaxid.data.grid import CELL_SIZE, NEAR_FAR, write_grid_folder
 
@@ -74,7 +74,7 @@ def coco_spatial(
         count: number of pictures.
         picture_size: side of the pictures, in pixels.
         seed: of the scenes.
-        noise: over the pictures, as a share of the colours' range.
+        noise: standard deviation of the noise, as a share of the colours' range.
     """
     from jaxid.data.coco_spatial import write_coco_spatial
     from jaxid.data.scenes import sample_free
@@ -110,10 +110,10 @@ def finetune(*, out: Path, pair: list[str], picture_size: Side = 896, seed: int 
         seed: of colours, backgrounds and jitter.
         varied: vary backgrounds, sizes and angles.
     """
-    from jaxid.data.grid import write_finetune_folder
+    from jaxid.data.grid import Drawing, write_finetune_folder
     from jaxid.data.scenes import VARIED
 
-    options = {"backgrounds": VARIED, "jitter_size": 0.1, "jitter_angle": 15.0} if varied else {}
+    options: Drawing = {"backgrounds": VARIED, "jitter_size": 0.1, "jitter_angle": 15.0} if varied else {}
     items = write_finetune_folder(
         ensure_output_folder(out), _pairs(pair), seed=seed, picture_size=picture_size, **options
     )
@@ -142,7 +142,7 @@ def mvbench(*, out: Path, count: Count = 100, picture_size: Side = 144, seed: in
         out: folder for manifest.csv and videos/.
         count: number of videos.
         picture_size: side of the pictures, in pixels, even.
-        seed: of all that is drawn.
+        seed: of everything drawn.
     """
     from jaxid.data.clips import write_mvbench
 

@@ -1,11 +1,11 @@
-"""Pictures and tables of text on disk, rows that can be used, and the files that rows name."""
+"""Pictures and CSV files on disk, usable rows, and the files that rows name."""
 
 import csv
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,7 +18,7 @@ Row = TypeVar("Row")
 
 
 def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
-    """Writes a PNG or (quality 95) JPEG file, by the name's ending, atomically.
+    """Writes a PNG or JPEG (quality 95) file atomically; the name's ending says which.
 
     Raises:
         OutputError: The name ends in neither `.png` nor `.jpg`, or the file cannot be written.
@@ -33,8 +33,8 @@ def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
         Image.fromarray(picture).save(temporary, kind, **options)
 
 
-def read_csv(path: str | Path) -> list[Any]:
-    """The rows of a CSV file, each by the names of its first line; with or without a byte-order mark.
+def read_csv(path: str | Path) -> list[object]:
+    """The rows of a CSV file as mappings from the first line's names; a byte-order mark is skipped.
 
     Raises:
         DataError: The file cannot be read.
@@ -57,11 +57,11 @@ def write_csv(path: str | Path, rows: Iterable[Sequence[object]]) -> None:
 def usable(
     rows: Iterable[Row], read: Callable[[int, Row], Item], bad: list[tuple[str, DataError]] | None
 ) -> list[Item]:
-    """What the rows of a file hold, in their order.
+    """The items that the rows of a file describe, in order.
 
     Args:
         rows: the rows.
-        read: makes an item of a row's index and the row.
+        read: turns a row's index and the row into an item.
         bad: where given, rows that cannot be used are skipped and noted here: "row 3" and its error.
 
     Raises:
@@ -79,20 +79,20 @@ def usable(
 
 
 def inside(folder: str | Path, name: object, where: str) -> Path:
-    """The path of a file that a manifest names relative to a folder, which it must not leave.
+    """The path of a file that a manifest names relative to a folder, which the name must not leave.
 
     Links inside the folder may point anywhere: whoever made them meant it.
 
     Args:
-        folder: what the name is relative to.
-        name: as the manifest has it.
-        where: begins the message, such as "row 3 of manifest.csv".
+        folder: the folder that the name is relative to.
+        name: the name as the manifest gives it.
+        where: begins error messages, such as "row 3 of manifest.csv".
 
     Returns:
         The path, whether or not a file is there.
 
     Raises:
-        DataError: if the name is no text, is absolute, leads out of the folder, or cannot be a path.
+        DataError: if the name is not a string, is absolute, leads out of the folder, or cannot be a path.
     """
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where}: {name!r:.80} is not the name of a file.")
@@ -108,4 +108,22 @@ def inside(folder: str | Path, name: object, where: str) -> Path:
         pass
     except (OSError, ValueError) as error:  # a name too long, or with characters that names do not have
         raise DataError(f"{where}: {name!r:.80} cannot be the name of a file ({type(error).__name__}).") from error
+    return path
+
+
+def existing(folder: str | Path, name: object, where: str, *, folders: bool = False) -> Path:
+    """The path of a file that a manifest names, as from `inside`, if the file exists.
+
+    Args:
+        folder: the folder that the name is relative to.
+        name: the name as the manifest gives it.
+        where: begins error messages.
+        folders: accept a folder as well.
+
+    Raises:
+        DataError: as from `inside`, or if the file does not exist.
+    """
+    path = inside(folder, name, where)
+    if not path.is_file() and not (folders and path.is_dir()):
+        raise DataError(f"{where}: {path} does not exist; put it there, or correct the name.")
     return path

@@ -1,4 +1,4 @@
-"""Grid scenes: the placements, the folder of pictures, and the file names of the fine-tuning set.
+"""Grid scenes: placements, the folder of pictures, and the file names of the fine-tuning set.
 
 Source: [ID] section 3 and its appendix on fine-tuning, arXiv 2601.12626. A cell is (column, row) of a 4 x 4 grid, the
 row counted downwards.
@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -27,14 +27,13 @@ CELL_SIZE = 224
 OBJECT_SIZES = (224, 174, 124, 74)
 """Sides of the pasted objects in the published pictures, in pixels."""
 
-
 NEAR_FAR: tuple[tuple[Cell, Cell], ...] = (((0, 0), (3, 0)), ((3, 0), (0, 0)))
 """Placements of the near/far question: the two ends of the top row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridItem:
-    """One grid picture: a file, or UInt8[Y, X, 3]."""
+    """A picture on the grid: a file, or UInt8[Y, X, 3]."""
 
     picture: Picture
     object_a: str
@@ -46,7 +45,7 @@ class GridItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneItem:
-    """Two objects and their cells: what the name of a fine-tuning picture says."""
+    """Two objects and their cells, as the name of a fine-tuning picture gives them."""
 
     object_a: str
     object_b: str
@@ -63,6 +62,14 @@ def placements() -> list[tuple[Cell, Cell]]:
     return list(itertools.permutations([(x, y) for y in range(GRID) for x in range(GRID)], 2))
 
 
+class Drawing(TypedDict, total=False):
+    """How pictures may vary, as in `scenes.sample_grid`."""
+
+    backgrounds: Sequence[str]
+    jitter_size: float
+    jitter_angle: float
+
+
 def write_grid_folder(
     folder: str | Path,
     pairs: Sequence[tuple[str, str]],
@@ -70,83 +77,79 @@ def write_grid_folder(
     seed: int = 0,
     picture_size: int = GRID * CELL_SIZE,
     object_sizes: Sequence[int] = OBJECT_SIZES,
-    backgrounds: Sequence[str] = ("white",),
-    jitter_size: float = 0.0,
-    jitter_angle: float = 0.0,
     cells: Sequence[tuple[Cell, Cell]] | None = None,
+    **drawing: Unpack[Drawing],
 ) -> list[GridItem]:
     """Draws every placement of every pair at every size as `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
 
     Args:
-        folder: Where the pair folders go.
-        pairs: Ordered pairs of different names from `OBJECTS`.
-        seed: Chooses colours, backgrounds and jitter; the same seed writes the same pictures.
-        picture_size: Side of the square pictures, in pixels.
-        object_sizes: Sides of the objects, in pixels of the published 224-pixel cell.
-        backgrounds: Kinds of background (`scenes.BACKGROUNDS`); white is the paper's transparent setting.
-        jitter_size: Sides change by up to this share either way.
-        jitter_angle: Objects are rotated by up to this many degrees either way.
-        cells: Draws only these placements (cell of A, cell of B), such as `NEAR_FAR`.
+        folder: where the pair folders are made.
+        pairs: ordered pairs of different names from `OBJECTS`.
+        seed: chooses colours, backgrounds and jitter; the same seed writes the same pictures.
+        picture_size: side of the square pictures, in pixels.
+        object_sizes: sides of the objects, in pixels of the published 224-pixel cell.
+        cells: draw only these placements (cell of A, cell of B), such as `NEAR_FAR`.
+        drawing: `backgrounds` (white by default, the paper's transparent setting), `jitter_size` and `jitter_angle`.
 
     Returns:
         The items written.
 
     Raises:
-        InputError: A pair is not two different drawn objects.
-        OutputError: A picture cannot be written.
+        InputError: if a pair is not two different drawn objects, or `cells` are not placements on the grid.
+        OutputError: if a picture cannot be written.
     """
     placed = placements()
     if cells is not None:
         strange = [pair for pair in cells if pair not in placed]
         if strange or not cells:
-            raise InputError(f"{strange or 'An empty list'} names no placements of two objects on the grid.")
+            raise InputError(f"{strange or 'an empty list'} names no placements of two objects on the grid.")
         placed = list(dict.fromkeys(cells))
 
     def path(item: FinetuneItem, size: int) -> Path:
         (ax, ay), (bx, by) = item.cell_a, item.cell_b
         return Path(folder) / f"{item.object_a}_{item.object_b}" / f"{ax}_{ay}" / f"{bx}_{by}_{size}.png"
 
-    return _draw(
-        pairs,
-        placed,
-        object_sizes,
-        path,
-        seed,
-        picture_size,
-        jitter_size=jitter_size,
-        jitter_angle=jitter_angle,
-        backgrounds=backgrounds,
-    )
+    return _draw(path, pairs, placed, object_sizes, seed, picture_size, drawing)
+
+
+def write_finetune_folder(
+    folder: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    seed: int = 0,
+    picture_size: int = GRID * CELL_SIZE,
+    **drawing: Unpack[Drawing],
+) -> list[GridItem]:
+    """Draws every placement of every pair as a fine-tuning set, `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`.
+
+    Arguments and errors as in `write_grid_folder`.
+    """
+
+    def path(item: FinetuneItem, size: int) -> Path:
+        return Path(folder) / finetune_name(item)
+
+    return _draw(path, pairs, placements(), (CELL_SIZE,), seed, picture_size, drawing)
 
 
 def _draw(
+    path: Callable[[FinetuneItem, int], Path],
     pairs: Sequence[tuple[str, str]],
     placed: Sequence[tuple[Cell, Cell]],
     sizes: Sequence[int],
-    path: Callable[[FinetuneItem, int], Path],
     seed: int,
     picture_size: int,
-    **drawing: Any,
+    drawing: Drawing,
 ) -> list[GridItem]:
-    """Draws the placements of every pair at every size.
-
-    Args:
-        pairs: ordered pairs of different names from `OBJECTS`.
-        placed: cells of both objects.
-        sizes: sides of the objects, in pixels of the published 224-pixel cell.
-        path: the file of a picture.
-        seed: chooses colours, backgrounds and jitter.
-        picture_size: side of the square pictures, in pixels.
-        drawing: further options of `sample_grid`.
-    """
+    """Draws the placements of every pair at every size to the files that `path` names."""
     check_pairs(pairs)
+    options: Drawing = {"backgrounds": ("white",), **drawing}
     cells_a, cells_b = np.asarray(placed).reshape(-1, 2, 2).swapaxes(0, 1)
     items = []
     for index, (name_a, name_b) in enumerate(pairs):
         rng = np.random.default_rng((seed, index))
         first, second = (np.full(len(placed), OBJECTS.index(name)) for name in (name_a, name_b))
         for size in sizes:
-            scenes = sample_grid(rng, first, cells_a, second, cells_b, scale=size / CELL_SIZE, **drawing)
+            scenes = sample_grid(rng, first, cells_a, second, cells_b, scale=size / CELL_SIZE, **options)
             for row, (cell_a, cell_b) in enumerate(placed):
                 item = FinetuneItem(object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b)
                 # One picture at a time: all 240 of the published size together would take gigabytes.
@@ -156,79 +159,74 @@ def _draw(
     return items
 
 
-_PAIR = re.compile(r"([^_]+)_([^_]+)")
-_CELL = re.compile(r"([0-3])_([0-3])")
-_PLACED = re.compile(r"([0-3])_([0-3])_([1-9][0-9]*)\.png")
+_GRID_FILE = re.compile(
+    r"(?P<a>[^_/]+)_(?P<b>[^_/]+)/(?P<ax>[0-3])_(?P<ay>[0-3])/(?P<bx>[0-3])_(?P<by>[0-3])_(?P<size>[1-9][0-9]*)\.png"
+)
+
+
+def _parsed(match: re.Match[str], where: str) -> FinetuneItem:
+    """What a file's name says, or a DataError if it puts both objects in one cell."""
+    ax, ay, bx, by = (int(match[name]) for name in ("ax", "ay", "bx", "by"))
+    if (ax, ay) == (bx, by):
+        raise DataError(f"{where} puts both objects in cell {(ax, ay)}: the two cells must differ.")
+    return FinetuneItem(object_a=match["a"], object_b=match["b"], cell_a=(ax, ay), cell_b=(bx, by))
 
 
 def read_grid_folder(folder: str | Path) -> list[GridItem]:
-    """Lists the pictures of a grid folder, sorted by pair, cells and size (greatest first).
+    """Lists the pictures of a grid folder, sorted by pair, cells and size (largest first).
 
-    Hidden files and folders are skipped. Object names may hold spaces but no underscores.
+    Hidden files and folders are skipped. Object names may contain spaces but no underscores.
 
     Raises:
-        DataError: The folder is missing or empty, or something in it does not fit
+        DataError: if the folder is missing or empty, or something in it does not fit
             `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`; the message names it.
     """
     folder = Path(folder)
     expected = "{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png with cells 0..3"
     if not folder.is_dir():
-        raise DataError(f"Grid folder {folder} does not exist. Give the folder that holds the {{A}}_{{B}} folders.")
+        raise DataError(f"the grid folder {folder} does not exist; give the folder that holds the {{A}}_{{B}} folders.")
     items = []
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if path.is_dir() or any(part.startswith(".") for part in parts):
+        name = path.relative_to(folder)
+        if path.is_dir() or any(part.startswith(".") for part in name.parts):
             continue
-        matches = None
-        if len(parts) == 3:
-            matches = _PAIR.fullmatch(parts[0]), _CELL.fullmatch(parts[1]), _PLACED.fullmatch(parts[2])
-        if matches is None or not all(matches):
+        match = _GRID_FILE.fullmatch(name.as_posix())
+        if match is None:
             raise DataError(f"{path} does not fit a grid folder: expected {folder}/{expected}. Remove or rename it.")
-        pair, cell_a, placed = (match.groups() for match in matches if match)
-        items.append(
-            GridItem(
-                picture=path,
-                object_a=pair[0],
-                object_b=pair[1],
-                cell_a=(int(cell_a[0]), int(cell_a[1])),
-                cell_b=(int(placed[0]), int(placed[1])),
-                size=int(placed[2]),
-            )
-        )
-        if items[-1].cell_a == items[-1].cell_b:
-            raise DataError(f"{path} puts both objects in cell {items[-1].cell_a}: the two cells must differ.")
+        item = _parsed(match, str(path))
+        items.append(GridItem(picture=path, size=int(match["size"]), **dataclasses.asdict(item)))
     if not items:
-        raise DataError(f"Grid folder {folder} holds no pictures: expected {expected}.")
+        raise DataError(f"the grid folder {folder} holds no pictures: expected {expected}.")
     return sorted(items, key=lambda item: (item.object_a, item.object_b, item.cell_a, item.cell_b, -item.size))
 
 
 def near_far_items(folder: str | Path) -> list[GridItem]:
-    """The pictures of a grid folder whose objects stand at the two ends of the top row, the greatest size only.
+    """The pictures of a grid folder with an object at each end of the top row, in the largest size only.
 
     Raises:
-        DataError: The folder holds none of them, or is no grid folder.
+        DataError: if the folder holds no such picture, or is not a grid folder.
     """
     items = [item for item in read_grid_folder(folder) if (item.cell_a, item.cell_b) in NEAR_FAR]
     if not items:
-        raise DataError(f"{folder} holds no picture with objects at 0_0 and 3_0, which near/far questions are about.")
+        raise DataError(f"{folder} holds no picture with objects at 0_0 and 3_0, as near/far questions need.")
     return _largest(items)
 
 
 def _largest(items: Sequence[GridItem]) -> list[GridItem]:
-    """The items of the greatest size."""
+    """The items of the largest size."""
     largest = max(item.size for item in items)
     return [item for item in items if item.size == largest]
 
 
-_FINETUNE = re.compile(r"([^_]+)_([0-3])-([0-3])_([^_]+)_([0-3])-([0-3])\.png")
+_FINETUNE = re.compile(r"(?P<a>[^_]+)_(?P<ax>[0-3])-(?P<ay>[0-3])_(?P<b>[^_]+)_(?P<bx>[0-3])-(?P<by>[0-3])\.png")
 
 
 def finetune_name(item: FinetuneItem) -> str:
     """The file name `{A}_{ax}-{ay}_{B}_{bx}-{by}.png` of a fine-tuning picture.
 
     Raises:
-        InputError: No such name says what the item is: an underscore in an object's name, a cell outside 0..3,
-            both objects in one cell.
+        InputError: if no such name can describe the item: an object's name has an underscore, a cell is outside
+            0..3, or both objects share a cell.
     """
     (ax, ay), (bx, by) = item.cell_a, item.cell_b
     name = f"{item.object_a}_{ax}-{ay}_{item.object_b}_{bx}-{by}.png"
@@ -237,67 +235,32 @@ def finetune_name(item: FinetuneItem) -> str:
             return name
     except DataError as error:
         raise InputError(f"{item} has no file name: {error}") from error
-    raise InputError(f"{item} has no file name: {name!r} would be read as another item.")
+    raise InputError(f"{item} has no file name: {name!r} describes another item.")
 
 
 def parse_finetune_name(name: str) -> FinetuneItem:
-    """Reads `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`; object names may hold spaces but no underscores.
+    """Reads `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`; object names may contain spaces but no underscores.
 
     Args:
-        name: The file's name, without its folder.
+        name: the file's name, without its folder.
 
     Raises:
-        DataError: The name has another form, or both objects share a cell.
+        DataError: if the name has another form, or both objects share a cell.
     """
     match = _FINETUNE.fullmatch(name)
-    if match is None or match[1] != match[1].strip() or match[4] != match[4].strip():
+    if match is None or any(match[name] != match[name].strip() for name in "ab"):
         raise DataError(
-            f"{name!r} is not the name of a fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png "
+            f"{name!r} does not name a fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png "
             "with cells 0..3 and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
         )
-    item = FinetuneItem(
-        object_a=match[1],
-        object_b=match[4],
-        cell_a=(int(match[2]), int(match[3])),
-        cell_b=(int(match[5]), int(match[6])),
-    )
-    if item.cell_a == item.cell_b:
-        raise DataError(f"{name!r} puts both objects in cell {item.cell_a}: the two cells must differ.")
-    return item
-
-
-def write_finetune_folder(
-    folder: str | Path,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    seed: int = 0,
-    picture_size: int = GRID * CELL_SIZE,
-    backgrounds: Sequence[str] = ("white",),
-    jitter_size: float = 0.0,
-    jitter_angle: float = 0.0,
-) -> list[GridItem]:
-    """Draws every placement of every pair as a fine-tuning set, `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`.
-
-    Arguments and errors as in `write_grid_folder`.
-    """
-    return _draw(
-        pairs,
-        placements(),
-        (CELL_SIZE,),
-        lambda item, _: Path(folder) / finetune_name(item),
-        seed,
-        picture_size,
-        jitter_size=jitter_size,
-        jitter_angle=jitter_angle,
-        backgrounds=backgrounds,
-    )
+    return _parsed(match, repr(name))
 
 
 def read_finetune_folder(folder: str | Path) -> list[GridItem]:
-    """The pictures of a fine-tuning set, sorted; of a grid folder instead, those of the greatest size.
+    """The pictures of a fine-tuning set, sorted by name, or the largest ones of a grid folder.
 
     Raises:
-        DataError: The folder is missing or empty, or holds a picture of another name.
+        DataError: if the folder is missing or empty, or holds a picture with another kind of name.
     """
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))

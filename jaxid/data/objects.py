@@ -1,7 +1,7 @@
 """The sixteen drawn objects as signed-distance functions, and the templates that the renderer samples.
 
-Every object can be recognised by its silhouette alone, down to about 12 pixels. Coordinates are (x right, y down); a
-distance is negative inside.
+Every object can be recognised by its silhouette alone, down to about 12 pixels. Coordinates are (x, y), y counted
+downwards; distances are negative inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ from jaxid.errors import InputError
 
 Points: TypeAlias = Float[np.ndarray, "*S 2"]
 Distance: TypeAlias = Float[np.ndarray, "*S"]
+Shape: TypeAlias = Callable[[Points], Distance]
+"""Gives the signed distance of points from an outline."""
 
 TEMPLATE_SIZE = 128
 """Rows and columns of a template."""
@@ -24,159 +26,111 @@ TEMPLATE_REACH = 1.2
 _FAR = 9.0  # distance to a detail that an object does not have
 
 
-def _circle(points: Points, center: Sequence[float], radius: float) -> Distance:
-    return np.linalg.norm(points - np.asarray(center), axis=-1) - radius
+def _circle(center: tuple[float, float], radius: float) -> Shape:
+    return lambda points: np.linalg.norm(points - np.asarray(center), axis=-1) - radius
 
 
-def _box(points: Points, center: Sequence[float], half: Sequence[float]) -> Distance:
-    offset = np.abs(points - np.asarray(center)) - np.asarray(half)
-    return np.linalg.norm(np.maximum(offset, 0), axis=-1) + np.minimum(offset.max(-1), 0)
+def _box(center: tuple[float, float], half: tuple[float, float]) -> Shape:
+    def distance(points: Points) -> Distance:
+        offset = np.abs(points - np.asarray(center)) - np.asarray(half)
+        return np.linalg.norm(np.maximum(offset, 0), axis=-1) + np.minimum(offset.max(-1), 0)
+
+    return distance
 
 
-def _polygon(points: Points, vertices: Sequence[Sequence[float]]) -> Distance:
+def _polygon(*vertices: tuple[float, float]) -> Shape:
     """Exact distance to a simple polygon; the sign comes from counting the edges crossed by a ray."""
     corners = np.asarray(vertices, float)
-    nearest = np.full(points.shape[:-1], np.inf)
-    inside = np.zeros(points.shape[:-1], bool)
-    for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        edge, offset = end - start, points - start
-        along = np.clip(offset @ edge / (edge @ edge), 0, 1)
-        nearest = np.minimum(nearest, ((offset - along[..., None] * edge) ** 2).sum(-1))
-        crosses = (start[1] > points[..., 1]) != (end[1] > points[..., 1])
-        if edge[1] != 0:
-            inside ^= crosses & (points[..., 0] < start[0] + (points[..., 1] - start[1]) * edge[0] / edge[1])
-    return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+    def distance(points: Points) -> Distance:
+        nearest = np.full(points.shape[:-1], np.inf)
+        inside = np.zeros(points.shape[:-1], bool)
+        for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+            edge, offset = end - start, points - start
+            along = np.clip(offset @ edge / (edge @ edge), 0, 1)
+            nearest = np.minimum(nearest, ((offset - along[..., None] * edge) ** 2).sum(-1))
+            crosses = (start[1] > points[..., 1]) != (end[1] > points[..., 1])
+            if edge[1] != 0:
+                inside ^= crosses & (points[..., 0] < start[0] + (points[..., 1] - start[1]) * edge[0] / edge[1])
+        return np.where(inside, -1, 1) * np.sqrt(nearest)
+
+    return distance
 
 
-def _union(*distances: Distance) -> Distance:
-    return np.minimum.reduce(distances)
+def _union(*shapes: Shape) -> Shape:
+    return lambda points: np.minimum.reduce([shape(points) for shape in shapes])
 
 
-def _without(distance: Distance, *removed: Distance) -> Distance:
-    return np.maximum.reduce([distance, *(-other for other in removed)])
+def _intersection(*shapes: Shape) -> Shape:
+    return lambda points: np.maximum.reduce([shape(points) for shape in shapes])
 
 
-def _draw_circle(points: Points) -> Distance:
-    return _circle(points, (0, 0), 1)
+def _without(shape: Shape, removed: Shape) -> Shape:
+    return lambda points: np.maximum(shape(points), -removed(points))
 
 
-def _draw_triangle(points: Points) -> Distance:
-    return _polygon(points, [(0, -0.9), (1, 0.85), (-1, 0.85)])
-
-
-def _draw_square(points: Points) -> Distance:
-    return _box(points, (0, 0), (1, 1))
-
-
-def _draw_star(points: Points) -> Distance:
+def _star() -> Shape:
     turns = np.arange(10) * np.pi / 5
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-    return _polygon(points, np.stack([radii * np.sin(turns), -radii * np.cos(turns)], axis=-1).tolist())
+    return _polygon(*zip(radii * np.sin(turns), -radii * np.cos(turns), strict=True))
 
 
-def _draw_heart(points: Points) -> Distance:
-    lobes = _union(_circle(points, (-0.48, -0.36), 0.52), _circle(points, (0.48, -0.36), 0.52))
-    return _union(lobes, _polygon(points, [(-0.9, -0.05), (0, -0.45), (0.9, -0.05), (0, 0.95)]))
-
-
-def _draw_cross(points: Points) -> Distance:
-    return _union(_box(points, (0, 0), (1, 0.3)), _box(points, (0, 0), (0.3, 1)))
-
-
-def _draw_moon(points: Points) -> Distance:
-    return _without(_circle(points, (0, 0), 1), _circle(points, (0.55, -0.1), 0.78))
-
-
-def _draw_ring(points: Points) -> Distance:
-    return _without(_circle(points, (0, 0), 1), _circle(points, (0, 0), 0.48))
-
-
-def _draw_house(points: Points) -> Distance:
-    roof = _polygon(points, [(0, -1), (1.05, -0.12), (-1.05, -0.12)])
-    return _union(roof, _box(points, (0, 0.4), (0.72, 0.55)), _box(points, (0.58, -0.6), (0.15, 0.38)))
-
-
-def _draw_door(points: Points) -> Distance:
-    return _box(points, (0, 0.62), (0.22, 0.34))
-
-
-def _draw_tree(points: Points) -> Distance:
-    top = _polygon(points, [(0, -1), (0.46, -0.32), (-0.46, -0.32)])
-    middle = _polygon(points, [(0, -0.62), (0.62, 0.14), (-0.62, 0.14)])
-    bottom = _polygon(points, [(0, -0.2), (0.78, 0.62), (-0.78, 0.62)])
-    return _union(top, middle, bottom, _box(points, (0, 0.8), (0.16, 0.25)))
-
-
-def _draw_fish(points: Points) -> Distance:
-    # Where two circles overlap: a lens with pointed ends.
-    body = np.maximum(_circle(points, (-0.2, 0.32), 0.9), _circle(points, (-0.2, -0.32), 0.9))
-    return _union(body, _polygon(points, [(0.35, 0), (1.05, -0.62), (0.88, 0), (1.05, 0.62)]))
-
-
-def _draw_eye(points: Points) -> Distance:
-    return _circle(points, (-0.6, -0.1), 0.13)
-
-
-def _draw_cup(points: Points) -> Distance:
-    bowl = _polygon(points, [(-0.95, -0.75), (0.45, -0.75), (0.25, 0.75), (-0.75, 0.75)])
-    handle = _without(_circle(points, (0.45, -0.15), 0.52), _circle(points, (0.45, -0.15), 0.28))
-    return _union(bowl, handle)
-
-
-def _draw_key(points: Points) -> Distance:
-    head = _without(_circle(points, (-0.48, 0), 0.58), _circle(points, (-0.52, 0), 0.24))
-    teeth = _union(_box(points, (0.4, 0.35), (0.14, 0.3)), _box(points, (0.86, 0.35), (0.16, 0.3)))
-    return _union(head, _box(points, (0.45, 0), (0.57, 0.19)), teeth)
-
-
-def _draw_bolt(points: Points) -> Distance:
-    corners = [(-0.05, -1), (-0.75, 0.2), (-0.15, 0.2), (-0.4, 1), (0.75, -0.33), (0.15, -0.33), (0.65, -1)]
-    return _polygon(points, corners)
-
-
-def _draw_hourglass(points: Points) -> Distance:
-    corners = [(-0.8, -1), (0.8, -1), (0.17, 0), (0.8, 1), (-0.8, 1), (-0.17, 0)]
-    return _polygon(points, corners)
-
-
-def _draw_mushroom(points: Points) -> Distance:
-    cap = np.maximum(_circle(points, (0, 0), 1), points[..., 1])
-    return _union(cap, _polygon(points, [(-0.3, -0.1), (0.3, -0.1), (0.36, 0.85), (-0.36, 0.85)]))
-
-
-_SHAPES: dict[str, Callable[[Points], Distance]] = {
-    "circle": _draw_circle,
-    "triangle": _draw_triangle,
-    "square": _draw_square,
-    "star": _draw_star,
-    "heart": _draw_heart,
-    "cross": _draw_cross,
-    "moon": _draw_moon,
-    "ring": _draw_ring,
-    "house": _draw_house,
-    "tree": _draw_tree,
-    "fish": _draw_fish,
-    "cup": _draw_cup,
-    "key": _draw_key,
-    "bolt": _draw_bolt,
-    "hourglass": _draw_hourglass,
-    "mushroom": _draw_mushroom,
+_DISC = _circle((0, 0), 1)
+_SHAPES: dict[str, Shape] = {
+    "circle": _DISC,
+    "triangle": _polygon((0, -0.9), (1, 0.85), (-1, 0.85)),
+    "square": _box((0, 0), (1, 1)),
+    "star": _star(),
+    "heart": _union(
+        *(_circle((side, -0.36), 0.52) for side in (-0.48, 0.48)),
+        _polygon((-0.9, -0.05), (0, -0.45), (0.9, -0.05), (0, 0.95)),
+    ),
+    "cross": _union(_box((0, 0), (1, 0.3)), _box((0, 0), (0.3, 1))),
+    "moon": _without(_DISC, _circle((0.55, -0.1), 0.78)),
+    "ring": _without(_DISC, _circle((0, 0), 0.48)),
+    "house": _union(
+        _polygon((0, -1), (1.05, -0.12), (-1.05, -0.12)),
+        _box((0, 0.4), (0.72, 0.55)),
+        _box((0.58, -0.6), (0.15, 0.38)),
+    ),
+    "tree": _union(
+        _polygon((0, -1), (0.46, -0.32), (-0.46, -0.32)),
+        _polygon((0, -0.62), (0.62, 0.14), (-0.62, 0.14)),
+        _polygon((0, -0.2), (0.78, 0.62), (-0.78, 0.62)),
+        _box((0, 0.8), (0.16, 0.25)),
+    ),
+    "fish": _union(  # a lens with pointed ends, where two circles overlap, and a tail
+        _intersection(_circle((-0.2, 0.32), 0.9), _circle((-0.2, -0.32), 0.9)),
+        _polygon((0.35, 0), (1.05, -0.62), (0.88, 0), (1.05, 0.62)),
+    ),
+    "cup": _union(
+        _polygon((-0.95, -0.75), (0.45, -0.75), (0.25, 0.75), (-0.75, 0.75)),
+        _without(_circle((0.45, -0.15), 0.52), _circle((0.45, -0.15), 0.28)),
+    ),
+    "key": _union(
+        _without(_circle((-0.48, 0), 0.58), _circle((-0.52, 0), 0.24)),
+        _box((0.45, 0), (0.57, 0.19)),
+        _box((0.4, 0.35), (0.14, 0.3)),
+        _box((0.86, 0.35), (0.16, 0.3)),
+    ),
+    "bolt": _polygon((-0.05, -1), (-0.75, 0.2), (-0.15, 0.2), (-0.4, 1), (0.75, -0.33), (0.15, -0.33), (0.65, -1)),
+    "hourglass": _polygon((-0.8, -1), (0.8, -1), (0.17, 0), (0.8, 1), (-0.8, 1), (-0.17, 0)),
+    "mushroom": _union(
+        _intersection(_DISC, lambda points: points[..., 1]),  # its upper half
+        _polygon((-0.3, -0.1), (0.3, -0.1), (0.36, 0.85), (-0.36, 0.85)),
+    ),
 }
-_DETAILS: dict[str, Callable[[Points], Distance]] = {"house": _draw_door, "fish": _draw_eye}
+_DETAILS: dict[str, Shape] = {"house": _box((0, 0.62), (0.22, 0.34)), "fish": _circle((-0.6, -0.1), 0.13)}
 
 OBJECTS: tuple[str, ...] = tuple(_SHAPES)
 """Names of the drawn objects; `Scenes.objects` holds indices into this tuple."""
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Refuses pairs of objects that cannot be drawn.
-
-    Raises:
-        InputError: A pair is not of two different names of `OBJECTS`.
-    """
+    """Raises an InputError unless every pair consists of two different names from `OBJECTS`."""
     for pair in pairs:
         if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
-            raise InputError(f"A pair must be two different names of {', '.join(OBJECTS)}; got {pair!r}.")
+            raise InputError(f"a pair must be two different names out of {', '.join(OBJECTS)}; got {pair!r}.")
 
 
 def _lattice(reach: float, size: int) -> Points:
@@ -224,14 +178,14 @@ def templates() -> Float[np.ndarray, "O S S 2"]:
 
 
 def half_sides() -> Float[np.ndarray, "O 360"]:
-    """Half the side of the centred square that holds each object rotated by 0..359 degrees, in template units."""
+    """Half the side of the centred square that encloses each object rotated by 0..359 degrees, in template units."""
     return _rasterised()[1]
 
 
 def sample_templates(
     objects: Int[np.ndarray, "N"], x: Float[np.ndarray, "N S S"], y: Float[np.ndarray, "N S S"]
 ) -> Float[np.ndarray, "N S S 2"]:
-    """Bilinear lookup of the templates at (x, y) in template units; places beyond the lattice use its border."""
+    """Bilinear lookup of the templates at (x, y) in template units; beyond the lattice, its border repeats."""
     step = np.float32((TEMPLATE_SIZE - 1) / (2 * TEMPLATE_REACH))
     last = np.float32(TEMPLATE_SIZE - 1.001)
     x = np.clip((x + np.float32(TEMPLATE_REACH)) * step, 0, last)

@@ -1,16 +1,16 @@
-"""Changed pictures for activation swaps: mirrored, and recoloured by a rainbow ([ID] arXiv 2601.12626, Figure 4)."""
+"""Altered pictures for activation swaps: mirrored, or recoloured by a rainbow ([ID] arXiv 2601.12626, Figure 4)."""
 
 import numpy as np
 from jaxtyping import UInt8
 
 CYCLES = (0.8, 2.5)
-"""Fewest and most cycles of the rainbow over the picture."""
+"""Least and most cycles of the rainbow across the picture."""
 
 MIX = 0.75
-"""Share of the rainbow's hue in the new one."""
+"""Weight of the rainbow's hue in the new hue."""
 
 SATURATION = 1.1
-"""Factor of the saturation."""
+"""Factor by which saturation grows."""
 
 
 def mirrored(picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
@@ -19,23 +19,16 @@ def mirrored(picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
 
 
 def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "Y X 3"]:
-    """The picture in the hues of a random rainbow: direction, number of cycles and phase are drawn.
+    """The picture in the hues of a rainbow of random direction, number of cycles and phase.
 
-    Hues are mixed along the shorter way round the colour circle; values (lightness) stay, and what is grey stays grey.
-
-    Args:
-        picture: the picture.
-        rng: chooses the rainbow.
-
-    Returns:
-        A new picture.
+    Hues are blended along the shorter arc of the colour circle. Lightness is kept, and grey pixels stay grey.
     """
     from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 
     height, width = picture.shape[:2]
     angle, cycles, phase = rng.uniform(0, 2 * np.pi), rng.uniform(*CYCLES), rng.uniform()
     y, x = np.mgrid[:height, :width]
-    # Divided by its greatest spread over the picture, so that the cycles are as many in every direction.
+    # Normalised by its range over the picture, so that every direction shows the same number of cycles.
     along = np.cos(angle) * (x + 0.5) / width + np.sin(angle) * (y + 0.5) / height
     along /= abs(np.cos(angle)) + abs(np.sin(angle))
     rainbow = (cycles * along + phase) % 1.0

@@ -1,7 +1,7 @@
-"""Procedural scenes: drawn objects of known place, size, angle and colour on varied backgrounds.
+"""Procedural scenes: drawn objects of known position, size, angle and colour on varied backgrounds.
 
-A `Scenes` says completely what is in its pictures; `render` is a pure function of it. Objects differ in shape alone:
-colours, sizes and places are drawn independently of the object.
+A `Scenes` describes its pictures completely; `render` is a pure function of it. Objects differ in shape alone: colours,
+sizes and positions are drawn independently of the object.
 """
 
 import dataclasses
@@ -16,21 +16,6 @@ from jaxid.data.files import save_picture
 from jaxid.data.objects import OBJECTS, half_sides, sample_templates
 from jaxid.errors import InputError
 
-__all__ = [
-    "BACKGROUNDS",
-    "COLORS",
-    "GRID",
-    "OBJECTS",
-    "SLOT_FIELDS",
-    "Scenes",
-    "concatenate",
-    "mirror",
-    "preview",
-    "render",
-    "sample_free",
-    "sample_grid",
-]
-
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.87, 0.10, 0.12),
     "orange": (1.00, 0.53, 0.05),
@@ -41,10 +26,10 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "purple": (0.60, 0.24, 0.85),
     "pink": (1.00, 0.52, 0.75),
 }
-"""Names of the object colours -> red, green, blue in 0..1; `Scenes.colors` holds indices in this order."""
+"""Names of the object colours -> red, green, blue in 0..1; `Scenes.colors` indexes them in this order."""
 
 GRID = 4
-"""Cells a side of a grid scene."""
+"""Cells along each side of a grid scene."""
 
 VARIED = BACKGROUNDS[1:]
 """The backgrounds of free scenes."""
@@ -59,31 +44,31 @@ _CHUNK = 32  # pictures drawn together: few enough to stay in a core's cache
 class Scenes:
     """N scenes of up to K objects each; later objects are drawn over earlier ones.
 
-    Places and sizes are fractions of the picture's side; slots without an object hold -1 in `objects` and `colors`
+    Positions and sizes are fractions of the picture's side. Slots without an object hold -1 in `objects` and `colors`
     and zeros elsewhere.
     """
 
-    objects: Int[np.ndarray, "N K"]  # index in OBJECTS, -1 for none
-    colors: Int[np.ndarray, "N K"]  # index in COLORS, -1 for none
+    objects: Int[np.ndarray, "N K"]  # index into OBJECTS, -1 for none
+    colors: Int[np.ndarray, "N K"]  # index into COLORS, -1 for none
     fills: Float[np.ndarray, "N K 3"]  # the jittered colour drawn, in 0..1
     centers: Float[np.ndarray, "N K 2"]  # (x to the right, y down) of the bounding square's centre
     sizes: Float[np.ndarray, "N K"]  # side of the bounding square, which holds the object at its angle
     angles: Float[np.ndarray, "N K"]  # degrees, clockwise
-    mirrored: Bool[np.ndarray, "N"]  # drawn left-right reversed; `centers` are places in the picture as drawn
-    background_kinds: Int[np.ndarray, "N"]  # index in BACKGROUNDS
-    background_colors: Float[np.ndarray, "N 2 3"]  # the two colours that the background mixes
-    background_seeds: Int[np.ndarray, "N"]  # chooses the direction of a gradient, the part of a noise or texture
+    mirrored: Bool[np.ndarray, "N"]  # drawn reversed left to right; `centers` describe the picture as drawn
+    background_kinds: Int[np.ndarray, "N"]  # index into BACKGROUNDS
+    background_colors: Float[np.ndarray, "N 2 3"]  # the two colours that the background blends
+    background_seeds: Int[np.ndarray, "N"]  # a gradient's direction, or which part of the noise or texture is shown
 
     def __len__(self) -> int:
         return len(self.objects)
 
     def __getitem__(self, index: slice | list[int] | np.ndarray) -> "Scenes":
-        """The scenes at a slice, list or array of indices, or at the true places of a mask."""
+        """The scenes at a slice, a list or array of indices, or a boolean mask."""
         return Scenes(**{name: value[index] for name, value in _arrays(self).items()})
 
     @property
     def boxes(self) -> Float[np.ndarray, "N K 4"]:
-        """Bounding squares (x, y, width, height) in picture fractions, x and y of the upper left corner."""
+        """Bounding squares (x, y, width, height) in picture fractions; (x, y) is the upper left corner."""
         sides = np.repeat(self.sizes[..., None], 2, axis=-1)
         return np.concatenate([self.centers - sides / 2, sides], axis=-1)
 
@@ -97,10 +82,10 @@ def _arrays(scenes: Scenes) -> dict[str, np.ndarray]:
 
 
 def concatenate(parts: Sequence[Scenes]) -> Scenes:
-    """All scenes of the parts in order; missing object slots are padded with "none".
+    """All scenes of the parts in order, padded with empty object slots to the same number.
 
     Raises:
-        InputError: There are no parts.
+        InputError: if there are no parts.
     """
     if not parts:
         raise InputError("concatenate needs at least one Scenes, got none.")
@@ -116,15 +101,6 @@ def concatenate(parts: Sequence[Scenes]) -> Scenes:
     return Scenes(**{name: np.concatenate([padded(name, part[name]) for part in columns]) for name in columns[0]})
 
 
-def mirror(scenes: Scenes) -> Scenes:
-    """The scenes reversed left to right: their pictures are `render(scenes, n)[:, :, ::-1]`, but for rounding."""
-    return dataclasses.replace(scenes, centers=_reversed(scenes.centers), mirrored=~scenes.mirrored)
-
-
-def _reversed(centers: Float[np.ndarray, "N K 2"]) -> Float[np.ndarray, "N K 2"]:
-    return np.stack([1 - centers[..., 0], centers[..., 1]], axis=-1).astype(np.float32)
-
-
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
@@ -132,19 +108,20 @@ def render(scenes: Scenes, size: int) -> UInt8[np.ndarray, "N size size 3"]:
     """Draws the scenes as square pictures with smooth edges.
 
     Args:
-        scenes: What to draw.
-        size: Rows and columns of a picture, in pixels.
+        scenes: the scenes to draw.
+        size: side of a picture, in pixels.
 
     Raises:
-        InputError: `size` is not positive.
+        InputError: if `size` is not positive.
     """
     if size < 1:
-        raise InputError(f"A picture must have at least one pixel a side, got size={size}.")
+        raise InputError(f"a picture needs at least one pixel per side; got size={size}.")
     result = np.empty((len(scenes), size, size, 3), np.uint8)
     for start in range(0, len(scenes), _CHUNK):
         part = scenes[start : start + _CHUNK]
         flip = part.mirrored
-        centers = np.where(flip[:, None, None], _reversed(part.centers), part.centers)
+        centers = part.centers.astype(np.float32)
+        centers[flip, :, 0] = 1 - centers[flip, :, 0]
         canvas = draw_backgrounds(part.background_kinds, part.background_colors, part.background_seeds, size)
         for slot in range(part.objects.shape[1]):
             _draw_objects(canvas, part, centers, slot)
@@ -169,7 +146,7 @@ def _draw_objects(
     window = min(int(np.ceil(sides.max())) + 2, size)
     corner = np.clip(np.floor(places - window / 2 + 0.5).astype(np.int64), 0, size - window)
 
-    # Template units per pixel: the rotated object just fills its bounding square.
+    # Template units per pixel: the rotated object exactly fills its bounding square.
     scale = 2 * half_sides()[objects, np.rint(angles).astype(np.int64) % 360] / sides
     turn = np.deg2rad(angles).astype(np.float32)
     cosine, sine = (scale * np.cos(turn))[:, None, None], (scale * np.sin(turn))[:, None, None]
@@ -181,7 +158,7 @@ def _draw_objects(
     distances /= scale[:, None, None, None]
     outer, detail = distances[..., 0], distances[..., 1]
     outline = (_OUTLINE / scale)[:, None, None]
-    # Outside its square nothing is drawn: there the lookup only repeats the templates' border.
+    # Nothing is drawn outside the bounding square, where the lookup only repeats the templates' border.
     near = (np.abs(x) < sides[:, None, None] / 2 + np.float32(0.5)) & (
         np.abs(y) < sides[:, None, None] / 2 + np.float32(0.5)
     )
@@ -207,21 +184,21 @@ def sample_free(
     max_angle: float = 15.0,
     backgrounds: Sequence[str] = VARIED,
 ) -> Scenes:
-    """Scenes of different objects at random continuous places, whose bounding squares do not overlap.
+    """Scenes of different objects at random continuous positions, whose bounding squares do not overlap.
 
-    Half of them are drawn reversed left to right. Object, colour, number, size and place are independent draws; only
-    the places of one scene depend on each other.
+    Half of them are drawn reversed left to right. Object, colour, number, size and position are drawn independently;
+    only the positions within a scene depend on each other.
 
     Args:
-        rng: Source of randomness.
-        count: Number of scenes.
-        num_objects: Least and most objects in a scene.
-        size_range: Least and greatest side of an object, in picture fractions.
-        max_angle: Objects are rotated by up to this many degrees either way.
-        backgrounds: Kinds of background to draw from (`BACKGROUNDS`).
+        rng: source of randomness.
+        count: number of scenes.
+        num_objects: least and most objects in a scene.
+        size_range: smallest and largest side of an object, in picture fractions.
+        max_angle: objects are rotated by up to this many degrees either way.
+        backgrounds: kinds of background to draw from (`BACKGROUNDS`).
 
     Raises:
-        InputError: An argument is out of range, or that many objects of that size do not fit.
+        InputError: if an argument is out of range, or that many objects of that size do not fit.
     """
     least, most = num_objects
     if not 0 <= least <= most <= len(OBJECTS):
@@ -233,7 +210,7 @@ def sample_free(
     present = np.arange(most) < rng.integers(least, most + 1, size=count)[:, None]
     objects = np.where(present, rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :most], -1)
     sizes = np.where(present, rng.uniform(*size_range, size=(count, most)), 0)
-    centers = _draw_places(rng, present, sizes)
+    centers = _draw_centers(rng, present, sizes)
     angles = np.where(present, rng.uniform(-max_angle, max_angle, size=(count, most)), 0)
     return _dress(rng, objects, centers, sizes, angles, backgrounds, 0.5)
 
@@ -254,33 +231,35 @@ def sample_grid(
     """Two-object scenes on a grid of cells ([ID] section 3, arXiv 2601.12626).
 
     Args:
-        rng: Source of randomness for colours, backgrounds and jitter.
-        objects_a: First object, index in `OBJECTS`.
-        cells_a: Its cell (column, row), counted from the upper left.
-        objects_b: Second object.
-        cells_b: Its cell.
-        scale: Side of both objects in cells; the paper's are 224, 174, 124 and 74 of 224.
-        jitter_size: Sides change by up to this share either way.
-        jitter_angle: Objects are rotated by up to this many degrees either way.
-        jitter_center: Centres move by up to this many cells either way along each axis. Jitter of size and place is
+        rng: source of randomness for colours, backgrounds and jitter.
+        objects_a: first objects, as indices into `OBJECTS`.
+        cells_a: their cells (column, row), counted from the upper left.
+        objects_b: second objects.
+        cells_b: their cells.
+        scale: side of both objects in cells; the paper's are 224, 174, 124 and 74 of 224.
+        jitter_size: sides change by up to this share either way.
+        jitter_angle: objects are rotated by up to this many degrees either way.
+        jitter_center: centres move by up to this many cells either way along each axis. Jitter of size and position is
             reduced where the objects would otherwise overlap, and objects stay in the picture.
-        backgrounds: Kinds of background to draw from; ("white",) gives the paper's transparent setting.
+        backgrounds: kinds of background to draw from; ("white",) gives the paper's transparent setting.
 
     Raises:
-        InputError: Lengths differ, a cell is outside the grid, an object is unknown, or both share a cell.
+        InputError: if lengths differ, a cell is outside the grid, an object is unknown, or both share a cell.
     """
     objects = np.stack([np.asarray(objects_a), np.asarray(objects_b)], axis=-1)
     cells = np.stack([np.asarray(cells_a), np.asarray(cells_b)], axis=1)
     count = len(objects)
     if objects.shape != (count, 2) or cells.shape != (count, 2, 2):
-        raise InputError(f"Objects must be [N] and cells [N, 2]; got {objects.shape}, {cells.shape} stacked.")
+        raise InputError(f"objects must be [N] and cells [N, 2]; got {objects.shape}, {cells.shape} stacked.")
     if count and not (objects.min() >= 0 and objects.max() < len(OBJECTS)):
-        raise InputError(f"Objects are indices 0..{len(OBJECTS) - 1} in OBJECTS; got {objects.min()}..{objects.max()}.")
+        raise InputError(
+            f"objects are indices 0..{len(OBJECTS) - 1} into OBJECTS; got {objects.min()}..{objects.max()}."
+        )
     if count and not (cells.min() >= 0 and cells.max() < GRID):
-        raise InputError(f"Cells are (column, row) in 0..{GRID - 1}; got {cells.min()}..{cells.max()}.")
+        raise InputError(f"cells are (column, row) in 0..{GRID - 1}; got {cells.min()}..{cells.max()}.")
     if (cells[:, 0] == cells[:, 1]).all(-1).any():
         shared = int((cells[:, 0] == cells[:, 1]).all(-1).argmax())
-        raise InputError(f"Scene {shared} has both objects in cell {tuple(cells[shared, 0].tolist())}.")
+        raise InputError(f"scene {shared} has both objects in cell {tuple(cells[shared, 0].tolist())}.")
 
     sides = np.broadcast_to(np.asarray(scale, float).reshape(-1, 1) / GRID, (count, 2))
     size_steps = rng.uniform(-jitter_size, jitter_size, size=(count, 2))
@@ -301,12 +280,12 @@ def sample_grid(
     return _dress(rng, objects, centers, sizes, angles, backgrounds, 0.0)
 
 
-def _draw_places(
+def _draw_centers(
     rng: np.random.Generator, present: Bool[np.ndarray, "N K"], sizes: Float[np.ndarray, "N K"]
 ) -> Float[np.ndarray, "N K 2"]:
-    """Uniform places among all those where no two squares come nearer than `_GAP`.
+    """Draws centres uniformly from all arrangements whose squares are at least `_GAP` apart.
 
-    All objects of a scene are drawn together and drawn again together, so that every slot has the same distribution.
+    The objects of a scene are drawn and redrawn together, so that every slot has the same distribution.
     """
     count, slots = present.shape
     result = np.zeros((count, slots, 2), np.float32)
@@ -318,7 +297,7 @@ def _draw_places(
     while idle_rounds < 50:
         if len(pending) == 0:
             return result
-        # Few scenes left: several proposals for each, so that a round always does about the same work.
+        # With few scenes left, each gets several proposals, so that every round does about the same work.
         tries = max(1, 2048 // len(pending))
         side = half[pending, None, :, None]
         drawn = side + rng.random((len(pending), tries, slots, 2), dtype=np.float32) * (1 - 2 * side)
@@ -344,10 +323,10 @@ def _dress(
     backgrounds: Sequence[str],
     mirror_share: float,
 ) -> Scenes:
-    """Adds random colours and backgrounds to placed objects."""
+    """Gives objects with positions and sizes random colours and backgrounds."""
     unknown = [kind for kind in backgrounds if kind not in BACKGROUNDS]
     if unknown or not backgrounds:
-        raise InputError(f"backgrounds must name some of {', '.join(BACKGROUNDS)}; got {list(backgrounds)}.")
+        raise InputError(f"backgrounds must be some of {', '.join(BACKGROUNDS)}; got {list(backgrounds)}.")
     count, slots = objects.shape
     present = objects >= 0
     colors = np.where(present, rng.integers(len(COLORS), size=(count, slots)), -1)
@@ -379,27 +358,20 @@ def preview(path: str | Path, *, seed: int = 0, count: int = 24, size: int = 128
     """Writes a captioned contact sheet: every object, then free scenes, then grid scenes.
 
     Args:
-        path: PNG or JPEG file to write.
-        seed: Chooses the scenes.
-        count: Number of scenes, half free and half on the grid.
-        size: Side of a picture in pixels.
+        path: the PNG or JPEG file to write.
+        seed: chooses the scenes.
+        count: number of scenes, half of them free and half on the grid.
+        size: side of each picture in pixels.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: if the file cannot be written.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     rng = np.random.default_rng(seed)
     everything = np.arange(len(OBJECTS))[:, None]
-    alone = _dress(
-        rng,
-        everything,
-        np.full((len(OBJECTS), 1, 2), 0.5),
-        np.full((len(OBJECTS), 1), 0.8),
-        np.zeros((len(OBJECTS), 1)),
-        ["white"],
-        0.0,
-    )
+    middle, sides = np.full((len(OBJECTS), 1, 2), 0.5), np.full((len(OBJECTS), 1), 0.8)
+    alone = _dress(rng, everything, middle, sides, 0 * sides, ["white"], 0.0)
     free = sample_free(rng, (count + 1) // 2, num_objects=(2, 4))
     pairs = rng.random((count // 2, len(OBJECTS))).argsort(axis=1)[:, :2]
     cells = rng.random((count // 2, 16)).argsort(axis=1)[:, :2]

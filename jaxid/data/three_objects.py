@@ -1,7 +1,7 @@
 """Pictures of three objects for "Is the C in between the A and the B?" ([ID] arXiv 2601.12626, Figure 6 c).
 
-The layout is our own, in the manner of COCO-Spatial: `three_objects.json` lists [image_id, A, B, C, "yes" or "no"], and
-the pictures are named by the twelve-digit id.
+The layout is jaxid's own, modelled on COCO-Spatial's: `three_objects.json` lists [image_id, A, B, C, "yes" or "no"],
+and pictures are named by the twelve-digit id.
 """
 
 import dataclasses
@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from jaxid.data.coco_spatial import MOST_IDS, PICTURES_FOLDER, find_pictures, picture_name
-from jaxid.data.files import save_picture, usable
-from jaxid.data.grid import GRID
-from jaxid.data.scenes import OBJECTS, SLOT_FIELDS, VARIED, Scenes, render, sample_grid
+from jaxid.data.coco_spatial import MOST_IDS, PICTURES_FOLDER, find_pictures, object_slots, picture_name
+from jaxid.data.files import existing, save_picture, usable
+from jaxid.data.scenes import GRID, OBJECTS, SLOT_FIELDS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, write_text
 from jaxid.prompts.pictures import Picture
@@ -40,20 +39,20 @@ class ThreeObjectItem:
 
     @property
     def key(self) -> str:
-        """A name of its own: row, picture and objects."""
+        """A unique name: the row, the picture and the objects."""
         return f"{self.row:05d}-{self.image_id:012d}-{self.c}-{self.a}-{self.b}"
 
 
 def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[ThreeObjectItem]:
-    """Reads a folder's three-object file and checks that every picture is there.
+    """Reads a folder's three-object file and checks that every picture exists.
 
     Args:
-        folder: Holds `three_objects.json` and the pictures, in `val2017` or beside it.
-        bad: Where given, rows that cannot be used are skipped and noted here: the row's name and its error.
+        folder: the folder of `three_objects.json` and the pictures, in `val2017/` or beside the file.
+        bad: if given, rows that cannot be used are skipped and noted here: the row's name and its error.
 
     Raises:
-        DataError: The file is missing or no JSON list, or there are no pictures at all; and without `bad`, a row is
-            malformed or lacks its picture.
+        DataError: if the file is missing or not a JSON list, or there are no pictures at all, or, without `bad`, for a
+            row that is malformed or whose picture is missing.
     """
     folder = Path(folder)
     rows = read_json(folder / FILE, DataError, expected=list)
@@ -74,25 +73,23 @@ def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectIte
     if not isinstance(row, list) or not fits:
         raise DataError(f"{path}, row {index}: {row!r:.300} is malformed; expected {_EXPECTED}.")
     image_id, a, b, c, answer = row
-    picture = pictures / picture_name(image_id)
-    if not picture.is_file():
-        raise DataError(f"Picture {picture} of {path}, row {index}, does not exist.")
+    picture = existing(pictures, picture_name(image_id), f"{path}, row {index}")
     return ThreeObjectItem(image_id=image_id, picture=picture, a=a, b=b, c=c, between=answer == "yes", row=index)
 
 
 def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequence[str] = VARIED) -> Scenes:
-    """Scenes of two objects at both ends of a row of the grid and a third one, every other time in between them.
+    """Scenes of two objects at the ends of a row of the grid and a third one, in between them in every other scene.
 
-    The third object of the other scenes is two rows or more away. `write_three_objects` makes as many questions of
-    one answer as of the other of them.
+    In the other scenes the third object is two rows or more away, so that `write_three_objects` can ask as many
+    questions with one answer as with the other.
 
     Args:
-        rng: Source of randomness.
-        count: Number of scenes.
-        backgrounds: Kinds of background to draw from (`scenes.BACKGROUNDS`).
+        rng: source of randomness.
+        count: number of scenes.
+        backgrounds: kinds of background to draw from (`scenes.BACKGROUNDS`).
 
     Returns:
-        Scenes of three different objects; the third slot holds the one that is in between, or is not.
+        Scenes of three different objects; the third slot holds the one that may be in between.
     """
     names = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :3]
     rows, columns = rng.integers(GRID, size=count), rng.integers(GRID, size=count)
@@ -111,30 +108,27 @@ def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequ
 
 
 def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[ThreeObjectItem]:
-    """Draws three-object scenes as a data set, balanced over yes and no as far as the scenes allow.
+    """Draws three-object scenes as a data set, balanced between yes and no as far as the scenes allow.
 
-    Which object is C is chosen so that the answer is clear; scenes without a clear question are skipped.
+    C is chosen so that the answer is clear; scenes without a clear question are skipped.
 
     Args:
-        folder: Gets `three_objects.json` and `val2017/` with the pictures as JPEG.
-        scenes: Scenes of exactly three different objects.
-        size: Side of the pictures in pixels.
+        folder: the folder for `three_objects.json` and the pictures, as JPEG files in `val2017/`.
+        scenes: scenes of exactly three different objects.
+        size: side of the pictures in pixels.
 
     Returns:
         The items, as `read_three_objects` reads them back.
 
     Raises:
-        InputError: A scene does not hold three different objects, or no scene has a clear question.
-        OutputError: A file cannot be written.
+        InputError: if a scene does not hold three different objects, or no scene has a clear question.
+        OutputError: if a file cannot be written.
     """
     folder, items, counts = Path(folder), [], {True: 0, False: 0}
     for index in range(len(scenes)):
-        slots = np.flatnonzero(scenes.objects[index] >= 0)
-        if len(slots) != 3 or len(set(scenes.objects[index, slots].tolist())) != 3:
-            raise InputError(f"Scene {index} must hold three different objects, has {len(slots)}.")
         options = [
             (answer, (a, b, c))
-            for a, b, c in itertools.permutations(slots.tolist(), 3)
+            for a, b, c in itertools.permutations(object_slots(scenes, index, 3), 3)
             if (answer := is_between(scenes.centers[index, [a, b, c]])) is not None
         ]
         if not options:
@@ -146,14 +140,14 @@ def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[T
         save_picture(path, render(scenes[index : index + 1], size)[0])
         items.append(ThreeObjectItem(image_id=index + 1, picture=path, a=a, b=b, c=c, between=answer, row=len(items)))
     if not items:
-        raise InputError("No scene has an object that is clearly in between two others, or clearly not.")
+        raise InputError("no scene has an object that is clearly in between two others, or clearly not.")
     rows = [[item.image_id, item.a, item.b, item.c, "yes" if item.between else "no"] for item in items]
     write_text(folder / FILE, json.dumps(rows, indent=1))
     return items
 
 
 def is_between(centers: Float[np.ndarray, "3 2"]) -> bool | None:
-    """Whether the third place is in between the first two: True, False, or None where that is a matter of opinion."""
+    """Whether the third point is in between the first two; None if that is a matter of opinion."""
     a, b, c = centers.astype(float)
     line = b - a
     length = float(np.linalg.norm(line))

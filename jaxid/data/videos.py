@@ -1,11 +1,12 @@
-"""Video files and folders of frames: a few frames spread evenly over the video, with their times."""
+"""Video files and folders of frames: a few evenly spaced frames of a video, with their times."""
 
 import contextlib
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -14,17 +15,20 @@ from jaxid.errors import DataError, InputError
 from jaxid.io import reading, whole_file
 from jaxid.prompts.pictures import MOST_PIXELS, Clip, Picture
 
+if TYPE_CHECKING:
+    import av
+
 FRAMES = 8
-"""Frames of a clip, as published."""
+"""Frames of a clip, as in the paper."""
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif")
-"""Files that are taken for videos."""
+"""Endings of files that count as videos."""
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def time_text(clip: Clip) -> str:
-    """What LLaVA-Video's prompts say of a clip before the question: its length, and the times of its frames.
+    """The length and frame times of a clip, as LLaVA-Video's prompts state them before the question.
 
     Returns:
         The text, or "" for a clip without times.
@@ -39,46 +43,47 @@ def time_text(clip: Clip) -> str:
 
 
 def with_times(clip: Clip, question: str) -> str:
-    """The question after what `time_text` says of its clip."""
+    """The question, preceded by the `time_text` of its clip."""
     text = time_text(clip)
     return f"{text}\n{question}" if text else question
 
 
 def spread(total: int, count: int = FRAMES) -> Int[np.ndarray, "count"]:
-    """Which of a video's frames are taken: evenly spread, the first and the last among them."""
+    """Indices of evenly spaced frames of a video, including the first and the last."""
     return np.linspace(0, total - 1, count).astype(np.int64)
 
 
 def read_video(path: str | Path, *, frames: int = FRAMES, rate: float = 1.0) -> Clip:
-    """Reads a clip from a video file, or from a folder of pictures in the order of the numbers in their names.
+    """Reads a clip from a video file, or from a folder of pictures sorted by the numbers in their names.
 
-    Frames are rotated upright: those of a file by its display matrix, as phones write it, pictures by their tag.
+    Frames are rotated upright: those of a file by its display matrix, which phones write, and pictures by their
+    orientation tag.
 
     Args:
         path: the file or folder.
-        frames: how many frames are taken, evenly spread.
-        rate: frames a second of a folder's pictures; files say theirs.
+        frames: how many frames to read, evenly spaced.
+        rate: frames per second of a folder's pictures; video files state their own.
 
     Returns:
         The frames, their times and the video's length.
 
     Raises:
-        DataError: if it is missing, unreadable, has fewer frames, or is to be shown at an oblique angle.
-        InputError: for a number of frames or a rate that is not above 0; for a file, where PyAV is not installed.
+        DataError: if the video is missing or unreadable, has fewer frames, or is to be shown at an oblique angle.
+        InputError: if `frames` or `rate` is not above 0, or, for a file, if PyAV is not installed.
     """
     path = Path(path)
     if frames < 1 or not (math.isfinite(rate) and rate > 0):
-        raise InputError(f"a clip needs at least one frame and a rate above 0, not {frames} frames at {rate} a second.")
+        raise InputError(f"a clip needs at least one frame and a rate above 0, not {frames} frames at {rate} Hz.")
     if path.is_dir():
         found = sorted((file for file in path.iterdir() if file.suffix.lower() in _PICTURES), key=_numbers)
         chosen = _chosen(path, len(found), frames)
         pictures: list[Picture] = [found[index] for index in chosen]
     elif path.is_file():
-        pictures, chosen, total, rate = _read_file(path, frames)
-        with reading(path, "a video", DataError):  # whose size may change within
-            return Clip(np.stack(pictures), _times(chosen, rate), total / rate)
+        decoded, chosen, total, rate = _read_file(path, frames)
+        with reading(path, "a video", DataError):  # the frames' size may change within a file
+            return Clip(np.stack(decoded), _times(chosen, rate), total / rate)
     else:
-        raise DataError(f"there is no video at {path}; give a video file, or a folder of its frames.")
+        raise DataError(f"{path} does not exist; give a video file, or a folder of its frames.")
     return Clip(pictures, _times(chosen, rate), len(found) / rate)
 
 
@@ -93,13 +98,13 @@ def _numbers(path: Path) -> list[tuple[int, int, str]]:
 
 def _chosen(path: Path, total: int, count: int) -> Int[np.ndarray, "count"]:
     if total < count:
-        raise DataError(f"{path} has {total} frames where {count} are needed; remove it, or give a longer video.")
+        raise DataError(f"{path} has {total} frames, but {count} are needed; remove it, or give a longer video.")
     return spread(total, count)
 
 
 def _read_file(path: Path, count: int) -> tuple[list[UInt8[np.ndarray, "Y X 3"]], Int[np.ndarray, "count"], int, float]:
-    """Frames, their indices, how many the file has, and how many a second."""
-    # Counted first: what a file says of its length is often wrong, and all frames together may not fit in memory.
+    """Frames, their indices, how many frames the file has, and how many per second."""
+    # Counted first: the length that a file states is often wrong, and all frames together may not fit in memory.
     with _opened(path) as (stream, decoded):
         total = sum(1 for _ in decoded)
         rate = float(stream.average_rate or stream.guessed_rate or 1)
@@ -114,11 +119,11 @@ def _read_file(path: Path, count: int) -> tuple[list[UInt8[np.ndarray, "Y X 3"]]
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
+def _opened(path: Path) -> Iterator[tuple["av.VideoStream", Iterator[object]]]:
     """The first video stream of a file and its decoded frames.
 
     Raises:
-        DataError: if the file cannot be read, here or while it is decoded.
+        DataError: if the file cannot be opened or decoded.
     """
     av = _av()
     with reading(path, "a video", DataError), av.open(str(path)) as container:
@@ -134,15 +139,15 @@ def _opened(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
 
 
 def _upright(frame: Any) -> UInt8[np.ndarray, "Y X 3"]:
-    """A decoded frame as it is to be shown.
+    """A decoded frame, rotated as its display matrix asks.
 
     Raises:
-        ValueError: if it is to be rotated by anything but quarter turns.
+        ValueError: if the rotation is not a multiple of 90 degrees.
     """
     pixels = frame.to_ndarray(format="rgb24")
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
-            # Column x and row y are shown at (a x + c y, b x + d y).
+            # The pixel at column x and row y is shown at (a x + c y, b x + d y).
             matrix = np.frombuffer(data, np.int32)[[0, 1, 3, 4]].astype(float)
             a, b, c, d = np.where(abs(matrix) > abs(matrix).max() / 1000, np.sign(matrix), 0).tolist()
             if a * d == 0:
@@ -160,32 +165,32 @@ def write_video(path: str | Path, frames: UInt8[np.ndarray, "F Y X 3"], *, rate:
     """Writes an H.264 file atomically; makes missing folders.
 
     Args:
-        path: whose name ends in `.mp4`.
-        frames: of even height and width.
-        rate: frames a second.
+        path: the file; its name ends in `.mp4`.
+        frames: pictures of even height and width.
+        rate: frames per second.
 
     Raises:
-        InputError: for another ending, no frames or odd sides, or where PyAV is not installed.
-        OutputError: if it cannot be written.
+        InputError: for another ending, no frames or odd sides, or if PyAV is not installed.
+        OutputError: if the file cannot be written.
     """
     av = _av()
     if Path(path).suffix.lower() != ".mp4" or not len(frames) or frames.shape[1] % 2 or frames.shape[2] % 2:
         raise InputError(
-            f"a video needs a name that ends in .mp4, and frames of even sides, not {path} and {list(frames.shape)}."
+            f"a video needs a name that ends in .mp4 and frames of even sides; got {path} and {list(frames.shape)}."
         )
     with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": "15"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "15"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
 
-def _av() -> Any:
+def _av() -> ModuleType:
     try:
         import av
     except ImportError as error:
         raise InputError(
-            "video files need PyAV: pip install 'jaxid-vlm[video]'; folders of frames as pictures need nothing."
+            "video files need PyAV: pip install 'jaxid-vlm[video]'. Folders of frames work without it."
         ) from error
     return av

@@ -1,31 +1,26 @@
-"""The published augmentations of training pictures: a little perspective, a little rotation, salt and pepper."""
+"""The published augmentations of training pictures: slight perspective, slight rotation, salt-and-pepper noise."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 DISTORTION = 0.05
-"""Corners move inwards by up to half this share of each side."""
+"""Corners move inwards by up to half this fraction of each side."""
 
 PERSPECTIVE_SHARE = 0.2
-"""Share of the pictures that are tilted."""
+"""Fraction of the pictures that get a perspective distortion."""
 
 DEGREES = 4.0
 """Pictures are rotated by up to this much either way."""
 
 NOISE = 0.02
-"""Share of the pixels that become black or white."""
+"""Fraction of the pixels that become black or white."""
 
-_HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would otherwise round places in the picture by whole pixels
+_HIGHEST = jax.lax.Precision.HIGHEST  # otherwise accelerators round coordinates by whole pixels
 
 
 def augment(key: Array, pictures: Float[Array, "N Y X C"]) -> Float[Array, "N Y X C"]:
-    """Pictures tilted, rotated and sprinkled; what comes in from outside is black.
-
-    Args:
-        key: of the random changes.
-        pictures: 0 to 1.
-    """
+    """Distorts, rotates and sprinkles pictures with values in 0..1; parts from outside a picture are black."""
     keys = jax.random.split(key, len(pictures))
     return jax.vmap(_augment_one)(keys, pictures)
 
@@ -48,7 +43,7 @@ def _augment_one(key: Array, picture: Float[Array, "Y X C"]) -> Float[Array, "Y 
 
 
 def homography(start: Float[Array, "4 2"], end: Float[Array, "4 2"]) -> Float[Array, "3 3"]:
-    """The projective map that takes four points (x, y) to four others."""
+    """The projective map that takes four points (x, y) to four others, as a matrix."""
     x, y = start.T
     u, v = end.T
     zero, one = jnp.zeros(4), jnp.ones(4)
@@ -63,18 +58,18 @@ def homography(start: Float[Array, "4 2"], end: Float[Array, "4 2"]) -> Float[Ar
 
 
 def rotation(angle: Array, height: int, width: int) -> Float[Array, "3 3"]:
-    """A rotation about the picture's centre, in radians, clockwise as seen."""
+    """A rotation about the picture's centre by an angle in radians, clockwise as seen."""
     x, y = (width - 1) / 2, (height - 1) / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0.0, 0.0, 1.0]])
 
 
 def warp(picture: Float[Array, "Y X C"], source: Float[Array, "3 3"]) -> Float[Array, "Y X C"]:
-    """A picture read at other places, bilinearly, black outside.
+    """Resamples a picture bilinearly; points outside it are black.
 
     Args:
         picture: the picture.
-        source: takes a place (x, y, 1) of the result to the place where it is read, up to a factor.
+        source: maps a point (x, y, 1) of the result to the point of the picture it is read from, up to a factor.
     """
     height, width = picture.shape[:2]
     y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32), indexing="ij")

@@ -1,26 +1,27 @@
-"""The evaluation sets of [DCSM] (arXiv 2503.08723): one picture, several captions, the first of them right.
+"""The evaluation sets of [DCSM] (arXiv 2503.08723): one picture and several captions, the first of them correct.
 
-Where everything lies below the data folder; of two places, the first that exists is used:
+Paths below the data folder; where there are two, the first that exists is used:
 
 | name | questions | pictures |
 | --- | --- | --- |
 | `clevr-bind-train`, `-val`, `-gen` | `{train,val,gen}.csv` (+) | `images/{train,val,gen}/` (+) |
-| `ncd`, `ncd-reversed` | the pictures' names | `NCD_colorful_composite_squares/` |
+| `ncd`, `ncd-reversed` | names of the pictures | `NCD_colorful_composite_squares/` |
 | `vg-attribution` | `visual_genome_attribution.json` | `VG_100K/` or `images/` |
 | `whatsup-a` | `controlled_images_dataset.json` | `controlled_images/` |
 | `whatsup-b` | `controlled_clevr_dataset.json` | `controlled_clevr/` |
 | `coco-spatial-one`, `-two` | `coco_qa_{one,two}_obj.json` | `val2017/` |
 | `vg-spatial-one`, `-two` | `vg_qa_{one,two}_obj.json` | `vg_images/` |
 | `negbench-coco` | `COCO_val_mcq_llama3.1_rephrased.csv` (*) | `val2017/` |
-| `negbench-voc` | `VOC2007_mcq_llama3.1_rephrased.csv` (*) | `VOC2007/JPEGImages/`, or that in `VOCdevkit/` |
+| `negbench-voc` | `VOC2007_mcq_llama3.1_rephrased.csv` (*) | `VOC2007/JPEGImages/` or `VOCdevkit/VOC2007/JPEGImages/` |
 
 (+) in `clevr_bind/two_object/`; (*) in `NegBench/evaluation data/images/` or `images/`.
 
-The published evaluation words captions in its own way: see `published_caption`.
+The published evaluation rewords captions, see `published_caption`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
@@ -30,35 +31,36 @@ from jaxtyping import UInt8
 
 from jaxid.data.coco_boxes import upright_boxes
 from jaxid.data.coco_spatial import picture_name
-from jaxid.data.files import inside, read_csv, usable
+from jaxid.data.files import existing, read_csv, usable
 from jaxid.dcsm.datasets import named
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json
 from jaxid.prompts.pictures import MOST_PIXELS, open_picture, stored
 
 _ON_THE_PAGE = ((" behind ", " above "), (" in front of ", " below "), (" bottom", " below"), (" top", " above"))
-"""Words for depth and edges, and the functional words that the scorer knows instead."""
+"""Words for depth and edges, and the functional words that replace them for the scorer."""
 
 _OF_TABLES = ((" on", " above"), (" under", " below"))
-"""Words of What'sUp, likewise."""
+"""Words of What'sUp, and the functional words that replace them."""
+
+_NEGBENCH = ("NegBench/evaluation data/", "")
+"""Folders that hold its `images/`."""
 
 _SUFFIXES = (".png", ".jpeg", ".jpg")
 _LARGEST = 10**12
-"""Above all numbers of pictures, and of pixels."""
+"""Picture ids and pixel coordinates must be smaller than this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One picture and the captions to choose from.
-
-    It is answered rightly if caption 0 has the greatest score.
+    """One picture and the captions to choose from; the answer is correct if caption 0 scores highest.
 
     Attributes:
-        key: a name of its own within its set: the row, counted from 0, and the picture; in NegBench also the kind of
-            the right answer (positive, negative or hybrid).
+        key: a name that is unique in its set: the index of the row and the picture; in NegBench also the kind of the
+            correct answer (positive, negative or hybrid).
         picture: the picture's file.
-        captions: the right one first.
-        crop: the part of the picture that is shown: left, top, right and bottom, in pixels; all of it if None.
+        captions: the correct one first.
+        crop: left, top, right and bottom, in pixels, of the part of the picture that is shown; None for all of it.
     """
 
     key: str
@@ -68,45 +70,43 @@ class Question:
 
 
 class _Row(NamedTuple):
-    """A row of a file, and its index."""
+    """A row of a file and its index."""
 
     index: int
     content: object
 
     def value(self, field: str) -> object:
-        """Whatever a field holds; None if there is no such field."""
+        """The value of a field, or None if there is no such field."""
         return self.content.get(field) if isinstance(self.content, Mapping) else None
 
     def text(self, field: str) -> str:
-        """A field that must hold a text."""
+        """The value of a field that must hold text."""
         value = self.value(field)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"field {field!r} is no text, in {self.shown}")
+            raise DataError(f"field {field!r} does not hold text, in {self.shown}")
         return value
 
     def texts(self, *fields: str) -> tuple[str, ...]:
-        """Several of them."""
+        """The values of several fields that must hold text."""
         return tuple(self.text(field) for field in fields)
 
     def integer(self, field: str) -> int:
-        """A field that must hold a whole number, or its digits."""
+        """The value of a field that must hold an integer or its digits."""
         value = self.value(field)
         if type(value) is int and abs(value) < _LARGEST:
             return value
         if not isinstance(value, str) or not value.strip().isdecimal() or len(value.strip()) >= len(str(_LARGEST)):
-            raise DataError(f"field {field!r} is no whole number below {_LARGEST}, in {self.shown}")
+            raise DataError(f"field {field!r} does not hold an integer below {_LARGEST}, in {self.shown}")
         return int(value)
 
     @property
     def shown(self) -> str:
-        """The row in messages."""
+        """The row as error messages show it."""
         return f"{self.content!r:.300}"
 
     def question(self, pictures: Path, name: str, captions: Iterable[str], *, kind: str = "") -> Question:
-        """The row's question, if its picture exists, and below its folder."""
-        picture = inside(pictures, name, "picture")
-        if not picture.is_file():
-            raise DataError(f"there is no picture {picture}")
+        """The row's question, if its picture exists in its folder."""
+        picture = existing(pictures, name, "picture")
         key = f"{self.index:05d}-{picture.stem}"
         return Question(f"{key}-{kind}" if kind else key, picture, tuple(captions))
 
@@ -117,13 +117,13 @@ class Benchmark:
 
     Attributes:
         name: as in the table above.
-        files: places of the file of questions below the data folder (NCD: of the folder of pictures).
-        pictures: places of the folder of pictures below the data folder.
-        row: what a row of the file looks like, for messages.
+        files: possible paths of the file of questions below the data folder (NCD: of the folder of pictures).
+        pictures: possible paths of the folder of pictures below the data folder.
+        row: what a row of the file looks like, for error messages.
         rows: reads the file's rows, unchecked.
-        parse: makes a row and the folder of pictures a question.
-        prefix: what the published evaluation puts in front of every caption.
-        words: what it replaces in every caption before that, each with its replacement.
+        parse: turns a row and the folder of pictures into a question.
+        prefix: the text that the published evaluation puts before every caption.
+        words: the words that it replaces in every caption before that, with their replacements.
     """
 
     name: str
@@ -162,30 +162,22 @@ def _picture_rows(folder: Path) -> list[object]:
 # --- rows to questions ----------------------------------------------------------------------------------------------
 
 
-def _clevr_bind(row: _Row, pictures: Path) -> Question:
-    captions = row.texts("pos", "neg_0", "neg_1", "neg_2", "neg_3")
-    return row.question(pictures, row.text("file_name"), captions)
+def _fields(picture: Callable[[_Row], str], *captions: str) -> Callable[[_Row, Path], Question]:
+    """Reads rows whose captions are in fields of their own."""
+    return lambda row, pictures: row.question(pictures, picture(row), row.texts(*captions))
 
 
 def _composite(row: _Row, pictures: Path, *, reverse: bool) -> Question:
     name = row.text("name")
     parts = named(Path(name).stem).split("_")
     if len(parts) < 4 or not all(parts[:4]):
-        raise DataError(f"the picture's name {name!r} has not the form colour_object_colour_object")
+        raise DataError(f"the picture's name {name!r} does not have the form colour_object_colour_object")
     one, first, other, second = parts[:4]
     if reverse:
         captions = (f"a {other} {second} and a {one} {first}", f"a {one} {second} and a {other} {first}")
     else:
         captions = (f"a {one} {first} and a {other} {second}", f"a {other} {first} and a {one} {second}")
     return row.question(pictures, name, (f"A picture of {caption}" for caption in captions))
-
-
-def _ncd(row: _Row, pictures: Path) -> Question:
-    return _composite(row, pictures, reverse=False)
-
-
-def _ncd_reversed(row: _Row, pictures: Path) -> Question:
-    return _composite(row, pictures, reverse=True)
 
 
 def _vg_attribution(row: _Row, pictures: Path) -> Question:
@@ -203,9 +195,9 @@ def _whatsup(row: _Row, pictures: Path) -> Question:
         or len(captions) < 2
         or not all(isinstance(c, str) and c.strip() for c in captions)
     ):
-        raise DataError(f"field 'caption_options' is no list of two or more texts, in {row.shown}")
+        raise DataError(f"field 'caption_options' is not a list of two or more strings, in {row.shown}")
     name = PurePosixPath(row.text("image_path")).name
-    # The published evaluation renames the files in place, so a folder that it has seen holds other names.
+    # The published evaluation renames the files in place, so a folder that it was run on has other names.
     renamed = name.replace("_on_", "_above_").replace("_under_", "_below_")
     try:
         return row.question(pictures, name, captions)
@@ -215,19 +207,11 @@ def _whatsup(row: _Row, pictures: Path) -> Question:
     return row.question(pictures, renamed, captions)
 
 
-def _coco_spatial(row: _Row, pictures: Path) -> Question:
-    return row.question(pictures, picture_name(row.integer("id")), row.texts("right", "wrong"))
-
-
-def _vg_spatial(row: _Row, pictures: Path) -> Question:
-    return row.question(pictures, f"{row.integer('id')}.jpg", row.texts("right", "wrong"))
-
-
 def _negbench(row: _Row, pictures: Path) -> Question:
     captions = row.texts(*(f"caption_{index}" for index in range(4)))
     right = row.integer("correct_answer")
     if not 0 <= right < 4:
-        raise DataError(f"field 'correct_answer' is {right} instead of 0 to 3")
+        raise DataError(f"field 'correct_answer' is {right}, not 0 to 3")
     captions = (captions[right], *captions[:right], *captions[right + 1 :])
     return row.question(
         pictures, PurePosixPath(row.text("image_path")).name, captions, kind=row.text("correct_answer_template")
@@ -237,64 +221,30 @@ def _negbench(row: _Row, pictures: Path) -> Question:
 # --- the sets -------------------------------------------------------------------------------------------------------
 
 
-def _clevr_bind_split(split: str) -> Benchmark:
-    return Benchmark(
-        name=f"clevr-bind-{split}",
-        files=(f"clevr_bind/two_object/{split}.csv",),
-        pictures=(f"clevr_bind/two_object/images/{split}",),
-        row="file_name, pos, neg_0, neg_1, neg_2, neg_3",
-        rows=read_csv,
-        parse=_clevr_bind,
-        prefix="An image of a ",
-    )
-
-
-def _composites(name: str, parse: Callable[[_Row, Path], Question]) -> Benchmark:
-    place = ("NCD_colorful_composite_squares",)
-    row = "a picture named colour_object_colour_object.png or .jpg"
-    return Benchmark(name=name, files=place, pictures=place, row=row, rows=_picture_rows, parse=parse)
-
-
-def _whatsup_set(letter: str, stem: str) -> Benchmark:
-    return Benchmark(
-        name=f"whatsup-{letter}",
-        files=(f"{stem}_dataset.json",),
-        pictures=(stem,),
-        row='{"image_path": ..., "caption_options": [right, wrong, ...]}',
-        rows=_json_rows,
-        parse=_whatsup,
-        prefix="An image of ",
-        words=_OF_TABLES,
-    )
-
-
-def _spatial(source: str, count: str, pictures: str, parse: Callable[[_Row, Path], Question]) -> Benchmark:
-    return Benchmark(
-        name=f"{source}-spatial-{count}",
-        files=(f"{source}_qa_{count}_obj.json",),
-        pictures=(pictures,),
-        row="[id, right caption, wrong caption]",
-        rows=_json_triples,
-        parse=parse,
-    )
-
-
-def _negbench_set(name: str, stem: str, pictures: tuple[str, ...]) -> Benchmark:
-    file = f"{stem}_mcq_llama3.1_rephrased.csv"
-    return Benchmark(
-        name=name,
-        files=(f"NegBench/evaluation data/images/{file}", f"images/{file}"),
-        pictures=pictures,
-        row="image_path, correct_answer (0 to 3), caption_0 to caption_3, correct_answer_template",
-        rows=read_csv,
-        parse=_negbench,
-    )
-
-
 _ALL = (
-    *(_clevr_bind_split(split) for split in ("train", "val", "gen")),
-    _composites("ncd", _ncd),
-    _composites("ncd-reversed", _ncd_reversed),
+    *(
+        Benchmark(
+            name=f"clevr-bind-{split}",
+            files=(f"clevr_bind/two_object/{split}.csv",),
+            pictures=(f"clevr_bind/two_object/images/{split}",),
+            row="file_name, pos, neg_0, neg_1, neg_2, neg_3",
+            rows=read_csv,
+            parse=_fields(lambda row: row.text("file_name"), "pos", "neg_0", "neg_1", "neg_2", "neg_3"),
+            prefix="An image of a ",
+        )
+        for split in ("train", "val", "gen")
+    ),
+    *(
+        Benchmark(
+            name=name,
+            files=("NCD_colorful_composite_squares",),
+            pictures=("NCD_colorful_composite_squares",),
+            row="a picture named colour_object_colour_object.png or .jpg",
+            rows=_picture_rows,
+            parse=partial(_composite, reverse=reverse),
+        )
+        for name, reverse in (("ncd", False), ("ncd-reversed", True))
+    ),
     Benchmark(
         name="vg-attribution",
         files=("visual_genome_attribution.json",),
@@ -304,12 +254,50 @@ _ALL = (
         parse=_vg_attribution,
         prefix="An image of ",
     ),
-    _whatsup_set("a", "controlled_images"),
-    _whatsup_set("b", "controlled_clevr"),
-    *(_spatial("coco", count, "val2017", _coco_spatial) for count in ("one", "two")),
-    *(_spatial("vg", count, "vg_images", _vg_spatial) for count in ("one", "two")),
-    _negbench_set("negbench-coco", "COCO_val", ("val2017",)),
-    _negbench_set("negbench-voc", "VOC2007", ("VOC2007/JPEGImages", "VOCdevkit/VOC2007/JPEGImages")),
+    *(
+        Benchmark(
+            name=f"whatsup-{letter}",
+            files=(f"{stem}_dataset.json",),
+            pictures=(stem,),
+            row='{"image_path": ..., "caption_options": [right, wrong, ...]}',
+            rows=_json_rows,
+            parse=_whatsup,
+            prefix="An image of ",
+            words=_OF_TABLES,
+        )
+        for letter, stem in (("a", "controlled_images"), ("b", "controlled_clevr"))
+    ),
+    *(
+        Benchmark(
+            name=f"{source}-spatial-{count}",
+            files=(f"{source}_qa_{count}_obj.json",),
+            pictures=(pictures,),
+            row="[id, right caption, wrong caption]",
+            rows=_json_triples,
+            parse=_fields(picture, "right", "wrong"),
+        )
+        for source, pictures, picture in (
+            ("coco", "val2017", lambda row: picture_name(row.integer("id"))),
+            ("vg", "vg_images", lambda row: f"{row.integer('id')}.jpg"),
+        )
+        for count in ("one", "two")
+    ),
+    *(
+        Benchmark(
+            name=f"negbench-{name}",
+            files=tuple(
+                f"{place}images/{stem}_mcq_llama3.1_rephrased.csv" for place in ("NegBench/evaluation data/", "")
+            ),
+            pictures=pictures,
+            row="image_path, correct_answer (0 to 3), caption_0 to caption_3, correct_answer_template",
+            rows=read_csv,
+            parse=_negbench,
+        )
+        for name, stem, pictures in (
+            ("coco", "COCO_val", ("val2017",)),
+            ("voc", "VOC2007", ("VOC2007/JPEGImages", "VOCdevkit/VOC2007/JPEGImages")),
+        )
+    ),
 )
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({benchmark.name: benchmark for benchmark in _ALL})
@@ -320,7 +308,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({benchmark.name: benchmar
 
 
 def find(folder: str | Path) -> list[str]:
-    """The names of the evaluation sets whose questions lie below a data folder."""
+    """The names of the evaluation sets whose questions are in a data folder."""
     return [name for name, benchmark in BENCHMARKS.items() if benchmark.find(folder)]
 
 
@@ -334,21 +322,21 @@ def read(
     """Reads evaluation sets. Pictures are not opened, but must exist.
 
     Args:
-        folder: the data folder; the module's table says what lies where.
-        names: which sets; every one that is there if None.
-        rewrite: word the captions as the published evaluation words them for its scorer (see `published_caption`);
-            otherwise as the files have them.
-        bad: where given, malformed rows and rows without a picture are skipped and noted here: "row 3" and its
-            error, which names the file.
+        folder: the data folder, arranged as in the module's table.
+        names: which sets to read; None for all that the folder holds.
+        rewrite: reword the captions as the published evaluation does for its scorer (see `published_caption`);
+            otherwise they stay as in the files.
+        bad: if given, malformed rows and rows without a picture are skipped and noted here: "row 3" and its error,
+            which names the file.
 
     Returns:
-        The questions of every set by its name, in the file's order (NCD: of the pictures' names). Where bad rows are
-        skipped, a set may be empty.
+        The questions of every set by its name, in the file's order (NCD: sorted by the pictures' names). If bad rows
+        are skipped, a set may be empty.
 
     Raises:
-        InputError: a name is unknown.
-        DataError: a set that was asked for is not there, or none is; a file cannot be read or holds no question; or,
-            without `bad`, a row is malformed or lacks its picture.
+        InputError: if a name is unknown.
+        DataError: if a requested set, or any set at all, is missing; if a file cannot be read or holds no question;
+            or, without `bad`, if a row is malformed or lacks its picture.
     """
     benchmarks = [_benchmark(name) for name in (find(folder) if names is None else names)]
     if not benchmarks:
@@ -358,20 +346,20 @@ def read(
 
 
 def published_caption(name: str, caption: str, *, flat: bool = True) -> str:
-    """A caption of an evaluation set as the published evaluation words it.
+    """A caption of an evaluation set as the published evaluation rewords it.
 
-    It changes the words of What'sUp (on: above, under: below), then puts the set's prefix in front: "An image of a " in
-    CLEVR-bind, "An image of " in What'sUp and VG-Attribution, nothing elsewhere. For its scorer, and in every set, it
-    also changes behind and top to above, and in front of and bottom to below, whatever they mean there: "a white top"
-    becomes "a white above". The plain cosine baselines see captions without this last change.
+    It replaces words of What'sUp (on: above, under: below), then adds the set's prefix: "An image of a " in CLEVR-bind,
+    "An image of " in What'sUp and VG-Attribution, none elsewhere. For the scorer, and in every set, it also replaces
+    behind and top by above, and in front of and bottom by below, whatever they mean: "a white top" becomes "a white
+    above". The plain cosine baselines see captions without this last change.
 
     Args:
         name: of the evaluation set.
-        caption: as the set's file has it.
-        flat: with the last change, as the scorer sees it; without it, as the baselines do.
+        caption: the caption in the set's file.
+        flat: include the last change, as for the scorer; False gives the baselines' caption.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: if the name is unknown.
     """
     benchmark = _benchmark(name)
     for word, replacement in benchmark.words:
@@ -386,7 +374,7 @@ def load_picture(question: Question) -> UInt8[np.ndarray, "Y X 3"]:
     """The picture of a question, upright and in colour, cropped; parts of the box outside the picture are black.
 
     Raises:
-        InputError: the picture is missing or not readable, or the box has no part of it or is too large.
+        InputError: if the picture is missing or unreadable, or the box is outside it or too large.
     """
     picture = open_picture(question.picture)
     if question.crop is None:
@@ -402,7 +390,7 @@ def load_picture(question: Question) -> UInt8[np.ndarray, "Y X 3"]:
 
 def _benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
-        raise InputError(f"There is no evaluation set {name!r}; the known ones are {', '.join(BENCHMARKS)}.")
+        raise InputError(f"{name!r} is not an evaluation set; the known ones are {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[name]
 
 

@@ -8,22 +8,23 @@
 | COCO | COCO-Spatial's rows [id, right caption, wrong caption] | none |
 
 Every item has its caption in two versions. Names of several words are joined by hyphens or further underscores.
-Several pictures of the same things are told apart by a number after a full stop, as in `star_above_fish.2.png`.
+Further pictures of the same things have a number after a full stop, as in `star_above_fish.2.png`.
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxid.data import coco_spatial
-from jaxid.data.files import inside, save_picture
+from jaxid.data.coco_spatial import article
+from jaxid.data.files import existing, save_picture
 from jaxid.errors import DataError
 from jaxid.io import read_json, write_json
+from jaxid.prompts.pictures import Picture
 
 ENDINGS = (".png", ".jpg", ".jpeg")
 RELATIONS = {"above": "above", "below": "below", "leftof": "to the left of", "rightof": "to the right of"}
@@ -31,7 +32,7 @@ RELATIONS = {"above": "above", "below": "below", "leftof": "to the left of", "ri
 
 INVERSE = {"above": "below", "below": "above", "leftof": "rightof", "rightof": "leftof"}
 NEGATIONS = ("and not", "but no", "without")
-"""What stands between what is there and what is missing."""
+"""Words between what a picture shows and what is missing in it."""
 
 _SPATIAL = re.compile(rf"(?P<first>.+)_(?P<relation>{'|'.join(RELATIONS)})_(?P<second>.+)")
 _PREFIX = "An image of "
@@ -42,35 +43,30 @@ class Item:
     """A picture and its opposite, with their captions in two versions.
 
     Attributes:
-        key: a name of its own.
+        key: a unique name.
         picture: a path, or UInt8[Y, X, 3].
-        opposite: the opposite picture, of which the captions are wrong; None where there is none.
-        captions: right of the picture, in two versions.
-        opposite_captions: wrong of it and right of the opposite, in the same versions.
+        opposite: the opposite picture, for which the captions are wrong, or None.
+        captions: the correct caption of the picture, in two versions.
+        opposite_captions: the caption that is wrong for it and correct for its opposite, in the same versions.
     """
 
     key: str
-    picture: Any
-    opposite: Any
+    picture: Picture
+    opposite: Picture | None
     captions: tuple[str, str]
     opposite_captions: tuple[str, str]
 
 
 def named(stem: str) -> str:
-    """What a picture's name says, without the number of a further picture of the same things."""
+    """A picture's name without the number that marks further pictures of the same things."""
     return re.sub(r"\.[0-9]+$", "", stem)
 
 
-def article(name: str) -> str:
-    """The name with "a" or "an"."""
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
-
-
 def read_spatial(folder: str | Path) -> list[Item]:
-    """Two objects and how the first stands to the second.
+    """Reads pictures of two objects and the relation of the first to the second.
 
     Raises:
-        DataError: for a name of another form, a missing opposite, or a folder without pictures.
+        DataError: for a name in another form, a missing opposite, or a folder without pictures.
     """
     items = []
     for path, opposite in _pairs(Path(folder), "CUTMIX_"):
@@ -92,13 +88,13 @@ def read_spatial(folder: str | Path) -> list[Item]:
 
 
 def read_attributes(folder: str | Path) -> list[Item]:
-    """Two objects, each with an attribute: a colour, or small and big.
+    """Reads pictures of two objects, each with an attribute: a colour, or small and big.
 
-    A name has four parts. Of longer ones the first is an attribute, and so is the part that stands in the place of an
-    attribute in other names of the folder.
+    A name has four parts. In longer names the first part is an attribute, and so is the part that other names of the
+    folder use as an attribute.
 
     Raises:
-        DataError: for a name that cannot be told apart, a missing opposite, or a folder without pictures.
+        DataError: for an ambiguous name, a missing opposite, or a folder without pictures.
     """
     pairs = list(_pairs(Path(folder), "MIRROR_"))
     split = [named(path.stem).split("_") for path, _ in pairs]
@@ -107,7 +103,7 @@ def read_attributes(folder: str | Path) -> list[Item]:
     for (path, opposite), parts in zip(pairs, split, strict=True):
         places = [2] if len(parts) == 4 else [k for k in range(2, len(parts) - 1) if parts[k] in known]
         if len(parts) < 4 or len(places) != 1:
-            raise DataError(f"{path}: the name must be c1_A_c2_B, such as red_star_blue_fish, c2 an attribute.")
+            raise DataError(f"{path}: the name must be c1_A_c2_B, such as red_star_blue_fish, with c2 an attribute.")
         cut = places[0]
         attributes, names = (parts[0], parts[cut]), (_words("_".join(parts[1:cut])), _words("_".join(parts[cut + 1 :])))
         own = [article(f"{attribute} {name}") for attribute, name in zip(attributes, names, strict=True)]
@@ -125,13 +121,13 @@ def read_attributes(folder: str | Path) -> list[Item]:
 
 
 def read_negation(path: str | Path) -> list[Item]:
-    """Pictures of one thing each, in pairs: what each shows is missing in the other.
+    """Reads pairs of pictures of one thing each, which is missing in the other picture.
 
-    The file lists rows {"image_1", "image_2", "object_1", "object_2"}, pictures relative to the file's folder. The two
-    versions of a caption are two of `NEGATIONS`, which change from row to row.
+    The file lists rows {"image_1", "image_2", "object_1", "object_2"}, with pictures relative to the file's folder. The
+    two versions of a caption use two of `NEGATIONS`, which change from row to row.
 
     Raises:
-        DataError: for a file that is no such list, a row without a field, or a missing picture.
+        DataError: for a file that is not such a list, a row without a field, or a missing picture.
     """
     path = Path(path)
     items = []
@@ -143,11 +139,8 @@ def read_negation(path: str | Path) -> list[Item]:
             name for name, value in zip(fields, values, strict=True) if not isinstance(value, str) or not value.strip()
         ]
         if missing:
-            raise DataError(f"{where} lacks {', '.join(missing)}; each must be a text.")
-        pictures = [inside(path.parent, row[name], where) for name in ("image_1", "image_2")]
-        for picture in pictures:
-            if not picture.is_file():
-                raise DataError(f"{where}: there is no picture {picture}.")
+            raise DataError(f"{where} lacks {', '.join(missing)}; each must be a string.")
+        pictures = [existing(path.parent, row[name], where) for name in ("image_1", "image_2")]
         here, there = row["object_1"].strip(), row["object_2"].strip()
         words = [NEGATIONS[(index + shift) % len(NEGATIONS)] for shift in range(2)]
         items.append(
@@ -165,7 +158,7 @@ def read_negation(path: str | Path) -> list[Item]:
 
 
 def read_coco(folder: str | Path) -> list[Item]:
-    """COCO-Spatial's rows: a picture, the right caption and the wrong one; there are no opposite pictures.
+    """Reads COCO-Spatial's rows: a picture, the correct caption and the wrong one, without opposite pictures.
 
     Raises:
         DataError: if the folder is not in that layout.
@@ -193,10 +186,10 @@ def read_coco(folder: str | Path) -> list[Item]:
 
 
 def read_sets(folder: str | Path) -> dict[str, list[Item]]:
-    """The data sets below a folder: `spatial/`, `attributes/`, `sizes/`, `negation.json`, and COCO-Spatial's layout.
+    """Reads the data sets in a folder: `spatial/`, `attributes/`, `sizes/`, `negation.json`, and COCO-Spatial's layout.
 
     Raises:
-        DataError: if there is none, or one is not in its layout.
+        DataError: if there are none, or one is not in its layout.
     """
     folder = Path(folder)
     found: dict[str, list[Item]] = {}
@@ -217,7 +210,7 @@ def read_sets(folder: str | Path) -> dict[str, list[Item]]:
 
 
 def negated(here: str, words: str, missing: str) -> str:
-    """The caption of a picture with one thing and without another."""
+    """The caption of a picture that shows one thing and lacks another."""
     return f"{_PREFIX}{article(here)} {words} {missing if words == 'but no' else article(missing)}"
 
 
@@ -227,16 +220,16 @@ def negated(here: str, words: str, missing: str) -> str:
 def write_pair(
     folder: str | Path, name: str, picture: UInt8[np.ndarray, "Y X 3"], opposite: UInt8[np.ndarray, "Y X 3"]
 ) -> None:
-    """Writes an item of the spatial or the attribute set as PNG files; opposites take the layout's own prefix.
+    """Writes an item of the spatial or the attribute set as PNG files; the opposite's name gets the layout's prefix.
 
     Args:
-        folder: of the set; made if need be.
+        folder: of the set; made if missing.
         name: such as "star_above_fish" or "red_star_blue_fish".
         picture: the picture.
         opposite: its opposite.
 
     Raises:
-        OutputError: if they cannot be written.
+        OutputError: if a file cannot be written.
     """
     prefix = "CUTMIX_" if _SPATIAL.fullmatch(named(name)) else "MIRROR_"
     save_picture(Path(folder) / f"{prefix}{name}.png", opposite)  # first, so that no picture ever lacks its opposite
@@ -247,14 +240,14 @@ def write_negation(
     path: str | Path,
     rows: Sequence[tuple[UInt8[np.ndarray, "Y X 3"], UInt8[np.ndarray, "Y X 3"], str, str]],
 ) -> None:
-    """Writes a negation set: pictures beside the file, which comes last.
+    """Writes a negation set: the pictures, then the JSON file beside them.
 
     Args:
-        path: of the JSON file.
-        rows: two pictures and the names of what they show.
+        path: the JSON file.
+        rows: two pictures and the names of the things they show.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if a file cannot be written.
     """
     path, listed = Path(path), []
     for index, (first, second, here, there) in enumerate(rows):
@@ -269,9 +262,9 @@ def write_negation(
 
 
 def _pairs(folder: Path, prefix: str) -> list[tuple[Path, Path]]:
-    """Pictures and their opposites, by name."""
+    """The pictures of a folder with their opposites, sorted by name."""
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}.")
+        raise DataError(f"the folder {folder} does not exist.")
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS and path.is_file()}
     pairs = []
     for name, path in files.items():

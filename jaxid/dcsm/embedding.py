@@ -20,7 +20,7 @@ TEXT_TOKENS = 30
 """Caption tokens of a map, T, as published."""
 
 BATCH = 32
-"""Pictures or captions encoded together."""
+"""Pictures or captions encoded at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,8 +28,8 @@ class Pictures:
     """Encoded pictures, every vector of length one.
 
     Attributes:
-        tokens: class token, if the encoder has one, and patches.
-        pooled: whole pictures.
+        tokens: of the class token, if the encoder has one, and the patches.
+        pooled: of whole pictures.
     """
 
     tokens: Float[np.ndarray, "N I E"]
@@ -38,8 +38,8 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, chosen: Any) -> "Pictures":
-        """Some of them, by slice or by a list of indices."""
+    def __getitem__(self, chosen: slice | list[int]) -> "Pictures":
+        """The pictures at a slice or a list of indices."""
         return Pictures(tokens=self.tokens[chosen], pooled=self.pooled[chosen])
 
 
@@ -48,9 +48,9 @@ class Texts:
     """Encoded captions, every vector of length one.
 
     Attributes:
-        captions: texts, ids, and where every token stands in its text; `TEXT_TOKENS` long, padded or cut.
-        tokens: all caption tokens, padding too.
-        pooled: whole captions.
+        captions: texts, ids, and the position of every token in its text; padded or cut to the same length.
+        tokens: of all caption tokens, including padding.
+        pooled: of whole captions.
     """
 
     captions: Captions
@@ -61,7 +61,7 @@ class Texts:
         return len(self.tokens)
 
     def __getitem__(self, chosen: list[int]) -> "Texts":
-        """Some of them, by their indices."""
+        """The captions at some indices."""
         return Texts(captions=self.captions[chosen], tokens=self.tokens[chosen], pooled=self.pooled[chosen])
 
 
@@ -80,7 +80,7 @@ def _text(
 
 
 def embed_pixels(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I E"]:
-    """Every token of prepared pictures, of length one; a pure function of arrays.
+    """Unit vectors of every token of prepared pictures; a pure function of arrays.
 
     Args:
         encoder: the model.
@@ -120,7 +120,7 @@ def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TO
     Args:
         encoder: the model.
         captions: the texts.
-        length: tokens of every caption, T; longer ones are cut, with a warning that names the lost words.
+        length: tokens of every caption, T; longer captions are cut, with a warning that names the lost words.
 
     Raises:
         InputError: if there are none, one is blank, or the encoder does not take that many tokens.
@@ -135,7 +135,7 @@ def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TO
 def _in_batches(
     run: Callable[..., Any], count: int, arrays: Callable[[slice], tuple[np.ndarray, ...]], *, progress: bool = False
 ) -> list[np.ndarray]:
-    """What a program gives for all rows, a batch at a time, padded to a power of two: few programs are compiled."""
+    """Runs a program in batches, padded to a power of two so that few programs are compiled."""
     from tqdm import tqdm
 
     parts = []

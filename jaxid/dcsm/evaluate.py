@@ -1,7 +1,7 @@
 """Questions about pictures, answered by pooled cosine and by a scorer of dense maps ([DCSM] arXiv 2503.08723, 6)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -15,10 +15,10 @@ from jaxid.stats import confidence_interval
 
 
 class Answers(NamedTuple):
-    """Which questions were answered rightly; a right answer has the greatest score, alone."""
+    """Which questions were answered correctly; the correct caption must score highest, without ties."""
 
     cosine: Bool[np.ndarray, "N"]
-    dcsm: Bool[np.ndarray, "N"] | None  # without a scorer, None
+    dcsm: Bool[np.ndarray, "N"] | None  # None without a scorer
 
 
 def answer(
@@ -31,30 +31,30 @@ def answer(
     shown: Sequence[int] | None = None,
     group: str = "row",
 ) -> Answers:
-    """Answers questions; every picture and every caption is encoded once.
+    """Answers questions, encoding every picture and every caption once.
 
     Args:
         encoder: the model.
         pictures: of the questions.
-        captions: of every question, the right one first; their number may differ.
+        captions: of every question, the correct one first; their number may differ.
         scorer: of dense maps, trained for this encoder.
-        scorer_captions: what the scorer is shown, where that differs.
-        shown: which picture every question is about; by default each about its own.
-        group: what maps are standardised over: "row", a question's captions, as published, or "pair".
+        scorer_captions: captions for the scorer, if they differ.
+        shown: index of the picture of every question; by default, question k is about picture k.
+        group: the maps that are standardised together: "row", those of a question, as published, or "pair".
 
     Raises:
-        InputError: if there are no questions, one has no wrong caption, numbers do not fit, or scores are not finite:
-            it names the questions.
+        InputError: if there are no questions, one has no wrong caption, counts do not match, or scores are not finite;
+            the message names the questions.
     """
     shown = range(len(pictures)) if shown is None else shown
     if not len(captions) or len(captions) != len(shown):
-        raise InputError(f"{len(captions)} questions about {len(shown)} pictures: as many of both are needed, and one.")
+        raise InputError(f"{len(captions)} questions about {len(shown)} pictures; give as many of both, at least one.")
     alone = [index for index, own in enumerate(captions) if len(own) < 2]
     if alone:
         raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
     encoded = embed_images(encoder, pictures)
     cosine = np.zeros(len(captions), bool)
-    # Cosine reads whole captions, as far as the encoder does; the scorer reads what its maps hold.
+    # Cosine uses captions up to the encoder's context; the scorer uses the tokens of its maps.
     context, length = encoder.processor.context, TEXT_TOKENS if scorer is None else scorer.map_shape[1]
     fits = length <= context and encoder.processor.longest([text for own in captions for text in own]) <= length
     known = _Captions(encoder, captions, length if fits else context)
@@ -90,7 +90,7 @@ def _first_is_best(scores: np.ndarray) -> np.ndarray:
 
 
 class _Captions:
-    """All different captions of some questions, encoded once."""
+    """The distinct captions of some questions, encoded once."""
 
     def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]], length: int):
         self.indices: dict[str, int] = {}
@@ -100,7 +100,7 @@ class _Captions:
         self.texts = embed_texts(encoder, list(self.indices), length)
 
     def by_count(self, captions: Sequence[Sequence[str]]) -> Iterator[tuple[list[int], Texts]]:
-        """Questions that have as many captions: which, and all captions of theirs."""
+        """Questions grouped by their number of captions: their indices, and all their captions."""
         groups: dict[int, list[int]] = {}
         for row, own in enumerate(captions):
             groups.setdefault(len(own), []).append(row)
@@ -108,15 +108,15 @@ class _Captions:
             yield rows, self.texts[[self.indices[caption] for row in rows for caption in captions[row]]]
 
 
-def summary(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Shares of right answers by method and benchmark, with 95 % intervals.
+def summary(rows: Mapping[str, object]) -> dict[str, dict[str, dict[str, float]]]:
+    """Shares of correct answers by method and benchmark, with 95 % intervals.
 
     Args:
-        rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm"; and "chance", the share of right answers
-            that guessing would give, if it is to be told.
+        rows: columns "benchmark", "cosine" and, if there was a scorer, "dcsm"; and "chance", the share of correct
+            answers that guessing would give, if it is to be reported.
     """
     names = np.asarray(rows["benchmark"])
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for method in [name for name in ("cosine", "dcsm") if name in rows]:
         right = np.asarray(rows[method], bool)
         for name in dict.fromkeys(names.tolist()):

@@ -1,4 +1,4 @@
-"""What one unit vector a picture and one a caption can express ([DCSM] arXiv 2503.08723).
+"""What one unit vector per picture and per caption can express ([DCSM] arXiv 2503.08723).
 
 A small world of pictures and captions, and four conditions on their cosines, each a list of strict inequalities:
 
@@ -10,15 +10,15 @@ A small world of pictures and captions, and four conditions on their cosines, ea
   true one of "star" and "not star"; "star and not disc", "disc and not star" and "star and disc" each belong to their
   own picture.
 
-"Belongs" works both ways: of the captions named, the picture is nearest to its own, and the reverse.
+"Belongs" works both ways: a picture is nearest to its own caption among those named, and the reverse.
 
-The inequalities alone do not contradict each other: given enough dimensions, any finite table of cosines can be ordered
-at will. What can contradict them is that compositions are made of their parts. A **law** says how; it holds by
-construction, not as a penalty, so that what it forbids cannot be reached at all:
+The inequalities alone do not contradict each other: with enough dimensions, a finite table of cosines can have any
+order. Contradictions arise because compositions are made of their parts. A **law** says how; it holds by construction,
+not as a penalty, so that embeddings that it forbids cannot be reached:
 
-- **free**: no law. Every picture and caption has a unit vector of its own.
+- **free**: no law. Every picture and caption has its own unit vector.
 - **weighted**: every word has a vector, pictures and captions each their own, and a composition is a non-negative
-  combination of its words' vectors, scaled to length one. Every composition has weights of its own.
+  combination of its words' vectors, scaled to length one. Every composition has its own weights.
 - **fused**: the same with equal weights, and "not star" counts as one word.
 - **equal**: the same with equal weights; `not` is a word like any other.
 
@@ -28,7 +28,7 @@ spread parts is largest. The conditions and laws are stated here in this module'
 
 The margin of an embedding is the smallest slack of the inequalities asked for; a set of conditions is attainable if
 the best margin over all embeddings is above zero. The best margin is never below zero, since every slack is zero where
-all vectors are the same. What is out of reach can be proved without any search:
+all vectors are the same. Some sets are provably unattainable, without any search:
 
 - Under equal weights, "red star and blue disc" and "blue star and red disc" are one vector, and so are "star left of
   disc" and "disc left of star": binding and relations have margin zero, alone or with others. Where `not` is a word,
@@ -37,7 +37,7 @@ all vectors are the same. What is out of reach can be proved without any search:
   picture of the disc minus that of the star. Content asks for d · star < 0 < d · disc, and negation for
   d · not-star > 0 > d · not-disc. As not-star = u not + v star, the one needs d · not > 0, the other d · not < 0.
 
-What a search finds attainable is attainable, since the embedding is there; what it does not find is only not found.
+If a search finds a set attainable, the embedding proves it; if it does not, nothing is proved.
 """
 
 import dataclasses
@@ -61,14 +61,14 @@ OBJECTS = ("star", "disc", "ring", "cross")
 COLOURS = ("red", "blue", "green")
 
 RESOLUTION = 0.01
-"""Margins up to this count as zero: where nothing better exists, searches end this close to it, on either side."""
+"""Margins up to this count as zero: searches end this close to zero, on either side, if nothing better exists."""
 
 _SHARPNESS = (4.0, 400.0)
-"""Of the smoothed minimum, first and last: it stays below the minimum by at most log(inequalities) / sharpness."""
+"""First and last sharpness of the smoothed minimum, at most log(inequalities) / sharpness below the minimum."""
 
 
 class Inequality(NamedTuple):
-    """cos(image, text) > cos(other_image, other_text), for one condition; all four by name."""
+    """cos(image, text) > cos(other_image, other_text), asked by one condition; pictures and captions by name."""
 
     condition: str
     image: str
@@ -82,10 +82,10 @@ class Inequality(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """Pictures, captions, and what the four conditions ask of their cosines; `world` makes one."""
+    """Pictures, captions, and the inequalities that the four conditions ask for; made by `world`."""
 
     images: tuple[str, ...]
-    """What each picture shows, in the words of the caption that says all of it."""
+    """The pictures, each named by the caption that describes it completely."""
     texts: tuple[str, ...]
     inequalities: tuple[Inequality, ...]
 
@@ -96,7 +96,7 @@ class Parameters(NamedTuple):
     image_parts: Float[Array, "P dimension"]
     text_parts: Float[Array, "P dimension"]
     image_weights: Float[Array, "I P"]
-    """Roots of the weights, which cannot be negative then; only the law `weighted` looks at them."""
+    """Square roots of the weights, so that these are not negative; used by the law `weighted` alone."""
     text_weights: Float[Array, "T P"]
 
 
@@ -109,11 +109,11 @@ def world(objects: int = 3, colours: int = 2) -> World:
     """Makes the world of all compositions of some objects and colours.
 
     Args:
-        objects: how many, 2 to 4; content needs a third one, absent from pictures of two.
+        objects: how many, 2 to 4; content needs a third one that is absent from pictures of two.
         colours: how many, 2 or 3.
 
     Raises:
-        InputError: A number is out of range.
+        InputError: if a number is out of range.
     """
     for name, count, most in (("objects", objects, len(OBJECTS)), ("colours", colours, len(COLOURS))):
         if not 2 <= count <= most:
@@ -180,8 +180,8 @@ def slacks(
 
     Args:
         small_world: the world.
-        images: one vector a picture, in the world's order, of any length above zero.
-        texts: likewise one a caption.
+        images: one vector per picture, in the world's order, of any length above zero.
+        texts: one vector per caption, in the world's order, of any length above zero.
     """
     at = _indices(small_world)
     cosines = unit(images) @ unit(texts).T
@@ -203,7 +203,7 @@ def chosen(small_world: World, conditions: Sequence[str]) -> Bool[np.ndarray, "i
     """Which inequalities of a world belong to some conditions.
 
     Raises:
-        InputError: A condition is unknown, or none is given.
+        InputError: if a condition is unknown, or none is given.
     """
     if not conditions or not set(conditions) <= set(CONDITIONS):
         raise InputError(f"conditions are {list(conditions)}; choose one or more of {', '.join(CONDITIONS)}.")
@@ -214,7 +214,7 @@ def membership(small_world: World, law: str) -> tuple[Float[np.ndarray, "I P"], 
     """Which of the P parts each picture and each caption is made of under a law, as ones and zeros.
 
     Raises:
-        InputError: The law is unknown.
+        InputError: if the law is unknown.
     """
     if law not in LAWS:
         raise InputError(f"law is {law!r}; choose one of {', '.join(LAWS)}.")
@@ -236,7 +236,7 @@ def embed(
     """The unit vectors of all pictures and captions of a world, which obey a law whatever the parameters are.
 
     Raises:
-        InputError: The law is unknown.
+        InputError: if the law is unknown.
     """
     of_images, of_texts = map(jnp.asarray, membership(small_world, law))
     if law == "weighted":
@@ -248,11 +248,11 @@ def embed(
 def random_parameters(key: PRNGKeyArray, small_world: World, law: str, dimension: int) -> Parameters:
     """Parameters to start from: parts in all directions, weights around one.
 
-    A part's vectors in pictures and in captions start somewhere between the same and opposite, all parts alike: from
-    the one end binding and relations are found more often, from the other negation.
+    A part's vectors for pictures and for captions start somewhere between equal and opposite, the same for all parts:
+    starts near one end find binding and relations more often, and starts near the other negation.
 
     Raises:
-        InputError: The law is unknown.
+        InputError: if the law is unknown.
     """
     of_images, of_texts = membership(small_world, law)
     for_images, for_texts, for_mixture, *for_weights = jax.random.split(key, 5)
@@ -277,12 +277,13 @@ def search(
     steps: int = 600,
     rate: float = 0.05,
 ) -> tuple[Parameters, Float[Array, "problems seeds inequalities"]]:
-    """Searches for the embeddings of largest margin, all problems and seeds in one program.
+    """Searches for the embeddings of largest margin, for all problems and seeds in one program.
 
-    Adam climbs a smoothed minimum of the wanted slacks, which grows sharper step by step while the rate falls to zero.
+    Adam maximises a smoothed minimum of the wanted slacks, which becomes sharper with every step while the learning
+    rate falls to zero.
 
     Args:
-        keys: one a seed; every problem starts from the same embeddings.
+        keys: one per seed; every problem starts from the same embeddings.
         wanted: the inequalities of each problem, as `chosen` gives them, at least one each.
         small_world: the world.
         law: a name from `LAWS`.
@@ -294,7 +295,7 @@ def search(
         The parameters found, with leading axes problems and seeds; and the exact slacks of all inequalities there.
 
     Raises:
-        InputError: The law is unknown.
+        InputError: if the law is unknown.
     """
     optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
@@ -320,7 +321,7 @@ def search(
 
 
 def subsets() -> list[tuple[str, ...]]:
-    """All fifteen sets of conditions, small ones first."""
+    """All fifteen sets of conditions, the small ones first."""
     return [group for size in range(1, 5) for group in itertools.combinations(CONDITIONS, size)]
 
 
@@ -346,11 +347,11 @@ def study(
         steps: of each search.
 
     Returns:
-        Column -> one value a search: `law`, `conditions` (joined by " + "), `size` (how many), `seed`, `margin`, and
-        `worst`, the inequality that has the margin. What has no best margin above `RESOLUTION` was not attained.
+        Column -> one value per search: `law`, `conditions` (joined by " + "), `size` (how many), `seed`, `margin`, and
+        `worst`, the inequality with that slack. A set whose best margin is not above `RESOLUTION` was not attained.
 
     Raises:
-        InputError: A number is out of range, or a law unknown.
+        InputError: if a number is out of range, or a law is unknown.
     """
     for name, count in (("seeds", seeds), ("dimension", dimension), ("steps", steps)):
         if count < 1:

@@ -1,4 +1,4 @@
-"""Where functional words stand in captions, and which columns of a map they take."""
+"""Where functional words occur in captions, and which columns of a map they take."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -14,19 +14,19 @@ PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "wi
 """The published functional words ([DCSM] arXiv 2503.08723)."""
 
 Placement = Literal["token", "replace", "insert"]
-"""Where a functional word's column is put. "token": at the word's own first token. The two published code paths put it
-at the token whose index is the word's among the caption's words split at spaces, which the start token and words of
-several tokens shift: "replace" takes that column's place, "insert" pushes it and all after it to the right."""
+"""Where a functional word's column is put. "token": at the word's first token. The two published code paths put it at
+the token whose index is the word's index among the caption's words, split at spaces; the start token and words of
+several tokens shift it. "replace" overwrites that column, "insert" moves it and all later columns to the right."""
 
 PLACEMENTS = get_args(Placement)
 
 
 class Columns(NamedTuple):
-    """What stands in every column of the maps of M captions.
+    """The content of every column of the maps of M captions.
 
     Attributes:
         words: index of the functional word, or -1.
-        sources: index of the caption token, where no functional word stands.
+        sources: index of the caption token, for columns without a functional word.
     """
 
     words: Int[np.ndarray, "M T"]
@@ -34,9 +34,10 @@ class Columns(NamedTuple):
 
 
 def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
-    """First occurrence of every functional word: (its index, first character, last character + 1), by place.
+    """First occurrence of every functional word, in order: (its index, first character, last character + 1).
 
-    Matches whole words in any case; entries of several words too, longer ones first, none within another.
+    Matches whole words in any case, including entries of several words; longer entries go first, and matches do not
+    overlap.
 
     Args:
         caption: the text.
@@ -49,10 +50,10 @@ def find(caption: str, vocabulary: Sequence[str]) -> list[tuple[int, int, int]]:
 def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token") -> Columns:
     """The columns of captions' maps.
 
-    A functional word whose place the window cuts off has no column.
+    A functional word beyond the end of the window has no column.
 
     Args:
-        captions: texts and their tokens.
+        captions: the texts and their tokens.
         vocabulary: functional words.
         placement: see `Placement`.
 
@@ -76,7 +77,7 @@ def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token
 
 
 def _columns(captions: Captions, row: int, vocabulary: Sequence[str], placement: str) -> list[tuple[int, int | None]]:
-    """Every functional word of a caption and its column, in the caption's order."""
+    """The functional words of a caption with their columns, in the caption's order."""
     caption = captions.texts[row]
     if placement == "token":
         return [(index, captions.token_at(row, start, stop)) for index, start, stop in find(caption, vocabulary)]

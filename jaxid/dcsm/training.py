@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.checks import Count, Range, check_finite, check_options
 from jaxid.dcsm import augment
@@ -26,6 +26,7 @@ from jaxid.families.base import Encoder
 from jaxid.io import write_json
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
+from jaxid.prompts.pictures import Picture
 from jaxid.train import loop as training
 from jaxid.train.loop import Batch, Metrics, Stage
 
@@ -36,15 +37,15 @@ VERSIONS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """All that decides the outcome of a training run, besides encoder and data.
+    """Everything that determines a training run, apart from the encoder and the data.
 
     Attributes:
         kind: of scorer.
         epochs: passes over the largest data set; 26 as published.
         batch_size: items of each data set per step.
-        learning_rate: of Adam; published are 1e-3, 1e-4 and 1e-5.
+        learning_rate: of Adam; 1e-3, 1e-4 and 1e-5 as published.
         dropout: after the CNN's hidden layers.
-        augment: tilt, rotate and sprinkle pictures anew at every step, instead of encoding them once.
+        augment: distort, rotate and sprinkle pictures at every step, instead of encoding them once.
         learn_vectors: train the functional vectors too.
         vocabulary: functional words.
         placement: where their columns are put: at the word's own token, or as published, replace or insert.
@@ -65,10 +66,10 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses options that make no sense.
+        """Checks the options.
 
         Raises:
-            InputError: naming the option.
+            InputError: naming an option that is out of range.
         """
         check_options(self)
         check_vocabulary(self.vocabulary)
@@ -76,7 +77,7 @@ class TrainingConfig:
             raise InputError(f"the learning rate must be above 0, not {self.learning_rate}.")
 
 
-def settings_of(config: TrainingConfig) -> dict[str, Any]:
+def settings_of(config: TrainingConfig) -> dict[str, object]:
     """The options of a run by name, without those that a subclass adds."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingConfig)}
 
@@ -85,8 +86,8 @@ def two_way_loss(scores: Float[Array, "N M"], columns: Int[Array, "N"]) -> tuple
     """Cross-entropy of every picture over captions plus that of every right caption over pictures; and accuracy.
 
     Args:
-        scores: of pictures and captions; captions that are nobody's count in the rows alone.
-        columns: the right caption of every picture.
+        scores: of pictures and captions; captions that belong to no picture count in the rows alone.
+        columns: index of the correct caption of every picture.
     """
     rows = optax.softmax_cross_entropy_with_integer_labels(scores, columns).mean()
     own = jnp.take(scores, columns, axis=1).T  # captions in the order of the pictures
@@ -95,14 +96,14 @@ def two_way_loss(scores: Float[Array, "N M"], columns: Int[Array, "N"]) -> tuple
 
 
 def item_rows(count: int, step: int, size: int, seed: tuple[int, ...]) -> Int[np.ndarray, "B"]:
-    """Which items a step takes of a data set: an endless stream, shuffled anew for every pass."""
+    """Indices of the items of a step, from an endless stream that is reshuffled for every pass."""
     passes, rows = np.divmod(np.arange(step * size, (step + 1) * size), count)
     orders = {one: np.random.default_rng((*seed, one)).permutation(count) for one in set(passes.tolist())}
     return np.array([orders[one][row] for one, row in zip(passes.tolist(), rows.tolist(), strict=True)])
 
 
 class Table:
-    """All pictures and captions of the data sets, encoded once, and which of them every item has."""
+    """The pictures and captions of the data sets, encoded once, and those of every item."""
 
     def __init__(
         self,
@@ -113,17 +114,17 @@ class Table:
         pictures: bool,
         progress: bool = False,
     ):
-        """Encodes captions, and pictures if they never change.
+        """Encodes captions and, if asked, pictures.
 
         Args:
             encoder: the frozen model.
-            scorer: tells functional words.
+            scorer: says which words are functional.
             sets: data sets.
             pictures: whether to encode the pictures as well.
             progress: show a progress bar, on terminals.
         """
         captions: dict[str, int] = {}
-        self.paths: list[Any] = []
+        self.paths: list[Picture] = []
         self.items: list[list[tuple[list[int], list[list[int]]]]] = []
         for items in sets:
             rows = []
@@ -147,7 +148,7 @@ class Table:
     def batch(self, index: int, chosen: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]]:
         """Indices of the pictures of some items of a data set, and the arrays of their captions.
 
-        Pictures stand first, then their opposites, where they have any; captions likewise, in both versions.
+        Pictures come first, then their opposites, if they have any. Captions have the same order, in both versions.
         """
         rows = [self.items[index][row] for row in chosen]
         sides = len(rows[0][0])
@@ -168,22 +169,24 @@ def train(
     restart: bool = False,
     progress: bool = True,
     log: Callable[[dict[str, Any]], None] | None = None,
+    started: Callable[[], object] | None = None,
 ) -> Scorer:
     """Trains a scorer, or resumes from the last saved step; writes `scorer.safetensors` beside state and metrics.
 
     Args:
         folder: of the run.
         encoder: the frozen model.
-        sets: data sets by name; within one, all items have an opposite picture or none has.
-        config: the run's settings; a folder begun with others, another encoder or other data is refused.
+        sets: data sets by name; within a set, either all items have an opposite picture or none has.
+        config: the run's settings; a folder begun with other settings, another encoder or other data is refused.
         save_every: steps between saves.
         restart: discard the run that the folder holds, and begin anew.
         progress: show progress bars, on terminals.
-        log: is also given every row of metrics.
+        log: also receives every row of metrics.
+        started: called once, before the first step, when the folder is known to be this run's.
 
     Raises:
-        InputError: if there are no data sets, one has fewer items than a batch, or mixes both kinds; or if the encoder
-            gives NaN, or training diverges.
+        InputError: if there are no data sets, or one has fewer items than a batch or only some opposite pictures; or if
+            the encoder gives NaN, or training diverges.
         OutputError: if the folder holds a run with other settings, is in use, or cannot be written to.
         CheckpointError: if its saved states are damaged.
     """
@@ -231,6 +234,8 @@ def train(
         whole=tuple(batch(0)),
     )
     with training.begun(folder, settings, restart=restart, made=(SCORER_FILE, "metrics.json")):
+        if started is not None:
+            started()
         trained = training.fit(
             folder, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress, log=log
         )
@@ -245,7 +250,7 @@ def train(
 
 
 def loss(
-    parameters: Any,
+    parameters: PyTree,
     batch: Mapping[str, Array],
     scorer: Scorer,
     sets: Sequence[str],
@@ -282,7 +287,7 @@ def loss(
             maps = similarity.standardise(similarity.similarity_maps(left, right))
             flat = maps.reshape(-1, *maps.shape[2:])
             scores = kernels.apply(network, flat, third, config.dropout).reshape(maps.shape[:2])
-            # Where the caption of each picture has gone: captions begin with the pictures' own, in their order.
+            # Before the shuffle, caption k belonged to picture k; this is its column afterwards.
             loss, accuracy = two_way_loss(scores, jnp.argsort(columns)[rows])
             total, hits = total + loss, hits + accuracy
     epoch = batch["step"] / per_epoch
@@ -291,7 +296,7 @@ def loss(
 
 
 def _augmented(encoder: Encoder, key: Array, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N C Y X"]:
-    """Prepared pictures tilted, rotated and sprinkled, in their own colours."""
+    """Augments prepared pictures, in colours of 0..1."""
     settings = encoder.processor.image_processor
     mean, std = (jnp.asarray(value, jnp.float32)[:, None, None] for value in (settings.image_mean, settings.image_std))
     pictures = jnp.moveaxis(pixels * std + mean, 1, -1)
@@ -308,7 +313,7 @@ def check_sets(sets: Mapping[str, Sequence[Item]], config: TrainingConfig) -> No
     """Refuses data sets that training cannot use.
 
     Raises:
-        InputError: if there are none, one has fewer items than a batch, or mixes both kinds.
+        InputError: if there are none, or one has fewer items than a batch or only some opposite pictures.
     """
     if not sets:
         raise InputError("training needs at least one data set.")

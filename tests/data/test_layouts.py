@@ -172,7 +172,7 @@ def test_coco_spatial_noise_changes_the_pictures_alone(tmp_path: Path):
 
 def test_coco_spatial_writer_refuses_unclear_scenes(tmp_path: Path):
     three = sample_free(np.random.default_rng(0), 2, num_objects=(3, 3))
-    with pytest.raises(InputError, match="Scene 0 must hold two different objects"):
+    with pytest.raises(InputError, match="scene 0 must hold 2 different objects"):
         write_coco_spatial(tmp_path, three, 16)
     two = sample_free(np.random.default_rng(0), 2, num_objects=(2, 2))
     with pytest.raises(InputError, match="no relation between them is clear"):

@@ -42,7 +42,7 @@ def test_written_folder_reads_back(tmp_path: Path) -> None:
 
 
 def test_two_objects_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="three different objects"):
+    with pytest.raises(InputError, match="3 different objects"):
         write_three_objects(tmp_path, sample_free(np.random.default_rng(0), 2, num_objects=(2, 2)), 32)
 
 

@@ -135,12 +135,12 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     whole = (tmp_path / "short.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"short\.mp4 has 5 frames where 8 are needed"):
+    with pytest.raises(DataError, match=r"short\.mp4 has 5 frames, but 8 are needed"):
         read_video(tmp_path / "short.mp4")
     for name in ("broken.mp4", "cut.mp4"):
         with pytest.raises(DataError, match=rf"{name} cannot be read as a video"):
             read_video(tmp_path / name)
-    with pytest.raises(DataError, match="there is no video at"):
+    with pytest.raises(DataError, match="does not exist; give a video"):
         read_video(tmp_path / "missing.mp4")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty has 0 frames"):

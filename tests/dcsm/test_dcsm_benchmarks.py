@@ -250,7 +250,7 @@ def test_a_crop_of_nothing_or_of_gigabytes_is_refused(box: tuple[int, int, int, 
 def test_numbers_that_are_too_large_are_bad_rows(folder: Path) -> None:
     for value in (10**400, "9" * 5000):
         layouts.save(folder / "visual_genome_attribution.json", [layouts.attribution(bbox_x=value)])
-        with pytest.raises(DataError, match="'bbox_x' is no whole number below"):
+        with pytest.raises(DataError, match="'bbox_x' does not hold an integer below"):
             read(folder, ["vg-attribution"])
 
 
@@ -353,7 +353,7 @@ BAD = [
     ("vg-spatial-two", "vg_qa_two_obj.json", CAT, layouts.changed(CAT, 2, None), "'wrong'"),
     ("coco-spatial-two", "coco_qa_two_obj.json", [285, "A", "B"], [7, "A", "B"], r"val2017/000000000007\.jpg"),
     ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 0, 4), "'correct_answer' is 4"),
-    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 0, ""), "'correct_answer' is no whole"),
+    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 0, ""), "'correct_answer' does not hold an integer"),
     ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 3, ""), "'caption_2'"),
     ("negbench-coco", COCO, MCQ, MCQ[:6], "'image_path'"),
 ]
