@@ -160,7 +160,7 @@ class _Work:
         columns = {field: [getattr(one, field) for one in accuracy.values()] for field in fields}
         self.table("accuracy", {"model": [self.model.name] * len(accuracy), "question": list(accuracy)} | columns)
         samples = [items[row] for row in range(6) for items in self.items.values()]
-        pictures, questions = np.stack([item.picture for item in samples]), [item.query for item in samples]
+        pictures, questions = np.stack([np.asarray(item.picture) for item in samples]), [item.query for item in samples]
         given, truths = evaluation.answers(self.model, pictures, questions), [item.relation for item in samples]
         self.figure("scenes", plots.scenes_with_answers(pictures, questions, given, truths, about=self.about()))
         self.summary |= {
