@@ -5,7 +5,7 @@ itself loads neither JAX models, tokenizers nor plotting.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxid.checkpoints.encoders import load_encoder as load_encoder
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Public name -> the module that defines it. Add a name here and, for static checkers, to the block above.
+# Public name -> the module that defines it. New names are added here and, for type checkers, in the block above.
 _HOME = {
     "Capture": "jaxid.nn.sites",
     "CheckpointError": "jaxid.errors",
@@ -101,7 +101,7 @@ _HOME = {
 
 if not TYPE_CHECKING:  # or static checkers would take every misspelt name for a public one
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Imports a public name on first use and keeps it, so that later uses cost nothing."""
         if name not in _HOME:
             raise AttributeError(f"module 'jaxid' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """The command line, `jaxid --help`, made by cyclopts from dataclasses of options and a few plain functions.
 
-Each command imports what it needs, so that help comes at once.
+Each command imports only what it needs, so that help is printed immediately.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ COMMANDS = {
     "zoo evaluate": "jaxid.zoo.commands:evaluate",
     "zoo finetune-study": "jaxid.experiments.finetune_study:FinetuneStudy",
 }
-"""Every command and the dataclass, with `run` and `report`, or the function that it is made from."""
+"""Every command, and what it is made from: a dataclass with `run` and `printed`, or a function."""
 
 SHORT = {
     "demo": "Find, draw and prove the spatial IDs of the model that ships with jaxid.",
@@ -78,12 +78,12 @@ CONFIGS = {".yaml": Yaml, ".yml": Yaml, ".toml": Toml, ".json": Json}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: with 2 and one line on stderr for what is wrong, 130 for Ctrl-C.
+    """Runs the command line and exits: with 2 and one line on stderr after an error, with 130 after Ctrl-C.
 
-    Python's warnings become one line each, every distinct one once.
+    Each distinct Python warning is printed once, as one line.
 
     Args:
-        arguments: instead of the process's own.
+        arguments: used instead of `sys.argv[1:]`.
     """
     use_compilation_cache()
     try:
@@ -125,7 +125,7 @@ def run(tokens: list[str]) -> None:
 
 
 def app(tokens: Sequence[str] = ()) -> App:
-    """The commands; where the tokens ask for the help of a group, its commands are imported to be described.
+    """The commands; where the tokens ask for help on a group, its commands are imported for their descriptions.
 
     Raises:
         InputError: for a `--config` file that cannot be read as one.
@@ -158,9 +158,10 @@ def app(tokens: Sequence[str] = ()) -> App:
 
 
 def _config(tokens: Sequence[str]) -> tuple[Dict, ...]:
-    """The options that the file of `--config` holds, if one is given.
+    """The options in the file that `--config` names, if it is given.
 
-    They stand below the command's words: at the root, an option named as a group is, such as data, would be dropped.
+    They are nested under the words of the command: at the root, an option that shares the name of a group, such as
+    data, would be dropped.
 
     Raises:
         InputError: for a file that cannot be read as one.
@@ -191,7 +192,7 @@ def _without_config(tokens: Sequence[str]) -> tuple[list[str], Path | None]:
             if path.suffix not in CONFIGS:
                 raise InputError(f"{path} cannot hold options: its name must end in {', '.join(CONFIGS)}.")
             if not path.is_file():
-                raise InputError(f"there is no file {path} with options.")
+                raise InputError(f"--config {path}: the file does not exist.")
             del rest[index : index + count]
             return rest, path
     return rest, None
@@ -199,10 +200,10 @@ def _without_config(tokens: Sequence[str]) -> tuple[list[str], Path | None]:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Prints each distinct warning once, as one line; what else Python does with warnings comes back afterwards."""
+    """Prints each distinct warning once, as one line, and restores Python's own handling afterwards."""
     told = set()
 
-    def tell(message: Warning | str, *_: Any) -> None:
+    def tell(message: Warning | str, *_: object) -> None:
         line = f"warning: {' '.join(str(message).split())}"
         if line not in told:
             from tqdm import tqdm
@@ -220,7 +221,7 @@ def _one_line_warnings() -> Iterator[None]:
 def use_compilation_cache() -> None:
     """Lets JAX keep compiled programs between commands: in `JAX_COMPILATION_CACHE_DIR`, or the user's caches.
 
-    Has to come before JAX is imported. A cache folder that cannot be written is no cache, never an error.
+    Must be called before JAX is imported. If the folder cannot be written, nothing is cached and no error is raised.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read with one-line errors; tidy tables (Parquet) and summaries (JSON)."""
+"""Files: atomic writes, reads with one-line errors, tidy tables (Parquet) and summaries (JSON)."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _RUST_PANIC = "PanicException"
 """What extensions in Rust (tokenizers, safetensors) raise when they fail; not an `Exception`."""
 
 _LONGEST = 400
-"""Characters of a foreign library's message that are shown; some list all that they know."""
+"""Characters shown of a third-party library's message; some libraries list every value they know."""
 
 _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
 """Names that `whole_file` gives to what is not complete yet."""
@@ -32,14 +32,14 @@ _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
 
 @contextlib.contextmanager
 def reading(path: str | Path, what: str, error: type[JaxidError] = CheckpointError) -> Iterator[None]:
-    """Turns whatever is raised inside into a one-line error that names the file.
+    """Turns any error raised inside into a one-line error that names the file.
 
-    Only the foreign call and the access to what it returned belong inside, so that a fault of our own is not mistaken
-    for a fault of the file.
+    Put only the library call and the access to its result inside, so that a bug of ours is not reported as a fault of
+    the file.
 
     Args:
         path: the file or folder that is being read.
-        what: what it should be, with its article, such as "a tokenizer".
+        what: what it should be, with an article, such as "a tokenizer".
         error: the kind of error to raise.
 
     Raises:
@@ -54,10 +54,10 @@ def reading(path: str | Path, what: str, error: type[JaxidError] = CheckpointErr
 
 @contextlib.contextmanager
 def reporting(message: str, error: type[JaxidError]) -> Iterator[None]:
-    """Turns whatever a foreign library raises inside into a one-line error.
+    """Turns any error of a third-party library raised inside into a one-line error.
 
     Args:
-        message: what could not be done; the library's own words follow.
+        message: what could not be done; the library's own message follows.
         error: the kind of error to raise.
 
     Raises:
@@ -93,7 +93,7 @@ def read_json(
     error: type[JaxidError] = CheckpointError,
     *,
     expected: type[dict] | type[list] | None = dict,
-    missing: Any = None,
+    missing: object = None,
 ) -> Any:
     """The value in a JSON file, with or without a byte-order mark.
 
@@ -101,7 +101,7 @@ def read_json(
         path: the file.
         error: the kind of error to raise.
         expected: `dict` for a file that must hold an object, `list` for an array, None for any value.
-        missing: what to return if there is no such file; by default that is an error.
+        missing: what to return if the file does not exist; by default that is an error.
 
     Raises:
         JaxidError: of the given kind, if the file is missing, unreadable, not JSON, nested too deeply, holds NaN or
@@ -141,7 +141,7 @@ def first_line(error: BaseException) -> str:
     return f"{lines[0].strip():.{_LONGEST}}".rstrip(".") if lines else type(error).__name__
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it holds {constant}, which JSON does not have")
 
 
@@ -170,7 +170,7 @@ def ensure_output_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary name to write to, which becomes `path` only if nothing goes wrong.
+    """Yields a temporary name to write to, which is renamed to `path` only if nothing goes wrong.
 
     Args:
         path: the file to write or replace; its folder is made if need be.
@@ -238,21 +238,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_other_settings(
-    folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], further: Sequence[str] = ()
+    folder: Path, then: Mapping[str, object], now: Mapping[str, object], further: Sequence[str] = ()
 ) -> None:
     """Refuses to resume a run with other settings.
 
     Args:
         folder: of the run.
-        then: settings that it was begun with, as they are stored.
-        now: those it would be resumed with, in the types that JSON has.
-        further: what differs besides, in words.
+        then: the settings with which it began, as stored.
+        now: the settings with which it would be resumed, as JSON types.
+        further: descriptions of other differences.
 
     Raises:
         OutputError: naming each setting that differs, with both values.
     """
 
-    def shown(settings: Mapping[str, Any], name: str) -> str:
+    def shown(settings: Mapping[str, object], name: str) -> str:
         return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"
 
     found = [
@@ -283,10 +283,7 @@ def as_table(columns: Mapping[str, np.ndarray | Sequence[Any]], name: str | Path
 
     Args:
         columns: column name -> one value per row, all of one length; bfloat16 becomes float32.
-        name: of the table, for the errors.
-
-    Returns:
-        The table.
+        name: the table's name in error messages.
 
     Raises:
         InputError: if the columns' lengths differ, or a column is not one-dimensional.
@@ -309,7 +306,7 @@ def write_table(
     """Writes one tidy table as a Parquet file.
 
     Args:
-        path: the file; one that is there already is replaced.
+        path: the file; an existing one is replaced.
         columns: a table, or its columns as `as_table` takes them, at least one.
         metadata: name -> text, kept in the file's schema.
 
@@ -360,7 +357,7 @@ def read_table(path: str | Path) -> "pyarrow.Table":
             with parquet.ParquetFile(file, page_checksum_verification=True) as part:
                 tables.append(part.read())
         except FileNotFoundError as error:
-            raise DataError(f"there is no table at {file}.") from error
+            raise DataError(f"{file} does not exist.") from error
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{file} is not a readable Parquet file: {_reason(error)}.") from error
     try:
@@ -372,12 +369,7 @@ def read_table(path: str | Path) -> "pyarrow.Table":
 def write_text(path: str | Path, text: str) -> Path:
     """Writes a text file in UTF-8.
 
-    Args:
-        path: the file; one that is there already is replaced.
-        text: what to write.
-
-    Returns:
-        The path.
+    An existing file is replaced.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -387,11 +379,11 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Writes a value as JSON, two spaces a level.
+def write_json(path: str | Path, value: object) -> Path:
+    """Writes a value as JSON, indented by two spaces.
 
     Args:
-        path: the file; one that is there already is replaced.
+        path: the file; an existing one is replaced.
         value: mappings, sequences, dataclasses, strings, numbers, paths and arrays, nested at will. NaN and
             infinities, which JSON does not have, become null.
 
@@ -399,23 +391,17 @@ def write_json(path: str | Path, value: Any) -> Path:
         The path.
 
     Raises:
-        InputError: if something in the value has no JSON form.
+        InputError: if part of the value has no JSON form.
         OutputError: if the file cannot be written.
     """
     return write_text(path, to_json(value) + "\n")
 
 
-def to_json(value: Any) -> str:
-    """The text that `write_json` writes, but for the end of its last line.
-
-    Args:
-        value: what `write_json` takes.
-
-    Returns:
-        The text.
+def to_json(value: object) -> str:
+    """The text that `write_json` writes, without the final newline.
 
     Raises:
-        InputError: if something in the value has no JSON form.
+        InputError: if part of the value has no JSON form.
     """
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 

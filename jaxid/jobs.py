@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 ITEM_ERRORS = (InputError, PromptError, DataError)
-"""What may be wrong with a single item."""
+"""Errors that a single item may cause."""
 
 _METADATA = "jaxid"
 
@@ -71,18 +71,18 @@ def run(
 
     Args:
         out: the job's folder.
-        settings: all that the rows depend on besides the items (model and its fingerprint, layers, seed ...), as
+        settings: everything that the rows depend on besides the items (model and its fingerprint, layers, seed ...), as
             JSON can hold it. A job resumes only with the same settings and items.
         items: what to compute.
-        key: an item's name, unlike all others.
-        compute: gives the columns of some items, any number of rows for each. It should not depend on which items
-            come together.
-        chunk_size: items computed together. A job that resumes keeps the size it began with.
+        key: gives an item's name, which must be unique.
+        compute: gives the columns of some items, any number of rows for each. The rows of an item should not
+            depend on the other items.
+        chunk_size: items computed together. A resumed job keeps the size it began with.
         restart: discard the job in the folder and begin anew.
         skip_bad: skip items for which `compute` raises InputError, PromptError or DataError.
         progress: show a progress bar, on terminals only.
         unit: what the progress bar calls an item.
-        first: what the progress bar says until a chunk is done, such as that programs are compiled.
+        first: text of the progress bar until the first chunk is done, such as "compiling".
 
     Returns:
         The rows, and the items that were skipped.
@@ -125,11 +125,11 @@ def run(
 def check(
     out: Path, *, settings: Mapping[str, Any], items: Sequence[Item], key: Callable[[Item], str], restart: bool
 ) -> None:
-    """Refuses what `run` would refuse of a folder, before anything slow is done.
+    """Raises early the errors that `run` would raise for a folder, before anything slow is done.
 
     Args:
         out: the job's folder.
-        settings: those that are known already; others are not compared.
+        settings: the settings known so far; others are not compared.
         items: as `run` takes them.
         key: as in `run`.
         restart: as in `run`.
@@ -157,7 +157,7 @@ def write_merged(out: Path, finished: Finished) -> Path:
         The file.
 
     Raises:
-        OutputError: if the file cannot be written, or another process is at work in the folder.
+        OutputError: if the file cannot be written, or another process is working in the folder.
     """
     io.ensure_output_folder(out)
     with io.locked(out):

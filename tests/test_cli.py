@@ -323,7 +323,7 @@ def test_a_file_holds_options_which_the_line_overrides(ending: str, text: str, t
         ("options.yaml", "colour: 4\n", "colour"),
         ("options.yaml", "count: [\n", "options.yaml"),
         ("options.ini", "count = 4\n", ".yaml"),
-        ("options.toml", None, "no file"),
+        ("options.toml", None, "does not exist"),
         ("options.yaml", "count: 0\n", "count"),
     ],
 )

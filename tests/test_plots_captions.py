@@ -55,7 +55,7 @@ HALVES: dict[str, Any] = {"layers": LAYERS, "auc": RATES[0], "easy": RATES[1], "
 
 # Function, its arguments, and what its line says besides what the caller knows.
 FIGURES: list[tuple[Callable[..., Figure], dict[str, Any], list[str]]] = [
-    (plots.scenes_with_answers, SCENES, ["2 of these 5 answered rightly"]),
+    (plots.scenes_with_answers, SCENES, ["2 of these 5 answered correctly"]),
     (plots.id_plane, PLANE_ARGUMENTS, ["colours: columns"]),
     (plots.variance_by_layer, VARIANCE, []),
     (plots.belief_swap_by_layer, BELIEF, ["bands: 95 % Wilson intervals", "chance, 50 %"]),

@@ -26,7 +26,7 @@ def load_encoder(
         architecture: OpenCLIP's name of a weight file's architecture, such as "ViT-B-32-quickgelu". It also says which
             activation the MLPs have, which the file itself does not: NegCLIP was tuned from weights with QuickGELU, but
             its authors evaluate it as "ViT-B-32", with the exact GELU.
-        tokenizer: folder or Hugging Face id of CLIP's tokenizer, for OpenCLIP files; by default what lies beside the
+        tokenizer: folder or Hugging Face id of CLIP's tokenizer, for OpenCLIP files; by default the one beside the
             weights, or else that of OpenAI's CLIP.
 
     Returns:
@@ -42,13 +42,13 @@ def load_encoder(
         fields = openclip.architecture(architecture, path)
         return _open_clip(str(name), fields, {}, path, dtype, tokenizer)
     if architecture is not None:
-        raise InputError(f"an architecture belongs to a single weight file, and there is none at {name}.")
+        raise InputError(f"architecture applies to a single weight file only, and {name} is not a file.")
     folder = find_folder(name, ("open_clip_pytorch_model.bin",))
     if not (folder / "config.json").is_file():
         fields, settings = openclip.read_openclip_config(folder / openclip.CONFIG_FILE)
         return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer)
     if tokenizer is not None:
-        raise InputError(f"{folder} is in Hugging Face's layout, which brings its own tokenizer; leave it out.")
+        raise InputError(f"{folder} is in Hugging Face's layout, which brings its own tokenizer; give none.")
     kind, config = described(folder, ENCODERS)
     processor = kind.processor.from_folder(folder, config)
     files = tensors.TensorFolder(folder)

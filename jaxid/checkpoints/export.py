@@ -3,9 +3,9 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxid.checkpoints.loading import as_stored, described, find_folder
 from jaxid.checkpoints.tensors import TensorFolder, flatten, published_name
@@ -24,8 +24,8 @@ def export(model: Model, folder: str | Path, paths: set[str] | None = None) -> P
     that the model was loaded from; only the numbers of changed tensors are written over, in a copy.
 
     Args:
-        model: the changed model; its name is where it was loaded from.
-        folder: where to; what is there is replaced once the new folder is whole.
+        model: the changed model; its name says where it was loaded from.
+        folder: the folder to write; an existing one is replaced once the new one is complete.
         paths: of the parameters that changed; all by default.
 
     Returns:
@@ -63,7 +63,7 @@ def _write_over(
     tensors: TensorFolder,
     keys: list[Key],
     renames: tuple[tuple[str, str], ...],
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, ArrayLike],
     paths: set[str] | None,
 ) -> None:
     """Writes parameters over a folder's tensors, in the tensors' own number formats."""

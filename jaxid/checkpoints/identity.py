@@ -1,4 +1,4 @@
-"""What a checkpoint is: a digest of its numbers and of the small files beside them, made while they are loaded."""
+"""The identity of a checkpoint: a digest of its numbers and of the small files beside them, made during loading."""
 
 import hashlib
 import zlib
@@ -15,17 +15,17 @@ _EXPONENTS = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 
 """Bits that are all set in NaN and infinity, and in no other number."""
 
 _BLOCK_BYTES = 1 << 20
-"""What is digested and checked at a time: a core's own cache holds it."""
+"""Bytes digested and checked at a time, which fit a core's own cache."""
 
 _SMALL_FILES = """config.json open_clip_config.json preprocessor_config.json processor_config.json
 video_preprocessor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
 vocab.json vocab.txt merges.txt tokenizer.model spiece.model chat_template.json chat_template.jinja
 generation_config.json""".split()
-"""What besides the weights decides about a model's numbers."""
+"""Files besides the weights on which a model's numbers depend."""
 
 
 class Seen(NamedTuple):
-    """What was seen of a piece of a tensor while it was copied.
+    """What was found out about a piece of a tensor while it was copied.
 
     Attributes:
         source: the tensor's name in the key table's spelling.
@@ -71,7 +71,7 @@ def fingerprint(folder: Path, digest: str) -> str:
     """Identifies a checkpoint by its numbers and by the small files that say how they are used.
 
     Args:
-        folder: where those files lie: config, tokenizer, chat template, settings of the image processor.
+        folder: the folder of those files: config, tokenizer, chat template, settings of the image processor.
         digest: of the tensors, as `read_parameters` gives it.
     """
     whole = hashlib.sha256(digest.encode())

@@ -27,7 +27,7 @@ def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: boo
 
     Args:
         name: alias, Hugging Face id or folder.
-        further: names of files that are downloaded besides the usual ones.
+        further: names of further files to download.
         weights: download the weights too.
 
     Raises:
@@ -54,7 +54,7 @@ def downloaded(repository: str, patterns: Sequence[str], advice: str = "") -> Pa
     Args:
         repository: its Hugging Face id.
         patterns: of the files that are wanted.
-        advice: what else to do if it cannot be reached.
+        advice: what to do if it cannot be reached, appended to the message.
 
     Raises:
         CheckpointError: if it is not in the cache and cannot be reached.
@@ -101,10 +101,10 @@ def abstract_parameters(kind: Family, config: Any) -> tuple[Any, tensors.Leaves]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A vision-language model whose weights are not read yet, so that all else can be checked before.
+    """A vision-language model whose weights are not read yet, so that everything else can be checked first.
 
     Attributes:
-        model: what is known of it: no parameters, no fingerprint, but its size and config; it prepares prompts.
+        model: the model without parameters and fingerprint; it has a config and prepares prompts.
         kind: its family.
         dtype: of parameters and activations.
     """
@@ -125,7 +125,7 @@ class Checkpoint:
 
 @without_advice()
 def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
-    """Reads all of a vision-language model but its weights, which may take minutes.
+    """Reads everything of a vision-language model except its weights, which may take minutes.
 
     Args:
         name: an alias ("tiny-llava", "llava-7b"), a Hugging Face id, or a folder in Hugging Face layout.
@@ -187,7 +187,7 @@ def parsed(kind: Family, fields: Json, path: Path) -> Any:
 
 
 def load_network(kind: Family, config: Any, files: tensors.Tensors, dtype: str) -> dict[str, Any]:
-    """Everything of a loaded model that its config and weights tell.
+    """The fields of a loaded model that come from its config and weights.
 
     Raises:
         CheckpointError: if the tensors do not fit the config.

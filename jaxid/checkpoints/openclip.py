@@ -40,7 +40,7 @@ class TensorArrays(Tensors):
     def __init__(self, path: Path):
         """Reads the file, tensors and plain values only.
 
-        Takes what lies under "state_dict", as training checkpoints have it, and drops the prefix "module." of runs on
+        Takes what is under "state_dict", as training checkpoints have it, and drops the prefix "module." of runs on
         several devices.
 
         Raises:
@@ -54,7 +54,7 @@ class TensorArrays(Tensors):
             raise CheckpointError(f"{path} holds no tensors by name.")
         if all(name.startswith("module.") for name in arrays):
             arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
-        self.entries: Mapping[str, Any] = arrays
+        self.entries: Mapping[str, np.ndarray] = arrays
 
     def readable(self, key: str) -> bool:
         """Whether a tensor holds floating-point numbers."""
@@ -132,7 +132,7 @@ class OpenCLIPWords:
         self.unk_token, self.unk_token_id = tokenizer.unk_token, tokenizer.unk_token_id
         self.added_tokens_decoder = tokenizer.added_tokens_decoder
 
-    def __call__(self, text: str, return_offsets_mapping: bool = True) -> dict[str, list[Any]]:
+    def __call__(self, text: str, return_offsets_mapping: bool = True) -> dict[str, list[int] | list[tuple[int, int]]]:
         """Ids of a caption, and which of its characters, as it was given, every token stands for."""
         del return_offsets_mapping
         plain, spans = cleaned(text)
@@ -188,7 +188,7 @@ def load_words(folder: Path, tokenizer: str | Path | None, vocabulary: int) -> O
     return OpenCLIPWords(words)
 
 
-def fingerprint(files: str, config: Any, words: OpenCLIPWords) -> str:
+def fingerprint(files: str, config: object, words: OpenCLIPWords) -> str:
     """Identifies a model by its files, its config and its tokenizer, which a file does not bring.
 
     The same weights are another model under another activation.

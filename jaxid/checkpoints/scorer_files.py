@@ -7,7 +7,6 @@ vectors [W, I]. The flat order of `fc1`'s inputs is channel, image token, text t
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -24,7 +23,7 @@ _FUNCTIONAL = "functional"
 def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | MLP, Float[np.ndarray, "W I"]]:
     """A scorer and its functional vectors.
 
-    Reads nested dictionaries too: the layers may lie under any name, the vectors under any name with "func" or
+    Reads nested dictionaries too: the layers may be stored under any name, the vectors under any name with "func" or
     "embed" in it.
 
     Args:
@@ -32,7 +31,7 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
         text_tokens: caption tokens of a map, which the flat `fc1` does not tell.
 
     Raises:
-        CheckpointError: if torch is not installed, or the file is missing, damaged, or holds no such scorer.
+        CheckpointError: if torch is not installed, or the file is missing, damaged, or does not hold such a scorer.
     """
     arrays = dict(_arrays(read_torch_file(path)))
     layers, vectors = {}, []
@@ -51,7 +50,7 @@ def read_authors_scorer(path: str | Path, text_tokens: int = 30) -> tuple[CNN | 
     missing = [f"{name}.{part}" for name in names for part in ("weight", "bias") if f"{name}.{part}" not in layers]
     if missing or len(vectors) != 1:
         raise CheckpointError(
-            f"{path} is no scorer: missing {', '.join(missing) or 'nothing'}; {len(vectors)} tables of functional "
+            f"{path} is not a scorer: missing {', '.join(missing) or 'nothing'}; {len(vectors)} tables of functional "
             f"vectors instead of one; it holds {', '.join(sorted(arrays)[:12])}."
         )
     for name, array in [*layers.items(), ("the functional vectors", vectors[0])]:
@@ -137,7 +136,7 @@ def write_authors_scorer(path: str | Path, network: CNN | MLP, vectors: Float[np
         write_torch_file(temporary, {"scorer": layers, _FUNCTIONAL: np.asarray(vectors)})
 
 
-def _arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(tree: object, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """All arrays of nested dictionaries by their dotted names."""
     if isinstance(tree, np.ndarray):
         yield prefix.removesuffix("."), tree

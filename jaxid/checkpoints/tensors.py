@@ -44,7 +44,7 @@ _PADDING = 8
 """Numbers between the rows of a tile: rows a power of two apart would compete for the same lines of that cache."""
 
 _LARGE = 1 << 24
-"""Bytes of an array from which memory of its own pays."""
+"""Bytes from which an array gets memory pages of its own."""
 
 _ALIGNMENT = 64
 """Bytes; on a CPU, JAX takes host memory that begins at such an address over instead of copying it."""
@@ -85,8 +85,8 @@ class Tensors(abc.ABC):
     """The tensors of a checkpoint by name, however they are stored.
 
     Attributes:
-        folder: where they lie.
-        files: that hold them.
+        folder: their folder.
+        files: the files that hold them.
         entries: their names; the values have a `shape` and a `dtype`.
     """
 
@@ -253,8 +253,8 @@ def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) 
                 target[tile] = transposed.T
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
-    """An array to be filled, in memory that JAX can take over."""
+def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
+    """An uninitialised array, in memory that JAX can take over."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
         # In large pages: handing out 4 KB at a time takes the kernel longer than all copies.

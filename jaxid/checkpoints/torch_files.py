@@ -32,7 +32,7 @@ def read_torch_file(path: str | Path) -> Any:
     check_torch(f"Reading {path}")
     import torch
 
-    def to_numpy(value: Any) -> Any:
+    def to_numpy(value: object) -> object:
         if isinstance(value, torch.Tensor):
             if value.numel() * value.element_size() > max(size, _REPEATED):
                 raise ValueError("a tensor repeats its numbers beyond the file's size")
@@ -47,7 +47,7 @@ def read_torch_file(path: str | Path) -> Any:
         return value
 
     if not Path(path).is_file():
-        raise CheckpointError(f"There is no file {path}.")
+        raise CheckpointError(f"{path} does not exist.")
     try:
         size = Path(path).stat().st_size
         _refuse_compressed(path)
@@ -70,7 +70,7 @@ def _refuse_compressed(path: str | Path) -> None:
                 raise ValueError("the file is compressed")
 
 
-def _numpy_numbers() -> list[Any]:
+def _numpy_numbers() -> list[object]:
     """What builds a NumPy number, which schedules leave in training checkpoints; it runs no code of the file."""
     from numpy._core.multiarray import scalar
 
@@ -91,7 +91,7 @@ def check_torch(purpose: str) -> None:
         ) from error
 
 
-def write_torch_file(path: Path, tree: Mapping[str, Any]) -> None:
+def write_torch_file(path: Path, tree: Mapping[str, object]) -> None:
     """Writes nested dictionaries of arrays as `torch.save` does.
 
     Raises:
@@ -100,7 +100,7 @@ def write_torch_file(path: Path, tree: Mapping[str, Any]) -> None:
     check_torch(f"Writing {path}")
     import torch
 
-    def to_torch(value: Any) -> Any:
+    def to_torch(value: object) -> Any:
         if isinstance(value, Mapping):
             return {name: to_torch(item) for name, item in value.items()}
         return torch.from_numpy(np.array(value))

@@ -1,7 +1,7 @@
 """The figures: plain arrays in, a Matplotlib `Figure` out, in one house style; `save` writes it as PNG.
 
 No function opens a window or leaves a setting changed. Arrays that do not fit each other, are empty, or hold nothing
-finite raise `InputError`; `about`, what was measured on what, stands in a line below the panels.
+finite raise `InputError`; `about`, what was measured on what, is written in a line below the panels.
 Layers are decoder layers, counted from 0; log-probabilities are in nats.
 """
 

@@ -60,7 +60,7 @@ def caption_maps(
         about: what was measured on what.
 
     Raises:
-        InputError: The image tokens are no grid of patches.
+        InputError: The image tokens do not form a grid of patches.
     """
     check_shapes(
         maps=(maps, "M I T"),
@@ -194,4 +194,4 @@ def benchmark_bars(
     axes.set_ylabel("right answers")
     figure.legend(loc="outside upper center", ncols=min(2, len(names)), frameon=False)
     guess = "" if chance is None else "dotted: chance"
-    return captioned(figure, about, "bars: share of questions answered rightly", f"whiskers: {WILSON}", guess)
+    return captioned(figure, about, "bars: share of questions answered correctly", f"whiskers: {WILSON}", guess)

@@ -1,7 +1,6 @@
 """Figures of where models err: deviation from the ground truth, and occlusion (Figure 8)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -66,11 +65,11 @@ def margin_histogram(
     layer: int | None = None,
     about: About | None = None,
 ) -> Figure:
-    """Margins of items that were answered rightly and wrongly ([ID] arXiv 2601.12626, Figure 8 a).
+    """Margins of items that were answered correctly and wrongly ([ID] arXiv 2601.12626, Figure 8 a).
 
     Args:
         margins: how much further apart the two words are than the two objects, along the asked axis.
-        correct: whether each item was answered rightly.
+        correct: whether each item was answered correctly.
         note: of a test, in the panel.
         layer: at which they were read.
         about: what was measured on what.
@@ -103,13 +102,13 @@ def margins_by_layer(
     """How well margins tell right from wrong answers, by layer ([ID] arXiv 2601.12626, Figure 8 a).
 
     Args:
-        layers: of the model.
+        layers: indices of the layers.
         auc: share of pairs of a right and a wrong answer in which the right one has the larger margin; None where
             there is no such pair, which drops that panel.
-        easy: accuracy of the half of items with larger margins.
-        hard: of the other half.
+        easy: accuracy of the half of the items with larger margins.
+        hard: accuracy of the other half.
         easy_intervals: lower and upper bound (95 %) of `easy`, drawn as a band.
-        hard_intervals: likewise of `hard`.
+        hard_intervals: lower and upper bound (95 %) of `hard`.
         layer: the one to mark.
         about: what was measured on what.
     """
@@ -180,7 +179,7 @@ def occlusion_example(
     check_shapes(elsewhere=(elsewhere, "N 4"), right=(right, "V"))
     count = len(pictures)
     if count != len(right) or count != len(elsewhere) + 2:
-        raise InputError(f"{len(elsewhere) + 2} pictures are to be shown; got {count}, and {len(right)} values.")
+        raise InputError(f"{len(elsewhere) + 2} pictures and values are needed; got {count} and {len(right)}.")
     rows = -(-count // _WIDE)
     height, width = pictures[0].shape[:2]
     text = wrapped(title, 100)
@@ -226,7 +225,7 @@ def sensitivities(
         sensitivity: log p(correct) of the worst blur elsewhere, less that of the blurred subject.
         subject_drop: how much log p(correct) falls when the subject is blurred.
         elsewhere_drop: how much it falls on average when as much is blurred elsewhere.
-        correct: whether each item was answered rightly about its picture.
+        correct: whether each item was answered correctly about its picture.
         margins: of a deviation run; NaN where there is none.
         note: of their correlation.
         about: what was measured on what.
@@ -287,9 +286,9 @@ def _histogram(axes: Axes, groups: Mapping[str, Float[np.ndarray, "_"]], width: 
     highest = 0.0
     for name, own in shown.items():
         if name in large:
-            style: dict[str, Any] = {"weights": np.full(len(own), 1 / len(own)), "color": colors[name]}
-            heights, _, _ = axes.hist(own, edges, alpha=0.35, **style)
-            axes.hist(own, edges, histtype="step", linewidth=1.2, **style)
+            weights, color = np.full(len(own), 1 / len(own)), colors[name]
+            heights, _, _ = axes.hist(own, edges, weights=weights, color=color, alpha=0.35)
+            axes.hist(own, edges, weights=weights, color=color, histtype="step", linewidth=1.2)
             highest = max(highest, float(np.max(heights)))
     below = -0.055 * highest
     for index, (name, own) in enumerate(shown.items()):

@@ -47,7 +47,7 @@ def attainable_margins(
     found = {(one, group): margin[(law == one) & (conditions == group)] for one in laws for group in groups}
     missing = [f"{group} under {one}" for (one, group), values in found.items() if not len(values)]
     if missing:
-        raise InputError(f"there is no search for {missing[0]}; give every law the same sets of conditions.")
+        raise InputError(f"no search for {missing[0]} was given; give every law the same sets of conditions.")
     members = [group.split(" + ") for group in groups]
     names = list(dict.fromkeys(name for group in members for name in group))
     figure = new_figure(1.9 + 1.55 * len(laws), 1.1 + 0.2 * len(groups))

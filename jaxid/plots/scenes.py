@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -44,12 +43,11 @@ def scenes_with_answers(
         axes.imshow(picture, interpolation="lanczos")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        # A model may answer "$", which is no formula, or with blanks.
-        plain: dict[str, Any] = {"parse_math": False, "loc": "left"}
-        axes.set_title(textwrap.fill(question, 27), fontsize=7.5, pad=5, **plain)
+        # A model may answer "$", which does not begin a formula, or only with blanks.
+        axes.set_title(textwrap.fill(question, 27), fontsize=7.5, pad=5, parse_math=False, loc="left")
         right, shown = answer == truth, " ".join(answer.split()) or "nothing"
         verdict = f"✓ {shown}" if right else f"✗ {shown} (truth: {truth})"
         color = GREEN if right else VERMILLION
-        axes.set_xlabel(verdict, color=color, weight="bold", labelpad=4, **plain)
+        axes.set_xlabel(verdict, color=color, weight="bold", labelpad=4, parse_math=False, loc="left")
     right_ones = sum(answer == truth for answer, truth in zip(answers, truths, strict=True))
-    return captioned(figure, about, f"{right_ones} of these {len(pictures)} answered rightly")
+    return captioned(figure, about, f"{right_ones} of these {len(pictures)} answered correctly")

@@ -55,7 +55,7 @@ def steering_by_column(
     Args:
         layers: ascending.
         change_first: log p(steered) - log p(control) of the first word, by layer and column.
-        change_second: likewise of the second word.
+        change_second: the same for the second word.
         words: the two words.
         along: "column" or "row": what the subject was steered along.
         about: what was measured on what.
@@ -156,9 +156,9 @@ def steering_maps(
 
 
 def _cell_map(axes: Axes, values: Float[np.ndarray, "4 4"], limit: float) -> AxesImage:
-    """The grid as the picture lies, a colour and a number a cell (x, y); colours reach to `limit` either way.
+    """The grid in the orientation of the picture: a colour and a number for each cell (x, y), from -`limit` to `limit`.
 
-    Cells without a value are grey and named.
+    Cells without a value are grey and say "none".
     """
     limit = max(limit, 1e-12)
     image = axes.imshow(values.T, cmap=colormaps["PuOr"].with_extremes(bad=RULE), vmin=-limit, vmax=limit)
@@ -186,11 +186,11 @@ def steering_by_layer(
     """One picture steered at every layer in turn ([ID] arXiv 2601.12626, Figure 6 d).
 
     Args:
-        layers: of the model.
+        layers: indices of the layers.
         change: log p(steered) - log p(control) by layer and word.
         words: the two words.
         picture: shown beside the curves.
-        title: the question; stands below the picture, or above the curves without one.
+        title: the question, shown below the picture, or above the curves if there is no picture.
         about: what was measured on what.
     """
     check_shapes(layers=(layers, "L"), change=(change, "L 2"), words=(words, "2"))
@@ -231,9 +231,9 @@ def depth_by_row(
     A panel a question: the change of log p(first word) - log p(second word), by the row steered to; a line a layer.
 
     Args:
-        layers: of the model.
+        layers: indices of the layers.
         height: change of log-probability under the question about height, by layer, row and word.
-        depth: likewise under the question about depth.
+        depth: the same under the question about depth.
         height_words: the two words of the one.
         depth_words: the two words of the other.
         about: what was measured on what.

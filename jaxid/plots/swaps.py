@@ -1,7 +1,6 @@
 """Figures of belief swaps (Figures 2 and 9) and activation swaps (Figure 4)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -60,16 +59,16 @@ def belief_swap_by_layer(
     One panel a relation, one for their mean (if there are several), and one over strengths (if given).
 
     Args:
-        layers: of the model.
+        layers: indices of the layers.
         belief: share of beliefs swapped by IDs, 0 to 1, by relation and layer.
         noise: the same by noise.
         relation_names: of the R relations.
         belief_intervals: lower and upper bound (95 %) of `belief`, drawn as a band.
-        noise_intervals: likewise of `noise`.
+        noise_intervals: lower and upper bound (95 %) of `noise`.
         strength: norm of the added vector over the activation's, at which `belief` and `noise` were measured.
-        strengths: other ones, above 0.
+        strengths: further strengths, above 0.
         belief_by_strength: mean share swapped by IDs at each of `strengths`.
-        noise_by_strength: likewise by noise.
+        noise_by_strength: mean share swapped by noise at each of `strengths`.
         strength_layer: the layer at which the strengths were tried.
         about: what was measured on what.
 
@@ -206,9 +205,9 @@ def belief_swap_bars(
         belief: share of beliefs swapped by IDs, the mean over each model's best layers.
         belief_std: its standard deviation over those layers.
         noise: the same of noise at the same layers.
-        noise_std: likewise.
+        noise_std: its standard deviation over those layers.
         belief_interval: lower and upper bound (95 %) of `belief`, drawn as whiskers in place of the deviations.
-        noise_interval: likewise of `noise`; both or none are given.
+        noise_interval: the same for `noise`; give both or neither.
         about: what was measured on what.
     """
     values = {"belief": belief, "belief_std": belief_std, "noise": noise, "noise_std": noise_std}
@@ -223,7 +222,6 @@ def belief_swap_bars(
     places = np.arange(len(names))
     figure = new_figure(max(3.0, 1.1 + 0.75 * len(names)), 3.0)
     axes = figure.add_subplot()
-    error: dict[str, Any] = {"ecolor": INK, "capsize": 2.5, "error_kw": {"elinewidth": 0.9}}
     known = belief_interval is not None and noise_interval is not None
     for shift, heights, spread, interval, color, label in (
         (-0.19, belief, belief_std, belief_interval, BLUE, "IDs"),
@@ -233,7 +231,17 @@ def belief_swap_bars(
         bounds = np.stack([np.minimum(spread, heights), np.minimum(spread, 1 - heights)])
         if known and interval is not None:
             bounds = np.abs(interval.T - heights)
-        axes.bar(places + shift, heights, 0.36, yerr=bounds, color=color, label=label, **error)
+        axes.bar(
+            places + shift,
+            heights,
+            0.36,
+            yerr=bounds,
+            color=color,
+            label=label,
+            ecolor=INK,
+            capsize=2.5,
+            error_kw={"elinewidth": 0.9},
+        )
         for place, height, up in zip(places + shift, heights, bounds[1], strict=True):
             axes.annotate(
                 f"{100 * height:.0f}",

@@ -185,7 +185,7 @@ def test_a_file_needs_a_known_architecture(tiny: Path) -> None:
 def test_folders_and_missing_files_take_no_architecture(tiny: Path) -> None:
     fill(tiny, "clip", "weights.pt", "open_clip_pytorch_model.bin")
     for name in (tiny, tiny / "negclip.pt"):
-        with pytest.raises(InputError, match="belongs to a single weight file, and there is none at"):
+        with pytest.raises(InputError, match="applies to a single weight file only, and"):
             load_encoder(name, architecture="tiny")
 
 

@@ -156,7 +156,7 @@ def broken(tmp_path: Path, published: Any, kind: str, change: Callable[[dict[str
 )
 def test_refuses_files_without_a_layer(tmp_path: Path, published: Any, kind: str, name: str) -> None:
     path = broken(tmp_path, published, kind, lambda held: held.pop(name))
-    with pytest.raises(CheckpointError, match=rf"broken\.pt is no scorer: missing {re.escape(name)};.*it holds "):
+    with pytest.raises(CheckpointError, match=rf"broken\.pt is not a scorer: missing {re.escape(name)};.*it holds "):
         read_authors_scorer(path, TEXT_TOKENS)
 
 
@@ -168,7 +168,7 @@ def test_refuses_other_than_one_table_of_vectors(
     tmp_path: Path, published: Any, change: Callable[[dict[str, Any]], object], count: int
 ) -> None:
     path = broken(tmp_path, published, "cnn", change)
-    said = rf"broken\.pt is no scorer: missing nothing; {count} tables of functional vectors instead of one"
+    said = rf"broken\.pt is not a scorer: missing nothing; {count} tables of functional vectors instead of one"
     with pytest.raises(CheckpointError, match=said):
         read_authors_scorer(path, TEXT_TOKENS)
 
@@ -205,7 +205,7 @@ def test_refuses_files_with_objects_and_runs_nothing(tmp_path: Path, published: 
 
 
 def test_refuses_missing_and_damaged_files(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"There is no file .*gone\.pt"):
+    with pytest.raises(CheckpointError, match=r"gone\.pt does not exist"):
         read_authors_scorer(tmp_path / "gone.pt")
     write_authors_scorer(tmp_path / "cut.pt", init_mlp(jax.random.key(1), IMAGE_TOKENS, 30), vectors())
     whole = (tmp_path / "cut.pt").read_bytes()
@@ -213,7 +213,7 @@ def test_refuses_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cut\.pt cannot be read"):
         read_authors_scorer(tmp_path / "cut.pt")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match=r"list\.pt is no scorer: missing fc1\.weight"):
+    with pytest.raises(CheckpointError, match=r"list\.pt is not a scorer: missing fc1\.weight"):
         read_authors_scorer(tmp_path / "list.pt")
 
 
