@@ -1,4 +1,4 @@
-"""Pooled cosine and dense maps on the published benchmarks ([DCSM] arXiv 2503.08723, section 6)."""
+"""Compares pooled cosine and dense maps on the published benchmarks ([DCSM] arXiv 2503.08723, section 6)."""
 
 import dataclasses
 import hashlib
@@ -28,18 +28,21 @@ Asked = tuple[str, Question]
 
 METHODS = {"cosine": "pooled cosine", "dcsm": "dense maps"}
 
+Results = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+"""Numbers by encoder, method and benchmark."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSummary:
-    """What `summary.json` says.
+    """Summary of an evaluation.
 
     Attributes:
-        models: by encoder, method and benchmark: accuracy with its 95 % interval, number of questions, and chance.
-        skipped: what could not be used, and why.
-        unknown_words: by encoder: words that its vocabulary lacks, and in how many questions they stand.
+        models: accuracy with its 95 % interval, number of questions, and chance, by encoder, method and benchmark.
+        skipped: items that could not be used, and the reasons.
+        unknown_words: words that are missing in an encoder's vocabulary, and in how many questions they occur.
     """
 
-    models: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+    models: Results
     skipped: Sequence[Mapping[str, str]]
     unknown_words: Mapping[str, Mapping[str, int]]
 
@@ -49,13 +52,13 @@ class EvaluateScorers(Command[EvaluationSummary]):
     """Compare pooled cosine and dense maps on the published benchmarks.
 
     Attributes:
-        data: folder of the benchmarks, in their published layouts.
+        data: folder of benchmarks in their published layouts.
         out: folder for parts, tables and figure. A run that it holds is resumed if its settings agree.
         model: encoders.
         scorer: scorers, each used for the encoder that it was trained with; an encoder's own by default.
-        benchmark: names; all that the folder holds by default.
-        rewrite: word captions as the published evaluation does.
-        group: what maps are standardised over: a question's maps, as published, or each alone.
+        benchmark: names of benchmarks; all that the folder holds by default.
+        rewrite: reword captions as the published evaluation does.
+        group: maps that are standardised together: those of a question, as published, or none.
         batch_size: questions answered together.
         restart: discard the run that the folder holds, and begin anew.
         skip_bad: skip rows and pictures that cannot be used, and list them.
@@ -86,11 +89,11 @@ class EvaluateScorers(Command[EvaluationSummary]):
             OutputError: if the folder holds another run, is in use, or cannot be written to.
         """
         ensure_output_folder(self.out)
-        # Captions are worded below: the cosine and the scorer are shown different ones.
+        # Captions are reworded later, since the cosine and the scorer are given different wordings.
         bad: list[tuple[str, DataError]] | None = [] if self.skip_bad else None
         read = benchmarks.read(self.data, self.benchmark or None, rewrite=False, bad=bad)
         asked = [(name, question) for name, questions in read.items() for question in questions]
-        # Questions about one picture stand together, so that it is encoded once.
+        # Questions about one picture are adjacent, so that it is encoded once.
         asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
         chances = {(name, question.key): 1 / len(question.captions) for name, question in asked}
         scorers = self._scorers()
@@ -112,20 +115,20 @@ class EvaluateScorers(Command[EvaluationSummary]):
         return summary
 
     def report(self, result: EvaluationSummary) -> Iterator[str]:
-        """The table, and how much was skipped."""
+        """The table, and how many items were skipped."""
         yield (self.out / "table.md").read_text(encoding="utf-8").rstrip()
         if result.skipped:
             yield f"{len(result.skipped)} skipped; see {self.out / 'summary.json'}"
 
     def _scorers(self) -> dict[str, Scorer | None]:
-        """Every encoder's scorer: one that was given, or else the one in its folder."""
+        """Each encoder's scorer: the given one, or else the one in its folder."""
         given = {path: Scorer.load(path) for path in self.scorer}
         for path, scorer in given.items():
             if scorer.encoder not in ("", *self.model):
                 raise InputError(f"{path} was trained on {scorer.encoder}, which is none of {', '.join(self.model)}.")
         found: dict[str, Scorer | None] = {}
         for model in self.model:
-            # The authors' files do not tell the encoder.
+            # The authors' files do not name the encoder.
             own = [path for path, scorer in given.items() if scorer.encoder in (model, "")]
             if len(own) > 1:
                 raise InputError(f"{own[0]} and {own[1]} are both for {model}; give one of them.")
@@ -134,7 +137,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
         return found
 
     def _answered(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> jobs.Finished:
-        """One encoder's answers, as a job in a folder of its own."""
+        """One encoder's answers, computed by a job in a separate folder."""
         out = self.out / "models" / encoder.name.replace("/", "--")
         settings = {
             "model": encoder.name,
@@ -159,8 +162,8 @@ class EvaluateScorers(Command[EvaluationSummary]):
         return done
 
     def _compute(self, encoder: Encoder, scorer: Scorer | None, chunk: Sequence[Asked]) -> Columns:
-        """Answers to some questions, each picture opened once."""
-        pictures: dict[Any, int] = {}
+        """Answers to some questions; each picture is opened once."""
+        pictures: dict[object, int] = {}
         shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in chunk]
         opened = [benchmarks.load_picture(chunk[shown.index(index)][1]) for index in range(len(pictures))]
 
@@ -175,13 +178,13 @@ class EvaluateScorers(Command[EvaluationSummary]):
         answers = evaluate.answer(
             encoder, opened, worded(False), scorer, scorer_captions=worded(True), shown=shown, group=self.group
         )
-        columns: dict[str, Any] = {
+        columns: Columns = {
             "model": [encoder.name] * len(chunk),
             "benchmark": [name for name, _ in chunk],
             "question": [question.key for _, question in chunk],
             "cosine": answers.cosine,
         }
-        return columns if answers.dcsm is None else columns | {"dcsm": answers.dcsm}
+        return columns if answers.dcsm is None else {**columns, "dcsm": answers.dcsm}
 
 
 def _digest(scorer: Scorer) -> str:
@@ -191,8 +194,8 @@ def _digest(scorer: Scorer) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_tables(out: Path, models: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> None:
-    """`table.csv` and `table.md`: a row for every model and method, a column for every benchmark; and the figure."""
+def _write_tables(out: Path, models: Results) -> None:
+    """Writes `table.csv`, `table.md` and the figure: a row for each model and method, a column for each benchmark."""
     rows = [(model, METHODS[method], found) for model, methods in models.items() for method, found in methods.items()]
     columns = list(dict.fromkeys(name for _, _, found in rows for name in found))
     known = {name: [found[name] for _, _, found in rows if name in found] for name in columns}

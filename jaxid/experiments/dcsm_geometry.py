@@ -1,4 +1,4 @@
-"""Which conditions one vector a picture and one a caption can meet together ([DCSM] arXiv 2503.08723)."""
+"""Which conditions can be met together with one vector per picture and caption ([DCSM] arXiv 2503.08723)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from jaxid.io import ensure_output_folder, write_table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttainableMargins(Command[Mapping[str, np.ndarray]]):
-    """Search which conditions one vector a picture and one a caption can meet together.
+    """Search which conditions can be met together with one vector per picture and caption.
 
     Attributes:
         out: folder for table and figure.
-        seeds: searches of every set of conditions.
-        dimension: coordinates of the vectors.
-        steps: of each search.
-        seed: of the starting vectors.
+        seeds: searches for every set of conditions.
+        dimension: dimension of the vectors.
+        steps: steps of each search.
+        seed: seed of the starting vectors.
     """
 
     name: ClassVar[str] = "dcsm geometry"

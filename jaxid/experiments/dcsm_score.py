@@ -21,12 +21,12 @@ from jaxid.prompts.pictures import open_picture
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionScore:
-    """What a caption of the picture was given.
+    """A caption's scores.
 
     Attributes:
         caption: the text.
-        score: by the scorer of dense maps.
-        cosine: of the pooled picture and caption.
+        score: score of its dense map.
+        cosine: cosine of the pooled picture and caption.
     """
 
     caption: str
@@ -43,7 +43,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         captions: the captions.
         model: alias, Hugging Face id, folder, or OpenCLIP file.
         scorer: a scorer, .safetensors or the authors' .pt; the model's own by default.
-        group: what maps are standardised over: all maps of the call, as published; a picture's maps; or each alone.
+        group: maps that are standardised together: all maps of the call, as published; a picture's maps; or none.
         out: figure of the maps, .png.
     """
 
@@ -60,12 +60,12 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         """Checks what does not need the model.
 
         Raises:
-            InputError: for an option that is none, or a blank caption.
-            OutputError: for a figure that is no PNG.
+            InputError: for an option out of its range, or a blank caption.
+            OutputError: for a figure that is not a PNG file.
         """
         super().__post_init__()
         if not self.captions or not all(caption.strip() for caption in self.captions):
-            raise InputError("the list of captions is empty, or one of them is; give at least one.")
+            raise InputError("no caption was given, or a blank one; give at least one.")
         if self.out is not None and self.out.suffix.lower() != ".png":
             raise OutputError(f"{self.out} cannot be written: figures are PNG files, so the name must end in .png.")
 
@@ -73,8 +73,8 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         """Scores the captions; draws their maps if `out` is given.
 
         Raises:
-            InputError: for a picture that cannot be opened, or a model without a scorer.
-            CheckpointError: if encoder or scorer cannot be read.
+            InputError: if the picture cannot be opened, or the model has no scorer.
+            CheckpointError: if the encoder or the scorer cannot be read.
         """
         if self.out is not None:
             ensure_output_folder(self.out.parent)
@@ -110,7 +110,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         ]
 
     def report(self, result: list[CaptionScore]) -> Iterator[str]:
-        """A line for each caption; the greatest score is marked."""
+        """A line for each caption; the highest score is marked."""
         best = max(result, key=lambda row: row.score)
         width = max(len(row.caption) for row in result)
         yield f"{'caption':{width}s}    score   cosine"
@@ -119,7 +119,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
 
 
 def _token_names(scorer: Scorer, texts: Texts, row: int) -> list[tuple[int, str, bool]]:
-    """Column, words and whether it is functional, of every caption token that stands for characters."""
+    """Column, text and whether it is functional, of every caption token that has characters."""
     captions = texts.captions
     words = place(captions, scorer.vocabulary).words[row]
     return [

@@ -1,9 +1,9 @@
-"""Training of a scorer of dense maps on data sets in their published layouts ([DCSM] arXiv 2503.08723, section 5)."""
+"""Trains a scorer of dense maps on data sets in their published layouts ([DCSM] arXiv 2503.08723, section 5)."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,14 +23,14 @@ from jaxid.train.trackers import Trackers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """What came of a training run.
+    """Outcome of a training run.
 
     Attributes:
-        rows: of metrics, as in `metrics.json`.
+        rows: rows of metrics, as in `metrics.json`.
         sets: how many items each data set has.
     """
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, object]]
     sets: Mapping[str, int]
 
 
@@ -42,7 +42,7 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
         data: folder with spatial/, attributes/, negation.json, or COCO-Spatial.
         out: folder of the run. A run that it holds is resumed if its settings agree.
         model: alias, Hugging Face id, folder, or OpenCLIP file.
-        words: file of functional words, one a line, in place of `vocabulary`; `jaxid dcsm words` writes one.
+        words: file of functional words, one a line, used instead of `vocabulary`; `jaxid dcsm words` writes one.
         save_every: steps between saves.
         restart: discard the run that the folder holds, and begin anew.
         wandb: project of Weights & Biases to log to.
@@ -66,8 +66,8 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
         """Trains, or resumes the run in the folder; writes the scorer with metrics and their curves.
 
         Raises:
-            DataError: if there is no data set, or one is not in its layout.
-            InputError: for data sets that training cannot use, or a missing package.
+            DataError: if no data set is found, or one is not in its published layout.
+            InputError: for data sets that training cannot use, or if a package is missing.
             OutputError: if the folder holds another run, is in use, or cannot be written to.
             CheckpointError: if the encoder cannot be read.
         """
@@ -94,8 +94,8 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
                 restart=self.restart,
                 progress=self.progress,
                 log=log,
+                started=lambda: write_config(self, self.out),
             )
-        write_config(self, self.out)
         if self.torch_file is not None:
             from jaxid.checkpoints.scorer_files import write_authors_scorer
 
@@ -109,7 +109,7 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
         return TrainingSummary(rows=metrics, sets={name: len(items) for name, items in sets.items()})
 
     def report(self, result: TrainingSummary) -> Iterator[str]:
-        """What was learned from, the last loss, and the file."""
+        """The data sets, the last loss, and the scorer's file."""
         last = f", loss {result.rows[-1]['loss']:.3f}" if result.rows else ""
         yield f"{sum(result.sets.values())} items of {', '.join(result.sets)}{last}"
         yield str(self.out / SCORER_FILE)

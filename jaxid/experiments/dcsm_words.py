@@ -18,10 +18,10 @@ class FindWords(Command[Found]):
     Attributes:
         captions: file of captions, one a line.
         out: folder for words, captions, and captions with the words marked.
-        base_url: an OpenAI-compatible endpoint; without it, rules tell functional words.
-        llm: the language model's name there.
-        key_variable: environment variable of the key; empty for none.
-        keep: begin with the published functional words.
+        base_url: an OpenAI-compatible endpoint; without one, functional words are found by rules.
+        llm: name of the endpoint's language model.
+        key_variable: environment variable that holds the key; empty for none.
+        keep: start with the published functional words.
         progress: show a progress bar, on terminals.
     """
 
@@ -39,18 +39,16 @@ class FindWords(Command[Found]):
         """Finds the words and writes `words.txt`, `captions.txt` and `marked.txt`.
 
         Raises:
-            DataError: for captions that cannot be read, or an endpoint that gives no usable answer.
-            InputError: for an endpoint's address or key that cannot be used.
+            DataError: if the captions cannot be read, or the endpoint gives no usable answer.
+            InputError: if the endpoint's address or key cannot be used.
         """
         lines = read_lines(self.captions)
-        known = PUBLISHED if self.keep else ()
-        if self.base_url is None:
-            found = by_rules(lines, known)
-        else:
+        known, ask = PUBLISHED if self.keep else (), None
+        if self.base_url is not None:
             ask = Endpoint(self.base_url, self.llm, self.out / "answers", key_variable=self.key_variable or None)
-            found = by_model(lines, ask, known, progress=self.progress)
         ensure_output_folder(self.out)
         write_config(self, self.out)
+        found = by_rules(lines, known) if ask is None else by_model(lines, ask, known, progress=self.progress)
         marked = [_marked(caption, found.vocabulary) for caption in found.captions]
         for name, texts in (("words", found.vocabulary), ("captions", found.captions), ("marked", marked)):
             write_text(self.out / f"{name}.txt", "\n".join(texts) + "\n")

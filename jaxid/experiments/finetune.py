@@ -1,20 +1,20 @@
 """Fine-tuning on grid scenes with a loss on spatial IDs ([ID] arXiv 2601.12626, section on fine-tuning).
 
-The loss is the cross-entropy of the answer, plus a weight times one minus the mean cosine between the second object's
-activations, less their mean over the batch, and the universal IDs of its cells.
+The loss is the cross-entropy of the answer plus a weighted ID loss: one minus the mean cosine between the second
+object's activations, less their mean over the batch, and the universal IDs of its cells.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid import zoo
 from jaxid.checks import Count, Range, check_finite, check_options
@@ -29,41 +29,42 @@ from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import Recompute
+from jaxid.nn.network import Network
 from jaxid.nn.sites import Capture, clean
 from jaxid.prompts.processor import Prompts
-from jaxid.train.loop import Metrics, Stage
-from jaxid.train.trainable import Selection, choose, for_learning, tensors
+from jaxid.train.loop import Batch, Metrics, Stage
+from jaxid.train.trainable import Selection, Trained, choose, for_learning, tensors
 
 QUESTIONS = {
     "horizontal": "Is the {b} to the left or right of the {a}?",
     "vertical": "Is the {b} above or below the {a}?",
 }
-"""As in the extraction of IDs, the object whose word is read stands second in the pair and first in the question."""
+"""As in the extraction of IDs, the object whose word is read is second in the pair and first in the question."""
 
 PUBLISHED_LAYER = 11
-"""Of 32: the layer after which activations are compared with IDs."""
+"""The layer after which activations are compared with IDs, of 32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """All that decides the outcome of a run, besides model, data and IDs.
+    """Everything that determines the outcome of a run, besides model, data and IDs.
 
     Attributes:
         steps: optimiser steps.
         groups: small batches whose gradients a step averages.
-        batch_size: pictures of a small batch, which differ in the second object's cell alone.
+        batch_size: pictures of a small batch, which differ only in the second object's cell.
         id_weight: weight of the ID loss; 0 trains on answers alone.
         id_layer: decoder layer after which the second object's word is compared with its ID; as deep as 11 of 32 by
             default.
-        learning_rate: the peak.
+        learning_rate: peak of the learning rate.
         weight_decay: of AdamW, on all trained tensors.
         warmup: share of the steps in which the learning rate ascends.
-        schedule: of the learning rate after that: to zero along a line or a cosine, or constant.
+        schedule: decay of the learning rate after that, to zero along a line or a cosine; or constant.
         clip_norm: largest norm of the gradient.
         train: kinds of tensors, joined by commas: vision-mlp, projector, lm-attention, ..., all, random.
         vision_blocks: last blocks of the vision tower that may be trained.
         budget: share of all parameters that may be trained.
-        recompute: what the backward pass recomputes: nothing, all but products with weights (cheap), or all of a block.
+        recompute: what the backward pass recomputes: nothing, all but products with weights (cheap), or whole blocks.
         held_out: share of the object pairs that training never sees.
         template: the user's text, with {query}, {first}, {second}, {First}, {Second}; the published one by default.
         case: form of the answer that is trained; the one that the published code reads for the model's family by
@@ -113,12 +114,12 @@ Config = TypeVar("Config", bound=FinetuneConfig)
 
 
 def resolved(config: Config, model: Model) -> Config:
-    """The settings with layer, template and case as the model has them, where none are given.
+    """The settings with the model's layer, template and case where none are given.
 
     Raises:
         InputError: if the model lacks the layer.
     """
-    shipped = model.name in zoo.SHIPPED  # which know plain questions and answers in lower case only
+    shipped = model.name in zoo.SHIPPED  # shipped models only know plain questions and lower-case answers
     (deep,) = scaled((PUBLISHED_LAYER,), model.num_layers)
     layer = deep if config.id_layer is None else config.id_layer
     if layer >= model.num_layers:
@@ -137,7 +138,7 @@ def resolved(config: Config, model: Model) -> Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Pictures that differ in the second object's cell alone, and along which axis they are asked about."""
+    """Pictures that differ only in the second object's cell, and the axis that they are asked about."""
 
     axis: str
     items: tuple[GridItem, ...]
@@ -145,7 +146,7 @@ class Group:
 
 def groups_of(items: Sequence[GridItem]) -> list[Group]:
     """All groups of two or more pictures: same pair, same cell of the first object, a true answer along the axis."""
-    found: dict[tuple[Any, ...], list[GridItem]] = {}
+    found: dict[tuple[str, tuple[int, int], str, str], list[GridItem]] = {}
     for item in items:
         for along, axis in enumerate(QUESTIONS):
             if item.cell_a[along] != item.cell_b[along]:
@@ -154,10 +155,10 @@ def groups_of(items: Sequence[GridItem]) -> list[Group]:
 
 
 def split_pairs(items: Sequence[GridItem], share: float, seed: int) -> tuple[list[GridItem], list[GridItem]]:
-    """Training items, and those of held-out pairs of objects, whose order does not matter.
+    """Training items, and items of held-out pairs of objects; a pair is held out in both orders.
 
     Raises:
-        DataError: if either would be empty though a share is held out.
+        DataError: if there are too few pairs to hold out a share of them.
     """
     pairs = sorted({tuple(sorted((item.object_a, item.object_b))) for item in items})
     count = max(round(share * len(pairs)), 1) if share else 0
@@ -190,7 +191,7 @@ def spatial_items(items: Sequence[GridItem]) -> list[SpatialItem]:
 
 def group_batch(
     model: Model, group: Group, chosen: Sequence[int], ids: SpatialIDs, config: FinetuneConfig
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Arrays of one small batch.
 
     Args:
@@ -201,12 +202,14 @@ def group_batch(
         config: the run's settings, resolved.
 
     Returns:
-        "inputs", the fields of `Inputs` by name; "positions" and "labels", Int[B, n]: where each token of the answer
-        is read, and its id, -1 where an answer is shorter; "word", Int[B]: position of the second object's; "target",
-        Float[B, D]: its cell's ID; "weight", Float[B].
+        "inputs": the fields of `Inputs` by name.
+        "positions" and "labels", Int[B, n]: where each token of the answer is read, and its id; -1 past its end.
+        "word", Int[B]: position of the second object's word.
+        "target", Float[B, D]: ID of that object's cell.
+        "weight", Float[B]: 0 for rows of padding.
 
     Raises:
-        PromptError: for a word that the question does not hold, or an answer out of the vocabulary.
+        PromptError: if a question does not contain a word, or an answer is not in the vocabulary.
     """
     items = padded([group.items[row] for row in chosen], config.batch_size)
     along, words = list(ANSWERS).index(group.axis), ANSWERS[group.axis]
@@ -241,10 +244,8 @@ def with_answers(
     return prompts, positions.astype(np.int32), labels
 
 
-def step_batch(
-    model: Model, groups: Sequence[Group], ids: SpatialIDs, config: FinetuneConfig, step: int
-) -> dict[str, Any]:
-    """The small batches of a step, stacked: a pure function of seed and step, so that a resumed run sees the same."""
+def step_batch(model: Model, groups: Sequence[Group], ids: SpatialIDs, config: FinetuneConfig, step: int) -> Batch:
+    """The small batches of a step, stacked; a pure function of seed and step, so that a resumed run sees the same."""
     rng = np.random.default_rng((config.seed, step))
     parts = []
     for row in rng.choice(len(groups), config.groups, replace=len(groups) < config.groups):
@@ -256,12 +257,12 @@ def step_batch(
         part["inputs"] = lengthened(part["inputs"], -(-longest // 16) * 16)
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(part)) for part in parts}
     if len(shapes) > 1:
-        raise InputError("the small batches of a step have pictures of different sizes; give pictures of one size.")
+        raise InputError("the small batches of a step have pictures of different sizes; use pictures of one size.")
     return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
-def lengthened(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The fields of `Inputs` with more padding."""
+def lengthened(inputs: Mapping[str, PyTree], tokens: int) -> dict[str, PyTree]:
+    """The fields of `Inputs`, padded to a number of tokens."""
     count, length = inputs["token_ids"].shape
 
     def longer(values: np.ndarray, padding: int) -> np.ndarray:
@@ -288,26 +289,21 @@ def id_loss(
     """One minus the mean cosine between activations, less their mean, and the IDs of their cells.
 
     Args:
-        activations: of the second object's word, after one layer.
-        targets: IDs.
+        activations: activations at the second object's word, after one layer.
+        targets: IDs of the cells.
         weight: 0 for rows of padding.
     """
     activations, total = activations.astype(jnp.float32), weight.sum()
     centred = activations - (activations * weight[:, None]).sum(axis=0) / total
-    lengths = jnp.maximum(_length(centred) * _length(targets), 1e-12)
-    cosines = (centred * targets).sum(axis=-1) / lengths
+    # In a batch of equal rows all lengths are zero, where only the clipped ones have a finite gradient.
+    cosines = optax.cosine_similarity(centred, targets, epsilon=1e-6)
     return 1 - (cosines * weight).sum() / total
-
-
-def _length(x: Float[Array, "B D"]) -> Float[Array, "B"]:
-    # The gradient of a root is infinite at zero, where a batch of equal rows has it.
-    return jnp.sqrt(jnp.maximum((x * x).sum(axis=-1), 1e-24))
 
 
 def answer_loss(
     logits: Float[Array, "B n V"], labels: Int[Array, "B n"], weight: Float[Array, "B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross-entropy over the answers' tokens, and the share of first tokens that are the most probable ones."""
+    """Mean cross-entropy over the answers' tokens, and the share of answers whose first token is the most probable."""
     counted = jnp.where(labels >= 0, weight[:, None], 0.0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.maximum(labels, 0))
     hits = jnp.where(jnp.argmax(logits[:, 0], axis=-1) == labels[:, 0], weight, 0.0)
@@ -315,9 +311,9 @@ def answer_loss(
 
 
 def loss(
-    definition: Any, parameters: Any, batch: Mapping[str, Any], *, id_layer: int, id_weight: float
+    definition: nnx.GraphDef[Network], parameters: PyTree, batch: Batch, *, id_layer: int, id_weight: float
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The whole loss of a small batch and its parts; see the module, and `group_batch` for the arrays."""
+    """The whole loss of a small batch and its parts, see above; the arrays are those of `group_batch`."""
     network = nnx.merge(definition, nnx.State(parameters))
     capture = Capture(("resid_post",), positions=batch["word"][:, None])
     output = network(Inputs(**batch["inputs"]), clean, capture, batch["positions"])
@@ -332,19 +328,17 @@ def loss(
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def learning_rates(config: FinetuneConfig) -> Callable[[Any], Any]:
-    """The learning rate of a step, counted from 0: ascending along a line, then as the schedule says."""
-    rise = max(1, math.ceil(config.warmup * config.steps)) if config.warmup else 0
-    fall = max(1, config.steps - rise)
-
-    def rate(step: Any) -> Any:
-        step = jnp.asarray(step, jnp.float32)
-        risen = jnp.minimum((step + 1) / max(rise, 1), 1.0) if rise else 1.0
-        past = jnp.clip((step - rise) / fall, 0.0, 1.0)
-        left = {"constant": 1.0, "linear": 1.0 - past, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * past))}[config.schedule]
-        return config.learning_rate * risen * left
-
-    return rate
+def learning_rates(config: FinetuneConfig) -> optax.Schedule:
+    """The learning rate of a step, counted from 0: a linear warm-up, then the schedule."""
+    peak, warmup = config.learning_rate, math.ceil(config.warmup * config.steps)
+    rest = max(1, config.steps - warmup)
+    schedules = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }
+    ascending = optax.linear_schedule(peak / max(1, warmup), peak, warmup - 1)
+    return optax.join_schedules([ascending, schedules[config.schedule]], [warmup])
 
 
 def optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
@@ -360,10 +354,9 @@ class Task:
     """A run, ready to be trained.
 
     Attributes:
-        model: what it begins with.
-        selection: what is trained.
-        trained: how many numbers that is.
-        definition: the network's, for training.
+        model: the model that it begins with.
+        selection: the trained tensors.
+        definition: the network's structure, for training.
         groups: the training data.
         config: the settings, resolved.
         ids: the model's universal IDs.
@@ -371,16 +364,21 @@ class Task:
 
     model: Model
     selection: Selection
-    trained: int
-    definition: Any
+    definition: nnx.GraphDef[Network]
     groups: tuple[Group, ...]
     config: FinetuneConfig
     ids: SpatialIDs
 
-    def stage(self) -> Stage:
-        """The whole run as one stage of `jaxid.train.loop`; its parameters are the trained tensors alone."""
+    @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        shapes = jax.eval_shape(self.selection.split, self.model.parameters)
+        return sum(leaf.size for leaf in shapes.values())
 
-        def of_trained(trained: Any, batch: dict[str, Any]) -> tuple[Array, Metrics]:
+    def stage(self) -> Stage:
+        """The whole run as one stage of `jaxid.train.loop`, whose parameters are the trained tensors only."""
+
+        def of_trained(trained: Trained, batch: Batch) -> tuple[Array, Metrics]:
             parameters = self.selection.merge(batch["frozen"], trained)
             layer = cast(int, self.config.id_layer)
             return loss(self.definition, parameters, batch, id_layer=layer, id_weight=self.config.id_weight)
@@ -396,13 +394,13 @@ class Task:
             accumulate=True,
         )
 
-    def model_with(self, trained: Mapping[str, Any]) -> Model:
-        """The model with trained tensors in place."""
+    def model_with(self, trained: Trained) -> Model:
+        """The model with the trained tensors in place."""
         return self.model.with_parameters(self.selection.merge(self.model.parameters, trained))
 
 
 def select(model: Model, config: FinetuneConfig) -> Selection:
-    """What is trained of a model, whose parameters may be shapes alone.
+    """The trained tensors of a model, whose parameters may be shapes only.
 
     Raises:
         InputError: for an unknown kind of tensors, or if none fits the budget.
@@ -414,17 +412,17 @@ def select(model: Model, config: FinetuneConfig) -> Selection:
 
 
 def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: FinetuneConfig) -> Task:
-    """Chooses what is trained and groups the data.
+    """Selects the trained tensors and groups the data.
 
     Args:
-        model: what the run begins with.
+        model: the model that the run begins with.
         items: training pictures.
         ids: the model's universal IDs.
         config: the settings.
 
     Raises:
         InputError: if no tensor fits the budget, the layer is out of range, or the IDs are another model's.
-        DataError: if no two pictures differ in the second object's cell alone.
+        DataError: if no two pictures differ only in the second object's cell.
     """
     config = resolved(config, model)
     if config.id_weight:
@@ -434,11 +432,9 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         raise DataError("no two pictures show the same pair with the first object in one cell: nothing to train on.")
     if config.id_weight:
         check_finite(f"the universal IDs of layer {config.id_layer}", np.asarray(ids.universal)[config.id_layer])
-    shapes = jax.eval_shape(selection.split, model.parameters)
     return Task(
         model=model,
         selection=selection,
-        trained=sum(leaf.size for leaf in shapes.values()),
         definition=for_learning(model.definition, model.parameters, selection, recompute=config.recompute),
         groups=tuple(groups),
         config=config,
@@ -452,9 +448,9 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
 def evaluate(
     model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", batch_size: int = 32
 ) -> tuple[int, int]:
-    """How many questions are answered rightly: the true word is more probable than the other one.
+    """How many questions are answered correctly: the true word is more probable than the other one.
 
-    Both forms of a word count together.
+    The probabilities of both forms of a word are added up.
 
     Args:
         model: the model.
@@ -463,7 +459,7 @@ def evaluate(
         batch_size: questions of one kind that are asked together.
 
     Returns:
-        Right answers, and questions.
+        Number of correct answers, and number of questions.
     """
     right = 0
     for words in ANSWERS.values():

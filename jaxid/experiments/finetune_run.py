@@ -1,4 +1,4 @@
-"""`jaxid finetune` and `jaxid compare-finetune`: training with an ID loss to a Hugging Face folder, and comparisons."""
+"""`jaxid finetune` and `jaxid compare-finetune`: train with an ID loss, export the model, and compare runs."""
 
 import dataclasses
 import hashlib
@@ -18,6 +18,7 @@ from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, open_chec
 from jaxid.checkpoints.tensors import unflatten
 from jaxid.checks import Count, check_finite, check_seed
 from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
+from jaxid.data.files import write_csv
 from jaxid.data.grid import GridItem, read_finetune_folder
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Command, read_spatial_ids, write_config
@@ -26,6 +27,7 @@ from jaxid.families.base import Model
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.train import loop as training
 from jaxid.train.trackers import Trackers
+from jaxid.train.trainable import Trained
 
 COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
 SETS = {"held_out": "held-out pairs", "coco_spatial": "COCO-Spatial"}
@@ -35,26 +37,26 @@ CHECKED = ("step", *(f"{name}{part}" for name in SETS for part in _PARTS))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneSummary:
-    """What came of a run.
+    """Summary of a fine-tuning run.
 
     Attributes:
         experiment: "finetune".
-        model: what the run began with.
-        config: all that decided the outcome, besides model, data and IDs.
-        pictures: how many there were, those of held-out pairs included.
-        groups: how many groups of pictures they made.
-        trained_parameters: how many numbers were trained.
-        trained_share: of all the model's.
-        skipped_steps: whose gradient was not finite.
-        trained_tensors: by path, with their layers.
-        evaluations: by step and set, the share of right answers, right answers, and questions.
+        model: the model that the run began with.
+        config: everything that determined the outcome, besides model, data and IDs.
+        pictures: number of pictures, including those of held-out pairs.
+        groups: number of groups of pictures.
+        trained_parameters: number of trained parameters.
+        trained_share: their share of all the model's parameters.
+        skipped_steps: number of steps skipped because their gradient was not finite.
+        trained_tensors: paths of the trained tensors, with their layers.
+        evaluations: for each evaluated step, accuracy, number of correct answers and number of questions of every set.
         exported: folder of the trained model.
-        seconds: that this call took.
+        seconds: duration of this call.
     """
 
     experiment: str
     model: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     pictures: int
     groups: int
     trained_parameters: int
@@ -75,12 +77,12 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
 
     Attributes:
         out: folder of the run. A run that it holds is resumed if its settings agree.
-        data: fine-tuning set {A}_{ax}-{ay}_{B}_{bx}-{by}.png, or a grid folder.
+        data: folder of pictures {A}_{ax}-{ay}_{B}_{bx}-{by}.png, or a grid folder.
         ids: the model's spatial IDs, .safetensors or the authors' .pt; `jaxid ids extract` makes them.
         model: alias, Hugging Face id or folder.
         coco: COCO-Spatial folder to evaluate on as well.
-        questions: most questions of an evaluation, drawn by the seed.
-        dtype: of parameters and activations; trained tensors are kept in float32 besides.
+        questions: largest number of questions in an evaluation, drawn by the seed.
+        dtype: of parameters and activations; trained tensors also have a float32 copy.
         save_every: steps between saves.
         check_every: steps between evaluations.
         record_every: steps between rows of metrics.
@@ -111,7 +113,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         """Trains, or resumes the run in the folder; evaluates before, during and after, exports and draws.
 
         Raises:
-            InputError, DataError, CheckpointError, OutputError: for what cannot be used, naming it.
+            InputError, DataError, CheckpointError, OutputError: naming what cannot be used.
         """
         started = time.perf_counter()
         io.ensure_output_folder(self.out)
@@ -134,7 +136,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         board = self.out / "tensorboard" if self.tensorboard else None
         trackers = Trackers(settings, wandb=self.wandb, tensorboard=board)
         training.check_folder(self.out, settings, restart=self.restart, part=True)
-        with io.locked(self.out):  # all that is wrong shows before the weights are read
+        with io.locked(self.out):  # errors are raised before the weights are read
             task(unloaded(checkpoint), train_items, ids, config).stage().batch(0)
 
         model = checkpoint.load()
@@ -158,12 +160,12 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 sets[name] = [items[row] for row in sorted(rows)]
         return sets
 
-    def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers) -> Any:
-        """The trained tensors; metrics and evaluations are written on the way."""
+    def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers) -> Trained:
+        """Returns the trained tensors; writes metrics and evaluations meanwhile."""
         path = self.out / "evaluations.csv"
 
-        def check(step: int, trained: Mapping[str, Any]) -> None:
-            row: dict[str, Any] = {"step": step}
+        def check(step: int, trained: Trained) -> None:
+            row: dict[str, float | str] = {"step": step}
             for name, items in sets.items():
                 right, count = evaluate(job.model_with(trained), items, template=job.config.template or "{query}")
                 row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
@@ -241,12 +243,12 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
 
 
 def settings_of(config: FinetuneConfig) -> dict[str, Any]:
-    """All that decides the outcome of a run, by name."""
+    """Everything that determines the outcome of a run, by name."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
 
 
 def unloaded(checkpoint: Checkpoint) -> Model:
-    """A model with the shapes of its parameters in their place."""
+    """A model with the shapes of its parameters instead of their values."""
     definition, shapes = abstract_parameters(checkpoint.kind, checkpoint.model.config)
     return dataclasses.replace(checkpoint.model, definition=definition, parameters=unflatten(shapes))
 
@@ -261,7 +263,7 @@ def _digest(items: Sequence[GridItem]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval:
-    """The mean of runs and its Student's 95 % interval; of a single run, the value alone."""
+    """Mean over runs with Student's 95 % interval; for a single run, just its value."""
 
     mean: float
     low: float
@@ -270,23 +272,23 @@ class Interval:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Interval":
-        """Of the runs' values."""
+        """The interval of some runs' values."""
         mean, half = float(values.mean()), float(np.nan_to_num(mean_interval(values)))
         return cls(mean=mean, low=mean - half, high=mean + half, values=values.tolist())
 
 
 Comparison = Mapping[str, Mapping[str, Interval]]
-"""By evaluation set, then by "with_ids", "without_ids", "before" and "difference"."""
+"""Intervals by evaluation set, then by "with_ids", "without_ids", "before" and "difference"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareFinetune(Command[Comparison]):
     """Compare fine-tuning runs with and without the ID loss.
 
-    Those of one seed are also compared pair by pair.
+    Runs with the same seed are also compared in pairs.
 
     Attributes:
-        folders: of the runs, equal but for seed and weight of the ID loss, several seeds of both.
+        folders: folders of runs that differ only in seed and weight of the ID loss.
         out: folder for `comparison.csv`, `comparison.json` and `comparison.png`.
     """
 
@@ -299,8 +301,8 @@ class CompareFinetune(Command[Comparison]):
         """Reads the runs' summaries, compares the last evaluations and draws all of them.
 
         Raises:
-            DataError: if a folder holds no finished run, or they are not of both kinds.
-            InputError: if they differ in more than seed and weight.
+            DataError: if a folder holds no finished run, or runs of one kind are missing.
+            InputError: if the runs differ in more than seed and weight.
         """
         kinds = self._read()
         runs = [run for of_kind in kinds.values() for run in of_kind.values()]
@@ -323,12 +325,12 @@ class CompareFinetune(Command[Comparison]):
         io.ensure_output_folder(self.out)
         write_config(self, self.out)
         io.write_json(self.out / "comparison.json", found)
-        lines = ["set,runs,mean,low,high,values"]
+        lines = [["set", "runs", "mean", "low", "high", "values"]]
         for name, entries in found.items():
             for kind, entry in entries.items():
-                values = " ".join(f"{value:.4f}" for value in entry.values)
-                lines.append(f"{name},{kind},{entry.mean:.4f},{entry.low:.4f},{entry.high:.4f},{values}")
-        io.write_text(self.out / "comparison.csv", "\n".join(lines) + "\n")
+                numbers = (f"{value:.4f}" for value in (entry.mean, entry.low, entry.high))
+                lines.append([name, kind, *numbers, " ".join(f"{value:.4f}" for value in entry.values)])
+        write_csv(self.out / "comparison.csv", lines)
         questions = {row[f"{name}_questions"] for run in runs for row in run["evaluations"] for name in found}
         about = plots.About(
             model=str(runs[0]["model"]),
@@ -344,11 +346,11 @@ class CompareFinetune(Command[Comparison]):
         """The runs' summaries by "with_ids" and "without_ids", and by seed."""
         kinds: dict[str, dict[int, Mapping[str, Any]]] = {"with_ids": {}, "without_ids": {}}
         seen: dict[tuple[str, int], Path] = {}
-        shared: Any = None
+        shared: list[object] = []
         for folder in self.folders:
             run = _read_summary(folder)
-            shared = shared or _shared(run)
-            if _shared(run) != shared:
+            shared.append(_shared(run))
+            if shared[-1] != shared[0]:
                 raise InputError(f"{folder} differs from {self.folders[0]} in more than seed and ID loss.")
             kind, seed = "with_ids" if run["config"]["id_weight"] else "without_ids", run["config"]["seed"]
             if (kind, seed) in seen:
@@ -359,7 +361,7 @@ class CompareFinetune(Command[Comparison]):
         return kinds
 
     def report(self, result: Comparison) -> Iterator[str]:
-        """A line for every set and kind of run."""
+        """A line for each set and kind of run."""
         for name, entries in result.items():
             for kind, entry in entries.items():
                 yield (
@@ -394,7 +396,7 @@ def _sets_of(summary: Mapping[str, Any]) -> list[str]:
     return [name for name in SETS if name in summary["evaluations"][0]]
 
 
-def _shared(summary: Mapping[str, Any]) -> Any:
-    """What runs that are compared have in common."""
+def _shared(summary: Mapping[str, Any]) -> object:
+    """The part of a summary in which compared runs must agree."""
     config = {name: value for name, value in summary["config"].items() if name not in ("seed", "id_weight")}
     return summary["model"], config, [row["step"] for row in summary["evaluations"]], _sets_of(summary)

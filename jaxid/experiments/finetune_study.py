@@ -30,20 +30,19 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
     Draws pictures, extracts the model's IDs, trains every run and compares them.
 
     Attributes:
-        out: folder for data, IDs, a folder of every run, and `comparison/`. A study that it holds is resumed if its
+        out: folder for data, IDs, a folder for each run, and `comparison/`. A study that it holds is resumed if its
             settings agree.
-        model: what all runs begin with.
-        seeds: how many runs of either kind; each holds out other pairs.
-        pairs: ordered pairs of objects that are drawn, each at all 240 placements.
-        questions: of an evaluation.
+        model: the model that all runs begin with.
+        seeds: number of runs of each kind; each seed holds out other pairs.
+        pairs: number of ordered pairs of objects that are drawn, each at all 240 placements.
+        questions: number of questions in an evaluation.
         check_every: steps between evaluations.
         restart: discard the study that the folder holds, and begin anew.
         progress: show progress bars, on terminals.
-        steps: of every run.
-        id_layer: decoder layer after which the second object's word is compared with its ID: where tiny-llava's words
-            hold places, as deep as the published 11 of 32.
-        train: kinds of tensors, joined by commas; of a tiny network's tower and projector alone nothing comes.
-        learning_rate: the peak; a network of a million parameters moves too little at the published 5e-5.
+        steps: optimiser steps of each run.
+        id_layer: decoder layer after which the second object's word is compared with its ID.
+        train: kinds of tensors, joined by commas.
+        learning_rate: peak of the learning rate.
         seed: the first of the runs' seeds.
     """
 
@@ -66,7 +65,7 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
         """Makes what is missing of the study and compares the runs.
 
         Raises:
-            InputError: for an option that cannot be used, before anything is drawn.
+            InputError: if an option cannot be used, before anything is drawn.
             OutputError: if the folder holds a study with other settings, or is in use.
         """
         if not self.id_weight:
@@ -101,7 +100,7 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
         ).run()
 
     def _draw(self) -> None:
-        """Makes the pictures of all runs and, last, the model's IDs."""
+        """Draws the pictures of all runs; then extracts the model's IDs, whose file shows that all is there."""
         rng = np.random.default_rng(31)
         first, second = np.triu_indices(len(OBJECTS), 1)
         chosen = rng.choice(len(first), self.pairs, replace=False)
@@ -121,5 +120,5 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
         found.save(self.out / "ids.safetensors")
 
     def report(self, result: Comparison) -> Iterator[str]:
-        """A line for every set and kind of run."""
+        """A line for each set and kind of run."""
         return CompareFinetune((), out=self.out / "comparison").report(result)

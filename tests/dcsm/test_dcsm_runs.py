@@ -168,7 +168,7 @@ def test_weights_come_last(
     train, evaluation = ["train", "--data", str(drawn), "--out", out], ["eval", "--data", str(drawn / "evaluation")]
     for arguments, message in [
         (["score", "nowhere.png", "a"], "nowhere.png"),
-        (["score", picture, " "], "list of captions is empty"),
+        (["score", picture, " "], "no caption was given"),
         (["score", picture, "a", *damaged], "damaged.safetensors"),
         (["score", picture, "a", "--out", f"{out}.jpg"], "must end in .png"),
         ([*train, "--kind", "tree"], "tree"),

@@ -448,7 +448,7 @@ def test_what_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises((InputError, CheckpointError), match="another"):
         finetune.task(model(), items(), other, QUICK)
     (tmp_path / "star_0-0_fish.png").write_bytes(b"")
-    with pytest.raises(DataError, match="is not the name of a fine-tuning picture"):
+    with pytest.raises(DataError, match="does not name a fine-tuning picture"):
         read_finetune_folder(tmp_path)
     with pytest.raises(DataError, match="holds no finished fine-tuning run"):
         CompareFinetune((tmp_path,), out=tmp_path).run()
