@@ -67,7 +67,7 @@ COMMANDS = {
 """Every command, and what it is made from: a dataclass with `run` and `printed`, or a function."""
 
 SHORT = {
-    "demo": "Find, draw and prove the spatial IDs of the model that ships with jaxid.",
+    "demo": "Find the spatial IDs of the model that ships with jaxid, draw them, and show that they are causal.",
     "ask": "Ask a model about a picture.",
     "finetune": "Fine-tune on grid scenes with a loss on spatial IDs.",
     "compare-finetune": "Compare fine-tuning runs with and without the ID loss.",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 AnyArray = np.ndarray | Array
 """An array known at trace time (`np.ndarray`), or one that the program computes."""
 
-Rotation = tuple[Float[Array, "*G B T F"], Float[Array, "*G B T F"]]
+Rotation = tuple[Float[Array, "*B T F"], Float[Array, "*B T F"]]
 """Cosine and sine of every token's rotary angles; `jaxid.nn.views` adds an axis for full and sliding layers."""
 
 

@@ -45,9 +45,10 @@ def pytest_runtest_call() -> Generator[None, object, object]:
     return result
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For modules that compile many small programs and run each a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most tests compile many small programs and run each a few times; modules marked `optimized` run theirs long."""
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

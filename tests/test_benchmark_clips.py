@@ -15,6 +15,8 @@ import torch
 
 import jaxid
 
+pytestmark = pytest.mark.optimized
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 Modules = Callable[[str], ModuleType]

@@ -17,6 +17,8 @@ from jaxid.errors import InputError
 from jaxid.families.llava import LlavaConfig
 from jaxid.zoo import tiny_llava
 
+pytestmark = pytest.mark.optimized
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUESTIONS = (
     "Is the star to the left or right of the fish ? ASSISTANT :",

@@ -21,6 +21,8 @@ from jaxid.families.llava import Llava
 from jaxid.zoo import tiny_llava
 from jaxid.zoo.export import write_llava
 
+pytestmark = pytest.mark.optimized
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SYSTEMS = ("published", "strongest", "rewritten", "nnsight")
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")

@@ -32,7 +32,6 @@ STEPS = 20
 
 pytestmark = [
     over(UNLIKE, among=EACH),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 

@@ -21,6 +21,8 @@ from jaxid.experiments.demo_report import render
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.io import read_table
 
+pytestmark = pytest.mark.optimized
+
 FIGURES = ("scenes", "id_plane", "variance", "belief_swap", "steering", "steering_map", "mirror_swap")
 GEOMETRY = (
     "explained_variance",

@@ -29,7 +29,6 @@ from jaxid.interp.trace import trace
 from jaxid.nn.sites import Site, clean
 from jaxid.prompts.processor import Prompts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 STEPS = 7
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}

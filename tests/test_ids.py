@@ -437,7 +437,7 @@ def test_authors_universal_files(ids, tmp_path, sized):
         (lambda tree: tree[2]["fish"].pop((1, 2, 124)), r"\[2\]\['fish'\] has no cell \(1, 2, 124\)"),
         (
             lambda tree: tree[2]["fish"].update({(4, 0, 224): torch.zeros(WIDTH)}),
-            r"\[2\]\['fish'\] has a strange cell \(4",
+            r"\[2\]\['fish'\] has an unexpected cell \(4",
         ),
         (
             lambda tree: tree[3]["cup"].update({(0, 0, 224): torch.zeros(7)}),
@@ -451,12 +451,12 @@ def test_authors_universal_files(ids, tmp_path, sized):
         (lambda tree: tree[3]["cup"].update({"0_0": torch.zeros(WIDTH)}), r"\['cup'\] has the key '0_0'"),
         (lambda tree: tree[1].pop("cup"), "layer 1 is of"),
         (lambda tree: tree.pop(2), "has no layer 2"),
-        (lambda tree: tree.update({"2": tree[2]}), r"\['2'\] is not the index of a layer, or is one twice"),
+        (lambda tree: tree.update({"2": tree[2]}), r"\['2'\] is not the index of a layer, or repeats one"),
         (lambda tree: tree.update({"last": tree[2]}), r"\['last'\] is not the index"),
         (lambda tree: tree.update({2: torch.zeros(WIDTH)}), r"\[2\] is not a dictionary"),
         (
             lambda tree: tree[2].update({"fish": {}}),
-            r"\[2\]\['fish'\] is not a dictionary of spatial IDs, or an empty",
+            r"\[2\]\['fish'\] is not a dictionary of spatial IDs, or is empty",
         ),
         (lambda tree: tree[2].update({5: {}}), r"\[2\] is keyed by"),
         (lambda tree: tree.clear(), "ids.pt is not a dictionary"),

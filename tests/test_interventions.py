@@ -311,7 +311,7 @@ def test_what_cannot_be_stacked(edits: Any, named: str) -> None:
 
 
 def test_stacks_stay_on_the_host_where_they_are_known() -> None:
-    whole = stack(add(layer, [1, 4], VECTOR) for layer in (2, 3))
+    whole: Any = stack(add(layer, [1, 4], VECTOR) for layer in (2, 3))
     assert isinstance(whole.positions, np.ndarray) and whole.layer.tolist() == [2, 3]
     assert whole.reach is not None and whole.reach.position.tolist() == [1, 4]
 

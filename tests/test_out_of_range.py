@@ -19,7 +19,6 @@ from jaxid.interp.interventions import Edit, add, chain, replace
 from jaxid.interp.trace import rerun, residuals_at, swap, trace
 from jaxid.nn.sites import SITES, Capture, clean
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
 GQA = CASES[1]
 LAYERS = [-5, -1, 0, 2, 3, 6, 2**31 - 1, -(2**31)]

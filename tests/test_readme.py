@@ -13,6 +13,8 @@ import pytest
 
 from jaxid.cli import COMMANDS, GROUPS
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 

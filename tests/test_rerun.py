@@ -23,7 +23,6 @@ from jaxid.interp.trace import Trace, rerun, trace
 from jaxid.nn.sites import SITES, Site, clean
 from jaxid.prompts.processor import Prompts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
 _, GQA, BIASED = CASES
 

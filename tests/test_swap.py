@@ -18,7 +18,6 @@ from jaxid.interp.interventions import add, chain, replace, scale
 from jaxid.interp.trace import Trace, rerun, swap, trace
 from jaxid.nn.sites import Capture, clean
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
 PLAIN, GQA, BIASED = CASES
 LAYERS = np.arange(3)

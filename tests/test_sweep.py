@@ -23,7 +23,6 @@ from jaxid.interp.sweep import Sweep, bucket, rows_together
 from jaxid.interp.trace import rerun, swap
 from jaxid.nn import passes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
 GQA = CASES[1]
 

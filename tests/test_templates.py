@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +157,18 @@ def test_broken_templates(processor: Processor, name: str) -> None:
 @pytest.mark.parametrize("name", ENDLESS)
 def test_templates_that_never_end(processor: Processor, name: str) -> None:
     endless = with_template(processor, ENDLESS[name])
-    found: list[Any] = []
+    found: list[str] = []
 
     def prepare() -> None:
-        start = time.process_time()
         try:
             endless.prepare(None, "star")
         except PromptError as error:
-            found.extend([str(error), time.process_time() - start])
+            found.append(str(error))
 
     thread = threading.Thread(target=prepare, daemon=True)  # no signals there
     thread.start()
     thread.join(60)
-    assert found and "more than 100000 steps" in found[0] and found[1] < 10
+    assert found and "more than 100000 steps" in found[0]
 
 
 def test_many_pictures_and_long_questions_are_within_the_budget(processor: Processor) -> None:

@@ -25,7 +25,6 @@ from jaxid.interp.trace import Trace, rerun, residuals_at, trace
 from jaxid.nn.sites import Capture, clean
 from jaxid.prompts.processor import Prompts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXACT = 1e-5
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 GQA = CASES[1]

@@ -22,8 +22,6 @@ from jaxid.errors import CheckpointError, InputError, JaxidWarning, OutputError
 from jaxid.train import loop as training
 from jaxid.train.loop import Stage
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SETTINGS = {"seed": 3, "rates": (0.1, 0.2)}
 START = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2, np.float32)}
 

@@ -70,7 +70,7 @@ def _refuse_compressed(path: str | Path) -> None:
                 raise ValueError("the file is compressed")
 
 
-def _numpy_numbers() -> list[object]:
+def _numpy_numbers() -> list[Any]:
     """What builds a NumPy number, which schedules leave in training checkpoints; it runs no code of the file."""
     from numpy._core.multiarray import scalar
 

@@ -13,7 +13,7 @@ from jaxid.errors import InputError, PromptError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output
 from jaxid.interp.trace import Trace
-from jaxid.prompts.pictures import Picture
+from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor, Prompts
 from jaxid.prompts.words import word_spans
 
@@ -127,7 +127,7 @@ def fill(template: str, query: str, answers: Sequence[str]) -> str:
 
 def prepare_questions(
     model: Model,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Picture] | Sequence[Clip],
     questions: Sequence[str],
     names: Sequence[tuple[str, ...]],
     *,
@@ -142,7 +142,7 @@ def prepare_questions(
 
     Args:
         model: the model.
-        pictures: one for each question.
+        pictures: a picture or clip for each question.
         questions: the user's texts.
         names: names of every question's objects, the steered one first.
         axis: "horizontal" or "vertical".

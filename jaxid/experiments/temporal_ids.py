@@ -13,7 +13,7 @@ from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.checks import Count, check_finite
 from jaxid.data.clips import AppearItem, read_appear_folder
 from jaxid.errors import DataError
-from jaxid.experiments.base import write_config
+from jaxid.experiments.base import SkippedItems, write_config
 from jaxid.experiments.spatial_ids import Extraction
 from jaxid.experiments.temporal import ANSWERS
 from jaxid.ids.extract import TEMPORAL_QUESTION, centred_words, extract_temporal
@@ -43,7 +43,7 @@ class TemporalExtraction:
     fingerprint: str
     clips: int
     pairs: int
-    skipped: dict[str, object]
+    skipped: SkippedItems
     frames: list[int]
     rank_correlation: Float[np.ndarray, "L"]
     share_of_variance: Float[np.ndarray, "L"]

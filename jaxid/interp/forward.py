@@ -176,21 +176,21 @@ def checked_positions(prompts: Prompts, positions: object, new_tokens: int = 0) 
     Raises:
         InputError: for another shape or dtype, or a concrete position outside its prompt.
     """
-    positions = as_positions(positions)
+    wanted: AnyArray = as_positions(positions)
     count = len(prompts)
-    if positions.shape[0] not in (1, count):
-        raise InputError(f"`positions` is for {positions.shape[0]} prompts, but the batch holds {count}.")
-    if isinstance(positions, Tracer):
-        return jnp.broadcast_to(positions, (count, positions.shape[1]))
-    positions = np.broadcast_to(positions, (count, positions.shape[1]))
-    beyond = np.argwhere(positions > prompts.last()[:, None] + new_tokens)
+    if wanted.shape[0] not in (1, count):
+        raise InputError(f"`positions` is for {wanted.shape[0]} prompts, but the batch holds {count}.")
+    if isinstance(wanted, Tracer):
+        return jnp.broadcast_to(wanted, (count, wanted.shape[1]))
+    wanted = np.broadcast_to(wanted, (count, wanted.shape[1]))
+    beyond = np.argwhere(wanted > prompts.last()[:, None] + new_tokens)
     if beyond.size:
         row, place = beyond[0]
         raise InputError(
-            f"position {positions[row, place]} lies outside prompt {row}, which ends at {prompts.last()[row]}"
+            f"position {wanted[row, place]} lies outside prompt {row}, which ends at {prompts.last()[row]}"
             + (f" before {new_tokens} new tokens." if new_tokens else "; what follows is padding.")
         )
-    return positions
+    return wanted
 
 
 def nan_outside(

@@ -230,7 +230,7 @@ class Wrapped:
         return cls(*arrays) if function is None else cls(function)
 
 
-def as_intervention(intervention: object) -> Intervention:
+def as_intervention(intervention: Any) -> Intervention:
     """The intervention itself; any other callable is wrapped.
 
     Raises:
@@ -315,19 +315,19 @@ def _edit(
     if site not in SITES:
         raise InputError(f"site {site!r} is not one of {', '.join(SITES)}.")
     # Concrete ones stay on the host, where it is decided what a rerun can skip, even while tracing.
-    layer, positions = as_integers("layer", layer), as_positions(positions)
-    sweep = layer.shape
-    if layer.size == 0:
+    layers, places = as_integers("layer", layer), as_positions(positions)
+    sweep = layers.shape
+    if layers.size == 0:
         raise InputError("the sweep is empty: `layer` names no layers.")
-    vectors = {name: _vector(value, sweep, positions) for name, value in vector.items()}
-    strength = _numbers("strength", strength)
-    strength = strength.astype(_wide(vectors["vector"].dtype if vectors else np.dtype(np.float32)))
+    vectors = {name: _vector(value, sweep, places) for name, value in vector.items()}
+    strengths = _numbers("strength", strength)
+    strengths = strengths.astype(_wide(vectors["vector"].dtype if vectors else np.dtype(np.float32)))
     try:
-        strength = jnp.broadcast_to(strength, sweep)
+        strengths = jnp.broadcast_to(strengths, sweep)
     except ValueError as error:
-        raise InputError(f"strength of shape {list(strength.shape)} does not fit sweep axes {list(sweep)}.") from error
-    positions = (jnp if isinstance(positions, Tracer) else np).broadcast_to(positions, (*sweep, *positions.shape))
-    return kind(site=site, layer=layer, positions=positions, strength=strength, **vectors)
+        raise InputError(f"strength of shape {list(strengths.shape)} does not fit sweep axes {list(sweep)}.") from error
+    places = (jnp if isinstance(places, Tracer) else np).broadcast_to(places, (*sweep, *places.shape))
+    return kind(site=site, layer=layers, positions=places, strength=strengths, **vectors)
 
 
 def _vector(value: object, sweep: tuple[int, ...], positions: Int[AnyArray, "Br P"]) -> Float[Array, "*S Bv Pv D"]:

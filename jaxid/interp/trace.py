@@ -78,14 +78,14 @@ class Trace:
         Raises:
             InputError: for a position that was not recorded, such as a picture's token; traced ones give NaN.
         """
-        positions = checked_positions(self.prompts, positions)
+        wanted = checked_positions(self.prompts, positions)
         start = self.prompts.text_start()[:, None]
-        if not isinstance(positions, Tracer) and (positions < start).any():
+        if not isinstance(wanted, Tracer) and (wanted < start).any():
             raise InputError(
-                f"position {positions[positions < start].flat[0]} is not among the text tokens after the picture that "
+                f"position {wanted[wanted < start].flat[0]} is not among the text tokens after the picture that "
                 "a trace records; use jaxid.forward with capture=."
             )
-        return nan_outside(self.prompts, positions, take_tokens(self.residuals, jnp.asarray(positions - start)))
+        return nan_outside(self.prompts, wanted, take_tokens(self.residuals, jnp.asarray(wanted - start)))
 
 
 def swap(source: Trace, layer: object, positions: object) -> Replace:
@@ -149,10 +149,10 @@ def residuals_at(model: Model, prompts: Prompts, positions: object) -> Float[Arr
     Raises:
         InputError: for a position that a prompt does not have; traced ones give NaN.
     """
-    positions = checked_positions(prompts, positions)
+    wanted = checked_positions(prompts, positions)
     inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    inside = jnp.clip(positions, 0, prompts.inputs.token_ids.shape[1] - 1)
-    return nan_outside(prompts, positions, _residuals(model.definition, model.parameters, inputs, inside))
+    inside = jnp.clip(wanted, 0, prompts.inputs.token_ids.shape[1] - 1)
+    return nan_outside(prompts, wanted, _residuals(model.definition, model.parameters, inputs, inside))
 
 
 def trace(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -> Trace:
@@ -315,15 +315,15 @@ def rerun(
     check(model, trace.prompts, intervention)
     leading, reach, last_own = intervention.sweep_shape, intervention.reach, None
     if pictures_of is not None:
-        after = as_integers("after", after)
-        check_pictures(trace, pictures_of, after)
-        if jax.tree.leaves(intervention) and leading != after.shape:
+        layers = as_integers("after", after)
+        check_pictures(trace, pictures_of, layers)
+        if jax.tree.leaves(intervention) and leading != layers.shape:
             raise InputError(
-                f"`after` has the sweep axes {list(after.shape)}, the intervention {list(leading)}; give both the same."
+                f"`after` has the sweep axes {list(layers.shape)}, the intervention {list(leading)}; they must agree."
             )
-        leading, last_own = after.shape, after
-        if isinstance(after, Tracer):  # a layer that does not exist: every layer reads its own picture
-            last_own = jnp.where(after < 0, model.num_layers, jnp.minimum(after, model.num_layers))
+        leading, last_own = layers.shape, layers
+        if isinstance(layers, Tracer):  # a layer that does not exist: every layer reads its own picture
+            last_own = jnp.where(layers < 0, model.num_layers, jnp.minimum(layers, model.num_layers))
         reach = earliest([reach, Reach(last_own + 1, pictures_of.prompts.text_start())])
     planned = None if reach is None else plan(trace, reach.position)
     if reach is None or planned is None:

@@ -18,6 +18,7 @@ from jaxid.nn.views import Memory
 class Network(nnx.Module):
     """A vision-language model; families define how pictures become decoder tokens (`features`)."""
 
+    tower: Any  # of pictures, the family's own
     decoder: Decoder
     config: Any
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from jaxid.checkpoints.tensors import Leaves, flatten, unflatten
 from jaxid.checks import check_seed
 from jaxid.errors import InputError
+from jaxid.nn.inputs import AnyArray
 from jaxid.nn.layers import Learning, Recompute, Stackable
 from jaxid.nn.network import Network
 
@@ -36,7 +37,7 @@ GROUPS = (
 STACKS = ("layers", "global_layers", "crossing")
 """Parts of a network whose parameters have a leading layer axis; a tower's global layers come after its others."""
 
-Trained = dict[str, Array]
+Trained = dict[str, AnyArray]
 """Trained tensors by the path of their parameter, only the trained rows of stacked ones; float32."""
 
 

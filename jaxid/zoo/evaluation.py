@@ -12,10 +12,11 @@ from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.data.scenes import OBJECTS, Scenes
 from jaxid.families.base import Model
 from jaxid.interp.forward import forward
+from jaxid.prompts.pictures import Clip
 from jaxid.stats import confidence_interval
 from jaxid.zoo import tiny_llava as recipe
 
-Shown = Sequence[object] | UInt8[np.ndarray, "N Y X 3"]
+Shown = Sequence[np.ndarray] | Sequence[Clip] | UInt8[np.ndarray, "N Y X 3"]
 """Pictures or clips."""
 
 QUESTIONS = 512

@@ -242,10 +242,10 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
         # Either wording, so that the order of the names carries no information.
         version = rng.integers(2, size=count)
         captions = [(item.captions[k], item.opposite_captions[k]) for item, k in zip(items, version, strict=True)]
-        found[kind] = Questions(pictures=np.stack([item.picture for item in items]), captions=captions)
+        found[kind] = Questions(pictures=np.stack([np.asarray(item.picture) for item in items]), captions=captions)
     items = negation(rng, count, lambda scenes: is_held_out(scenes)[0])
     captions = [(item.captions[0], item.opposite_captions[0]) for item in items]
-    found["negation"] = Questions(pictures=np.stack([item.picture for item in items]), captions=captions)
+    found["negation"] = Questions(pictures=np.stack([np.asarray(item.picture) for item in items]), captions=captions)
     return found
 
 
@@ -273,20 +273,20 @@ def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> 
     for kind, items in sets.items():
         if kind == "negation":
             named = [(item, *item.key.split("_", 1)) for item in items]
-            rows = [(item.picture, item.opposite, here, there) for item, here, there in named]
+            rows = [(np.asarray(item.picture), np.asarray(item.opposite), here, there) for item, here, there in named]
             datasets.write_negation(out / "negation.json", rows)
             continue
         for stem, item in zip(_numbered(items), items, strict=True):
-            datasets.write_pair(out / kind, stem, item.picture, item.opposite)
+            datasets.write_pair(out / kind, stem, np.asarray(item.picture), np.asarray(item.opposite))
     rng = np.random.default_rng((seed, 9))
     folder = out / "evaluation"
     items = attributes(rng, count, lambda scenes: is_held_out(scenes)[0])
     for stem, item in zip(_numbered(items), items, strict=True):
-        save_picture(folder / "NCD_colorful_composite_squares" / f"{stem}.png", item.picture)
+        save_picture(folder / "NCD_colorful_composite_squares" / f"{stem}.png", np.asarray(item.picture))
     rows = []
     for index, item in enumerate(spatial(rng, count, lambda scenes: is_held_out(scenes)[1])):
         name = f"{index:05d}_{item.key}.png"
-        save_picture(folder / "controlled_images" / name, item.picture)
+        save_picture(folder / "controlled_images" / name, np.asarray(item.picture))
         first, how, second = item.key.split("_")
         right = datasets.RELATIONS[how]
         wrong = [other for other in RELATIONS if other != right]
@@ -296,7 +296,7 @@ def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> 
     lines = []
     for index, item in enumerate(negation(rng, count, lambda scenes: is_held_out(scenes)[0])):
         here, missing = item.key.split("_")
-        save_picture(folder / "val2017" / f"{index:012d}.jpg", item.picture)
+        save_picture(folder / "val2017" / f"{index:012d}.jpg", np.asarray(item.picture))
         wrong = (f"{article(missing)} but no {here}", f"{article(here)} and {article(missing)}")
         captions = [f"{article(here)} but no {missing}", *wrong, f"no {here} but {article(missing)}"]
         lines.append([f"val2017/{index:012d}.jpg", "0", *captions, "hybrid"])

@@ -103,7 +103,7 @@ RATES = (4.0, 6.0, 8.0, 12.0, 16.0)
 def time_tokens(rate: float) -> list[int]:
     """The time text of a video of 32 frames; it has the same number of tokens for every rate in `RATES`."""
     chosen = spread(32)
-    clip = Clip([None] * FRAMES, tuple(float(index) / rate for index in chosen), 32 / rate)
+    clip = Clip([""] * FRAMES, tuple(float(index) / rate for index in chosen), 32 / rate)
     return encode(spaced(time_text(clip)))
 
 

@@ -97,7 +97,7 @@ def test_only_chosen_placements_are_drawn_and_read_back(tmp_path: Path):
         (first, *cells) for first, _ in pairs for cells in NEAR_FAR
     }
     for item in items:
-        with Image.open(item.picture) as file:
+        with Image.open(str(item.picture)) as file:
             drawn = (np.asarray(file) < 255).any(-1).reshape(4, 8, 4, 8).any(axis=(1, 3))
         assert {(int(x), int(y)) for y, x in np.argwhere(drawn)} == {(0, 0), (3, 0)}
 
@@ -174,7 +174,7 @@ def test_three_objects_round_trip_balanced(tmp_path: Path):
     first = json.loads((tmp_path / "three_objects.json").read_text())[0]
     assert first == [1, items[0].a, items[0].b, items[0].c, "yes"]
     assert items[0].key == f"00000-000000000001-{items[0].c}-{items[0].a}-{items[0].b}"
-    with Image.open(items[7].picture) as file:
+    with Image.open(str(items[7].picture)) as file:
         difference = np.asarray(file).astype(int) - render(scenes[7:8], 32)[0]
     assert np.abs(difference).mean() < 12
 

@@ -6,8 +6,6 @@ from PIL import Image
 
 from jaxid.dcsm import augment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEIGHT, WIDTH = 40, 56
 CORNERS = np.array([[0, 0], [WIDTH - 1, 0], [WIDTH - 1, HEIGHT - 1], [0, HEIGHT - 1]], np.float32)
 

@@ -63,9 +63,9 @@ def test_spatial(tmp_path: Path, relation: str, captions: tuple[str, str], oppos
     datasets.write_pair(tmp_path, name, picture(10), picture(20))
     (item,) = datasets.read_spatial(tmp_path)
     assert item.key == name
-    assert (item.picture.name, item.opposite.name) == (f"{name}.png", f"CUTMIX_{name}.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(item.picture)), picture(10))
-    np.testing.assert_array_equal(np.asarray(Image.open(item.opposite)), picture(20))
+    assert (Path(str(item.picture)).name, Path(str(item.opposite)).name) == (f"{name}.png", f"CUTMIX_{name}.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(str(item.picture))), picture(10))
+    np.testing.assert_array_equal(np.asarray(Image.open(str(item.opposite))), picture(20))
     assert item.captions == tuple(f"An image of {text}" for text in captions)
     assert item.opposite_captions == tuple(f"An image of {text}" for text in opposite_captions)
 
@@ -74,11 +74,11 @@ def test_attributes(tmp_path: Path) -> None:
     for number, name in enumerate(("red_star_orange_egg", "small_star_big_egg")):
         datasets.write_pair(tmp_path, name, picture(number), picture(50 + number))
     colours, sizes = datasets.read_attributes(tmp_path)
-    assert (colours.picture.name, colours.opposite.name) == (
+    assert (Path(str(colours.picture)).name, Path(str(colours.opposite)).name) == (
         "red_star_orange_egg.png",
         "MIRROR_red_star_orange_egg.png",
     )
-    np.testing.assert_array_equal(np.asarray(Image.open(sizes.opposite)), picture(51))
+    np.testing.assert_array_equal(np.asarray(Image.open(str(sizes.opposite))), picture(51))
     assert colours.captions == (
         "An image of a red star and an orange egg",
         "An image of an orange egg and a red star",
@@ -117,8 +117,8 @@ def test_negation(tmp_path: Path) -> None:
     datasets.write_negation(tmp_path / "negation.json", rows)
     items = datasets.read_negation(tmp_path / "negation.json")
     for number, item in enumerate(items):
-        np.testing.assert_array_equal(np.asarray(Image.open(item.picture)), picture(number))
-        np.testing.assert_array_equal(np.asarray(Image.open(item.opposite)), picture(100 + number))
+        np.testing.assert_array_equal(np.asarray(Image.open(str(item.picture))), picture(number))
+        np.testing.assert_array_equal(np.asarray(Image.open(str(item.opposite))), picture(100 + number))
     assert len({item.key for item in items}) == 4
     assert items[0].captions == ("An image of a cat and not an owl", "An image of a cat but no owl")
     assert items[0].opposite_captions == ("An image of an owl and not a cat", "An image of an owl but no cat")
@@ -142,7 +142,7 @@ def test_coco_has_no_opposites(tmp_path: Path) -> None:
     assert [(item.captions[0], item.opposite_captions[0]) for item in items] == [tuple(row[1:]) for row in rows]
     assert items[0].captions[1] == "A photo of an owl below a cat"
     assert items[0].opposite_captions[1] == "A photo of an owl above a cat"
-    assert all(item.opposite is None and item.picture.name == "000000000007.jpg" for item in items)
+    assert all(item.opposite is None and Path(str(item.picture)).name == "000000000007.jpg" for item in items)
     expected = read_coco_spatial(tmp_path / "coco_qa_two_obj.json", tmp_path / "val2017")
     assert [item.key for item in items] == [item.key for item in expected]
 

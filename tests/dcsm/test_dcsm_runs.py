@@ -18,8 +18,6 @@ from jaxid.dcsm.scoring import Scorer
 from jaxid.experiments import dcsm_evaluate, dcsm_score, dcsm_train
 from jaxid.stats import confidence_interval
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -212,7 +210,7 @@ def test_seeds_that_are_none(command: str, seed: str, tmp_path: Path, capsys: py
     ("arguments", "message"),
     [
         (["score", "PICTURE"], "captions requires an argument"),
-        (["score", "nowhere.png", "a star"], "no picture at nowhere.png"),
+        (["score", "nowhere.png", "a star"], "picture nowhere.png does not exist"),
         (["score", "PICTURE", "a star", "--model", "clip-z99"], "no model folder at clip-z99"),
         (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),
         (["score", "PICTURE", "a star", "--group", "all"], "all"),

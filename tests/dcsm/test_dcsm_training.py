@@ -25,8 +25,6 @@ from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import InputError, OutputError
 from jaxid.train import loop
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CASE = ENCODER_CASES[0]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QUICK = TrainingConfig(epochs=2, batch_size=2, augment=False, dropout=0.0, text_tokens=9, seed=3)

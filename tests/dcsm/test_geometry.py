@@ -19,8 +19,6 @@ from jaxid.dcsm.geometry import CONDITIONS, LAWS, Inequality, Parameters, World
 from jaxid.errors import InputError
 from jaxid.plots.geometry import attainable_margins
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WORLD = geometry.world()
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "geometry.ipynb"
 

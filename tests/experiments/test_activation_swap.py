@@ -18,8 +18,6 @@ from jaxid.interp.interventions import replace
 from jaxid.nn.sites import Capture
 from jaxid.prompts.processor import Prompts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def mirrored() -> Prompts:

@@ -22,7 +22,6 @@ from jaxid.experiments.blank_image import COORDINATES, PICTURES, BlankImage, Bla
 from jaxid.experiments.relations import prepare
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The tiny model knows few of the drawn objects by name.
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]
@@ -49,7 +48,7 @@ def row(table: dict[str, np.ndarray], kind: str, layer: int, key: str) -> dict[s
 
 def shown(place: Path, item: SpatialItem, kind: str) -> np.ndarray:
     """What an item is asked about, by hand: all pictures of the data set are of one size."""
-    pictures = {one.image_id: np.asarray(Image.open(one.picture)) for one in items(place)}
+    pictures = {one.image_id: np.asarray(Image.open(str(one.picture))) for one in items(place)}
     if kind == "mean":
         return np.rint(np.mean(list(pictures.values()), axis=0)).astype(np.uint8)
     return np.full((48, 48, 3), 128, np.uint8) if kind == "grey" else pictures[item.image_id]

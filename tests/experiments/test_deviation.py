@@ -32,7 +32,6 @@ from jaxid.nn.sites import Capture
 from jaxid.stats import rank_test
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The random models' vocabulary lacks most of what the drawn pictures hold.
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]
@@ -167,7 +166,7 @@ def test_input_that_does_not_fit() -> None:
 
 def test_rank_test_of_a_hand_made_table() -> None:
     right, wrong = np.array([3.0, 1, 4, 1, 5, 9, 2, 6]), np.array([2.0, 1, 0, -3, 4])
-    tested = rank_test(right, wrong)
+    tested: Any = rank_test(right, wrong)
     u = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
     assert tested["u"] == u and tested["auc"] == u / 40
     for name, side in (("p_two_sided", "two-sided"), ("p_greater", "greater"), ("p_less", "less")):
@@ -245,7 +244,7 @@ def test_summary_is_of_the_table(place: Path) -> None:
     files = {name: json.loads((place / "out" / f"{name}.json").read_text()) for name in ("easy", "hard")}
     assert sorted(files["hard"]) == sorted(ranked[:5]) and sorted(files["easy"]) == sorted(ranked[5:])
     for name in ("easy", "hard"):
-        half = summary.halves[name]
+        half: Any = summary.halves[name]
         assert half["accuracy"] == pytest.approx(correct[np.isin(item, files[name])].mean())
         assert half["interval"][0] < half["accuracy"] < half["interval"][1] or half["accuracy"] in (0, 1)
     assert [one.layer for one in summary.by_layer] == [0, 1, 2]

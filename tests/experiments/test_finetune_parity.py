@@ -27,7 +27,6 @@ from jaxid.train.trainable import Selection, Trained, choose, for_learning, tens
 ID_LAYER, ID_WEIGHT, RATE = 1, 0.7, 5e-5
 CONFIG = FinetuneConfig(learning_rate=RATE, warmup=0.0, schedule="constant", clip_norm=1.0, weight_decay=0.01)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 over_cases = over(EACH)
 
 

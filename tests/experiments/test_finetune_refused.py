@@ -14,8 +14,6 @@ from jaxid.errors import JaxidError
 from jaxid.experiments.finetune_study import FinetuneStudy
 from jaxid.io import locked
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     """The one line on stderr of a command that fails."""

@@ -39,7 +39,6 @@ from jaxid.interp.forward import forward
 from jaxid.io import write_json, write_table
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The random models' vocabulary lacks most of what the drawn pictures hold.
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]

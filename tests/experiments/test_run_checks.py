@@ -27,7 +27,6 @@ from jaxid.experiments.steer_picture import SteerPicture
 from jaxid.experiments.steering import Steer
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The tiny model knows few of the drawn objects by name.
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]

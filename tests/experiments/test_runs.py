@@ -32,7 +32,6 @@ from jaxid.interp.generate import generate
 from jaxid.interp.trace import trace
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The tiny model knows few of the drawn objects by name.
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]

@@ -29,7 +29,7 @@ def test_columns_of_values_that_have_some_of_the_axes() -> None:
 
 def test_columns_of_items() -> None:
     items = [
-        SpatialItem(image_id=row, picture=None, subject=name, object="fish", relation=relation)
+        SpatialItem(image_id=row, picture="", subject=name, object="fish", relation=relation)
         for row, (name, relation) in enumerate((("star", "left"), ("cat", "above"), ("key", "below")))
     ]
     found = item_columns(items, VALUES.shape, axis=1)

@@ -22,7 +22,6 @@ from jaxid.experiments.session import scaled
 from jaxid.experiments.steering import PUBLISHED_LAYERS, Steer
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The tiny model knows few of the drawn objects by name.
     pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning"),
 ]

@@ -30,8 +30,6 @@ from jaxid.interp.interventions import add, replace
 from jaxid.nn.sites import Capture
 from jaxid.prompts.pictures import Clip
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CASE = next(case for case in EVERY if case.name == "video-grid")
 QUERY = "Does the star come before or after the fish? Answer in one word."
 
@@ -248,7 +246,7 @@ def test_bad_clips_are_named_or_skipped(tmp_path: Path) -> None:
     (tmp_path / "clips" / "appear_fish1_star3.mp4").write_bytes(b"no video")
     out = tmp_path / "ids.safetensors"
     extraction = ExtractTemporalIDs(data=tmp_path / "clips", out=out, model=str(fixtures.folder(CASE)))
-    with pytest.raises(DataError, match=r"item 'fish1_star2'.*appear_fish1_star2.mp4 has 5 frames .* --skip-bad"):
+    with pytest.raises(DataError, match=r"item 'fish1_star2'.*appear_fish1_star2.mp4 has 5 frames, .* --skip-bad"):
         extraction.run()
     (tmp_path / "clips" / "holiday.mp4").write_bytes(b"")
     found = dataclasses.replace(extraction, skip_bad=True).run()

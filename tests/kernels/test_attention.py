@@ -12,8 +12,6 @@ import pytest
 from jaxid.kernels import attention
 from jaxid.kernels.attention import Part, attend, merge, prefix_part, shared_prefix_attention, suffix_part
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def naive(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """One query, one head at a time, over the allowed keys alone, in float64."""

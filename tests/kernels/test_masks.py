@@ -8,8 +8,6 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from jaxid.kernels.attention import causal_mask, near, same_span
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_causal_mask_is_the_worked_example() -> None:
     positions, valid = jnp.arange(4)[None], jnp.array([[True, True, True, False]])

@@ -29,8 +29,6 @@ from jaxid.nn.passes import forward
 from jaxid.nn.sites import DECODER_SITES, Capture, clean
 from jaxid.nn.views import Memory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # --- tensors and outputs --------------------------------------------------------------------------------------------
 
 SMALL = {

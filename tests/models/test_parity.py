@@ -31,7 +31,6 @@ def everything(case: Case) -> dict[str, Any]:
 
 
 over_cases = over([*QUICK, *(case.name for case in CASES)])
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @over_cases

@@ -29,8 +29,6 @@ from jaxid.nn.decoder_config import FULL, SLIDING, decoder_config, decoder_keys
 from jaxid.nn.passes import forward
 from jaxid.nn.sites import Capture, clean
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTEXT, PAIRS = 8, 6
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 3.0},

@@ -22,8 +22,6 @@ from jaxid.kernels import rope
 from jaxid.nn.transformer import Block, BlockConfig, read_all, run_blocks
 from jaxid.nn.vision import KINDS, VisionConfig, VisionTower, patches, vision_config, vision_keys
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # --- settings -------------------------------------------------------------------------------------------------------
 
 

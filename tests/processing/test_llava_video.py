@@ -94,7 +94,7 @@ def test_clips_are_those_of_the_original(position: str, mode: str) -> None:
     settings = {"mm_newline_position": position, "mm_spatial_pool_mode": mode}
     config = dataclasses.replace(model.config, **settings)
     processor = LlavaVideoProcessor(model.processor.tokenizer, model.processor.image_processor, config)
-    clips = fixtures.shown(GRID)
+    clips: Any = fixtures.shown(GRID)
     clips[1] = Clip(clips[1].frames[:2])
     encoded = processor.encode(clips, [[0], [1]])
     network = model.network()
@@ -207,7 +207,8 @@ def test_pictures_in_one_prompt_are_not_cut() -> None:
 
 
 def test_frames_are_resized_and_normalised_as_the_video_processor_says() -> None:
-    model, (clip, _) = fixtures.model(CLIPS), fixtures.shown(CLIPS)
+    model = fixtures.model(CLIPS)
+    clip: Any = fixtures.shown(CLIPS)[0]
     batch = model.prepare(clip, QUESTION)
     for ours, frame in zip(np.asarray(batch.inputs.pixels), clip.frames, strict=True):
         resized = np.asarray(Image.fromarray(frame).resize((32, 32), Image.Resampling.BICUBIC), np.float64)

@@ -38,7 +38,6 @@ from jaxid.prompts.processor import Processor, Prompts
 PLAIN, _, WINDOWS, WIDE_WINDOWS = cases.EVERY
 QUESTION = fixtures.QUESTIONS[0]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 over_cases = pytest.mark.parametrize("case", cases.EVERY, ids=lambda case: case.name)
 
 

@@ -14,6 +14,8 @@ from jaxid.families.base import Model
 from jaxid.interp.forward import forward
 from jaxid.zoo import evaluation
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def shipped() -> Model:

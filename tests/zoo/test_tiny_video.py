@@ -21,6 +21,8 @@ from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video
 
+pytestmark = pytest.mark.optimized
+
 WORDS = recipe.VOCABULARY
 
 

@@ -28,6 +28,8 @@ from jaxid.zoo.export import write_llava
 from jaxid.zoo.recipes import balanced_cross_entropy, cross_entropy, limited
 from jaxid.zoo.training import TrainingConfig
 
+pytestmark = pytest.mark.optimized
+
 DEFINITION = nnx.graphdef(training.Learner(rngs=nnx.Rngs(0)))
 TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, polish_steps=20, batch_size=4, warmup_steps=4)
 
