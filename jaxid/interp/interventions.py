@@ -238,11 +238,12 @@ def as_intervention(intervention: Any) -> Intervention:
     """
     if isinstance(intervention, Edit | Chain | Clean | Wrapped):
         return intervention
-    if not callable(intervention):
+    function: SiteFunction = intervention
+    if not callable(function):
         raise InputError(
             f"an intervention is called as (site, value) -> value; {intervention!r:.100} cannot be called."
         )
-    return Wrapped(intervention)
+    return Wrapped(function)
 
 
 def parts_of(intervention: Intervention) -> Iterator[Intervention]:
