@@ -165,6 +165,14 @@ def test_each_setting_that_differs_is_named_with_both_values(tmp_path: Path) -> 
     assert start(tmp_path, settings=same).resumed == 7
 
 
+@pytest.mark.parametrize("change", [{"factor": 6}, {"layers": (0, 2)}, {"seed": 1}])
+def test_one_setting_that_differs_is_enough_to_refuse(tmp_path: Path, change: dict[str, object]) -> None:
+    start(tmp_path)
+    with pytest.raises(OutputError, match=f"{next(iter(change))} was .*, is now"):
+        start(tmp_path, settings={**SETTINGS, **change})
+    assert start(tmp_path).resumed == 7
+
+
 @pytest.mark.parametrize("items", [[0, 1, 2, 3, 4, 6, 5], [0, 1, 2, 3, 4, 5, 7]])
 def test_other_items_or_another_order_are_refused(tmp_path: Path, items: list[int]) -> None:
     start(tmp_path)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxid.checks import check_finite
@@ -43,7 +44,7 @@ def finetune_curves(
 
     Args:
         losses: by name, rows of step and value.
-        accuracies: by evaluation set, likewise.
+        accuracies: by evaluation set, rows of step and accuracy.
         title: of the figure.
         intervals: by evaluation set, lower and upper bound (95 %) at every step, drawn as bands.
         about: what was measured on what.
@@ -62,10 +63,7 @@ def finetune_curves(
     left.legend(frameon=False, loc="upper right", ncols=2)
     for color, (name, rows), share in zip(_COLORS, accuracies.items(), shares, strict=False):
         curve(right, rows[:, 0], share, color, (intervals or {}).get(name), label=name)
-    chance_line(right)
-    right.set(xlabel="step", ylabel="share of right answers", title="evaluation")
-    if accuracies:
-        right.legend(frameon=False, loc="lower right")
+    _evaluation(right, "evaluation")
     return captioned(
         figure,
         about,
@@ -105,8 +103,18 @@ def finetune_comparison(
             panel.plot(steps, rows.T, color=color, linewidth=0.6, alpha=0.5)
             band = np.stack([mean - half, mean + half], axis=-1) if len(rows) > 1 else None
             curve(panel, steps, mean, color, band, label=f"{shown}, {len(rows)} seeds")
-        panel.set(xlabel="step", ylabel="share of right answers", title=name)
-        chance_line(panel)
-        panel.legend(frameon=False, loc="lower right")
+        _evaluation(panel, name)
     meaning = "thick: mean of the runs, bands: Student's 95 % interval of it, thin: single runs"
     return captioned(figure, about, meaning, CHANCE)
+
+
+def _evaluation(axes: Axes, title: str) -> None:
+    """Labels a panel of accuracies by step; the legend has room of its own above the curves."""
+    axes.set(xlabel="step", ylabel="share of right answers", title=title)
+    chance_line(axes)
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.14 * len(handles) * (high - low))
+        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(1, high)])
+        axes.legend(handles, names, frameon=False, loc="upper right")

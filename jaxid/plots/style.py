@@ -37,10 +37,10 @@ _NAMES: dict[str, Any] = {
     "force_explode": (0.2, 0.5),
     "expand": (1.25, 1.8),
     "max_move": (30, 30),
-    "prevent_crossings": False,  # it exchanges names of unequal lengths, which then stand in each other's way
+    "prevent_crossings": False,  # it exchanges names of unequal lengths, which then overlap
     "iter_lim": 500,
 }
-"""How names push each other away: a dozen models of one accuracy find room."""
+"""How names repel each other, so that a dozen models of one accuracy can be named."""
 
 _TICKS = {"color": GREY, "labelcolor": INK, "labelsize": 8}
 
@@ -70,7 +70,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class About:
-    """What a figure was measured on; stands in the line below it.
+    """What a figure was measured on, written in the line below it.
 
     Attributes:
         model: its name.
@@ -144,7 +144,7 @@ def captioned(figure: Figure, about: About | None, *parts: str, items: int | Non
 
 
 def finite(**arrays: Any) -> tuple[list[Any], str]:
-    """Arrays with NaN for everything that is not finite, and a note of how many values that leaves out.
+    """Arrays with NaN for everything that is not finite, and a note of how many values are not drawn.
 
     Args:
         **arrays: by name; None stays None.
@@ -235,7 +235,7 @@ CHANCE = "dotted: chance, 50 %"
 WILSON = "95 % Wilson intervals"
 
 
-def bands_note(*bounds: Any) -> str:
+def bands_note(*bounds: object) -> str:
     """What bands of intervals are, if there are any."""
     return f"bands: {WILSON}" if any(one is not None for one in bounds) else ""
 
@@ -272,7 +272,7 @@ def label_ends(axes: Axes, x: np.ndarray, ends: Mapping[str, tuple[Any, str]]) -
 
 
 def name_points(axes: Axes, names: Sequence[str], x: Float[np.ndarray, "M"], y: Float[np.ndarray, "M"]) -> None:
-    """Writes every name near its point, over no other name or point; a thin line leads to those that stand further off.
+    """Writes every name near its point, over no other name or point; a thin line leads to those further away.
 
     Args:
         axes: the panel, laid out, with its points and limits.
@@ -302,7 +302,7 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
-def check_shapes(**arrays: tuple[np.ndarray | Sequence[Any] | None, str]) -> None:
+def check_shapes(**arrays: tuple[np.ndarray | Sequence[object] | None, str]) -> None:
     """Checks arrays (or lists; None is passed over) against shapes in which a letter is one size above 0 throughout."""
     sizes: dict[str, int] = {}
     for name, (array, shape) in arrays.items():
