@@ -107,7 +107,7 @@ class FinetuneConfig:
             if not getattr(self, name) < 1:
                 raise InputError(f"{name} is a share below 1, not {getattr(self, name)}.")
         if self.template is not None and "{query}" not in self.template:
-            raise InputError(f"the template {self.template!r} has no place for the {{query}}.")
+            raise InputError(f"the template {self.template!r} does not contain {{query}}.")
 
 
 Config = TypeVar("Config", bound=FinetuneConfig)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.data import scenes as drawn
+from jaxid.data.coco_spatial import article
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes
 from jaxid.families.clip import CLIPConfig
 from jaxid.nn.text import TextConfig
@@ -85,11 +86,6 @@ def encode(captions: Sequence[str], window: int = WINDOW) -> Int[np.ndarray, "N 
         found = [ids[START], *(ids[word] for word in caption.split()), ids[END]]
         rows[row, : len(found)] = found
     return rows
-
-
-def article(name: str) -> str:
-    """The name with its indefinite article."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def relation(first: Float[np.ndarray, "2"], second: Float[np.ndarray, "2"]) -> str:

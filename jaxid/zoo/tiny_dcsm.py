@@ -11,12 +11,13 @@ from jaxtyping import Bool, UInt8
 
 from jaxid.checks import Range, check_seed
 from jaxid.data import scenes as drawn
+from jaxid.data.coco_spatial import article
 from jaxid.data.files import save_picture, write_csv
 from jaxid.data.scenes import Scenes
 from jaxid.dcsm import datasets
 from jaxid.dcsm.datasets import Item
 from jaxid.io import write_json
-from jaxid.zoo.tiny_clip import COLOR_NAMES, RELATIONS, SHAPES, article, is_held_out, relation, sample, seen
+from jaxid.zoo.tiny_clip import COLOR_NAMES, RELATIONS, SHAPES, is_held_out, relation, sample, seen
 from jaxid.zoo.tiny_llava import IMAGE_SIZE
 
 NEGATIONS = (

@@ -405,7 +405,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
         ({"id_layer": -1}, "id_layer must be 0 or more"),
         ({"seed": -5}, "the seed must be an integer from 0"),
         ({"seed": 10**20}, "the seed must be an integer from 0"),
-        ({"template": "What?"}, "has no place for the {query}"),
+        ({"template": "What?"}, "does not contain {query}"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
