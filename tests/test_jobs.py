@@ -163,14 +163,8 @@ def test_each_setting_that_differs_is_named_with_both_values(tmp_path: Path) -> 
     )
     same = {"limit": None, "data": "coco", **SETTINGS, "layers": np.arange(2)}
     assert start(tmp_path, settings=same).resumed == 7
-
-
-@pytest.mark.parametrize("change", [{"factor": 6}, {"layers": (0, 2)}, {"seed": 1}])
-def test_one_setting_that_differs_is_enough_to_refuse(tmp_path: Path, change: dict[str, object]) -> None:
-    start(tmp_path)
-    with pytest.raises(OutputError, match=f"{next(iter(change))} was .*, is now"):
-        start(tmp_path, settings={**SETTINGS, **change})
-    assert start(tmp_path).resumed == 7
+    with pytest.raises(OutputError, match=r"factor was 5\.0, is now 6"):
+        start(tmp_path, settings={**same, "factor": 6})
 
 
 @pytest.mark.parametrize("items", [[0, 1, 2, 3, 4, 6, 5], [0, 1, 2, 3, 4, 5, 7]])
@@ -492,8 +486,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
         return {"item": np.repeat(chunk, size), "value": np.random.default_rng(chunk[0]).random(size * len(chunk))}
 
     def go(out: Path, **more: Any) -> jobs.Finished:
-        items = list(range(6))
-        return jobs.run(out, settings={}, items=items, key=str, compute=rows, chunk_size=3, progress=False, **more)
+        return jobs.run(out, settings={}, items=range(6), key=str, compute=rows, chunk_size=3, progress=False, **more)
 
     whole, soft = go(tmp_path / "whole"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, soft[1]))
@@ -502,7 +495,6 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
             go(tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft)
-    parts = [path.name for path in (tmp_path / "run" / "parts").iterdir()]
-    assert parts == ["00000.parquet"]  # nothing half written
+    assert parts(tmp_path / "run") == ["00000.parquet"]  # nothing half written
     resumed = go(tmp_path / "run")
     assert resumed.resumed == 3 and resumed.table.equals(whole.table)
