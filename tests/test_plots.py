@@ -130,10 +130,10 @@ def test_id_plane_runs_down_and_joins_columns() -> None:
     assert len({to_hex(line.get_color()) for line in columns}) == 4
 
 
-@pytest.mark.parametrize(("length", "note"), [(1.0, None), (20.0, "0.1 of"), (0.02, "100 of")])
+@pytest.mark.parametrize(("length", "note"), [(1.0, None), (20.0, "0.1 times"), (0.02, "100 times")])
 def test_id_plane_scales_words_that_do_not_fit(length: float, note: str | None) -> None:
     figure = plots.id_plane(PLANE, {"left": np.array([-length, 0.0]), "above": np.array([0.0, -length])}, "star")
-    assert any("of their length" in text for text in texts(figure)) == (note is not None)
+    assert any("times their length" in text for text in texts(figure)) == (note is not None)
     assert note is None or any(note in text for text in texts(figure))
     (axes,) = figure.axes
     assert np.ptp(axes.get_xlim()) < 4 * np.ptp(PLANE)

@@ -215,7 +215,7 @@ def _write_tables(out: Path, models: Results) -> None:
         lines.append([model, method, *(told.format(**found[name]) if name in found else "" for name in columns)])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     guesses = ", ".join(f"{name} {chance:.3g}" for name, chance in zip(columns, chances, strict=True))
-    note = f"Shares of right answers, 95 % Wilson intervals, n questions. Chance: {guesses}."
+    note = f"Shares of correct answers, 95 % Wilson intervals, n questions. Chance: {guesses}."
     write_text(out / "table.md", f"{text}\n{note}\n")
 
     accuracy, low, high = (

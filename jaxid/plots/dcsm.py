@@ -153,7 +153,7 @@ def benchmark_bars(
     chance: Sequence[float] | None = None,
     about: About | None = None,
 ) -> Figure:
-    """Shares of right answers, a group of bars for every benchmark, with 95 % intervals.
+    """Shares of correct answers, a group of bars for every benchmark, with 95 % intervals.
 
     Args:
         names: of the rows: model and method.
@@ -191,7 +191,7 @@ def benchmark_bars(
         axes.hlines(chance, places - 0.47, places + 0.47, colors=INK, linestyles="dotted", linewidth=1.2)
     axes.set_xticks(np.arange(len(benchmarks)), [wrapped(name.replace("-", " "), 12) for name in benchmarks])
     axes.set_ylim(0, 1)
-    axes.set_ylabel("right answers")
+    axes.set_ylabel("correct answers")
     figure.legend(loc="outside upper center", ncols=min(2, len(names)), frameon=False)
     guess = "" if chance is None else "dotted: chance"
     return captioned(figure, about, "bars: share of questions answered correctly", f"whiskers: {WILSON}", guess)

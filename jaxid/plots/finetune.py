@@ -110,7 +110,7 @@ def finetune_comparison(
 
 def _evaluation(axes: Axes, title: str) -> None:
     """Labels a panel of accuracies by step; the legend has room of its own above the curves."""
-    axes.set(xlabel="step", ylabel="share of right answers", title=title)
+    axes.set(xlabel="step", ylabel="share of correct answers", title=title)
     chance_line(axes)
     handles, names = axes.get_legend_handles_labels()
     if handles:

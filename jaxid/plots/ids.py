@@ -66,7 +66,10 @@ def id_plane(
     for x, color in enumerate(gradient(CELLS)):
         axes.plot(*coordinates[x].T, color=color, marker="o", markersize=7, markeredgecolor="white")
         for y in range(CELLS):
-            label = axes.annotate(f"({x}, {y})", _pair(coordinates[x, y]), (5, 5), textcoords="offset points")
+            # Away from the neighbours that are most often close: the next column, and the row above the last.
+            across, down = -5 if x % 2 == 0 else 5, -5 if y == CELLS - 1 else 5
+            label = axes.annotate(f"({x}, {y})", _pair(coordinates[x, y]), (across, down), textcoords="offset points")
+            label.set(ha="right" if across < 0 else "left", va="top" if down < 0 else "bottom")
             label.set(fontsize=7.5, color=color, path_effects=halo, zorder=4)
     scale = _word_scale(coordinates, words)
     for word, at in words.items():
@@ -87,7 +90,7 @@ def id_plane(
             va="bottom" if away[1] < -0.4 else "top" if away[1] > 0.4 else "center",
         )
         label.set(weight="bold", fontsize=9.5, path_effects=halo, zorder=4)
-    note = f"\nwords' arrows at {scale:g} of their length" if scale != 1 else ""
+    note = f"\nwords' arrows at {scale:g} times their length" if scale != 1 else ""
     axes.set(xlabel=f"x-axis coordinate{note}", ylabel="y-axis coordinate (down)", title=title)
     axes.margins(0.22 if words else 0.1)
     axes.set_aspect("equal", adjustable="datalim")

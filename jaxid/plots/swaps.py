@@ -276,7 +276,7 @@ def accuracy_against_steerability(
 
     Args:
         names: of the models.
-        accuracy: share of right answers without steering.
+        accuracy: share of correct answers without steering.
         drop: how much of it steering takes away, the mean over the steered layers.
         accuracy_interval: lower and upper bound (95 %) of `accuracy`, drawn as whiskers.
         about: what was measured on what.
