@@ -302,7 +302,7 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
-def check_shapes(**arrays: tuple[np.ndarray | Sequence[object] | None, str]) -> None:
+def check_shapes(**arrays: tuple[np.ndarray | Sequence[Any] | None, str]) -> None:
     """Checks arrays (or lists; None is passed over) against shapes in which a letter is one size above 0 throughout."""
     sizes: dict[str, int] = {}
     for name, (array, shape) in arrays.items():
