@@ -1,4 +1,4 @@
-"""Which words of captions are functional: asked of a language model, or told by rules without a network.
+"""Functional words of captions, found by a language model, or by rules without a network.
 
 Three steps of the model, one request each: every caption is simplified; its functional words are marked <LIKE THIS>;
 the list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
@@ -50,17 +50,17 @@ RULES = (
     *("top", "bottom", "large", "little", "tiny", "huge", "smaller", "bigger", "larger", "taller", "shorter"),
     *("never", "none", "nor", "neither", "except", "lacks", "missing", "nothing", "isn't", "aren't", "doesn't"),
 )
-"""Functional words that the rules know, longer ones found first."""
+"""Functional words of the rules; longer ones are matched first."""
 
 _MOST_BYTES = 8 * 2**20
-"""Length of an answer beyond which it is none."""
+"""The longest answer that is accepted."""
 
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
-"""HTTP answers after which a request is worth repeating."""
+"""HTTP status codes after which a request is repeated."""
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that hold something.
+    """The non-empty lines of a text file.
 
     Raises:
         DataError: if it cannot be read or holds none.
@@ -106,7 +106,7 @@ def by_model(
     *,
     progress: bool = False,
 ) -> Found:
-    """Functional words of captions as a language model tells them.
+    """Functional words of captions according to a language model.
 
     Args:
         captions: the texts.
@@ -143,13 +143,13 @@ def by_model(
 
 
 def _forget(ask: Callable[[str], str], prompt: str) -> None:
-    """Lets the next run ask again, where answers are kept."""
+    """Forgets cached answers, so that the next run asks again."""
     if isinstance(ask, Endpoint):
         ask.forget(prompt)
 
 
 def _cleaned(answer: str) -> list[str]:
-    """The JSON list in an answer, which may stand in a block of code."""
+    """The JSON list in an answer, which may be in a code block."""
     start, stop = answer.find("["), answer.rfind("]")
     try:
         words = json.loads(answer[start : stop + 1]) if start >= 0 else None
@@ -161,12 +161,12 @@ def _cleaned(answer: str) -> list[str]:
 
 
 def _line(text: str) -> str:
-    """Text in one line, as it is written to files that hold one a line."""
+    """The text in one line, for files with one text per line."""
     return " ".join(text.split())
 
 
 class Endpoint:
-    """An OpenAI-compatible chat endpoint; answers are kept on disk, so that nothing is asked twice.
+    """An OpenAI-compatible chat endpoint; answers are cached on disk, so that nothing is asked twice.
 
     Messages name the endpoint's host alone, so that they show nothing secret that its URL may hold.
     """
@@ -182,7 +182,7 @@ class Endpoint:
         timeout: float = 60.0,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        """Prepares requests; sends none.
+        """Prepares requests without sending any.
 
         Args:
             base_url: such as "http://localhost:8000/v1"; without user name, password, query or fragment.
@@ -228,7 +228,7 @@ class Endpoint:
         return answer
 
     def forget(self, prompt: str) -> None:
-        """Removes the kept answer to a prompt, if there is one."""
+        """Removes the cached answer to a prompt, if any."""
         self._path(prompt).unlink(missing_ok=True)
 
     def _body(self, prompt: str) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Endpoint:
         return self.cache / f"{name}.json"
 
     def _sent(self, body: dict[str, Any]) -> Any:
-        """What the endpoint answers, in JSON; asked again while that may help."""
+        """The endpoint's answer in JSON; requests that may succeed later are repeated."""
         retrying = Retrying(
             stop=stop_after_attempt(self.attempts),
             wait=_seconds_to_wait,
@@ -261,7 +261,7 @@ class Endpoint:
             raise DataError(f"{self.host} does not answer in JSON.") from error
 
     async def _post(self, body: bytes) -> bytes:
-        """The answer's bytes, of bounded number and in bounded time; redirects are not followed."""
+        """The answer's bytes, bounded in number and time; redirects are not followed."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -314,7 +314,7 @@ def _worth_repeating(error: BaseException) -> bool:
 
 
 def _host(url: str) -> str:
-    """Scheme and host of an address that can be used.
+    """Scheme and host of a valid address.
 
     Raises:
         InputError: which does not show the address, as it may hold a password.
@@ -337,7 +337,7 @@ def _host(url: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON may hold halves of characters."""
+    """Whether a text can be encoded; JSON may hold lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

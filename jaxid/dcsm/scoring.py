@@ -27,12 +27,12 @@ KINDS = {"cnn": CNN, "mlp": MLP}
 """Kinds of scorers by name."""
 
 SCORER_FILE = "scorer.safetensors"
-"""Name of a training run's scorer, and of the one that lies in a model's folder."""
+"""Name of a training run's scorer, and of the scorer in a model's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Scorer:
-    """A scorer of maps, and what its maps are made with.
+    """A scorer of maps, with the settings of the maps that it reads.
 
     Attributes:
         network: the CNN or MLP.
@@ -49,7 +49,7 @@ class Scorer:
     encoder: str = ""
 
     def __post_init__(self) -> None:
-        """Refuses a placement or a vocabulary that is none; arrays may be traced, and are checked where they are used.
+        """Refuses an invalid placement or vocabulary; arrays may be traced, and are checked where they are used.
 
         Raises:
             InputError: saying which.
@@ -60,7 +60,7 @@ class Scorer:
 
     @property
     def map_shape(self) -> tuple[int, int]:
-        """Picture and caption tokens of its maps, I and T."""
+        """Number of picture and caption tokens of its maps, I and T."""
         return kernels.map_shape(self.network)
 
     @classmethod
@@ -246,7 +246,7 @@ def score_own(
     group: str = "row",
     name: Callable[[int], str] = "picture {}".format,
 ) -> Float[np.ndarray, "N C"]:
-    """Scores of every picture with captions of its own, C in a row for each picture.
+    """Scores of every picture with its own captions, C adjacent ones for each picture.
 
     Args:
         scorer: the trained scorer.
@@ -278,7 +278,7 @@ def _finite(
     caption: Callable[[int, int], int],
     name: Callable[[int], str],
 ) -> Float[np.ndarray, "N C"]:
-    """The scores, unless some are not finite: then it says why."""
+    """The scores; refuses those that are not finite, saying why."""
     bad = np.argwhere(~np.isfinite(scores)).tolist()
     if not bad:
         return scores
@@ -296,19 +296,19 @@ def _finite(
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
-    """Names for a message, the first few and a count of the others."""
+    """Names for a message: the first few, and a count of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def caption_columns(scorer: Scorer, texts: Texts) -> tuple[Int[np.ndarray, "M T"], Float[np.ndarray, "M T E"]]:
-    """Functional words at every column of captions' maps, and the caption token that stands there otherwise."""
+    """The functional word of every column of captions' maps, and the caption token of columns without one."""
     columns = place(texts.captions, scorer.vocabulary, scorer.placement)
     return columns.words, np.take_along_axis(texts.tokens, columns.sources[..., None], axis=1)
 
 
 def check_fit(scorer: Scorer, image_tokens: int, text_tokens: int, group: str) -> None:
-    """Refuses maps of another size than the scorer's.
+    """Refuses maps whose size is not the scorer's.
 
     Raises:
         InputError: naming both sizes, the unknown group, or arrays of the scorer that do not fit each other.
@@ -370,7 +370,7 @@ def _score_sharded(
     group: str,
     mesh: Mesh,
 ) -> Float[np.ndarray, "N M"]:
-    """Scores with the pictures split over devices, which share nothing but what was standardised over."""
+    """Scores with the pictures split over devices, which share only the moments for standardising."""
     left, right = similarity.with_functional_rows(
         jnp.asarray(images), jnp.asarray(texts), jnp.asarray(words), scorer.vectors
     )

@@ -39,7 +39,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "seed": seed, "save_every": save_every}
     check_values(train, given)
     if name not in RECIPES:
-        raise InputError(f"there is no recipe for {name!r}; recipes exist for {', '.join(RECIPES)}.")
+        raise InputError(f"{name!r} has no recipe; recipes exist for {', '.join(RECIPES)}.")
     from jaxid.zoo import clip_evaluation, clip_training, training, video_training
     from jaxid.zoo.recipes import Recipe, limited
 
