@@ -125,8 +125,7 @@ class Computation(dict[str, Instruction]):
         found: dict[str, list[Instruction]] = {name: [] for name in self}
         for instruction in self.values():
             for operand in dict.fromkeys(instruction.operands):
-                if operand in found:
-                    found[operand].append(instruction)
+                found[operand].append(instruction)
         return found
 
 

@@ -190,7 +190,7 @@ def steering_by_layer(
         change: log p(steered) - log p(control) by layer and word.
         words: the two words.
         picture: shown beside the curves.
-        title: the question, shown below the picture, or above the curves if there is no picture.
+        title: the question; placed below the picture when one is given, otherwise above the curves.
         about: what was measured on what.
     """
     check_shapes(layers=(layers, "L"), change=(change, "L 2"), words=(words, "2"))
