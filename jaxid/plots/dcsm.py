@@ -127,7 +127,7 @@ def training_curves(
     for axes, values, title, color in zip(
         figure.subplots(1, 2),
         (loss, accuracy),
-        ("two-way cross-entropy", "right within the batch"),
+        ("two-way cross-entropy", "correct within the batch"),
         (BLUE, GREEN),
         strict=True,
     ):
