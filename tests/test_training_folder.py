@@ -1,6 +1,8 @@
 """A training run's folder: damaged states, full disks, two processes, gradients that are not finite."""
 
+import asyncio
 import contextlib
+import gc
 import json
 import resource
 import shutil
@@ -20,6 +22,7 @@ import pytest
 
 from jaxid.errors import CheckpointError, InputError, JaxidWarning, OutputError
 from jaxid.train import loop as training
+from jaxid.train.folder import States
 from jaxid.train.loop import Stage
 
 SETTINGS = {"seed": 3, "rates": (0.1, 0.2)}
@@ -127,6 +130,34 @@ def test_a_damaged_state_is_never_taken_for_a_whole_one(killed: Path, whole: Pat
             if lines and name in numbers:
                 fallen_back.add(kind)
     assert fallen_back == {"missing", "empty", "cut", "flipped"}
+
+
+@pytest.mark.parametrize(("file", "told"), [("orbax/serialization.py", 0), ("elsewhere.py", 1)])
+def test_reads_that_orbax_gave_up_are_not_reported(
+    file: str, told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector closes their coroutines, which raise once more; others' are reported."""
+    source = """
+async def read():
+    try:
+        await asyncio.sleep(1)
+    except GeneratorExit as error:
+        raise OSError("cannot read") from error
+"""
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    names: dict[str, Any] = {"asyncio": asyncio}
+    exec(compile(source, file, "exec"), names)
+    loop = asyncio.new_event_loop()
+    with States(tmp_path):
+        coroutine = names["read"]()
+        asyncio.events._set_running_loop(loop)
+        coroutine.send(None)
+        asyncio.events._set_running_loop(None)
+        del coroutine
+        gc.collect()
+    loop.close()
+    assert len(reported) == told
 
 
 def empty(step: Path) -> None:

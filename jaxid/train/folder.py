@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gc
+import inspect
 import json
 import logging
 import shutil
@@ -197,7 +198,9 @@ def _orbax_silenced() -> Iterator[None]:
         return "orbax" not in record.pathname
 
     def report(problem: Any) -> None:
-        if str(problem.exc_value) != "Event loop is closed":
+        # A read or write that was given up is closed by the garbage collector, and complains once more.
+        abandoned = inspect.iscoroutine(problem.object) and "orbax" in problem.object.cr_code.co_filename
+        if not abandoned and str(problem.exc_value) != "Event loop is closed":
             hook(problem)
 
     logger.addFilter(wanted)
