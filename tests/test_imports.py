@@ -19,16 +19,18 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-DOORS = {"errors", "io", "checks", "stats"}
+DOORS = {"errors", "io", "checks", "stats", "devices", "halving"}
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
-STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots"}
+STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots", "plan"}
 TOP = {*STUDIES, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
     "io": {"errors"},
     "checks": {"errors"},
+    "devices": {"errors"},
+    "halving": {"errors"},
     "stats": {"errors"},
     "zoo": set(),
     "kernels": set(),
@@ -39,6 +41,7 @@ MAY_IMPORT = {
     "interp": {*LOADERS, "checkpoints"},
     "data": {*DOORS, "prompts"},
     "jobs": DOORS,
+    "plan": METHODS,
     "plots": DOORS,
     "ids": {*METHODS, "data"},
     "train": METHODS,
