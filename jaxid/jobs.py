@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxid import io
+from jaxid import io, pipeline
 from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
 
 if TYPE_CHECKING:
     import pyarrow
 
 Item = TypeVar("Item")
+Columns = Mapping[str, Any]
 
 ITEM_ERRORS = (InputError, PromptError, DataError)
 """Errors that a single item may cause."""
@@ -57,8 +58,9 @@ def run(
     settings: Mapping[str, Any],
     items: Sequence[Item],
     key: Callable[[Item], str],
-    compute: Callable[[list[Item]], Mapping[str, Any]],
+    compute: Callable[[Any], Columns | Callable[[], Columns]],
     chunk_size: int,
+    read: Callable[[list[Item]], Any] = list,
     restart: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
@@ -66,6 +68,8 @@ def run(
     first: str = "",
 ) -> Finished:
     """Computes the rows of all items, chunk by chunk; resumes the job that the folder holds, if there is one.
+
+    While a chunk is computed, the next ones are read, and the rows of the one before are stored.
 
     The folder holds `settings.json`, and in `parts/` one Parquet file for each finished chunk.
 
@@ -75,11 +79,13 @@ def run(
             JSON can hold it. A job resumes only with the same settings and items.
         items: what to compute.
         key: gives an item's name, which must be unique.
-        compute: gives the columns of some items, any number of rows for each. The rows of an item should not
-            depend on the other items.
+        compute: gives the columns of what `read` gave of some items, any number of rows for each; or a function that
+            gives them when it is called, in the background, while the next chunk is computed. The rows of an item
+            should not depend on the other items.
         chunk_size: items computed together. A resumed job keeps the size it began with.
+        read: opens some items; called in background threads. By default `compute` gets the items themselves.
         restart: discard the job in the folder and begin anew.
-        skip_bad: skip items for which `compute` raises InputError, PromptError or DataError.
+        skip_bad: skip items for which `read` or `compute` raises InputError, PromptError or DataError.
         progress: show a progress bar, on terminals only.
         unit: what the progress bar calls an item.
         first: text of the progress bar until the first chunk is done, such as "compiling".
@@ -91,7 +97,7 @@ def run(
         InputError: if there are no items, two have one key, the chunk size is not positive, or columns do not fit.
         OutputError: if the folder holds another job, a damaged one, is in use by another process, or cannot be
             written to.
-        JaxidError: what `compute` raised, naming the item if it fails alone as well.
+        JaxidError: what `read` or `compute` raised, naming the item if it fails alone as well.
     """
     from tqdm import tqdm
 
@@ -108,16 +114,38 @@ def run(
         for part in finished:
             schema = _joint_schema(schema, part.read()[0], part)
         resumed = sum(len(part.keys) for part in finished)
+
+        def items_of(part: _Part) -> list[Item]:
+            return list(items[part.start : part.start + len(part.keys)])
+
+        def store(part: _Part, columns: Columns, skipped: tuple[Skipped, ...] = ()) -> None:
+            nonlocal schema
+            table = _part_table(columns, part)
+            schema = _joint_schema(schema, table, part)
+            part.write(table, skipped)
+            bar.set_description(refresh=False)
+            bar.update(len(part.keys))
+
+        def fetch(part: _Part, found: Columns | Callable[[], Columns]) -> Exception | None:
+            columns = _fetched(found)
+            try:
+                store(part, columns)
+            except Exception as error:  # no item's fault, whatever its class
+                return error
+
         hidden = None if progress else True
-        with tqdm(total=len(keys), initial=resumed, unit=unit, disable=hidden, desc=first if pending else None) as bar:
-            for part in pending:
-                chunk = list(items[part.start : part.start + len(part.keys)])
-                columns, skipped = _computed(chunk, part.keys, compute, skip_bad)
-                table = _part_table(columns, part)
-                schema = _joint_schema(schema, table, part)
-                part.write(table, skipped)
-                bar.set_description(refresh=False)
-                bar.update(len(part.keys))
+        with (
+            tqdm(total=len(keys), initial=resumed, unit=unit, disable=hidden, desc=first if pending else None) as bar,
+            pipeline.overlapped(pending, lambda part: read(items_of(part)), compute, fetch) as results,
+        ):
+            for part, result in results:
+                try:
+                    failed = result.result()
+                except ITEM_ERRORS as error:
+                    store(part, *_without_bad(items_of(part), part.keys, error, read, compute, skip_bad))
+                else:
+                    if failed is not None:
+                        raise failed
         table, skipped = _merged(parts)
     return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"])
 
@@ -285,25 +313,32 @@ def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
     ]
 
 
-def _computed(
+def _fetched(found: Columns | Callable[[], Columns]) -> Columns:
+    return found() if callable(found) else found
+
+
+def _without_bad(
     chunk: list[Item],
     keys: tuple[str, ...],
-    compute: Callable[[list[Item]], Mapping[str, Any]],
+    error: JaxidError,
+    read: Callable[[list[Item]], Any],
+    compute: Callable[[Any], Columns | Callable[[], Columns]],
     skip_bad: bool,
-) -> tuple[Mapping[str, Any], tuple[Skipped, ...]]:
-    """The chunk's columns, and the items that had to be skipped."""
-    try:
-        return compute(list(chunk)), ()
-    except ITEM_ERRORS as error:
-        bad = {0: error} if len(chunk) == 1 else _bad_items(chunk, compute, first_only=not skip_bad)
-        if not bad:
-            raise
+) -> tuple[Columns, tuple[Skipped, ...]]:
+    """The columns of the good items of a chunk that failed with an error, and the items that had to be skipped."""
+
+    def computed(items: list[Item]) -> Columns:
+        return _fetched(compute(read(items)))
+
+    bad = {0: error} if len(chunk) == 1 else _bad_items(chunk, computed, first_only=not skip_bad)
+    if not bad:
+        raise error
     if not skip_bad:
         index, error = next(iter(bad.items()))
         raise bad_item(keys[index], error) from error
     good = [item for index, item in enumerate(chunk) if index not in bad]
     skipped = tuple(Skipped(key=keys[index], reason=_one_line(error)) for index, error in bad.items())
-    return (compute(good) if good else {}), skipped
+    return (computed(good) if good else {}), skipped
 
 
 def bad_item(key: str, error: JaxidError) -> JaxidError:
@@ -312,13 +347,13 @@ def bad_item(key: str, error: JaxidError) -> JaxidError:
 
 
 def _bad_items(
-    chunk: list[Item], compute: Callable[[list[Item]], Mapping[str, Any]], *, first_only: bool
+    chunk: list[Item], computed: Callable[[list[Item]], Columns], *, first_only: bool
 ) -> dict[int, JaxidError]:
     """The items that fail by themselves: their indices and errors."""
     bad = {}
     for index, item in enumerate(chunk):
         try:
-            compute([item])
+            computed([item])
         except ITEM_ERRORS as error:
             bad[index] = error
             if first_only:

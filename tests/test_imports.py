@@ -19,7 +19,7 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-DOORS = {"errors", "io", "checks", "stats", "devices", "halving"}
+DOORS = {"errors", "io", "checks", "stats", "devices", "halving", "pipeline"}
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "checks": {"errors"},
     "devices": {"errors"},
     "halving": {"errors"},
+    "pipeline": set(),
     "stats": {"errors"},
     "zoo": set(),
     "kernels": set(),
