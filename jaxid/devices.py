@@ -3,10 +3,12 @@
 The numbers are the makers' peaks for one chip, dense products of bfloat16; a program reaches a part of them.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from jaxid.errors import InputError
@@ -105,12 +107,28 @@ def device(name: str) -> Device:
     return DEVICES[name]
 
 
+_SUPPOSED: contextvars.ContextVar[Device | None] = contextvars.ContextVar("supposed", default=None)
+
+
+@contextlib.contextmanager
+def supposed(device: Device) -> Iterator[None]:
+    """Lets `this` answer with another device, so that programs can be planned for it."""
+    token = _SUPPOSED.set(device)
+    try:
+        yield
+    finally:
+        _SUPPOSED.reset(token)
+
+
 def this() -> Device:
     """The first of the devices that JAX uses, with the memory that it reports.
 
     Peaks come from the table. A CPU's, and those of a kind that is not in the table, are estimated: a CPU's from the
     number of cores, others as those of a small device of its platform.
     """
+    planned = _SUPPOSED.get()
+    if planned is not None:
+        return planned
     import jax
 
     found = jax.local_devices()[0]

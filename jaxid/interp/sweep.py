@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxid.devices import Device, this
+
 Tree = TypeVar("Tree")
 
-_TOKENS_TOGETHER = 2048
-"""The most tokens that go through a layer together, over all rows of a chunk."""
-
-_CHUNK_OVERHEAD = {"cpu": 32, "accelerator": 256}
-"""The cost of another chunk in a layer, in tokens: the time to read the weights. Estimates, which nobody measured."""
+_CPU_TOKENS = 2048
+"""The most tokens that go through a layer together on a CPU, whose caches hold no more."""
 
 
 def bucket(count: int) -> int:
@@ -32,24 +31,34 @@ def bucket(count: int) -> int:
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
-def rows_together(rows: int, tokens: int) -> int:
+def rows_together(rows: int, tokens: int, device: Device | None = None) -> int:
     """The number of a sweep's rows that go through a layer together: a bucket that divides them.
 
     Larger chunks read the weights less often. Smaller ones compute fewer idle rows: rows are sorted by the layer in
-    which they start, and a chunk starts with its first row. In a model of these costs, with a sweep spread evenly over
-    the layers and an assumed overhead per chunk (`_CHUNK_OVERHEAD`), both are equal at the square root taken here.
+    which they start, and a chunk starts with its first row. Of a sweep of R rows of t tokens whose first layers are
+    spread evenly over the L layers, chunks of c rows run (R / c + 1) / 2 * L times. Time is counted in tokens: reading
+    a layer's weights takes as long as the products of n tokens (`Device.tokens_per_weight_read`). An accelerator reads
+    while it multiplies, so that a chunk takes max(n, c t), and the best chunk has just n tokens; less would wait for
+    the weights. A CPU does one after the other, n + c t, which is best at the square root of R n / t. The size with the
+    least time is taken, the larger of two that take as long.
+
     The choice affects speed only. Since chunks that hold nothing but padding are skipped and the others end within
     the bucket, fewer than half as many rows as are wanted are computed in vain.
 
     Args:
         rows: number of rows, the length of a bucket.
         tokens: tokens of one row, over all prompts.
+        device: the one that runs them; by default the one that JAX uses.
     """
-    overhead = _CHUNK_OVERHEAD["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-    largest = max(1, min(rows, _TOKENS_TOGETHER // tokens))
-    wanted = math.sqrt(rows * overhead / tokens)
-    sizes = (size for size in range(1, largest + 1) if bucket(size) == size and rows % size == 0)
-    return min(sizes, key=lambda size: abs(math.log(size / wanted)))
+    device = device or this()
+    on_cpu = device.platform == "cpu"
+    reading = device.tokens_per_weight_read(4 if on_cpu else 2)  # in the dtypes that are usual there
+    largest = max(1, min(rows, _CPU_TOKENS // tokens)) if on_cpu else rows
+    sizes = [size for size in range(1, largest + 1) if bucket(size) == size and rows % size == 0]
+    if on_cpu:  # the time grows with the distance from the best size, on a logarithmic scale
+        best = math.sqrt(rows * reading / tokens)
+        return min(sizes, key=lambda size: abs(math.log(size / best)))
+    return min(reversed(sizes), key=lambda size: (rows / size + 1) * max(reading, size * tokens))
 
 
 @dataclasses.dataclass(frozen=True)
