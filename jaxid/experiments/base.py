@@ -16,7 +16,7 @@ from jaxid import io, plots
 from jaxid.checks import Count, check_options
 from jaxid.errors import InputError
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, Keyed, Session, joined, padded, parse_layers
+from jaxid.experiments.session import Columns, Keyed, Later, Session, padded, parse_layers
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
@@ -127,8 +127,9 @@ SummaryT = TypeVar("SummaryT", bound=Summary)
 class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     """A published experiment: options and steps.
 
-    A subclass reads its items (`items`), makes prompts of them (`prepare`), computes the rows of a batch (`compute`),
-    summarises the table (`summarise`) and draws the summary (`figures`). `run` is the same for all.
+    A subclass lists its items (`items`), makes prompts of them (`prepare`), computes the rows of a batch (`compute`),
+    summarises the table (`summarise`) and draws the summary (`figures`). `run` is the same for all. While a batch is
+    computed, the next ones are prepared, and the rows of the one before are fetched and stored.
 
     Attributes:
         out: folder for parts, table, summary and figures. If it holds a run with the same settings, that is resumed.
@@ -192,7 +193,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
 
     @abc.abstractmethod
     def prepare(self, session: Session, items: Sequence[Item]) -> Batch:
-        """The prompts of items of one group."""
+        """The prompts of items of one group, with all that must be read from files; called in background threads."""
 
     def asked(self, batch: Batch) -> Sequence[RelationBatch]:
         """The questions of a batch; the words of the first are counted."""
@@ -203,8 +204,10 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         return 0
 
     @abc.abstractmethod
-    def compute(self, session: Session, items: Sequence[Item], batch: Batch) -> Columns:
-        """The table's rows of items.
+    def compute(self, session: Session, items: Sequence[Item], batch: Batch) -> Columns | Later:
+        """The table's rows of items; or, best, a function that fetches them once they are computed.
+
+        The function is called in the background, while the next batch is computed. It should hold on to results only.
 
         Args:
             session: the loaded model and the resolved options.
@@ -237,14 +240,9 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """The layers of the run, ascending."""
         return parse_layers(None, model, tuple(self.default_layers(model)))
 
-    def chunk(self, session: Session, items: list[Item]) -> Columns:
-        """The table's rows of items that are computed together."""
-        tables = []
-        for group in self.groups(items):
-            batch = self.prepare(session, padded(group, session.batch_size))
-            session.count_words(self.asked(batch)[0], len(group))
-            tables.append(self.compute(session, group, batch))
-        return joined(tables)
+    def read(self, session: Session, items: list[Item]) -> list[tuple[list[Item], Batch]]:
+        """Items that are computed together, group by group, with the prompts of each group."""
+        return [(group, self.prepare(session, padded(group, session.batch_size))) for group in self.groups(items)]
 
     def run(self) -> SummaryT:
         """Runs the experiment, or resumes the run in its folder; writes parts, table, summary and figures.

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
@@ -22,13 +22,19 @@ from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from jaxid.experiments.base import Experiment
 
 Columns = Mapping[str, Any]
 """A table: the values of every column, one for each row."""
 
+Later = Callable[[], Columns]
+"""Fetches rows that are being computed."""
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+Results = TypeVar("Results", bound="DataclassInstance")
 
 
 @runtime_checkable
@@ -39,6 +45,21 @@ class Keyed(Protocol):
     def key(self) -> str:
         """A unique name."""
         ...
+
+
+class Words(NamedTuple):
+    """Words of questions that were split into several tokens, and those that the vocabulary lacks, by count."""
+
+    split: int
+    unknown: Counter[str]
+
+
+class Chunk(NamedTuple):
+    """Items that are computed together, as they were read: their groups with prompts, and the words of each group."""
+
+    items: list[Any]
+    groups: list[tuple[list[Any], Any]]
+    words: list[Words]
 
 
 LARGEST_BATCH = 32
@@ -89,7 +110,6 @@ class Session:
         self.prompts_together = experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self))
         self.batch_size = max(1, self.prompts_together // experiment.prompts_per_item)
         self.bad: list[tuple[str, DataError]] = []
-        self._split, self._unknown = 0, Counter[str]()
 
     # --- reading items ---
 
@@ -177,12 +197,13 @@ class Session:
             found["ids_digest"] = io.digest(Path(str(found["ids"])))
         return found | {"template": self.template, "case": self.case, "layers": self.layers}
 
-    def count_words(self, batch: RelationBatch, count: int) -> None:
+    def words_in(self, batch: RelationBatch, count: int) -> Words:
         """Counts split and unknown words in a batch's first `count` questions.
 
         Raises:
             PromptError: for a word of several tokens, if such words are refused.
         """
+        found = 0
         for column, words in enumerate(zip(*batch.names, strict=True)):
             tokens = batch.prompts.word_tokens(words, beside=batch.names, occurrence=0)
             lengths = (tokens != tokens[:, -1:]).sum(axis=1)[:count] + 1
@@ -192,8 +213,8 @@ class Session:
                     f"the word {batch.names[row][column]!r} is split into {lengths[row]} tokens; --split-words last "
                     "reads it at its last one."
                 )
-            self._split += int((lengths > 1).sum())
-        self._unknown.update(word for own in batch.prompts.unknown[:count] for word in own)
+            found += int((lengths > 1).sum())
+        return Words(found, Counter(word for own in batch.prompts.unknown[:count] for word in own))
 
     def table(self) -> Columns:
         """Computes the missing rows; writes the table and returns it without items that are not finite.
@@ -202,23 +223,33 @@ class Session:
             DataError: if no item is left.
         """
         experiment = self.experiment
-        counts: dict[frozenset[str], tuple[int, Counter[str]]] = {}
+        counts: dict[frozenset[str], list[Words]] = {}
 
-        def counted(items: list[Keyed]) -> Columns:
-            self._split, self._unknown = 0, Counter()
-            columns = experiment.chunk(self, items)
-            keys = frozenset(item.key for item in items)
-            for own in [own for own in counts if own <= keys]:  # items that were tried alone count once
-                del counts[own]
-            counts[keys] = self._split, self._unknown
-            return columns
+        def read(items: list[Keyed]) -> Chunk:
+            groups = experiment.read(self, items)
+            words = [self.words_in(experiment.asked(batch)[0], len(group)) for group, batch in groups]
+            return Chunk(items, groups, words)
+
+        def compute(chunk: Chunk) -> Later:
+            found = [experiment.compute(self, group, batch) for group, batch in chunk.groups]
+            keys, words = frozenset(item.key for item in chunk.items), chunk.words
+
+            def fetch() -> Columns:
+                columns = joined([rows() if callable(rows) else rows for rows in found])
+                for own in [own for own in counts if own <= keys]:  # items that were tried alone count once
+                    del counts[own]
+                counts[keys] = words
+                return columns
+
+            return fetch
 
         done = jobs.run(
             experiment.out,
             settings=self.settings | {"fingerprint": self.model.fingerprint},
             items=self.items,
             key=_key,
-            compute=counted,
+            read=read,
+            compute=compute,
             chunk_size=self.batch_size,
             restart=experiment.restart,
             skip_bad=experiment.skip_bad,
@@ -232,6 +263,7 @@ class Session:
             raise DataError(f"no item of {experiment.data} could be used: {reason}")
         table, lost = finite_items(table)
         skipped = [*(jobs.Skipped(key=key, reason=str(error)) for key, error in self.bad), *done.skipped]
+        counted = [words for own in counts.values() for words in own]
         self.facts: dict[str, Any] = {
             "experiment": experiment.name,
             "model": self.model.name,
@@ -240,8 +272,8 @@ class Session:
             "skipped": {"count": len(skipped), "items": [dataclasses.asdict(entry) for entry in skipped]},
             "not_finite": {"count": len(lost), "items": lost},
             "resumed_items": done.resumed,
-            "words_of_several_tokens": sum(split for split, _ in counts.values()),
-            "unknown_words": dict(sum((unknown for _, unknown in counts.values()), Counter())),
+            "words_of_several_tokens": sum(words.split for words in counted),
+            "unknown_words": dict(sum((words.unknown for words in counted), Counter())),
             "settings": done.settings,
         }
         return table
@@ -303,6 +335,13 @@ def by_axis(items: Sequence[Item], item_of: Callable[[Item], SpatialItem]) -> li
 def joined(parts: Sequence[Columns]) -> Columns:
     """Concatenates tables with the same columns."""
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+
+def on_host(found: Results) -> Results:
+    """A dataclass of results with its arrays copied from the device."""
+    import jax
+
+    return dataclasses.replace(found, **jax.device_get(vars(found)))
 
 
 def rows_where(table: Columns, chosen: Bool[np.ndarray, "N"]) -> Columns:
