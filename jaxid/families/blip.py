@@ -55,7 +55,7 @@ class BlipConfig(DualConfig):
 
 def blip_keys(config: BlipConfig) -> list[Key]:
     """The key table of the contrastive side."""
-    attention = fused_attention_keys("self_attn.qkv.", "self_attn.projection", config.vision_config.num_attention_heads)
+    attention = fused_attention_keys("self_attn.qkv.", "self_attn.projection")
     block = encoder_block(attention, ("layer_norm1", "layer_norm2"))
     tower = [
         Key("embeddings.class_embedding", "class_token", "1 1 d -> d"),
@@ -67,17 +67,17 @@ def blip_keys(config: BlipConfig) -> list[Key]:
     ]
     return [
         *prefixed(tower, "vision_model.", "tower."),
-        *prefixed(bert_keys(config.text_config), "text_encoder.", "text_encoder."),
+        *prefixed(bert_keys(), "text_encoder.", "text_encoder."),
         *linear("vision_proj", "image_projection", bias=True),
         *linear("text_proj", "text_projection", bias=True),
     ]
 
 
-def bert_keys(config: TextConfig) -> list[Key]:
+def bert_keys() -> list[Key]:
     """Key table of a text encoder in BERT's names."""
-    heads, names = config.num_attention_heads, ("query", "key", "value")
+    names = ("query", "key", "value")
     block = encoder_block(
-        attention_keys("attention.self.{}", names, "attention.output.dense", heads, bias=True, out_bias=True),
+        attention_keys("attention.self.{}", names, "attention.output.dense", bias=True, out_bias=True),
         ("attention.output.LayerNorm", "output.LayerNorm"),
         ("intermediate.dense", "output.dense"),
     )

@@ -41,7 +41,7 @@ def clip_keys(config: CLIPConfig) -> list[Key]:
     """The family's key table."""
     return [
         *prefixed(vision_keys(config.vision_config), "vision_model.", "tower."),
-        *prefixed(text_keys(config.text_config), "text_model.", "text_encoder."),
+        *prefixed(text_keys(), "text_model.", "text_encoder."),
         *linear("visual_projection", "image_projection", bias=False),
         *linear("text_projection", "text_projection", bias=False),
         Key("logit_scale", "logit_scale"),

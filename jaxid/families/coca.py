@@ -12,8 +12,8 @@ from jaxid.families.base import Checkpoint, Family
 from jaxid.kernels import attention
 from jaxid.nn.dual import DualConfig, DualEncoder, Encoded
 from jaxid.nn.fields import Json
-from jaxid.nn.keys import Key, heads_out, layer_norm
-from jaxid.nn.layers import LayerNorm, Linear, filled, join_heads, normal
+from jaxid.nn.keys import LINEAR, Key, layer_norm, projection
+from jaxid.nn.layers import LayerNorm, Linear, Projections, filled, normal
 from jaxid.prompts.dual import DualProcessor
 
 
@@ -49,22 +49,22 @@ class CoCaConfig(DualConfig):
 
 def coca_keys(config: CoCaConfig) -> list[Key]:
     """The key table of the contrastive side."""
-    pooler, heads = "visual.attn_pool", {"h": config.pooler_heads}
+    pooler = "visual.attn_pool"
     projections = [
         key
         for index, name in enumerate(("query", "key", "value"))
         for key in (
-            Key(f"{pooler}.attn.{name[0]}_proj_weight", f"pooler.{name}", "(h e) d -> d h e", heads),
-            Key(f"{pooler}.attn.in_proj_bias", f"pooler.{name}_bias", "(h e) -> h e", heads, part=(index, 3)),
+            Key(f"{pooler}.attn.{name[0]}_proj_weight", f"pooler.{name}", LINEAR),
+            Key(f"{pooler}.attn.in_proj_bias", f"pooler.{name}_bias", part=(index, 3)),
         )
     ]
     return [
-        *openclip.tower_keys(config.vision_config),
+        *openclip.tower_keys(),
         Key(f"{pooler}.query", "pooler.queries"),
         *layer_norm(f"{pooler}.ln_q", "pooler.query_norm"),
         *layer_norm(f"{pooler}.ln_k", "pooler.key_norm"),
         *projections,
-        *heads_out(f"{pooler}.attn.out_proj", "pooler.out", config.pooler_heads, bias=True),
+        *projection(f"{pooler}.attn.out_proj", "pooler.out", bias=True),
         *layer_norm("visual.ln_post", "pooler.post_norm"),
         Key("visual.proj", "image_projection.kernel"),
         *openclip.text_keys(config.text_config, "text."),
@@ -72,40 +72,28 @@ def coca_keys(config: CoCaConfig) -> list[Key]:
     ]
 
 
-class Pooler(nnx.Module):
+class Pooler(Projections):
     """Attention of learned queries to the tower's tokens, and a norm (`open_clip`'s AttentionalPooler)."""
 
     def __init__(self, config: CoCaConfig, *, rngs: nnx.Rngs):
         """Builds the pooler."""
         width, embed, heads = config.vision_config.hidden_size, config.projection_dim, config.pooler_heads
-        shape, epsilon = (heads, embed // heads), config.vision_config.layer_norm_eps
+        epsilon = config.vision_config.layer_norm_eps
+        super().__init__(embed, heads, embed // heads, 1, source_width=width, bias=True, out_bias=True, rngs=rngs)
         self.queries = normal(rngs, (config.queries, embed), 1.0)
         self.query_norm, self.key_norm = LayerNorm(embed, epsilon), LayerNorm(width, epsilon)
-        self.query = normal(rngs, (embed, *shape), embed**-0.5)
-        self.key = normal(rngs, (width, *shape), width**-0.5)
-        self.value = normal(rngs, (width, *shape), width**-0.5)
-        self.query_bias, self.key_bias, self.value_bias = (filled(0.0, shape) for _ in range(3))
-        self.out = normal(rngs, (*shape, embed), embed**-0.5)
-        self.out_bias = filled(0.0, (embed,))
         self.post_norm = LayerNorm(embed, epsilon)
 
     def __call__(self, x: Float[Array, "N I D"]) -> Float[Array, "N Q E"]:
         """Pools all tokens, once by each query."""
-        source = self.key_norm(x)
-        query = jnp.einsum("qd,dhe->qhe", self.query_norm(self.queries[...]), self.query[...]) + self.query_bias[...]
-        key = jnp.einsum("nid,dhe->nihe", source, self.key[...]) + self.key_bias[...]
+        query, key, value = self.into_heads(self.query_norm(self.queries[...]), self.key_norm(x))
         query = jnp.broadcast_to(query, (len(x), *query.shape))
-        return self._projected(attention.attend(query, key, self._values(source)))
+        return self.post_norm(self.from_heads(attention.attend(query, key, value)))
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I E"]:
         """Pools each token as if it were the only one; queries then make no difference."""
-        return self._projected(self._values(self.key_norm(x)))
-
-    def _values(self, source: Float[Array, "N I D"]) -> Float[Array, "N I H e"]:
-        return jnp.einsum("nid,dhe->nihe", source, self.value[...]) + self.value_bias[...]
-
-    def _projected(self, x: Float[Array, "N S H e"]) -> Float[Array, "N S E"]:
-        return self.post_norm(join_heads(x) @ join_heads(self.out[...], 0) + self.out_bias[...])
+        _, value = self.remembered(self.key_norm(x))
+        return self.post_norm(self.from_heads(value))
 
 
 class CoCa(DualEncoder):

@@ -64,9 +64,9 @@ class FlavaConfig(DualConfig):
 
 
 def _block_keys(config: TextConfig | VisionConfig) -> list[Key]:
-    heads, bias, names = config.num_attention_heads, config.attention_bias, ("query", "key", "value")
+    bias, names = config.attention_bias, ("query", "key", "value")
     return encoder_block(
-        attention_keys("attention.attention.{}", names, "attention.output.dense", heads, bias=bias, out_bias=True),
+        attention_keys("attention.attention.{}", names, "attention.output.dense", bias=bias, out_bias=True),
         ("layernorm_before", "layernorm_after"),
         ("intermediate.dense", "output.dense"),
     )

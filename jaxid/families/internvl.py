@@ -118,10 +118,8 @@ class InternVLConfig(ModelConfig):
 def internvl_keys(config: InternVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
     vision = config.vision_config
-    heads, bias = vision.num_attention_heads, vision.attention_bias
-    attention = attention_keys(
-        "attention.{}_proj", "qkv", "attention.projection_layer", heads, bias=bias, out_bias=True
-    )
+    bias = vision.attention_bias
+    attention = attention_keys("attention.{}_proj", "qkv", "attention.projection_layer", bias=bias, out_bias=True)
     block = [
         *encoder_block(attention, ("layernorm_before", "layernorm_after"), norm_bias=not vision.rms_norm),
         Key("lambda_1", "attention_scale"),

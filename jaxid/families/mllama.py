@@ -112,9 +112,8 @@ class MllamaConfig(ModelConfig):
 
 def mllama_keys(config: MllamaConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
-    heads = config.vision_config.num_attention_heads
     block = encoder_block(
-        attention_keys("self_attn.{}_proj", "qkv", "self_attn.o_proj", heads, bias=False, out_bias=False),
+        attention_keys("self_attn.{}_proj", "qkv", "self_attn.o_proj", bias=False, out_bias=False),
         ("input_layernorm", "post_attention_layernorm"),
     )
     gates = [Key("gate_attn", "attention_scale"), Key("gate_ffn", "mlp_scale")]

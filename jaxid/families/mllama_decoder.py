@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.nn.decoder import Decoder, DecoderBlock, Tap
 from jaxid.nn.decoder_config import DecoderConfig, decoder_keys
 from jaxid.nn.keys import Key, prefixed
-from jaxid.nn.layers import Layer, RMSNorm, filled, flat_product, layer_of, rms_norm, stacked
+from jaxid.nn.layers import Layer, RMSNorm, filled, layer_of, rms_norm, stacked
 from jaxid.nn.views import Heads, Keep, Memory, Queries, Stored, Swapped, View
 
 
@@ -111,8 +111,8 @@ class MllamaDecoder(Decoder):
         def step(_: None, row: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
             layer, scale = row
             attention = self.block(layer).attention
-            key = rms_norm(flat_product(states, attention.key[...]), scale, self.config.rms_norm_eps)
-            value = flat_product(states, attention.value[...])
+            key, value = attention.remembered(states)
+            key = rms_norm(key, scale, self.config.rms_norm_eps)
             return None, (jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2))
 
         layers = jnp.asarray(np.array(self.config.cross_attention_layers))

@@ -108,20 +108,20 @@ def openclip_config(fields: Json) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=fields["embed_dim"])
 
 
-def _blocks(heads: int) -> list[Key]:
-    attention = fused_attention_keys("attn.in_proj_", "attn.out_proj", heads)
+def _blocks() -> list[Key]:
+    attention = fused_attention_keys("attn.in_proj_", "attn.out_proj")
     block = encoder_block(attention, ("ln_1", "ln_2"), ("mlp.c_fc", "mlp.c_proj"))
     return prefixed(block, "transformer.resblocks.{layer}.", "layers.")
 
 
-def tower_keys(config: VisionConfig) -> list[Key]:
+def tower_keys() -> list[Key]:
     """Key table of the tower without the norm after its last block."""
     keys = [
         Key("conv1.weight", "patch_kernel", "d c p q -> p q c d"),
         Key("class_embedding", "class_token"),
         Key("positional_embedding", "position"),
         *layer_norm("ln_pre", "pre_norm"),
-        *_blocks(config.num_attention_heads),
+        *_blocks(),
     ]
     return prefixed(keys, "visual.", "tower.")
 
@@ -131,7 +131,7 @@ def text_keys(config: TextConfig, source: str = "") -> list[Key]:
     keys = [
         Key("token_embedding.weight", "embedding"),
         Key("positional_embedding", "position"),
-        *_blocks(config.num_attention_heads),
+        *_blocks(),
         *layer_norm("ln_final", "final_norm"),
     ]
     if config.class_token:
@@ -145,7 +145,7 @@ def text_keys(config: TextConfig, source: str = "") -> list[Key]:
 def openclip_keys(config: CLIPConfig) -> list[Key]:
     """The key table of a CLIP."""
     return [
-        *tower_keys(config.vision_config),
+        *tower_keys(),
         *layer_norm("visual.ln_post", "tower.post_norm"),
         Key("visual.proj", "image_projection.kernel"),
         *text_keys(config.text_config),

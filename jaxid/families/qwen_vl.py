@@ -144,7 +144,7 @@ def qwen_vl_keys(config: QwenVLConfig) -> list[Key]:
     """The family's key table, in the names that published checkpoints use."""
     vision, bias = config.vision_config, not config.vision_config.rms_norm
     mlp = ("mlp.up_proj", "mlp.down_proj") if vision.gated_mlp else ("mlp.fc1", "mlp.fc2")
-    attention = fused_attention_keys("attn.qkv.", "attn.proj", vision.num_attention_heads)
+    attention = fused_attention_keys("attn.qkv.", "attn.proj")
     block = encoder_block(attention, ("norm1", "norm2"), mlp, norm_bias=bias)
     if vision.gated_mlp:
         block += linear("mlp.gate_proj", "gate", bias=True)

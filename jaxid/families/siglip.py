@@ -65,7 +65,7 @@ def siglip_keys(config: SiglipConfig) -> list[Key]:
     """The family's key table."""
     head = [
         Key("probe", "probe", "1 1 d -> d"),
-        *fused_attention_keys("attention.in_proj_", "attention.out_proj", config.vision_config.num_attention_heads),
+        *fused_attention_keys("attention.in_proj_", "attention.out_proj"),
         *layer_norm("layernorm", "norm"),
         *linear("mlp.fc1", "up", bias=True),
         *linear("mlp.fc2", "down", bias=True),
@@ -73,7 +73,7 @@ def siglip_keys(config: SiglipConfig) -> list[Key]:
     return [
         *prefixed(vision_keys(config.vision_config), "vision_model.", "tower."),
         *prefixed(head, "vision_model.head.", "head."),
-        *prefixed(text_keys(config.text_config), "text_model.", "text_encoder."),
+        *prefixed(text_keys(), "text_model.", "text_encoder."),
         *linear("text_model.head", "text_projection", bias=True),
         Key("logit_scale", "logit_scale"),
         Key("logit_bias", "logit_bias"),
@@ -100,7 +100,7 @@ class PoolingHead(nnx.Module):
 
     def each(self, x: Float[Array, "N I D"]) -> Float[Array, "N I D"]:
         """Pools each token as if it were the only one."""
-        _, _, value = self.attention.into_heads(x, x)
+        _, value = self.attention.remembered(x)
         return self._with_mlp(self.attention.from_heads(value))
 
     def _with_mlp(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

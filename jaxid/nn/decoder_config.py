@@ -390,10 +390,8 @@ def decoder_keys(config: DecoderConfig) -> list[Key]:
             "self_attn.{}_proj",
             "qkv",
             "self_attn.o_proj",
-            config.num_attention_heads,
             bias=config.attention_bias,
             out_bias=config.attention_out_bias,
-            kv_heads=config.num_key_value_heads,
         ),
     ]
     if config.post_norms:

@@ -103,49 +103,43 @@ def layer_norm(source: str, target: str, *, bias: bool = True) -> list[Key]:
     return [*rows, Key(f"{source}.bias", f"{target}.bias")] if bias else rows
 
 
-def heads_in(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
-    """Rows of a projection from the width into heads."""
-    rows = [Key(f"{source}.weight", target, "(h e) d -> d h e", {"h": heads})]
-    return [*rows, Key(f"{source}.bias", f"{target}_bias", "(h e) -> h e", {"h": heads})] if bias else rows
+def projection(source: str, target: str, *, bias: bool) -> list[Key]:
+    """Rows of one of the `Projections` of an attention layer."""
+    rows = [Key(f"{source}.weight", target, LINEAR)]
+    return [*rows, Key(f"{source}.bias", f"{target}_bias")] if bias else rows
 
 
-def attention_keys(
-    source: str, names: Sequence[str], out: str, heads: int, *, bias: bool, out_bias: bool, kv_heads: int | None = None
-) -> list[Key]:
+def attention_keys(source: str, names: Sequence[str], out: str, *, bias: bool, out_bias: bool) -> list[Key]:
     """Rows of an attention layer with separate tensors for queries, keys and values.
 
     Args:
         source: name of a projection into heads, with `{}` for which of them: "self_attn.{}_proj".
         names: the names of queries, keys and values there.
         out: name of the projection back to the width.
-        heads: number of heads.
         bias: whether the projections into heads have biases.
         out_bias: whether the projection back has a bias.
-        kv_heads: number of heads of keys and values, if it differs.
     """
-    counts = (heads, kv_heads or heads, kv_heads or heads)
     into = [
         row
-        for name, target, count in zip(names, ("query", "key", "value"), counts, strict=True)
-        for row in heads_in(source.format(name), f"attention.{target}", count, bias=bias)
+        for name, target in zip(names, ("query", "key", "value"), strict=True)
+        for row in projection(source.format(name), f"attention.{target}", bias=bias)
     ]
-    return [*into, *heads_out(out, "attention.out", heads, bias=out_bias)]
+    return [*into, *projection(out, "attention.out", bias=out_bias)]
 
 
-def fused_attention_keys(source: str, out: str, heads: int) -> list[Key]:
+def fused_attention_keys(source: str, out: str) -> list[Key]:
     """Rows of an attention layer with biases, whose queries, keys and values are thirds of one tensor.
 
     Args:
         source: prefix of the names of weight and bias, including the separator: "attn.qkv.", "in_proj_".
         out: name of the projection back to the width.
-        heads: number of heads.
     """
     into = [
-        Key(f"{source}{kind}", f"attention.{name}{suffix}", pattern, {"h": heads}, part=(index, 3))
+        Key(f"{source}{kind}", f"attention.{name}{suffix}", pattern, part=(index, 3))
         for index, name in enumerate(("query", "key", "value"))
-        for kind, suffix, pattern in (("weight", "", "(h e) d -> d h e"), ("bias", "_bias", "(h e) -> h e"))
+        for kind, suffix, pattern in (("weight", "", LINEAR), ("bias", "_bias", "... -> ..."))
     ]
-    return [*into, *heads_out(out, "attention.out", heads, bias=True)]
+    return [*into, *projection(out, "attention.out", bias=True)]
 
 
 def encoder_block(
@@ -166,9 +160,3 @@ def encoder_block(
         *linear(mlp[0], "up", bias=True),
         *linear(mlp[1], "down", bias=True),
     ]
-
-
-def heads_out(source: str, target: str, heads: int, *, bias: bool) -> list[Key]:
-    """Rows of a projection from heads back to the width."""
-    rows = [Key(f"{source}.weight", target, "d (h e) -> h e d", {"h": heads})]
-    return [*rows, Key(f"{source}.bias", f"{target}_bias")] if bias else rows

@@ -149,7 +149,11 @@ class Linear(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """Maps from the width into the heads of an attention layer and back; heads are real axes of the weights."""
+    """Maps from the width into the heads of an attention layer and back.
+
+    The weights are matrices: heads become an axis after the product. Weights with an axis of heads would be copied to
+    another layout before every product on TPU.
+    """
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class Projections(nnx.Module):
         layers: int,
         *,
         kv_heads: int | None = None,
+        source_width: int | None = None,
         bias: bool,
         out_bias: bool,
         rngs: nnx.Rngs,
@@ -171,30 +176,37 @@ class Projections(nnx.Module):
             head_width: width of a head, E.
             layers: number of layers in the stack, L.
             kv_heads: number of heads of keys and values, K, if it is not H.
+            source_width: width of the tokens that become keys and values, if it is not D.
             bias: whether queries, keys and values have biases.
             out_bias: whether the map back has a bias.
             rngs: source of the first values.
         """
-        shape, kv_shape, scale = (heads, head_width), (kv_heads or heads, head_width), width**-0.5
-        self.query = normal(rngs, (width, *shape), scale)
-        self.key = normal(rngs, (width, *kv_shape), scale)
-        self.value = normal(rngs, (width, *kv_shape), scale)
-        self.out = normal(rngs, (*shape, width), scale * (2 * layers) ** -0.5)
-        self.query_bias = filled(0.0, shape) if bias else None
-        self.key_bias, self.value_bias = (filled(0.0, kv_shape) if bias else None for _ in range(2))
+        inner, kv_inner = heads * head_width, (kv_heads or heads) * head_width
+        source, scale = source_width or width, width**-0.5
+        self.head_width = head_width
+        self.query = normal(rngs, (width, inner), scale)
+        self.key = normal(rngs, (source, kv_inner), source**-0.5)
+        self.value = normal(rngs, (source, kv_inner), source**-0.5)
+        self.out = normal(rngs, (inner, width), scale * (2 * layers) ** -0.5)
+        self.query_bias = filled(0.0, (inner,)) if bias else None
+        self.key_bias, self.value_bias = (filled(0.0, (kv_inner,)) if bias else None for _ in range(2))
         self.out_bias = filled(0.0, (width,)) if out_bias else None
 
     def into_heads(
-        self, x: Float[Array, "*B S D"], source: Float[Array, "*B T D"]
-    ) -> tuple[Float[Array, "*B S H E"], Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
+        self, x: Float[Array, "*A S D"], source: Float[Array, "*B T C"]
+    ) -> tuple[Float[Array, "*A S H E"], Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
         """Queries of the tokens `x`, and keys and values of the tokens `source`."""
-        query = _affine(x, self.query, self.query_bias)
-        return query, _affine(source, self.key, self.key_bias), _affine(source, self.value, self.value_bias)
+        query = split_heads(_affine(x, self.query, self.query_bias), self.head_width)
+        return query, *self.remembered(source)
+
+    def remembered(self, source: Float[Array, "*B T C"]) -> tuple[Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
+        """Keys and values of the tokens `source`."""
+        key, value = _affine(source, self.key, self.key_bias), _affine(source, self.value, self.value_bias)
+        return split_heads(key, self.head_width), split_heads(value, self.head_width)
 
     def from_heads(self, mixed: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
         """What attention adds to the tokens, from what their queries read."""
-        out = flat_product(join_heads(mixed), join_heads(self.out[...], 0))
-        return out if self.out_bias is None else out + self.out_bias[...]
+        return _affine(join_heads(mixed), self.out, self.out_bias)
 
 
 _PRODUCT = "product"
@@ -205,19 +217,23 @@ def _affine(x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | N
     return y if bias is None else y + bias[...]
 
 
-def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs *outputs"]) -> Float[Array, "..."]:
+def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*B outputs"]:
     """A linear map of the last axis as one product of two matrices, whatever other axes there are.
 
     XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients.
     """
-    y = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1), _PRODUCT)
-    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+    y = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel, _PRODUCT)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def join_heads(x: Float[Array, "..."], axis: int = -2) -> Float[Array, "..."]:
-    """Merges two adjacent axes, heads and their width."""
-    axis %= x.ndim
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+def split_heads(x: Float[Array, "*B S F"], width: int) -> Float[Array, "*B S H E"]:
+    """Splits the last axis into heads of a given width."""
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def join_heads(x: Float[Array, "*B S H E"]) -> Float[Array, "*B S F"]:
+    """Merges heads and their width into one axis."""
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def take_tokens(values: Float[Array, "*layers B T D"], positions: Int[Array, "B S"]) -> Float[Array, "*layers B S D"]:

@@ -10,7 +10,7 @@ from jaxid.errors import InputError
 from jaxid.kernels import attention
 from jaxid.nn.keys import Key, layer_norm, prefixed
 from jaxid.nn.layers import LayerNorm, normal, stacked
-from jaxid.nn.transformer import Block, BlockConfig, block_keys, run_blocks
+from jaxid.nn.transformer import BLOCK_KEYS, Block, BlockConfig, run_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,12 @@ class TextConfig(BlockConfig):
         return self.class_token or (self.reads_padding and not self.causal)
 
 
-def text_keys(config: TextConfig) -> list[Key]:
+def text_keys() -> list[Key]:
     """Key table of CLIP's and SigLIP's encoder, below HF's `text_model.`."""
     return [
         Key("embeddings.token_embedding.weight", "embedding"),
         Key("embeddings.position_embedding.weight", "position"),
-        *prefixed(block_keys(config.num_attention_heads), "encoder.layers.{layer}.", "layers."),
+        *prefixed(BLOCK_KEYS, "encoder.layers.{layer}.", "layers."),
         *layer_norm("final_layer_norm", "final_norm"),
     ]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxid.kernels import attention, rope
 from jaxid.kernels.rope import Rotation
 from jaxid.nn.fields import check_parts
-from jaxid.nn.keys import Key, attention_keys, encoder_block
+from jaxid.nn.keys import attention_keys, encoder_block
 from jaxid.nn.layers import (
     ACTIVATIONS,
     Config,
@@ -49,10 +49,11 @@ class BlockConfig(Config):
         check_parts("a tower", ("its width", self.hidden_size), ("num_attention_heads", self.num_attention_heads))
 
 
-def block_keys(heads: int) -> list[Key]:
-    """Key table of one block as HF's CLIP and SigLIP name it."""
-    attention = attention_keys("self_attn.{}_proj", "qkv", "self_attn.out_proj", heads, bias=True, out_bias=True)
-    return encoder_block(attention, ("layer_norm1", "layer_norm2"))
+BLOCK_KEYS = encoder_block(
+    attention_keys("self_attn.{}_proj", "qkv", "self_attn.out_proj", bias=True, out_bias=True),
+    ("layer_norm1", "layer_norm2"),
+)
+"""Key table of one block as HF's CLIP and SigLIP name it."""
 
 
 Read = Callable[[Float[Array, "N S H E"], Float[Array, "N I H E"], Float[Array, "N I H E"]], Float[Array, "N S H E"]]

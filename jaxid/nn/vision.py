@@ -12,7 +12,7 @@ from jaxid.errors import CheckpointError, InputError
 from jaxid.nn.fields import check_patches
 from jaxid.nn.keys import Key, layer_norm, prefixed
 from jaxid.nn.layers import LayerNorm, filled, normal, stacked
-from jaxid.nn.transformer import Block, BlockConfig, block_keys, run_blocks
+from jaxid.nn.transformer import BLOCK_KEYS, Block, BlockConfig, run_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def vision_keys(config: VisionConfig) -> list[Key]:
     keys = [
         Key("embeddings.patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
         Key("embeddings.position_embedding.weight", "position"),
-        *prefixed(block_keys(config.num_attention_heads), "encoder.layers.{layer}.", "layers."),
+        *prefixed(BLOCK_KEYS, "encoder.layers.{layer}.", "layers."),
     ]
     if config.class_token:
         keys.append(Key("embeddings.class_embedding", "class_token"))

@@ -127,9 +127,9 @@ def test_every_value_stands_where_the_key_table_says() -> None:
     leaves, weights = tensors.flatten(model.parameters), load_file(fixtures.folder(case) / "model.safetensors")
     block = "language_model.model.layers.1.self_attn."
     query = weights[block + "q_proj.weight"].numpy()  # [(H E), D]
-    np.testing.assert_array_equal(leaves["decoder.layers.attention.query"][1, :, 2, 5], query[2 * 12 + 5])
+    np.testing.assert_array_equal(leaves["decoder.layers.attention.query"][1, :, 2 * 12 + 5], query[2 * 12 + 5])
     out = weights[block + "o_proj.weight"].numpy()  # [D, (H E)]
-    np.testing.assert_array_equal(leaves["decoder.layers.attention.out"][1, 2, 5], out[:, 2 * 12 + 5])
+    np.testing.assert_array_equal(leaves["decoder.layers.attention.out"][1, 2 * 12 + 5], out[:, 2 * 12 + 5])
     patch = weights["vision_tower.embeddings.patch_embedding.weight"].numpy()  # [D, C, Y, X]
     np.testing.assert_array_equal(leaves["tower.patch_kernel"][3, 6, 1], patch[:, 1, 3, 6])
 

@@ -186,16 +186,16 @@ def by_hand(config: BlockConfig, own: dict[str, np.ndarray], x: np.ndarray) -> n
     before = normed(x, own, "attention_norm", epsilon, rms)
     heads = {}
     for name in ("query", "key", "value"):
-        flat = before @ own[f"attention.{name}"].reshape(WIDTH, -1)
+        flat = before @ own[f"attention.{name}"]
         if config.attention_bias:
-            flat = flat + own[f"attention.{name}_bias"].reshape(-1)
+            flat = flat + own[f"attention.{name}_bias"]
         if config.query_key_norm and name != "value":  # over all heads together
             flat = normed(flat, own, f"attention.{name}_norm", 1e-6, True)
         heads[name] = flat.reshape(*x.shape[:2], HEADS, -1)
     scores = np.einsum("nihe,njhe->nhij", heads["query"], heads["key"]) / np.sqrt(WIDTH // HEADS)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     mixed = np.einsum("nhij,njhe->nihe", weights, heads["value"]).reshape(x.shape)
-    mixed = mixed @ own["attention.out"].reshape(-1, WIDTH)
+    mixed = mixed @ own["attention.out"]
     x = x + added(mixed + own["attention.out_bias"] if config.attention_out_bias else mixed, "attention")
     before = normed(x, own, "mlp_norm", epsilon, rms)
     up = before @ own["up.kernel"] + own["up.bias"]
@@ -252,9 +252,9 @@ def test_a_block_with_scales_and_norms_is_interns() -> None:
     state = {f"{name}.weight": own[f"{ours}.scale"] for name, ours in names.items()}
     state |= {f"{name}.bias": own[f"{ours}.bias"] for name, ours in list(names.items())[:2]}
     for name in ("query", "key", "value"):
-        state[f"attention.{name[0]}_proj.weight"] = own[f"attention.{name}"].reshape(WIDTH, -1).T
-        state[f"attention.{name[0]}_proj.bias"] = own[f"attention.{name}_bias"].reshape(-1)
-    state["attention.projection_layer.weight"] = own["attention.out"].reshape(-1, WIDTH).T
+        state[f"attention.{name[0]}_proj.weight"] = own[f"attention.{name}"].T
+        state[f"attention.{name[0]}_proj.bias"] = own[f"attention.{name}_bias"]
+    state["attention.projection_layer.weight"] = own["attention.out"].T
     state["attention.projection_layer.bias"] = own["attention.out_bias"]
     for name, ours in (("fc1", "up"), ("fc2", "down")):
         state[f"mlp.{name}.weight"], state[f"mlp.{name}.bias"] = own[f"{ours}.kernel"].T, own[f"{ours}.bias"]
