@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from jaxid.data.pictures import mirrored, recoloured
 from jaxid.errors import DataError
 from jaxid.experiments.base import Summary, WithLayers
 from jaxid.experiments.relations import RelationBatch, prepare
-from jaxid.experiments.session import Columns, Keyed, Session, as_array, padded, spread
+from jaxid.experiments.session import Columns, Keyed, Later, Session, as_array, on_host, spread
 from jaxid.families.base import Model
 from jaxid.interp.trace import rerun, swap, trace
 from jaxid.io import tidy
+from jaxid.nn.sites import AnyArray
 from jaxid.prompts.pictures import open_picture
 from jaxid.prompts.processor import Prompts
 from jaxid.stats import centre_and_spread
@@ -46,9 +48,9 @@ class Patched:
         layers: the layers after which activations are swapped.
     """
 
-    control: Float[np.ndarray, "B 2"]
-    intervened: Float[np.ndarray, "B 2"]
-    patched: Float[np.ndarray, "P L B 2"]
+    control: Float[AnyArray, "B 2"]
+    intervened: Float[AnyArray, "B 2"]
+    patched: Float[AnyArray, "P L B 2"]
     layers: Int[np.ndarray, "L"]
 
     @property
@@ -58,7 +60,7 @@ class Patched:
         NaN where the changed picture does not change an answer. The published code counts this as 0.
         """
         scores = np.asarray(swap_score(*map(jnp.asarray, (self.control, self.patched, self.intervened))))
-        defined = np.where(self.control == self.intervened, np.nan, scores)
+        defined = np.where(np.equal(self.control, self.intervened), np.nan, scores)
         return dict(zip(TOKEN_SETS, defined.astype(scores.dtype), strict=True))
 
 
@@ -101,9 +103,9 @@ def swap_activations(
     for positions in ("text", batch.words[:, :2] if words is None else words):
         outputs.append(rerun(model, recorded, swap(changed, chosen, positions), chunk=chunk))
     return Patched(
-        control=np.asarray(batch.read(recorded)),
-        intervened=np.asarray(batch.read(changed)),
-        patched=np.stack([np.asarray(batch.read(output)) for output in outputs]),
+        control=batch.read(recorded),
+        intervened=batch.read(changed),
+        patched=jnp.stack([batch.read(output) for output in outputs]),
         layers=chosen,
     )
 
@@ -169,9 +171,17 @@ class SwapSummary(Scores, Summary):
     mean_change_of_answers: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair(Generic[Batch]):
+    """Questions about pictures or clips, and the same ones about the changed pictures or clips."""
+
+    questions: Batch
+    changed: Prompts
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, SummaryT]):
-    """Base class of the activation swaps. A subclass gives the items, their prompts, and the changed prompts."""
+class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batch, SummaryT]):
+    """Base class of the activation swaps. A subclass gives the items, their questions, and the changed prompts."""
 
     changed_to: ClassVar[str]
     """Description of the changed picture or clip, such as "the mirrored picture"."""
@@ -183,10 +193,19 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         return len(session.layers)
 
     @abc.abstractmethod
-    def changed(self, session: Session, items: Sequence[Item], batch: Batch) -> Prompts:
-        """The questions of a batch about the changed pictures or clips; the items are padded like the batch."""
+    def questions(self, session: Session, items: Sequence[Item]) -> Batch:
+        """The questions about the pictures or clips."""
 
-    def words(self, batch: Batch) -> Int[np.ndarray, "B P"]:
+    @abc.abstractmethod
+    def changed(self, session: Session, items: Sequence[Item], batch: Batch) -> Prompts:
+        """The same questions about the changed pictures or clips."""
+
+    def prepare(self, session: Session, items: Sequence[Item]) -> Pair[Batch]:
+        """The questions about the pictures or clips, and about the changed ones."""
+        batch = self.questions(session, items)
+        return Pair(batch, self.changed(session, items, batch))
+
+    def words(self, batch: Pair[Batch]) -> Int[np.ndarray, "B P"]:
         """Positions of the words that are swapped."""
         return self.asked(batch)[0].words[:, :2]
 
@@ -198,20 +217,24 @@ class ActivationSwap(WithLayers[Item, Batch, SummaryT], Generic[Item, Batch, Sum
         """Further columns of the table, with a value for each item."""
         return {}
 
-    def compute(self, session: Session, items: Sequence[Item], batch: Batch) -> Columns:
+    def compute(self, session: Session, items: Sequence[Item], batch: Pair[Batch]) -> Later:
         """A row for each token set, layer, item and answer word."""
-        model, asked, count = session.model, self.asked(batch)[0], len(items)
-        other = self.changed(session, padded(items, session.batch_size), batch)
-        found = swap_activations(model, asked, other, words=self.words(batch), layers=session.layers)
+        asked = self.asked(batch)[0]
+        found = swap_activations(session.model, asked, batch.changed, words=self.words(batch), layers=session.layers)
+        return partial(self.rows_of, session, items, asked.answers, found)
+
+    def rows_of(self, session: Session, items: Sequence[Item], answers: Sequence[str], found: Patched) -> Columns:
+        """The table's rows of items, once they are computed."""
+        count, found = len(items), on_host(found)
         patched = found.patched[:, :, :count]
         axes = {
             "tokens": TOKEN_SETS,
             "layer": session.layers,
             "item": [item.key for item in items],
-            "word": asked.answers,
+            "word": answers,
         }
         return tidy(patched, axes, name="patched") | {
-            "model": spread(model.name, patched.shape),
+            "model": spread(session.model.name, patched.shape),
             **{name: spread(values, patched.shape, 2) for name, values in self.columns(items).items()},
             "control": spread(found.control[:count], patched.shape),
             "intervened": spread(found.intervened[:count], patched.shape),
@@ -271,9 +294,13 @@ class PictureSwap(ActivationSwap[SpatialItem, RelationBatch, SwapSummary]):
         items = session.spatial_items("horizontal")
         return items if self.limit else session.sample(items, PUBLISHED_ITEMS)
 
-    def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
+    def questions(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
         """The published questions."""
         return prepare(session.model, items, template=session.template, case=session.case)
+
+    def asked(self, batch: Pair[RelationBatch]) -> list[RelationBatch]:
+        """The questions about the pictures."""
+        return [batch.questions]
 
     def summarise(self, session: Session, table: Columns) -> SwapSummary:
         """Scores by token set, layer and word."""

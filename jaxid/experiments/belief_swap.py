@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, ClassVar
 
 import jax
@@ -15,7 +16,17 @@ from jaxid.data.coco_spatial import SpatialItem
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.compare import CONDITIONS, Rates, draw_best, draw_layers, rates
 from jaxid.experiments.relations import RelationBatch, answer_of, prepare
-from jaxid.experiments.session import Columns, Session, by_axis, item_columns, padded, require_same_model, spread
+from jaxid.experiments.session import (
+    Columns,
+    Later,
+    Session,
+    by_axis,
+    item_columns,
+    on_host,
+    padded,
+    require_same_model,
+    spread,
+)
 from jaxid.families.base import Model
 from jaxid.families.registry import published
 from jaxid.ids.spatial import SpatialIDs
@@ -23,6 +34,7 @@ from jaxid.interp.generate import Generation, generate
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import Trace, rerun, trace
 from jaxid.io import tidy
+from jaxid.nn.sites import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +51,8 @@ class Swapped:
         steered_texts: texts generated under every edit, [2, L, S, B]; empty strings if nothing was generated.
     """
 
-    control: Float[np.ndarray, "B 2"]
-    steered: Float[np.ndarray, "C L S B 2"]
+    control: Float[AnyArray, "B 2"]
+    steered: Float[AnyArray, "C L S B 2"]
     layers: Int[np.ndarray, "L"]
     strengths: Float[np.ndarray, "S"]
     truth: Int[np.ndarray, "B"]
@@ -48,18 +60,18 @@ class Swapped:
     steered_texts: np.ndarray
 
     @property
-    def correct(self) -> Bool[np.ndarray, "B"]:
+    def correct(self) -> Bool[AnyArray, "B"]:
         """Whether the control pass prefers the true answer."""
         return self.control.argmax(-1) == self.truth
 
     @property
-    def swapped(self) -> Bool[np.ndarray, "C L S B"]:
+    def swapped(self) -> Bool[AnyArray, "C L S B"]:
         """Whether the sign of log p(correct) - log p(wrong) changed."""
         return (self.steered[..., 0] > self.steered[..., 1]) != (self.control[:, 0] > self.control[:, 1])
 
 
 def directions(
-    ids: SpatialIDs, axis: str, answers: Int[np.ndarray, "B"], layers: Int[np.ndarray, "L"]
+    ids: SpatialIDs, axis: str, answers: Int[AnyArray, "B"], layers: Int[np.ndarray, "L"]
 ) -> Float[Array, "L B 2 D"]:
     """The vectors that push each item's belief the other way, for the subject's and the object's word.
 
@@ -135,7 +147,7 @@ def swap_beliefs(
     require_same_model(model, ids)
     chosen, multiples = np.asarray(layers), np.asarray(strengths, np.float32)
     recorded = trace(model, batch.prompts) if recorded is None else recorded
-    control = np.asarray(batch.read(recorded))
+    control = batch.read(recorded)
     believed = control.argmax(axis=-1)
     count = len(batch.prompts)
     control_texts = np.full(count, "", object)
@@ -144,7 +156,7 @@ def swap_beliefs(
         written = generate(model, recorded, max_new_tokens=max_new_tokens)
         control_texts = written.texts
         said = np.array([answer_of(text, batch.answers) for text in control_texts])
-        believed = np.where(said >= 0, said, believed)
+        believed = jnp.where(said >= 0, said, believed)
     lengths = norms(model, batch, recorded, written)[chosen]
     pushes = directions(ids, batch.axis, believed, chosen)
     drawn = noise(seed, np.arange(count) if indices is None else indices, model.num_layers, model.width)[chosen]
@@ -159,7 +171,7 @@ def swap_beliefs(
         steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
     return Swapped(
         control=control,
-        steered=np.asarray(steered),
+        steered=steered,
         layers=chosen,
         strengths=multiples,
         truth=batch.truth,
@@ -220,7 +232,7 @@ class BeliefSwap(
         """The published questions."""
         return prepare(session.model, items, template=session.template, case=session.case)
 
-    def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Columns:
+    def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Later:
         """A row for each item, condition and layer."""
         found = swap_beliefs(
             session.model,
@@ -233,7 +245,7 @@ class BeliefSwap(
             max_new_tokens=self.max_new_tokens,
             norms=self.norms,
         )
-        return table_of(found, items, batch, session.model.name)
+        return partial(table_of, found, items, batch.answers, session.model.name)
 
     def summarise(self, session: Session, table: Columns) -> BeliefSwapSummary:
         """Shares by condition and layer."""
@@ -257,8 +269,9 @@ class BeliefSwap(
         )
 
 
-def table_of(found: Swapped, items: Sequence[SpatialItem], batch: RelationBatch, model: str) -> Columns:
+def table_of(found: Swapped, items: Sequence[SpatialItem], answers: Sequence[str], model: str) -> Columns:
     """A row for each item, condition and layer, at the first strength."""
+    found = on_host(found)
     count, rows = len(items), np.arange(len(items))
     truth, control, control_texts = found.truth[:count], found.control[:count], found.control_texts[:count]
     steered, swapped, texts = (  # by item, condition, layer
@@ -267,11 +280,11 @@ def table_of(found: Swapped, items: Sequence[SpatialItem], batch: RelationBatch,
     shape = texts.shape
 
     def said(texts: np.ndarray) -> np.ndarray:
-        return np.array([answer_of(text, batch.answers) for text in texts.ravel()], int).reshape(texts.shape)
+        return np.array([answer_of(text, answers) for text in texts.ravel()], int).reshape(texts.shape)
 
     written = control_texts != ""
     answered = np.where(written, said(control_texts), control.argmax(axis=-1))
-    answers = np.where(written[:, None, None], said(texts), steered.argmax(axis=-1))
+    chosen = np.where(written[:, None, None], said(texts), steered.argmax(axis=-1))
     axes = {"item": [item.key for item in items], "condition": CONDITIONS, "layer": found.layers.tolist()}
     return tidy(steered[rows, :, :, truth], axes, name="steered_correct") | {
         "steered_wrong": steered[rows, :, :, 1 - truth].ravel(),
@@ -282,7 +295,7 @@ def table_of(found: Swapped, items: Sequence[SpatialItem], batch: RelationBatch,
         "control_wrong": spread(control[rows, 1 - truth], shape, 0),
         "swapped": swapped.ravel(),
         "control_verdict": spread(_verdicts(answered, truth), shape, 0),
-        "verdict": _verdicts(answers, truth[:, None, None]).ravel(),
+        "verdict": _verdicts(chosen, truth[:, None, None]).ravel(),
         "control_text": spread(control_texts.astype(str), shape, 0),
         "text": texts.ravel().astype(str),
     }

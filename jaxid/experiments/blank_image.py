@@ -7,11 +7,12 @@ one, and the mean picture of the data set.
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,10 +20,10 @@ from jaxid import plots
 from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.errors import JaxidError
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
-from jaxid.experiments.belief_swap import BeliefSwap, swap_beliefs
+from jaxid.experiments.belief_swap import BeliefSwap, Swapped, swap_beliefs
 from jaxid.experiments.deviation import gap
 from jaxid.experiments.relations import RelationBatch, prepare
-from jaxid.experiments.session import Columns, Session, as_array, by_axis, item_columns, padded, spread
+from jaxid.experiments.session import Columns, Later, Session, as_array, by_axis, item_columns, on_host, padded, spread
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.trace import Trace, residuals_at, trace
 from jaxid.io import tidy
@@ -63,7 +64,7 @@ def blank_like(picture: Picture, kind: str, mean: UInt8[np.ndarray, "Y X 3"]) ->
     return Image.new("RGB", size, (GREY, GREY, GREY)) if kind == "grey" else Image.fromarray(mean).resize(size)
 
 
-def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float[np.ndarray, "L B 2 2"]:
+def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float[Array, "L B 2 2"]:
     """The deviations of the subject's and the object's word, in every layer's plane of the spatial IDs.
 
     A deviation is an activation less the one in the same question without a picture, as in Figure 8 a.
@@ -71,7 +72,7 @@ def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float
     text = recorded.model.prepare(None, list(batch.prompts.questions))
     alone = residuals_at(recorded.model, text, text.words(batch.names)[:, :2])
     added = recorded.at(batch.words[:, :2]).astype(jnp.float32) - alone.astype(jnp.float32)
-    return np.asarray(ids.plane_coordinates(added[1:]))
+    return ids.plane_coordinates(added[1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,15 +162,27 @@ class BlankImage(
         """The questions about every kind of picture."""
         return list(batch.values())
 
-    def compute(self, session: Session, items: Sequence[BlankItem], batch: Mapping[str, RelationBatch]) -> Columns:
+    def compute(self, session: Session, items: Sequence[BlankItem], batch: Mapping[str, RelationBatch]) -> Later:
         """A row for each kind of picture, layer and item."""
-        count, swaps, words = len(items), [], []
+        swaps, words = [], []
         indices = np.array(padded([session.index[one.key] for one in items], session.batch_size))
         options = {"layers": session.layers, "strengths": (self.strength,), "seed": self.seed, "indices": indices}
         for asked in batch.values():
             recorded = trace(session.model, asked.prompts)
             swaps.append(swap_beliefs(session.model, asked, session.ids, recorded=recorded, **options))
-            words.append(place_words(asked, recorded, session.ids)[session.layers, :count])
+            words.append(place_words(asked, recorded, session.ids))
+        return partial(self.rows_of, session, items, swaps, words)
+
+    def rows_of(
+        self,
+        session: Session,
+        items: Sequence[BlankItem],
+        found: Sequence[Swapped],
+        placed: Sequence[Float[Array, "L B 2 2"]],
+    ) -> Columns:
+        """The table's rows of items, once they are computed."""
+        count, swaps = len(items), [on_host(one) for one in found]
+        words = [np.asarray(one)[session.layers, :count] for one in placed]
         swapped = np.stack([found.swapped[:, :, 0, :count] for found in swaps], axis=1)  # [2, P, L, B]
         control, truth = np.stack([found.control[:count] for found in swaps]), swaps[0].truth[:count]
         axes = {"picture": PICTURES, "layer": session.layers, "item": [one.key for one in items]}

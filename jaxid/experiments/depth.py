@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxid import plots
 from jaxid.experiments.base import Summary
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, Session, joined, rows_where
+from jaxid.experiments.session import Columns, Later, Session, joined, rows_where
 from jaxid.experiments.steering import KINDS, Kind, Question, ToCells, about_items, ask
 from jaxid.stats import mean_interval
 
@@ -69,13 +69,18 @@ class Depth(ToCells[Batches, DepthSummary]):
         """The questions about height, then those about depth."""
         return list(batch.values())
 
-    def compute(self, session: Session, items: Sequence[Question], batch: Batches) -> Columns:
+    def compute(self, session: Session, items: Sequence[Question], batch: Batches) -> Later:
         """A row for each question, layer, cell, item and word."""
-        tables = []
-        for name, asked in batch.items():
-            rows = self.rows_of(session, items, asked.answers, self.steered(session, asked))
-            tables.append({**rows, "question": np.full(len(rows["change"]), name)})
-        return joined(tables)
+        found = {name: (asked.answers, self.steered(session, asked)) for name, asked in batch.items()}
+
+        def fetch() -> Columns:
+            tables = []
+            for name, (answers, steered) in found.items():
+                rows = self.rows_of(session, items, answers, steered)
+                tables.append({**rows, "question": np.full(len(rows["change"]), name)})
+            return joined(tables)
+
+        return fetch
 
     def summarise(self, session: Session, table: Columns) -> DepthSummary:
         """Mean changes by question, layer and cell, and the correlation of the questions."""

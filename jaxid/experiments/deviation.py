@@ -7,6 +7,7 @@ Figure 8 a).
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import ClassVar, TypedDict
 
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs
 from jaxid.experiments.relations import RelationBatch, prepare
 from jaxid.experiments.session import (
     Columns,
+    Later,
     Session,
     by_axis,
     item_columns,
+    on_host,
     padded,
     parse_layers,
     require_same_model,
@@ -38,7 +41,7 @@ from jaxid.interp.forward import forward
 from jaxid.interp.trace import residuals_at
 from jaxid.io import tidy, write_json
 from jaxid.kernels import probing
-from jaxid.nn.sites import Capture
+from jaxid.nn.sites import AnyArray, Capture
 from jaxid.stats import Moments, RankTest, confidence_interval, moments, rank_test
 
 ROLES = ("subject", "object")
@@ -57,38 +60,36 @@ class Deviations:
         layers: the layers after which activations were read.
     """
 
-    control: Float[np.ndarray, "B 2"]
+    control: Float[AnyArray, "B 2"]
     truth: Int[np.ndarray, "B"]
-    words: Float[np.ndarray, "L B 2 2"]
-    places: Float[np.ndarray, "L B 2 2"]
+    words: Float[AnyArray, "L B 2 2"]
+    places: Float[AnyArray, "L B 2 2"]
     axis: str
     layers: Int[np.ndarray, "L"]
 
     @property
-    def correct(self) -> Bool[np.ndarray, "B"]:
+    def correct(self) -> Bool[AnyArray, "B"]:
         """Whether the true answer is more probable than the other one."""
         rows = np.arange(len(self.truth))
         return self.control[rows, self.truth] > self.control[rows, 1 - self.truth]
 
     @property
-    def gaps(self) -> Float[np.ndarray, "L B"]:
+    def gaps(self) -> Float[AnyArray, "L B"]:
         """How far apart the two words are along the asked axis, in the direction of the true answer."""
         return gap(self.words, self.axis, self.truth)
 
     @property
-    def true_gaps(self) -> Float[np.ndarray, "L B"]:
+    def true_gaps(self) -> Float[AnyArray, "L B"]:
         """How far apart the ground-truth IDs are, in the same direction."""
         return gap(self.places, self.axis, self.truth)
 
     @property
-    def margins(self) -> Float[np.ndarray, "L B"]:
+    def margins(self) -> Float[AnyArray, "L B"]:
         """The words' gaps less the true ones: above 0, the words are further apart than the objects."""
         return self.gaps - self.true_gaps
 
 
-def gap(
-    coordinates: Float[np.ndarray, "*L B 2 2"], axis: str, truth: Int[np.ndarray, "B"]
-) -> Float[np.ndarray, "*L B"]:
+def gap(coordinates: Float[AnyArray, "*L B 2 2"], axis: str, truth: Int[np.ndarray, "B"]) -> Float[AnyArray, "*L B"]:
     """The subject's coordinate less the object's along the asked axis, negated where the first answer is true.
 
     The first answers, left and above, are at smaller coordinates, so the gap is above 0 for a subject that is where it
@@ -147,10 +148,10 @@ def measure_deviations(
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)
     u, v = (direction[chosen] for direction in ids.plane())
     return Deviations(
-        control=np.asarray(batch.read(shown)),
+        control=batch.read(shown),
         truth=batch.truth,
-        words=np.asarray(probing.plane_coordinates(deviations[chosen], u, v)),
-        places=np.asarray(probing.plane_coordinates(truths, u, v)),
+        words=probing.plane_coordinates(deviations[chosen], u, v),
+        places=probing.plane_coordinates(truths, u, v),
         axis=batch.axis,
         layers=chosen,
     )
@@ -244,13 +245,17 @@ class Deviation(
         """The published questions."""
         return prepare(session.model, [placed.item for placed in items], template=session.template, case=session.case)
 
-    def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Columns:
+    def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Later:
         """A row for each layer, item and object."""
         shares = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
         found = measure_deviations(
             session.model, batch, session.ids, shares, layers=session.layers, true_ids=self.true_ids
         )
-        count = len(items)
+        return partial(self.rows_of, session, items, found)
+
+    def rows_of(self, session: Session, items: Sequence[PlacedItem], found: Deviations) -> Columns:
+        """The table's rows of items, once they are computed."""
+        count, found = len(items), on_host(found)
         words, places, truth = found.words[:, :count], found.places[:, :count], found.truth[:count]
         shape = words.shape[:-1]
         rows, boxes = np.arange(count), np.stack([placed.boxes for placed in items])

@@ -4,9 +4,11 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
@@ -18,10 +20,21 @@ from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Experiment, Summary
 from jaxid.experiments.deviation import placed_items, rows_at
 from jaxid.experiments.relations import Case, RelationBatch, prepare
-from jaxid.experiments.session import Columns, Session, by_axis, item_columns, padded, rows_where, spread
+from jaxid.experiments.session import (
+    Columns,
+    Later,
+    Session,
+    by_axis,
+    item_columns,
+    on_host,
+    padded,
+    rows_where,
+    spread,
+)
 from jaxid.families.base import Model
 from jaxid.interp.forward import forward
 from jaxid.io import read_json, read_table, reading, tidy
+from jaxid.nn.sites import AnyArray
 from jaxid.prompts.pictures import open_picture
 from jaxid.stats import Moments, RankTest, moments, rank_test
 
@@ -158,20 +171,20 @@ def ask(
 class Occluded:
     """Log-probabilities of the right and the wrong answer, about each of the variants in `KINDS`."""
 
-    right: Float[np.ndarray, "B V"]
-    wrong: Float[np.ndarray, "B V"]
+    right: Float[AnyArray, "B V"]
+    wrong: Float[AnyArray, "B V"]
 
     @property
-    def drop(self) -> Float[np.ndarray, "B"]:
+    def drop(self) -> Float[AnyArray, "B"]:
         """By how much log p(correct) falls when the subject is blurred."""
         return self.right[:, 0] - self.right[:, 1]
 
     @property
-    def random_drop(self) -> Float[np.ndarray, "B"]:
+    def random_drop(self) -> Float[AnyArray, "B"]:
         """By how much it falls when a random box is blurred, the mean over all of them."""
         return self.right[:, 0] - self.right[:, 2:].mean(axis=1)
 
-    def sensitivity(self, first: int = 0, last: int = 3) -> Float[np.ndarray, "B"]:
+    def sensitivity(self, first: int = 0, last: int = 3) -> Float[AnyArray, "B"]:
         """The lowest log p(correct) with a random box blurred, less that with the subject blurred.
 
         Args:
@@ -189,7 +202,7 @@ def occlude(model: Model, batches: Sequence[RelationBatch], count: int) -> Occlu
         batches: the questions, from `ask`.
         count: how many items they are about.
     """
-    logs = np.concatenate([np.asarray(batch.read(forward(model, batch.prompts))) for batch in batches])
+    logs = jnp.concatenate([batch.read(forward(model, batch.prompts)) for batch in batches])
     truth = np.concatenate([batch.truth for batch in batches])
     rows = np.arange(count * len(KINDS))
     right, wrong = (logs[rows, answer[rows]].reshape(len(KINDS), count).T for answer in (truth, 1 - truth))
@@ -321,13 +334,17 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
         """All batches; the first begins with the original pictures."""
         return batch
 
-    def sensitivity(self, found: Occluded) -> Float[np.ndarray, "B"]:
+    def sensitivity(self, found: Occluded) -> Float[AnyArray, "B"]:
         """The reported sensitivity of each item."""
         return found.sensitivity()
 
-    def compute(self, session: Session, items: Sequence[OcclusionItem], batch: Sequence[RelationBatch]) -> Columns:
+    def compute(self, session: Session, items: Sequence[OcclusionItem], batch: Sequence[RelationBatch]) -> Later:
         """A row for each item and variant; the original's box is that of the subject."""
-        count, found = len(items), occlude(session.model, batch, session.batch_size)
+        return partial(self.rows_of, session, items, occlude(session.model, batch, session.batch_size))
+
+    def rows_of(self, session: Session, items: Sequence[OcclusionItem], found: Occluded) -> Columns:
+        """The table's rows of items, once they are computed."""
+        count, found = len(items), on_host(found)
         right, wrong = found.right[:count], found.wrong[:count]
         shape = right.shape
         boxes = np.stack([np.concatenate([one.objects[:1], one.objects[:1], one.elsewhere]) for one in items])

@@ -31,7 +31,7 @@ from jaxid.ids.temporal import TemporalIDs, accumulate_temporal_ids
 from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation
 from jaxid.interp.trace import Trace
-from jaxid.nn.sites import Capture
+from jaxid.nn.sites import AnyArray, Capture
 
 CommandT = TypeVar("CommandT", bound=Command[Any])
 
@@ -118,7 +118,7 @@ class _AttributeSwap(ScoresAsPublished, AttributeSwap):
 class _Negated:
     """Beside a steering experiment: the change of log-probabilities has the other sign."""
 
-    def change(self, found: Steered) -> Float[np.ndarray, "*S B 2"]:
+    def change(self, found: Steered) -> Float[AnyArray, "*S B 2"]:
         return -found.change
 
 
@@ -160,7 +160,7 @@ class _Deviation(Deviation):
 class _Occlusion(Occlusion):
     """The first random blur is not compared, the fifth one is."""
 
-    def sensitivity(self, found: Occluded) -> Float[np.ndarray, "B"]:
+    def sensitivity(self, found: Occluded) -> Float[AnyArray, "B"]:
         return found.sensitivity(1, 4)
 
 

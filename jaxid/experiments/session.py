@@ -22,8 +22,6 @@ from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from jaxid.experiments.base import Experiment
 
 Columns = Mapping[str, Any]
@@ -34,7 +32,6 @@ Later = Callable[[], Columns]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-Results = TypeVar("Results", bound="DataclassInstance")
 
 
 @runtime_checkable
@@ -337,11 +334,12 @@ def joined(parts: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def on_host(found: Results) -> Results:
+def on_host(found: Made) -> Made:
     """A dataclass of results with its arrays copied from the device."""
     import jax
 
-    return dataclasses.replace(found, **jax.device_get(vars(found)))
+    results: Any = found
+    return dataclasses.replace(results, **jax.device_get(vars(found)))
 
 
 def rows_where(table: Columns, chosen: Bool[np.ndarray, "N"]) -> Columns:

@@ -17,7 +17,7 @@ from jaxid.data.grid import GRID
 from jaxid.errors import InputError
 from jaxid.experiments.base import Summary, WithSpatialIDs
 from jaxid.experiments.relations import RelationBatch, fill
-from jaxid.experiments.session import Columns, Session, parse_layers, require_same_model, scaled, spread
+from jaxid.experiments.session import Columns, Later, Session, parse_layers, require_same_model, scaled, spread
 from jaxid.experiments.steering import KINDS, Question, Steered, Steering, ask, steer
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
@@ -175,7 +175,7 @@ class SteerPicture(
         """The relation's question about the picture."""
         return ask(session, KINDS[self.relation], items)
 
-    def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Columns:
+    def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Later:
         """A row for each layer and word."""
         cells = parse_cells(self.cells)
         found = steer_apart(
@@ -188,13 +188,18 @@ class SteerPicture(
             strength=self.strength,
             positions=self.positions(batch, 2),
         )
-        rows = self.rows_of(session, items, batch.answers, found)
-        places = {
-            f"{role}_{axis}": spread(place, rows["change"].shape)
-            for role, cell in zip(("subject", "object"), cells, strict=True)
-            for axis, place in zip("xy", cell, strict=True)
-        }
-        return {**rows, **places}
+        answers = batch.answers
+
+        def fetch() -> Columns:
+            rows = self.rows_of(session, items, answers, found)
+            places = {
+                f"{role}_{axis}": spread(place, rows["change"].shape)
+                for role, cell in zip(("subject", "object"), cells, strict=True)
+                for axis, place in zip("xy", cell, strict=True)
+            }
+            return {**rows, **places}
+
+        return fetch
 
     def summarise(self, session: Session, table: Columns) -> SteerPictureSummary:
         """The changes, layer by layer."""

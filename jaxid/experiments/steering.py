@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -17,13 +18,23 @@ from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError
 from jaxid.experiments.base import PUBLISHED_TEMPLATE, Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.relations import RelationBatch, fill, prepare_questions
-from jaxid.experiments.session import Columns, Keyed, Session, as_array, require_same_model, scaled, spread
+from jaxid.experiments.session import (
+    Columns,
+    Keyed,
+    Later,
+    Session,
+    as_array,
+    on_host,
+    require_same_model,
+    scaled,
+    spread,
+)
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import rerun, trace
 from jaxid.io import tidy
-from jaxid.nn.sites import Intervention
+from jaxid.nn.sites import AnyArray, Intervention
 from jaxid.prompts.pictures import Picture
 from jaxid.stats import mean_interval
 
@@ -43,11 +54,11 @@ class Steered:
         steered: with interventions; their sweep axes lead.
     """
 
-    control: Float[np.ndarray, "B 2"]
-    steered: Float[np.ndarray, "*S B 2"]
+    control: Float[AnyArray, "B 2"]
+    steered: Float[AnyArray, "*S B 2"]
 
     @property
-    def change(self) -> Float[np.ndarray, "*S B 2"]:
+    def change(self) -> Float[AnyArray, "*S B 2"]:
         """Log p(steered) - log p(control)."""
         return self.steered - self.control
 
@@ -55,8 +66,7 @@ class Steered:
 def steer(model: Model, batch: RelationBatch, edit: Intervention) -> Steered:
     """The answers to prepared questions without and with an intervention, whose sweep axes lead in `steered`."""
     recorded = trace(model, batch.prompts)
-    steered = batch.read(rerun(model, recorded, edit))
-    return Steered(control=np.asarray(batch.read(recorded)), steered=np.asarray(steered))
+    return Steered(control=batch.read(recorded), steered=batch.read(rerun(model, recorded, edit)))
 
 
 def cell_vectors(ids: SpatialIDs, axis: str, layers: Sequence[int]) -> Float[Array, "L X Y D"]:
@@ -179,13 +189,13 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
         """Where the vectors are added: at the question's first words."""
         return batch.words[:, :words]
 
-    def change(self, found: Steered) -> Float[np.ndarray, "*S B 2"]:
+    def change(self, found: Steered) -> Float[AnyArray, "*S B 2"]:
         """The change of log-probabilities that is reported."""
         return found.change
 
     def rows_of(self, session: Session, items: Sequence[Item], answers: Sequence[str], found: Steered) -> Columns:
-        """The table's rows of items."""
-        count = len(items)
+        """The table's rows of items, once they are computed."""
+        count, found = len(items), on_host(found)
         steered = found.steered[..., :count, :]
         axes = {
             "layer": session.layers,
@@ -196,7 +206,7 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
         return tidy(steered, axes, name="steered") | {
             "model": spread(session.model.name, steered.shape),
             "control": spread(found.control[:count], steered.shape),
-            "change": self.change(found)[..., :count, :].ravel(),
+            "change": np.asarray(self.change(found))[..., :count, :].ravel(),
         }
 
     def changes(self, session: Session, table: Columns, answers: Sequence[str]) -> Float[np.ndarray, "L *S B 2"]:
@@ -281,9 +291,9 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
         """The relation's question about every item."""
         return ask(session, KINDS[self.relation], items)
 
-    def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Columns:
+    def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Later:
         """A row for each layer, cell, item and word."""
-        return self.rows_of(session, items, batch.answers, self.steered(session, batch))
+        return partial(self.rows_of, session, items, batch.answers, self.steered(session, batch))
 
     def summarise(self, session: Session, table: Columns) -> SteerSummary:
         """Mean changes by layer and cell."""

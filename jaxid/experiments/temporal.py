@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,11 +14,11 @@ from matplotlib.figure import Figure
 from jaxid import plots
 from jaxid.data.clips import OrderItem, read_mvbench
 from jaxid.data.videos import with_times
-from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, SwapSummary
+from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, Pair, SwapSummary
 from jaxid.experiments.base import Experiment, Summary
 from jaxid.experiments.relations import Case, RelationBatch, fill
-from jaxid.experiments.session import Columns, Session, as_array, require_same_model, rows_where
-from jaxid.experiments.steering import Steered, Steering, SummaryT, steer
+from jaxid.experiments.session import Columns, Later, Session, as_array, require_same_model, rows_where
+from jaxid.experiments.steering import Batch, Steered, Steering, SummaryT, steer
 from jaxid.families.base import Model
 from jaxid.ids.temporal import TemporalIDs, rank_correlation
 from jaxid.interp.interventions import add
@@ -117,7 +118,7 @@ def steer_to_frames(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AboutOrder(Experiment[OrderItem, OrderBatch, SummaryT]):
+class AboutOrder(Experiment[OrderItem, Batch, SummaryT]):
     """What the experiments on questions about order share.
 
     Attributes:
@@ -133,13 +134,9 @@ class AboutOrder(Experiment[OrderItem, OrderBatch, SummaryT]):
         """The manifest's questions."""
         return session.sample(read_mvbench(self.data, bad=session.bad_rows()))
 
-    def prepare(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
+    def questions(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
         """The questions about the clips."""
         return prepare(session.model, items, template=session.template, case=session.case)
-
-    def asked(self, batch: OrderBatch) -> list[RelationBatch]:
-        """The questions."""
-        return [batch.asked]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +153,9 @@ class TemporalSwapSummary(SwapSummary):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TemporalSwap(AboutOrder[TemporalSwapSummary], ActivationSwap[OrderItem, OrderBatch, TemporalSwapSummary]):
+class TemporalSwap(
+    AboutOrder[Pair[OrderBatch], TemporalSwapSummary], ActivationSwap[OrderItem, OrderBatch, TemporalSwapSummary]
+):
     """Swap activations of the reversed clip into the control run (Figure 10 a)."""
 
     name: ClassVar[str] = "temporal-swap"
@@ -166,9 +165,13 @@ class TemporalSwap(AboutOrder[TemporalSwapSummary], ActivationSwap[OrderItem, Or
         """The questions about reversed clips."""
         return reversed_prompts(session.model, batch)
 
-    def words(self, batch: OrderBatch) -> Int[np.ndarray, "B R"]:
+    def asked(self, batch: Pair[OrderBatch]) -> list[RelationBatch]:
+        """The questions about the clips."""
+        return [batch.questions.asked]
+
+    def words(self, batch: Pair[OrderBatch]) -> Int[np.ndarray, "B R"]:
         """Both scenes' words."""
-        return batch.words
+        return batch.questions.words
 
     def columns(self, items: Sequence[OrderItem]) -> dict[str, Sequence[str]]:
         """The true answers."""
@@ -218,7 +221,9 @@ class TemporalSteerSummary(Summary):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderBatch, TemporalSteerSummary]):
+class TemporalSteer(
+    AboutOrder[OrderBatch, TemporalSteerSummary], Steering[OrderItem, OrderBatch, TemporalSteerSummary]
+):
     """Steer the second scene's words to every frame (Figure 10 c).
 
     Attributes:
@@ -241,10 +246,18 @@ class TemporalSteer(AboutOrder[TemporalSteerSummary], Steering[OrderItem, OrderB
         """Every frame."""
         return {"frame": session.ids.frames}
 
-    def compute(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Columns:
+    def prepare(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
+        """The questions about the clips."""
+        return self.questions(session, items)
+
+    def asked(self, batch: OrderBatch) -> list[RelationBatch]:
+        """The questions."""
+        return [batch.asked]
+
+    def compute(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Later:
         """A row for each layer, frame, item and word."""
         found = steer_to_frames(session.model, batch, session.ids, layers=session.layers, strength=self.strength)
-        return self.rows_of(session, items, ANSWERS, found)
+        return partial(self.rows_of, session, items, ANSWERS, found)
 
     def summarise(self, session: Session, table: Columns) -> TemporalSteerSummary:
         """Changes by layer and frame, and their rank correlation with the frame."""
