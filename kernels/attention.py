@@ -1,22 +1,29 @@
-"""Attention on plain arrays: grouped queries, explicit masks, float32 softmax.
+"""Attention on plain arrays: grouped queries, float32 softmax, and parts of the keys that can be merged.
 
-There are two implementations of the same sums. Accelerators compute all heads in one batched product. On CPU that
-would write the scores of all heads to memory and read them back three times, so long sequences are processed one head
-and one block of queries at a time and the scores stay in cache. On either, the backward pass recomputes the scores of
-long sequences, so that no [.., S, T] is kept for it.
+There are three implementations of the same sums. On GPU and TPU a kernel walks over blocks of keys, and no scores reach
+memory (`jaxid.kernels.flash`). On CPU, long sequences are processed one head and one block of queries at a time, so that
+the scores stay in cache. Short sequences, and what the kernel does not take, are batched products. `chosen` tells which
+one a problem gets. In all of them the backward pass of long sequences computes the scores again, so that no [.., S, T]
+is kept for it.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+from jaxid.kernels import flash
+from jaxid.kernels.flash import LOWEST, Target
+from jaxid.kernels.masks import Reads
 
 _HEADWISE_FROM = 64 * 64
 """Number of scores per head from which processing one head at a time pays on CPU."""
+
+_KERNEL_FROM = 64 * 64
+"""Number of scores per head from which the kernel is used on GPU and TPU."""
 
 _QUERY_BLOCK = 192
 """Queries in a block on CPU; the keys after a block are skipped where attention is causal."""
@@ -66,26 +73,245 @@ def same_span(spans: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 
 class Part(NamedTuple):
-    """Softmax attention over some of the keys, not yet normalised, so that parts can be merged.
+    """Attention over some of the keys, and the weight of these keys, so that parts can be merged.
 
     Attributes:
-        mixed: values weighted by exp(score - largest).
-        largest: the largest score.
-        total: the sum of exp(score - largest).
+        mixed: what the queries read of these keys; 0 for a query that may read none of them.
+        lse: the log-sum-exp of their scores; the lowest float32 for such a query.
     """
 
     mixed: Float[Array, "*batch E"]
-    largest: Float[Array, "*batch"]
-    total: Float[Array, "*batch"]
+    lse: Float[Array, "*batch"]
 
 
 def merge(*parts: Part) -> Float[Array, "*batch E"]:
-    """Attention over all keys, from attention over disjoint sets of them."""
-    largest = jax.lax.stop_gradient(jnp.stack([part.largest for part in parts]).max(axis=0))
-    weights = [jnp.exp(part.largest - largest) for part in parts]
-    mixed = [part.mixed * weight[..., None] for part, weight in zip(parts, weights, strict=True)]
-    total = [part.total * weight for part, weight in zip(parts, weights, strict=True)]
-    return functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, total)[..., None]
+    """Attention over all keys, in float32, from attention over disjoint sets of them."""
+    largest = jax.lax.stop_gradient(jnp.stack([part.lse for part in parts]).max(axis=0))
+    weights = [jnp.exp(part.lse - largest) for part in parts]
+    mixed = [part.mixed.astype(jnp.float32) * weight[..., None] for part, weight in zip(parts, weights, strict=True)]
+    return functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, weights)[..., None]
+
+
+Implementation = Literal["batched", "headwise", "cuda", "tpu", "cuda-interpreted", "tpu-interpreted"]
+"""Batched products, one head at a time, or the kernel; interpreted kernels run anywhere, slowly."""
+
+
+def chosen(
+    platform: str, query: Sequence[int], key: Sequence[int], dtype: Any = jnp.bfloat16
+) -> Literal["batched", "headwise", "cuda", "tpu"]:
+    """Which implementation a platform gets.
+
+    Args:
+        platform: such as "cpu", "cuda" or "tpu".
+        query: the shape of the queries, [B, H, S, E].
+        key: the shape of the keys, [B, K, T, E].
+        dtype: of both.
+
+    Returns:
+        "cuda" or "tpu" for the kernel of that platform, "headwise" for one head at a time, "batched" for plain products.
+    """
+    scores = query[2] * key[2]
+    if platform == "cpu":
+        return "headwise" if scores >= _HEADWISE_FROM else "batched"
+    if platform in ("cuda", "tpu") and scores >= _KERNEL_FROM and flash.takes(Target(platform), query, key, dtype):
+        return platform
+    return "batched"
+
+
+def _weighted(
+    pattern: str,
+    scores: Float[Array, "*rows T"],
+    value: Float[Array, "..."],
+    mask: Bool[Array, "..."] | None,
+    dtype: Any = jnp.float32,
+) -> Part:
+    """The part of values with given scores; `pattern` is the einsum pattern of their product."""
+    if mask is not None:
+        scores = jnp.where(mask, scores, LOWEST)
+    # The result does not depend on the shift, so neither does the gradient.
+    largest = jax.lax.stop_gradient(scores.max(axis=-1))
+    weights = jnp.exp(scores - largest[..., None])
+    total = weights.sum(axis=-1)
+    mixed = jnp.einsum(pattern, weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    mixed, lse = mixed / total[..., None], largest + jnp.log(total)
+    if mask is not None:
+        reads = largest > LOWEST / 2
+        mixed, lse = jnp.where(reads[..., None], mixed, 0.0), jnp.where(reads, lse, LOWEST)
+    return Part(mixed.astype(dtype), lse)
+
+
+def _batched(
+    query: Float[Array, "B H S E"],
+    key: Float[Array, "B K T E"],
+    value: Float[Array, "B K T E"],
+    mask: Bool[Array, "#B #S T"] | None,
+    dtype: Any,
+) -> Part:
+    """All heads in one product."""
+    batch, heads, length, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, length, width)
+    scores = jnp.einsum("bkgse,bkte->bkgst", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
+    part = _weighted("bkgst,bkte->bkgse", scores, value, None if mask is None else mask[:, None, None], dtype)
+    return Part(part.mixed.reshape(query.shape), part.lse.reshape(batch, heads, length))
+
+
+def _headwise(
+    query: Float[Array, "B H S E"],
+    key: Float[Array, "B K T E"],
+    value: Float[Array, "B K T E"],
+    mask: Bool[Array, "#B #S T"] | None,
+    dtype: Any,
+    causal: bool,
+) -> Part:
+    """One key head and one block of queries at a time."""
+    batch, heads, length, width = query.shape
+    kv_heads, keys = key.shape[1:3]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(arguments: tuple[Array, Array, Array, Array]) -> Part:
+        query, key, value, row = arguments
+        allowed = None if mask is None else mask[row if mask.shape[0] > 1 else 0]
+        done = []
+        for start in range(0, length, _QUERY_BLOCK):
+            block = slice(start, min(length, start + _QUERY_BLOCK))
+            seen = slice(0, max(1, keys - length + block.stop) if causal else keys)
+            rows = block if allowed is not None and allowed.shape[0] > 1 else slice(None)
+            scores = jnp.einsum("sge,te->sgt", query[block], key[seen], preferred_element_type=jnp.float32)
+            some = None if allowed is None else allowed[rows, None, seen]
+            done.append(_weighted("sgt,te->sge", scores * width**-0.5, value[seen], some, dtype))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *done)
+
+    grouped = jnp.swapaxes(query.reshape(batch * kv_heads, heads // kv_heads, length, width), 1, 2)
+    flat = [array.reshape(batch * kv_heads, keys, width) for array in (key, value)]
+    part = jax.lax.map(one, (grouped, *flat, jnp.arange(batch * kv_heads) // kv_heads))
+    mixed, lse = (jnp.swapaxes(leaf, 1, 2) for leaf in part)
+    return Part(mixed.reshape(query.shape), lse.reshape(batch, heads, length))
+
+
+class _Problem(NamedTuple):
+    """How attention is computed: by which implementation, or by the one of the platform if None."""
+
+    causal: bool
+    dtype: Any
+    implementation: Implementation | None
+
+
+def _plainly(name: str, problem: _Problem, query: Array, key: Array, value: Array, reads: Reads | Array | None) -> Part:
+    mask = reads.mask() if isinstance(reads, Reads) else reads
+    if name == "headwise":
+        return _headwise(query, key, value, mask, problem.dtype, problem.causal)
+    return _batched(query, key, value, mask, problem.dtype)
+
+
+def _branches(problem: _Problem, query: Array, key: Array, reads: Any) -> dict[str, str]:
+    """The implementation of every platform; `default` is that of those without a name."""
+    if problem.implementation is not None:
+        return {"default": problem.implementation}
+    names = {
+        platform: chosen(platform, query.shape, key.shape, query.dtype) for platform in ("cpu", "cuda", "tpu", "other")
+    }
+    names["default"] = names.pop("other")
+    if reads is not None and not isinstance(reads, Reads):
+        names = {platform: name if name == "headwise" else "batched" for platform, name in names.items()}
+    return names if len(set(names.values())) > 1 else {"default": names["default"]}
+
+
+def _target(name: str) -> Target | None:
+    platform, _, interpreted = name.partition("-")
+    return Target(platform, bool(interpreted)) if platform in ("cuda", "tpu") else None  # pyright: ignore[reportArgumentType]
+
+
+def _select(branches: dict[str, Any], *arguments: Any) -> Any:
+    if len(branches) == 1:
+        return branches["default"](*arguments)
+    return jax.lax.platform_dependent(*arguments, **branches)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> Part:
+    """The part of all keys, by the implementation that each platform has for it."""
+
+    def branch(name: str) -> Any:
+        target = _target(name)
+        if target is None:
+            return functools.partial(_plainly, name, problem)
+        return lambda query, key, value, reads: Part(*flash.forward(query, key, value, reads, target, problem.dtype))
+
+    names = _branches(problem, query, key, reads)
+    return _select({platform: branch(name) for platform, name in names.items()}, query, key, value, reads)
+
+
+def _attention_forward(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> tuple[Part, Any]:
+    part = _attention(problem, query, key, value, reads)
+    return part, (query, key, value, reads, part)
+
+
+def _attention_backward(problem: _Problem, residuals: Any, slope: Part) -> tuple[Array, Array, Array, None]:
+    query, key, value, reads, part = residuals
+
+    def branch(name: str) -> Any:
+        target = _target(name)
+        if target is not None:
+            return lambda query, key, value, reads, part, slope: flash.backward(
+                query, key, value, reads, target, *part, *slope
+            )
+
+        def plain(query: Array, key: Array, value: Array, reads: Any, part: Part, slope: Part) -> Any:
+            del part
+            return jax.vjp(lambda *arrays: _plainly(name, problem, *arrays, reads), query, key, value)[1](slope)
+
+        return plain
+
+    names = _branches(problem, query, key, reads)
+    branches = {platform: branch(name) for platform, name in names.items()}
+    return *_select(branches, query, key, value, reads, part, slope), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def part(
+    query: Float[Array, "B H S E"],
+    key: Float[Array, "B K T E"],
+    value: Float[Array, "B K T E"],
+    reads: Reads | Bool[Array, "#B #S T"] | None = None,
+    *,
+    causal: bool = False,
+    dtype: Any = None,
+    implementation: Implementation | None = None,
+) -> Part:
+    """Softmax attention in which H / K query heads share each key head, with the log-sum-exps of the scores.
+
+    Args:
+        query: the queries, not yet scaled.
+        key: the keys.
+        value: the values.
+        reads: which keys each query may read; None for all of them. Arrays of booleans are not for the kernel.
+        causal: promises that no query reads a later key, where query S - 1 and key T - 1 are the same token. On CPU
+            later keys are then skipped; the kernel skips what it need not read in any case.
+        dtype: of what is read; that of the values if None.
+        implementation: that of the platform if None.
+
+    Returns:
+        The part, with axes [B, H, S]; scores and softmax are computed in float32.
+    """
+    problem = _Problem(causal, jnp.dtype(value.dtype if dtype is None else dtype), implementation)
+    if implementation is None and query.shape[2] * key.shape[2] < min(_HEADWISE_FROM, _KERNEL_FROM):
+        return _plainly("batched", problem, query, key, value, reads)
+    return _attention(problem, query, key, value, reads)
+
+
+def attend_heads(
+    query: Float[Array, "B H S E"],
+    key: Float[Array, "B K T E"],
+    value: Float[Array, "B K T E"],
+    reads: Reads | None = None,
+    *,
+    causal: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B H S E"]:
+    """What the queries read, in the dtype of `value`; see `part`."""
+    return part(query, key, value, reads, causal=causal, implementation=implementation).mixed
 
 
 def attend(
@@ -109,79 +335,17 @@ def attend(
     Returns:
         What the queries read, in the dtype of `value`; scores and softmax are computed in float32.
     """
-    batch, length, heads, width = query.shape
-    keys, kv_heads = key.shape[1:3]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
-
-    def together(query: Array, key: Array, value: Array) -> Array:
-        scores = jnp.einsum("bskge,btke->bkgst", query, key, preferred_element_type=jnp.float32) * width**-0.5
-        if mask is not None:
-            scores = jnp.where(mask[:, None, None], scores, _LOWEST)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("bkgst,btke->bskge", weights, value)
-
-    def head_by_head(query: Array, key: Array, value: Array) -> Array:
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def one(arguments: tuple[Array, Array, Array, Array]) -> Array:
-            query, key, value, row = arguments
-            allowed = None if mask is None else mask[row if mask.shape[0] > 1 else 0]
-            done = []
-            for start in range(0, length, _QUERY_BLOCK):
-                block = slice(start, min(length, start + _QUERY_BLOCK))
-                seen = slice(0, max(1, keys - length + block.stop) if causal else keys)
-                rows = block if allowed is not None and allowed.shape[0] > 1 else slice(None)
-                part = _part(query[block], key[seen], value[seen], None if allowed is None else allowed[rows, seen])
-                done.append(part.mixed / part.total[..., None])
-            return jnp.concatenate(done).astype(value.dtype)
-
-        mixed = jax.lax.map(
-            one,
-            (
-                jnp.moveaxis(query, 2, 1).reshape(batch * kv_heads, length, -1, width),
-                jnp.moveaxis(key, 2, 1).reshape(batch * kv_heads, keys, width),
-                jnp.moveaxis(value, 2, 1).reshape(batch * kv_heads, keys, width),
-                jnp.arange(batch * kv_heads) // kv_heads,
-            ),
-        )
-        return jnp.moveaxis(mixed.reshape(batch, kv_heads, length, -1, width), 1, 2)
-
-    @jax.checkpoint
-    def either(query: Array, key: Array, value: Array) -> Array:
-        return jax.lax.platform_dependent(query, key, value, cpu=head_by_head, default=together)
-
-    mixed = (together if length * keys < _HEADWISE_FROM else either)(grouped, key, value)
-    return mixed.reshape(batch, length, heads, width)
-
-
-def _part(
-    query: Float[Array, "S G E"],
-    key: Float[Array, "T E"],
-    value: Float[Array, "T E"],
-    mask: Bool[Array, "#S T"] | None = None,
-) -> Part:
-    """Attention of one key-value head and its queries, in float32; a query may read nothing."""
-    scores = jnp.einsum("sge,te->sgt", query, key, preferred_element_type=jnp.float32) * key.shape[-1] ** -0.5
-    return _weighted("sgt,te->sge", scores, value, None if mask is None else mask[:, None])
-
-
-def _weighted(
-    pattern: str, scores: Float[Array, "*rows T"], value: Float[Array, "..."], mask: Bool[Array, "..."] | None
-) -> Part:
-    """The part of values with given scores; `pattern` is the einsum pattern of their product."""
-    if mask is not None:
-        scores = jnp.where(mask, scores, _LOWEST)
-    # The result does not depend on the shift, so neither does the gradient.
-    largest = jax.lax.stop_gradient(scores.max(axis=-1))
-    weights = jnp.exp(scores - largest[..., None])
-    mixed = jnp.einsum(pattern, weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return Part(mixed, largest, weights.sum(axis=-1))
+    query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+    return jnp.swapaxes(part(query, key, value, mask, causal=causal).mixed, 1, 2)
 
 
 def prefix_part(
     query: Float[Array, "R B S H E"],
     key: Float[Array, "B K P E"],
     value: Float[Array, "B K P E"],
-    mask: Bool[Array, "B #S P"],
+    reads: Reads | Bool[Array, "B #S P"] | None,
+    *,
+    implementation: Implementation | None = None,
 ) -> Part:
     """Attention of R rows of queries to the keys and values of one prefix, which is read once for all rows.
 
@@ -189,43 +353,25 @@ def prefix_part(
         query: the queries of all rows, not yet scaled.
         key: the keys of the prefix, heads first.
         value: the values of the prefix, heads first.
-        mask: which keys a query may read, the same for all rows.
+        reads: which keys each of the S queries may read, the same for all rows.
+        implementation: that of the platform if None.
 
     Returns:
         The part, with axes [R, B, S, H].
     """
     rows, batch, length, heads, width = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
-    # All rows' queries of one prompt and key-value head side by side: one matrix product with the prefix.
-    grouped = jnp.transpose(grouped, (1, 3, 0, 2, 4, 5)).reshape(batch, kv_heads, rows * length, -1, width)
-
-    if mask.shape[1] > 1:  # a row's queries are adjacent
-        mask = jnp.tile(mask, (1, rows, 1))
-
-    def together(query: Array, key: Array, value: Array, mask: Array) -> Part:
-        return jax.vmap(jax.vmap(_part, in_axes=(0, 0, 0, None)))(query, key, value, mask)
-
-    def head_by_head(query: Array, key: Array, value: Array, mask: Array) -> Part:
-        def one(arguments: tuple[Array, Array, Array, Array]) -> Part:
-            query, key, value, row = arguments
-            return _part(query, key, value, mask[row])
-
-        flat = [array.reshape(batch * kv_heads, *array.shape[2:]) for array in (query, key, value)]
-        parts = jax.lax.map(one, (*flat, jnp.arange(batch * kv_heads) // kv_heads))
-        return jax.tree.map(lambda leaf: leaf.reshape(batch, kv_heads, *leaf.shape[1:]), parts)
-
-    if rows * length * key.shape[2] < _HEADWISE_FROM:
-        part = together(grouped, key, value, mask)
-    else:
-        part = jax.lax.platform_dependent(grouped, key, value, mask, cpu=head_by_head, default=together)
+    # All rows' queries of one prompt and head side by side: one matrix product with the prefix.
+    together = jnp.transpose(query, (1, 3, 0, 2, 4)).reshape(batch, heads, rows * length, width)
+    if isinstance(reads, Reads):
+        reads = reads.tile(rows)
+    elif reads is not None and reads.shape[1] > 1:
+        reads = jnp.tile(reads, (1, rows, 1))
+    found = part(together, key, value, reads, dtype=jnp.float32, implementation=implementation)
 
     def back(leaf: Array) -> Array:
-        leaf = leaf.reshape(batch, kv_heads, rows, length, *leaf.shape[3:])
-        leaf = jnp.moveaxis(leaf, (2, 0, 3, 1), (0, 1, 2, 3))
-        return leaf.reshape(rows, batch, length, heads, *leaf.shape[5:])
+        return jnp.moveaxis(leaf.reshape(batch, heads, rows, length, *leaf.shape[3:]), (2, 0, 3, 1), (0, 1, 2, 3))
 
-    return jax.tree.map(back, part)
+    return Part(back(found.mixed), back(found.lse))
 
 
 def suffix_part(
@@ -239,14 +385,14 @@ def suffix_part(
     kv_heads = key.shape[3]
     grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("rbskge,rbtke->rbskgt", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
-    part = _weighted("rbskgt,rbtke->rbskge", scores, value, mask[:, :, :, None, None])
-    return jax.tree.map(lambda leaf: leaf.reshape(rows, batch, length, heads, *leaf.shape[5:]), part)
+    found = _weighted("rbskgt,rbtke->rbskge", scores, value, mask[:, :, :, None, None])
+    return jax.tree.map(lambda leaf: leaf.reshape(rows, batch, length, heads, *leaf.shape[5:]), found)
 
 
 def shared_prefix_attention(
     prefix_key: Float[Array, "B K P E"],
     prefix_value: Float[Array, "B K P E"],
-    prefix_mask: Bool[Array, "B #S P"],
+    prefix_reads: Reads | Bool[Array, "B #S P"] | None,
     query: Float[Array, "R B S H E"],
     key: Float[Array, "R B T K E"],
     value: Float[Array, "R B T K E"],
@@ -260,7 +406,7 @@ def shared_prefix_attention(
     Args:
         prefix_key: the keys of the prefix, heads first.
         prefix_value: the values of the prefix, heads first.
-        prefix_mask: which keys of the prefix a query may read, the same for all rows.
+        prefix_reads: which keys of the prefix a query may read, the same for all rows.
         query: the queries of all rows, not yet scaled.
         key: every row's own keys.
         value: every row's own values.
@@ -272,4 +418,4 @@ def shared_prefix_attention(
     own = suffix_part(query, key, value, mask)
     if prefix_key.shape[2] == 0:
         return merge(own).astype(value.dtype)
-    return merge(prefix_part(query, prefix_key, prefix_value, prefix_mask), own).astype(value.dtype)
+    return merge(prefix_part(query, prefix_key, prefix_value, prefix_reads), own).astype(value.dtype)
