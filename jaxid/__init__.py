@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxid.errors import DataError as DataError
     from jaxid.errors import InputError as InputError
     from jaxid.errors import JaxidError as JaxidError
+    from jaxid.errors import OutOfMemoryError as OutOfMemoryError
     from jaxid.errors import OutputError as OutputError
     from jaxid.errors import PromptError as PromptError
     from jaxid.errors import UnknownWordsWarning as UnknownWordsWarning
@@ -66,6 +67,7 @@ _HOME = {
     "Intervention": "jaxid.nn.sites",
     "JaxidError": "jaxid.errors",
     "Model": "jaxid.families.base",
+    "OutOfMemoryError": "jaxid.errors",
     "Output": "jaxid.interp.forward",
     "OutputError": "jaxid.errors",
     "Processor": "jaxid.prompts.processor",

@@ -25,6 +25,10 @@ class OutputError(JaxidError):
     """A result that cannot be written: an unwritable folder, a file in the way, a full disk."""
 
 
+class OutOfMemoryError(JaxidError):
+    """The memory of the device does not suffice for the smallest batch."""
+
+
 class JaxidWarning(UserWarning):
     """Base of every warning that jaxid gives about results which deserve a second look."""
 

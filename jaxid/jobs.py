@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxid import io, pipeline
 from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
+from jaxid.halving import Batches, Exhausted, Halving
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,6 +62,7 @@ def run(
     compute: Callable[[Any], Columns | Callable[[], Columns]],
     chunk_size: int,
     read: Callable[[list[Item]], Any] = list,
+    halving: Halving | None = None,
     restart: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
@@ -69,7 +71,8 @@ def run(
 ) -> Finished:
     """Computes the rows of all items, chunk by chunk; resumes the job that the folder holds, if there is one.
 
-    While a chunk is computed, the next ones are read, and the rows of the one before are stored.
+    While a chunk is computed, the next ones are read, and the rows of the one before are stored. If the device runs out
+    of memory, chunks are computed in halves from then on.
 
     The folder holds `settings.json`, and in `parts/` one Parquet file for each finished chunk.
 
@@ -84,6 +87,7 @@ def run(
             should not depend on the other items.
         chunk_size: items computed together. A resumed job keeps the size it began with.
         read: opens some items; called in background threads. By default `compute` gets the items themselves.
+        halving: how many items of a chunk are computed together; all by default.
         restart: discard the job in the folder and begin anew.
         skip_bad: skip items for which `read` or `compute` raises InputError, PromptError or DataError.
         progress: show a progress bar, on terminals only.
@@ -97,6 +101,7 @@ def run(
         InputError: if there are no items, two have one key, the chunk size is not positive, or columns do not fit.
         OutputError: if the folder holds another job, a damaged one, is in use by another process, or cannot be
             written to.
+        OutOfMemoryError: if the device's memory does not suffice for a single item.
         JaxidError: what `read` or `compute` raised, naming the item if it fails alone as well.
     """
     from tqdm import tqdm
@@ -114,6 +119,7 @@ def run(
         for part in finished:
             schema = _joint_schema(schema, part.read()[0], part)
         resumed = sum(len(part.keys) for part in finished)
+        batches = Batches(halving or Halving(stored["chunk_size"], unit=unit), read, compute)
 
         def items_of(part: _Part) -> list[Item]:
             return list(items[part.start : part.start + len(part.keys)])
@@ -126,8 +132,8 @@ def run(
             bar.set_description(refresh=False)
             bar.update(len(part.keys))
 
-        def fetch(part: _Part, found: Columns | Callable[[], Columns]) -> Exception | None:
-            columns = _fetched(found)
+        def fetch(part: _Part, found: Callable[[], Columns]) -> Exception | None:
+            columns = found()
             try:
                 store(part, columns)
             except Exception as error:  # no item's fault, whatever its class
@@ -136,16 +142,21 @@ def run(
         hidden = None if progress else True
         with (
             tqdm(total=len(keys), initial=resumed, unit=unit, disable=hidden, desc=first if pending else None) as bar,
-            pipeline.overlapped(pending, lambda part: read(items_of(part)), compute, fetch) as results,
+            pipeline.overlapped(pending, lambda part: batches.read(items_of(part)), batches.compute, fetch) as results,
         ):
             for part, result in results:
+                failed, found = None, None
                 try:
-                    failed = result.result()
+                    try:
+                        failed = result.result()
+                    except Exhausted as shortage:
+                        found = batches.again(items_of(part), shortage), ()
                 except ITEM_ERRORS as error:
-                    store(part, *_without_bad(items_of(part), part.keys, error, read, compute, skip_bad))
-                else:
-                    if failed is not None:
-                        raise failed
+                    found = _without_bad(items_of(part), part.keys, error, batches.columns, skip_bad)
+                if failed is not None:
+                    raise failed
+                if found is not None:
+                    store(part, *found)
         table, skipped = _merged(parts)
     return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"])
 
@@ -313,23 +324,14 @@ def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
     ]
 
 
-def _fetched(found: Columns | Callable[[], Columns]) -> Columns:
-    return found() if callable(found) else found
-
-
 def _without_bad(
     chunk: list[Item],
     keys: tuple[str, ...],
     error: JaxidError,
-    read: Callable[[list[Item]], Any],
-    compute: Callable[[Any], Columns | Callable[[], Columns]],
+    computed: Callable[[list[Item]], Columns],
     skip_bad: bool,
 ) -> tuple[Columns, tuple[Skipped, ...]]:
     """The columns of the good items of a chunk that failed with an error, and the items that had to be skipped."""
-
-    def computed(items: list[Item]) -> Columns:
-        return _fetched(compute(read(items)))
-
     bad = {0: error} if len(chunk) == 1 else _bad_items(chunk, computed, first_only=not skip_bad)
     if not bad:
         raise error

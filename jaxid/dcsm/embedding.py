@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
+from jaxid.halving import Halving
 from jaxid.kernels.similarity import unit
 from jaxid.prompts.dual import Captions
 from jaxid.prompts.pictures import Picture
@@ -20,7 +21,9 @@ TEXT_TOKENS = 30
 """Caption tokens of a map, T, as published."""
 
 BATCH = 32
-"""Pictures or captions encoded at a time."""
+"""Pictures or captions encoded at a time, unless the device's memory does not suffice."""
+
+_TOGETHER = Halving(BATCH, unit="input", advice="use a smaller model or a larger device")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,11 +141,16 @@ def _in_batches(
     """Runs a program in batches, padded to a power of two so that few programs are compiled."""
     from tqdm import tqdm
 
-    parts = []
-    for start in tqdm(range(0, count, BATCH), unit="batch", disable=None if progress else True):
-        own = arrays(slice(start, start + BATCH))
+    def encoded(chosen: slice) -> list[np.ndarray]:
+        own = arrays(chosen)
         rows = len(own[0])
         missing = (1 << (rows - 1).bit_length()) - rows
         padded = [np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in own]
-        parts.append([np.asarray(value)[:rows] for value in jax.device_get(run(*padded))])
+        return [np.asarray(value)[:rows] for value in jax.device_get(run(*padded))]
+
+    parts = []
+    with tqdm(total=count, unit="picture", disable=None if progress else True) as bar:
+        for rows, found in _TOGETHER.slices(count, encoded):
+            parts.append(found)
+            bar.update(rows.stop - rows.start)
     return [np.concatenate(part) for part in zip(*parts, strict=True)]

@@ -1,7 +1,6 @@
 """The state of a run: its model, resolved options and job; and functions for the tables of all experiments."""
 
 import dataclasses
-import os
 import re
 import warnings
 from collections import Counter
@@ -15,9 +14,11 @@ from jaxtyping import Bool
 from jaxid import io, jobs, zoo
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
+from jaxid.devices import free_memory
 from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
 from jaxid.experiments.relations import Case, RelationBatch, answer_forms
 from jaxid.families.base import Model
+from jaxid.halving import Halving
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
 
@@ -77,8 +78,7 @@ class Session:
         layers: the chosen layers, ascending.
         template: the user's text.
         case: form of the answer words that is read.
-        prompts_together: number of prompts that are traced together.
-        batch_size: number of items that these prompts belong to.
+        halving: number of prompts that are traced together, halved when the device runs out of memory.
         bad: items that cannot be used, with the errors.
         items: all items of the run; set by `begin`.
         index: index of every item, by its key.
@@ -104,9 +104,23 @@ class Session:
         plain = experiment.model in zoo.SHIPPED
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
         self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
-        self.prompts_together = experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self))
-        self.batch_size = max(1, self.prompts_together // experiment.prompts_per_item)
+        self.halving = Halving(
+            experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self)),
+            unit="prompt",
+            per_item=experiment.prompts_per_item,
+            advice=f"`jaxid plan {experiment.name}` tells what fits; try --dtype bfloat16 or a larger device",
+        )
         self.bad: list[tuple[str, DataError]] = []
+
+    @property
+    def prompts_together(self) -> int:
+        """Number of prompts that are traced together."""
+        return self.halving.together
+
+    @property
+    def batch_size(self) -> int:
+        """Number of items that these prompts belong to."""
+        return self.halving.size
 
     # --- reading items ---
 
@@ -248,6 +262,7 @@ class Session:
             read=read,
             compute=compute,
             chunk_size=self.batch_size,
+            halving=self.halving,
             restart=experiment.restart,
             skip_bad=experiment.skip_bad,
             progress=experiment.progress,
@@ -285,19 +300,6 @@ def fitting(model: Model, dtype: str, rows: int) -> int:
     row_numbers = rows * 24 * text.hidden_size * 6
     scores = 2 * text.num_attention_heads * tokens * tokens
     return int(np.clip(free_memory() // 4 // (width * (trace_numbers + row_numbers) + 4 * scores), 1, LARGEST_BATCH))
-
-
-def free_memory() -> int:
-    """Free memory of the device in bytes; 4 GiB if that is unknown."""
-    import jax
-
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return int(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 4 * 2**30
 
 
 def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
