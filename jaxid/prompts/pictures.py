@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -99,6 +100,9 @@ _TURNS = {
 }
 """Turns by EXIF's orientation tag."""
 
+_FILTERS = threading.Lock()
+"""Held by the thread that changes the filters of warnings."""
+
 _ORIENTATION, _BITS, _PHOTOMETRIC, _WIDTH, _HEIGHT = 274, 258, 262, 256, 257
 """Tags of EXIF and TIFF."""
 
@@ -165,9 +169,12 @@ def _file(path: str | os.PathLike[str], error: type[JaxidError]) -> Iterator[Ima
 
     if not os.path.isfile(path):  # a pipe exists, but reading it could wait forever
         raise error(f"picture {path} does not exist, or is not a file.")
-    with reading(os.fspath(path), "a picture", error), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
+    with reading(os.fspath(path), "a picture", error):
+        # Python's filters belong to all threads, of which several open pictures.
+        with _FILTERS, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+        with opened as file:
             if file.width * file.height > MOST_PIXELS:
                 raise error(
                     f"{path} has {file.width} x {file.height} pixels, more than {MOST_PIXELS}; make it smaller."

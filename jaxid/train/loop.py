@@ -1,24 +1,29 @@
 """The training loop: seeded, resumable after a kill, data-parallel over local devices."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from jaxid.errors import InputError, JaxidWarning
+from jaxid.pipeline import read_ahead
 from jaxid.train.folder import Row, States, metrics_rows
 from jaxid.train.folder import append_metrics as append_metrics
 from jaxid.train.folder import begun as begun
 from jaxid.train.folder import check_folder as check_folder
 from jaxid.train.folder import read_metrics as read_metrics
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Metrics = dict[str, Array]
 Batch = Mapping[str, PyTree]
@@ -76,6 +81,9 @@ def fit(
 ) -> PyTree:
     """Trains, or resumes from the last saved step, and returns the parameters. Call it inside `begun`.
 
+    The next batches are drawn while a step is computed. The step is given the state's memory (it is donated); a batch's
+    has no use, since no output has its shape.
+
     A step whose gradient is not finite changes nothing; it is counted in the column "skipped" of `metrics.csv`.
 
     Args:
@@ -121,30 +129,44 @@ def fit(
             step_function = _step_function(stage, mesh.size)
             constants = jax.device_put(dict(stage.constants), same)
             bar = tqdm(total=end, initial=first, unit="step", disable=None if progress else True, desc=stage.name)
-            for step, batch in batches(stage, first):
-                whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
-                placed = {
-                    name: jax.device_put(value, same if whole or name in stage.whole else split)
-                    for name, value in batch.items()
-                }
-                state, metrics = step_function(state, placed, constants)
-                now, last = step + 1, step + 1 == end
-                record, save = (now % every == 0 or last for every in (record_every, save_every))
-                due = check is not None and (now % check_every == 0 or (last and stage is stages[-1]))
-                if record or save or due:
-                    skipped = _check_health(state, stage, now)
-                if record:
-                    numbers = {name: round(float(value), 4) for name, value in metrics.items()}
-                    row: Row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
-                    append_metrics(metrics_file, columns, row)
-                    if log is not None:
-                        log(row)
-                    bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
-                    bar.update(now - bar.n)
-                if check is not None and due:
-                    check(now, state["parameters"])
-                if save:
-                    states.save(now, state)
+
+            def report(
+                now: int, health: Array, metrics: Metrics, record: bool, stage: Stage = stage, bar: "tqdm[Any]" = bar
+            ) -> None:
+                skipped = _check_health(health, stage, now)
+                if not record:
+                    return
+                numbers = {name: round(float(value), 4) for name, value in metrics.items()}
+                row: Row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
+                append_metrics(metrics_file, columns, row)
+                if log is not None:
+                    log(row)
+                bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
+                bar.update(now - bar.n)
+
+            late: Callable[[], None] | None = None
+            with contextlib.closing(batches(stage, first)) as drawn:
+                for step, batch in drawn:
+                    whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
+                    placed = {
+                        name: jax.device_put(value, same if whole or name in stage.whole else split)
+                        for name, value in batch.items()
+                    }
+                    with jax.profiler.StepTraceAnnotation("compute", step_num=step):
+                        state, metrics = step_function(state, placed, constants)
+                    if late is not None:  # the numbers of the step before are fetched while this one is computed
+                        late()
+                    now, last = step + 1, step + 1 == end
+                    record, save = (now % every == 0 or last for every in (record_every, save_every))
+                    due = check is not None and (now % check_every == 0 or (last and stage is stages[-1]))
+                    late = partial(report, now, _health(state), metrics, record) if record or save or due else None
+                    if late is not None and (save or due):
+                        late()
+                        late = None
+                    if check is not None and due:
+                        check(now, state["parameters"])
+                    if save:
+                        states.save(now, state)
             bar.close()
             parameters = state["parameters"]
     return jax.device_get(parameters)
@@ -161,21 +183,21 @@ def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTr
     return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
 
 
-def _check_health(state: State, stage: Stage, step: int) -> int:
-    """The number of a stage's steps that were skipped.
+def _check_health(health: Int[Array, "3"], stage: Stage, step: int) -> int:
+    """The number of a stage's steps that were skipped, from `_health` after a step.
 
     Raises:
         InputError: if all of them or too many in a row were skipped, or if the parameters are not finite.
     """
-    counts, last = state["optimizer"], step == stage.first + stage.steps
-    in_row, skipped = int(counts.notfinite_count), int(counts.total_notfinite)
+    last = step == stage.first + stage.steps
+    in_row, skipped, finite = np.asarray(health).tolist()
     advice = "lower the learning rate, or check the data and weights"
     if in_row >= _MOST_SKIPPED or (last and in_row == stage.steps):
         raise InputError(
             f"training diverges: in all of the steps {step - in_row + 1} to {step} ({stage.name}) the gradient is NaN "
             f"or infinite; {advice}."
         )
-    if not _all_finite(state["parameters"]):
+    if not finite:
         raise InputError(
             f"training diverges: after step {step} ({stage.name}) parameters are NaN or infinite; {advice}."
         )
@@ -190,18 +212,18 @@ def _check_health(state: State, stage: Stage, step: int) -> int:
 
 
 @jax.jit
-def _all_finite(tree: PyTree) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+def _health(state: State) -> Int[Array, "3"]:
+    """Steps without a finite gradient: the last ones in a row, and all; and 1 if all parameters are finite, else 0."""
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state["parameters"])]
+    counts = state["optimizer"]
+    return jnp.stack([counts.notfinite_count, counts.total_notfinite, jnp.stack(finite).all().astype(jnp.int32)])
 
 
-def batches(stage: Stage, first: int) -> Iterator[tuple[int, Batch]]:
-    """Steps and batches of a stage, starting at step `first`; the next batch is drawn during the current step."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(stage.batch, first)
-        for step in range(first, stage.first + stage.steps):
-            batch = upcoming.result()
-            upcoming = pool.submit(stage.batch, step + 1)
-            yield step, batch
+def batches(stage: Stage, first: int) -> Generator[tuple[int, Batch], None, None]:
+    """Steps and batches of a stage, starting at step `first`; the next batches are drawn during the current step."""
+    with read_ahead(stage.batch, range(first, stage.first + stage.steps)) as drawn:
+        for step, batch in drawn:
+            yield step, batch.result()
 
 
 def adamw(
