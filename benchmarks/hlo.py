@@ -1,145 +1,43 @@
-"""Reads a compiled program in HLO's text form: what it computes, which bytes it moves, which weights it copies.
+"""Counts what a compiled program does: what it computes, which bytes it moves, which weights it copies.
 
 XLA's own cost analysis counts the body of a loop once, and returns nothing for a GPU that is not there. Here the body
-counts as often as the loop runs. The text does not show what kernels of libraries and of Pallas do inside: their
-operands and outputs count, and the operations of products whose shapes are known.
+counts as often as the loop runs, and a branch as often as it is expected to be taken. The text does not show what
+kernels of libraries and of Pallas do inside: their operands and outputs count, and the operations of those whose name
+and shapes tell them. Other kernels are listed.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\]")
-_NAME = re.compile(r"%([\w.\-]+)")
-_LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
-_HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+import numpy as np
+from hlo_text import Computation, Instruction, Program
+from hlo_text import Shape as Shape
+from hlo_text import parse as parse
 
 _FREE = frozenset(
-    """parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id copy-done
-    async-done async-update all-reduce-done all-gather-done collective-permute-done send-done recv-done domain
+    """parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id domain
+    send-done recv-done
     """.split()
 )
-"""Operations that move nothing; an asynchronous one counts where it starts."""
+"""Operations that move nothing; so do the ends of asynchronous ones, which count where they start."""
 
 _MOVING = frozenset(
-    """copy copy-start slice dynamic-slice transpose convert reshape concatenate bitcast-convert pad reverse gather
-    """.split()
+    "copy slice dynamic-slice transpose convert reshape concatenate bitcast-convert pad reverse".split()
 )
-"""Operations that only write what they read in another place, order or type."""
+"""Operations that only write what they read in another place, order or type. Looking up rows is none of them."""
 
 _SELECTING = frozenset(["slice", "dynamic-slice", "gather"])
 
+_IDLE = frozenset(
+    ["AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound", "annotate_device_placement"]
+)
+"""Custom calls that compute nothing."""
 
-class Shape(NamedTuple):
-    """Shape of an array.
-
-    Attributes:
-        dtype: HLO's name, such as bf16.
-        dims: lengths of the axes.
-    """
-
-    dtype: str
-    dims: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        if self.dtype in _BITS:
-            bits = _BITS[self.dtype]
-        else:
-            found = re.search(r"\d+", self.dtype)
-            bits = int(found[0]) if found else 0
-        return -(-math.prod(self.dims) * bits // 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction.
-
-    Attributes:
-        name: its name, unique in its computation.
-        opcode: the operation.
-        shapes: of the output; several if it is a tuple, nested ones flattened.
-        operands: names of the operands.
-        inside: the text between the parentheses, such as a parameter's index.
-        rest: the attributes.
-        root: whether it is what the computation returns.
-    """
-
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]
-    operands: tuple[str, ...]
-    inside: str
-    rest: str
-    root: bool
-
-    @property
-    def size(self) -> int:
-        """Bytes of the output."""
-        return sum(shape.size for shape in self.shapes)
-
-    @functools.cached_property
-    def called(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the computations that it calls, by attribute."""
-        found: dict[str, tuple[str, ...]] = {kind: (name,) for kind, name in _CALLED.findall(self.rest)}
-        branches = _BRANCHES.search(self.rest)
-        if branches:
-            found["branches"] = tuple(_NAME.findall(branches[1]))
-        elif "true_computation" in found:
-            found["branches"] = (*found["true_computation"], *found["false_computation"])
-        return found
-
-    @property
-    def trips(self) -> int:
-        """How often a loop runs; 1 if the compiler does not know it."""
-        found = _TRIPS.search(self.rest)
-        return int(found[1]) if found else 1
-
-
-class Computation(dict[str, Instruction]):
-    """Instructions by name, in order of execution."""
-
-    @property
-    def root(self) -> Instruction:
-        """What it returns."""
-        return next(instruction for instruction in self.values() if instruction.root)
-
-    @functools.cached_property
-    def parameters(self) -> list[Instruction]:
-        """The parameters, in order."""
-        found = [instruction for instruction in self.values() if instruction.opcode == "parameter"]
-        return sorted(found, key=lambda instruction: int(instruction.inside))
-
-    @functools.cached_property
-    def users(self) -> Mapping[str, list[Instruction]]:
-        """The instructions that read each one."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self}
-        for instruction in self.values():
-            for operand in dict.fromkeys(instruction.operands):
-                found[operand].append(instruction)
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program.
-
-    Attributes:
-        computations: by name.
-        entry: name of the one that runs first.
-    """
-
-    computations: Mapping[str, Computation]
-    entry: str
+ATTENTION = {"attention_forward": 2, "attention_backward": 5, "fmha": 2, "fmhaBackward": 5}
+"""Products with all scores that an attention kernel computes, by a part of its name; the longest part counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +45,16 @@ class Counts:
     """What a program does in one run.
 
     Attributes:
-        flop: floating-point operations of matrix products and convolutions.
-        moved: bytes of operands and outputs of all top-level instructions.
+        flop: floating-point operations of matrix products, convolutions and attention.
+        moved: bytes of operands and outputs of all top-level instructions in the device's memory.
         copied: bytes of weights that are written in another place, order or type.
         weight_copies: instructions that do so.
-        score_tensors: buffers with an axis of queries and an axis of keys.
-        unknown_loops: loops of which the compiler does not know how often they run; they count once.
+        score_tensors: buffers in the device's memory with an axis of queries and an axis of keys.
+        unknown_loops: loops of which neither the compiler nor the caller knows how often they run; they count once.
+        unknown_branches: conditionals of which the caller does not know how often they take which branch; the branch
+            that moves most counts.
+        unknown_kernels: names of custom calls whose operations do not count.
+        functions: functions of the source whose loops and conditionals counted as the caller said.
     """
 
     flop: float = 0.0
@@ -161,72 +63,20 @@ class Counts:
     weight_copies: int = 0
     score_tensors: int = 0
     unknown_loops: int = 0
+    unknown_branches: int = 0
+    unknown_kernels: frozenset[str] = frozenset()
+    functions: frozenset[str] = frozenset()
 
     def __add__(self, other: "Counts") -> "Counts":
         """Both programs in turn."""
-        return Counts(
-            flop=self.flop + other.flop,
-            moved=self.moved + other.moved,
-            copied=self.copied + other.copied,
-            weight_copies=self.weight_copies + other.weight_copies,
-            score_tensors=self.score_tensors + other.score_tensors,
-            unknown_loops=self.unknown_loops + other.unknown_loops,
-        )
+        names = ("unknown_kernels", "functions")
+        sets = {name: getattr(self, name) | getattr(other, name) for name in names}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in names]
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in fields}, **sets)
 
-    def times(self, trips: int) -> "Counts":
+    def times(self, runs: float) -> "Counts":
         """A loop's body in all runs; instructions and buffers count once."""
-        return dataclasses.replace(self, flop=trips * self.flop, moved=trips * self.moved, copied=trips * self.copied)
-
-
-def parse(text: str) -> Program:
-    """Reads the text of `compiled.as_text()`."""
-    computations: dict[str, Computation] = {}
-    current, entry = Computation(), ""
-    for line in text.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            current = computations[head[2]] = Computation()
-            entry = head[2] if head[1] else entry
-            continue
-        found = _LINE.match(line)
-        if found:
-            instruction = _instruction(found[2], found[3], root=bool(found[1]))
-            current[instruction.name] = instruction
-    if not entry:
-        raise ValueError("the text holds no entry computation")
-    return Program(computations, entry)
-
-
-def _instruction(name: str, text: str, *, root: bool) -> Instruction:
-    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    kind, text = text[:end], text[end:].lstrip()
-    opening = text.index("(")
-    closing = _closing(text, opening)
-    inside = text[opening + 1 : closing - 1]
-    return Instruction(
-        name=name,
-        opcode=text[:opening],
-        shapes=tuple(_shapes(kind)),
-        operands=tuple(_NAME.findall(inside)),
-        inside=inside,
-        rest=text[closing:],
-        root=root,
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index + 1
-    raise ValueError(f"a parenthesis is never closed: {text[:80]}")
-
-
-def _shapes(kind: str) -> Iterator[Shape]:
-    for dtype, dims in _SHAPE.findall(kind):
-        yield Shape(dtype, tuple(int(length.removeprefix("<=")) for length in dims.split(",") if length))
+        return dataclasses.replace(self, flop=runs * self.flop, moved=runs * self.moved, copied=runs * self.copied)
 
 
 Flags = tuple[bool, ...]
@@ -241,6 +91,8 @@ def count(
     keys: Iterable[int] = (),
     widths: Iterable[int] = (),
     least: int = 512,
+    shares: Mapping[str, float] | None = None,
+    trips: Mapping[str, float] | None = None,
 ) -> Counts:
     """Counts what a program does.
 
@@ -250,11 +102,22 @@ def count(
         large: bytes from which a copied weight counts.
         keys: lengths of key axes. A floating-point buffer with such an axis, and with another of `least` or more that
             is not a width of the model, holds scores.
-        widths: widths of the model.
+        widths: widths of the model, and other lengths of axes that are not of queries.
         least: length from which an axis of queries or keys counts.
+        shares: how often a conditional takes its second branch (in JAX, that of a true predicate), by the qualified
+            name of the function that calls `jax.lax.cond`.
+        trips: how often a loop runs of which the compiler does not know it, by the function that starts it.
     """
     chosen = set(weights)
-    reader = _Reader(program, large, frozenset(key for key in keys if key >= least), frozenset(widths), least)
+    reader = _Reader(
+        program,
+        large,
+        frozenset(key for key in keys if key >= least),
+        frozenset(widths),
+        least,
+        shares or {},
+        trips or {},
+    )
     parameters = program.computations[program.entry].parameters
     return reader.run(program.entry, [(index in chosen,) * len(one.shapes) for index, one in enumerate(parameters)])[0]
 
@@ -268,6 +131,8 @@ class _Reader:
     keys: frozenset[int]
     widths: frozenset[int]
     least: int
+    shares: Mapping[str, float]
+    trips: Mapping[str, float]
 
     def run(self, name: str, given: Sequence[Flags]) -> tuple[Counts, Flags]:
         """What a computation does in one run, and which of its outputs are weights, from those of its parameters."""
@@ -289,49 +154,84 @@ class _Reader:
             return Counts(), tuple(flag for flags in given for flag in flags)
         if opcode == "get-tuple-element":
             return Counts(), _element(computation, instruction, given[0])
-        if opcode in _FREE:
-            return Counts(), given[0] if given else ()
+        if opcode in _FREE or opcode.endswith(("-done", "-update")) or instruction.target in _IDLE:
+            return Counts(), _ended(instruction, given[0]) if given else ()
         if opcode == "while":
-            counts, returned = self.run(called["body"][0], given)
-            counts = counts.times(instruction.trips)
-            if not _TRIPS.search(instruction.rest):
-                counts += Counts(unknown_loops=1)
-            # What the body changes is no longer the weight that entered.
-            return counts, tuple(before and after for before, after in zip(given[0], returned, strict=True))
-        if opcode == "conditional":  # the branch that moves most
-            taken = zip(called["branches"], given[1:], strict=True)
-            return max((self.run(name, [flags]) for name, flags in taken), key=lambda found: found[0].moved)
+            return self._loop(computation, instruction, given)
+        if opcode == "conditional":
+            return self._branch(computation, instruction, given)
         if opcode in ("call", "async-start"):
             return self.run((called.get("to_apply") or called["calls"])[0], given)
+        results = _results(instruction)
         counts = Counts(
             flop=self._flop(computation, instruction),
             moved=_moved(self.program, computation, instruction),
-            score_tensors=sum(map(self._scores, instruction.shapes)),
+            score_tensors=sum(map(self._scores, results)),
+            unknown_kernels=frozenset(self._unknown(computation, instruction)),
         )
         if not (any(any(flags) for flags in given) and _only_moves(self.program, instruction)):
             return counts, ()
-        if instruction.size >= self.large:
-            counts += Counts(weight_copies=1, copied=instruction.size)
+        written = sum(shape.far for shape in results)  # a copy to memory on the chip is how weights are read
+        if written >= self.large:
+            counts += Counts(weight_copies=1, copied=written)
         return counts, (True,) * len(instruction.shapes)
+
+    def _loop(self, computation: Computation, loop: Instruction, given: Sequence[Flags]) -> tuple[Counts, Flags]:
+        counts, returned = self.run(loop.called["body"][0], given)
+        known, function = self.program.trips(computation, loop), self.program.function(loop)
+        if known is not None:
+            counts = counts.times(known)
+        elif function in self.trips:
+            counts = counts.times(self.trips[function]) + Counts(functions=frozenset([function]))
+        else:
+            counts += Counts(unknown_loops=1)
+        # What the body changes is no longer the weight that entered.
+        return counts, tuple(before and after for before, after in zip(given[0], returned, strict=True))
+
+    def _branch(self, computation: Computation, branch: Instruction, given: Sequence[Flags]) -> tuple[Counts, Flags]:
+        flags = dict(zip(branch.operands, given, strict=True))
+        found = [self.run(name, [flags[operand]]) for name, operand in branch.branches]
+        function = self.program.function(branch)
+        if function not in self.shares or len(found) != 2:
+            counts, returned = max(found, key=lambda one: one[0].moved)
+            return counts + Counts(unknown_branches=1), returned
+        share = self.shares[function]
+        counts = found[0][0].times(1 - share) + found[1][0].times(share) + Counts(functions=frozenset([function]))
+        return counts, found[1][1]
 
     def _scores(self, shape: Shape) -> bool:
         long = [length for length in shape.dims if length >= self.least and length not in self.widths]
-        floating = shape.dtype.startswith(("f", "bf"))
-        return floating and len(long) > 1 and any(length in self.keys for length in long)
+        written = shape.floating and not shape.space  # scores on the chip are what fused attention has
+        return written and len(long) > 1 and any(length in self.keys for length in long)
+
+    def _inner(self, instruction: Instruction) -> Computation:
+        return self.program.computations[instruction.called["calls"][0]]
 
     def _flop(self, computation: Computation, instruction: Instruction) -> float:
         if instruction.opcode == "fusion":
-            inner = self.program.computations[instruction.called["calls"][0]]
+            inner = self._inner(instruction)
             return sum(self._flop(inner, one) for one in inner.values())
-        operands = [computation[name].shapes[0].dims for name in instruction.operands if computation[name].shapes]
-        if instruction.opcode == "dot":
+        operands = [computation[name].shapes[0] for name in instruction.operands if computation[name].shapes]
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode == "dot":
             axes = _list(instruction.rest, "lhs_contracting_dims")
-            return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(operands[0][axis] for axis in axes)
-        if instruction.opcode == "convolution":
-            return _convolution(instruction, operands[1])
-        if instruction.opcode == "custom-call":
-            return _library(instruction, operands)
+            contracted = math.prod(operands[0].dims[axis] for axis in axes)
+            return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
+        if opcode == "convolution":
+            return _convolution(instruction, operands)
+        if opcode == "custom-call":
+            return _library(instruction, operands) or 0.0
         return 0.0
+
+    def _unknown(self, computation: Computation, instruction: Instruction) -> Iterable[str]:
+        if instruction.opcode == "fusion":
+            inner = self._inner(instruction)
+            for one in inner.values():
+                yield from self._unknown(inner, one)
+        elif instruction.opcode.startswith("custom-call") and instruction.target not in _IDLE:
+            operands = [computation[name].shapes[0] for name in instruction.operands if computation[name].shapes]
+            if _library(instruction, operands) is None:
+                yield kernel_name(instruction)
 
 
 def _element(computation: Computation, instruction: Instruction, flags: Flags) -> Flags:
@@ -341,44 +241,79 @@ def _element(computation: Computation, instruction: Instruction, flags: Flags) -
     return (flags[index],) if plain and index < len(flags) else ()
 
 
+def _ended(instruction: Instruction, flags: Flags) -> Flags:
+    """The flags of what is handed on; the end of an asynchronous operation returns a part of its start."""
+    count = max(1, len(instruction.shapes))
+    return (all(flags),) * count if instruction.opcode.endswith("-done") and flags else flags
+
+
+def _results(instruction: Instruction) -> tuple[Shape, ...]:
+    """What an instruction writes: without the scratch of a library, or the operands that an asynchronous start returns.
+
+    A copy's start returns its result first, others their operands.
+    """
+    shapes = instruction.shapes
+    if instruction.opcode == "copy-start":
+        return shapes[:1]
+    if instruction.opcode.endswith("-start"):
+        count = len(instruction.operands)
+        return shapes[count : count + 1]
+    if "__cu" in instruction.target:
+        return tuple(shape for shape in shapes if shape.dtype != "s8") or shapes[:1]
+    return shapes
+
+
 def _only_moves(program: Program, instruction: Instruction) -> bool:
     """Whether an instruction writes nothing but a rearranged operand."""
     if instruction.opcode != "fusion":
-        return instruction.opcode in _MOVING
+        return instruction.opcode.removesuffix("-start") in _MOVING
     inner = program.computations[instruction.called["calls"][0]].values()
     # Indices are computed beside it.
     arrays = [one for one in inner if any(shape.dims for shape in one.shapes)]
-    return all(one.opcode in _MOVING | _FREE for one in arrays)
+    return all(one.opcode in _FREE or _only_moves(program, one) for one in arrays)
 
 
 def _moved(program: Program, computation: Computation, instruction: Instruction) -> float:
     """Bytes that an instruction reads and writes; of what it selects or updates in place, the touched ones."""
     operands = [computation[name] for name in instruction.operands]
-    if instruction.opcode in _SELECTING:
-        return 2.0 * instruction.size + sum(one.size for one in operands[1:])
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * operands[1].size
-    if instruction.opcode == "scatter":
-        return 2.0 * operands[-1].size + operands[1].size
-    if instruction.opcode != "fusion":
-        return float(instruction.size + sum(one.size for one in operands))
+    opcode, results = instruction.opcode.removesuffix("-start"), _results(instruction)
+    written = sum(shape.far for shape in results)
+    if opcode in _SELECTING:
+        read = sum(shape.size for shape in results) if operands[0].far else 0
+        return float(written + read + sum(one.far for one in operands[1:]))
+    if opcode == "dynamic-update-slice":
+        return float(operands[1].far + (operands[1].size if written else 0))
+    if opcode == "scatter":
+        return 2.0 * operands[-1].far + operands[1].far
+    if opcode != "fusion":
+        return float(written + sum(one.far for one in operands))
     inner = program.computations[instruction.called["calls"][0]]
-    read = sum(_read(inner, parameter) for parameter in inner.parameters)
+    read = sum(
+        _read(program, inner, parameter)
+        for parameter, operand in zip(inner.parameters, operands, strict=True)
+        if operand.far
+    )
     root = inner.root
     outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    return float(read + sum(_written(inner, one) for one in outputs))
+    if len(outputs) != len(results):
+        return float(read + written)
+    return float(read + sum(_written(inner, one) for one, shape in zip(outputs, results, strict=True) if shape.far))
 
 
-def _read(inner: Computation, value: Instruction) -> int:
+def _read(program: Program, inner: Computation, value: Instruction) -> int:
     """Bytes of a fusion's parameter that it reads."""
     total = 0
     for user in inner.users[value.name]:
         if user.opcode == "bitcast":
-            total += _read(inner, user)
+            total += _read(program, inner, user)
         elif user.opcode in _SELECTING and user.operands[0] == value.name:
             total += user.size
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             continue  # updated in place
+        elif user.opcode == "fusion":
+            nested = program.computations[user.called["calls"][0]]
+            places = [place for place, operand in enumerate(user.operands) if operand == value.name]
+            total += sum(_read(program, nested, nested.parameters[place]) for place in places)
         else:
             return value.size
     return min(total, value.size)
@@ -396,29 +331,55 @@ def _list(text: str, name: str) -> list[int]:
     return [int(one) for one in found[1].split(",") if one] if found else []
 
 
-def _convolution(instruction: Instruction, kernel: tuple[int, ...]) -> float:
-    """Operations of a convolution, as which TPUs also compute products of matrices."""
-    labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.rest)
+def _convolution(instruction: Instruction, operands: Sequence[Shape]) -> float:
+    """Operations of a convolution, as which TPUs also compute products of matrices, without those on padding."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if not labels:
         raise ValueError(f"{instruction.name} has no dim_labels")
-    features = kernel[labels[1].index("i")]
-    # Of a batch of products, spatial axes in disguise, each output reads one entry of the kernel.
+    data, kernel, output = ({axis: place for place, axis in enumerate(text)} for text in labels.groups())
     window = re.search(r"window=\{([^}]*)\}", instruction.rest)
-    sizes = re.findall(r"(\w+)=([\dx_]+)", window[1]) if window else []
-    fields = {name: [int(one) for one in value.replace("_", "x").split("x")] for name, value in sizes}
-    size = fields.get("size", [])
-    taps = [-(-one // spread) for one, spread in zip(size, fields.get("lhs_dilate", [1] * len(size)), strict=True)]
-    return 2.0 * math.prod(instruction.shapes[0].dims) * features * math.prod(taps)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    sizes, result = [shape.dims for shape in operands[:2]], instruction.shapes[0].dims
+    total = 2.0 * result[output["b"]] * result[output["f"]] * sizes[1][kernel["i"]]
+    spatial = sorted(axis for axis in data if axis.isdigit())
+    for place, axis in enumerate(spatial):
+        own = {name: value.split("x")[place] for name, value in fields.items()}
+        step, spread, gap = (int(own.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        first = int(own.get("pad", "0_0").split("_")[0])
+        reach = np.arange(result[output[axis]])[:, None] * step + np.arange(sizes[1][kernel[axis]]) * gap - first
+        inside = (reach >= 0) & (reach <= (sizes[0][data[axis]] - 1) * spread) & (reach % spread == 0)
+        total *= int(inside.sum())
+    return total
 
 
-def _library(instruction: Instruction, operands: Sequence[tuple[int, ...]]) -> float:
-    """Operations of a library's kernel; of an unknown one, 0."""
-    found = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
-    target = found[1] if found else ""
+def kernel_name(instruction: Instruction) -> str:
+    """How a custom call's kernel is called: its own name, if it tells one, and its target."""
+    named = re.search(r'\b(?:kernel_name|name)"? ?[=:] ?"?([\w.\-]+)', instruction.rest)
+    return f"{named[1] if named else instruction.name} ({instruction.target})"
+
+
+def _library(instruction: Instruction, operands: Sequence[Shape]) -> float | None:
+    """Operations of a library's or Pallas' kernel; None for an unknown one."""
+    target = instruction.target
     output = math.prod(instruction.shapes[0].dims)
     if "cublas" in target:
         axes = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.rest)
-        return 2.0 * output * math.prod(operands[0][int(axis)] for axis in json.loads(axes[1])) if axes else 0.0
+        return 2.0 * output * math.prod(operands[0].dims[int(axis)] for axis in json.loads(axes[1])) if axes else None
     if "cudnn$conv" in target:
-        return _convolution(instruction, operands[1])
-    return 0.0
+        return _convolution(instruction, operands)
+    known = [part for part in ATTENTION if part in target or part in f"{instruction.name} {kernel_name(instruction)}"]
+    return _attention(instruction, operands, ATTENTION[max(known, key=len)]) if known else None
+
+
+def _attention(instruction: Instruction, operands: Sequence[Shape], products: int) -> float | None:
+    """Operations of an attention kernel over all pairs of a query and a key, also those that its mask excludes."""
+    scores = re.search(r'"intermediate_tensor_shape":\{[^}]*"dimensions":(\[[^\]]*\])', instruction.rest)
+    wide = [shape.dims for shape in operands if shape.floating and len(shape.dims) >= 3]
+    if len(wide) < 2:
+        return None
+    query, key = wide[:2]
+    if scores:  # cuDNN's, whose axes may lie in any order
+        pairs = math.prod(int(one) for one in json.loads(scores[1]))
+        heads = math.prod(int(one) for one in json.loads(scores[1])[:-1])
+        return 2.0 * products * pairs * (math.prod(query) / heads)
+    return 2.0 * products * math.prod(query) * key[-2]

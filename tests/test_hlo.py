@@ -117,7 +117,7 @@ OTHERS = OTHERS.replace("BACKEND", 'backend_config={"dot_dimension_numbers":{"lh
 def test_kernels_updates_in_place_and_branches() -> None:
     counts = hlo.count(hlo.parse(OTHERS), weights=[5], keys=[640], widths=[1024])
     assert counts.flop == 2 * 16 * 640 * 640 * 64
-    kernel = 2 * 16 * 640 * 64 * 2 + 16 * 640 * 640 * 4 + 64
+    kernel = 2 * 16 * 640 * 64 * 2 + 16 * 640 * 640 * 4  # without the library's scratch
     update = 2 * 32 * 64 * 2 + 4  # the new token is read and written, its index is read
     branch = 2 * 512 * 512 * 4 + 2 * 16  # the larger one
     assert counts.moved == kernel + update + branch
@@ -143,7 +143,9 @@ def test_products_written_as_convolutions() -> None:
     batched = "window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf"
     assert flop("4,8,16", "4,16,32", "4,8,32", batched) == 4 * 2 * 8 * 16 * 32
     picture = "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
-    assert flop("2,7,7,4", "3,3,4,5", "2,7,7,5", picture) == 2 * 2 * 49 * 5 * 36
+    assert flop("2,7,7,4", "3,3,4,5", "2,7,7,5", picture) == 2 * 2 * (3 * 7 - 2) ** 2 * 5 * 4  # not on the padding
+    heads = "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=b0f_i0o->b0f"  # one head of each output is inside
+    assert flop("8,1,16", "16,4,32", "8,4,32", heads) == 4 * 2 * 8 * 16 * 32
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("pred", 1), ("bf16", 2), ("f8e4m3fn", 1), ("c64", 8), ("s4", 0.5)])

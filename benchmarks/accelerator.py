@@ -1,0 +1,296 @@
+"""What users' programs cost on accelerators: compiled at full size by the real compilers, without the devices.
+
+`python benchmarks/accelerator.py --out DIR` writes `DIR/accelerator.json`, flat, `"{target}/{model}/{work}/{figure}"`,
+and the table `DIR/accelerator.md`. `--quick` compiles a few of them and fails if a bound is missed.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import accelerator_ideal
+import accelerator_programs as programs
+import accelerator_targets as targets
+import hlo
+import jax
+
+HEADER = f"""Programs compiled by XLA for devices that are not here; nothing was run.
+
+{programs.LENGTHS}
+
+On several chips, figures are for each of them. Operations are those of products, convolutions and attention. Bytes are
+operands and outputs of every top-level instruction in the device's memory, loops as often as they run, branches as
+often as the work takes them; of updates in place and of slices, the touched part. The roofline is the larger of
+operations at the peak and bytes at the peak bandwidth, for each program of a work, added up; every product counts at
+the peak of bfloat16, also those of float32. `accelerator_ideal.py` says what is ideal.
+
+Not seen: the insides of kernels of cuBLAS, cuDNN, Triton and Mosaic (they count with their operands and outputs, and
+with all scores, masked ones included); what autotuning would choose, which is off here, as are Triton's products; what
+the caches save; and the time of collectives, launches and the host."""
+
+FIGURES = (
+    "chips",
+    "arguments_gb",
+    "temporary_gb",
+    "output_gb",
+    "fits",
+    "tflop",
+    "hbm_gb",
+    "ideal_tflop",
+    "ideal_hbm_gb",
+    "flop_ratio",
+    "bytes_ratio",
+    "weight_copies",
+    "copied_gb",
+    "score_tensors",
+    "roofline_ms",
+    "ideal_ms",
+    "bound_ratio",
+    "compile_s",
+    "unknown",
+)
+"""Names of the figures; `unknown` counts loops, branches and kernels of which the reader does not know what they do."""
+
+SHOWN = {
+    "chips": "d",
+    "arguments_gb": ".1f",
+    "temporary_gb": ".2f",
+    "fits": "d",
+    "tflop": ".1f",
+    "hbm_gb": ".1f",
+    "flop_ratio": ".2f",
+    "bytes_ratio": ".2f",
+    "weight_copies": "d",
+    "score_tensors": "d",
+    "roofline_ms": ".2f",
+    "ideal_ms": ".2f",
+    "bound_ratio": ".2f",
+    "compile_s": ".0f",
+}
+"""The table's columns and their format."""
+
+QUICK_TARGETS = {"llava-7b": ("h100", "v5e"), "gemma-12b": ("h100", "v5e"), programs.ENCODER: ("h100", "v5e")}
+QUICK_WORKS = ("trace", "rerun", "extract", "generate", "dcsm")
+
+_WEIGHTS = re.compile(r"""op_name="(parameters|state\\?\[\\?'parameters|constants|scorer|encoder)""")
+
+Figures = dict[str, float]
+
+
+def figures(part: programs.Part, target: targets.Target, ideal: accelerator_ideal.Ideal, alias: str) -> Figures:
+    """All figures of a program."""
+    started = time.perf_counter()
+    compiled = target.compile(part.function, *part.args, **part.options)
+    seconds = time.perf_counter() - started
+    memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias)
+    for name in sorted(counts.unknown_kernels):
+        print(f"  {target.name}/{alias}/{part.name}: unknown kernel {name}", flush=True)
+    for what in sorted({*part.trips} - counts.functions):
+        print(f"  {target.name}/{alias}/{part.name}: there is no loop or branch of {what}", flush=True)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    device, least = target.device, ideal.on(target.chips)
+    return with_ratios(
+        {
+            "chips": target.chips,
+            "arguments_gb": memory.argument_size_in_bytes / 1e9,
+            "temporary_gb": memory.temp_size_in_bytes / 1e9,
+            "output_gb": memory.output_size_in_bytes / 1e9,
+            "fits": int(held + memory.temp_size_in_bytes <= device.memory),
+            "tflop": counts.flop / 1e12,
+            "hbm_gb": counts.moved / 1e9,
+            "ideal_tflop": least.flop / 1e12,
+            "ideal_hbm_gb": least.moved / 1e9,
+            "weight_copies": counts.weight_copies,
+            "copied_gb": counts.copied / 1e9,
+            "score_tensors": counts.score_tensors,
+            "roofline_ms": 1e3 * device.seconds(counts.flop, counts.moved),
+            "ideal_ms": 1e3 * least.seconds(device),
+            "compile_s": seconds,
+            "unknown": counts.unknown_loops + counts.unknown_branches + len(counts.unknown_kernels),
+        }
+    )
+
+
+def counted(text: str, part: programs.Part, alias: str) -> hlo.Counts:
+    """What a compiled program does."""
+    program = hlo.parse(text)
+    entry = program.computations[program.entry].parameters
+    weights = [index for index, parameter in enumerate(entry) if _WEIGHTS.search(parameter.rest)]
+    if not weights:
+        raise RuntimeError(f"no parameter of {alias}/{part.name} is a weight: {entry[0].rest:.100}")
+    keys, widths = programs.axes_of_keys(alias)
+    return hlo.count(program, weights=weights, keys=keys, widths=widths, shares=part.shares, trips=part.trips)
+
+
+def with_ratios(found: Figures) -> Figures:
+    """Figures with the ratios of the real ones to the ideal ones."""
+    pairs = {
+        "flop_ratio": ("tflop", "ideal_tflop"),
+        "bytes_ratio": ("hbm_gb", "ideal_hbm_gb"),
+        "bound_ratio": ("roofline_ms", "ideal_ms"),
+    }
+    found = {**found, **{name: found[real] / found[least] for name, (real, least) in pairs.items()}}
+    return {name: round(float(found[name]), 4) for name in FIGURES}
+
+
+def together(several: Sequence[Figures]) -> Figures:
+    """The figures of programs that run in turn: work adds up, memory is that of the one that needs most."""
+    most = max(several, key=lambda one: one["arguments_gb"] + one["temporary_gb"])
+    memory = {name: most[name] for name in ("chips", "arguments_gb", "temporary_gb", "output_gb")}
+    sums = {name: sum(one[name] for one in several) for name in FIGURES if not name.endswith("_ratio")}
+    return with_ratios({**sums, **memory, "fits": min(one["fits"] for one in several)})
+
+
+def measure(name: str, alias: str, work: str) -> dict[str, Figures]:
+    """Figures of a work, and of its programs if there are several, by name."""
+    target = programs.target_of(name, alias)
+    own = None if alias == programs.ENCODER else programs.geometry(alias)
+    parts, least = programs.parts(alias, work, target), accelerator_ideal.ideals(own, work)
+    found = {part.name: figures(part, target, ideal, alias) for part, ideal in zip(parts, least, strict=True)}
+    return {work: together(list(found.values()))} | (found if len(found) > 1 else {})
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+Bound = tuple[str, str, float, bool]
+"""Key of a figure, its name, the largest value that is allowed, and whether only H100's counts."""
+
+RATIOS = {"trace": 1.2, "rerun": 1.2, "extract": 1.2, "decode": 1.3, "dcsm": 1.5}
+FLOP_RATIO = 1.15
+TRACE_GB = 1.5
+LARGE_TRACE_GB = {"llama-11b": 2.5, "llava-cot": 2.5}
+RERUN_GB = 1.0
+
+
+def suffix_gb(alias: str) -> float:
+    """The activations of a rerun's suffixes: what enters a layer, for all rows."""
+    own = programs.geometry(alias)
+    return 2e-9 * programs.EDITS * programs.PROMPTS * programs.SUFFIX * own.text.hidden_size
+
+
+def bounds(found: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Keys, values and bounds of all figures that have one."""
+    checked = []
+    for key, value in found.items():
+        name, alias, work, figure = key.split("/")
+        limit = None
+        if figure == "bound_ratio":
+            limit = RATIOS.get(work)
+        elif figure == "flop_ratio" and work in ("trace", "rerun", "extract", "decode"):
+            limit = FLOP_RATIO
+        elif figure in ("weight_copies", "score_tensors") and work in ("trace", "rerun"):
+            limit = 0.0
+        elif figure == "temporary_gb" and name == "h100" and work == "trace":
+            limit = LARGE_TRACE_GB.get(alias, TRACE_GB)
+        elif figure == "temporary_gb" and name == "h100" and work == "rerun":
+            limit = RERUN_GB + suffix_gb(alias)
+        if limit is not None:
+            checked.append((key, value, limit))
+    return checked
+
+
+def report(found: Mapping[str, float]) -> int:
+    """Prints the bounds as passed or missed; returns the number of those that are missed."""
+    checked = bounds(found)
+    for key, value, limit in checked:
+        print(f"{'passed' if value <= limit else 'MISSED'}  {key} = {value:.4g} (at most {limit:.4g})")
+    missed = sum(value > limit for _, value, limit in checked)
+    print(f"{len(checked) - missed} bounds passed, {missed} missed")
+    return missed
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def table(found: Mapping[str, float]) -> str:
+    """All figures as a Markdown table."""
+    rows: dict[tuple[str, ...], Figures] = {}
+    for key, value in found.items():
+        *row, figure = key.split("/")
+        rows.setdefault(tuple(row), {})[figure] = value
+    lines = ["| target | model | work | " + " | ".join(SHOWN) + " |", "| --- " * (3 + len(SHOWN)) + "|"]
+    for row, own in rows.items():
+        shown = [format(int(own[name]) if form == "d" else own[name], form) for name, form in SHOWN.items()]
+        lines.append("| " + " | ".join([*row, *shown]) + " |")
+    return "\n".join(lines)
+
+
+def write(folder: Path, found: Mapping[str, float]) -> None:
+    """Writes both files, each as a whole."""
+    versions = f"jax {jax.__version__}"
+    for name, text in (
+        ("accelerator.json", json.dumps(found, indent=1) + "\n"),
+        ("accelerator.md", f"{HEADER}\n\nCompiled with {versions}.\n\n{table(found)}\n"),
+    ):
+        temporary = folder / f".{name}"
+        temporary.write_text(text)
+        temporary.replace(folder / name)
+
+
+def chosen(text: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
+    """Names joined by commas."""
+    names, every = default if text is None else text.split(","), [*known]
+    for name in names:
+        if name not in every:
+            raise SystemExit(f"{name!r} is not one of {', '.join(every)}")
+    return [*names]
+
+
+def combinations(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Targets, models and works that are asked for."""
+    quick = options.quick
+    works = chosen(options.works, programs.WORKS, QUICK_WORKS if quick else programs.WORKS)
+    models = chosen(options.models, programs.MODELS, QUICK_TARGETS if quick else programs.MODELS)
+    names = chosen(options.targets, targets.TARGETS, ("h100", "v5e", "v5p"))
+    wanted = []
+    for alias in models:
+        own = QUICK_TARGETS[alias] if quick and options.targets is None and alias in QUICK_TARGETS else names
+        wanted += [(name, alias, work) for name in own for work in works if programs.does(alias, work)]
+    return wanted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles, counts, writes; returns 1 if a bound is missed in quick mode, or a program does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--targets", help=f"some of {', '.join(targets.TARGETS)}; h100,v5e,v5p by default")
+    parser.add_argument("--models", help="short names of published models; all by default")
+    parser.add_argument("--works", help=f"some of {', '.join(programs.WORKS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="two models and the scorer; fails if a bound is missed")
+    parser.add_argument("--resume", action="store_true", help="keep what the folder holds, and add what is missing")
+    options = parser.parse_args(arguments)
+    wanted = combinations(options)
+    for name in dict.fromkeys(name for name, _, _ in wanted):
+        if problem := targets.missing(name):
+            raise SystemExit(problem)
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile_s would be the time of reading
+    options.out.mkdir(parents=True, exist_ok=True)
+    path, failed = options.out / "accelerator.json", 0
+    found: dict[str, float] = json.loads(path.read_text()) if options.resume and path.exists() else {}
+    print(HEADER, "\n", flush=True)
+    for name, alias, work in wanted:
+        if f"{name}/{alias}/{work}/compile_s" in found:
+            continue
+        try:
+            measured = measure(name, alias, work)
+        except Exception as error:  # compilers raise many kinds; the others still count
+            failed += 1
+            print(f"{name}/{alias}/{work}: {type(error).__name__}: {str(error).splitlines()[0]:.300}", flush=True)
+            continue
+        for part, own in measured.items():
+            found |= {f"{name}/{alias}/{part}/{figure}": value for figure, value in own.items()}
+            shown = ("temporary_gb", "flop_ratio", "bytes_ratio", "weight_copies", "score_tensors", "bound_ratio")
+            text = ", ".join(f"{figure} {own[figure]:.4g}" for figure in (*shown, "compile_s"))
+            print(f"{name}/{alias}/{part}: {text}", flush=True)
+        write(options.out, found)
+    print(f"\n{table(found)}\n")
+    missed = report(found) if options.quick else 0
+    return int(bool(missed or failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,489 @@
+"""The programs that users run, at full published size: their own jitted functions, with abstract arguments.
+
+The functions of the library run on shapes alone (`jax.eval_shape`), and what they hand to their jitted programs is
+noted. So the programs, their chunks and their arguments are those of a real run, for prompts of the lengths below.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from accelerator_targets import Target, split_axis, target
+from jaxtyping import PyTree
+from published_configs import CONFIGS
+
+import jaxid
+from jaxid.checkpoints.loading import abstract_parameters
+from jaxid.checkpoints.tensors import Leaves, unflatten
+from jaxid.dcsm import embedding, scoring
+from jaxid.experiments import finetune
+from jaxid.families import clip
+from jaxid.families.base import Encoder, Model
+from jaxid.families.llava_video import LlavaVideoConfig, clip_rows
+from jaxid.families.mllama import MllamaConfig
+from jaxid.families.qwen_vl import QwenVLConfig
+from jaxid.families.registry import family
+from jaxid.interp import forward, generate, sweep, trace
+from jaxid.nn.inputs import Inputs
+from jaxid.prompts.processor import Prompts
+from jaxid.train import loop
+from jaxid.train.trainable import for_learning
+
+PROMPTS = 8
+EDITS = 48
+SUFFIX = 24
+BEFORE = 5
+AFTER = 59
+GENERATED = 8
+NEW_TOKENS = 32
+FRAMES = 8
+TRAINED = 4
+PAIRS = 64
+CAPTION_TOKENS = 30
+ENCODER = "clip-b16"
+ENCODED = 32
+
+LENGTHS = f"""{PROMPTS} prompts of {BEFORE} tokens, a square picture of 448 pixels (LLaVA-Video: a clip of {FRAMES}
+frames; Llama 3.2: four tiles) and at least {AFTER} tokens. rerun: {EDITS} edits of the last {SUFFIX} tokens, one after
+each of {EDITS} layers that are spread evenly. generate: {GENERATED} edits, {NEW_TOKENS} new tokens for each prompt.
+extract: one word of every prompt. finetune: one step on {TRAINED} pictures with the library's default settings. dcsm:
+{PAIRS} pictures x {PAIRS} captions of {CAPTION_TOKENS} tokens, from CLIP ViT-B/16, float32. encode: {ENCODED} pictures
+and {ENCODED} captions. answers: two answer words of every row of rerun."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A compiled program of a work.
+
+    Attributes:
+        name: what it does.
+        function: the library's jitted function.
+        args: its arguments, with shapes for arrays.
+        options: its keyword arguments.
+        shares: as in `hlo.count`.
+        trips: as in `hlo.count`.
+    """
+
+    name: str
+    function: Any
+    args: tuple[PyTree, ...]
+    options: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """A published model's shapes, and those of its prompts.
+
+    Attributes:
+        alias: the model's short name.
+        config: its config.
+        definition: its network's structure.
+        leaves: shapes of its parameters by path, bfloat16.
+        pictures: shape of the pixels of all prompts.
+        extras: the other arrays that the family reads.
+        image_tokens: positions that a picture takes in a prompt.
+    """
+
+    alias: str
+    config: Any
+    definition: Any
+    leaves: Leaves
+    pictures: tuple[int, ...]
+    extras: Mapping[str, np.ndarray]
+    image_tokens: int
+
+    @property
+    def text(self) -> Any:
+        """The decoder's config."""
+        return self.config.text_config
+
+    @property
+    def tokens(self) -> int:
+        """Length of a prompt, T."""
+        return -(-(BEFORE + self.image_tokens + AFTER) // 8) * 8
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the parameters."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes for the weights, two traces and two gigabytes of temporaries: what a slice of chips must hold."""
+        text = self.text
+        keys = text.num_hidden_layers * PROMPTS * self.tokens * text.num_key_value_heads * text.head_dim
+        return self.weights + 2 * 4 * keys + 2 * 10**9
+
+    def prompts(self, count: int = PROMPTS) -> Prompts:
+        """Prompts of these lengths; only their shapes and positions matter."""
+        tokens, start = self.tokens, BEFORE + self.image_tokens
+        positions = np.tile(np.arange(tokens, dtype=np.int32), (count, 1))
+        rows = np.full((count, tokens), -1, np.int32)
+        cross = isinstance(self.config, MllamaConfig)
+        rows[:, BEFORE:start] = 0 if cross else np.arange(count * self.image_tokens).reshape(count, -1)
+        share = count / PROMPTS
+        pictures = (round(self.pictures[0] * share), *self.pictures[1:])
+        extras = {name: value[: round(len(value) * share)] for name, value in self.extras.items()}
+        turned = np.tile(positions[:, None], (1, 3, 1)) if isinstance(self.config, QwenVLConfig) else None
+        inputs = Inputs(
+            token_ids=positions,
+            positions=positions,
+            valid=np.ones((count, tokens), bool),
+            last=np.full(count, tokens - 1, np.int32),
+            pixels=np.broadcast_to(np.float32(0), pictures),
+            image_rows=rows,
+            rope_positions=turned,
+            extras=extras,
+        )
+        texts = ("",) * count
+        places = np.zeros((count, tokens, 2), np.int32)
+        return Prompts(inputs=inputs, questions=texts, texts=texts, spans=places[:, 0], offsets=places)
+
+    def model(self, parameters: PyTree) -> Model:
+        """The model with these parameters, which may be traced; it reads no pictures."""
+        processor: Any = SimpleNamespace(stop_ids=(2,))
+        parts = {"definition": self.definition, "config": self.config, "processor": processor}
+        return Model(parameters=parameters, name=self.alias, fingerprint="", **parts)
+
+
+def geometry(alias: str, fields: Mapping[str, Any] | None = None) -> Geometry:
+    """A published model at full size, or a network of another config.json."""
+    fields = copy.deepcopy(dict(CONFIGS[alias] if fields is None else fields))
+    kind = family(fields["model_type"], alias)
+    config: Any = kind.config(fields)
+    definition, leaves = abstract_parameters(kind, config)
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for path, leaf in leaves.items()}
+    pictures, extras, tokens = _pictures(config)
+    return Geometry(
+        alias=alias,
+        config=config,
+        definition=definition,
+        leaves=leaves,
+        pictures=pictures,
+        extras=extras,
+        image_tokens=tokens,
+    )
+
+
+def _pictures(config: Any) -> tuple[tuple[int, ...], Mapping[str, np.ndarray], int]:
+    """Shape of all prompts' pixels, the arrays beside them, and the positions that a picture takes."""
+    vision = config.vision_config
+    if isinstance(config, MllamaConfig):
+        extras = {
+            "aspect_ratio": np.ones(PROMPTS, np.int32),
+            "tile_count": np.full(PROMPTS, vision.max_num_tiles, np.int32),
+            "shown": np.arange(PROMPTS, dtype=np.int32)[:, None],
+        }
+        return (PROMPTS, vision.max_num_tiles, 3, vision.image_size, vision.image_size), extras, 1
+    if isinstance(config, QwenVLConfig):
+        side = 448 // vision.patch_size
+        extras = {
+            "patch_positions": np.zeros((PROMPTS, side**2, 2), np.int32),
+            "patch_valid": np.ones((PROMPTS, side**2), bool),
+        }
+        return (PROMPTS, side**2, vision.patch_numbers), extras, (side // vision.spatial_merge_size) ** 2
+    if isinstance(config, LlavaVideoConfig):
+        frames = PROMPTS * FRAMES
+        tokens = len(clip_rows(FRAMES, config.frame_side, config.mm_newline_position, 1))
+        extras = {"frames": np.arange(frames, dtype=np.int32)}
+        return (frames, 3, vision.image_size, vision.image_size), extras, tokens
+    return (PROMPTS, 3, vision.image_size, vision.image_size), {}, config.image_tokens
+
+
+def target_of(name: str, alias: str) -> Target:
+    """The chips on which a model runs."""
+    return target(name, 0 if alias == ENCODER else geometry(alias).needed)
+
+
+# --- what the library hands to its programs -------------------------------------------------------------------------
+
+Call = tuple[Any, tuple[PyTree, ...], dict[str, PyTree]]
+
+_NOTED = (
+    (trace, ("_record", "_residuals", "_resume")),
+    (generate, ("_prefill", "_decode")),
+    (forward, ("_answer_log_probs",)),
+)
+
+
+@contextlib.contextmanager
+def noted(device: Any) -> Iterator[dict[str, Call]]:
+    """Within it, calls of the library's jitted functions are noted by name, and chunks are those of a device."""
+    calls: dict[str, Call] = {}
+
+    def note(name: str, function: Any) -> Callable[..., Any]:
+        def called(*args: PyTree, **options: PyTree) -> Any:
+            calls.setdefault(name, (function, args, options))
+            return function(*args, **options)
+
+        return called
+
+    with contextlib.ExitStack() as stack:
+        for module, names in _NOTED:
+            for name in names:
+                function = note(name, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, function))
+        stack.enter_context(mock.patch.object(jax, "default_backend", lambda: device.platform))
+        if hasattr(sweep, "this"):
+            stack.enter_context(mock.patch.object(sweep, "this", lambda: device))
+        yield calls
+
+
+def _abstract(call: Call, own: Geometry, target: Target) -> Call:
+    """A noted call with shapes for arrays, split over the chips."""
+    function, args, options = call
+
+    def place(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        shape = jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+        name = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+        if name in own.leaves:
+            return target.array(shape, split_axis(name, shape.shape, target))
+        return target.array(shape, _head_axis(shape.shape, own, target))
+
+    static = [isinstance(one, type(own.definition)) for one in args]
+    placed = tuple(
+        one if fixed else jax.tree_util.tree_map_with_path(lambda path, leaf: place((None, *path), leaf), one)
+        for one, fixed in zip(args, static, strict=True)
+    )
+    return function, placed, dict(options)
+
+
+def _head_axis(shape: tuple[int, ...], own: Geometry, target: Target) -> int | None:
+    """The axis of heads of recorded keys and values, which the chips share."""
+    heads, width = own.text.num_key_value_heads, own.text.head_dim
+    if len(shape) < 5 or shape[-1] != width or not target.divides(heads):
+        return None
+    return max((axis for axis in range(1, len(shape) - 1) if shape[axis] == heads), default=None)
+
+
+def _calls(own: Geometry, target: Target, run: Callable[[Model, Prompts], Any]) -> dict[str, Call]:
+    """The programs that some use of the model calls, by name."""
+    with noted(target.device) as calls:
+        parameters = unflatten(dict(own.leaves))
+        jax.eval_shape(lambda parameters: run(own.model(parameters), own.prompts()), parameters)
+        return {name: _abstract(call, own, target) for name, call in calls.items()}
+
+
+# --- works ----------------------------------------------------------------------------------------------------------
+
+
+def edited_layers(own: Geometry, count: int) -> np.ndarray:
+    """The layers that a sweep edits, spread evenly."""
+    return np.arange(count) * own.text.num_hidden_layers // count
+
+
+def _edits(own: Geometry, count: int) -> Any:
+    positions = np.full(PROMPTS, own.tokens - SUFFIX)
+    vectors = np.zeros((count, own.text.hidden_size), np.float32)
+    return jaxid.add(edited_layers(own, count), positions, vectors)
+
+
+def shares_of(own: Geometry) -> dict[str, float]:
+    """How often a network's own conditionals take their second branch."""
+    text, vision = own.text, own.config.vision_config
+    found = {"Crossed.read": len(text.cross_attention_layers) / text.num_hidden_layers}
+    if isinstance(own.config, QwenVLConfig) and vision.window_side:
+        share = len(vision.fullatt_block_indexes) / vision.num_hidden_layers
+        found["QwenTower.__call__.<locals>.step.<locals>.read"] = share
+    return found
+
+
+def resumed_shares(layers: int, first: np.ndarray, chunk: int) -> dict[str, float]:
+    """How often a rerun's layers and chunks run, for rows that begin at these layers."""
+    chunks = np.sort(first).reshape(-1, chunk)[:, 0]
+    running = chunks[None] <= np.arange(layers)[:, None]  # [layer, chunk]
+    active = running.any(axis=1)
+    return {
+        "resume.<locals>.through.<locals>.run": 1.0,
+        "resume.<locals>.through": float(active[:-1].mean()),
+        "resume.<locals>.advance": float(running[active].mean()),
+    }
+
+
+def _record_part(own: Geometry, target: Target) -> list[Part]:
+    call = _calls(own, target, lambda model, prompts: trace.trace(model, prompts).hidden)["_record"]
+    return [_part("trace", call, shares_of(own))]
+
+
+def _part(name: str, call: Call, shares: Mapping[str, float], trips: Mapping[str, float] | None = None) -> Part:
+    function, args, options = call
+    return Part(name=name, function=function, args=args, options=options, shares=shares, trips=trips or {})
+
+
+def _rerun(own: Geometry, target: Target) -> dict[str, Call]:
+    def run(model: Model, prompts: Prompts) -> Any:
+        return trace.rerun(model, trace.trace(model, prompts), _edits(own, EDITS)).logprobs(np.arange(2))
+
+    return _calls(own, target, run)
+
+
+def _rerun_part(own: Geometry, target: Target) -> list[Part]:
+    call = _rerun(own, target)["_resume"]
+    first = edited_layers(own, EDITS) + 1
+    shares = resumed_shares(own.text.num_hidden_layers, first, call[2]["chunk"])
+    return [_part("rerun", call, {**shares_of(own), **shares})]
+
+
+def _answers_part(own: Geometry, target: Target) -> list[Part]:
+    return [_part("answers", _rerun(own, target)["_answer_log_probs"], {})]
+
+
+def _generate_parts(own: Geometry, target: Target) -> list[Part]:
+    def run(model: Model, prompts: Prompts) -> Any:
+        recorded, edits = trace.trace(model, prompts), _edits(own, GENERATED)
+        return generate.generate(model, recorded, edits, max_new_tokens=NEW_TOKENS).tokens
+
+    calls, shares = _calls(own, target, run), shares_of(own)
+    last = {"decode.<locals>.advance": (NEW_TOKENS - 1) / NEW_TOKENS}
+    return [
+        _part("prefill", calls["_prefill"], shares),
+        _part("decode", calls["_decode"], {**shares, **last}, {"decode": NEW_TOKENS}),
+    ]
+
+
+def _extract_part(own: Geometry, target: Target) -> list[Part]:
+    def run(model: Model, prompts: Prompts) -> Any:
+        return trace.residuals_at(model, prompts, np.full((PROMPTS, 1), own.tokens - SUFFIX))
+
+    return [_part("extract", _calls(own, target, run)["_residuals"], shares_of(own))]
+
+
+def finetune_task(own: Geometry) -> finetune.Task:
+    """The library's default fine-tuning of a model, in one small batch."""
+    config = finetune.FinetuneConfig(groups=1, batch_size=TRAINED, id_layer=own.text.num_hidden_layers // 3)
+    model = own.model(unflatten(dict(own.leaves)))
+    selection = finetune.select(model, config)
+    definition = for_learning(own.definition, model.parameters, selection, recompute=config.recompute)
+    ids: Any = None
+    return finetune.Task(model=model, selection=selection, definition=definition, groups=(), config=config, ids=ids)
+
+
+def _finetune_part(own: Geometry, target: Target) -> list[Part]:
+    task = finetune_task(own)
+    stage, inputs = task.stage(), own.prompts(TRAINED).inputs
+    batch = {
+        "inputs": {field.name: getattr(inputs, field.name) for field in dataclasses.fields(Inputs)},
+        "positions": inputs.last[:, None],
+        "labels": inputs.last[:, None],
+        "word": inputs.last,
+        "target": np.zeros((TRAINED, own.text.hidden_size), np.float32),
+        "weight": np.zeros(TRAINED, np.float32),
+    }
+    batch = jax.tree.map(lambda leaf: np.broadcast_to(leaf[None], (1, *leaf.shape)), batch)
+
+    def place(leaf: Any, path: str = "") -> jax.ShapeDtypeStruct:
+        return target.array(leaf, split_axis(path, leaf.shape, target) if path in own.leaves else None)
+
+    parameters = jax.eval_shape(task.selection.split, task.model.parameters)
+    state = jax.eval_shape(lambda parameters: loop._start(stage, parameters), parameters)
+    frozen = unflatten({path: place(leaf, path) for path, leaf in own.leaves.items()})
+    args = (jax.tree.map(place, state), jax.tree.map(place, batch), {"frozen": frozen})
+    return [Part(name="finetune", function=loop._step_function(stage, 1), args=args, shares=shares_of(own))]
+
+
+def encoder_geometry() -> tuple[Any, Any, Leaves]:
+    """Config, structure and parameters of CLIP ViT-B/16."""
+    config: Any = clip.FAMILY.config({"model_type": "clip", "vision_config": {"patch_size": 16}})
+    definition, leaves = abstract_parameters(clip.FAMILY, config)
+    return config, definition, leaves
+
+
+def map_sizes(config: Any) -> tuple[int, int, int]:
+    """Tokens of a picture and of a caption, and the width of their space: I, T and E."""
+    return config.vision_config.num_patches + 1, CAPTION_TOKENS, config.projection_dim
+
+
+def scorer_shapes(config: Any) -> scoring.Scorer:
+    """A CNN that scores the encoder's maps."""
+    pictures, captions, _ = map_sizes(config)
+    return jax.eval_shape(lambda key: scoring.Scorer.init(key, pictures, captions), jax.random.key(0))
+
+
+def _dcsm_part(target: Target) -> list[Part]:
+    config, _, _ = encoder_geometry()
+    pictures, captions, width = map_sizes(config)
+    arrays = (
+        jax.ShapeDtypeStruct((PAIRS, pictures, width), jnp.float32),
+        jax.ShapeDtypeStruct((PAIRS, captions, width), jnp.float32),
+        jax.ShapeDtypeStruct((PAIRS, captions), jnp.int32),
+    )
+    args = jax.tree.map(target.array, (scorer_shapes(config), *arrays))
+    return [Part(name="dcsm", function=scoring.score_tokens, args=(*args, "call"), shares={"moments": 0.0})]
+
+
+def _encode_parts(target: Target) -> list[Part]:
+    config, definition, leaves = encoder_geometry()
+    processor: Any = None
+    encoder = Encoder(
+        parameters=unflatten(leaves),
+        definition=definition,
+        config=config,
+        processor=processor,
+        name=ENCODER,
+        fingerprint="",
+    )
+    encoder = jax.tree.map(target.array, encoder)
+    side, tokens = config.vision_config.image_size, config.text_config.max_position_embeddings
+    pixels = target.array(jax.ShapeDtypeStruct((ENCODED, 3, side, side), jnp.float32))
+    ids, valid = (target.array(jax.ShapeDtypeStruct((ENCODED, tokens), dtype)) for dtype in (jnp.int32, jnp.bool_))
+    return [
+        Part(name="pictures", function=embedding._image, args=(encoder, pixels)),
+        Part(name="captions", function=embedding._text, args=(encoder, ids, valid)),
+    ]
+
+
+_OF_MODELS: Mapping[str, Callable[[Geometry, Target], list[Part]]] = {
+    "trace": _record_part,
+    "rerun": _rerun_part,
+    "answers": _answers_part,
+    "generate": _generate_parts,
+    "extract": _extract_part,
+    "finetune": _finetune_part,
+}
+_OF_ENCODERS: Mapping[str, Callable[[Target], list[Part]]] = {"dcsm": _dcsm_part, "encode": _encode_parts}
+
+WORKS = (*_OF_MODELS, *_OF_ENCODERS)
+MODELS = (*CONFIGS, ENCODER)
+
+
+def does(alias: str, work: str) -> bool:
+    """Whether a model does a work."""
+    return (work in _OF_ENCODERS) == (alias == ENCODER)
+
+
+def parts(alias: str, work: str, target: Target) -> list[Part]:
+    """The programs of a work."""
+    return _OF_ENCODERS[work](target) if work in _OF_ENCODERS else _OF_MODELS[work](geometry(alias), target)
+
+
+def axes_of_keys(alias: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Lengths of key axes, and of axes that are neither of queries nor of keys, for finding scores."""
+    if alias == ENCODER:
+        config, _, _ = encoder_geometry()
+        vision, text = config.vision_config, config.text_config
+        return [vision.num_patches + 1], [vision.hidden_size, vision.intermediate_size, text.hidden_size, 1024, 2048]
+    own = geometry(alias)
+    vision, text = own.config.vision_config, own.text
+    if isinstance(own.config, MllamaConfig):
+        padded = -(-vision.tile_tokens // 8) * 8
+        keys = [padded, vision.tile_tokens, *(vision.max_num_tiles * one for one in (padded, vision.tile_tokens))]
+    elif isinstance(own.config, QwenVLConfig):
+        keys = [own.pictures[1]]
+    else:
+        keys = [vision.num_patches + vision.class_token]
+    lengths = {length for leaf in own.leaves.values() for length in leaf.shape if length >= 512}
+    batch = math.prod(own.pictures[:2]) if isinstance(own.config, MllamaConfig) else own.pictures[0]
+    heads = {batch * vision.num_attention_heads, *(PROMPTS * one for one in (text.num_attention_heads,))}
+    return [own.tokens, *keys], sorted(lengths - {own.tokens, *keys} | heads - {own.tokens, *keys})
