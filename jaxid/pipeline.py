@@ -30,7 +30,7 @@ def read_ahead(
 
     Args:
         read: opens an input, in one of `ahead` threads.
-        inputs: what to read; drawn in the calling thread.
+        inputs: what to read; drawn in the calling thread, see `drawn_ahead`.
         ahead: number of inputs that are read, or were read and wait.
 
     Yields:
@@ -48,17 +48,36 @@ def _in_order(
     pool: ThreadPoolExecutor, read: Callable[[Input], Ready], remaining: Iterator[Input], ahead: int
 ) -> Iterator[tuple[Input, "Future[Ready]"]]:
     waiting: deque[tuple[Input, Future[Ready]]] = deque()
+    failed: list[Exception] = []
 
     def more(count: int) -> None:
-        waiting.extend((one, pool.submit(read, one)) for one in itertools.islice(remaining, count))
+        try:
+            waiting.extend((one, pool.submit(read, one)) for one in itertools.islice(remaining, count))
+        except Exception as error:  # of the iterable; those that it gave before come first
+            failed.append(error)
 
     more(ahead)
     while waiting:
         one, future = waiting.popleft()
         wait([future])
-        more(1)
+        more(0 if failed else 1)
         yield one, future
         del one, future  # while the next one is awaited, what was handed over can be freed
+    if failed:
+        raise failed[0]
+
+
+def drawn_ahead(inputs: Iterable[Input], size: int) -> Generator[list[Input], None, None]:
+    """Lists of `size` inputs, and one of the rest, each drawn in a thread while the one before is used.
+
+    For iterables that open files.
+    """
+    remaining = iter(inputs)
+    with read_ahead(lambda _: list(itertools.islice(remaining, size)), itertools.repeat(None), ahead=1) as lists:
+        for _, future in lists:
+            if not (drawn := future.result()):
+                return
+            yield drawn
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Extraction of IDs: the words' activations in padded batches of pictures or clips ([ID] arXiv 2601.12626)."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxid.data.clips import AppearItem
 from jaxid.data.grid import CELL_SIZE, GRID, GridItem
@@ -16,6 +17,7 @@ from jaxid.ids.accumulate import IDBatch
 from jaxid.ids.spatial import SpatialIDs, accumulate_ids
 from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids
 from jaxid.interp.trace import residuals_at
+from jaxid.pipeline import drawn_ahead, overlapped
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Prompts
 
@@ -42,7 +44,11 @@ class _Word(NamedTuple):
 
 def activations_at(model: Model, prompts: Prompts, positions: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B L1 D"]:
     """Residual stream at a position of each prompt; index 0 the embeddings."""
-    return np.asarray(residuals_at(model, prompts, positions))[:, :, 0].swapaxes(0, 1)
+    return np.asarray(_activations(model, prompts, positions))
+
+
+def _activations(model: Model, prompts: Prompts, positions: Int[np.ndarray, "B"]) -> Float[Array, "B L1 D"]:
+    return residuals_at(model, prompts, positions)[:, :, 0].swapaxes(0, 1)
 
 
 def extract_spatial(
@@ -140,11 +146,13 @@ def _batches(
 ) -> Iterator[IDBatch]:
     """Activations at the words, with one batch for each word of a batch of items.
 
-    A short last batch of items is padded with its first, so that one program serves all batches.
+    A short last batch of items is padded with its first, so that one program serves all batches. While a batch is
+    computed, the next ones are read.
     """
     pair_index = {pair: index for index, pair in enumerate(pairs)}
-    remaining = iter(items)
-    while batch := list(islice(remaining, batch_size)):
+
+    def opened(batch: list[Item]) -> tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]:
+        """The prompts of items; and for each of their words, its positions and the indices of a batch."""
         names = [(item.object_a, item.object_b) for item in batch]
         for pair in names:
             if pair not in pair_index:
@@ -156,17 +164,27 @@ def _batches(
             questions = [with_times(*asked) for asked in zip(pictures, questions, strict=True)]
         prompts = model.prepare(list(pictures), questions)
         pair = np.array([pair_index[pair] for pair in names])
-        padded = np.arange(batch_size) >= len(batch)
+        padded, found = np.arange(batch_size) >= len(batch), []
         for role, column in enumerate(zip(*read, strict=True)):
             name, own, other, size = zip(*column, strict=True)
-            yield IDBatch(
-                activations=activations_at(model, prompts, prompts.word(list(name), beside=list(names))),
-                object_index=np.array([objects.index(one) for one in name]),
-                pair_index=np.where(padded, -1, len(read[0]) * pair + role),
-                own_index=np.array(own),
-                other_index=np.array(other),
-                size_index=np.array(size),
-            )
+            indices = {
+                "object_index": np.array([objects.index(one) for one in name]),
+                "pair_index": np.where(padded, -1, len(read[0]) * pair + role),
+                "own_index": np.array(own),
+                "other_index": np.array(other),
+                "size_index": np.array(size),
+            }
+            found.append((prompts.word(list(name), beside=list(names)), indices))
+        return prompts, found
+
+    def begun(batch: tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]) -> list[IDBatch]:
+        prompts, found = batch
+        return [IDBatch(activations=_activations(model, prompts, at), **indices) for at, indices in found]
+
+    lists = contextlib.closing(drawn_ahead(items, batch_size))
+    with lists as inputs, overlapped(inputs, opened, begun, lambda _, made: jax.block_until_ready(made)) as results:
+        for _, made in results:
+            yield from made.result()
 
 
 def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
