@@ -23,7 +23,7 @@ DOORS = {"errors", "io", "checks", "stats", "devices", "halving", "pipeline"}
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
-STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots", "plan"}
+STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots", "plan", "costs"}
 TOP = {*STUDIES, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "checks": {"errors"},
     "devices": {"errors"},
     "halving": {"errors"},
+    "costs": {"devices"},
     "pipeline": set(),
     "stats": {"errors"},
     "zoo": set(),
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "interp": {*LOADERS, "checkpoints"},
     "data": {*DOORS, "prompts"},
     "jobs": DOORS,
-    "plan": METHODS,
+    "plan": {*METHODS, "costs"},
     "plots": DOORS,
     "ids": {*METHODS, "data"},
     "train": METHODS,

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.interventions import Edit, VectorEdit, as_intervention, check_layers, parts_of
+from jaxid.interp.programs import program
 from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.kernels.logprobs import log_probs
 from jaxid.nn.inputs import Inputs
@@ -67,14 +67,14 @@ def _matrix(definition: nnx.GraphDef[Network], parameters: PyTree) -> Float[Arra
     return nnx.merge(definition, nnx.State(parameters)).decoder.unembed_matrix()
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _unembed(
     definition: nnx.GraphDef[Network], parameters: PyTree, hidden: Float[Array, "*S B D"]
 ) -> Float[Array, "*S B V"]:
     return jnp.einsum("...d,dv->...v", hidden, _matrix(definition, parameters), preferred_element_type=jnp.float32)
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _answer_log_probs(definition: nnx.GraphDef[Network], parameters: PyTree, hidden: Array, ids: Array) -> Array:
     return log_probs(hidden, _matrix(definition, parameters), ids)
 
@@ -88,7 +88,7 @@ def _pass(
     return last, output.captured
 
 
-@partial(jax.jit, static_argnames=("definition", "chunk"))
+@program(static_argnames=("definition", "chunk"))
 def _run(
     definition: nnx.GraphDef[Network],
     parameters: PyTree,

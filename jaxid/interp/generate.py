@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check
 from jaxid.interp.interventions import as_intervention
+from jaxid.interp.programs import program
 from jaxid.interp.sweep import Sweep, bucket
 from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
 from jaxid.nn import passes
@@ -47,7 +47,7 @@ class Generation:
         return texts
 
 
-@partial(jax.jit, static_argnames=("definition", "rows"))
+@program(static_argnames=("definition", "rows"))
 def _prefill(
     definition: nnx.GraphDef[Network], parameters: PyTree, suffix: passes.Suffix, edits: PyTree, *, rows: int
 ) -> passes.Start:
@@ -55,7 +55,7 @@ def _prefill(
     return passes.prefill(decoder, suffix, edits, rows)
 
 
-@partial(jax.jit, static_argnames=("definition", "steps"))
+@program(static_argnames=("definition", "steps"))
 def _decode(
     definition: nnx.GraphDef[Network],
     parameters: PyTree,

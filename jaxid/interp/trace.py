@@ -6,7 +6,6 @@ together, against the recorded keys and values of the tokens before.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check, checked_positions, forward, nan_outside
 from jaxid.interp.interventions import Replace, as_intervention, check_layers, earliest, replace
+from jaxid.interp.programs import Program, program
 from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.nn import passes
 from jaxid.nn.inputs import Inputs
@@ -117,7 +117,7 @@ def swap(source: Trace, layer: object, positions: object) -> Replace:
     return replace(layer, positions, values[layer])
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _record(
     definition: nnx.GraphDef[Network], parameters: PyTree, inputs: Inputs, suffix: Array, intervention: SiteFunction
 ) -> passes.Record:
@@ -135,7 +135,7 @@ def _record(
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _residuals(definition: nnx.GraphDef[Network], parameters: PyTree, inputs: Inputs, positions: Array) -> Array:
     # Only what is returned is computed: no keys and values are kept, and the last layer runs at these positions alone.
     return _record(definition, parameters, inputs, positions, clean).residuals
@@ -244,10 +244,10 @@ def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Arr
     )
 
 
-_tokens = jax.jit(take_tokens)
+_tokens = Program(take_tokens)
 
 
-@partial(jax.jit, static_argnames=("definition", "chunk"))
+@program(static_argnames=("definition", "chunk"))
 def _resume(
     definition: nnx.GraphDef[Network],
     parameters: PyTree,
