@@ -18,7 +18,7 @@ from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, u
 from jaxid.nn.fields import Json, check_parts
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import ROTARY, Key, encoder_block, fused_attention_keys, layer_norm, linear, prefixed
-from jaxid.nn.layers import BOOKKEEPING, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
+from jaxid.nn.layers import BOOKKEEPING, Layer, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig
 from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, bucketed, processed
@@ -190,7 +190,7 @@ class QwenTower(nnx.Module):
         rotation = rope.axial_rotations(positions, rope.inverse_frequencies(quarter, config.rope_theta))
         pictures, window = pixels.shape[0], (config.window_side * config.spatial_merge_size) ** 2
         everywhere = np.isin(np.arange(depth), config.fullatt_block_indexes) if window else None
-        definition, parameters = nnx.split(self.layers)
+        definition = nnx.graphdef(self.layers)
 
         def read_picture(query: Array, key: Array, value: Array) -> Array:
             return attention.attend(query, key, value, valid[:, None])
@@ -200,19 +200,17 @@ class QwenTower(nnx.Module):
             mixed = attention.attend(query, key, value, valid.reshape(-1, 1, window))
             return mixed.reshape(pictures, -1, *mixed.shape[2:])
 
-        def step(x: Array, layer: tuple[PyTree, Array]) -> tuple[Array, Array]:
-            own, index = layer
-
+        def step(x: Array, index: Layer, parameters: PyTree) -> tuple[Array, Array]:
             def read(query: Array, key: Array, value: Array) -> Array:
                 if everywhere is None:
                     return read_picture(query, key, value)
                 return jax.lax.cond(jnp.asarray(everywhere)[index], read_picture, read_window, query, key, value)
 
-            x = nnx.merge(definition, own)(x, read, rotation)
+            x = nnx.merge(definition, parameters)(x, read, rotation)
             return x, x
 
         x = flat_product(pixels, self.patch_kernel[...])
-        _, outputs = scan_stack(self.layers, step, x, (parameters, jnp.arange(depth)))
+        _, outputs = scan_stack(self.layers, step, x)
         return jnp.concatenate([x[None], outputs])
 
     def merge(self, states: Float[Array, "N P D"]) -> Float[Array, "N I D2"]:

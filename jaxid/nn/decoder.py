@@ -17,8 +17,8 @@ from jaxid.nn.layers import (
     Projections,
     RMSNorm,
     Stackable,
-    layer_of,
     normal,
+    parameters_of,
     stacked,
     take_tokens,
 )
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
     def block(self, layer: Layer, parameters: PyTree = None) -> DecoderBlock:
         """The block of a layer; its parameters are taken from the stack unless they are given."""
         definition, stack = nnx.split(self.layers)
-        return nnx.merge(definition, layer_of(stack, layer) if parameters is None else parameters)
+        return nnx.merge(definition, parameters_of(stack, layer) if parameters is None else parameters)
 
     def step(
         self, block: DecoderBlock, layer: Layer, x: Float[Array, "*R B T D"], view: View, tap: Tap, keep: Keep = None

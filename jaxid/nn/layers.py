@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
+from jaxid.kernels.product import LayerMatrix, product
+from jaxid.kernels.product import runs as reads_stack
 from jaxid.nn.fields import check_types
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -213,16 +215,19 @@ _PRODUCT = "product"
 
 
 def _affine(x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "..."]:
-    y = flat_product(x, kernel[...])
+    y = flat_product(x, kernel.get_value())
     return y if bias is None else y + bias[...]
 
 
-def flat_product(x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "*B outputs"]:
+def flat_product(
+    x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"] | LayerMatrix
+) -> Float[Array, "*B outputs"]:
     """A linear map of the last axis as one product of two matrices, whatever other axes there are.
 
     XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients.
     """
-    y = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel, _PRODUCT)
+    flat = x.reshape(-1, x.shape[-1])
+    y = checkpoint_name(product(flat, kernel) if isinstance(kernel, LayerMatrix) else flat @ kernel, _PRODUCT)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
@@ -244,9 +249,25 @@ def take_tokens(values: Float[Array, "*layers B T D"], positions: Int[Array, "B 
     return jnp.take_along_axis(values, positions.reshape(shape), axis=-2, mode="fill")
 
 
-def layer_of(parameters: Tree, layer: Layer) -> Tree:
-    """One layer's parameters out of stacked ones."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), parameters)
+def layer_of(arrays: Tree, layer: Layer) -> Tree:
+    """One layer's arrays out of stacked ones."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), arrays)
+
+
+def parameters_of(stack: Tree, layer: Layer, slices: Tree | None = None) -> Tree:
+    """One layer's parameters out of stacked ones; large matrices are not sliced out where that would copy them.
+
+    Args:
+        stack: parameters of all layers.
+        layer: the layer.
+        slices: its parameters, if they are at hand.
+    """
+
+    def read(stack: Array, own: Array) -> Array | LayerMatrix:
+        lazy = stack.ndim == 3 and reads_stack(stack.dtype, *stack.shape[1:])
+        return LayerMatrix(stack, layer, own) if lazy else own
+
+    return jax.tree.map(read, stack, layer_of(stack, layer) if slices is None else slices)
 
 
 def stacked(make: Callable[[nnx.Rngs], ModuleT], count: int, rngs: nnx.Rngs) -> ModuleT:
@@ -300,39 +321,43 @@ def recomputed(layers: Stackable, step: Callable[..., Result]) -> Callable[..., 
 
 def scan_stack(
     layers: Stackable,
-    step: Callable[[Result, Tree], tuple[Result, Kept]],
+    step: Callable[[Result, Layer, PyTree], tuple[Result, Kept]],
     x: Result,
-    xs: Tree,
     depth: int | None = None,
 ) -> tuple[Result, Kept]:
     """`jax.lax.scan` over the first `depth` of stacked layers, differentiated as `layers.learning` says.
 
     Args:
         layers: the stack.
-        step: maps a value and one layer's part of `xs` to the next value and an output.
+        step: maps a value, a layer's index and its parameters to the next value and an output.
         x: the value that enters the first layer.
-        xs: parameters of all layers, and other arrays that the layers need, with leading layer axes.
         depth: number of layers to run; all by default.
 
     Returns:
         The value that leaves the last layer, and the stacked outputs.
     """
-    count = jax.tree.leaves(xs)[0].shape[0]
+    stack = nnx.state(layers)
+    count = jax.tree.leaves(stack)[0].shape[0]
     end = count if depth is None else depth
 
-    def picked(x: Result, xs: Tree, first: int, last: int) -> tuple[Result, Kept]:
-        body = recomputed(layers, lambda x, index: step(x, layer_of(xs, index)))
+    def picked(x: Result, stack: PyTree, first: int, last: int) -> tuple[Result, Kept]:
+        body = recomputed(layers, lambda x, index: step(x, index, parameters_of(stack, index)))
         return jax.lax.scan(body, x, jnp.arange(first, last))
 
     def learning(x: Result, first: int) -> tuple[Result, Kept]:
         if (first, end) != (0, count) and by_index(layers):
-            return picked(x, xs, first, end)
-        part = xs if (first, end) == (0, count) else jax.tree.map(lambda leaf: leaf[first:end], xs)
-        return jax.lax.scan(recomputed(layers, step), x, part)
+            return picked(x, stack, first, end)
+
+        def body(x: Result, own: tuple[Array, PyTree]) -> tuple[Result, Kept]:
+            index, slices = own
+            return step(x, index, parameters_of(part, index - first, slices))
+
+        part = stack if (first, end) == (0, count) else jax.tree.map(lambda leaf: leaf[first:end], stack)
+        return jax.lax.scan(recomputed(layers, body), x, (jnp.arange(first, end), part))
 
     frozen = 0 if layers.learning is None else min(layers.learning.frozen, end)
     if not frozen:
         return learning(x, 0)
-    x, below = picked(*jax.lax.stop_gradient((x, xs)), 0, frozen)
+    x, below = picked(*jax.lax.stop_gradient((x, stack)), 0, frozen)
     x, above = learning(x, frozen)
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)

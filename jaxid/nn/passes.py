@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.nn.decoder import Decoder, DecoderBlock, Tap, kept
@@ -191,10 +190,9 @@ def _stack(
 ) -> tuple[Float[Array, "B S D"], Tree]:
     """Runs `step(x, layer, parameters, keep)` in all layers in turn; `keep` applies only to the last one."""
     layers, count = decoder.layers, decoder.config.num_hidden_layers
-    xs = (jnp.arange(count), nnx.state(layers))
     if keep is None:
-        return scan_stack(layers, lambda x, layer: step(x, *layer), x, xs)
-    x, found = scan_stack(layers, lambda x, layer: step(x, *layer), x, xs, count - 1)
+        return scan_stack(layers, step, x)
+    x, found = scan_stack(layers, step, x, count - 1)
     x, last = recomputed(layers, lambda x: step(x, count - 1, None, keep))(x)
     return x, jax.tree.map(lambda before, value: jnp.concatenate([before, value[None]]), found, last)
 

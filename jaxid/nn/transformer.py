@@ -14,6 +14,7 @@ from jaxid.nn.keys import attention_keys, encoder_block
 from jaxid.nn.layers import (
     ACTIVATIONS,
     Config,
+    Layer,
     LayerNorm,
     Linear,
     Projections,
@@ -147,11 +148,12 @@ def run_blocks(
     layers: Block, x: Float[Array, "N I D"], depth: int | None = None, *, read: Read = read_all
 ) -> Float[Array, "L1 N I D"]:
     """What enters the first of the stacked blocks, and what leaves each of the first `depth`."""
-    block_definition, block_parameters = nnx.split(layers)
+    definition = nnx.graphdef(layers)
 
-    def step(x: Array, parameters: PyTree) -> tuple[Array, Array]:
-        x = nnx.merge(block_definition, parameters)(x, read)
+    def step(x: Array, index: Layer, parameters: PyTree) -> tuple[Array, Array]:
+        del index
+        x = nnx.merge(definition, parameters)(x, read)
         return x, x
 
-    _, outputs = scan_stack(layers, step, x, block_parameters, depth)
+    _, outputs = scan_stack(layers, step, x, depth)
     return jnp.concatenate([x[None], outputs])

@@ -1,0 +1,256 @@
+"""Products with one layer's matrix of a stack [L, K, N], which GPUs read where it lies.
+
+XLA's loops over layers slice a layer's matrix out of the stack. On TPU the slice becomes part of the product. On GPU it
+does not: cuBLAS takes whole arrays, so every matrix would be copied before it is read. There, 16-bit matrices go
+through a kernel that adds the layer's offset itself, and so does the gradient with respect to the input. The gradient
+with respect to the matrix belongs to the slice, of which a scan makes the gradient of the stack.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+_SMALLEST = 512
+"""Shortest side of a matrix for which the kernel runs; copying smaller ones costs next to nothing."""
+
+_BLOCKS = 264
+"""Programs that keep a large GPU busy, two for each of an H100's processors; for few tokens, K is split to get them."""
+
+
+class LayerMatrix(NamedTuple):
+    """One layer's matrix of a stack.
+
+    Attributes:
+        stack: the matrices of all layers.
+        index: the layer.
+        value: its matrix, sliced out of the stack; a program for GPU that does not use it never makes the slice.
+    """
+
+    stack: Float[Array, "L K N"]
+    index: Int[Array, ""] | int
+    value: Float[Array, "K N"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of its numbers."""
+        return self.value.dtype
+
+
+def runs(dtype: Any, inputs: int, outputs: int) -> bool:
+    """Whether GPUs read a matrix of this type and shape out of its stack."""
+    return jnp.dtype(dtype).itemsize == 2 and min(inputs, outputs) >= _SMALLEST
+
+
+def product(x: Float[Array, "M K"], matrix: LayerMatrix) -> Float[Array, "M N"]:
+    """The matrix product x @ matrix, in the dtype of x."""
+    if x.dtype != matrix.dtype or not runs(x.dtype, *matrix.shape):
+        return x @ matrix.value
+    return _product(x, jax.lax.stop_gradient(matrix.stack), jnp.asarray(matrix.index, jnp.int32), matrix.value)
+
+
+@jax.custom_vjp
+def _product(x: Array, stack: Array, index: Array, value: Array) -> Array:
+    return _by_platform(x, stack, index, value, transposed=False)
+
+
+def _forward(x: Array, stack: Array, index: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _product(x, stack, index, value), (x, stack, index, value)
+
+
+def _backward(kept: tuple[Array, ...], slope: Array) -> tuple[Array | None, ...]:
+    x, stack, index, value = kept
+    of_x = _by_platform(slope, stack, index, value, transposed=True)
+    return of_x, None, None, x.T @ slope
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _by_platform(x: Array, stack: Array, index: Array, value: Array, *, transposed: bool) -> Array:
+    def sliced(x: Array, stack: Array, index: Array, value: Array) -> Array:
+        del stack, index
+        return x @ (value.T if transposed else value)
+
+    def stacked(x: Array, stack: Array, index: Array, value: Array) -> Array:
+        del value
+        return _everywhere(transposed)(x, stack, index)
+
+    return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, default=sliced)
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+class _Tiles(NamedTuple):
+    """How a product is cut: a program computes [rows, columns] of the output from a share of the inner axis."""
+
+    rows: int
+    columns: int
+    inner: int
+    splits: int
+
+
+def _tiles(tokens: int, inputs: int, outputs: int) -> _Tiles:
+    rows = min(128, max(16, pl.next_power_of_2(tokens)))
+    columns = 64 if rows <= 64 else 128
+    blocks = pl.cdiv(tokens, rows) * pl.cdiv(outputs, columns)
+    splits = 1
+    while blocks * splits < _BLOCKS and rows <= 64 and splits < 8 and inputs // (2 * splits) >= 512:
+        splits *= 2
+    return _Tiles(rows, columns, 64, splits)
+
+
+def _kernel(index: Any, x: Any, stack: Any, out: Any, *, tiles: _Tiles, shape: tuple[int, int, int], transposed: bool):
+    tokens, inputs, outputs = shape
+    first_row, first_column = pl.program_id(0) * tiles.rows, pl.program_id(1) * tiles.columns
+    layer = index[...]
+    rows, columns = first_row + jnp.arange(tiles.rows), first_column + jnp.arange(tiles.columns)
+    steps = pl.cdiv(pl.cdiv(inputs, tiles.inner), tiles.splits)
+    share = pl.program_id(2) * steps * tiles.inner
+
+    def load(
+        where: Any, first: Array, first_size: int, second: Array, second_size: int, ragged: tuple[bool, bool]
+    ) -> Array:
+        mask = None
+        if any(ragged):  # the ends of axes that blocks do not divide
+            mask = (first < first_size)[:, None] & (second < second_size)[None, :]
+        return plgpu.load(where, mask=mask, other=None if mask is None else 0.0)
+
+    ragged = (
+        tokens % tiles.rows > 0,
+        inputs % (tiles.inner * tiles.splits) > 0,
+        outputs % tiles.columns > 0,
+    )
+
+    def step(number: Array, total: Array) -> Array:
+        start = share + number * tiles.inner
+        inner = start + jnp.arange(tiles.inner)
+        here, inside = pl.ds(start, tiles.inner), pl.ds(first_column, tiles.columns)
+        left = load(x.at[pl.ds(first_row, tiles.rows), here], rows, tokens, inner, inputs, (ragged[0], ragged[1]))
+        if transposed:
+            right = load(stack.at[layer, inside, here], columns, outputs, inner, inputs, (ragged[2], ragged[1]))
+            right = right.T
+        else:
+            right = load(stack.at[layer, here, inside], inner, inputs, columns, outputs, (ragged[1], ragged[2]))
+        return total + jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+    place = out.at[pl.program_id(2), pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)]
+    plgpu.store(place, total.astype(out.dtype), mask=(rows < tokens)[:, None] & (columns < outputs)[None, :])
+
+
+def stacked_product(
+    x: Float[Array, "M K"],
+    stack: Float[Array, "L ..."],
+    index: Int[Array, ""],
+    *,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """The kernel: x @ stack[index], or x @ stack[index].T, of 16-bit arrays on one GPU.
+
+    Args:
+        x: the inputs.
+        stack: the matrices.
+        index: which of them.
+        transposed: whether to multiply by its transpose.
+        interpret: runs the kernel as a JAX program, on any platform and slowly.
+    """
+    tokens, inputs = x.shape
+    outputs = stack.shape[1 if transposed else 2]
+    tiles = _tiles(tokens, inputs, outputs)
+    dtype = x.dtype if tiles.splits == 1 else jnp.float32
+    moved = x.size * x.dtype.itemsize + inputs * outputs * stack.dtype.itemsize
+    parts = pl.pallas_call(
+        partial(_kernel, tiles=tiles, shape=(tokens, inputs, outputs), transposed=transposed),
+        grid=(pl.cdiv(tokens, tiles.rows), pl.cdiv(outputs, tiles.columns), tiles.splits),
+        out_shape=jax.ShapeDtypeStruct((tiles.splits, tokens, outputs), dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4 if tiles.rows <= 64 else 8, num_stages=3),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * tokens * inputs * outputs,
+            transcendentals=0,
+            bytes_accessed=moved + tiles.splits * tokens * outputs * jnp.dtype(dtype).itemsize,
+        ),
+        interpret=interpret,
+        name="layer_product_transposed" if transposed else "layer_product",
+    )(index, x, stack)
+    return parts[0] if tiles.splits == 1 else parts.sum(axis=0).astype(x.dtype)
+
+
+# --- over devices and mapped axes -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _everywhere(transposed: bool) -> Callable[[Array, Array, Array], Array]:
+    """The kernel over the devices that hold parts of its operands, and under `jax.vmap`."""
+
+    def whole(x: Array, stack: Array, index: Array) -> Array:
+        return stacked_product(x, stack, index, transposed=transposed)
+
+    divided = custom_partitioning(whole)
+
+    def partition(mesh: Any, operands: Sequence[Any], outputs: Any) -> Any:
+        del outputs
+        specs = [
+            (*operand.sharding.spec, *(None,) * (len(operand.shape) - len(operand.sharding.spec)))
+            for operand in operands
+        ]
+        by_token, by_input = specs[0]
+        rows, columns = specs[1][1:]
+        inner, outer = (columns, rows) if transposed else (rows, columns)
+        # The matrix stays where it is; the tokens come to it.
+        by_token = by_token if not _names(by_token) & (_names(inner) | _names(outer)) else None
+        del by_input
+
+        def run(x: Array, stack: Array, index: Array) -> Array:
+            part = whole(x, stack, index)
+            return jax.lax.psum(part, tuple(_names(inner))) if _names(inner) else part
+
+        placed = [
+            PartitionSpec(by_token, inner),
+            PartitionSpec(None, rows, columns),
+            PartitionSpec(),
+        ]
+        result = NamedSharding(mesh, PartitionSpec(by_token, outer))
+        return mesh, run, result, tuple(NamedSharding(mesh, spec) for spec in placed)
+
+    rule = "m k, l n k, -> m n" if transposed else "m k, l k n, -> m n"
+    divided.def_partition(
+        partition=partition, sharding_rule=rule, need_replication_factors=("l",), reduction_factors=("k",)
+    )
+    mapped = custom_vmap(divided)
+
+    @mapped.def_vmap
+    def fold(size: int, batched: Sequence[bool], x: Array, stack: Array, index: Array) -> tuple[Array, bool]:
+        if any(batched[1:]):  # other matrices for every row
+            axes = tuple(0 if here else None for here in batched)
+
+            def plain(x: Array, stack: Array, index: Array) -> Array:
+                matrix = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+                return x @ (matrix.T if transposed else matrix)
+
+            return jax.vmap(plain, axes)(x, stack, index), True
+        found = mapped(x.reshape(-1, x.shape[-1]), stack, index)
+        return found.reshape(size, -1, found.shape[-1]), True
+
+    return mapped
+
+
+def _names(entry: Any) -> set[str]:
+    """The mesh axes over which an array's axis is divided."""
+    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
