@@ -1,6 +1,7 @@
 """Pictures and captions in a CLIP-like model's joint space: every token, and pooled."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
-from jaxid.halving import Halving
+from jaxid.halving import Batches, Exhausted, Halving
 from jaxid.kernels.similarity import unit
+from jaxid.pipeline import overlapped
 from jaxid.prompts.dual import Captions
 from jaxid.prompts.pictures import Picture
 
@@ -22,6 +24,9 @@ TEXT_TOKENS = 30
 
 BATCH = 32
 """Pictures or captions encoded at a time, unless the device's memory does not suffice."""
+
+READERS = min(8, os.cpu_count() or 1)
+"""Batches that are opened at a time: encoders are small and fast, and so are the pixels that they take."""
 
 _TOGETHER = Halving(BATCH, unit="input", advice="use a smaller model or a larger device")
 
@@ -96,12 +101,14 @@ def _dtype(encoder: Encoder) -> Any:
     return jax.tree.leaves(encoder.parameters)[0].dtype
 
 
-def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, progress: bool = False) -> Pictures:
-    """Encodes pictures, a batch at a time.
+def embed_images(
+    encoder: Encoder, pictures: Sequence[Picture] | Float[np.ndarray, "N C Y X"], *, progress: bool = False
+) -> Pictures:
+    """Encodes pictures, a batch at a time; while one is encoded, the next ones are opened and resized in threads.
 
     Args:
         encoder: the model.
-        pictures: paths, PIL images or arrays UInt8[Y, X, 3].
+        pictures: paths, PIL images or arrays UInt8[Y, X, 3]; or pixels, as `encoder.processor.pixels` makes them.
         progress: show a progress bar, on terminals only.
 
     Raises:
@@ -110,8 +117,10 @@ def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, progress: boo
     if not len(pictures):
         raise InputError("give at least one picture.")
 
-    def pixels(rows: slice) -> tuple[np.ndarray]:
-        return (encoder.processor.pixels(pictures[rows]).astype(_dtype(encoder)),)
+    def pixels(rows: list[int]) -> tuple[np.ndarray]:
+        chosen = [pictures[row] for row in rows]
+        prepared = isinstance(pictures, np.ndarray) and pictures.dtype.kind == "f"
+        return ((np.stack(chosen) if prepared else encoder.processor.pixels(chosen)).astype(_dtype(encoder)),)
 
     tokens, pooled = _in_batches(partial(_image, encoder), len(pictures), pixels, progress=progress)
     return Pictures(tokens=tokens, pooled=pooled)
@@ -136,21 +145,38 @@ def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TO
 
 
 def _in_batches(
-    run: Callable[..., Any], count: int, arrays: Callable[[slice], tuple[np.ndarray, ...]], *, progress: bool = False
+    run: Callable[..., Any],
+    count: int,
+    arrays: Callable[[list[int]], tuple[np.ndarray, ...]],
+    *,
+    progress: bool = False,
 ) -> list[np.ndarray]:
-    """Runs a program in batches, padded to a power of two so that few programs are compiled."""
+    """Runs a program in batches, padded to a power of two so that few programs are compiled.
+
+    Args:
+        run: the program; all its results have an axis of rows in front.
+        count: number of rows.
+        arrays: reads some rows; called in background threads.
+        progress: show a progress bar, on terminals only.
+    """
     from tqdm import tqdm
 
-    def encoded(chosen: slice) -> list[np.ndarray]:
-        own = arrays(chosen)
+    def begun(own: tuple[np.ndarray, ...]) -> Callable[[], dict[str, np.ndarray]]:
         rows = len(own[0])
         missing = (1 << (rows - 1).bit_length()) - rows
-        padded = [np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in own]
-        return [np.asarray(value)[:rows] for value in jax.device_get(run(*padded))]
+        found = run(*(np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in own))
+        return lambda: {str(index): value[:rows] for index, value in enumerate(jax.device_get(found))}
 
-    parts = []
-    with tqdm(total=count, unit="picture", disable=None if progress else True) as bar:
-        for rows, found in _TOGETHER.slices(count, encoded):
-            parts.append(found)
-            bar.update(rows.stop - rows.start)
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+    steps, size, parts = Batches(_TOGETHER, arrays, begun), _TOGETHER.size, []
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    with (
+        tqdm(total=count, unit="picture", disable=None if progress else True) as bar,
+        overlapped(chunks, steps.read, steps.compute, lambda _, fetch: fetch(), ahead=READERS) as results,
+    ):
+        for chunk, result in results:
+            try:
+                parts.append(result.result())
+            except Exhausted as shortage:
+                parts.append(steps.again(chunk, shortage))
+            bar.update(len(chunk))
+    return [np.concatenate([part[name] for part in parts]) for name in parts[0]]

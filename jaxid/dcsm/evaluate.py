@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from jaxid.dcsm.embedding import TEXT_TOKENS, Texts, embed_images, embed_texts
+from jaxid.dcsm.embedding import TEXT_TOKENS, Pictures, Texts, embed_images, embed_texts
 from jaxid.dcsm.scoring import Scorer, score_own
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
@@ -23,7 +23,7 @@ class Answers(NamedTuple):
 
 def answer(
     encoder: Encoder,
-    pictures: Sequence[Picture],
+    pictures: Sequence[Picture] | Pictures,
     captions: Sequence[Sequence[str]],
     scorer: Scorer | None = None,
     *,
@@ -35,7 +35,7 @@ def answer(
 
     Args:
         encoder: the model.
-        pictures: of the questions.
+        pictures: of the questions; or what `embed_images` made of them.
         captions: of every question, the correct one first; their number may differ.
         scorer: of dense maps, trained for this encoder.
         scorer_captions: captions for the scorer, if they differ.
@@ -52,7 +52,7 @@ def answer(
     alone = [index for index, own in enumerate(captions) if len(own) < 2]
     if alone:
         raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
-    encoded = embed_images(encoder, pictures)
+    encoded = pictures if isinstance(pictures, Pictures) else embed_images(encoder, pictures)
     cosine = np.zeros(len(captions), bool)
     # Cosine uses captions up to the encoder's context; the scorer uses the tokens of its maps.
     context, length = encoder.processor.context, TEXT_TOKENS if scorer is None else scorer.map_shape[1]

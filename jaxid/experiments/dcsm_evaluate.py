@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxid import jobs, plots
 from jaxid.checkpoints.encoders import load_encoder
@@ -16,10 +18,11 @@ from jaxid.checks import Count
 from jaxid.data.files import write_csv
 from jaxid.dcsm import benchmarks, evaluate
 from jaxid.dcsm.benchmarks import Question
+from jaxid.dcsm.embedding import Pictures, embed_images
 from jaxid.dcsm.scoring import Scorer, own_scorer
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import Command, write_config
-from jaxid.experiments.session import Columns
+from jaxid.experiments.session import Columns, Later
 from jaxid.families.base import Encoder
 from jaxid.io import ensure_output_folder, write_json, write_text
 
@@ -151,7 +154,8 @@ class EvaluateScorers(Command[EvaluationSummary]):
             settings=settings,
             items=asked,
             key=lambda entry: f"{entry[0]}/{entry[1].key}",
-            compute=lambda chunk: self._compute(encoder, scorer, chunk),
+            read=lambda chunk: Opened.of(encoder, chunk),
+            compute=lambda opened: self._compute(encoder, scorer, opened),
             chunk_size=self.batch_size,
             restart=self.restart,
             skip_bad=self.skip_bad,
@@ -161,12 +165,19 @@ class EvaluateScorers(Command[EvaluationSummary]):
         jobs.write_merged(out, done)
         return done
 
-    def _compute(self, encoder: Encoder, scorer: Scorer | None, chunk: Sequence[Asked]) -> Columns:
-        """Answers to some questions; each picture is opened once."""
-        pictures: dict[object, int] = {}
-        shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in chunk]
-        opened = [benchmarks.load_picture(chunk[shown.index(index)][1]) for index in range(len(pictures))]
+    def _compute(self, encoder: Encoder, scorer: Scorer | None, opened: "Opened") -> Later:
+        """Answers to some questions. Captions are encoded and scored beside the pictures of the next questions."""
+        encoded = embed_images(encoder, opened.pixels)
+        return partial(self._columns, encoder, scorer, opened.asked, opened.shown, encoded)
 
+    def _columns(
+        self,
+        encoder: Encoder,
+        scorer: Scorer | None,
+        chunk: Sequence[Asked],
+        shown: Sequence[int],
+        encoded: Pictures,
+    ) -> Columns:
         def worded(flat: bool) -> list[tuple[str, ...]]:
             if not self.rewrite:
                 return [question.captions for _, question in chunk]
@@ -176,7 +187,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
             ]
 
         answers = evaluate.answer(
-            encoder, opened, worded(False), scorer, scorer_captions=worded(True), shown=shown, group=self.group
+            encoder, encoded, worded(False), scorer, scorer_captions=worded(True), shown=shown, group=self.group
         )
         columns: Columns = {
             "model": [encoder.name] * len(chunk),
@@ -185,6 +196,29 @@ class EvaluateScorers(Command[EvaluationSummary]):
             "cosine": answers.cosine,
         }
         return columns if answers.dcsm is None else {**columns, "dcsm": answers.dcsm}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """Questions with their pictures.
+
+    Attributes:
+        asked: the questions.
+        pixels: each picture, once.
+        shown: index of the picture of every question.
+    """
+
+    asked: Sequence[Asked]
+    pixels: Float[np.ndarray, "N C Y X"]
+    shown: Sequence[int]
+
+    @classmethod
+    def of(cls, encoder: Encoder, asked: Sequence[Asked]) -> "Opened":
+        """Opens the pictures of questions."""
+        pictures: dict[object, int] = {}
+        shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in asked]
+        opened = [benchmarks.load_picture(asked[shown.index(index)][1]) for index in range(len(pictures))]
+        return cls(asked, encoder.processor.pixels(opened), shown)
 
 
 def _digest(scorer: Scorer) -> str:
