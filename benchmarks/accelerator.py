@@ -6,10 +6,12 @@ and the table `DIR/accelerator.md`. `--quick` compiles a few of them and fails i
 
 import argparse
 import json
+import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import accelerator_ideal
@@ -53,7 +55,7 @@ FIGURES = (
     "compile_s",
     "unknown",
 )
-"""Names of the figures; `unknown` counts loops, branches and kernels of which the reader does not know what they do."""
+"""Names of the figures; `unknown` counts loops, branches and kernels of which it is not known what they do."""
 
 SHOWN = {
     "chips": "d",
@@ -87,10 +89,12 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
     compiled = target.compile(part.function, *part.args, **part.options)
     seconds = time.perf_counter() - started
     memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias)
-    for name in sorted(counts.unknown_kernels):
-        print(f"  {target.name}/{alias}/{part.name}: unknown kernel {name}", flush=True)
-    for what in sorted({*part.trips} - counts.functions):
-        print(f"  {target.name}/{alias}/{part.name}: there is no loop or branch of {what}", flush=True)
+    absent = {*part.shares, *part.trips} - counts.functions
+    for text in (
+        *(f"the operations of kernel {name} do not count" for name in sorted(counts.unknown_kernels)),
+        *(f"no loop or branch belongs to {name}" for name in sorted(absent)),
+    ):
+        print(f"  {target.name}/{alias}/{part.name}: {text}", flush=True)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     device, least = target.device, ideal.on(target.chips)
     return with_ratios(
@@ -110,7 +114,7 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
             "roofline_ms": 1e3 * device.seconds(counts.flop, counts.moved),
             "ideal_ms": 1e3 * least.seconds(device),
             "compile_s": seconds,
-            "unknown": counts.unknown_loops + counts.unknown_branches + len(counts.unknown_kernels),
+            "unknown": counts.unknown_loops + counts.unknown_branches + len(counts.unknown_kernels) + len(absent),
         }
     )
 
@@ -155,9 +159,6 @@ def measure(name: str, alias: str, work: str) -> dict[str, Figures]:
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
-
-Bound = tuple[str, str, float, bool]
-"""Key of a figure, its name, the largest value that is allowed, and whether only H100's counts."""
 
 RATIOS = {"trace": 1.2, "rerun": 1.2, "extract": 1.2, "decode": 1.3, "dcsm": 1.5}
 FLOP_RATIO = 1.15
@@ -253,6 +254,27 @@ def combinations(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     return wanted
 
 
+def measured(wanted: Sequence[tuple[str, str, str]], jobs: int) -> Iterator[tuple[str, dict[str, Figures] | str]]:
+    """Results of works, or why there are none, as they become known; in this process or in several."""
+    if jobs == 1:
+        yield from ((f"{name}/{alias}", attempt(name, alias, work)) for name, alias, work in wanted)
+        return
+    # Programs for TPUs take longest to compile, and so come first.
+    order = sorted(wanted, key=lambda one: targets.DEVICES[one[0]].platform != "tpu")
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(attempt, *one): "/".join(one[:2]) for one in order}
+        yield from ((running[done], done.result()) for done in as_completed(running))
+
+
+def attempt(name: str, alias: str, work: str) -> dict[str, Figures] | str:
+    """`measure`, or a line that says why it failed."""
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile_s would be the time of reading
+    try:
+        return measure(name, alias, work)
+    except Exception as error:  # compilers raise many kinds; the other works still count
+        return f"{work}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles, counts, writes; returns 1 if a bound is missed in quick mode, or a program does not compile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,32 +284,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--works", help=f"some of {', '.join(programs.WORKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="two models and the scorer; fails if a bound is missed")
     parser.add_argument("--resume", action="store_true", help="keep what the folder holds, and add what is missing")
+    parser.add_argument("--jobs", type=int, help="programs that are compiled at a time; 1 by default, 2 in quick mode")
     options = parser.parse_args(arguments)
     wanted = combinations(options)
     for name in dict.fromkeys(name for name, _, _ in wanted):
         if problem := targets.missing(name):
             raise SystemExit(problem)
-    jax.config.update("jax_enable_compilation_cache", False)  # or compile_s would be the time of reading
     options.out.mkdir(parents=True, exist_ok=True)
-    path, failed = options.out / "accelerator.json", 0
+    path, failed, started = options.out / "accelerator.json", 0, time.perf_counter()
     found: dict[str, float] = json.loads(path.read_text()) if options.resume and path.exists() else {}
+    wanted = [one for one in wanted if f"{'/'.join(one)}/compile_s" not in found]
     print(HEADER, "\n", flush=True)
-    for name, alias, work in wanted:
-        if f"{name}/{alias}/{work}/compile_s" in found:
-            continue
-        try:
-            measured = measure(name, alias, work)
-        except Exception as error:  # compilers raise many kinds; the others still count
+    for row, result in measured(wanted, options.jobs or (2 if options.quick else 1)):
+        if isinstance(result, str):
             failed += 1
-            print(f"{name}/{alias}/{work}: {type(error).__name__}: {str(error).splitlines()[0]:.300}", flush=True)
+            print(f"{row}/{result}", flush=True)
             continue
-        for part, own in measured.items():
-            found |= {f"{name}/{alias}/{part}/{figure}": value for figure, value in own.items()}
+        for part, own in result.items():
+            found |= {f"{row}/{part}/{figure}": value for figure, value in own.items()}
             shown = ("temporary_gb", "flop_ratio", "bytes_ratio", "weight_copies", "score_tensors", "bound_ratio")
             text = ", ".join(f"{figure} {own[figure]:.4g}" for figure in (*shown, "compile_s"))
-            print(f"{name}/{alias}/{part}: {text}", flush=True)
+            print(f"{row}/{part}: {text}", flush=True)
         write(options.out, found)
-    print(f"\n{table(found)}\n")
+    print(f"\n{table(found)}\n\n{len(wanted)} works in {time.perf_counter() - started:.0f} s")
     missed = report(found) if options.quick else 0
     return int(bool(missed or failed))
 

@@ -38,13 +38,13 @@ from accelerator_programs import (
     encoder_geometry,
     finetune_task,
     map_sizes,
+    scorer_shapes,
 )
 
 from jaxid.checkpoints.tensors import Leaves
 from jaxid.devices import Device
 from jaxid.families.mllama import MllamaConfig
 from jaxid.families.qwen_vl import QwenVLConfig
-from jaxid.kernels.scorer import CHANNELS, HIDDEN
 from jaxid.nn.vision import VisionConfig, state_indices
 
 HALF = 2
@@ -409,9 +409,10 @@ def dcsm() -> Ideal:
     config, _, _ = encoder_geometry()
     pictures, captions, width = map_sizes(config)
     size, pairs = pictures * captions, PAIRS * PAIRS
-    multiplied = width + 9 * CHANNELS + 9 * CHANNELS**2 + HIDDEN * CHANNELS
+    hidden, channels = scorer_shapes(config).network.fc1.shape[:2]
+    multiplied = width + 9 * channels + 9 * channels**2 + hidden * channels
     tokens = SINGLE * PAIRS * width * (pictures + captions)
-    wide = SINGLE * HIDDEN * CHANNELS * size
+    wide = SINGLE * hidden * channels * size
     return Ideal(2.0 * pairs * size * multiplied, float(wide + tokens), float(SINGLE * pairs))
 
 

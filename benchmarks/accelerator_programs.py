@@ -293,7 +293,9 @@ def _edits(own: Geometry, count: int) -> Any:
 def shares_of(own: Geometry) -> dict[str, float]:
     """How often a network's own conditionals take their second branch."""
     text, vision = own.text, own.config.vision_config
-    found = {"Crossed.read": len(text.cross_attention_layers) / text.num_hidden_layers}
+    found = {}
+    if text.cross_attention_layers:
+        found["Crossed.read"] = len(text.cross_attention_layers) / text.num_hidden_layers
     if isinstance(own.config, QwenVLConfig) and vision.window_side:
         share = len(vision.fullatt_block_indexes) / vision.num_hidden_layers
         found["QwenTower.__call__.<locals>.step.<locals>.read"] = share
@@ -303,10 +305,9 @@ def shares_of(own: Geometry) -> dict[str, float]:
 def resumed_shares(layers: int, first: np.ndarray, chunk: int) -> dict[str, float]:
     """How often a rerun's layers and chunks run, for rows that begin at these layers."""
     chunks = np.sort(first).reshape(-1, chunk)[:, 0]
-    running = chunks[None] <= np.arange(layers)[:, None]  # [layer, chunk]
+    running = np.array([[start <= layer for start in chunks] for layer in range(layers)])
     active = running.any(axis=1)
     return {
-        "resume.<locals>.through.<locals>.run": 1.0,
         "resume.<locals>.through": float(active[:-1].mean()),
         "resume.<locals>.advance": float(running[active].mean()),
     }

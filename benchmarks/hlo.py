@@ -7,13 +7,12 @@ and shapes tell them. Other kernels are listed.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-from hlo_text import Computation, Instruction, Program
+from hlo_kernels import convolution, kernel_name, library, read_shares
+from hlo_text import Computation, Instruction, Program, axes_of
 from hlo_text import Shape as Shape
 from hlo_text import parse as parse
 
@@ -35,9 +34,6 @@ _IDLE = frozenset(
     ["AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound", "annotate_device_placement"]
 )
 """Custom calls that compute nothing."""
-
-ATTENTION = {"attention_forward": 2, "attention_backward": 5, "fmha": 2, "fmhaBackward": 5}
-"""Products with all scores that an attention kernel computes, by a part of its name; the longest part counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +210,13 @@ class _Reader:
         operands = [computation[name].shapes[0] for name in instruction.operands if computation[name].shapes]
         opcode = instruction.opcode.removesuffix("-start")
         if opcode == "dot":
-            axes = _list(instruction.rest, "lhs_contracting_dims")
+            axes = axes_of(instruction.rest, "lhs_contracting_dims")
             contracted = math.prod(operands[0].dims[axis] for axis in axes)
             return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
         if opcode == "convolution":
-            return _convolution(instruction, operands)
+            return convolution(instruction, operands)
         if opcode == "custom-call":
-            return _library(instruction, operands) or 0.0
+            return library(instruction, operands) or 0.0
         return 0.0
 
     def _unknown(self, computation: Computation, instruction: Instruction) -> Iterable[str]:
@@ -230,7 +226,7 @@ class _Reader:
                 yield from self._unknown(inner, one)
         elif instruction.opcode.startswith("custom-call") and instruction.target not in _IDLE:
             operands = [computation[name].shapes[0] for name in instruction.operands if computation[name].shapes]
-            if _library(instruction, operands) is None:
+            if library(instruction, operands) is None:
                 yield kernel_name(instruction)
 
 
@@ -285,6 +281,9 @@ def _moved(program: Program, computation: Computation, instruction: Instruction)
         return float(operands[1].far + (operands[1].size if written else 0))
     if opcode == "scatter":
         return 2.0 * operands[-1].far + operands[1].far
+    if opcode == "custom-call":
+        shares = read_shares(instruction, [shape.dims for one in operands for shape in one.shapes[:1]])
+        return float(written + sum(share * one.far for share, one in zip(shares, operands, strict=False)))
     if opcode != "fusion":
         return float(written + sum(one.far for one in operands))
     inner = program.computations[instruction.called["calls"][0]]
@@ -324,62 +323,3 @@ def _written(inner: Computation, output: Instruction) -> int:
     while output.opcode == "bitcast":
         output = inner[output.operands[0]]
     return inner[output.operands[1]].size if output.opcode == "dynamic-update-slice" else output.size
-
-
-def _list(text: str, name: str) -> list[int]:
-    found = re.search(rf"\b{name}=\{{([\d,]*)\}}", text)
-    return [int(one) for one in found[1].split(",") if one] if found else []
-
-
-def _convolution(instruction: Instruction, operands: Sequence[Shape]) -> float:
-    """Operations of a convolution, as which TPUs also compute products of matrices, without those on padding."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
-    if not labels:
-        raise ValueError(f"{instruction.name} has no dim_labels")
-    data, kernel, output = ({axis: place for place, axis in enumerate(text)} for text in labels.groups())
-    window = re.search(r"window=\{([^}]*)\}", instruction.rest)
-    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
-    sizes, result = [shape.dims for shape in operands[:2]], instruction.shapes[0].dims
-    total = 2.0 * result[output["b"]] * result[output["f"]] * sizes[1][kernel["i"]]
-    spatial = sorted(axis for axis in data if axis.isdigit())
-    for place, axis in enumerate(spatial):
-        own = {name: value.split("x")[place] for name, value in fields.items()}
-        step, spread, gap = (int(own.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
-        first = int(own.get("pad", "0_0").split("_")[0])
-        reach = np.arange(result[output[axis]])[:, None] * step + np.arange(sizes[1][kernel[axis]]) * gap - first
-        inside = (reach >= 0) & (reach <= (sizes[0][data[axis]] - 1) * spread) & (reach % spread == 0)
-        total *= int(inside.sum())
-    return total
-
-
-def kernel_name(instruction: Instruction) -> str:
-    """How a custom call's kernel is called: its own name, if it tells one, and its target."""
-    named = re.search(r'\b(?:kernel_name|name)"? ?[=:] ?"?([\w.\-]+)', instruction.rest)
-    return f"{named[1] if named else instruction.name} ({instruction.target})"
-
-
-def _library(instruction: Instruction, operands: Sequence[Shape]) -> float | None:
-    """Operations of a library's or Pallas' kernel; None for an unknown one."""
-    target = instruction.target
-    output = math.prod(instruction.shapes[0].dims)
-    if "cublas" in target:
-        axes = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.rest)
-        return 2.0 * output * math.prod(operands[0].dims[int(axis)] for axis in json.loads(axes[1])) if axes else None
-    if "cudnn$conv" in target:
-        return _convolution(instruction, operands)
-    known = [part for part in ATTENTION if part in target or part in f"{instruction.name} {kernel_name(instruction)}"]
-    return _attention(instruction, operands, ATTENTION[max(known, key=len)]) if known else None
-
-
-def _attention(instruction: Instruction, operands: Sequence[Shape], products: int) -> float | None:
-    """Operations of an attention kernel over all pairs of a query and a key, also those that its mask excludes."""
-    scores = re.search(r'"intermediate_tensor_shape":\{[^}]*"dimensions":(\[[^\]]*\])', instruction.rest)
-    wide = [shape.dims for shape in operands if shape.floating and len(shape.dims) >= 3]
-    if len(wide) < 2:
-        return None
-    query, key = wide[:2]
-    if scores:  # cuDNN's, whose axes may lie in any order
-        pairs = math.prod(int(one) for one in json.loads(scores[1]))
-        heads = math.prod(int(one) for one in json.loads(scores[1])[:-1])
-        return 2.0 * products * pairs * (math.prod(query) / heads)
-    return 2.0 * products * math.prod(query) * key[-2]

@@ -182,7 +182,7 @@ def parse(text: str) -> Program:
     """Reads the text of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     current, entry = Computation(), ""
-    for line in text.splitlines():
+    for line in text.split("\n"):
         head = _HEAD.match(line)
         if head:
             current = computations[head[2]] = Computation()
@@ -270,3 +270,9 @@ def _counted(program: Program, computation: Computation, loop: Instruction) -> i
 
 def _index(element: Instruction) -> int:
     return int(re.findall(r"index=(\d+)", element.rest)[0])
+
+
+def axes_of(text: str, name: str) -> list[int]:
+    """The integers of an attribute such as `dims={0,2}`."""
+    found = re.search(rf"\b{name}=\{{([\d,]*)\}}", text)
+    return [int(one) for one in found[1].split(",") if one] if found else []
