@@ -1,6 +1,7 @@
 """The scorer of dense similarity maps: a small CNN or MLP, over single maps or tiled over pictures x captions.
 
-The tiled form follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
+There are two forms of the same sums. GPUs and TPUs get matrix products over tiles of thousands of pairs (`banded`). The
+form for CPUs follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
 channels is nine (or 36) multiply-adds of a vector and a number. (2) If rows are one zero longer than the map, shifting
 a map in either direction is one shift of flat memory. (3) The matrix product that makes the maps can make the borders
 too, if the picture tokens are padded with rows around them and the caption tokens with a column after them. Both sides
@@ -9,110 +10,37 @@ borders (`score_tile`).
 Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxid.kernels import banded
+from jaxid.kernels.networks import CHANNELS as CHANNELS
+from jaxid.kernels.networks import CNN as CNN
+from jaxid.kernels.networks import MLP as MLP
+from jaxid.kernels.networks import Network as Network
+from jaxid.kernels.networks import init_cnn as init_cnn
+from jaxid.kernels.networks import init_mlp as init_mlp
+from jaxid.kernels.networks import map_shape as map_shape
+from jaxid.kernels.networks import misfit as misfit
 from jaxid.kernels.similarity import Moments, centred
 
-CHANNELS = 4
-HIDDEN = 128
 BORDER = 3
 """Zero rows above and below a map: the reach of two convolutions, and one more for shifts along the row."""
 
 PAIRS = 64
-"""Pairs in a tile: enough to fill vector registers, and few enough for a core's caches to hold the activations."""
+"""Pairs in a tile on CPU: enough to fill vector registers, and few enough for a core's caches to hold the activations.
+"""
 
-
-class CNN(NamedTuple):
-    """Two 3 x 3 convolutions and a hidden layer."""
-
-    conv1: Float[Array, "C 3 3"]
-    conv1_bias: Float[Array, "C"]
-    conv2: Float[Array, "C C 3 3"]  # outputs first
-    conv2_bias: Float[Array, "C"]
-    fc1: Float[Array, "H C I T"]
-    fc1_bias: Float[Array, "H"]
-    fc2: Float[Array, "H"]
-    fc2_bias: Float[Array, ""]
-
-
-class MLP(NamedTuple):
-    """Two hidden layers over the flat map."""
-
-    fc1: Float[Array, "H I T"]
-    fc1_bias: Float[Array, "H"]
-    fc2: Float[Array, "G H"]
-    fc2_bias: Float[Array, "G"]
-    fc3: Float[Array, "G"]
-    fc3_bias: Float[Array, ""]
-
-
-Network = CNN | MLP
-
-
-def init_cnn(key: Array, image_tokens: int, text_tokens: int) -> CNN:
-    """A CNN initialised like PyTorch's layers: uniform within 1 / sqrt(inputs)."""
-    flat = CHANNELS * image_tokens * text_tokens
-    shapes = {
-        "conv1": ((CHANNELS, 3, 3), 9),
-        "conv1_bias": ((CHANNELS,), 9),
-        "conv2": ((CHANNELS, CHANNELS, 3, 3), 9 * CHANNELS),
-        "conv2_bias": ((CHANNELS,), 9 * CHANNELS),
-        "fc1": ((HIDDEN, CHANNELS, image_tokens, text_tokens), flat),
-        "fc1_bias": ((HIDDEN,), flat),
-        "fc2": ((HIDDEN,), HIDDEN),
-        "fc2_bias": ((), HIDDEN),
-    }
-    return CNN(**_uniform(key, shapes))
-
-
-def init_mlp(key: Array, image_tokens: int, text_tokens: int) -> MLP:
-    """An MLP initialised like PyTorch's layers: uniform within 1 / sqrt(inputs)."""
-    flat = image_tokens * text_tokens
-    shapes = {
-        "fc1": ((64, image_tokens, text_tokens), flat),
-        "fc1_bias": ((64,), flat),
-        "fc2": ((32, 64), 64),
-        "fc2_bias": ((32,), 64),
-        "fc3": ((32,), 32),
-        "fc3_bias": ((), 32),
-    }
-    return MLP(**_uniform(key, shapes))
-
-
-def _uniform(key: Array, shapes: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, Array]:
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: jax.random.uniform(own, shape, jnp.float32, -1, 1) * inputs**-0.5
-        for own, (name, (shape, inputs)) in zip(keys, shapes.items(), strict=True)
-    }
-
-
-def misfit(network: Network) -> str | None:
-    """The first inconsistency between the shapes of a scorer's arrays, as a message; None if they are consistent."""
-    sizes: dict[str, int] = {}
-    for name, value in network._asdict().items():
-        axes = get_type_hints(type(network))[name].dim_str.split()
-        shape = jnp.shape(value)
-        fits = len(shape) == len(axes) and all(
-            size > 0 and size == (int(axis) if axis.isdecimal() else sizes.setdefault(axis, size))
-            for axis, size in zip(axes, shape, strict=True)
-        )
-        if not fits:
-            known = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes)
-            return f"{name} has the shape {shape} instead of ({', '.join(axes)}){' with ' * bool(known)}{known}"
-    return None
-
-
-def map_shape(network: Network) -> tuple[int, int]:
-    """Shape (I, T) of the maps that a scorer reads."""
-    image_tokens, text_tokens = network.fc1.shape[-2:]
-    return image_tokens, text_tokens
+LARGE_TILE = (32, 256)
+"""Pictures and captions in a tile on GPUs and TPUs, if there are as many. The maps of a tile are written to memory, 12
+KB each for 197 x 30 tokens."""
 
 
 def apply(
@@ -126,9 +54,20 @@ def apply(
         key: random key of the dropout after every hidden layer of a CNN; nothing is dropped without one.
         rate: probability that a number is dropped.
     """
-    padded = jnp.pad(maps, ((0, 0), (BORDER, BORDER), (0, 1)))
-    flat = jnp.moveaxis(padded.reshape(len(maps), -1), 0, 1)
-    return _head(network, _weights(network), flat, key if rate else None, rate)
+    keys = () if key is None or not rate else (key,)
+
+    def flat(network: Network, maps: Array, *keys: Array) -> Array:
+        padded = jnp.pad(maps, ((0, 0), (BORDER, BORDER), (0, 1)))
+        flat = jnp.moveaxis(padded.reshape(len(maps), -1), 0, 1)
+        return _head(network, _weights(network), flat, keys[0] if keys else None, rate)
+
+    def plain(network: Network, maps: Array, *keys: Array) -> Array:
+        if isinstance(network, MLP):
+            return _perceptron(network, maps)
+        drop = partial(_dropped, key=keys[0] if keys else None, rate=rate)
+        return banded.scores(network, maps, lambda x, layer: drop(x, layer=layer))
+
+    return jax.lax.platform_dependent(network, maps, *keys, cpu=flat, default=plain)
 
 
 def _dropped(x: Float[Array, "*B"], key: Array | None, layer: int, rate: float) -> Float[Array, "*B"]:
@@ -137,7 +76,7 @@ def _dropped(x: Float[Array, "*B"], key: Array | None, layer: int, rate: float) 
     return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-# --- tiles ---------------------------------------------------------------------------------------------------------
+# --- pictures x captions -------------------------------------------------------------------------------------------
 
 
 def score(
@@ -157,10 +96,18 @@ def score(
         moments: moments of the maps, as returned by `similarity.moments`.
     """
     count, captions = len(images), len(texts)
+    offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
+    return _by_platform(_score_tiles, _score_large_tiles, network, images, texts, offset, deviation)
+
+
+def _score_tiles(
+    network: Network, images: Array, texts: Array, offset: Float[Array, "N M"], deviation: Float[Array, "N M"]
+) -> Float[Array, "N M"]:
+    """`score` on CPU."""
+    count, captions = offset.shape
     width = min(captions, PAIRS)
     height = min(max(1, PAIRS // width), count)
     rows, columns = -(-count // height), -(-captions // width)
-    offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
     tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
     images = _padded(images, rows * height).reshape(rows, height, *images.shape[1:])
     texts = _padded(texts, columns * width).reshape(columns, width, *texts.shape[1:])
@@ -196,10 +143,18 @@ def score_rows(
         texts: tokens of captions, as returned by `similarity.with_functional_rows`.
         moments: moments of every pair, [N, C], or of every picture, [N, 1].
     """
-    count, captions = texts.shape[:2]
+    shape = texts.shape[:2]
+    offset, deviation = (jnp.broadcast_to(value, shape) for value in (moments.offset, moments.deviation))
+    return _by_platform(_score_row_tiles, _score_large_row_tiles, network, images, texts, offset, deviation)
+
+
+def _score_row_tiles(
+    network: Network, images: Array, texts: Array, offset: Float[Array, "N C"], deviation: Float[Array, "N C"]
+) -> Float[Array, "N C"]:
+    """`score_rows` on CPU."""
+    count, captions = offset.shape
     height = min(max(1, PAIRS // captions), count)
     rows = -(-count // height)
-    offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
     given = (images, texts, offset, deviation)
     tiles = [
         _padded(side, rows * height, fill).reshape(rows, height, *side.shape[1:])
@@ -213,6 +168,169 @@ def score_rows(
         return score_tile(network, weights, maps.reshape(height, -1, captions), offset, deviation)
 
     return jax.lax.map(row, tiles).reshape(rows * height, captions)[:count]
+
+
+# --- tiles on GPUs and TPUs ----------------------------------------------------------------------------------------
+
+
+def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array], *given: Any) -> Array:
+    """CPU's form, or an accelerator's with the platform's block: None for products in float32."""
+    exact = jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
+    forms = {} if exact else {name: partial(accelerator, block) for name, block in banded.BLOCKS.items()}
+    return jax.lax.platform_dependent(*given, cpu=cpu, default=partial(accelerator, None), **forms)
+
+
+class _Side(NamedTuple):
+    """Tokens of pictures or captions, centred, and their mean; 16-bit numbers are divided by the largest one."""
+
+    rest: Float[Array, "*n S E"]
+    rest_scale: Float[Array, "*n 1 1"]
+    mean: Float[Array, "*n 1 E"]
+    mean_scale: Float[Array, "*n 1 1"]
+
+
+def _side(tokens: Float[Array, "*n S E"], block: banded.Block | None, extra: int = 0) -> _Side:
+    """One side of the products, with `extra` tokens of zeros; ready before the first tile."""
+    mean, rest = centred(tokens, -2)
+    if block:  # matrix units read 16 numbers at a time
+        mean, rest = (jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -part.shape[-1] % 16)]) for part in (mean, rest))
+    rest = jnp.pad(rest, [(0, 0)] * (tokens.ndim - 2) + [(0, extra), (0, 0)])
+    found: list[Array] = []
+    for part in (rest, mean):
+        largest = jnp.abs(part).max(axis=(-2, -1), keepdims=True) if block else jnp.ones((1,) * part.ndim)
+        scale = jax.lax.stop_gradient(jnp.broadcast_to(largest, (*part.shape[:-2], 1, 1)))
+        found += [(part / jnp.where(scale > 0, scale, 1)).astype(block.dtype if block else jnp.float32), scale]
+    return _Side(*found)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_large_tiles(
+    block: banded.Block | None, network: Network, images: Array, texts: Array, offset: Array, deviation: Array
+) -> Float[Array, "N M"]:
+    """`score` on an accelerator."""
+    count, captions = offset.shape
+    width = min(captions, max(LARGE_TILE[1], math.prod(LARGE_TILE) // count))
+    height = min(count, max(1, math.prod(LARGE_TILE) // width))
+    rows, columns = -(-count // height), -(-captions // width)
+    tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width)
+    left = _side(_padded(images, rows * height), block)
+    right = _side(_padded(texts, columns * width), block, _extra(texts, block))
+    left, right = (
+        jax.tree.map(lambda leaf, number=number: leaf.reshape(number, -1, *leaf.shape[1:]), side)
+        for side, number in ((left, rows), (right, columns))
+    )
+    own = banded.bands(network, block) if block and isinstance(network, CNN) else None
+
+    def row(given: tuple[_Side, Array, Array]) -> Float[Array, "c p q"]:
+        pictures, offsets, deviations = given
+
+        def tile(given: tuple[_Side, Array, Array]) -> Float[Array, "p q"]:
+            captions, offset, deviation = given
+            maps = _maps(pictures, captions, offset, deviation, network, block)
+            return _maps_scores(network, own, maps, deviation, block)
+
+        return jax.lax.map(tile, (right, offsets, deviations))
+
+    found = jax.lax.map(row, (left, *tiles))  # [rows, columns, height, width]
+    return jnp.moveaxis(found, 2, 1).reshape(rows * height, columns * width)[:count, :captions]
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_large_row_tiles(
+    block: banded.Block | None, network: Network, images: Array, texts: Array, offset: Array, deviation: Array
+) -> Float[Array, "N C"]:
+    """`score_rows` on an accelerator."""
+    count, captions = offset.shape
+    height = min(count, max(1, math.prod(LARGE_TILE) // captions))
+    rows = -(-count // height)
+    given = (images[:, None], texts, offset[:, None], deviation[:, None])
+    tiles = [_padded(side, rows * height).reshape(rows, height, *side.shape[1:]) for side in given]
+    own = banded.bands(network, block) if block and isinstance(network, CNN) else None
+    axis = 2 if block and block.pairs_last else 1
+
+    def row(tile: list[Array]) -> Float[Array, "p q"]:
+        pictures, captions_of, offset, deviation = tile
+        sides = _side(pictures, block), _side(captions_of, block, _extra(texts, block))
+        make = jax.vmap(partial(_maps, network=network, block=block), out_axes=axis)
+        maps = make(*sides, offset, deviation)
+        maps = maps.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 3 :])
+        return _maps_scores(network, own, maps, deviation[:, 0], block)
+
+    return jax.lax.map(row, tiles).reshape(rows * height, captions)[:count]
+
+
+def _extra(texts: Float[Array, "*n T E"], block: banded.Block | None) -> int:
+    """Columns that a block needs beyond the maps."""
+    return banded.padded_columns(texts.shape[-2], block) - texts.shape[-2] if block else 0
+
+
+def _maps(
+    images: _Side,
+    texts: _Side,
+    offset: Float[Array, "p q"],
+    deviation: Float[Array, "p q"],
+    network: Network,
+    block: banded.Block | None,
+) -> Float[Array, "I *a"]:
+    """Standardised maps [I, p, q, T], or [I, T, p, q] if a block has its pairs last; columns padded as it needs.
+
+    The terms of a product of sides with means, see `similarity.moments`, are small when they are added.
+    """
+    last = bool(block and block.pairs_last)
+
+    def product(left: Array, right: Array) -> Float[Array, "p I a b"]:
+        """One product of two matrices, whose output is in the order in which it is read."""
+        right = jnp.transpose(right, (2, 1, 0) if last else (2, 0, 1))
+        found = left.reshape(-1, left.shape[-1]) @ right.reshape(len(right), -1)
+        return found.reshape(*left.shape[:2], *right.shape[1:]).astype(jnp.float32)
+
+    def spread(value: Float[Array, "#p #q"]) -> Array:
+        return value[:, None, None] if last else value[:, None, :, None]
+
+    def scale(left: Array, right: Array) -> Array:
+        return spread(left[..., 0] * right[:, 0, 0])
+
+    whole = product(images.rest, texts.rest) * scale(images.rest_scale, texts.rest_scale)
+    whole += product(images.rest, texts.mean) * scale(images.rest_scale, texts.mean_scale)
+    whole += product(images.mean, texts.rest) * scale(images.mean_scale, texts.rest_scale)
+    whole = (whole + spread(offset)) / spread(deviation)
+    inside = jnp.arange(texts.rest.shape[1]) < map_shape(network)[1]
+    whole = jnp.where(inside[:, None] if last else inside, whole, 0)
+    return jnp.moveaxis(whole.astype(block.dtype if block else jnp.float32), 0, 2 if last else 1)
+
+
+def _maps_scores(
+    network: Network,
+    own: banded.Bands | None,
+    maps: Float[Array, "I *a"],
+    deviation: Float[Array, "p q"],
+    block: banded.Block | None,
+) -> Float[Array, "p q"]:
+    """Scores of standardised maps of all pairs, in the order of `_maps`; NaN without a deviation."""
+    rows, pairs = len(maps), deviation.size
+    axis = 2 if block and block.pairs_last else 1
+    flat = maps.reshape(rows, -1, pairs) if axis == 2 else maps.reshape(rows, pairs, -1)
+    if block and own and isinstance(network, CNN):
+        gap = [(0, -pairs % block.pairs if place == axis else 0) for place in range(3)]
+        scores = banded.fused_scores(network, own, jnp.pad(flat, gap), block)[:pairs]
+    elif isinstance(network, MLP):
+        scores = _perceptron(network, jnp.moveaxis(flat, axis, 0))
+    else:
+        scores = banded.scores(network, jnp.moveaxis(flat, axis, 0))
+    return jnp.where(deviation > 0, scores.reshape(deviation.shape), jnp.nan)
+
+
+def _perceptron(network: MLP, maps: Float[Array, "B I T"]) -> Float[Array, "B"]:
+    """An MLP's scores of maps whose columns may be padded."""
+    extra = maps.shape[2] - network.fc1.shape[2]
+    weights = jnp.pad(network.fc1, ((0, 0), (0, 0), (0, extra))).astype(maps.dtype)
+    hidden = jnp.einsum("bit,hit->bh", maps, weights, preferred_element_type=jnp.float32)
+    hidden = jax.nn.relu(hidden + network.fc1_bias)
+    hidden = jax.nn.relu(hidden @ network.fc2.T + network.fc2_bias)
+    return hidden @ network.fc3 + network.fc3_bias
+
+
+# --- a tile on CPU -------------------------------------------------------------------------------------------------
 
 
 def score_tile(

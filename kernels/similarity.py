@@ -5,6 +5,7 @@ replaced by fixed vectors. One matrix product does both: a functional word's tok
 additional coordinate, where the picture tokens hold that word's vector.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,10 @@ GROUPS = ("pair", "row", "call")
 
 _RIGHT_ANGLE = 1e-4
 """Mean squared cosine below which second moments are too imprecise; between random vectors it is 1 / E."""
+
+
+_NUMBERS_TOGETHER = 2**26
+"""Numbers of maps that GPUs and TPUs compute at once for the moments."""
 
 
 class Moments(NamedTuple):
@@ -77,7 +82,7 @@ def centred(x: Float[Array, "*B"], axis: int | tuple[int, ...]) -> tuple[Float[A
 
 
 def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: str = "call") -> Moments:
-    """Mean and unbiased standard deviation of maps, computing the maps of at most one picture at a time.
+    """Mean and unbiased standard deviation of maps, computing those of one picture at a time, or of a few.
 
     With p = a + d and q = b + e, where a and b are the mean tokens of a picture and of a caption, a map's entries are
     p q = a b + d b + a e + d e. The four terms are orthogonal over the map, so the squares of the last three and of
@@ -112,12 +117,18 @@ def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: 
             squares, rounded = (squares.sum() + both)[None], both < _RIGHT_ANGLE * jnp.square(rest).sum() * spread
         return mean[0], squares, jnp.square(picture).sum(), rounded
 
+    def of_pictures(*second: Float[Array, "E E"]) -> tuple[Array, ...]:
+        def some(pictures: Float[Array, "N I E"], *second: Array, together: int | None = None) -> tuple[Array, ...]:
+            return jax.lax.map(lambda picture: of_picture(picture, *second), pictures, batch_size=together)
+
+        together = max(1, _NUMBERS_TOGETHER // (image_tokens * text_tokens * captions))
+        return jax.lax.platform_dependent(images, *second, cpu=some, default=partial(some, together=together))
+
     if group == "pair" or captions * text_tokens <= width:
-        found = jax.lax.map(of_picture, images)
+        found = of_pictures()
     else:
-        second = flat.T @ flat
-        found = jax.lax.map(lambda picture: of_picture(picture, second), images)
-        found = jax.lax.cond(found[-1].any(), lambda: jax.lax.map(of_picture, images), lambda: found)
+        found = of_pictures(flat.T @ flat)
+        found = jax.lax.cond(found[-1].any(), of_pictures, lambda: found)
     image_means, squares, lengths, _ = found
     count, limit = image_tokens * text_tokens, lengths[:, None] * jnp.square(texts).sum(axis=(1, 2))
     if group == "pair":
