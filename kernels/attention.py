@@ -1,10 +1,10 @@
 """Attention on plain arrays: grouped queries, float32 softmax, and parts of the keys that can be merged.
 
-There are three implementations of the same sums. On GPU and TPU a kernel walks over blocks of keys, and no scores reach
-memory (`jaxid.kernels.flash`). On CPU, long sequences are processed one head and one block of queries at a time, so that
-the scores stay in cache. Short sequences, and what the kernel does not take, are batched products. `chosen` tells which
-one a problem gets. In all of them the backward pass of long sequences computes the scores again, so that no [.., S, T]
-is kept for it.
+There are three implementations of the same sums. On GPU and TPU a kernel walks over blocks of keys, and no scores
+reach memory (`jaxid.kernels.flash`). On CPU, long sequences are processed one head and one block of queries at a time,
+so that the scores stay in cache. Short sequences, and what the kernel does not take, are batched products. `chosen`
+tells which one a problem gets. In all of them the backward pass of long sequences computes the scores again, so that no
+[.., S, T] is kept for it.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.kernels import flash
-from jaxid.kernels.flash import LOWEST, Target
+from jaxid.kernels.blocks import LOWEST, Target
 from jaxid.kernels.masks import Reads
 
 _HEADWISE_FROM = 64 * 64
@@ -108,7 +108,7 @@ def chosen(
         dtype: of both.
 
     Returns:
-        "cuda" or "tpu" for the kernel of that platform, "headwise" for one head at a time, "batched" for plain products.
+        "cuda" or "tpu" for the kernel of that platform, "headwise" for one head at a time, "batched" for products.
     """
     scores = query[2] * key[2]
     if platform == "cpu":
@@ -228,7 +228,7 @@ def _select(branches: dict[str, Any], *arguments: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> Part:
+def _attention(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> Any:
     """The part of all keys, by the implementation that each platform has for it."""
 
     def branch(name: str) -> Any:
@@ -253,7 +253,7 @@ def _attention_backward(problem: _Problem, residuals: Any, slope: Part) -> tuple
         target = _target(name)
         if target is not None:
             return lambda query, key, value, reads, part, slope: flash.backward(
-                query, key, value, reads, target, *part, *slope
+                query, key, value, reads, target, part.mixed, part.lse, slope.mixed, slope.lse
             )
 
         def plain(query: Array, key: Array, value: Array, reads: Any, part: Part, slope: Part) -> Any:
@@ -318,7 +318,7 @@ def attend(
     query: Float[Array, "B S H E"],
     key: Float[Array, "B T K E"],
     value: Float[Array, "B T K E"],
-    mask: Bool[Array, "#B #S T"] | None = None,
+    reads: Reads | Bool[Array, "#B #S T"] | None = None,
     *,
     causal: bool = False,
 ) -> Float[Array, "B S H E"]:
@@ -328,15 +328,14 @@ def attend(
         query: the queries, not yet scaled.
         key: the keys.
         value: the values.
-        mask: true where attention is allowed; None allows everything.
-        causal: promises that the mask lets no query read a later key, where query S - 1 and key T - 1 are the same
-            token. Later keys are then skipped.
+        reads: which keys each query may read; None for all of them.
+        causal: as in `part`.
 
     Returns:
         What the queries read, in the dtype of `value`; scores and softmax are computed in float32.
     """
     query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
-    return jnp.swapaxes(part(query, key, value, mask, causal=causal).mixed, 1, 2)
+    return jnp.swapaxes(part(query, key, value, reads, causal=causal).mixed, 1, 2)
 
 
 def prefix_part(

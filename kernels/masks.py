@@ -1,6 +1,5 @@
 """Which keys a query may read, told by the tokens themselves: a few integers each instead of a [B, S, T] array."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -165,6 +164,3 @@ def blocks(
     start = jnp.where(active, index, active.shape[2]).min(axis=2)
     stop = jnp.where(active, index + 1, 0).max(axis=2)
     return jnp.where(stop > 0, start, 0), stop
-
-
-__all__: Sequence[str] = ("NEVER", "Reads", "blocks", "causal", "everything", "with_spans", "within_spans")
