@@ -122,8 +122,14 @@ def _computed(
     fetcher: ThreadPoolExecutor,
 ) -> Generator[tuple[Input, "Future[Result]"], None, None]:
     previous: tuple[Input, Future[Result]] | None = None
-    for one, future in ready:
+    exhausted: Exception = StopIteration()
+    while True:
         begun, failed = None, None
+        try:
+            one, future = next(ready)
+        except Exception as error:  # StopIteration, or of the iterable
+            exhausted = error
+            break
         try:
             begun = (compute(future.result()),)
         except Exception as error:
@@ -141,6 +147,8 @@ def _computed(
         del begun, failed
     if previous is not None:
         yield previous
+    if not isinstance(exhausted, StopIteration):
+        raise exhausted
 
 
 def _named(name: str, step: Callable[..., Result]) -> Callable[..., Result]:

@@ -126,18 +126,18 @@ def embed_images(
     return Pictures(tokens=tokens, pooled=pooled)
 
 
-def embed_texts(encoder: Encoder, captions: Sequence[str], length: int = TEXT_TOKENS) -> Texts:
+def embed_texts(encoder: Encoder, captions: Sequence[str] | Captions, length: int = TEXT_TOKENS) -> Texts:
     """Encodes captions, a batch at a time.
 
     Args:
         encoder: the model.
-        captions: the texts.
+        captions: the texts; or what `encoder.processor.captions` made of them, for the same length.
         length: tokens of every caption, T; longer captions are cut, with a warning that names the lost words.
 
     Raises:
         InputError: if there are none, one is blank, or the encoder does not take that many tokens.
     """
-    batch = encoder.processor.captions(captions, length)
+    batch = captions if isinstance(captions, Captions) else encoder.processor.captions(captions, length)
     tokens, pooled = _in_batches(
         partial(_text, encoder), len(batch), lambda rows: (batch.token_ids[rows], batch.valid[rows])
     )

@@ -23,7 +23,7 @@ class Answers(NamedTuple):
 
 def answer(
     encoder: Encoder,
-    pictures: Sequence[Picture] | Pictures,
+    pictures: Sequence[Picture],
     captions: Sequence[Sequence[str]],
     scorer: Scorer | None = None,
     *,
@@ -35,7 +35,7 @@ def answer(
 
     Args:
         encoder: the model.
-        pictures: of the questions; or what `embed_images` made of them.
+        pictures: of the questions.
         captions: of every question, the correct one first; their number may differ.
         scorer: of dense maps, trained for this encoder.
         scorer_captions: captions for the scorer, if they differ.
@@ -49,17 +49,70 @@ def answer(
     shown = range(len(pictures)) if shown is None else shown
     if not len(captions) or len(captions) != len(shown):
         raise InputError(f"{len(captions)} questions about {len(shown)} pictures; give as many of both, at least one.")
-    alone = [index for index, own in enumerate(captions) if len(own) < 2]
-    if alone:
-        raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
-    encoded = pictures if isinstance(pictures, Pictures) else embed_images(encoder, pictures)
-    cosine = np.zeros(len(captions), bool)
-    # Cosine uses captions up to the encoder's context; the scorer uses the tokens of its maps.
-    context, length = encoder.processor.context, TEXT_TOKENS if scorer is None else scorer.map_shape[1]
-    fits = length <= context and encoder.processor.longest([text for own in captions for text in own]) <= length
-    known = _Captions(encoder, captions, length if fits else context)
-    for rows, texts in known.by_count(captions):
-        pooled = texts.pooled.reshape(len(rows), -1, texts.pooled.shape[1])
+    words = Wording.read(encoder, captions, scorer, scorer_captions)
+    return answered(encoder, embed_images(encoder, pictures), words, scorer, shown=shown, group=group)
+
+
+class _Captions:
+    """The distinct captions of some questions, as tokens."""
+
+    def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]], length: int):
+        self.captions, self.length, self.indices = captions, length, dict[str, int]()
+        for own in captions:
+            for caption in own:
+                self.indices.setdefault(caption, len(self.indices))
+        self.tokens = encoder.processor.captions(list(self.indices), length)
+
+    def by_count(self, texts: Texts) -> Iterator[tuple[list[int], Texts]]:
+        """Questions grouped by their number of captions: their indices, and all their encoded captions."""
+        groups: dict[int, list[int]] = {}
+        for row, own in enumerate(self.captions):
+            groups.setdefault(len(own), []).append(row)
+        for rows in groups.values():
+            yield rows, texts[[self.indices[caption] for row in rows for caption in self.captions[row]]]
+
+
+class Wording(NamedTuple):
+    """The captions of some questions as tokens: for the cosine, and for the scorer, if they differ."""
+
+    cosine: _Captions
+    scorer: _Captions | None
+
+    @classmethod
+    def read(
+        cls,
+        encoder: Encoder,
+        captions: Sequence[Sequence[str]],
+        scorer: Scorer | None = None,
+        scorer_captions: Sequence[Sequence[str]] | None = None,
+    ) -> "Wording":
+        """Tokenises captions; arguments and errors as in `answer`."""
+        alone = [index for index, own in enumerate(captions) if len(own) < 2]
+        if alone:
+            raise InputError(f"question {alone[0]} has {len(captions[alone[0]])} captions; at least two are needed.")
+        # Cosine uses captions up to the encoder's context; the scorer uses the tokens of its maps.
+        context, length = encoder.processor.context, TEXT_TOKENS if scorer is None else scorer.map_shape[1]
+        fits = length <= context and encoder.processor.longest([text for own in captions for text in own]) <= length
+        cosine = _Captions(encoder, captions, length if fits else context)
+        if scorer is None or (fits and scorer_captions is None):
+            return cls(cosine, None)
+        return cls(cosine, _Captions(encoder, captions if scorer_captions is None else scorer_captions, length))
+
+
+def answered(
+    encoder: Encoder,
+    encoded: Pictures,
+    words: Wording,
+    scorer: Scorer | None,
+    *,
+    shown: Sequence[int],
+    group: str = "row",
+) -> Answers:
+    """`answer`, about pictures that are encoded and captions that are tokenised."""
+    known, texts = words.cosine, embed_texts(encoder, words.cosine.tokens, words.cosine.length)
+    cosine = np.zeros(len(known.captions), bool)
+    for rows, own in known.by_count(texts):
+        pooled = own.pooled.reshape(len(rows), -1, own.pooled.shape[1])
         scores = np.einsum("ne,nce->nc", encoded.pooled[[shown[row] for row in rows]], pooled)
         bad = [rows[index] for index in np.flatnonzero(~np.isfinite(scores).all(axis=1))]
         if bad:
@@ -68,15 +121,15 @@ def answer(
         cosine[rows] = _first_is_best(scores)
     if scorer is None:
         return Answers(cosine, None)
-    asked = captions if scorer_captions is None else scorer_captions
-    known = known if fits and scorer_captions is None else _Captions(encoder, asked, length)
-    dcsm = np.zeros(len(captions), bool)
-    for rows, texts in known.by_count(asked):
+    if words.scorer is not None:
+        known, texts = words.scorer, embed_texts(encoder, words.scorer.tokens, words.scorer.length)
+    dcsm = np.zeros(len(known.captions), bool)
+    for rows, own in known.by_count(texts):
         scores = score_own(
             scorer,
             encoded[[shown[row] for row in rows]],
-            texts,
-            len(texts) // len(rows),
+            own,
+            len(own) // len(rows),
             group=group,
             name=lambda at, rows=rows: f"question {rows[at]}",
         )
@@ -87,25 +140,6 @@ def answer(
 def _first_is_best(scores: np.ndarray) -> np.ndarray:
     # Rounding must not decide between captions that the encoder cannot tell apart: then no answer is right.
     return scores[:, 0] > scores[:, 1:].max(axis=1) + 1e-6 * np.abs(scores).max()
-
-
-class _Captions:
-    """The distinct captions of some questions, encoded once."""
-
-    def __init__(self, encoder: Encoder, captions: Sequence[Sequence[str]], length: int):
-        self.indices: dict[str, int] = {}
-        for own in captions:
-            for caption in own:
-                self.indices.setdefault(caption, len(self.indices))
-        self.texts = embed_texts(encoder, list(self.indices), length)
-
-    def by_count(self, captions: Sequence[Sequence[str]]) -> Iterator[tuple[list[int], Texts]]:
-        """Questions grouped by their number of captions: their indices, and all their captions."""
-        groups: dict[int, list[int]] = {}
-        for row, own in enumerate(captions):
-            groups.setdefault(len(own), []).append(row)
-        for rows in groups.values():
-            yield rows, self.texts[[self.indices[caption] for row in rows for caption in captions[row]]]
 
 
 def summary(rows: Mapping[str, object]) -> dict[str, dict[str, dict[str, float]]]:

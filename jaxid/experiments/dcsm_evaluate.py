@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,11 +17,11 @@ from jaxid.checks import Count
 from jaxid.data.files import write_csv
 from jaxid.dcsm import benchmarks, evaluate
 from jaxid.dcsm.benchmarks import Question
-from jaxid.dcsm.embedding import Pictures, embed_images
+from jaxid.dcsm.embedding import embed_images
 from jaxid.dcsm.scoring import Scorer, own_scorer
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import Command, write_config
-from jaxid.experiments.session import Columns, Later
+from jaxid.experiments.session import Columns
 from jaxid.families.base import Encoder
 from jaxid.io import ensure_output_folder, write_json, write_text
 
@@ -154,7 +153,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
             settings=settings,
             items=asked,
             key=lambda entry: f"{entry[0]}/{entry[1].key}",
-            read=lambda chunk: Opened.of(encoder, chunk),
+            read=lambda chunk: self._opened(encoder, scorer, chunk),
             compute=lambda opened: self._compute(encoder, scorer, opened),
             chunk_size=self.batch_size,
             restart=self.restart,
@@ -165,60 +164,52 @@ class EvaluateScorers(Command[EvaluationSummary]):
         jobs.write_merged(out, done)
         return done
 
-    def _compute(self, encoder: Encoder, scorer: Scorer | None, opened: "Opened") -> Later:
-        """Answers to some questions. Captions are encoded and scored beside the pictures of the next questions."""
+    def _compute(self, encoder: Encoder, scorer: Scorer | None, opened: "Opened") -> Columns:
+        """Answers to some questions."""
         encoded = embed_images(encoder, opened.pixels)
-        return partial(self._columns, encoder, scorer, opened.asked, opened.shown, encoded)
-
-    def _columns(
-        self,
-        encoder: Encoder,
-        scorer: Scorer | None,
-        chunk: Sequence[Asked],
-        shown: Sequence[int],
-        encoded: Pictures,
-    ) -> Columns:
-        def worded(flat: bool) -> list[tuple[str, ...]]:
-            if not self.rewrite:
-                return [question.captions for _, question in chunk]
-            return [
-                tuple(benchmarks.published_caption(name, caption, flat=flat) for caption in question.captions)
-                for name, question in chunk
-            ]
-
-        answers = evaluate.answer(
-            encoder, encoded, worded(False), scorer, scorer_captions=worded(True), shown=shown, group=self.group
-        )
+        answers = evaluate.answered(encoder, encoded, opened.words, scorer, shown=opened.shown, group=self.group)
         columns: Columns = {
-            "model": [encoder.name] * len(chunk),
-            "benchmark": [name for name, _ in chunk],
-            "question": [question.key for _, question in chunk],
+            "model": [encoder.name] * len(opened.asked),
+            "benchmark": [name for name, _ in opened.asked],
+            "question": [question.key for _, question in opened.asked],
             "cosine": answers.cosine,
         }
         return columns if answers.dcsm is None else {**columns, "dcsm": answers.dcsm}
 
+    def _opened(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> "Opened":
+        """Questions with their pictures, each of which is opened once."""
+        pictures: dict[object, int] = {}
+        shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in asked]
+        opened = [benchmarks.load_picture(asked[shown.index(index)][1]) for index in range(len(pictures))]
 
-@dataclasses.dataclass(frozen=True, eq=False)
+        def worded(flat: bool) -> list[tuple[str, ...]]:
+            if not self.rewrite:
+                return [question.captions for _, question in asked]
+            return [
+                tuple(benchmarks.published_caption(name, caption, flat=flat) for caption in question.captions)
+                for name, question in asked
+            ]
+
+        pixels = encoder.processor.pixels(opened)
+        words = evaluate.Wording.read(encoder, worded(False), scorer, worded(True))
+        return Opened(asked=asked, pixels=pixels, shown=shown, words=words)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """Questions with their pictures.
+    """Questions as they were read.
 
     Attributes:
         asked: the questions.
         pixels: each picture, once.
         shown: index of the picture of every question.
+        words: their captions.
     """
 
     asked: Sequence[Asked]
     pixels: Float[np.ndarray, "N C Y X"]
     shown: Sequence[int]
-
-    @classmethod
-    def of(cls, encoder: Encoder, asked: Sequence[Asked]) -> "Opened":
-        """Opens the pictures of questions."""
-        pictures: dict[object, int] = {}
-        shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in asked]
-        opened = [benchmarks.load_picture(asked[shown.index(index)][1]) for index in range(len(pictures))]
-        return cls(asked, encoder.processor.pixels(opened), shown)
+    words: evaluate.Wording
 
 
 def _digest(scorer: Scorer) -> str:

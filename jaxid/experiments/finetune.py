@@ -22,7 +22,7 @@ from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.data.grid import GridItem
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import PUBLISHED_SUFFIX
-from jaxid.experiments.relations import fill, prepare
+from jaxid.experiments.relations import RelationBatch, fill, prepare
 from jaxid.experiments.session import padded, require_same_model, scaled
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
@@ -31,6 +31,7 @@ from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import Recompute
 from jaxid.nn.network import Network
 from jaxid.nn.sites import Capture, clean
+from jaxid.pipeline import overlapped
 from jaxid.prompts.processor import Prompts
 from jaxid.train.loop import Batch, Metrics, Stage
 from jaxid.train.trainable import Selection, Trained, choose, for_learning, tensors
@@ -461,13 +462,19 @@ def evaluate(
     Returns:
         Number of correct answers, and number of questions.
     """
-    right = 0
-    for words in ANSWERS.values():
-        of_axis = [item for item in items if item.relation in words]
-        for start in range(0, len(of_axis), batch_size):
-            part = of_axis[start : start + batch_size]
-            batch = prepare(model, padded(part, batch_size), template=template, case="both")
-            found = np.asarray(batch.read(forward(model, batch.prompts)))[: len(part)]
-            check_finite(f"log-probabilities of {model.name}'s answers", found)
-            right += int((found.argmax(axis=-1) == batch.truth[: len(part)]).sum())
-    return right, len(items)
+    axes = [[item for item in items if item.relation in words] for words in ANSWERS.values()]
+    parts = [axis[start : start + batch_size] for axis in axes for start in range(0, len(axis), batch_size)]
+
+    def read(part: list[SpatialItem]) -> RelationBatch:
+        return prepare(model, padded(part, batch_size), template=template, case="both")
+
+    def begun(batch: RelationBatch) -> tuple[Array, Int[np.ndarray, "B"]]:
+        return batch.read(forward(model, batch.prompts)), batch.truth
+
+    def right(part: list[SpatialItem], answered: tuple[Array, Int[np.ndarray, "B"]]) -> int:
+        found, truth = (np.asarray(values)[: len(part)] for values in answered)
+        check_finite(f"log-probabilities of {model.name}'s answers", found)
+        return int((found.argmax(axis=-1) == truth).sum())
+
+    with overlapped(parts, read, begun, right) as results:
+        return sum(result.result() for _, result in results), len(items)
