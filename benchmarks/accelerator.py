@@ -89,9 +89,11 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
     compiled = target.compile(part.function, *part.args, **part.options)
     seconds = time.perf_counter() - started
     memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias)
-    absent = {*part.shares, *part.trips} - counts.functions
+    unknown = counts.unknown_loops + counts.unknown_branches
+    absent = {*part.shares, *part.trips} - counts.functions if unknown else set()
     for text in (
         *(f"the operations of kernel {name} do not count" for name in sorted(counts.unknown_kernels)),
+        *([f"{unknown} loops or branches of which it is not known how often they run"] if unknown else []),
         *(f"no loop or branch belongs to {name}" for name in sorted(absent)),
     ):
         print(f"  {target.name}/{alias}/{part.name}: {text}", flush=True)
@@ -114,7 +116,7 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
             "roofline_ms": 1e3 * device.seconds(counts.flop, counts.moved),
             "ideal_ms": 1e3 * least.seconds(device),
             "compile_s": seconds,
-            "unknown": counts.unknown_loops + counts.unknown_branches + len(counts.unknown_kernels) + len(absent),
+            "unknown": unknown + len(counts.unknown_kernels),
         }
     )
 
@@ -126,7 +128,7 @@ def counted(text: str, part: programs.Part, alias: str) -> hlo.Counts:
     weights = [index for index, parameter in enumerate(entry) if _WEIGHTS.search(parameter.rest)]
     if not weights:
         raise RuntimeError(f"no parameter of {alias}/{part.name} is a weight: {entry[0].rest:.100}")
-    keys, widths = programs.axes_of_keys(alias)
+    keys, widths = programs.axes_of_keys(alias, part.name)
     return hlo.count(program, weights=weights, keys=keys, widths=widths, shares=part.shares, trips=part.trips)
 
 
@@ -138,7 +140,7 @@ def with_ratios(found: Figures) -> Figures:
         "bound_ratio": ("roofline_ms", "ideal_ms"),
     }
     found = {**found, **{name: found[real] / found[least] for name, (real, least) in pairs.items()}}
-    return {name: round(float(found[name]), 4) for name in FIGURES}
+    return {name: float(f"{found[name]:.6g}") for name in FIGURES}
 
 
 def together(several: Sequence[Figures]) -> Figures:
@@ -261,14 +263,18 @@ def measured(wanted: Sequence[tuple[str, str, str]], jobs: int) -> Iterator[tupl
         return
     # Programs for TPUs take longest to compile, and so come first.
     order = sorted(wanted, key=lambda one: targets.DEVICES[one[0]].platform != "tpu")
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), compile_anew) as pool:
         running = {pool.submit(attempt, *one): "/".join(one[:2]) for one in order}
         yield from ((running[done], done.result()) for done in as_completed(running))
 
 
+def compile_anew() -> None:
+    """Reads no program from JAX's cache, or `compile_s` would be the time that this takes."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def attempt(name: str, alias: str, work: str) -> dict[str, Figures] | str:
     """`measure`, or a line that says why it failed."""
-    jax.config.update("jax_enable_compilation_cache", False)  # or compile_s would be the time of reading
     try:
         return measure(name, alias, work)
     except Exception as error:  # compilers raise many kinds; the other works still count
@@ -312,4 +318,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    compile_anew()
     sys.exit(main())

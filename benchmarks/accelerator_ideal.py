@@ -178,7 +178,8 @@ def tower_of(own: Geometry, count: int = PROMPTS) -> Tower:
         projected = config.image_tokens if "frames" not in own.extras else per_picture
         after = pictures * projected * matrices(leaves, *outside)
     read = sum(leaf.size for path, leaf in leaves.items() if not path.startswith("decoder."))
-    unused = (vision.num_hidden_layers - blocks) * in_block if isinstance(vision, VisionConfig) else 0
+    in_layers = sum(leaf.size for path, leaf in leaves.items() if path.startswith("tower.layers."))
+    unused = max(0, vision.num_hidden_layers - blocks) * in_layers // vision.num_hidden_layers
     return Tower(
         tokens=tokens,
         width=vision.hidden_size,
@@ -187,7 +188,7 @@ def tower_of(own: Geometry, count: int = PROMPTS) -> Tower:
         pairs=pairs,
         before=float(patches * matrices(leaves, "tower.patch_kernel")),
         after=float(after),
-        stored=read - max(0, unused),
+        stored=read - unused,
         pixels=math.prod(own.pictures) * count // PROMPTS,
     )
 

@@ -7,7 +7,6 @@ noted. So the programs, their chunks and their arguments are those of a real run
 import contextlib
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -391,7 +390,8 @@ def _finetune_part(own: Geometry, target: Target) -> list[Part]:
     state = jax.eval_shape(lambda parameters: loop._start(stage, parameters), parameters)
     frozen = unflatten({path: place(leaf, path) for path, leaf in own.leaves.items()})
     args = (jax.tree.map(place, state), jax.tree.map(place, batch), {"frozen": frozen})
-    return [Part(name="finetune", function=loop._step_function(stage, 1), args=args, shares=shares_of(own))]
+    shares = {**shares_of(own), "apply_if_finite.<locals>.update": 1.0}
+    return [Part(name="finetune", function=loop._step_function(stage, 1), args=args, shares=shares)]
 
 
 def encoder_geometry() -> tuple[Any, Any, Leaves]:
@@ -469,22 +469,21 @@ def parts(alias: str, work: str, target: Target) -> list[Part]:
     return _OF_ENCODERS[work](target) if work in _OF_ENCODERS else _OF_MODELS[work](geometry(alias), target)
 
 
-def axes_of_keys(alias: str) -> tuple[Sequence[int], Sequence[int]]:
-    """Lengths of key axes, and of axes that are neither of queries nor of keys, for finding scores."""
+def axes_of_keys(alias: str, work: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Lengths of key axes in a work, and of axes that are neither of queries nor of keys, for finding scores."""
     if alias == ENCODER:
-        config, _, _ = encoder_geometry()
-        vision, text = config.vision_config, config.text_config
-        return [vision.num_patches + 1], [vision.hidden_size, vision.intermediate_size, text.hidden_size, 1024, 2048]
+        config, _, leaves = encoder_geometry()
+        keys = [config.vision_config.num_patches + 1]
+        return keys, sorted({length for leaf in leaves.values() for length in leaf.shape} - {*keys})
     own = geometry(alias)
-    vision, text = own.config.vision_config, own.text
-    if isinstance(own.config, MllamaConfig):
-        padded = -(-vision.tile_tokens // 8) * 8
-        keys = [padded, vision.tile_tokens, *(vision.max_num_tiles * one for one in (padded, vision.tile_tokens))]
-    elif isinstance(own.config, QwenVLConfig):
-        keys = [own.pictures[1]]
-    else:
-        keys = [vision.num_patches + vision.class_token]
-    lengths = {length for leaf in own.leaves.values() for length in leaf.shape if length >= 512}
-    batch = math.prod(own.pictures[:2]) if isinstance(own.config, MllamaConfig) else own.pictures[0]
-    heads = {batch * vision.num_attention_heads, *(PROMPTS * one for one in (text.num_attention_heads,))}
-    return [own.tokens, *keys], sorted(lengths - {own.tokens, *keys} | heads - {own.tokens, *keys})
+    vision, keys, pictures = own.config.vision_config, [own.tokens], own.pictures[0]
+    if isinstance(own.config, MllamaConfig):  # tokens of tiles may be padded
+        padded, tiles = -(-vision.tile_tokens // 8) * 8, vision.max_num_tiles
+        keys += [padded, vision.tile_tokens, tiles * padded, tiles * vision.tile_tokens]
+        pictures *= tiles
+    elif work in ("trace", "extract", "finetune"):
+        qwen = isinstance(own.config, QwenVLConfig)
+        keys.append(own.pictures[1] if qwen else vision.num_patches + vision.class_token)
+    widths = {length for leaf in own.leaves.values() for length in leaf.shape}
+    heads = {pictures * vision.num_attention_heads, PROMPTS * own.text.num_attention_heads}
+    return keys, sorted((widths | heads) - {*keys})

@@ -163,3 +163,180 @@ def test_a_program_compiled_here() -> None:
     counts = hlo.count(hlo.parse(text))
     assert counts.flop == 5 * 2 * 64 * 256 * 256
     assert counts.moved >= 5 * 256 * 256 * 4
+
+
+CHIP = """
+HloModule chip
+
+FunctionNames
+1 "caller"
+2 "sweep.<locals>.chosen"
+3 "sweep"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=0 end_column=1}
+2 {file_name_id=1 function_name_id=2 line=2 end_line=2 column=0 end_column=1}
+3 {file_name_id=1 function_name_id=3 line=3 end_line=3 column=0 end_column=1}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=1}
+
+%pick (stack: bf16[3,512,512], index: s32[]) -> bf16[512,512] {
+  %stack = bf16[3,512,512]{2,1,0} parameter(0)
+  %index = s32[]{:S(6)} parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,512,512]{2,1,0} dynamic-slice(%stack, %index, %zero, %zero), dynamic_slice_sizes={1,512,512}
+  ROOT %flat = bf16[512,512]{1,0} bitcast(%one)
+}
+
+%multiply (x: bf16[16,512], stack.1: bf16[3,512,512], index.1: s32[]) -> bf16[16,512] {
+  %x = bf16[16,512]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %stack.1 = bf16[3,512,512]{2,1,0} parameter(1)
+  %index.1 = s32[]{:S(6)} parameter(2)
+  %picked = bf16[512,512]{1,0} fusion(%stack.1, %index.1), kind=kLoop, calls=%pick
+  ROOT %product = bf16[16,512]{1,0} convolution(%x, %picked), dim_labels=bf_io->bf
+}
+
+%body (state: (s32[], bf16[16,512], bf16[3,512,512], s32[])) -> (s32[], bf16[16,512], bf16[3,512,512], s32[]) {
+  %state = (s32[], bf16[16,512]{1,0:T(8,128)(2,1)S(1)}, bf16[3,512,512]{2,1,0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %one.1 = s32[] constant(1)
+  %next = s32[] add(%i, %one.1)
+  %a = bf16[16,512]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
+  %w = bf16[3,512,512]{2,1,0} get-tuple-element(%state), index=2
+  %end = s32[] get-tuple-element(%state), index=3
+  %b = bf16[16,512]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %w, %i), kind=kOutput, calls=%multiply
+  ROOT %after = (s32[], bf16[16,512]{1,0:S(1)}, bf16[3,512,512]{2,1,0}, s32[]) tuple(%next, %b, %w, %end)
+}
+
+%less (state.1: (s32[], bf16[16,512], bf16[3,512,512], s32[])) -> pred[] {
+  %state.1 = (s32[], bf16[16,512]{1,0:S(1)}, bf16[3,512,512]{2,1,0}, s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %end.1 = s32[] get-tuple-element(%state.1), index=3
+  ROOT %is = pred[] compare(%i.1, %end.1), direction=LT
+}
+
+%skip (given: (bf16[16,512])) -> (bf16[16,512]) {
+  ROOT %given = (bf16[16,512]{1,0:S(1)}) parameter(0)
+}
+
+%work (given.1: (bf16[16,512])) -> (bf16[16,512]) {
+  %given.1 = (bf16[16,512]{1,0:S(1)}) parameter(0)
+  %y = bf16[16,512]{1,0:S(1)} get-tuple-element(%given.1), index=0
+  %square = bf16[16,16]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %z = bf16[16,512]{1,0:S(1)} dot(%square, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %returned = (bf16[16,512]{1,0:S(1)}) tuple(%z)
+}
+
+ENTRY %main (far: bf16[16,512], weights: bf16[3,512,512]) -> bf16[16,512] {
+  %far = bf16[16,512]{1,0} parameter(0)
+  %weights = bf16[3,512,512]{2,1,0} parameter(1)
+  %fetch = (bf16[16,512]{1,0:S(1)}, bf16[16,512]{1,0}, u32[]{:S(2)}) copy-start(%far)
+  %near = bf16[16,512]{1,0:S(1)} copy-done(%fetch)
+  %first = s32[] constant(0)
+  %last = s32[] constant(3)
+  %init = (s32[], bf16[16,512]{1,0:S(1)}, bf16[3,512,512]{2,1,0}, s32[]) tuple(%first, %near, %weights, %last)
+  %loop = (s32[], bf16[16,512]{1,0:S(1)}, bf16[3,512,512]{2,1,0}, s32[]) while(%init), condition=%less, body=%body
+  %x.2 = bf16[16,512]{1,0:S(1)} get-tuple-element(%loop), index=1
+  %no = (bf16[16,512]{1,0:S(1)}) tuple(%x.2)
+  %yes = (bf16[16,512]{1,0:S(1)}) tuple(%x.2)
+  %choice = s32[] get-tuple-element(%loop), index=0
+  %cond = (bf16[16,512]{1,0:S(1)}) conditional(%choice, ARMS, metadata={op_name="c" stack_frame_id=2}
+  %chosen = bf16[16,512]{1,0:S(1)} get-tuple-element(%cond), index=0
+  ROOT %out = bf16[16,512]{1,0} copy(%chosen)
+}
+"""
+INDEXED = "%no, %yes), branch_computations={%skip, %work}"
+BOOLEAN = "%yes, %no), true_computation=%work, false_computation=%skip"
+TOKENS, LAYER, COUNTER = 16 * 512 * 2, 512 * 512 * 2, 4
+
+
+def test_memory_on_the_chip_costs_nothing() -> None:
+    """Tokens that stay there, a copy that brings them there, a layer that a nested fusion picks out of its stack."""
+    counts = hlo.count(hlo.parse(CHIP.replace("ARMS", INDEXED)), weights=[1], shares={"sweep.<locals>.chosen": 0.0})
+    loop = 3 * (LAYER + COUNTER + 3 * COUNTER)  # a layer and its index, and the addition; not the condition
+    assert counts.moved == TOKENS + loop + TOKENS
+    assert counts.flop == 3 * 2 * 16 * 512 * 512  # the loop's length is told by what it counts up to
+    assert (counts.weight_copies, counts.unknown_loops, counts.unknown_branches) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("arms", [INDEXED, BOOLEAN])
+def test_branches_count_as_often_as_they_are_taken(arms: str) -> None:
+    program = hlo.parse(CHIP.replace("ARMS", arms))
+    product = 2 * 16 * 16 * 512
+    loop = 3 * 2 * 16 * 512 * 512
+    quarter = hlo.count(program, shares={"sweep.<locals>.chosen": 0.25})
+    assert quarter.flop == loop + 0.25 * 2 * product
+    assert (quarter.functions, quarter.unknown_branches) == ({"sweep.<locals>.chosen"}, 0)
+    unknown = hlo.count(program, shares={"sweep": 0.25})
+    assert unknown.flop == loop + 2 * product  # the branch that moves most
+    assert (unknown.functions, unknown.unknown_branches) == (frozenset(), 1)
+
+
+def test_a_loop_runs_as_often_as_the_caller_says() -> None:
+    frames = CHIP[: CHIP.index("%pick")]
+    text = frames + LOOP.replace("TRIPS", 'metadata={op_name="while" stack_frame_id=3}')
+    counts = hlo.count(hlo.parse(text), trips={"sweep": 7})
+    assert (counts.flop, counts.unknown_loops) == (7 * 2 * 8 * 600 * 600, 0)
+    assert counts.functions == {"sweep"}
+
+
+def call(shapes: str, operands: list[str], rest: str) -> Any:
+    """Counts of a program that is one custom call."""
+    lines = [f"%p{index} = {shape} parameter({index})" for index, shape in enumerate(operands)]
+    names = ", ".join(f"%p{index}" for index in range(len(operands)))
+    lines += [f"ROOT %y = {shapes} custom-call({names}), {rest}"]
+    text = f"ENTRY %main (p0: f32[1]) -> f32[1] {{\n{''.join(f'  {line}' + chr(10) for line in lines)}}}\n"
+    return hlo.count(hlo.parse(text))
+
+
+def pallas(name: str) -> str:
+    return f'custom_call_target="tpu_custom_call", metadata={{op_name="jit(f)/jvp()/{name}/pallas_call"}}'
+
+
+def test_attention_kernels() -> None:
+    """Two products with the scores forward; three and four backward; heads of keys are shared."""
+    number, query, key = "f32[2,8,1,640]", "bf16[2,8,600,64]", "bf16[2,4,700,64]"
+    scores = 2 * 8 * 600 * 700
+    forward = call(f"({query}, {number})", ["s32[2,1,1,640]", query, key, key], pallas("attention_forward"))
+    assert forward.flop == 2 * 2 * scores * 64
+    assert forward.moved == 4 * (2 * 640 + 2 * 8 * 640) + 2 * (2 * 2 * 8 * 600 * 64 + 2 * 2 * 4 * 700 * 64)
+    backward = [query, query, key, key, number, number]
+    assert call(query, backward, pallas("attention_query_gradient")).flop == 3 * 2 * scores * 64
+    assert call(f"({key}, {key})", backward, pallas("attention_key_gradient")).flop == 4 * 2 * scores * 64
+
+
+def test_a_product_reads_its_layer_of_the_stack() -> None:
+    counts = call("bf16[1,8,32]", ["s32[]", "bf16[8,16]", "bf16[5,16,32]"], pallas("layer_product"))
+    assert counts.flop == 2 * 8 * 16 * 32
+    assert counts.moved == 4 + 2 * (8 * 16 + 16 * 32 + 8 * 32)
+
+
+def test_cudnn_attention() -> None:
+    shape = '"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","8","600","700"],"x":[]}'
+    query, key = "bf16[2,600,8,64]", "bf16[2,700,8,64]"
+    for target, products in (("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 5)):
+        rest = f'custom_call_target="{target}", backend_config={{{shape}}}'
+        assert call(f"({query}, u8[64])", [query, key, key], rest).flop == products * 2 * 2 * 8 * 600 * 700 * 64
+
+
+def test_unknown_kernels_are_listed() -> None:
+    known = call("f32[4]", ["f32[4]"], 'custom_call_target="AllocateBuffer"')
+    assert known.unknown_kernels == frozenset() and known.moved == 0
+    for rest, name in ((pallas("mystery"), "mystery"), ('custom_call_target="cholesky"', "cholesky")):
+        counts = call("f32[4]", ["f32[4]"], rest)
+        assert (counts.unknown_kernels, counts.flop, counts.moved) == ({name}, 0, 32)
+
+
+def test_a_table_that_is_looked_up_is_not_copied() -> None:
+    text = """
+ENTRY %main (table: bf16[32000,4096], rows: s32[640]) -> bf16[640,4096] {
+  %table = bf16[32000,4096]{1,0} parameter(0)
+  %rows = s32[640]{0} parameter(1)
+  ROOT %found = bf16[640,4096]{1,0} gather(%table, %rows), offset_dims={1}, slice_sizes={1,4096}
+}
+"""
+    counts = hlo.count(hlo.parse(text), weights=[0])
+    assert (counts.weight_copies, counts.moved) == (0, 2 * 640 * 4096 * 2 + 640 * 4)
