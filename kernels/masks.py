@@ -79,7 +79,7 @@ class Reads(NamedTuple):
 
 
 def causal(
-    query_positions: Int[Array, "B S"], key_positions: Int[Array, "B T"], valid: Bool[Array, "B T"] | None = None
+    query_positions: Int[Array, "#B S"], key_positions: Int[Array, "#B T"], valid: Bool[Array, "#B T"] | None = None
 ) -> Reads:
     """Every query reads the keys at or before its own position.
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.errors import CheckpointError, PromptError
 from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
-from jaxid.kernels import attention
+from jaxid.kernels import attention, masks
+from jaxid.kernels.masks import Reads
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, unembedding_key
 from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
@@ -186,10 +187,10 @@ class MllamaTower(nnx.Module):
         real = (jnp.arange(most) < tiles[:, None])[:, :, None] & (jnp.arange(padded) < tokens)
         real = real.reshape(count, -1)
         # As in the published code, only pairs of two padded tokens are masked.
-        allowed = real[:, :, None] | real[:, None, :]
+        reads = Reads(high=real.astype(jnp.int32), positions=(~real).astype(jnp.int32))
 
         def read(query: Array, key: Array, value: Array) -> Array:
-            return attention.attend(query, key, value, allowed)
+            return attention.attend(query, key, value, reads)
 
         local = run_blocks(self.layers, x.reshape(count, most * padded, -1), read=read)
         x = self.post_norm(local[-1]).reshape(count, most, padded, -1)
@@ -248,11 +249,17 @@ class Mllama(Network):
         )
         seen = (pictures < count[:, :, None]) & (run[:, :, None] == own_run[:, None]) & (shown >= 0)[:, None]
         tiles = jnp.arange(self.config.vision_config.max_num_tiles)
-        real = tiles < inputs.extras["tile_count"][jnp.maximum(shown, 0)][:, :, None]
-        mask = (seen[..., None] & real[:, None]).reshape(*seen.shape[:2], -1)
-        mask = jnp.repeat(mask, self.config.vision_config.tile_tokens, axis=2)
-        rows = mask.any(axis=2)
-        return self.decoder.remember(states, mask | ~rows[:, :, None], rows)
+        real = (tiles < inputs.extras["tile_count"][jnp.maximum(shown, 0)][:, :, None]) & (shown >= 0)[:, :, None]
+        rows = seen.any(axis=2)
+        # A key's position is the index of its picture; keys of tiles that do not exist come after all of them.
+        tokens, beyond = self.config.vision_config.tile_tokens, masks.NEVER - 1
+        positions = jnp.where(real, pictures[:, None], beyond).reshape(real.shape[0], -1)
+        reads = Reads(
+            low=jnp.where(rows, jnp.argmax(seen, axis=2) - 1, -1),
+            high=jnp.where(rows, count - 1, beyond),
+            positions=jnp.repeat(positions, tokens, axis=1),
+        )
+        return self.decoder.remember(states, reads, rows)
 
 
 class MllamaProcessor(Processor):

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxid.kernels.masks import Reads
 from jaxid.nn.decoder import Decoder, DecoderBlock, Tap
 from jaxid.nn.decoder_config import DecoderConfig, decoder_keys
 from jaxid.nn.keys import Key, prefixed
@@ -104,8 +105,8 @@ class MllamaDecoder(Decoder):
         indices[list(self.config.cross_attention_layers)] = np.arange(len(self.config.cross_attention_layers))
         return jnp.asarray(indices)
 
-    def remember(self, states: Float[Array, "B I D"], mask: Bool[Array, "B T I"], rows: Bool[Array, "B T"]) -> Memory:
-        """The pictures' keys and values in every cross-attention layer; `mask` and `rows` as in `Memory`."""
+    def remember(self, states: Float[Array, "B I D"], reads: Reads, rows: Bool[Array, "B T"]) -> Memory:
+        """The pictures' keys and values in every cross-attention layer; `reads` and `rows` as in `Memory`."""
         scales = self.crossing.key_norm.scale[...]
 
         def step(_: None, row: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
@@ -117,7 +118,7 @@ class MllamaDecoder(Decoder):
 
         layers = jnp.asarray(np.array(self.config.cross_attention_layers))
         _, (keys, values) = jax.lax.scan(step, None, (layers, scales))
-        return Memory(keys, values, mask, rows)
+        return Memory(keys, values, reads, rows)
 
     def view(self, own: View, memory: Memory | None) -> View:
         """Adds the memory to what self-attention reads."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Checkpoint, Family, hidden_states, sections
-from jaxid.kernels import attention, rope
+from jaxid.kernels import attention, masks, rope
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, unembedding_key
 from jaxid.nn.fields import Json, check_parts
@@ -193,11 +193,11 @@ class QwenTower(nnx.Module):
         definition = nnx.graphdef(self.layers)
 
         def read_picture(query: Array, key: Array, value: Array) -> Array:
-            return attention.attend(query, key, value, valid[:, None])
+            return attention.attend(query, key, value, masks.everything(valid.shape[1], valid))
 
         def read_window(query: Array, key: Array, value: Array) -> Array:
             query, key, value = (heads.reshape(-1, window, *heads.shape[2:]) for heads in (query, key, value))
-            mixed = attention.attend(query, key, value, valid.reshape(-1, 1, window))
+            mixed = attention.attend(query, key, value, masks.everything(window, valid.reshape(-1, window)))
             return mixed.reshape(pictures, -1, *mixed.shape[2:])
 
         def step(x: Array, index: Layer, parameters: PyTree) -> tuple[Array, Array]:

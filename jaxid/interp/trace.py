@@ -126,7 +126,7 @@ def _record(
         network.decoder,
         network.embed(inputs),
         inputs.positions,
-        network.mask(inputs),
+        network.reads(inputs),
         suffix,
         inputs.last,
         intervention,

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxid.kernels import attention
+from jaxid.kernels import masks
+from jaxid.kernels.masks import Reads
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.passes import DecoderOutput, forward
@@ -48,12 +49,13 @@ class Network(nnx.Module):
         pictures = jnp.take(flat, jnp.maximum(inputs.image_rows, 0), axis=0)
         return jnp.where(pictured[..., None], pictures, text)
 
-    def mask(self, inputs: Inputs) -> Bool[Array, "B T T"]:
+    def reads(self, inputs: Inputs) -> Reads:
         """Which tokens each token reads: earlier ones except padding, in some models also those of its picture."""
-        mask = attention.causal_mask(inputs.positions, inputs.positions, inputs.valid)
+        reads = masks.causal(inputs.positions, inputs.positions, inputs.valid)
         if self.config.text_config.bidirectional_pictures and inputs.pixels is not None:
-            mask = mask | (attention.same_span(self.spans(inputs)) & inputs.valid[:, None])
-        return mask
+            spans = self.spans(inputs)
+            reads = masks.with_spans(reads, spans, jnp.where(inputs.valid, spans, -1))
+        return reads
 
     def memory(self, inputs: Inputs) -> Memory | None:
         """The pictures' keys and values, in families with cross-attention layers."""
@@ -68,7 +70,7 @@ class Network(nnx.Module):
             self.decoder,
             self.embed(inputs),
             inputs.positions,
-            self.mask(inputs),
+            self.reads(inputs),
             intervention,
             capture,
             rope_positions=inputs.rope_positions,

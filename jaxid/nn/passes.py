@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxid.kernels.masks import Reads
 from jaxid.nn.decoder import Decoder, DecoderBlock, Tap, kept
 from jaxid.nn.layers import Layer, by_index, recomputed, scan_stack, take_tokens
 from jaxid.nn.sites import DECODER_SITES, Capture, Site, SiteFunction, clean
 from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Stored, Swapped, View
 
 Tree = TypeVar("Tree")
+State = TypeVar("State")
 Caches = tuple[Float[Array, "L R B C K E"], Float[Array, "L R B C K E"]]
+Recorded = tuple[Float[Array, "L1 B S D"], Float[Array, "L B K T E"], Float[Array, "L B K T E"]]
 Decoding = tuple[Array, Array, Array, Array, Array, Caches]
 
 # --- whole prompts --------------------------------------------------------------------------------------------------
@@ -54,7 +57,7 @@ def forward(
     decoder: Decoder,
     embeddings: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    mask: Bool[Array, "#B T T"],
+    reads: Reads,
     intervention: SiteFunction,
     capture: Capture,
     *,
@@ -69,7 +72,7 @@ def forward(
         decoder: the decoder.
         embeddings: token embeddings with the pictures merged in.
         positions: position of every token in its prompt.
-        mask: which tokens each token reads; later ones only within a picture.
+        reads: which tokens each token reads; later ones only within a picture.
         intervention: called as `intervention(site, value)` at every site.
         capture: what to return; values at block sites are stacked over layers.
         rope_positions: positions along several axes, for families that rotate heads by them.
@@ -81,7 +84,7 @@ def forward(
     Returns:
         The normed final hidden states and the captured values.
     """
-    view = _whole(decoder, positions, mask, rope_positions, last, memory)
+    view = _whole(decoder, positions, reads, rope_positions, last, memory)
     x = intervention(Site("embed", jnp.asarray(-1), positions), embeddings)
     captured = {"embed": capture.take(x)} if "embed" in capture.sites else {}
     sites = [name for name in DECODER_SITES if name in capture.sites]
@@ -117,7 +120,7 @@ def record(
     decoder: Decoder,
     embeddings: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    mask: Bool[Array, "#B T T"],
+    reads: Reads,
     suffix: Int[Array, "B S"],
     last: Int[Array, "B"],
     intervention: SiteFunction,
@@ -131,43 +134,60 @@ def record(
         decoder: the decoder.
         embeddings: as in `forward`.
         positions: as in `forward`.
-        mask: as in `forward`.
+        reads: as in `forward`.
         suffix: index of the tokens whose residual stream is recorded.
         last: index of every prompt's last token, which is part of the suffix.
         intervention: called as `intervention(site, value)` at every site.
         rope_positions: as in `forward`.
         memory: as in `forward`.
     """
-    view = _whole(decoder, positions, mask, rope_positions, last, memory)
+    view = _whole(decoder, positions, reads, rope_positions, last, memory)
 
-    def step(x: Array, layer: Layer, parameters: PyTree, keep: Keep = None) -> tuple[Array, tuple[Array, ...]]:
-        entering, block = take_tokens(x, suffix), decoder.block(layer, parameters)
+    def step(
+        state: tuple[Array, Recorded], layer: Layer, parameters: PyTree, keep: Keep = None
+    ) -> tuple[tuple[Array, Recorded], None]:
+        (x, recorded), block = state, decoder.block(layer, parameters)
+        entering = take_tokens(x, suffix)
         x, stored = decoder.step(block, layer, x, view, _tap(intervention, layer, positions, keep), keep)
-        return x, (entering, *(jnp.moveaxis(heads, 1, 2) for heads in stored))
+        return (x, _written(recorded, layer, (entering, *stored))), None
 
     x = intervention(Site("embed", jnp.asarray(-1), positions), embeddings)
-    x, (entering, keys, values) = _stack(decoder, step, x, suffix)
+    config, (batch, tokens, width) = decoder.config, x.shape
+    layers, heads = config.num_hidden_layers, (config.num_key_value_heads, tokens, config.head_dim)
+    # Each layer writes to where its values stay: stacking them afterwards would take their memory twice.
+    shapes = ((layers + 1, batch, suffix.shape[1], width), *[(layers, batch, *heads)] * 2)
+    empty = tuple(jnp.zeros(shape, x.dtype) for shape in shapes)
+    (x, (residuals, keys, values)), _ = _stack(decoder, step, (x, empty), suffix)
     end = jnp.argmax(suffix == last[:, None], axis=1)[:, None]
     return Record(
         hidden=decoder.norm(take_tokens(x, end)[:, 0]),
         keys=keys,
         values=values,
-        residuals=jnp.concatenate([entering, x[None]]),
+        residuals=residuals.at[layers].set(x),
         memory=memory,
     )
+
+
+def _written(arrays: Recorded, layer: Layer, values: tuple[Array, Array, Array]) -> Recorded:
+    """The arrays with a layer's values written to them."""
+    first, second, third = (
+        jax.lax.dynamic_update_index_in_dim(array, value.astype(array.dtype), layer, 0)
+        for array, value in zip(arrays, values, strict=True)
+    )
+    return first, second, third
 
 
 def _whole(
     decoder: Decoder,
     positions: Array,
-    mask: Array,
+    reads: Reads,
     rope_positions: Array | None,
     last: Array | None,
     memory: Memory | None,
 ) -> View:
     """What the tokens of whole prompts read."""
     tokens = decoder.tokens(positions, rope_positions, last, positions.shape[1])
-    return decoder.view(Own(tokens, mask, causal=not decoder.config.bidirectional_pictures), memory)
+    return decoder.view(Own(tokens, reads, causal=not decoder.config.bidirectional_pictures), memory)
 
 
 def _tap(intervention: SiteFunction, layer: Layer, positions: Int[Array, "B T"], keep: Keep = None) -> Tap:
@@ -184,10 +204,10 @@ def _tap(intervention: SiteFunction, layer: Layer, positions: Int[Array, "B T"],
 
 def _stack(
     decoder: Decoder,
-    step: Callable[..., tuple[Array, Tree]],
-    x: Float[Array, "B T D"],
+    step: Callable[..., tuple[State, Tree]],
+    x: State,
     keep: Keep,
-) -> tuple[Float[Array, "B S D"], Tree]:
+) -> tuple[State, Tree]:
     """Runs `step(x, layer, parameters, keep)` in all layers in turn; `keep` applies only to the last one."""
     layers, count = decoder.layers, decoder.config.num_hidden_layers
     if keep is None:

@@ -7,7 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import InputError
-from jaxid.kernels import attention
+from jaxid.kernels import attention, masks
+from jaxid.kernels.masks import Reads
 from jaxid.nn.keys import Key, layer_norm, prefixed
 from jaxid.nn.layers import LayerNorm, normal, stacked
 from jaxid.nn.transformer import BLOCK_KEYS, Block, BlockConfig, run_blocks
@@ -82,8 +83,8 @@ class TextEncoder(nnx.Module):
         x = self.embed(token_ids)
         if self.config.first_norm:
             x = self.first_norm(x)
-        mask = self.mask(valid)
-        return run_blocks(self.layers, x, read=lambda q, k, v: attention.attend(q, k, v, mask))
+        reads = self.reads(valid)
+        return run_blocks(self.layers, x, read=lambda q, k, v: attention.attend(q, k, v, reads))
 
     def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
         """Token and position embeddings."""
@@ -93,7 +94,7 @@ class TextEncoder(nnx.Module):
             x = jnp.concatenate([x, last], axis=1)
         return x + self.position[: x.shape[1]]
 
-    def mask(self, valid: Bool[Array, "N T"]) -> Bool[Array, "N S S"]:
+    def reads(self, valid: Bool[Array, "N T"]) -> Reads:
         """Which tokens each token reads."""
         if self.config.class_token:
             # Published weights were trained with the padding mask shifted right by one: the first token is always read,
@@ -101,9 +102,9 @@ class TextEncoder(nnx.Module):
             valid = jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
         read = jnp.ones_like(valid) if self.config.reads_padding else valid
         if not self.config.causal:
-            return jnp.broadcast_to(read[:, None], (*read.shape, read.shape[1]))
+            return masks.everything(valid.shape[1], read)
         positions = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
-        return attention.causal_mask(positions, positions, read)
+        return masks.causal(positions, positions, read)
 
     def normed(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         """After the final norm, if there is one."""

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxid.kernels import attention, rope
+from jaxid.kernels import attention, masks, rope
+from jaxid.kernels.masks import Reads
 from jaxid.kernels.rope import Rotation
 from jaxid.nn.layers import Layer, layer_of, take_tokens
 
@@ -74,15 +75,9 @@ class Tokens:
             cosine, sine = take_tokens(cosine, keep), take_tokens(sine, keep)
         return rope.rotate(heads, cosine, sine)
 
-    def within(
-        self, layer: Layer, mask: Bool[Array, "#B #S T"], keep: Keep, key_positions: Int[Array, "#B T"]
-    ) -> Bool[Array, "#B #S T"]:
-        """The mask, restricted to the window in a sliding layer."""
-        if self.window is None:
-            return mask
-        queries = self.of(keep)
-        key_positions = jnp.broadcast_to(key_positions, (queries.shape[0], key_positions.shape[1]))
-        return mask & (attention.near(queries, key_positions, self.window) | ~self._sliding(layer))
+    def within(self, layer: Layer, reads: Reads, keep: Keep) -> Reads:
+        """What the kept tokens read, restricted to the window in a sliding layer."""
+        return reads if self.window is None else reads.within(self.of(keep), self.window, self._sliding(layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +86,24 @@ class Own(View):
 
     Attributes:
         tokens: the prompts' tokens.
-        mask: which tokens each token reads, without regard to windows.
+        reads: which tokens each token reads, without regard to windows.
         causal: promises that no token reads a later one.
     """
 
     tokens: Tokens
-    mask: Bool[Array, "#B T T"]
+    reads: Reads
     causal: bool
 
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
-        """Rotated keys, and values."""
-        return self.tokens.rotated(layer, key), value
+        """Rotated keys, and values, heads first."""
+        return jnp.swapaxes(self.tokens.rotated(layer, key), -3, -2), jnp.swapaxes(value, -3, -2)
 
     def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prompt."""
-        mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
-        mask = self.tokens.within(layer, mask, keep, self.tokens.positions)
-        query = self.tokens.rotated(layer, query, keep)
-        return attention.attend(query, *stored, mask, causal=self.causal and keep is None)
+        reads = self.tokens.within(layer, self.reads if keep is None else self.reads.take(keep), keep)
+        query = jnp.swapaxes(self.tokens.rotated(layer, query, keep), -3, -2)
+        mixed = attention.attend_heads(query, *stored, reads, causal=self.causal and keep is None)
+        return jnp.swapaxes(mixed, -3, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,21 +132,25 @@ class Prefix(View):
         prefix_keys, prefix_values = (
             jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2) for leaf in (self.keys, self.values)
         )
-        before = self.tokens.within(layer, self.mask[:, None], keep, jnp.arange(count)[None])
-        keys, values, mask, positions = self.own(layer, stored, keep)
-        mask = self.tokens.within(layer, mask, keep, positions)
+        queries = self.tokens.of(keep)
+        before = self.tokens.within(layer, masks.causal(queries, jnp.arange(count)[None], self.mask), keep)
+        keys, values, own = self.own(layer, stored, keep)
+        own = self.tokens.within(layer, own, keep)
         query = self.tokens.rotated(layer, query, keep)
-        return attention.shared_prefix_attention(prefix_keys, prefix_values, before, query, keys, values, mask[None])
+        return attention.shared_prefix_attention(
+            prefix_keys, prefix_values, before, query, keys, values, own.mask()[None]
+        )
 
     def own(
         self, layer: Layer, stored: Stored, keep: Keep
-    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Bool[Array, "#B #S C"], Int[Array, "B C"]]:
-        """Keys and values of the rows' own tokens, which of them each query reads, and their positions."""
+    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Reads]:
+        """Keys and values of the rows' own tokens, and which of them each query reads."""
         del layer
-        # By index: padding is on the right, where no real token reads it.
+        # Padding is on the right; its positions may repeat that of the last token, which must not read it.
         index = jnp.arange(self.tokens.positions.shape[1])
-        queries = index[None] if keep is None else keep
-        return *stored, index <= queries[:, :, None], self.tokens.positions
+        positions = self.tokens.positions[:, :1] + index
+        queries = positions if keep is None else jnp.take_along_axis(positions, keep, axis=1)
+        return *stored, masks.causal(queries, positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +180,9 @@ class Cache(Prefix):
 
     def own(
         self, layer: Layer, stored: Stored, keep: Keep
-    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Bool[Array, "#B #S C"], Int[Array, "B C"]]:
-        """The cached keys and values of the layer, which of them are filled, and their positions."""
-        del keep
-        return *layer_of(stored, layer), self.filled[:, None], self.positions
+    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Reads]:
+        """The cached keys and values of the layer; the new token reads those that are filled."""
+        return *layer_of(stored, layer), masks.causal(self.tokens.of(keep), self.positions, self.filled)
 
 
 class Memory(NamedTuple):
@@ -193,30 +191,25 @@ class Memory(NamedTuple):
     Attributes:
         keys: the pictures' keys in every cross-attention layer, heads first.
         values: the values that belong to these keys.
-        mask: which of them each token reads; all of them for tokens that may read none.
+        reads: which of them each token reads; all of them for tokens that may read none.
         rows: false for tokens that may read none.
     """
 
     keys: Float[Array, "C B K I E"]
     values: Float[Array, "C B K I E"]
-    mask: Bool[Array, "B T I"]
+    reads: Reads
     rows: Bool[Array, "B T"]
 
     def at(self, positions: Int[Array, "B S"]) -> "Memory":
         """The memory as the tokens at some positions read it."""
-        mask = jnp.take_along_axis(self.mask, positions[:, :, None], axis=1)
-        return self._replace(mask=mask, rows=jnp.take_along_axis(self.rows, positions, axis=1))
+        return self._replace(reads=self.reads.take(positions), rows=jnp.take_along_axis(self.rows, positions, axis=1))
 
     def read(self, index: Layer, query: Queries, keep: Keep = None) -> Queries:
         """What the queries of the kept tokens read in a cross-attention layer, by its index among these."""
-        mask = self.mask if keep is None else jnp.take_along_axis(self.mask, keep[:, :, None], axis=1)
-
-        @jax.checkpoint
-        def attend(query: Array, keys: Array, values: Array) -> Array:
-            rows = query.reshape(-1, *query.shape[-4:])
-            return attention.merge(attention.prefix_part(rows, keys, values, mask)).astype(values.dtype)
-
-        return attend(query, *layer_of((self.keys, self.values), index)).reshape(query.shape)
+        reads = self.reads if keep is None else self.reads.take(keep)
+        keys, values = layer_of((self.keys, self.values), index)
+        rows = query.reshape(-1, *query.shape[-4:])
+        return attention.prefix_part(rows, keys, values, reads).mixed.astype(values.dtype).reshape(query.shape)
 
 
 @dataclasses.dataclass(frozen=True)

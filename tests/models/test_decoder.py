@@ -21,7 +21,7 @@ from transformers.models.mllama.modeling_mllama import MllamaTextModel, _prepare
 from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import CheckpointError
 from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
-from jaxid.kernels.attention import causal_mask
+from jaxid.kernels.masks import Reads, causal
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import FULL, KINDS, SLIDING, DecoderConfig, RopeConfig, decoder_config, decoder_keys
 from jaxid.nn.layers import RMSNorm, rms_norm
@@ -109,7 +109,7 @@ def test_tensors_and_frequencies_are_hugging_faces(kind: str) -> None:
 IDS = np.random.default_rng(0).integers(4, 40, (2, 9)).astype(np.int32)
 VALID = np.arange(9) < np.array([9, 6])[:, None]
 PLACES = jnp.tile(jnp.arange(9), (2, 1))
-CAUSAL = causal_mask(PLACES, PLACES, jnp.asarray(VALID))
+CAUSAL = causal(PLACES, PLACES, jnp.asarray(VALID))
 
 
 @functools.partial(jax.jit, static_argnames="definition")
@@ -264,7 +264,11 @@ ROWS = np.asarray(SEEN.any(axis=-1))
 
 
 def memory_of(decoder: Any, states: np.ndarray = STATES) -> Memory:
-    return decoder.remember(jnp.asarray(states), jnp.asarray(SEEN | ~ROWS[..., None]), jnp.asarray(ROWS))
+    """The second picture's tokens have the position 1; tokens before the picture read all of them."""
+    high = np.where(ROWS, SEEN[:, :, 4].astype(np.int32), 1)
+    reads = Reads(high=jnp.asarray(high), positions=jnp.asarray(np.repeat([[0, 1]], 4, axis=1).repeat(2, axis=0)))
+    np.testing.assert_array_equal(reads.mask(), SEEN | ~ROWS[..., None])
+    return decoder.remember(jnp.asarray(states), reads, jnp.asarray(ROWS))
 
 
 CROSSED = {"cross_attention_layers": (1, 2), "num_hidden_layers": 4}

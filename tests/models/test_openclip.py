@@ -79,7 +79,7 @@ def test_captions(model: tuple[Any, dict[str, np.ndarray]]) -> None:
     # CoCa's class token comes after the caption's own tokens.
     assert_close(found.tokens, golden["text_tokens_normed_projected"][:, : ids.shape[1]])
     if "text_mask" in golden:
-        np.testing.assert_array_equal(network.text_encoder.mask(ids != 0), golden["text_mask"])
+        np.testing.assert_array_equal(network.text_encoder.reads(ids != 0).mask(), golden["text_mask"])
 
 
 def test_pairs_are_scored_as_published(model: tuple[Any, dict[str, np.ndarray]]) -> None:

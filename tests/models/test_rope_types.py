@@ -23,7 +23,7 @@ from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding, Ml
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 import jaxid
-from jaxid.kernels.attention import causal_mask
+from jaxid.kernels.masks import causal
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.decoder_config import FULL, SLIDING, decoder_config, decoder_keys
 from jaxid.nn.passes import forward
@@ -134,7 +134,7 @@ def run(definition: Any, state: Any, ids: Any, valid: Any, last: Any) -> jax.Arr
     rope_positions = None
     if decoder.config.rope.mrope_section:
         rope_positions = jnp.broadcast_to(places[:, None], (len(ids), 3, ids.shape[1]))
-    mask = causal_mask(places, places, valid)
+    mask = causal(places, places, valid)
     embedded = decoder.embed(ids)
     given = (embedded, places, mask, clean, Capture())
     return forward(decoder, *given, rope_positions=rope_positions, last=last).hidden
