@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict, Json, Toml, Yaml
@@ -18,7 +18,7 @@ from cyclopts.config import Dict, Json, Toml, Yaml
 from jaxid import __version__
 from jaxid.checks import check_values
 from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
-from jaxid.io import ensure_output_folder, reading
+from jaxid.io import ensure_output_folder, reading, to_json, write_json
 
 GROUPS = {
     "run": "The published experiments, as jobs that can be stopped and resumed.",
@@ -33,6 +33,7 @@ COMMANDS = {
     "ask": "jaxid.experiments.ask:Ask",
     "finetune": "jaxid.experiments.finetune_run:Finetune",
     "compare-finetune": "jaxid.experiments.finetune_run:CompareFinetune",
+    "plan": "jaxid.cli:plan",
     "run belief-swap": "jaxid.experiments.belief_swap:BeliefSwap",
     "run compare": "jaxid.experiments.compare:Compare",
     "run mirror-swap": "jaxid.experiments.activation_swap:MirrorSwap",
@@ -71,6 +72,7 @@ SHORT = {
     "ask": "Ask a model about a picture.",
     "finetune": "Fine-tune on grid scenes with a loss on spatial IDs.",
     "compare-finetune": "Compare fine-tuning runs with and without the ID loss.",
+    "plan": "Say what an experiment needs on a device, which batch it would choose, and the least time it takes.",
 }
 """What `jaxid --help` says of commands that are imported only when they run."""
 
@@ -110,10 +112,7 @@ def run(tokens: list[str]) -> None:
         JaxidError: from the command.
         CycloptsError: for arguments that do not fit it.
     """
-    command: Any
-    command, given, _ = app(tokens).parse_args(
-        _without_config(tokens)[0], exit_on_error=False, print_error=False, help_on_error=False
-    )
+    command, given = _parsed(tokens)
     if getattr(command, "__module__", "").startswith("jaxid.") and not isinstance(command, type):
         check_values(command, given.arguments)
     result: Any = command(*given.args, **given.kwargs)
@@ -122,6 +121,47 @@ def run(tokens: list[str]) -> None:
     elif isinstance(command, type):  # a dataclass of options
         for line in result.printed(result.run()):
             print(line)
+
+
+def _parsed(tokens: list[str]) -> tuple[Any, Any]:
+    """The command that the tokens name, and its arguments."""
+    # What follows `plan` are another command's arguments, with its own file of options.
+    rest = tokens if tokens[:1] == ["plan"] else _without_config(tokens)[0]
+    command, given, _ = app(tokens).parse_args(rest, exit_on_error=False, print_error=False, help_on_error=False)
+    return command, given
+
+
+def plan(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    device: str = "this",
+    json: bool = False,
+    save: Path | None = None,
+) -> str:
+    """Say what an experiment needs on a device, which batch it would choose, and the least time it takes.
+
+    No weights are read. Memory on other devices is estimated; on this one, XLA's compiler tells it.
+
+    Args:
+        command: an experiment with the arguments of its own command, such as belief-swap --data COCO --ids FILE.
+        device: h100, h200, a100-40, a100-80, rtx4090, v5e, v5p, v6e, cpu, or this.
+        json: print JSON instead of a table.
+        save: file for the plan as JSON.
+    """
+    from jaxid.devices import device as device_of
+    from jaxid.experiments import planning
+
+    chip, words = device_of(device), list(command)
+    if f"run {' '.join(words[:1])}" in COMMANDS:
+        words = ["run", *words]
+    if not any(word == "--out" or word.startswith("--out=") for word in words):
+        words.append("--out=nothing-is-written")
+    options, given = _parsed(words)
+    if not isinstance(options, type) or not issubclass(options, planning.PLANNED):
+        raise InputError("plan needs a `jaxid run` or `jaxid ids` command, such as: jaxid plan belief-swap ...")
+    found = planning.plan(options(*given.args, **given.kwargs), chip, measure=device == "this")
+    if save is not None:
+        write_json(save, found)
+    return to_json(found) if json else "\n".join(found.report())
 
 
 def app(tokens: Sequence[str] = ()) -> App:
@@ -137,7 +177,7 @@ def app(tokens: Sequence[str] = ()) -> App:
         "\n\nEvery command takes --config FILE (YAML, TOML or JSON), which holds its options by name; every run writes "
         "the file that repeats it, config.yaml.",
         help_format="plaintext",
-        config=_config(tokens),
+        config=_config(tokens) if tokens[:1] != ["plan"] else (),
         default_parameter=Parameter(negative_iterable=()),
     )
     described = next(iter(tokens), None) if " ".join(tokens[:2]) not in COMMANDS else None

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.interpreters import partial_eval
 
 from jaxid.devices import Device
 
@@ -79,11 +80,13 @@ class _Buffer:
         size: bytes.
         last: index of the operation that reads it last; -1 if none does.
         result: whether the caller keeps it.
+        over: the buffer that it can take the place of, if that is not needed any more.
     """
 
     size: float
     last: int = -1
     result: bool = False
+    over: "_Buffer | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,8 @@ def cost_of(jaxpr: ClosedJaxpr, device: Device, *, trips: int = 1) -> Cost:
         device: the device.
         trips: how often loops run whose jaxpr does not say it.
     """
-    return _Walk(device, trips).run(jaxpr.jaxpr)
+    needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
+    return _Walk(device, trips).run(needed)
 
 
 def nbytes(array: Any) -> float:
@@ -139,6 +143,10 @@ class _Walk:
 
     def peak(self) -> float:
         """The most bytes that are held at a time."""
+        for index in range(len(self.steps) - 1, -1, -1):
+            for buffer in self.steps[index].writes:
+                if buffer.result and buffer.over is not None and buffer.over.last == index:
+                    buffer.over.result = True
         live = peak = 0.0
         dying: dict[int, float] = {}
         for index, step in enumerate(self.steps):
@@ -201,6 +209,10 @@ class _Walk:
         for operand in operands:
             self.touch(operand.roots)
         buffers = tuple(_Buffer(nbytes(atom.aval)) for atom in atoms)
+        free = [root for operand in operands if not operand.computed for root in operand.roots] if in_place else []
+        for buffer in buffers:
+            buffer.over = next((root for root in free if root.size == buffer.size), None)
+            free = [root for root in free if root is not buffer.over]
         self.steps.append(_Step(buffers, inner, in_place))
         return [_Value((buffer,)) for buffer in buffers]
 
@@ -226,7 +238,9 @@ class _Walk:
             self.nested(params["cond_jaxpr"].jaxpr, self.trips)
             return self.nested(params["body_jaxpr"].jaxpr, self.trips).temporary
         if name == "cond":
-            return self.branch(params)
+            # What goes through a branch is copied; those by platform are decided when the program is compiled.
+            copied = 0 if params.get("branches_platforms") else sum(nbytes(atom.aval) for atom in equation.outvars)
+            return self.branch(params) + copied
         if name == "dot_general":
             (left, _), (batch, _) = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape

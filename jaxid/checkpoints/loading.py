@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -112,6 +113,12 @@ class Checkpoint:
     model: Model
     kind: Family
     dtype: str
+
+    def abstract(self) -> Model:
+        """The model with the shapes of its parameters in their place, for plans."""
+        definition, leaves = abstract_parameters(self.kind, self.model.config)
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, DTYPES[self.dtype]) for name, leaf in leaves.items()}
+        return dataclasses.replace(self.model, definition=definition, parameters=tensors.unflatten(shapes))
 
     def load(self) -> Model:
         """The model with its parameters, on the default device.

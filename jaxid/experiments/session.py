@@ -14,13 +14,14 @@ from jaxtyping import Bool
 from jaxid import io, jobs, zoo
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
-from jaxid.devices import free_memory
+from jaxid.devices import Device, free_memory, this
 from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
 from jaxid.experiments.relations import Case, RelationBatch, answer_forms
 from jaxid.families.base import Model
 from jaxid.halving import Halving
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
+from jaxid.plan import plan
 
 if TYPE_CHECKING:
     from jaxid.experiments.base import Experiment
@@ -78,14 +79,20 @@ class Session:
         layers: the chosen layers, ascending.
         template: the user's text.
         case: form of the answer words that is read.
+        checkpoint: the model's files.
+        device: the device that the run is for.
         halving: number of prompts that are traced together, halved when the device runs out of memory.
         bad: items that cannot be used, with the errors.
         items: all items of the run; set by `begin`.
         index: index of every item, by its key.
     """
 
-    def __init__(self, experiment: "Experiment[Any, Any, Any]"):
+    def __init__(self, experiment: "Experiment[Any, Any, Any]", device: Device | None = None):
         """Checks that results can be written, then reads the model without its weights.
+
+        Args:
+            experiment: the options and steps.
+            device: the one that the run is for; by default the one that JAX uses.
 
         Raises:
             OutputError: if results cannot be written.
@@ -94,8 +101,8 @@ class Session:
         """
         self.experiment = experiment
         io.ensure_output_folder(experiment.out)
-        self._checkpoint = open_checkpoint(experiment.model, dtype=experiment.dtype)
-        self.model: Model = self._checkpoint.model
+        self.checkpoint = open_checkpoint(experiment.model, dtype=experiment.dtype)
+        self.model: Model = self.checkpoint.model
         self.ids: Any = experiment.read_ids()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
@@ -104,6 +111,7 @@ class Session:
         plain = experiment.model in zoo.SHIPPED
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
         self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
+        self.device = device or this()
         self.halving = Halving(
             experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self)),
             unit="prompt",
@@ -171,6 +179,11 @@ class Session:
 
     # --- the job ---
 
+    def about(self, items: Sequence[Any]) -> None:
+        """Tells the session its items."""
+        self.items = items
+        self.index = {item.key: index for index, item in enumerate(items)}
+
     def begin(self, items: Sequence[Any]) -> None:
         """Checks the folder and the prompts of one item of each group, then loads the model's weights.
 
@@ -179,8 +192,8 @@ class Session:
             PromptError: if an answer is not a single token.
             JaxidError: if one of these items cannot be used, unless bad items are skipped.
         """
-        experiment, self.items = self.experiment, items
-        self.index = {item.key: index for index, item in enumerate(items)}
+        experiment = self.experiment
+        self.about(items)
         self.settings = self._described()
         jobs.check(experiment.out, settings=self.settings, items=items, key=_key, restart=experiment.restart)
         for item in [group[0] for group in experiment.groups(items)] if items else ():
@@ -192,7 +205,11 @@ class Session:
                 raise jobs.bad_item(item.key, error) from error
             for batch in batches:
                 answer_forms(self.model.processor, batch.answers, batch.case)
-        self.model = self._checkpoint.load()
+        if experiment.batch_size is None and self.device.platform != "cpu":
+            from jaxid.experiments.planning import ExperimentJob
+
+            self.halving.together = plan(ExperimentJob(self), self.device, measure=True).together
+        self.model = self.checkpoint.load()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
 

@@ -48,8 +48,8 @@ def program(**options: Any) -> Callable[[Callable[P, R]], Program[P, R]]:
 
 
 @contextlib.contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Lets a watcher answer for all programs."""
+def watched(watcher: Watcher | None) -> Iterator[None]:
+    """Lets a watcher answer for all programs, or None run them."""
     token = _WATCHER.set(watcher)
     try:
         yield

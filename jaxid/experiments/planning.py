@@ -1,0 +1,129 @@
+"""Plans of experiments: what a run needs on a device, and the batch it would choose."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxid import plan as plans
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.costs import nbytes
+from jaxid.data.clips import AppearItem, read_appear_folder
+from jaxid.data.grid import read_finetune_folder, read_grid_folder
+from jaxid.data.videos import with_times
+from jaxid.devices import Device
+from jaxid.errors import InputError
+from jaxid.experiments.base import Command, Experiment
+from jaxid.experiments.session import Session, padded
+from jaxid.experiments.spatial_ids import Extraction
+from jaxid.experiments.temporal_ids import ExtractTemporalIDs
+from jaxid.families.base import Model
+from jaxid.ids.extract import SPATIAL_QUESTION, TEMPORAL_QUESTION
+from jaxid.interp.trace import residuals_at
+from jaxid.plan import Plan
+
+PLANNED = (Experiment, Extraction)
+"""Kinds of commands that can be planned."""
+
+
+def plan(command: Command[Any], device: Device, *, measure: bool = False) -> Plan:
+    """Plans a command, without reading weights or writing anything.
+
+    Args:
+        command: an experiment, or an extraction of IDs.
+        device: the device.
+        measure: ask XLA's compiler, for this process's device, what memory the programs need.
+
+    Raises:
+        InputError: for other commands.
+        JaxidError: what the command itself raises for its model, its IDs or its data.
+    """
+    if isinstance(command, Extraction):
+        return plans.plan(_Extraction(command), device, together=command.batch_size, measure=measure)
+    if not isinstance(command, Experiment):
+        raise InputError(f"a {type(command).__name__} cannot be planned: it is no experiment and no extraction of IDs.")
+    if command.reference_bugs:
+        from jaxid.experiments.reference import with_bugs  # it knows all experiments
+
+        command = with_bugs(command)
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(dataclasses.replace(command, out=Path(folder), progress=False), device=device)
+        session.about(command.items(session))
+        job = ExperimentJob(session)
+        chosen = session.prompts_together if command.batch_size or device.platform == "cpu" else None
+        return plans.plan(job, device, together=chosen, measure=measure)
+
+
+class ExperimentJob:
+    """The batches of an experiment, with abstract parameters."""
+
+    def __init__(self, session: Session):
+        """Takes a session that knows its items."""
+        self._session = session
+        experiment, self.items = session.experiment, len(session.items)
+        self.per_item = experiment.prompts_per_item
+        self.most = max(map(len, experiment.groups(session.items)))
+        self._model = session.checkpoint.abstract()
+        self.weights = _weights(self._model)
+
+    def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
+        """The batches of every group of items; the last of a group, as items are sorted by length."""
+        session, experiment = self._session, self._session.experiment
+        model, before = session.model, session.halving.together
+        session.model, session.halving.together = self._model, together
+        try:
+            for group in experiment.groups(session.items):
+                size = session.batch_size
+                yield -(-len(group) // size), lambda group=group, size=size: self._run(group[-size:])
+        finally:
+            session.model, session.halving.together = model, before
+
+    def _run(self, items: Sequence[Any]) -> None:
+        session, experiment = self._session, self._session.experiment
+        for group, batch in experiment.read(session, list(items)):
+            rows = experiment.compute(session, group, batch)
+            if callable(rows):
+                rows()
+
+
+class _Extraction:
+    """The batches of an extraction of IDs: the residual stream at every asked word."""
+
+    per_item = 1
+
+    def __init__(self, command: Extraction[Any]):
+        self._model = open_checkpoint(command.model, dtype=command.dtype).abstract()
+        self._items: Sequence[Any]
+        if isinstance(command, ExtractTemporalIDs):
+            self._items = read_appear_folder(command.data, bad=[] if command.skip_bad else None)
+        else:
+            self._items = (
+                read_finetune_folder(command.data)
+                if any(command.data.glob("*.png"))
+                else read_grid_folder(command.data)
+            )
+        self.items = self.most = len(self._items)
+        self.weights = _weights(self._model)
+
+    def batches(self, together: int) -> Iterable[tuple[int, Callable[[], object]]]:
+        """All batches are alike."""
+        some = padded(self._items[-together:], together)
+        return [(-(-self.items // together), lambda: self._run(some))]
+
+    def _run(self, items: Sequence[Any]) -> None:
+        names = [(item.object_a, item.object_b) for item in items]
+        clips = isinstance(items[0], AppearItem)
+        shown = [item.open() if clips else item.picture for item in items]
+        questions = [(TEMPORAL_QUESTION if clips else SPATIAL_QUESTION).format(a=a, b=b) for a, b in names]
+        if clips:
+            questions = [with_times(*asked) for asked in zip(shown, questions, strict=True)]
+        prompts = self._model.prepare(shown, questions)
+        for words in zip(*names, strict=True) if clips else [[b for _, b in names]]:
+            residuals_at(self._model, prompts, prompts.word(list(words), beside=names))
+
+
+def _weights(model: Model) -> float:
+    return sum(nbytes(leaf) for leaf in jax.tree.leaves(model.parameters))
