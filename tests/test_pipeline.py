@@ -3,10 +3,12 @@
 Steps wait for the events that must happen meanwhile, so that a step that is not overlapped fails, on any machine.
 """
 
+import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,24 @@ def happens(event: threading.Event) -> None:
 
 def events(count: int) -> list[threading.Event]:
     return [threading.Event() for _ in range(count)]
+
+
+@contextlib.contextmanager
+def in_turn(
+    inputs: Iterable[Any], read: Any, compute: Any, fetch: Any, *, ahead: int = 0
+) -> Iterator[Iterator[tuple[Any, "Future[Any]"]]]:
+    """`pipeline.overlapped` as a plain loop."""
+
+    def found() -> Iterator[tuple[Any, "Future[Any]"]]:
+        for one in inputs:
+            result: Future[Any] = Future()
+            try:
+                result.set_result(fetch(one, compute(read(one))))
+            except Exception as error:
+                result.set_exception(error)
+            yield one, result
+
+    yield found()
 
 
 def results(count: int, read: Any = lambda one: one, compute: Any = lambda one: one, fetch: Any = None) -> list[Any]:
