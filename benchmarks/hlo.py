@@ -31,7 +31,9 @@ _MOVING = frozenset(
 _SELECTING = frozenset(["slice", "dynamic-slice", "gather"])
 
 _IDLE = frozenset(
-    ["AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound", "annotate_device_placement"]
+    """AllocateBuffer ConcatBitcast Sharding AssumeGatherIndicesInBound GatherScatterIndicesBitpacked
+    AsyncCollectiveStart AsyncCollectiveDone annotate_device_placement
+    """.split()
 )
 """Custom calls that compute nothing."""
 

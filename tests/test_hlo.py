@@ -130,6 +130,11 @@ def test_scores_have_an_axis_of_queries_and_one_of_keys(keys: list[int], widths:
     assert hlo.count(hlo.parse(OTHERS), keys=keys, widths=widths).score_tensors == found
 
 
+def test_scores_on_the_chip_are_not_in_memory() -> None:
+    near = OTHERS.replace("(f32[16,640,640]{2,1,0}, s8[64]{0})", "(f32[16,640,640]{2,1,0:T(8,128)S(1)}, s8[64]{0})")
+    assert near != OTHERS and hlo.count(hlo.parse(near), keys=[640]).score_tensors == 0
+
+
 def test_products_written_as_convolutions() -> None:
     """As TPUs compute them: plain, and a batch of products as a dilated window."""
 
@@ -219,7 +224,10 @@ StackFrames
 }
 
 %skip (given: (bf16[16,512])) -> (bf16[16,512]) {
-  ROOT %given = (bf16[16,512]{1,0:S(1)}) parameter(0)
+  %given = (bf16[16,512]{1,0:S(1)}) parameter(0)
+  %v = bf16[16,512]{1,0:S(1)} get-tuple-element(%given), index=0
+  %one.2 = bf16[16,16]{1,0:S(1)} dot(%v, %v), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %same = (bf16[16,512]{1,0:S(1)}) tuple(%v)
 }
 
 %work (given.1: (bf16[16,512])) -> (bf16[16,512]) {
@@ -250,7 +258,7 @@ ENTRY %main (far: bf16[16,512], weights: bf16[3,512,512]) -> bf16[16,512] {
 """
 INDEXED = "%no, %yes), branch_computations={%skip, %work}"
 BOOLEAN = "%yes, %no), true_computation=%work, false_computation=%skip"
-TOKENS, LAYER, COUNTER = 16 * 512 * 2, 512 * 512 * 2, 4
+TOKENS, LAYER, COUNTER, PRODUCT = 16 * 512 * 2, 512 * 512 * 2, 4, 2 * 16 * 16 * 512
 
 
 def test_memory_on_the_chip_costs_nothing() -> None:
@@ -258,20 +266,19 @@ def test_memory_on_the_chip_costs_nothing() -> None:
     counts = hlo.count(hlo.parse(CHIP.replace("ARMS", INDEXED)), weights=[1], shares={"sweep.<locals>.chosen": 0.0})
     loop = 3 * (LAYER + COUNTER + 3 * COUNTER)  # a layer and its index, and the addition; not the condition
     assert counts.moved == TOKENS + loop + TOKENS
-    assert counts.flop == 3 * 2 * 16 * 512 * 512  # the loop's length is told by what it counts up to
+    assert counts.flop == 3 * 2 * 16 * 512 * 512 + PRODUCT  # the loop's length is told by what it counts up to
     assert (counts.weight_copies, counts.unknown_loops, counts.unknown_branches) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("arms", [INDEXED, BOOLEAN])
 def test_branches_count_as_often_as_they_are_taken(arms: str) -> None:
     program = hlo.parse(CHIP.replace("ARMS", arms))
-    product = 2 * 16 * 16 * 512
     loop = 3 * 2 * 16 * 512 * 512
     quarter = hlo.count(program, shares={"sweep.<locals>.chosen": 0.25})
-    assert quarter.flop == loop + 0.25 * 2 * product
+    assert quarter.flop == loop + (0.75 * 1 + 0.25 * 2) * PRODUCT
     assert (quarter.functions, quarter.unknown_branches) == ({"sweep.<locals>.chosen"}, 0)
     unknown = hlo.count(program, shares={"sweep": 0.25})
-    assert unknown.flop == loop + 2 * product  # the branch that moves most
+    assert unknown.flop == loop + 2 * PRODUCT  # the branch that moves most
     assert (unknown.functions, unknown.unknown_branches) == (frozenset(), 1)
 
 
