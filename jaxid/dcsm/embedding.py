@@ -118,9 +118,9 @@ def embed_images(
         raise InputError("give at least one picture.")
 
     def pixels(rows: list[int]) -> tuple[np.ndarray]:
-        prepared = isinstance(pictures, np.ndarray) and pictures.dtype.kind == "f"
-        own = pictures[rows] if prepared else encoder.processor.pixels([pictures[row] for row in rows])
-        return (own.astype(_dtype(encoder)),)
+        if isinstance(pictures, np.ndarray) and pictures.dtype.kind == "f":
+            return (pictures[rows].astype(_dtype(encoder)),)
+        return (encoder.processor.pixels([pictures[row] for row in rows]).astype(_dtype(encoder)),)
 
     tokens, pooled = _in_batches(partial(_image, encoder), len(pictures), pixels, progress=progress)
     return Pictures(tokens=tokens, pooled=pooled)
