@@ -375,46 +375,69 @@ def prefix_part(
 
 def suffix_part(
     query: Float[Array, "R B S H E"],
-    key: Float[Array, "R B T K E"],
-    value: Float[Array, "R B T K E"],
+    key: Float[Array, "R B K T E"],
+    value: Float[Array, "R B K T E"],
     mask: Bool[Array, "#R #B S T"],
 ) -> Part:
     """Attention of every row's queries to the row's own keys and values, with axes [R, B, S, H]."""
     rows, batch, length, heads, width = query.shape
-    kv_heads = key.shape[3]
+    kv_heads = key.shape[2]
     grouped = query.reshape(rows, batch, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("rbskge,rbtke->rbskgt", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
-    found = _weighted("rbskgt,rbtke->rbskge", scores, value, mask[:, :, :, None, None])
+    scores = jnp.einsum("rbskge,rbkte->rbskgt", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
+    found = _weighted("rbskgt,rbkte->rbskge", scores, value, mask[:, :, :, None, None])
     return jax.tree.map(lambda leaf: leaf.reshape(rows, batch, length, heads, *leaf.shape[5:]), found)
 
 
 def shared_prefix_attention(
     prefix_key: Float[Array, "B K P E"],
     prefix_value: Float[Array, "B K P E"],
-    prefix_reads: Reads | Bool[Array, "B #S P"] | None,
+    prefix_reads: Reads,
     query: Float[Array, "R B S H E"],
-    key: Float[Array, "R B T K E"],
-    value: Float[Array, "R B T K E"],
-    mask: Bool[Array, "#R #B S T"],
+    key: Float[Array, "R B K T E"],
+    value: Float[Array, "R B K T E"],
+    reads: Reads,
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "R B S H E"]:
     """Attention of R rows that share a prompt's prefix, each continuing with tokens of its own.
 
-    The prefix is never copied per row: its scores are one product for all rows, and the two softmax parts are merged
-    by their log-sum-exps.
+    The prefix is never copied per row, and the two softmax parts are merged by their log-sum-exps. On GPU and TPU, the
+    queries of all rows are laid side by side for both parts, so that kernels answer them.
 
     Args:
         prefix_key: the keys of the prefix, heads first.
         prefix_value: the values of the prefix, heads first.
-        prefix_reads: which keys of the prefix a query may read, the same for all rows.
+        prefix_reads: which keys of the prefix each of the S queries may read, the same for all rows.
         query: the queries of all rows, not yet scaled.
-        key: every row's own keys.
-        value: every row's own values.
-        mask: which of its row's own keys a query may read.
+        key: every row's own keys, heads first.
+        value: every row's own values, heads first.
+        reads: which of its row's own keys each of the S queries may read, the same for all rows; the first is a token.
+        implementation: that of the platform if None.
 
     Returns:
         What the queries read, in the dtype of `value`; scores and softmax are computed in float32.
     """
-    own = suffix_part(query, key, value, mask)
-    if prefix_key.shape[2] == 0:
-        return merge(own).astype(value.dtype)
-    return merge(prefix_part(query, prefix_key, prefix_value, prefix_reads), own).astype(value.dtype)
+    rows, batch, length, heads, width = query.shape
+
+    def apart(query: Array, key: Array, value: Array, prefix_key: Array, prefix_value: Array) -> Array:
+        own = suffix_part(query, key, value, reads.mask()[None])
+        if prefix_key.shape[2] == 0:
+            return merge(own).astype(value.dtype)
+        return merge(prefix_part(query, prefix_key, prefix_value, prefix_reads), own).astype(value.dtype)
+
+    def together(query: Array, key: Array, value: Array, prefix_key: Array, prefix_value: Array) -> Array:
+        query = jnp.transpose(query, (1, 3, 0, 2, 4)).reshape(batch, heads, rows * length, width)
+        own = [jnp.moveaxis(array, 0, 2).reshape(batch, key.shape[2], -1, width) for array in (key, value)]
+        options: Any = {"dtype": jnp.float32, "implementation": implementation}
+        parts = [part(query, *own, reads.by_row(rows), **options)]
+        if prefix_key.shape[2]:
+            parts.append(part(query, prefix_key, prefix_value, prefix_reads.tile(rows), **options))
+        mixed = merge(*parts).astype(value.dtype).reshape(batch, heads, rows, length, width)
+        return jnp.transpose(mixed, (2, 0, 3, 1, 4))
+
+    arrays = (query, key, value, prefix_key, prefix_value)
+    if implementation is not None:
+        return together(*arrays)
+    if length == 1 or rows * length * (key.shape[3] + prefix_key.shape[2]) < _KERNEL_FROM:
+        return apart(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=apart, cuda=together, tpu=together, default=apart)

@@ -133,7 +133,7 @@ def _row(call: Call, ref: Any, start: Any, lead: tuple[Any, ...] = ()) -> Array:
 
 def _dot(call: Call, a: Array, b: Array, *, transposed: bool = False) -> Array:
     """A @ b, or a @ b.T, in float32."""
-    precision: Any = None
+    precision: Any = jax.lax.Precision.DEFAULT  # what is set for all products may be more than Mosaic takes
     if a.dtype == jnp.float32:
         # Three products on tensor cores come as near to float32 as Triton's exact form, which is many times slower.
         three = call.triton and not call.target.interpret

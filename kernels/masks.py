@@ -1,5 +1,6 @@
 """Which keys a query may read, told by the tokens themselves: a few integers each instead of a [B, S, T] array."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ class Reads(NamedTuple):
     """Which keys each query may read: those in a range of positions, and those of its own span.
 
     Query i may read key j if `positions[j] > low[i]` and either `positions[j] <= high[i]` or the two belong to the
-    same span. B may be 1, which serves a batch of any size.
+    same span. B may be 1, which serves a batch of any size, and so may S in an array that is the same for all queries.
 
     Attributes:
         high: the last position that every query may read.
@@ -48,26 +49,37 @@ class Reads(NamedTuple):
     def take(self, keep: Int[Array, "B C"]) -> "Reads":
         """What the queries at some indices may read."""
 
-        def some(leaf: Int[Array, "B S"] | None) -> Int[Array, "B C"] | None:
-            if leaf is None:
-                return None
+        def some(leaf: Int[Array, "#B S"]) -> Int[Array, "..."]:
+            if leaf.shape[1] == 1:  # the same for all
+                return leaf
             return jnp.take_along_axis(jnp.broadcast_to(leaf, (keep.shape[0], leaf.shape[1])), keep, axis=1)
 
-        high = some(self.high)
-        assert high is not None
-        return self._replace(high=high, low=some(self.low), span=some(self.span))
+        return self._of_queries(some)
 
     def tile(self, times: int) -> "Reads":
         """What the queries may read if all of them are repeated, one copy after another."""
+        return self._of_queries(lambda leaf: jnp.tile(leaf, (1, times)) if leaf.shape[1] > 1 else leaf)
 
-        def tiled(leaf: Int[Array, "B S"]) -> Int[Array, "B C"]:
-            return jnp.tile(leaf, (1, times)) if leaf.shape[1] > 1 else leaf
+    def _of_queries(self, change: Callable[[Array], Array]) -> "Reads":
+        low = None if self.low is None else change(self.low)
+        return self._replace(high=change(self.high), low=low, span=None if self.span is None else change(self.span))
 
-        return self._replace(
-            high=tiled(self.high),
-            low=None if self.low is None else tiled(self.low),
-            span=None if self.span is None else tiled(self.span),
-        )
+    def by_row(self, rows: int) -> "Reads":
+        """What the queries of `rows` rows may read of their own row's keys, all of them one row after another.
+
+        The first key is not padding.
+        """
+        first, stride = self.positions[:, :1], (NEVER - 1) // rows
+        starts = jnp.arange(rows, dtype=jnp.int32)[:, None] * stride
+        real = self.positions < NEVER
+
+        def joined(leaf: Int[Array, "B S"]) -> Int[Array, "B C"]:
+            return (leaf[:, None] + starts).reshape(leaf.shape[0], -1)
+
+        high = jnp.clip(self.high - first, -1, stride - 1)
+        low = jnp.full_like(high, -1) if self.low is None else jnp.clip(self.low - first, -1, stride - 1)
+        positions = joined(jnp.where(real, self.positions - first, 0))
+        return Reads(joined(high), jnp.where(jnp.tile(real, (1, rows)), positions, NEVER), joined(low))
 
     def within(self, query_positions: Int[Array, "B S"], window: int, sliding: Bool[Array, ""] | bool) -> "Reads":
         """Restricted to the last `window` positions up to each query's own if `sliding` is true.

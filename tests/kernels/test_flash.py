@@ -1,0 +1,286 @@
+"""The attention kernels as JAX programs, against plain products: what is read, its weight, and all gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxid.kernels import attention, flash
+from jaxid.kernels.attention import Part, chosen, merge, part, prefix_part
+from jaxid.kernels.blocks import LOWEST, Target
+from jaxid.kernels.masks import Reads, causal, everything, with_spans, within_spans
+
+Arrays = tuple[jax.Array, jax.Array, jax.Array]
+
+pytestmark = pytest.mark.parametrize("kernel", ["cuda-interpreted", "tpu-interpreted"])
+
+
+def drawn(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed + sum(shape)).standard_normal(shape), jnp.float32)
+
+
+def heads(batch: int, count: int, kv: int, queries: int, keys: int, width: int) -> Arrays:
+    return (
+        drawn(batch, count, queries, width),
+        drawn(batch, kv, keys, width, seed=1),
+        drawn(batch, kv, keys, width, seed=2),
+    )
+
+
+def numbered(batch: int, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of queries that are the last tokens, and of all keys."""
+    positions = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
+    return positions[:, keys - queries :], positions
+
+
+def masked(kind: str, batch: int, queries: int, keys: int) -> Reads | None:
+    query, key = numbered(batch, queries, keys)
+    valid = key < jnp.array([keys, keys // 3])[:batch, None]
+    if kind == "none":
+        return None
+    if kind == "padded":
+        return everything(queries, valid)
+    if kind == "causal":  # the first prompt alone is long; what is left of the other ends before the last queries
+        return causal(query, key, valid)._replace(high=jnp.where(query % 7 == 3, -1, query))  # some read nothing
+    if kind == "window":
+        return causal(query, key, valid).within(query, keys // 4, jnp.asarray(True))
+    spans = jnp.where((key // 23) % 3 == 1, -1, key // 23)
+    if kind == "pictures":
+        return with_spans(causal(query, key, valid), spans[:, keys - queries :], spans)
+    return within_spans(spans[:, keys - queries :], spans)
+
+
+def total(kernel: Any, reads: Reads | None, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    """A sum of what is read and of its weight, each with unequal factors, and the part itself."""
+    found = part(query, key, value, reads, implementation=kernel)
+    lse = jnp.where(found.lse == LOWEST, 0.0, found.lse)
+    weighed = [
+        (leaf.astype(jnp.float32) * jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape)).sum()
+        for leaf in (found.mixed, lse)
+    ]
+    return weighed[0] + weighed[1], found
+
+
+def slopes(kernel: Any, reads: Reads | None, arrays: Arrays) -> tuple[Part, tuple[jax.Array, ...]]:
+    def run(reads: Reads | None, *arrays: jax.Array) -> Any:
+        return jax.grad(lambda *arrays: total(kernel, reads, *arrays), (0, 1, 2), has_aux=True)(*arrays)
+
+    gradients, found = jax.jit(run)(reads, *arrays)
+    return found, gradients
+
+
+CASES = [
+    ("none", (1, 2, 2, 150, 300, 72)),
+    ("padded", (2, 2, 2, 130, 140, 80)),
+    ("causal", (2, 4, 2, 200, 200, 16)),
+    ("window", (2, 2, 1, 260, 300, 40)),
+    ("pictures", (1, 2, 2, 290, 290, 24)),
+    ("own span", (2, 2, 2, 300, 300, 16)),
+    ("window", (2, 6, 2, 5, 270, 88)),
+]
+"""Masks; prompts, heads, key heads, queries, keys, width of a head."""
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES)
+def test_equals_the_plain_form(kernel: str, kind: str, sizes: tuple[int, ...]) -> None:
+    batch, _, _, queries, keys, _ = sizes
+    arrays, reads = heads(*sizes), masked(kind, batch, queries, keys)
+    found, gradients = slopes(kernel, reads, arrays)
+    wanted, expected = slopes("batched", reads, arrays)
+    empty = np.asarray(wanted.lse == LOWEST)
+    assert empty.any() == (kind in ("causal", "window", "own span")) and not empty.all()
+    np.testing.assert_array_equal(np.asarray(found.mixed)[empty], 0)
+    np.testing.assert_allclose(found.mixed, wanted.mixed, atol=1e-5)
+    np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_bfloat16(kernel: str) -> None:
+    """Nearer to float32 than one step of bfloat16, which is 2**-8 of a value up to 3 here."""
+    arrays = tuple(array.astype(jnp.bfloat16) for array in heads(2, 4, 2, 140, 140, 32))
+    reads = masked("causal", 2, 140, 140)
+    found, gradients = slopes(kernel, reads, arrays)
+    assert found.mixed.dtype == jnp.bfloat16 and found.lse.dtype == jnp.float32
+    exact, expected = slopes("batched", reads, tuple(array.astype(jnp.float32) for array in arrays))
+    np.testing.assert_allclose(found.mixed.astype(jnp.float32), exact.mixed, atol=0.012)
+    np.testing.assert_allclose(found.lse, exact.lse, atol=1e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.006 * float(jnp.abs(theirs).max()))
+
+
+def test_gradients_through_merged_parts(kernel: str) -> None:
+    """Two parts of the keys, merged by their weights, are one softmax: so are the gradients."""
+    query, key, value = heads(1, 2, 1, 130, 200, 16)
+    reads = masked("window", 1, 130, 200)
+    assert reads is not None and reads.low is not None
+
+    def halves(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        cut = 90
+        parts = [
+            part(query, key[:, :, some], value[:, :, some], reads._replace(positions=reads.positions[:, some]), **how)
+            for some, how in ((slice(0, cut), {"implementation": kernel}), (slice(cut, None), {}))
+        ]
+        assert all(some.lse.dtype == jnp.float32 for some in parts)
+        return merge(*parts)
+
+    def loss(run: Any) -> Any:
+        def weighed(*arrays: jax.Array) -> jax.Array:
+            mixed = run(*arrays)
+            return (mixed * jnp.cos(jnp.arange(mixed.size, dtype=jnp.float32)).reshape(mixed.shape)).sum()
+
+        return jax.jit(jax.grad(weighed, (0, 1, 2)))(query, key, value)
+
+    whole = loss(lambda *arrays: part(*arrays, reads, implementation="batched").mixed)
+    for ours, theirs in zip(loss(halves), whole, strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_prefix_that_rows_share(kernel: str) -> None:
+    """Axes [R, B, S, H]; queries of all rows and of all heads that share a key head go through the keys together."""
+    rows, batch, queries, keys = 3, 2, 4, 150
+    query = drawn(rows, batch, queries, 6, 16)
+    _, key, value = heads(batch, 6, 2, queries, keys, 16)
+    positions = jnp.array([[140, 141, 142, 143], [40, 41, 42, 43]])
+    reads = causal(positions, numbered(batch, queries, keys)[1]).within(positions, 60, True)
+
+    def run(kernel: Any, reads: Reads) -> Any:
+        def weighed(*arrays: jax.Array) -> Any:
+            found = prefix_part(*arrays, reads, implementation=kernel)
+            return (found.mixed**2).sum() + jnp.sin(found.lse).sum(), found
+
+        return jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(query, key, value)
+
+    for ours, theirs in zip(jax.tree.leaves(run(kernel, reads)), jax.tree.leaves(run("batched", reads)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    alike = everything(1, numbered(batch, queries, keys)[1] < 99)  # the same for all queries
+    both = [prefix_part(query, key, value, alike, implementation=name) for name in (kernel, "batched")]
+    assert both[0].mixed.shape == query.shape
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_vmap_reads_what_is_not_mapped_once_for_all(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped queries, keys mapped by another axis, mapped masks; no operand is copied for the rows of another."""
+    value = drawn(2, 1, 140, 16)
+    query, other = drawn(3, 2, 2, 40, 16), drawn(2, 2, 1, 140, 16)
+    reads = masked("window", 2, 40, 140)
+    assert reads is not None
+    high = jnp.stack([reads.high, reads.high - 9, reads.high - 400])
+    shapes: list[tuple[int, ...]] = []
+    ran = flash._run_forward
+    monkeypatch.setattr(
+        flash, "_run_forward", lambda *given: shapes.append(tuple(leaf.shape[0] for leaf in given[2:5])) or ran(*given)
+    )
+    flash._everywhere.cache_clear()
+
+    def run(kernel: Any) -> Any:
+        def one(query: jax.Array, key: jax.Array, high: jax.Array) -> Any:
+            some = reads._replace(high=high)
+            return jax.value_and_grad(lambda *arrays: total(kernel, some, *arrays)[0], (0, 1, 2))(query, key, value)
+
+        inner = jax.vmap(one, in_axes=(0, None, 0))
+        return jax.jit(jax.vmap(inner, in_axes=(None, 0, None)))(query, other, high)
+
+    for ours, theirs in zip(jax.tree.leaves(run(kernel)), jax.tree.leaves(run("batched")), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 if ours.ndim == 2 else 2e-5)
+    assert set(shapes) == {(3, 6, 1)}
+    flash._everywhere.cache_clear()
+
+
+def test_layers_with_and_without_a_window_share_a_program(kernel: str) -> None:
+    """In `scan` with recomputation, the flag traced; and inside `cond`."""
+    layers = tuple(drawn(2, *array.shape, seed=number) for number, array in enumerate(heads(1, 2, 1, 130, 130, 16)))
+    query, key = numbered(1, 130, 130)
+
+    def run(kernel: Any, *layers: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, given: Any) -> tuple[jax.Array, None]:
+            (q, k, v), sliding = given
+            reads = causal(query, key).within(query, 20, sliding)
+            return jax.lax.cond(
+                x.sum() < 1e9, lambda q: part(q, k, v, reads, implementation=kernel).mixed, jnp.cos, q + x
+            ), None
+
+        start = jnp.zeros_like(layers[0][0])
+        return jax.lax.scan(jax.checkpoint(layer), start, (layers, jnp.array([True, False])))[0]
+
+    both = [
+        jax.jit(jax.value_and_grad(lambda *layers, name=name: (run(name, *layers) ** 2).sum(), (0, 1, 2)))(*layers)
+        for name in (kernel, "batched")
+    ]
+    for ours, theirs in zip(*(jax.tree.leaves(leaves) for leaves in both), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+
+
+SPLIT = PartitionSpec("data", "model")
+
+
+def test_every_device_runs_its_prompts_and_heads(kernel: str, mesh: Mesh) -> None:
+    """Nothing is gathered, and what is read and the gradients lie where the queries and keys did."""
+    arrays, reads = heads(4, 4, 2, 40, 130, 16), masked("window", 2, 40, 130)
+    assert reads is not None
+    reads = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), reads)
+    spread = tuple(jax.device_put(array, NamedSharding(mesh, SPLIT)) for array in arrays)
+    rows = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("data"))), reads)
+
+    def run(reads: Reads, *arrays: jax.Array) -> Any:
+        return jax.value_and_grad(lambda *arrays: total(kernel, reads, *arrays), (0, 1, 2), has_aux=True)(*arrays)
+
+    compiled = jax.jit(run).lower(rows, *spread).compile()
+    assert all(word not in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+    (_, found), gradients = compiled(rows, *spread)
+    wanted, expected = slopes("batched", reads, arrays)
+    for ours, theirs in zip((*found, *gradients), (*wanted, *expected), strict=True):
+        assert ours.sharding.is_equivalent_to(NamedSharding(mesh, SPLIT), ours.ndim)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_mesh_that_does_not_divide(kernel: str, mesh: Mesh) -> None:
+    """Three prompts, three heads with one mask for all: every device computes all of it."""
+    arrays, reads = heads(3, 3, 3, 40, 130, 16), masked("padded", 1, 40, 130)
+    spread = tuple(jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in arrays)
+    found, gradients = slopes(kernel, reads, spread)
+    wanted, expected = slopes("batched", reads, arrays)
+    for ours, theirs in zip((*found, *gradients), (*wanted, *expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_inside_shard_map(kernel: str, mesh: Mesh) -> None:
+    arrays = heads(4, 4, 2, 40, 130, 16)
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+        return jax.grad(lambda *arrays: total(kernel, None, *arrays)[0] * 2, (0, 1, 2))(query, key, value)
+
+    # The interpreter does not know which arrays vary over the devices; compiled kernels do (test_flash_compiles.py).
+    ran = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT, check_vma=False))(*arrays)
+    one = [jax.tree.map(lambda leaf: leaf[:1, : leaf.shape[1] // 2], arrays)]
+    for ours, theirs in zip(ran, slopes("batched", None, one[0])[1], strict=True):
+        np.testing.assert_allclose(ours[:1, : theirs.shape[1]], 2 * theirs, atol=1e-5)
+
+
+def test_which_implementation_is_chosen(kernel: str) -> None:
+    platform, query, key = kernel.partition("-")[0], (8, 32, 640, 128), (8, 8, 640, 128)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert chosen(platform, query, key, dtype) == platform
+    assert chosen(platform, (8, 32, 8, 128), (8, 8, 16, 128)) == "batched"  # few scores
+    assert chosen(platform, (8, 32, 640, 130), (8, 8, 640, 130)) == "batched"
+    assert chosen(platform, (8, 32, 640, 512), (8, 8, 640, 512)) == "batched"
+    assert chosen(platform, query, key, jnp.float64) == "batched"
+    assert chosen("cpu", query, key) == "headwise" and chosen("cpu", (1, 1, 9, 64), (1, 1, 9, 64)) == "batched"
+    assert chosen("rocm", query, key) == "batched"
+    assert chosen(platform, (1, 8, 4, 128), (1, 8, 10**6, 128)) == ("batched" if platform == "tpu" else "cuda")
+    assert flash.takes(Target("cuda"), query, key, jnp.float16) and not flash.takes(
+        Target("tpu"), query, key, jnp.float16
+    )
+    assert attention._KERNEL_FROM <= 8 * 3000  # decoding: the queries of eight rows and a long prefix
