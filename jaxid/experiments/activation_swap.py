@@ -83,6 +83,7 @@ def swap_activations(
     words: Int[np.ndarray, "B P"] | None = None,
     layers: Sequence[int] | None = None,
     chunk: int | None = None,
+    fetch: bool = True,
 ) -> Patched:
     """Swaps each token set at every layer.
 
@@ -93,6 +94,7 @@ def swap_activations(
         words: positions of the words that are swapped; those of subject and object by default.
         layers: decoder layers after which values are swapped; all by default.
         chunk: edits that run side by side.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Raises:
         InputError: if the two differ in their questions, or a layer is out of range.
@@ -102,12 +104,13 @@ def swap_activations(
     outputs = [rerun(model, recorded, pictures_of=changed, after=chosen, chunk=chunk)]
     for positions in ("text", batch.words[:, :2] if words is None else words):
         outputs.append(rerun(model, recorded, swap(changed, chosen, positions), chunk=chunk))
-    return Patched(
+    found = Patched(
         control=batch.read(recorded),
         intervened=batch.read(changed),
         patched=jnp.stack([batch.read(output) for output in outputs]),
         layers=chosen,
     )
+    return on_host(found) if fetch else found
 
 
 # --- the experiments -------------------------------------------------------------------------------------------------
@@ -220,7 +223,8 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
     def compute(self, session: Session, items: Sequence[Item], batch: Pair[Batch]) -> Later:
         """A row for each token set, layer, item and answer word."""
         asked = self.asked(batch)[0]
-        found = swap_activations(session.model, asked, batch.changed, words=self.words(batch), layers=session.layers)
+        options = {"words": self.words(batch), "layers": session.layers}
+        found = swap_activations(session.model, asked, batch.changed, **options, fetch=False)
         return partial(self.rows_of, session, items, asked.answers, found)
 
     def rows_of(self, session: Session, items: Sequence[Item], answers: Sequence[str], found: Patched) -> Columns:

@@ -124,6 +124,7 @@ def swap_beliefs(
     norms: Norms = word_norms,
     recorded: Trace | None = None,
     chunk: int | None = None,
+    fetch: bool = True,
 ) -> Swapped:
     """Swaps the belief of every item at every layer and strength, by IDs and by noise of the same norm.
 
@@ -140,6 +141,7 @@ def swap_beliefs(
         norms: computes the norms of the words, which the strengths multiply.
         recorded: the trace of the questions, if there is one already.
         chunk: number of edits that run together.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Raises:
         InputError: if the IDs are of another model, or a layer is out of range.
@@ -169,7 +171,7 @@ def swap_beliefs(
         steered, steered_texts = batch.read(swapped.first), swapped.texts
     else:
         steered = batch.read(rerun(model, recorded, edit, chunk=chunk))
-    return Swapped(
+    found = Swapped(
         control=control,
         steered=steered,
         layers=chosen,
@@ -178,6 +180,7 @@ def swap_beliefs(
         control_texts=control_texts,
         steered_texts=steered_texts,
     )
+    return on_host(found) if fetch else found
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -244,6 +247,7 @@ class BeliefSwap(
             indices=np.array(padded([session.index[item.key] for item in items], session.batch_size)),
             max_new_tokens=self.max_new_tokens,
             norms=self.norms,
+            fetch=False,
         )
         return partial(table_of, found, items, batch.answers, session.model.name)
 

@@ -169,7 +169,7 @@ class BlankImage(
         options = {"layers": session.layers, "strengths": (self.strength,), "seed": self.seed, "indices": indices}
         for asked in batch.values():
             recorded = trace(session.model, asked.prompts)
-            swaps.append(swap_beliefs(session.model, asked, session.ids, recorded=recorded, **options))
+            swaps.append(swap_beliefs(session.model, asked, session.ids, recorded=recorded, fetch=False, **options))
             words.append(place_words(asked, recorded, session.ids))
         return partial(self.rows_of, session, items, swaps, words)
 

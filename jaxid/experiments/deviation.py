@@ -122,6 +122,7 @@ def measure_deviations(
     *,
     layers: Sequence[int] | None = None,
     true_ids: TrueIDs = SpatialIDs.at_box,
+    fetch: bool = True,
 ) -> Deviations:
     """Deviations and ground truth of every item: all layers from one pass with pictures and one without.
 
@@ -132,6 +133,7 @@ def measure_deviations(
         boxes: (x, y, width, height) of subject and object, as shares of the picture's width and height.
         layers: layers after which activations are read; all by default.
         true_ids: makes the ground-truth IDs; the IDs of the boxes' centres by default.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Raises:
         InputError: if the IDs are of another model, a layer is out of range, or there is not one pair of boxes an item.
@@ -147,7 +149,7 @@ def measure_deviations(
     alone = residuals_at(model, text, text.words(batch.names))[1:]
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)
     u, v = (direction[chosen] for direction in ids.plane())
-    return Deviations(
+    found = Deviations(
         control=batch.read(shown),
         truth=batch.truth,
         words=probing.plane_coordinates(deviations[chosen], u, v),
@@ -155,6 +157,7 @@ def measure_deviations(
         axis=batch.axis,
         layers=chosen,
     )
+    return on_host(found) if fetch else found
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class Deviation(
         """A row for each layer, item and object."""
         shares = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
         found = measure_deviations(
-            session.model, batch, session.ids, shares, layers=session.layers, true_ids=self.true_ids
+            session.model, batch, session.ids, shares, layers=session.layers, true_ids=self.true_ids, fetch=False
         )
         return partial(self.rows_of, session, items, found)
 

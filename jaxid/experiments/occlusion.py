@@ -194,19 +194,21 @@ class Occluded:
         return self.right[:, 2 + first : 3 + last].min(axis=1) - self.right[:, 1]
 
 
-def occlude(model: Model, batches: Sequence[RelationBatch], count: int) -> Occluded:
+def occlude(model: Model, batches: Sequence[RelationBatch], count: int, *, fetch: bool = True) -> Occluded:
     """Reads the answers about all variants of some items.
 
     Args:
         model: the model.
         batches: the questions, from `ask`.
         count: how many items they are about.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
     """
     logs = jnp.concatenate([batch.read(forward(model, batch.prompts)) for batch in batches])
     truth = np.concatenate([batch.truth for batch in batches])
     rows = np.arange(count * len(KINDS))
     right, wrong = (logs[rows, answer[rows]].reshape(len(KINDS), count).T for answer in (truth, 1 - truth))
-    return Occluded(right=right, wrong=wrong)
+    found = Occluded(right=right, wrong=wrong)
+    return on_host(found) if fetch else found
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
 
     def compute(self, session: Session, items: Sequence[OcclusionItem], batch: Sequence[RelationBatch]) -> Later:
         """A row for each item and variant; the original's box is that of the subject."""
-        return partial(self.rows_of, session, items, occlude(session.model, batch, session.batch_size))
+        return partial(self.rows_of, session, items, occlude(session.model, batch, session.batch_size, fetch=False))
 
     def rows_of(self, session: Session, items: Sequence[OcclusionItem], found: Occluded) -> Columns:
         """The table's rows of items, once they are computed."""

@@ -38,6 +38,7 @@ def steer_apart(
     id_layer: int,
     strength: float = 5.0,
     positions: Int[np.ndarray, "B 2"] | None = None,
+    fetch: bool = True,
 ) -> Steered:
     """Steers both words of a question apart with one layer's IDs, added at every layer in turn (Figure 6 d).
 
@@ -52,6 +53,7 @@ def steer_apart(
         id_layer: the layer whose IDs are used throughout.
         strength: factor of the vectors, which are not rescaled.
         positions: positions where the vectors are added; the words of subject and object by default.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Returns:
         Log-probabilities; `steered` is Float[L, B, 2].
@@ -64,7 +66,7 @@ def steer_apart(
     vectors = jnp.stack([first - second, second - first])  # [2, D]
     positions = batch.words[:, :2] if positions is None else positions
     vectors = jnp.broadcast_to(vectors, (len(layers), 1, *vectors.shape))
-    return steer(model, batch, add(np.asarray(layers), positions, vectors, strength))
+    return steer(model, batch, add(np.asarray(layers), positions, vectors, strength), fetch=fetch)
 
 
 def parse_cells(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -187,6 +189,7 @@ class SteerPicture(
             id_layer=self.chosen_id_layer(session.model),
             strength=self.strength,
             positions=self.positions(batch, 2),
+            fetch=False,
         )
         answers = batch.answers
 

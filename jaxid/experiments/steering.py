@@ -63,10 +63,18 @@ class Steered:
         return self.steered - self.control
 
 
-def steer(model: Model, batch: RelationBatch, edit: Intervention) -> Steered:
-    """The answers to prepared questions without and with an intervention, whose sweep axes lead in `steered`."""
+def steer(model: Model, batch: RelationBatch, edit: Intervention, *, fetch: bool = True) -> Steered:
+    """The answers to prepared questions without and with an intervention, whose sweep axes lead in `steered`.
+
+    Args:
+        model: the model.
+        batch: prepared questions.
+        edit: the intervention.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
+    """
     recorded = trace(model, batch.prompts)
-    return Steered(control=batch.read(recorded), steered=batch.read(rerun(model, recorded, edit)))
+    found = Steered(control=batch.read(recorded), steered=batch.read(rerun(model, recorded, edit)))
+    return on_host(found) if fetch else found
 
 
 def cell_vectors(ids: SpatialIDs, axis: str, layers: Sequence[int]) -> Float[Array, "L X Y D"]:
@@ -83,6 +91,7 @@ def steer_to_cells(
     layers: Sequence[int],
     strength: float = 5.0,
     positions: Int[np.ndarray, "B"] | None = None,
+    fetch: bool = True,
 ) -> Steered:
     """Steers the subject to each cell, at each layer.
 
@@ -93,6 +102,7 @@ def steer_to_cells(
         layers: layers after which the vectors are added.
         strength: factor of the vectors, which are not rescaled; m of the published procedure.
         positions: positions where the vectors are added; the subject's word by default.
+        fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Returns:
         Log-probabilities; `steered` is Float[L, 4, 4, B, 2].
@@ -104,7 +114,7 @@ def steer_to_cells(
     vectors = cell_vectors(ids, batch.axis, layers)
     sweep = np.broadcast_to(np.asarray(layers)[:, None, None], vectors.shape[:3])
     positions = batch.words[:, 0] if positions is None else positions
-    return steer(model, batch, add(sweep, positions, vectors, strength))
+    return steer(model, batch, add(sweep, positions, vectors, strength), fetch=fetch)
 
 
 # --- the questions ---------------------------------------------------------------------------------------------------
@@ -225,7 +235,7 @@ class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batc
         return CELLS
 
     def steered(self, session: Session, batch: RelationBatch) -> Steered:
-        """The answers with the subject at every cell."""
+        """The answers with the subject at every cell, on the device."""
         return steer_to_cells(
             session.model,
             batch,
@@ -233,6 +243,7 @@ class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batc
             layers=session.layers,
             strength=self.strength,
             positions=self.positions(batch)[:, 0],
+            fetch=False,
         )
 
 

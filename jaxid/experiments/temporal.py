@@ -99,6 +99,7 @@ def steer_to_frames(
     *,
     layers: Sequence[int],
     strength: float = 5.0,
+    fetch: bool = True,
 ) -> Steered:
     """Steers the words of the second scene to every frame, at each layer; see `steering.steer_to_cells`.
 
@@ -111,7 +112,7 @@ def steer_to_frames(
     require_same_model(model, ids)
     vectors = frame_vectors(ids, layers)
     sweep = np.broadcast_to(np.asarray(layers)[:, None], vectors.shape[:2])
-    return steer(model, batch.asked, add(sweep, batch.second, vectors, strength))
+    return steer(model, batch.asked, add(sweep, batch.second, vectors, strength), fetch=fetch)
 
 
 # --- the experiments -------------------------------------------------------------------------------------------------
@@ -256,7 +257,8 @@ class TemporalSteer(
 
     def compute(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Later:
         """A row for each layer, frame, item and word."""
-        found = steer_to_frames(session.model, batch, session.ids, layers=session.layers, strength=self.strength)
+        options = {"layers": session.layers, "strength": self.strength}
+        found = steer_to_frames(session.model, batch, session.ids, **options, fetch=False)
         return partial(self.rows_of, session, items, ANSWERS, found)
 
     def summarise(self, session: Session, table: Columns) -> TemporalSteerSummary:

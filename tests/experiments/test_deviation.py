@@ -219,12 +219,10 @@ def test_table_holds_what_the_experiment_computes(place: Path) -> None:
                 (at,) = np.flatnonzero(
                     (table["item"] == item.key) & (table["layer"] == layer) & (table["role"] == name)
                 )
-                assert (table["x"][at], table["y"][at]) == pytest.approx(
-                    np.asarray(one.words)[layer, 0, role], abs=1e-3
-                )
+                assert (table["x"][at], table["y"][at]) == pytest.approx(one.words[layer, 0, role], abs=1e-3)
                 truth = table["true_x"][at], table["true_y"][at]
-                assert truth == pytest.approx(np.asarray(one.places)[layer, 0, role], abs=1e-4)
-                assert table["margin"][at] == pytest.approx(np.asarray(one.margins)[layer, 0], abs=1e-3)
+                assert truth == pytest.approx(one.places[layer, 0, role], abs=1e-4)
+                assert table["margin"][at] == pytest.approx(one.margins[layer, 0], abs=1e-3)
                 assert (
                     table["name"][at] == table[name][at] == getattr(item, name)
                     and table["correct"][at] == one.correct[0]
