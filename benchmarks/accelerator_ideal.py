@@ -38,7 +38,7 @@ from accelerator_programs import (
     encoder_geometry,
     finetune_task,
     map_sizes,
-    scorer_shapes,
+    scorer_arrays,
 )
 
 from jaxid.checkpoints.tensors import Leaves
@@ -410,7 +410,7 @@ def dcsm() -> Ideal:
     config, _, _ = encoder_geometry()
     pictures, captions, width = map_sizes(config)
     size, pairs = pictures * captions, PAIRS * PAIRS
-    hidden, channels = scorer_shapes(config).network.fc1.shape[:2]
+    hidden, channels = scorer_arrays(config)["network"].fc1.shape[:2]
     multiplied = width + 9 * channels + 9 * channels**2 + hidden * channels
     tokens = SINGLE * PAIRS * width * (pictures + captions)
     wide = SINGLE * hidden * channels * size

@@ -406,10 +406,15 @@ def map_sizes(config: Any) -> tuple[int, int, int]:
     return config.vision_config.num_patches + 1, CAPTION_TOKENS, config.projection_dim
 
 
-def scorer_shapes(config: Any) -> scoring.Scorer:
-    """A CNN that scores the encoder's maps."""
+def scorer_arrays(config: Any) -> dict[str, PyTree]:
+    """Shapes of the arrays of a CNN that scores the encoder's maps, by their names in a `Scorer`."""
     pictures, captions, _ = map_sizes(config)
-    return jax.eval_shape(lambda key: scoring.Scorer.init(key, pictures, captions), jax.random.key(0))
+
+    def arrays(key: Any) -> dict[str, PyTree]:
+        scorer = scoring.Scorer.init(key, pictures, captions)
+        return {"network": scorer.network, "vectors": scorer.vectors}
+
+    return jax.eval_shape(arrays, jax.random.key(0))
 
 
 def _dcsm_part(target: Target) -> list[Part]:
@@ -420,8 +425,13 @@ def _dcsm_part(target: Target) -> list[Part]:
         jax.ShapeDtypeStruct((PAIRS, captions, width), jnp.float32),
         jax.ShapeDtypeStruct((PAIRS, captions), jnp.int32),
     )
-    args = jax.tree.map(target.array, (scorer_shapes(config), *arrays))
-    return [Part(name="dcsm", function=scoring.score_tokens, args=(*args, "call"), shares={"moments": 0.0})]
+
+    @jax.jit  # a scorer checks that its arrays are arrays, where types are checked
+    def score(scorer: dict[str, PyTree], images: Any, texts: Any, words: Any) -> Any:
+        return scoring.score_tokens(scoring.Scorer(**scorer), images, texts, words, "call")
+
+    args = jax.tree.map(target.array, (scorer_arrays(config), *arrays))
+    return [Part(name="dcsm", function=score, args=args, shares={"moments": 0.0})]
 
 
 def _encode_parts(target: Target) -> list[Part]:
