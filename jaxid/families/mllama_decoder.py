@@ -73,6 +73,10 @@ class Crossed(View):
     query_scale: Float[Array, "C E"]
     epsilon: float
 
+    def at(self, layer: Layer) -> "Crossed":
+        """The view with what the other layers read sliced out."""
+        return dataclasses.replace(self, own=self.own.at(layer))
+
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """As in `own`; what a cross-attention layer stores is never read."""
         return self.own.store(layer, key, value)

@@ -147,7 +147,7 @@ def generate(
         single = jax.tree.map(lambda leaf: leaf[0], some)
         whole = recorded if unedited and recorded is not None else record(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
-        none = jnp.zeros((blocks, 1, prompts_, 0, kv_heads, head_width), whole.keys.dtype)
+        none = jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype)
         start = passes.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
         prefix = passes.Shared(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))

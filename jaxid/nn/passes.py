@@ -21,7 +21,7 @@ from jaxid.nn.views import Cache, Keep, Memory, Own, Prefix, Stored, Swapped, Vi
 
 Tree = TypeVar("Tree")
 State = TypeVar("State")
-Caches = tuple[Float[Array, "L R B C K E"], Float[Array, "L R B C K E"]]
+Caches = tuple[Float[Array, "L R B K C E"], Float[Array, "L R B K C E"]]
 Recorded = tuple[Float[Array, "L1 B S D"], Float[Array, "L B K T E"], Float[Array, "L B K T E"]]
 Decoding = tuple[Array, Array, Array, Array, Array, Caches]
 
@@ -305,7 +305,11 @@ def resume(
     first = jnp.where(jnp.arange(chunks * chunk) < rows, start[padded], count).reshape(chunks, chunk)
     edits, swapped = grouped(edits), grouped(suffix.swapped)
 
-    own, other = suffix.views(decoder)
+    whole, another = suffix.views(decoder)
+
+    def at(layer: Layer) -> tuple[View, View | None]:
+        """What all chunks read in a layer."""
+        return whole.at(layer), None if another is None else another.at(layer)
 
     def enter(edit: SiteFunction, first: Array) -> Array:
         """What a row starts from: the recorded values, edited between the layer before and its first."""
@@ -315,10 +319,14 @@ def resume(
         return jnp.where(first > 0, edit(Site("resid_post", first - 1, positions), x), embedded)
 
     def advance(
-        block: DecoderBlock, layer: Layer, chunk: tuple[Array, SiteFunction, Array, Array | None], keep: Keep = None
+        block: DecoderBlock,
+        layer: Layer,
+        views: tuple[View, View | None],
+        chunk: tuple[Array, SiteFunction, Array, Array | None],
+        keep: Keep = None,
     ) -> Array:
         """Runs the block for the rows of a chunk that have joined."""
-        x, edits, first, swapped = chunk
+        (own, other), (x, edits, first, swapped) = views, chunk
         waiting = kept(x, keep)
 
         def go(x: Array) -> Array:
@@ -331,15 +339,15 @@ def resume(
 
     def through(x: Array, layer: Array) -> tuple[Array, None]:
         def run(x: Array) -> Array:
-            block = decoder.block(layer)
-            return jax.lax.map(lambda chunk: advance(block, layer, chunk), (x, edits, first, swapped))
+            block, views = decoder.block(layer), at(layer)
+            return jax.lax.map(lambda chunk: advance(block, layer, views, chunk), (x, edits, first, swapped))
 
         return jax.lax.cond((first <= layer).any(), run, lambda x: x, x), None
 
     x = jax.lax.map(lambda chunk: jax.vmap(enter)(*chunk), (edits, first))
     x, _ = jax.lax.scan(through, x, jnp.arange(count - 1))
-    final, last = decoder.block(count - 1), suffix.last[:, None]
-    x = jax.lax.map(lambda chunk: advance(final, count - 1, chunk, last), (x, edits, first, swapped))
+    final, views, last = decoder.block(count - 1), at(count - 1), suffix.last[:, None]
+    x = jax.lax.map(lambda chunk: advance(final, count - 1, views, chunk, last), (x, edits, first, swapped))
     hidden = decoder.norm(x[:, :, :, 0])
     return hidden.reshape(chunks * chunk, *hidden.shape[2:])[jnp.argsort(order)]
 
@@ -352,14 +360,14 @@ class Start(NamedTuple):
 
     Attributes:
         hidden: normed final hidden state at the prompts' last tokens.
-        keys: keys of the rows' own tokens of the prompt, S of them, which may be 0.
+        keys: keys of the rows' own tokens of the prompt, S of them, which may be 0; heads first.
         values: values of these tokens.
         valid: false after the last of these tokens.
     """
 
     hidden: Float[Array, "R B D"]
-    keys: Float[Array, "L R B S K E"]
-    values: Float[Array, "L R B S K E"]
+    keys: Float[Array, "L R B K S E"]
+    values: Float[Array, "L R B K S E"]
     valid: Bool[Array, "B S"]
 
 
@@ -455,33 +463,25 @@ def decode(
         (x, caches), _ = jax.lax.scan(step, (x, caches), jnp.arange(decoder.config.num_hidden_layers))
         return choose(decoder.norm(x[:, :, 0])), caches
 
+    def written(tokens: Array, index: Array, token: Array, lengths: Array, done: Array) -> tuple[Array, Array, Array]:
+        """The tokens with those of this index, the rows' lengths, and which rows have ended."""
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, :, None], (0, 0, index))
+        return tokens, lengths + (~done).astype(jnp.int32), done | (token[..., None] == stop_ids).any(axis=-1)
+
     def more(state: Decoding) -> Array:
         index, _, _, _, done, _ = state
-        return (index < steps) & ~done.all()
+        return (index + 1 < steps) & ~done.all()
 
     def advance(state: Decoding) -> Decoding:
         index, token, tokens, lengths, done, caches = state
+        token, caches = next_token(token, index, caches)
         token = jnp.where(done, filler, token)
-        tokens = jax.lax.dynamic_update_slice(tokens, token[:, :, None], (0, 0, index))
-        lengths = lengths + (~done).astype(jnp.int32)
-        done = done | (token[..., None] == stop_ids).any(axis=-1)
-        # No token is needed after the last one.
-        following, caches = jax.lax.cond(
-            (index + 1 < steps) & ~done.all(),
-            lambda caches: next_token(token, index, caches),
-            lambda caches: (token, caches),
-            caches,
-        )
-        return index + 1, following, tokens, lengths, done, caches
+        return index + 1, token, *written(tokens, index + 1, token, lengths, done), caches
 
-    room = [(0, 0)] * 3 + [(0, steps)] + [(0, 0)] * 2
-    state = (
-        jnp.asarray(0, jnp.int32),
-        choose(start.hidden),
-        jnp.full((rows, batch, steps), filler, jnp.int32),
-        jnp.zeros((rows, batch), jnp.int32),
-        jnp.zeros((rows, batch), bool),
-        (jnp.pad(start.keys, room), jnp.pad(start.values, room)),
-    )
-    _, _, tokens, lengths, *_ = jax.lax.while_loop(more, advance, state)
+    room = [(0, 0)] * 4 + [(0, steps), (0, 0)]
+    index, token = jnp.asarray(0, jnp.int32), choose(start.hidden)
+    tokens, lengths = jnp.full((rows, batch, steps), filler, jnp.int32), jnp.zeros((rows, batch), jnp.int32)
+    first = written(tokens, index, token, lengths, jnp.zeros((rows, batch), bool))
+    caches = (jnp.pad(start.keys, room), jnp.pad(start.values, room))
+    _, _, tokens, lengths, *_ = jax.lax.while_loop(more, advance, (index, token, *first, caches))
     return tokens, lengths

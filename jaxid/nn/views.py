@@ -31,8 +31,18 @@ Keep = Int[Array, "B S"] | None
 """The tokens whose results are wanted, by their index in the block; None for all of them."""
 
 
+def heads_first(array: Float[Array, "*R B S H E"]) -> Float[Array, "*R B H S E"]:
+    """Exchanges the axes of tokens and heads; its own inverse."""
+    return jnp.swapaxes(array, -3, -2)
+
+
 class View(abc.ABC):
     """What the queries of a block may read."""
+
+    def at(self, layer: Layer) -> "View":
+        """The view for use in one layer alone, several times; what it needs of that layer is sliced out once."""
+        del layer
+        return self
 
     @abc.abstractmethod
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
@@ -96,14 +106,13 @@ class Own(View):
 
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """Rotated keys, and values, heads first."""
-        return jnp.swapaxes(self.tokens.rotated(layer, key), -3, -2), jnp.swapaxes(value, -3, -2)
+        return heads_first(self.tokens.rotated(layer, key)), heads_first(value)
 
     def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prompt."""
         reads = self.tokens.within(layer, self.reads if keep is None else self.reads.take(keep), keep)
-        query = jnp.swapaxes(self.tokens.rotated(layer, query, keep), -3, -2)
-        mixed = attention.attend_heads(query, *stored, reads, causal=self.causal and keep is None)
-        return jnp.swapaxes(mixed, -3, -2)
+        query = heads_first(self.tokens.rotated(layer, query, keep))
+        return heads_first(attention.attend_heads(query, *stored, reads, causal=self.causal and keep is None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,35 +124,46 @@ class Prefix(View):
         keys: recorded keys of the prefix, heads first; those of later tokens may follow, and are not read.
         values: the values that belong to these keys.
         mask: false after the end of a prompt's prefix.
+        sliced: the prefix's keys and values in the only layer in which the view is used.
     """
 
     tokens: Tokens
     keys: Float[Array, "L B K T E"]
     values: Float[Array, "L B K T E"]
     mask: Bool[Array, "B P"]
+    sliced: tuple[Float[Array, "B K P E"], Float[Array, "B K P E"]] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+
+    def at(self, layer: Layer) -> "Prefix":
+        """The view with the prefix's keys and values of the layer sliced out."""
+        return dataclasses.replace(self, sliced=self._recorded(layer))
+
+    def _recorded(self, layer: Layer) -> tuple[Float[Array, "B K P E"], Float[Array, "B K P E"]]:
+        if self.sliced is not None:
+            return self.sliced
+        count = self.mask.shape[1]
+        keys, values = (
+            jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2) for leaf in (self.keys, self.values)
+        )
+        return keys, values
 
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
-        """Rotated keys, and values."""
-        return self.tokens.rotated(layer, key), value
+        """Rotated keys, and values, heads first."""
+        return heads_first(self.tokens.rotated(layer, key)), heads_first(value)
 
     def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prefix, which is read once for all rows, and to the row's own tokens."""
-        count = self.mask.shape[1]
-        prefix_keys, prefix_values = (
-            jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2) for leaf in (self.keys, self.values)
-        )
-        queries = self.tokens.of(keep)
-        before = self.tokens.within(layer, masks.causal(queries, jnp.arange(count)[None], self.mask), keep)
+        prefix, queries = jnp.arange(self.mask.shape[1])[None], self.tokens.of(keep)
+        before = self.tokens.within(layer, masks.causal(queries, prefix, self.mask), keep)
         keys, values, own = self.own(layer, stored, keep)
         own = self.tokens.within(layer, own, keep)
         query = self.tokens.rotated(layer, query, keep)
-        return attention.shared_prefix_attention(
-            prefix_keys, prefix_values, before, query, keys, values, own.mask()[None]
-        )
+        return attention.shared_prefix_attention(*self._recorded(layer), before, query, keys, values, own)
 
     def own(
         self, layer: Layer, stored: Stored, keep: Keep
-    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Reads]:
+    ) -> tuple[Float[Array, "R B K C E"], Float[Array, "R B K C E"], Reads]:
         """Keys and values of the rows' own tokens, and which of them each query reads."""
         del layer
         # Padding is on the right; its positions may repeat that of the last token, which must not read it.
@@ -158,29 +178,29 @@ class Cache(Prefix):
     """One new token per row, which also reads the row's earlier tokens.
 
     Attributes:
-        caches: keys and values of the rows' own tokens in every layer, with room for those to come.
+        caches: keys and values of the rows' own tokens in every layer, heads first, with room for those to come.
         slot: index in the caches where the new token is written.
         filled: which entries of the caches hold a token, the new one included.
         positions: positions of the tokens in the caches.
     """
 
-    caches: tuple[Float[Array, "L R B C K E"], Float[Array, "L R B C K E"]]
+    caches: tuple[Float[Array, "L R B K C E"], Float[Array, "L R B K C E"]]
     slot: Int[Array, ""]
     filled: Bool[Array, "B C"]
     positions: Int[Array, "B C"]
 
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """The caches with the new token added."""
-        new = (self.tokens.rotated(layer, key), value)
+        new = super().store(layer, key, value)
         first, second = (
-            jax.lax.dynamic_update_slice(cache, leaf[None], (layer, 0, 0, self.slot, 0, 0))
+            jax.lax.dynamic_update_slice(cache, leaf[None], (layer, 0, 0, 0, self.slot, 0))
             for cache, leaf in zip(self.caches, new, strict=True)
         )
         return first, second
 
     def own(
         self, layer: Layer, stored: Stored, keep: Keep
-    ) -> tuple[Float[Array, "R B C K E"], Float[Array, "R B C K E"], Reads]:
+    ) -> tuple[Float[Array, "R B K C E"], Float[Array, "R B K C E"], Reads]:
         """The cached keys and values of the layer; the new token reads those that are filled."""
         return *layer_of(stored, layer), masks.causal(self.tokens.of(keep), self.positions, self.filled)
 
@@ -225,6 +245,10 @@ class Swapped(View):
     own: View
     other: View
     after: Int[Array, "R"]
+
+    def at(self, layer: Layer) -> "Swapped":
+        """Both views for one layer alone."""
+        return dataclasses.replace(self, own=self.own.at(layer), other=self.other.at(layer))
 
     def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
         """The same as the rows' own view."""
