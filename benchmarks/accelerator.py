@@ -7,6 +7,7 @@ and the table `DIR/accelerator.md`. `--quick` compiles a few of them and fails i
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
@@ -26,7 +27,9 @@ HEADER = f"""Programs compiled by XLA for devices that are not here; nothing was
 
 On several chips, figures are for each of them. Operations are those of products, convolutions and attention. Bytes are
 operands and outputs of every top-level instruction in the device's memory, loops as often as they run, branches as
-often as the work takes them; of updates in place and of slices, the touched part. The roofline is the larger of
+often as the work takes them; of updates in place and of slices, the touched part. Among them are those of products and
+kernels, and those of moves, which only write what they read elsewhere; the rest is arithmetic on every number of arrays
+that are not kept on the chip. The roofline is the larger of
 operations at the peak and bytes at the peak bandwidth, for each program of a work, added up; every product counts at
 the peak of bfloat16, also those of float32. `accelerator_ideal.py` says what is ideal.
 
@@ -42,6 +45,8 @@ FIGURES = (
     "fits",
     "tflop",
     "hbm_gb",
+    "products_gb",
+    "moves_gb",
     "ideal_tflop",
     "ideal_hbm_gb",
     "flop_ratio",
@@ -64,6 +69,8 @@ SHOWN = {
     "fits": "d",
     "tflop": ".1f",
     "hbm_gb": ".1f",
+    "products_gb": ".1f",
+    "moves_gb": ".1f",
     "flop_ratio": ".2f",
     "bytes_ratio": ".2f",
     "weight_copies": "d",
@@ -95,6 +102,7 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
         *(f"the operations of kernel {name} do not count" for name in sorted(counts.unknown_kernels)),
         *([f"{unknown} loops or branches of which it is not known how often they run"] if unknown else []),
         *(f"no loop or branch belongs to {name}" for name in sorted(absent)),
+        *sorted(counts.faults),
     ):
         print(f"  {target.name}/{alias}/{part.name}: {text}", flush=True)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -108,6 +116,8 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
             "fits": int(held + memory.temp_size_in_bytes <= device.memory),
             "tflop": counts.flop / 1e12,
             "hbm_gb": counts.moved / 1e9,
+            "products_gb": counts.in_products / 1e9,
+            "moves_gb": counts.in_moves / 1e9,
             "ideal_tflop": least.flop / 1e12,
             "ideal_hbm_gb": least.moved / 1e9,
             "weight_copies": counts.weight_copies,
@@ -312,7 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = ", ".join(f"{figure} {own[figure]:.4g}" for figure in (*shown, "compile_s"))
             print(f"{row}/{part}: {text}", flush=True)
         write(options.out, found)
-    print(f"\n{table(found)}\n\n{len(wanted)} works in {time.perf_counter() - started:.0f} s")
+    elapsed, used = time.perf_counter() - started, os.times()
+    processors = sum((used.user, used.system, used.children_user, used.children_system))
+    print(f"\n{table(found)}\n\n{len(wanted)} works in {elapsed:.0f} s, {processors:.0f} s of one core")
     missed = report(found) if options.quick else 0
     return int(bool(missed or failed))
 

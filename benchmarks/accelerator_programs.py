@@ -305,9 +305,9 @@ def resumed_shares(layers: int, first: np.ndarray, chunk: int) -> dict[str, floa
     """How often a rerun's layers and chunks run, for rows that begin at these layers."""
     chunks = np.sort(first).reshape(-1, chunk)[:, 0]
     running = np.array([[start <= layer for start in chunks] for layer in range(layers)])
-    active = running.any(axis=1)
+    active = np.flatnonzero(running.any(axis=1))
     return {
-        "resume.<locals>.through": float(active[:-1].mean()),
+        "resume.<locals>.through": float((active < layers - 1).sum() / (layers - 1)),
         "resume.<locals>.advance": float(running[active].mean()),
     }
 

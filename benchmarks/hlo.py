@@ -45,6 +45,8 @@ class Counts:
     Attributes:
         flop: floating-point operations of matrix products, convolutions and attention.
         moved: bytes of operands and outputs of all top-level instructions in the device's memory.
+        in_products: those of instructions with products, and of kernels.
+        in_moves: those of instructions that only write what they read in another place, order or type.
         copied: bytes of weights that are written in another place, order or type.
         weight_copies: instructions that do so.
         score_tensors: buffers in the device's memory with an axis of queries and an axis of keys.
@@ -52,29 +54,34 @@ class Counts:
         unknown_branches: conditionals of which the caller does not know how often they take which branch; the branch
             that moves most counts.
         unknown_kernels: names of custom calls whose operations do not count.
+        faults: what is copied or holds scores: its kind, shape, name and function.
         functions: functions of the source whose loops and conditionals counted as the caller said.
     """
 
     flop: float = 0.0
     moved: float = 0.0
+    in_products: float = 0.0
+    in_moves: float = 0.0
     copied: float = 0.0
     weight_copies: int = 0
     score_tensors: int = 0
     unknown_loops: int = 0
     unknown_branches: int = 0
     unknown_kernels: frozenset[str] = frozenset()
+    faults: frozenset[str] = frozenset()
     functions: frozenset[str] = frozenset()
 
     def __add__(self, other: "Counts") -> "Counts":
         """Both programs in turn."""
-        names = ("unknown_kernels", "functions")
+        names = ("unknown_kernels", "faults", "functions")
         sets = {name: getattr(self, name) | getattr(other, name) for name in names}
         fields = [field.name for field in dataclasses.fields(self) if field.name not in names]
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in fields}, **sets)
 
     def times(self, runs: float) -> "Counts":
         """A loop's body in all runs; instructions and buffers count once."""
-        return dataclasses.replace(self, flop=runs * self.flop, moved=runs * self.moved, copied=runs * self.copied)
+        names = ("flop", "moved", "in_products", "in_moves", "copied")
+        return dataclasses.replace(self, **{name: runs * getattr(self, name) for name in names})
 
 
 Flags = tuple[bool, ...]
@@ -161,18 +168,28 @@ class _Reader:
         if opcode in ("call", "async-start"):
             return self.run((called.get("to_apply") or called["calls"])[0], given)
         results = _results(instruction)
+        moved, flop = _moved(self.program, computation, instruction), self._flop(computation, instruction)
+        moves, scores = _only_moves(self.program, instruction), [one for one in results if self._scores(one)]
         counts = Counts(
-            flop=self._flop(computation, instruction),
-            moved=_moved(self.program, computation, instruction),
-            score_tensors=sum(map(self._scores, results)),
+            flop=flop,
+            moved=moved,
+            in_products=moved if flop or opcode.startswith("custom-call") else 0.0,
+            in_moves=moved if moves else 0.0,
+            score_tensors=len(scores),
             unknown_kernels=frozenset(self._unknown(computation, instruction)),
+            faults=frozenset(self._fault("scores", instruction, one) for one in scores),
         )
-        if not (any(any(flags) for flags in given) and _only_moves(self.program, instruction)):
+        if not (moves and any(any(flags) for flags in given)):
             return counts, ()
         written = sum(shape.far for shape in results)  # a copy to memory on the chip is how weights are read
         if written >= self.large:
-            counts += Counts(weight_copies=1, copied=written)
+            fault = self._fault("a copy of weights", instruction, results[0])
+            counts += Counts(weight_copies=1, copied=written, faults=frozenset([fault]))
         return counts, (True,) * len(instruction.shapes)
+
+    def _fault(self, kind: str, instruction: Instruction, shape: Shape) -> str:
+        dims, function = ",".join(map(str, shape.dims)), self.program.function(instruction)
+        return f"{kind}: {shape.dtype}[{dims}] {instruction.name}" + (f" in {function}" if function else "")
 
     def _loop(self, computation: Computation, loop: Instruction, given: Sequence[Flags]) -> tuple[Counts, Flags]:
         counts, returned = self.run(loop.called["body"][0], given)

@@ -61,6 +61,8 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     index = 4
     assert counts.moved == 4 * ((2 * W + index) + (X + W + X) + 3 * index)
     assert (counts.weight_copies, counts.copied, counts.unknown_loops) == (1, 4 * W, 0)
+    assert (counts.in_moves, counts.in_products) == (4 * (2 * W + index), 4 * (X + W + X))
+    assert counts.faults == {"a copy of weights: f32[600,600] copied"}
 
 
 def test_loops_of_unknown_length_count_once_and_are_named() -> None:
@@ -122,7 +124,7 @@ def test_kernels_updates_in_place_and_branches() -> None:
     branch = 2 * 512 * 512 * 4 + 2 * 16  # the larger one
     assert counts.moved == kernel + update + branch
     assert (counts.weight_copies, counts.copied) == (1, 512 * 512 * 4)
-    assert counts.score_tensors == 1
+    assert counts.score_tensors == 1 and "scores: f32[16,640,640] scores" in counts.faults
 
 
 @pytest.mark.parametrize(("keys", "widths", "found"), [([640], [], 1), ([64], [], 0), ([640], [640], 0), ([], [], 0)])
