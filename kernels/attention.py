@@ -241,7 +241,7 @@ def _attention(problem: _Problem, query: Array, key: Array, value: Array, reads:
     return _select({platform: branch(name) for platform, name in names.items()}, query, key, value, reads)
 
 
-def _attention_forward(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> tuple[Part, Any]:
+def _attention_forward(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> tuple[Any, Any]:
     part = _attention(problem, query, key, value, reads)
     return part, (query, key, value, reads, part)
 
@@ -258,7 +258,8 @@ def _attention_backward(problem: _Problem, residuals: Any, slope: Part) -> tuple
 
         def plain(query: Array, key: Array, value: Array, reads: Any, part: Part, slope: Part) -> Any:
             del part
-            return jax.vjp(lambda *arrays: _plainly(name, problem, *arrays, reads), query, key, value)[1](slope)
+            run = functools.partial(_plainly, name, problem, reads=reads)
+            return jax.vjp(run, query, key, value)[1](slope)
 
         return plain
 
@@ -429,7 +430,7 @@ def shared_prefix_attention(
         query = jnp.transpose(query, (1, 3, 0, 2, 4)).reshape(batch, heads, rows * length, width)
         own = [jnp.moveaxis(array, 0, 2).reshape(batch, key.shape[2], -1, width) for array in (key, value)]
         options: Any = {"dtype": jnp.float32, "implementation": implementation}
-        parts = [part(query, *own, reads.by_row(rows), **options)]
+        parts = [part(query, own[0], own[1], reads.by_row(rows), **options)]
         if prefix_key.shape[2]:
             parts.append(part(query, prefix_key, prefix_value, prefix_reads.tile(rows), **options))
         mixed = merge(*parts).astype(value.dtype).reshape(batch, heads, rows, length, width)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxid.kernels import attention
-from jaxid.kernels.attention import Part, attend, merge, prefix_part, shared_prefix_attention, suffix_part
+from jaxid.kernels import masks as reading
+from jaxid.kernels.attention import Part, attend, merge, prefix_part
 
 
 def naive(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -246,6 +247,27 @@ def test_long_sequences_in_blocks_of_their_real_size(length: int) -> None:
 # --- rows that share a prefix ---------------------------------------------------------------------------------------
 
 
+def suffix_part(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> Part:
+    """With heads after tokens, as everything here has them but the prefix."""
+    return attention.suffix_part(query, jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3), mask)
+
+
+def shared_prefix_attention(
+    prefix_key: jax.Array,
+    prefix_value: jax.Array,
+    prefix_mask: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """With any masks; `attention.shared_prefix_attention` takes what tokens tell."""
+    parts = [suffix_part(query, key, value, mask)]
+    if prefix_key.shape[2]:
+        parts.append(prefix_part(query, prefix_key, prefix_value, prefix_mask))
+    return merge(*parts).astype(value.dtype)
+
+
 def shared(
     rows: int, batch: int, length: int, own: int, prefix: int, heads: int, kv_heads: int, spread: float = 1.0
 ) -> Any:
@@ -432,6 +454,25 @@ def test_rows_of_real_size_go_head_by_head(window: int | None) -> None:
         *arrays[:2], jnp.asarray(allowed["prefix_mask"]), *arrays[2:], jnp.asarray(allowed["mask"])
     )
     np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=3e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "batched"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("prefix", [9, 0])
+def test_masks_that_tokens_tell(implementation: Any, window: int | None, prefix: int) -> None:
+    """Rows apart, and side by side as for a kernel: the second prompt has a shorter prefix and ends in padding."""
+    prefix_key, prefix_value, query, key, value = shared(3, 2, 4, 4, prefix, 4, 2, 2.0)
+    ends = np.array([prefix, prefix // 2])[:, None]
+    positions, valid = jnp.asarray(ends + np.arange(4)), jnp.asarray(np.arange(4) < np.array([4, 3])[:, None])
+    before = reading.causal(positions, jnp.arange(prefix)[None], jnp.asarray(np.arange(prefix) < ends))
+    own = reading.causal(positions, positions, valid)
+    if window is not None:
+        before, own = (reads.within(positions, window, True) for reads in (before, own))
+    run = jax.jit(partial(attention.shared_prefix_attention, implementation=implementation))
+    heads_first = (jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3))
+    found = run(prefix_key, prefix_value, before, query, *heads_first, own)
+    allowed = {"prefix_mask": np.asarray(before.mask()), "mask": np.asarray(own.mask())[None]}
+    np.testing.assert_allclose(found, tiled(prefix_key, prefix_value, query, key, value, **allowed), atol=3e-6)
 
 
 def test_a_shared_prefix_in_bfloat16(path: str) -> None:
