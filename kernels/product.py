@@ -88,7 +88,7 @@ def _by_platform(x: Array, stack: Array, index: Array, value: Array, *, transpos
 
     def stacked(x: Array, stack: Array, index: Array, value: Array) -> Array:
         del value
-        return _everywhere(transposed)(x, stack, index)
+        return everywhere(transposed)(x, stack, index)
 
     return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, default=sliced)
 
@@ -147,7 +147,8 @@ def _kernel(index: Any, x: Any, stack: Any, out: Any, *, tiles: _Tiles, shape: t
             right = right.T
         else:
             right = load(stack.at[layer, here, inside], inner, inputs, columns, outputs, (ragged[1], ragged[2]))
-        return total + jnp.dot(left, right, preferred_element_type=jnp.float32)
+        # Products of 16-bit numbers are exact in float32, whatever precision is set.
+        return total + jnp.dot(left, right, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
 
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
     place = out.at[pl.program_id(2), pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)]
@@ -160,6 +161,7 @@ def stacked_product(
     index: Int[Array, ""],
     *,
     transposed: bool = False,
+    dtype: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
     """The kernel: x @ stack[index], or x @ stack[index].T, of 16-bit arrays on one GPU.
@@ -169,65 +171,60 @@ def stacked_product(
         stack: the matrices.
         index: which of them.
         transposed: whether to multiply by its transpose.
+        dtype: of the result; that of x if None.
         interpret: runs the kernel as a JAX program, on any platform and slowly.
     """
     tokens, inputs = x.shape
     outputs = stack.shape[1 if transposed else 2]
     tiles = _tiles(tokens, inputs, outputs)
-    dtype = x.dtype if tiles.splits == 1 else jnp.float32
+    wanted = jnp.dtype(x.dtype if dtype is None else dtype)
+    written = wanted if tiles.splits == 1 else jnp.dtype(jnp.float32)
     moved = x.size * x.dtype.itemsize + inputs * outputs * stack.dtype.itemsize
     parts = pl.pallas_call(
         partial(_kernel, tiles=tiles, shape=(tokens, inputs, outputs), transposed=transposed),
         grid=(pl.cdiv(tokens, tiles.rows), pl.cdiv(outputs, tiles.columns), tiles.splits),
-        out_shape=jax.ShapeDtypeStruct((tiles.splits, tokens, outputs), dtype),
+        out_shape=jax.ShapeDtypeStruct((tiles.splits, tokens, outputs), written),
         compiler_params=plgpu.CompilerParams(num_warps=4 if tiles.rows <= 64 else 8, num_stages=3),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * inputs * outputs,
             transcendentals=0,
-            bytes_accessed=moved + tiles.splits * tokens * outputs * jnp.dtype(dtype).itemsize,
+            bytes_accessed=moved + tiles.splits * tokens * outputs * written.itemsize,
         ),
         interpret=interpret,
         name="layer_product_transposed" if transposed else "layer_product",
     )(index, x, stack)
-    return parts[0] if tiles.splits == 1 else parts.sum(axis=0).astype(x.dtype)
+    return parts[0] if tiles.splits == 1 else parts.sum(axis=0).astype(wanted)
 
 
 # --- over devices and mapped axes -------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _everywhere(transposed: bool) -> Callable[[Array, Array, Array], Array]:
+def everywhere(transposed: bool, interpret: bool = False) -> Callable[[Array, Array, Array], Array]:
     """The kernel over the devices that hold parts of its operands, and under `jax.vmap`."""
 
     def whole(x: Array, stack: Array, index: Array) -> Array:
-        return stacked_product(x, stack, index, transposed=transposed)
+        return stacked_product(x, stack, index, transposed=transposed, interpret=interpret)
 
     divided = custom_partitioning(whole)
 
     def partition(mesh: Any, operands: Sequence[Any], outputs: Any) -> Any:
+        """The matrix stays where it is, and the tokens come to it."""
         del outputs
-        specs = [
-            (*operand.sharding.spec, *(None,) * (len(operand.shape) - len(operand.sharding.spec)))
-            for operand in operands
-        ]
-        by_token, by_input = specs[0]
-        rows, columns = specs[1][1:]
+        tokens, (rows, columns) = _axes(operands[0])[0], _axes(operands[1])[1:]
         inner, outer = (columns, rows) if transposed else (rows, columns)
-        # The matrix stays where it is; the tokens come to it.
-        by_token = by_token if not _names(by_token) & (_names(inner) | _names(outer)) else None
-        del by_input
+        summed = tuple(_names(inner))
+        if _names(tokens) & (_names(inner) | _names(outer)):
+            tokens = None
 
         def run(x: Array, stack: Array, index: Array) -> Array:
-            part = whole(x, stack, index)
-            return jax.lax.psum(part, tuple(_names(inner))) if _names(inner) else part
+            dtype = jnp.float32 if summed else None
+            part = stacked_product(x, stack, index, transposed=transposed, dtype=dtype, interpret=interpret)
+            return jax.lax.psum(part, summed).astype(x.dtype) if summed else part
 
-        placed = [
-            PartitionSpec(by_token, inner),
-            PartitionSpec(None, rows, columns),
-            PartitionSpec(),
-        ]
-        result = NamedSharding(mesh, PartitionSpec(by_token, outer))
-        return mesh, run, result, tuple(NamedSharding(mesh, spec) for spec in placed)
+        inputs = (PartitionSpec(tokens, inner), PartitionSpec(None, rows, columns), PartitionSpec())
+        result = NamedSharding(mesh, PartitionSpec(tokens, outer))
+        return mesh, run, result, tuple(NamedSharding(mesh, spec) for spec in inputs)
 
     rule = "m k, l n k, -> m n" if transposed else "m k, l k n, -> m n"
     divided.def_partition(
@@ -249,6 +246,12 @@ def _everywhere(transposed: bool) -> Callable[[Array, Array, Array], Array]:
         return found.reshape(size, -1, found.shape[-1]), True
 
     return mapped
+
+
+def _axes(operand: Any) -> tuple[Any, ...]:
+    """How every axis of an operand is divided."""
+    spec = operand.sharding.spec
+    return (*spec, *(None,) * (len(operand.shape) - len(spec)))
 
 
 def _names(entry: Any) -> set[str]:
