@@ -339,6 +339,15 @@ def _run_backward(
     return of_query.reshape(*rows, *shape[2:]), of_key.reshape(of_keys), of_value.reshape(of_keys)
 
 
+def _ampere() -> bool:
+    """Whether the GPUs here, if there are any, multiply bfloat16, as all have done since Ampere."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return True
+    return all(float(device.compute_capability) >= 8 for device in devices)
+
+
 def takes(target: Target, query: Sequence[int], key: Sequence[int], dtype: Any) -> bool:
     """Whether the kernel is made for heads of that width and type, and a TPU's fast memory holds the keys of a head."""
     dtype, width = jnp.dtype(dtype), query[3]
@@ -347,7 +356,7 @@ def takes(target: Target, query: Sequence[int], key: Sequence[int], dtype: Any) 
     if width % 8 or not 16 <= width <= 256:
         return False
     if target.platform == "cuda":
-        return True
+        return _ampere()
     padded, group = pl.cdiv(width, 128) * 128, query[1] // key[1]
     return 4 * padded * dtype.itemsize * max(key[2], group * query[2]) <= _MOST_VMEM
 

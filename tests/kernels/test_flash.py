@@ -1,5 +1,6 @@
 """The attention kernels as JAX programs, against plain products: what is read, its weight, and all gradients."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -274,6 +275,15 @@ def test_inside_shard_map(kernel: Implementation, mesh: Mesh) -> None:
     one = [jax.tree.map(lambda leaf: leaf[:1, : leaf.shape[1] // 2], arrays)]
     for ours, theirs in zip(ran, slopes("batched", None, one[0])[1], strict=True):
         np.testing.assert_allclose(ours[:1, : theirs.shape[1]], 2 * theirs, atol=1e-5)
+
+
+def test_no_kernel_on_gpus_before_ampere(kernel: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (8, 32, 640, 128), (8, 8, 640, 128)
+    for capability, wanted in (("7.5", "batched"), ("8.0", "cuda"), ("10.0", "cuda")):
+        devices = [SimpleNamespace(compute_capability=capability)]
+        monkeypatch.setattr(jax, "devices", lambda kind, devices=devices: devices)
+        assert chosen("cuda", *shapes) == wanted
+        assert chosen("tpu", *shapes) == "tpu"
 
 
 def test_which_implementation_is_chosen(kernel: Implementation) -> None:
