@@ -96,7 +96,8 @@ def _placed(kernel: Kernel, mesh: Mesh, free: Sequence[str], operands: Sequence[
     results = [tuple(sizes[letter] for letter in letters) for letters in kernel.results]
     return jax.shard_map(
         kernel.run,
-        mesh=mesh,
+        # Inside another `jax.shard_map`, the mesh of the context says which axes that has divided.
+        mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
         in_specs=tuple(
             spec(letters, operand.shape) for letters, operand in zip(kernel.operands, operands, strict=True)
         ),

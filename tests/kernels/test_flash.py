@@ -286,6 +286,22 @@ def test_no_kernel_on_gpus_before_ampere(kernel: Implementation, monkeypatch: py
         assert chosen("tpu", *shapes) == "tpu"
 
 
+def test_inside_shard_map_over_one_axis(kernel: Implementation, mesh: Mesh) -> None:
+    """Prompts are divided there, heads here; nothing is gathered."""
+    arrays = heads(4, 4, 2, 40, 130, 16)
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return part(query, key, value, implementation=kernel).mixed
+
+    half = PartitionSpec("data")
+    divided = jax.shard_map(run, mesh=mesh, in_specs=half, out_specs=half, axis_names={"data"}, check_vma=False)
+    spread = tuple(jax.device_put(array, NamedSharding(mesh, SPLIT)) for array in arrays)
+    compiled = jax.jit(divided).lower(*spread).compile()
+    assert "all-gather" not in (compiled.as_text() or "")
+    wanted = part(arrays[0], arrays[1], arrays[2], implementation="batched").mixed
+    np.testing.assert_allclose(compiled(*spread), wanted, atol=1e-5)
+
+
 def test_which_implementation_is_chosen(kernel: Implementation) -> None:
     platform, query, key = kernel.partition("-")[0], (8, 32, 640, 128), (8, 8, 640, 128)
     for dtype in (jnp.bfloat16, jnp.float32):
