@@ -26,7 +26,8 @@ from jaxid.nn.keys import Key
 from jaxid.prompts.base import PictureTokens
 from jaxid.prompts.processor import Prompts
 
-PLATFORMS = jax.config.jax_platforms
+_SETTINGS: Any = jax.config
+PLATFORMS = _SETTINGS.jax_platforms
 # This module compiles for devices that are not there, and therefore keeps JAX from those that are.
 import accelerator_programs as programs  # noqa: E402
 

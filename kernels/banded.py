@@ -35,6 +35,7 @@ class Block(NamedTuple):
         pairs: maps that run together.
         pairs_last: the maps are the last axis of every array, instead of the first.
         dtype: of the factors of all products.
+        most: columns of the widest map for which the kernel is used: what it keeps of a row fits on the chip.
     """
 
     columns: int
@@ -42,10 +43,11 @@ class Block(NamedTuple):
     pairs: int
     pairs_last: bool
     dtype: str
+    most: int = 128
 
 
 BLOCKS = {
-    "cuda": Block(columns=4, window=16, pairs=128, pairs_last=False, dtype="float16"),
+    "cuda": Block(columns=4, window=16, pairs=128, pairs_last=False, dtype="float16", most=36),
     "tpu": Block(columns=32, window=0, pairs=256, pairs_last=True, dtype="bfloat16"),
 }
 """By platform. GPUs multiply matrices of 16 x 16, four columns of four channels. TPUs multiply matrices of 128 x 128 in
@@ -195,7 +197,7 @@ def _fused_scores(network: CNN, own: Bands, maps: Array, block: Block, interpret
         ),
         interpret=interpret,
         name="dense_map_scores",
-        **({} if interpret else _compiler(last)),
+        compiler_params=None if interpret else _compiler(last),
     )(maps, *given)
     return found[0] + own.last_bias
 
@@ -204,15 +206,15 @@ def _origin(axes: int, *_: Array) -> tuple[int, ...]:
     return (0,) * axes
 
 
-def _compiler(tpu: bool) -> dict[str, object]:
+def _compiler(tpu: bool) -> Any:
     """Options of the compiler; the weights of all rows stay on a TPU's chip."""
     if tpu:
         from jax.experimental.pallas import tpu as pltpu
 
-        return {"compiler_params": pltpu.CompilerParams(vmem_limit_bytes=100 * 2**20)}
+        return pltpu.CompilerParams(vmem_limit_bytes=100 * 2**20)
     from jax.experimental.pallas import triton
 
-    return {"compiler_params": triton.CompilerParams(num_warps=8, num_stages=1)}
+    return triton.CompilerParams(num_warps=8, num_stages=1)
 
 
 def _kernel(*given: Any, block: Block) -> None:

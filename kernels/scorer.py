@@ -173,11 +173,18 @@ def _score_row_tiles(
 # --- tiles on GPUs and TPUs ----------------------------------------------------------------------------------------
 
 
-def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array], *given: Any) -> Array:
-    """CPU's form, or an accelerator's with the platform's block: None for products in float32."""
-    exact = jax.config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
-    forms = {} if exact else {name: partial(accelerator, block) for name, block in banded.BLOCKS.items()}
-    return jax.lax.platform_dependent(*given, cpu=cpu, default=partial(accelerator, None), **forms)
+def _by_platform(
+    cpu: Callable[..., Array], accelerator: Callable[..., Array], network: Network, *given: Array
+) -> Array:
+    """CPU's form, or an accelerator's with the platform's block; None for products in float32, and for wide maps."""
+    config: Any = jax.config
+    exact = config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
+    forms = {
+        name: partial(accelerator, block)
+        for name, block in banded.BLOCKS.items()
+        if not exact and map_shape(network)[1] <= block.most
+    }
+    return jax.lax.platform_dependent(network, *given, cpu=cpu, default=partial(accelerator, None), **forms)
 
 
 class _Side(NamedTuple):
