@@ -126,4 +126,5 @@ def test_xla_needs_as_much_memory(tokens: int) -> None:
     traced = jax.jit(stack).trace(x, up, down)
     estimated = cost_of(traced.jaxpr, DEVICES["cpu"]).temporary
     memory = traced.lower().compile().memory_analysis()
+    assert memory is not None
     assert 0.75 < estimated / memory.temp_size_in_bytes < 1.25

@@ -6,24 +6,28 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fixtures
 import jax
 import numpy as np
 import pytest
+from families import CASES
 from jax.errors import JaxRuntimeError
 
-from jaxid import jobs
+from jaxid import halving, jobs
 from jaxid.checkpoints.encoders import load_encoder
-from jaxid.dcsm import embedding
+from jaxid.data.grid import write_grid_folder
+from jaxid.dcsm import embedding, scoring
 from jaxid.errors import InputError, JaxidWarning, OutOfMemoryError
 from jaxid.halving import Exhausted, Halving, out_of_memory
+from jaxid.ids import extract
 
 EXACT = 1e-5
 
 
-def shortage() -> JaxRuntimeError:
+def shortage() -> Exception:
     return JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes.\nMore lines.")
 
 
@@ -78,13 +82,13 @@ def test_only_a_lack_of_memory_counts() -> None:
 
 
 def test_numbers_are_halved_down_to_one() -> None:
-    halving, sizes = Halving(12, unit="prompt", per_item=3, advice="try another"), []
-    while halving.together > 1:
-        halving.halve("too little")
-        sizes.append((halving.together, halving.size))
+    numbers, sizes = Halving(12, unit="prompt", per_item=3, advice="try another"), []
+    while numbers.together > 1:
+        numbers.halve("too little")
+        sizes.append((numbers.together, numbers.size))
     assert sizes == [(6, 2), (3, 1), (1, 1)]
     with pytest.raises(OutOfMemoryError, match=r"does not suffice for one prompt; try another: too little\.$"):
-        halving.halve("too little")
+        numbers.halve("too little")
 
 
 def test_what_failed_is_freed_before_it_is_tried_again() -> None:
@@ -220,6 +224,46 @@ def test_pictures_and_captions_are_encoded_in_halves(monkeypatch: pytest.MonkeyP
     for ours, theirs in zip(halves, whole, strict=True):
         np.testing.assert_allclose(ours.tokens, theirs.tokens, atol=EXACT)
         np.testing.assert_allclose(ours.pooled, theirs.pooled, atol=EXACT)
+
+
+@pytest.mark.parametrize("group", ["call", "row", "pair"])
+def test_pictures_are_scored_in_halves(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standardised over all pictures of the call, whatever is computed together."""
+    encoder, scorer = load_encoder("tiny-clip"), scoring.find_scorer("tiny-clip")
+    pictures = embedding.embed_images(encoder, [*fixtures.pictures(), fixtures.pictures()[0][::-1]])
+    texts = embedding.embed_texts(encoder, ["a star left of a fish", "a fish", "a key"], scorer.map_shape[1])
+    whole = scoring.score(scorer, pictures, texts, group=group)
+
+    def exhausted(*_: Any) -> Any:
+        raise shortage()
+
+    monkeypatch.setattr(scoring, "score_tokens", exhausted)
+    with pytest.warns(JaxidWarning, match="did not suffice for 3 pictures together; from here on it computes 1"):
+        halves = scoring.score(scorer, pictures, texts, group=group)
+    np.testing.assert_allclose(halves, whole, atol=1e-4)
+
+
+def test_identifiers_are_extracted_in_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = write_grid_folder(tmp_path, [("star", "fish")], picture_size=48, object_sizes=[56])
+    model, told = fixtures.model(CASES[0]), []
+    options: Any = {"pairs": [("star", "fish")], "sizes": sorted({item.size for item in items}), "batch_size": 8}
+    whole = extract.extract_spatial(model, items, **options)
+    compute, given = extract._activations, []
+
+    def limited(model: Any, prompts: Any, positions: np.ndarray) -> Any:
+        given.append(len(prompts))
+        if len(prompts) > 3:
+            raise shortage()
+        return compute(model, prompts, positions)
+
+    monkeypatch.setattr(extract, "_activations", limited)
+    # Pictures are read in threads, and Python's filters of warnings belong to all of them.
+    monkeypatch.setattr(halving, "warnings", SimpleNamespace(warn=lambda text, *_, **__: told.append(text)))
+    halves = extract.extract_spatial(model, items, **options)
+    assert len(told) == 1 and "did not suffice for 8 items together; from here on it computes 2" in told[0]
+    assert set(given) == {8, 4, 2} and given.count(8) + given.count(4) <= 4  # two batches are read ahead
+    assert np.array_equal(halves.counts, whole.counts)
+    np.testing.assert_allclose(halves.values, whole.values, atol=EXACT)
 
 
 def test_slices_cover_everything_once() -> None:

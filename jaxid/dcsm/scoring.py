@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxid.dcsm.embedding import Pictures, Texts
 from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED, place
 from jaxid.errors import CheckpointError, InputError, JaxidError, OutputError
 from jaxid.families.registry import ALIASES, ENCODERS
+from jaxid.halving import Halving
 from jaxid.io import read_json, reading, whole_file
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
@@ -233,7 +235,7 @@ def score(
     if mesh is not None:
         scores = _score_sharded(scorer, pictures.tokens, tokens, words, group, mesh)
     else:
-        scores = np.asarray(score_tokens(scorer, jnp.asarray(pictures.tokens), tokens, words, group))
+        scores = _score_halved(scorer, pictures.tokens, tokens, words, group)
     return _finite(scores, scorer, pictures, texts, lambda _, column: column, "picture {}".format)
 
 
@@ -362,6 +364,38 @@ def _score_own(
     return kernels.score_rows(scorer.network, images, texts, own)
 
 
+def _score_halved(
+    scorer: Scorer,
+    images: Float[np.ndarray, "N I E"],
+    texts: Float[np.ndarray, "M T E"],
+    words: Int[np.ndarray, "M T"],
+    group: str,
+) -> Float[np.ndarray, "N M"]:
+    """Scores of all pictures at once; of fewer, standardised over all, where the device's memory does not suffice."""
+    halving, count = Halving(len(images), unit="picture", advice="use fewer captions or a larger device"), len(images)
+
+    def some(rows: slice) -> np.ndarray:
+        if halving.size == count:
+            return np.asarray(score_tokens(scorer, jnp.asarray(images), texts, words, group))
+        left, right, found = _prepared(scorer, images, texts, words, group)
+        own = similarity.Moments(*(value[rows] for value in found))
+        return np.asarray(_score_some(scorer.network, left[rows], right, own))
+
+    return np.concatenate([found for _, found in halving.slices(count, some)])
+
+
+_score_some = jax.jit(kernels.score)
+
+
+def _prepared(scorer: Scorer, images: Any, texts: Any, words: Any, group: str) -> tuple[Any, Any, similarity.Moments]:
+    """Tokens with functional rows, and the moments of every picture's maps with every caption."""
+    left, right = similarity.with_functional_rows(
+        jnp.asarray(images), jnp.asarray(texts), jnp.asarray(words), scorer.vectors
+    )
+    found = similarity.moments(left, right, group)
+    return left, right, similarity.Moments(*(jnp.broadcast_to(one, (len(images), one.shape[1])) for one in found))
+
+
 def _score_sharded(
     scorer: Scorer,
     images: Float[np.ndarray, "N I E"],
@@ -371,14 +405,10 @@ def _score_sharded(
     mesh: Mesh,
 ) -> Float[np.ndarray, "N M"]:
     """Scores with the pictures split over devices, which share only the moments for standardising."""
-    left, right = similarity.with_functional_rows(
-        jnp.asarray(images), jnp.asarray(texts), jnp.asarray(words), scorer.vectors
-    )
-    found = similarity.moments(left, right, group)
+    left, right, found = _prepared(scorer, images, texts, words, group)
     count, gap = len(images), -len(images) % mesh.shape["data"]
     left = jnp.pad(left, ((0, gap), (0, 0), (0, 0)))
-    spread = [jnp.broadcast_to(value, (count, value.shape[1])) for value in found]
-    spread = similarity.Moments(*(jnp.pad(value, ((0, gap), (0, 0)), constant_values=1) for value in spread))
+    spread = similarity.Moments(*(jnp.pad(value, ((0, gap), (0, 0)), constant_values=1) for value in found))
     split, whole = PartitionSpec("data"), PartitionSpec()
     left, spread = jax.device_put((left, spread), NamedSharding(mesh, split))
     network, right = jax.device_put((scorer.network, right), NamedSharding(mesh, whole))

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jaxid.data.grid import CELL_SIZE, GRID, GridItem
 from jaxid.data.videos import with_times
 from jaxid.errors import InputError
 from jaxid.families.base import Model
+from jaxid.halving import Exhausted, Halving
 from jaxid.ids.accumulate import IDBatch
 from jaxid.ids.spatial import SpatialIDs, accumulate_ids
 from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids
@@ -147,11 +148,14 @@ def _batches(
     """Activations at the words, with one batch for each word of a batch of items.
 
     A short last batch of items is padded with its first, so that one program serves all batches. While a batch is
-    computed, the next ones are read.
+    computed, the next ones are read. If the device runs out of memory, batches are halved from then on.
     """
     pair_index = {pair: index for index, pair in enumerate(pairs)}
+    halving = Halving(batch_size, advice="use --dtype bfloat16, a smaller model or a larger device")
 
-    def opened(batch: list[Item]) -> tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]:
+    def opened(
+        batch: list[Item], batch_size: int
+    ) -> tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]:
         """The prompts of items; and for each of their words, its positions and the indices of a batch."""
         names = [(item.object_a, item.object_b) for item in batch]
         for pair in names:
@@ -181,10 +185,26 @@ def _batches(
         prompts, found = batch
         return [IDBatch(activations=_activations(model, prompts, at), **indices) for at, indices in found]
 
+    def halves(batch: list[Item]) -> tuple[int, list[Any]]:
+        size = halving.size
+        return size, [opened(batch[start : start + size], size) for start in range(0, len(batch), size)]
+
+    def computed(ready: tuple[int, list[Any]]) -> tuple[int, list[IDBatch]]:
+        size, parts = ready
+        return size, halving.guarded(lambda: [made for part in parts for made in begun(part)], size)
+
+    def finished(made: tuple[int, list[IDBatch]]) -> list[IDBatch]:
+        return halving.guarded(lambda: jax.block_until_ready(made[1]), made[0])
+
     lists = contextlib.closing(drawn_ahead(items, batch_size))
-    with lists as inputs, overlapped(inputs, opened, begun, lambda _, made: jax.block_until_ready(made)) as results:
-        for _, made in results:
-            yield from made.result()
+    with lists as inputs, overlapped(inputs, halves, computed, lambda _, made: finished(made)) as results:
+        for batch, made in results:
+            try:
+                yield from made.result()
+            except Exhausted as shortage:
+                if shortage.size == halving.size:
+                    halving.halve(str(shortage))
+                yield from halving.tried(lambda batch=batch: finished(computed(halves(batch))))
 
 
 def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
