@@ -1,0 +1,280 @@
+"""Plans of experiments: without weights, close to what XLA's compiler says, and a batch that fits."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import jax
+import numpy as np
+import pytest
+from run_data import CASE, ITEMS, columns, experiment
+from run_data import place as place
+
+from jaxid import cli
+from jaxid import plan as plans
+from jaxid.data.grid import write_grid_folder
+from jaxid.devices import DEVICES, GIB, Device
+from jaxid.errors import OutOfMemoryError
+from jaxid.experiments import session
+from jaxid.experiments.activation_swap import MirrorSwap
+from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.experiments.blank_image import BlankImage
+from jaxid.experiments.occlusion import KINDS, Occlusion
+from jaxid.experiments.planning import plan
+from jaxid.experiments.spatial_ids import ExtractIDs
+from jaxid.plan import Plan, dry_run
+
+pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
+
+H100, CPU = DEVICES["h100"], DEVICES["cpu"]
+MARGIN = 0.2
+"""Of the estimate of all memory that a batch needs, against XLA's own account."""
+
+
+@pytest.fixture(scope="module")
+def weightless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder without its weights."""
+    folder = tmp_path_factory.mktemp("plans") / "model"
+    shutil.copytree(fixtures.folder(CASE), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def planned(kind: type[Any], place: Path, weightless: Path, device: Device = H100, **options: Any) -> Plan:
+    given = {"model": str(weightless), "batch_size": None, **options}
+    return plan(experiment(kind, place, "nothing", **given), device)
+
+
+def small(memory: float, device: Device = H100) -> Device:
+    return dataclasses.replace(device, memory=int(memory))
+
+
+# --- what a plan says -----------------------------------------------------------------------------------------------
+
+
+def test_no_weights_are_read_and_nothing_is_written(place: Path, weightless: Path) -> None:
+    before = sorted(place.rglob("*"))
+    found = planned(BeliefSwap, place, weightless, layers="0-1", max_new_tokens=0)
+    assert sorted(place.rglob("*")) == before
+    parameters = jax.tree.leaves(fixtures.model(CASE).parameters)
+    assert found.weights == sum(leaf.nbytes for leaf in parameters)
+    assert found.fits and not found.measured and found.items == ITEMS
+    names = [call.name for call in found.programs]
+    assert names[0] == "trace" and names.count("rerun") == 1 and found.programs[names.index("rerun")].rows == 4
+    assert found.peak == found.weights + max(call.memory for call in found.programs)
+    assert 0 < found.rerun_per_row < found.trace_per_prompt
+
+
+def test_operations_are_those_of_the_model(place: Path, weightless: Path) -> None:
+    """Two for each weight of the decoder and token, beside the tower's and attention's."""
+    model = fixtures.model(CASE)
+    found = planned(MirrorSwap, place, weightless, batch_size=4, layers="1")
+    trace = found.programs[0]
+    tower, decoder = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim > 1)
+        for tree in ({**model.parameters, "decoder": {}}, model.parameters["decoder"]["layers"])
+    )
+    tokens = model.processor.usual_tokens
+    assert trace.prompts == 4
+    assert 2 * decoder * 4 * tokens * 0.8 < trace.flops < 2 * (decoder + tower) * 4 * (tokens + 64) * 3
+    whole = sum(H100.seconds(call.flops, call.moved) for call in found.programs)
+    assert found.seconds == pytest.approx(found.batches * whole) and found.batches == -(-found.items // 4)
+
+
+def test_rows_that_start_late_compute_less(place: Path, weightless: Path) -> None:
+    plans_of = [
+        planned(BeliefSwap, place, weightless, batch_size=4, layers=layers, max_new_tokens=0) for layers in ("0", "1")
+    ]
+    early, late = (next(call for call in one.programs if call.name == "rerun") for one in plans_of)
+    assert early.flops == pytest.approx(2 * late.flops) and late.flops > 0  # two blocks of three, and one
+
+
+def test_generation_counts_every_token(place: Path, weightless: Path) -> None:
+    short, long = (
+        planned(BeliefSwap, place, weightless, batch_size=4, layers="1", max_new_tokens=tokens) for tokens in (4, 16)
+    )
+    assert {"rerun before generation", "generation"} <= {call.name for call in short.programs}
+    last = [[call for call in one.programs if call.name == "generation"][-1] for one in (short, long)]
+    assert last[1].flops == pytest.approx(4 * last[0].flops, rel=0.2) and last[1].temporary > last[0].temporary
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(BeliefSwap, {"max_new_tokens": 0}), (MirrorSwap, {}), (Occlusion, {})],
+    ids=["belief-swap", "mirror-swap", "occlusion"],
+)
+def test_estimates_are_close_to_what_xla_says(
+    kind: type[Any], options: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """Of the shipped model, whose programs were measured by the compiler for this CPU."""
+    ids = tmp_path / "ids.safetensors"
+    shipped_ids().save(ids)
+    given = {"model": "tiny-llava", "batch_size": 24} | options | ({"ids": ids} if kind is BeliefSwap else {})
+    made = experiment(kind, place, "nothing", **given)
+    estimated, measured = plan(made, CPU), plan(made, CPU, measure=True)
+    assert measured.measured and [call.name for call in measured.programs] == [call.name for call in estimated.programs]
+    for ours, theirs in zip(estimated.programs, measured.programs, strict=True):
+        whole = theirs.memory + measured.weights
+        assert abs(ours.memory - theirs.memory) <= MARGIN * whole, (ours, theirs)
+
+
+def shipped_ids() -> Any:
+    import run_data
+
+    import jaxid
+
+    model = jaxid.load("tiny-llava")
+    values = np.random.default_rng(5).normal(size=(model.num_layers, 2, 1, 4, 4, model.width)).astype(np.float32)
+    names = tuple(f"blocks.{layer}.resid_post" for layer in range(model.num_layers))
+    return dataclasses.replace(run_data.ids(), values=values, layer_names=names, fingerprint=model.fingerprint)
+
+
+# --- the batch ------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_follows_from_the_memory(place: Path, weightless: Path) -> None:
+    options = {"layers": "0-2", "max_new_tokens": 0}
+    whole = planned(BeliefSwap, place, weightless, **options)
+    assert whole.together == 6  # as many items as each axis has
+    one = planned(BeliefSwap, place, weightless, batch_size=1, **options)
+    sizes = []
+    for share in (1.0, 0.6, 0.3, 0.0):
+        memory = one.peak + share * (whole.peak - one.peak)
+        found = planned(BeliefSwap, place, weightless, small(memory * 1.05 / plans.USABLE), **options)
+        assert found.fits and found.peak <= plans.USABLE * found.device.memory
+        sizes.append(found.together)
+    assert sizes[0] == whole.together and sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[1] < sizes[0]
+
+
+def test_what_does_not_fit_is_said(place: Path, weightless: Path) -> None:
+    options = {"layers": "0", "max_new_tokens": 0}
+    peak = planned(BeliefSwap, place, weightless, batch_size=12, **options).peak
+    found = planned(BeliefSwap, place, weightless, small(peak), batch_size=12, **options)
+    assert not found.fits and found.together == 12 and "does not fit" in "\n".join(found.report())
+    with pytest.raises(
+        OutOfMemoryError, match=r"the weights of .* do not fit in the .* of a h100; use --dtype bfloat16"
+    ):
+        planned(BeliefSwap, place, weightless, small(found.weights), **options)
+
+
+def test_items_of_many_prompts(place: Path, weightless: Path) -> None:
+    """A batch holds whole items, unless not even one fits."""
+    found = planned(Occlusion, place, weightless)
+    assert found.together % len(KINDS) == 0
+    tight = small(1.001 * (found.weights + (found.peak - found.weights) / found.together * 3) / plans.USABLE)
+    assert planned(Occlusion, place, weightless, tight).together in (1, 2, 3)
+    assert planned(BlankImage, place, weightless, layers="1").together % BlankImage.prompts_per_item == 0
+
+
+def test_a_cpu_keeps_its_choice(place: Path, weightless: Path) -> None:
+    made = experiment(
+        BeliefSwap, place, "nothing", model=str(weightless), batch_size=None, layers="1", max_new_tokens=0
+    )
+    expected = session.fitting(fixtures.model(CASE), "float32", 2)
+    assert plan(made, CPU).together == expected == 32
+
+
+def test_a_run_on_an_accelerator_chooses_the_planned_batch(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"layers": "1", "max_new_tokens": 0, "batch_size": None}
+    made = experiment(BeliefSwap, place, tmp_path / "gpu", **options)
+    roomy, one = plan(made, H100), plan(dataclasses.replace(made, batch_size=1), H100)
+    device = small((one.peak + (roomy.peak - one.peak) / 2) / plans.USABLE)
+    wanted = plan(made, device).together
+    sizes, run = [], session.jobs.run
+
+    def spied(*arguments: Any, **settings: Any) -> Any:
+        sizes.append(settings["chunk_size"])
+        return run(*arguments, **settings)
+
+    monkeypatch.setattr(session.jobs, "run", spied)
+    dataclasses.replace(made, out=tmp_path / "cpu").run()
+    monkeypatch.setattr(session, "this", lambda: device)
+    made.run()
+    assert sizes[0] == 32 and 1 <= sizes[1] <= roomy.together and abs(sizes[1] - wanted) <= wanted / 2
+    ours, theirs = columns(tmp_path / "gpu"), columns(tmp_path / "cpu")
+    order = [np.lexsort((table["layer"], table["item"])) for table in (ours, theirs)]
+    assert ours["item"][order[0]].tolist() == theirs["item"][order[1]].tolist()
+
+
+# --- extraction, and the command line -------------------------------------------------------------------------------
+
+
+def test_an_extraction(tmp_path: Path, weightless: Path) -> None:
+    write_grid_folder(tmp_path / "grid", [("star", "fish")], picture_size=48, object_sizes=[56])
+    command = ExtractIDs(data=tmp_path / "grid", out=tmp_path / "a.safetensors", model=str(weightless), batch_size=16)
+    found = plan(command, H100)
+    assert [call.name for call in found.programs] == ["trace at positions"] and found.together == 16
+    assert found.batches == -(-found.items // 16) and found.flops > 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "grid"]
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_the_command(
+    place: Path, weightless: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    given = ["mirror-swap", "--data", place / "data", "--model", weightless, "--layers", "1"]
+    assert run("plan", *given, "--device", "v5e") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("v5e: 15.75 GiB of memory; peaks 197 TFLOP/s, 819 GB/s")
+    assert any(line.startswith("batch") and line.endswith("prompts together: fits") for line in lines)
+    assert "items in" in lines[-1] and "at least" in lines[-1]
+    assert run("plan", "run", *given, "--out", "a", "--device=v5e", "--json", "--save", "plan.json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "plan.json").read_text())
+    assert (
+        printed["device"]["name"] == "v5e"
+        and printed["fits"]
+        and printed["items"] == len(printed) - len(printed) + printed["items"]
+    )
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "options.yaml").write_text("layers: '0'\nbatch_size: 2\n")
+    assert run("plan", *given[:-2], "--config", "options.yaml", "--device", "v5e") == 0
+    assert "             2  prompts together" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["belief-swap", "--device", "h99"], "'h99' is not known"),
+        (["demo", "--device", "h100"], "plan needs a `jaxid run` or `jaxid ids` command"),
+        (["nonsense"], "nonsense"),
+        (["mirror-swap", "--device", "h100"], "--data"),
+    ],
+)
+def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: Any) -> None:
+    assert run("plan", *arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_results_that_are_no_longer_held_are_not_counted() -> None:
+    from jaxid.interp.programs import Program
+
+    double = Program(lambda x: 2 * x)
+    array = np.ones(1000, np.float32)
+
+    def keep() -> Any:
+        first = double(array)
+        second = double(first)
+        return first, second, double(array)
+
+    def drop() -> None:
+        for _ in range(3):
+            double(array)
+
+    assert [call.held for call in dry_run(keep, H100)] == [4000, 4000, 12000]
+    assert [call.held for call in dry_run(drop, H100)] == [4000, 4000, 4000]
+    assert H100.memory > GIB
