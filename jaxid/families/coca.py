@@ -108,7 +108,7 @@ class CoCa(DualEncoder):
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
         """Pictures in the joint space; class token and patches each as if the pooler saw it alone."""
-        states = self.tower(pixels)[-1]
+        states = self.tower(pixels, [-1])[0]
         pooled = self.pooler(states)[:, 0]
         return Encoded(self.image_projection(self.pooler.each(states)), self.image_projection(pooled))
 
@@ -116,7 +116,7 @@ class CoCa(DualEncoder):
         """Captions in the joint space; pooled at the class token, which comes after the window."""
         del valid
         # As in training, id 0 counts as padding, although "!" within a word has it too.
-        states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0)[-1])
+        states = self.text_encoder.normed(self.text_encoder(token_ids, token_ids != 0, [-1])[0])
         tokens = self.text_projection(states)
         return Encoded(tokens[:, :-1], tokens[:, -1])
 

@@ -88,7 +88,7 @@ class Gemma3(Network):
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens, means over squares of the tower's outputs."""
-        last = self.tower.post_norm(self.tower(self.pixels(inputs))[-1])
+        last = self.tower.post_norm(self.tower(self.pixels(inputs), [-1])[0])
         side = self.config.vision_config.patch_side
         tokens = int(self.config.mm_tokens_per_image**0.5)
         square = side // tokens

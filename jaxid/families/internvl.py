@@ -162,8 +162,7 @@ class InternVL(Network):
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The tiles' decoder tokens."""
         config, layer = self.config, self.config.vision_feature_layer
-        (depth,) = state_indices([layer], config.vision_config.num_hidden_layers)
-        chosen = self.tower(self.pixels(inputs), depth=depth)[-1]
+        (chosen,) = self.tower(self.pixels(inputs), state_indices([layer], config.vision_config.num_hidden_layers))
         if layer == -1 and config.vision_config.post_norm:
             chosen = self.tower.post_norm(chosen)
         side, square = config.vision_config.patch_side, config.square

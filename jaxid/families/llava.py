@@ -120,9 +120,8 @@ class Llava(Network):
     def image_features(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I D"]:
         """Pictures as decoder tokens."""
         indices = state_indices(self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers)
-        states = self.tower(pixels, depth=max(indices))
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        chosen = jnp.concatenate([states[layer][:, first:] for layer in indices], axis=-1)
+        chosen = jnp.concatenate([state[:, first:] for state in self.tower(pixels, indices)], axis=-1)
         return self.projector_out(ACTIVATIONS[self.config.projector_hidden_act](self.projector_in(chosen)))
 
 

@@ -22,7 +22,7 @@ from jaxid.nn.layers import LayerNorm, Linear, filled, normal, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, run_blocks
 from jaxid.nn.views import Memory
-from jaxid.nn.vision import VisionConfig, patches
+from jaxid.nn.vision import VisionConfig, embedded, patches
 from jaxid.prompts.base import Encoded, PictureTokens, Shown, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
@@ -162,7 +162,11 @@ class MllamaTower(nnx.Module):
         self.global_layers = stacked(lambda rngs: Block(gated, rngs=rngs), config.num_global_layers, rngs)
 
     def states(
-        self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]
+        self,
+        pixels: Float[Array, "N tiles C Y X"],
+        ratio: Int[Array, "N"],
+        tiles: Int[Array, "N"],
+        states: Sequence[int] | None = None,
     ) -> tuple[Float[Array, "L1 N I D"], Float[Array, "G1 N I D"]]:
         """Hidden states of the local and of the global blocks, tiles padded; index 0 is the first block's input.
 
@@ -170,11 +174,13 @@ class MllamaTower(nnx.Module):
             pixels: tiles, padded with zeros.
             ratio: how each picture's tiles are arranged, as a 1-based index.
             tiles: number of tiles of each picture.
+            states: the local hidden states to return, the last one last, and then only the last global one; all by
+                default.
         """
         config = self.config
         count, most = pixels.shape[:2]
         flat = patches(pixels.reshape(count * most, *pixels.shape[2:]), config.patch_size)
-        x = flat @ self.patch_kernel[...].reshape(-1, config.hidden_size)
+        x = embedded(flat, self.patch_kernel)
         x = x.reshape(count, most, *x.shape[1:])
         x = x + (self.before[...][ratio] * jnp.tanh(self.before_gate[...]))[:, :, None]
         first = jnp.broadcast_to(self.class_token[...], (count, most, 1, config.hidden_size))
@@ -192,18 +198,19 @@ class MllamaTower(nnx.Module):
         def read(query: Array, key: Array, value: Array) -> Array:
             return attention.attend(query, key, value, reads)
 
-        local = run_blocks(self.layers, x.reshape(count, most * padded, -1), read=read)
+        local = run_blocks(self.layers, x.reshape(count, most * padded, -1), states, read=lambda layer: read)
         x = self.post_norm(local[-1]).reshape(count, most, padded, -1)
         x = x + (self.after[...][ratio] * jnp.tanh(self.after_gate[...]))[:, :, None]
         x = x.reshape(count, most * padded, -1)
-        return local, run_blocks(self.global_layers, x, read=read)
+        return local, run_blocks(self.global_layers, x, None if states is None else [-1], read=lambda layer: read)
 
     def __call__(
         self, pixels: Float[Array, "N tiles C Y X"], ratio: Int[Array, "N"], tiles: Int[Array, "N"]
     ) -> Float[Array, "N I F"]:
         """The last hidden state of every token and, interleaved feature by feature, those after some local blocks."""
-        local, last = self.states(pixels, ratio, tiles)
-        chosen = jnp.moveaxis(local[np.array(self.config.intermediate_layers_indices) + 1], 0, -1)
+        chosen = [index + 1 for index in self.config.intermediate_layers_indices]
+        local, last = self.states(pixels, ratio, tiles, [*chosen, -1])
+        chosen = jnp.moveaxis(local[:-1], 0, -1)
         joined = jnp.concatenate([last[-1], chosen.reshape(*chosen.shape[:2], -1)], axis=-1)
         whole = rearrange(joined, "n (t p) d -> n t p d", t=pixels.shape[1])
         return rearrange(whole[:, :, : self.config.tile_tokens], "n t p d -> n (t p) d")

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxid.errors import CheckpointError
 from jaxid.families.base import Checkpoint, Family, hidden_states, sections
@@ -18,9 +19,9 @@ from jaxid.nn.decoder_config import ModelConfig, decoder_config, decoder_keys, u
 from jaxid.nn.fields import Json, check_parts
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import ROTARY, Key, encoder_block, fused_attention_keys, layer_norm, linear, prefixed
-from jaxid.nn.layers import BOOKKEEPING, Layer, LayerNorm, Linear, RMSNorm, flat_product, normal, scan_stack, stacked
+from jaxid.nn.layers import BOOKKEEPING, Layer, LayerNorm, Linear, RMSNorm, flat_product, normal, stacked
 from jaxid.nn.network import Network
-from jaxid.nn.transformer import Block, BlockConfig
+from jaxid.nn.transformer import Block, BlockConfig, Read, run_blocks
 from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, bucketed, processed
 from jaxid.prompts.pictures import Clip, Picture, PILImage
 from jaxid.prompts.processor import Processor
@@ -182,15 +183,18 @@ class QwenTower(nnx.Module):
         self.merge_out = Linear(merged, config.out_hidden_size, bias=True, rngs=rngs)
 
     def __call__(
-        self, pixels: Float[Array, "N P F"], positions: Int[Array, "N P 2"], valid: Bool[Array, "N P"]
-    ) -> Float[Array, "L1 N P D"]:
-        """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k."""
+        self,
+        pixels: Float[Array, "N P F"],
+        positions: Int[Array, "N P 2"],
+        valid: Bool[Array, "N P"],
+        states: Sequence[int] | None = None,
+    ) -> Float[Array, "S N P D"]:
+        """Hidden states, as in `run_blocks`: all of them, or those that `states` names."""
         config, depth = self.config, self.config.num_hidden_layers
         quarter = config.hidden_size // config.num_attention_heads // 2
         rotation = rope.axial_rotations(positions, rope.inverse_frequencies(quarter, config.rope_theta))
         pictures, window = pixels.shape[0], (config.window_side * config.spatial_merge_size) ** 2
         everywhere = np.isin(np.arange(depth), config.fullatt_block_indexes) if window else None
-        definition = nnx.graphdef(self.layers)
 
         def read_picture(query: Array, key: Array, value: Array) -> Array:
             return attention.attend(query, key, value, masks.everything(valid.shape[1], valid))
@@ -200,18 +204,13 @@ class QwenTower(nnx.Module):
             mixed = attention.attend(query, key, value, masks.everything(window, valid.reshape(-1, window)))
             return mixed.reshape(pictures, -1, *mixed.shape[2:])
 
-        def step(x: Array, index: Layer, parameters: PyTree) -> tuple[Array, Array]:
-            def read(query: Array, key: Array, value: Array) -> Array:
-                if everywhere is None:
-                    return read_picture(query, key, value)
-                return jax.lax.cond(jnp.asarray(everywhere)[index], read_picture, read_window, query, key, value)
-
-            x = nnx.merge(definition, parameters)(x, read, rotation)
-            return x, x
+        def read(layer: Layer) -> Read:
+            if everywhere is None:
+                return read_picture
+            return partial(jax.lax.cond, jnp.asarray(everywhere)[layer], read_picture, read_window)
 
         x = flat_product(pixels, self.patch_kernel[...])
-        _, outputs = scan_stack(self.layers, step, x)
-        return jnp.concatenate([x[None], outputs])
+        return run_blocks(self.layers, x, states, read=read, rotation=rotation)
 
     def merge(self, states: Float[Array, "N P D"]) -> Float[Array, "N I D2"]:
         """Squares of neighbouring patches as decoder tokens."""
@@ -230,13 +229,14 @@ class QwenVL(Network):
         self.tower = QwenTower(config.vision_config, rngs=rngs)
         self.decoder = Decoder(config.text_config, rngs=rngs)
 
-    def tower_states(self, inputs: Inputs) -> Float[Array, "L1 N P D"]:
-        """The tower's hidden states."""
-        return self.tower(self.pixels(inputs), inputs.extras["patch_positions"], inputs.extras["patch_valid"])
+    def tower_states(self, inputs: Inputs, states: Sequence[int] | None = None) -> Float[Array, "S N P D"]:
+        """The tower's hidden states: all of them, or those that `states` names."""
+        positions, valid = inputs.extras["patch_positions"], inputs.extras["patch_valid"]
+        return self.tower(self.pixels(inputs), positions, valid, states)
 
     def features(self, inputs: Inputs) -> Float[Array, "N I D"]:
         """The pictures' decoder tokens."""
-        return self.tower.merge(self.tower_states(inputs)[-1])
+        return self.tower.merge(self.tower_states(inputs, [-1])[0])
 
 
 def token_indices(rows: int, columns: int, window: int) -> Int[np.ndarray, "I"]:

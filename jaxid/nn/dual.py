@@ -55,12 +55,12 @@ class DualEncoder(nnx.Module):
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
         """Pictures in the joint space."""
-        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels)[-1]))
+        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels, [-1])[0]))
         return Encoded(tokens, tokens[:, 0])
 
     def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
         """Captions in the joint space; padding comes last."""
-        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid)[-1]))
+        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid, [-1])[0]))
         return Encoded(tokens, self.pooled(tokens, token_ids))
 
     def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:

@@ -1,6 +1,7 @@
 """The text encoder: the caption side of the CLIP-like models."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -68,7 +69,9 @@ class TextEncoder(nnx.Module):
         if config.final_norm:
             self.final_norm = LayerNorm(width, config.layer_norm_eps)
 
-    def __call__(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "L1 N S D"]:
+    def __call__(
+        self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"], states: Sequence[int] | None = None
+    ) -> Float[Array, "L1 N S D"]:
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k; before the final norm.
 
         S is T, or T + 1 if a class token follows the window.
@@ -76,6 +79,7 @@ class TextEncoder(nnx.Module):
         Args:
             token_ids: ids of the tokens.
             valid: false at padding, which is at the end.
+            states: the hidden states to return, as in `run_blocks`; all by default.
         """
         length, context = token_ids.shape[1], self.config.context
         if length > context or (self.config.class_token and length < context):
@@ -84,7 +88,11 @@ class TextEncoder(nnx.Module):
         if self.config.first_norm:
             x = self.first_norm(x)
         reads = self.reads(valid)
-        return run_blocks(self.layers, x, read=lambda q, k, v: attention.attend(q, k, v, reads))
+
+        def read(query: Array, key: Array, value: Array) -> Array:
+            return attention.attend(query, key, value, reads)
+
+        return run_blocks(self.layers, x, states, read=lambda layer: read)
 
     def embed(self, token_ids: Int[Array, "N T"]) -> Float[Array, "N S D"]:
         """Token and position embeddings."""

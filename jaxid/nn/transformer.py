@@ -1,9 +1,11 @@
 """A Transformer block and its scanned stack, for picture towers and text encoders."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -145,15 +147,38 @@ class Block(Stackable):
 
 
 def run_blocks(
-    layers: Block, x: Float[Array, "N I D"], depth: int | None = None, *, read: Read = read_all
-) -> Float[Array, "L1 N I D"]:
-    """What enters the first of the stacked blocks, and what leaves each of the first `depth`."""
-    definition = nnx.graphdef(layers)
+    layers: Block,
+    x: Float[Array, "N I D"],
+    states: Sequence[int] | None = None,
+    *,
+    read: Callable[[Layer], Read] = lambda layer: read_all,
+    rotation: Rotation | None = None,
+) -> Float[Array, "S N I D"]:
+    """Hidden states of stacked blocks: 0 is what enters the first, k + 1 what leaves block k.
 
-    def step(x: Array, index: Layer, parameters: PyTree) -> tuple[Array, Array]:
-        del index
-        x = nnx.merge(definition, parameters)(x, read)
-        return x, x
+    Args:
+        layers: the stack.
+        x: the tokens.
+        states: the hidden states to return, in their order; -1 is the last one. All of them by default. Blocks after
+            the last of them do not run.
+        read: the attention of every block.
+        rotation: rotary angles of the tokens.
+    """
+    definition, count = nnx.graphdef(layers), jax.tree.leaves(nnx.state(layers))[0].shape[0]
+    wanted = list(range(count + 1)) if states is None else [state % (count + 1) for state in states]
+    kept = sorted(set(wanted))
+    # Every block writes to the place of the next kept state, which is the last to be written there.
+    places = np.searchsorted(kept, np.arange(kept[-1] + 1))
 
-    _, outputs = scan_stack(layers, step, x, depth)
-    return jnp.concatenate([x[None], outputs])
+    def step(state: tuple[Array, Array], index: Layer, parameters: PyTree) -> tuple[tuple[Array, Array], None]:
+        x, found = state
+        x = nnx.merge(definition, parameters)(x, read(index), rotation)
+        if len(kept) > 1:
+            found = jax.lax.dynamic_update_index_in_dim(found, x, jnp.asarray(places)[index + 1], 0)
+        return (x, found), None
+
+    found = jnp.zeros((len(kept), *x.shape), x.dtype).at[places[0]].set(x) if len(kept) > 1 else x[:0]
+    (last, found), _ = scan_stack(layers, step, (x, found), kept[-1])
+    if len(kept) == 1:
+        return last[None]
+    return found if wanted == kept else found[np.searchsorted(kept, wanted)]

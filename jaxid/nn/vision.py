@@ -9,9 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError, InputError
+from jaxid.kernels.product import LayerMatrix
 from jaxid.nn.fields import check_patches
 from jaxid.nn.keys import Key, layer_norm, prefixed
-from jaxid.nn.layers import LayerNorm, filled, normal, stacked
+from jaxid.nn.layers import LayerNorm, filled, flat_product, normal, stacked
 from jaxid.nn.transformer import BLOCK_KEYS, Block, BlockConfig, run_blocks
 
 
@@ -113,6 +114,13 @@ def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]
     return rearrange(pixels[:, :, :height, :width], "n c (y p) (x q) -> n (y x) (p q c)", p=side, q=side)
 
 
+def embedded(patches: Float[Array, "*N I F"], kernel: nnx.Param) -> Float[Array, "*N I D"]:
+    """Patches as tokens; the kernel's last axis is their width."""
+    matrix = kernel[...].reshape(-1, kernel.shape[-1])
+    # Such a product reads inputs of any length; cuBLAS would take a copy of the matrix, padded to a multiple of 8.
+    return flat_product(patches, LayerMatrix(matrix[None], 0, matrix))
+
+
 class VisionTower(nnx.Module):
     """Patches, class token, learned positions, blocks (HF CLIPVisionModel, SiglipVisionModel)."""
 
@@ -132,18 +140,18 @@ class VisionTower(nnx.Module):
         if config.post_norm:
             self.post_norm = LayerNorm(width, config.layer_norm_eps)
 
-    def __call__(self, pixels: Float[Array, "N C Y X"], depth: int | None = None) -> Float[Array, "L1 N I D"]:
+    def __call__(self, pixels: Float[Array, "N C Y X"], states: Sequence[int] | None = None) -> Float[Array, "S N I D"]:
         """Hidden states: index 0 is the blocks' input, index k + 1 the output of block k.
 
         Args:
             pixels: the pictures.
-            depth: number of blocks to run; all by default.
+            states: the hidden states to return, as in `run_blocks`; all by default.
         """
         config, side = self.config, self.config.image_size
         if pixels.shape[-2:] != (side, side):
             given = " x ".join(map(str, pixels.shape[-2:]))
             raise InputError(f"the pictures have {given} pixels, the tower takes {side} x {side}.")
-        x = patches(pixels, config.patch_size) @ self.patch_kernel[...].reshape(-1, config.hidden_size)
+        x = embedded(patches(pixels, config.patch_size), self.patch_kernel)
         if config.patch_bias:
             x = x + self.patch_bias[...]
         if config.class_token:
@@ -152,4 +160,4 @@ class VisionTower(nnx.Module):
         x = x + self.position[...]
         if config.pre_norm:
             x = self.pre_norm(x)
-        return run_blocks(self.layers, x, depth)
+        return run_blocks(self.layers, x, states)

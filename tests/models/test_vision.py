@@ -123,11 +123,19 @@ def test_some_of_the_blocks_only() -> None:
     tower = ours("clip_vision_model", 32)
     pixels = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, 32, 32), np.float32))
     states = tower(pixels)
-    for depth in range(4):
-        found = tower(pixels, depth)
-        assert found.shape[0] == depth + 1
-        np.testing.assert_allclose(found, states[: depth + 1], atol=1e-5)
-    np.testing.assert_allclose(run_blocks(tower.layers, states[0], 2), states[:3], atol=1e-5)
+    for wanted in ([0], [1], [-1], [0, 1, 2], [1, 3], [0, 3], [3, 1], [-1, 2, 2]):
+        found = tower(pixels, wanted)
+        assert found.shape[0] == len(wanted)
+        np.testing.assert_allclose(found, states[np.array(wanted)], atol=1e-5)
+    np.testing.assert_allclose(run_blocks(tower.layers, states[0], [1, 2]), states[1:3], atol=1e-5)
+
+
+def test_blocks_after_the_last_wanted_state_do_not_run() -> None:
+    tower = ours("clip_vision_model", 32)
+    pixels = jnp.zeros((1, 3, 32, 32))
+    spoilt = jax.tree.map(lambda leaf: leaf.at[2:].set(jnp.nan), nnx.state(tower.layers))
+    nnx.update(tower.layers, spoilt)
+    assert np.isfinite(tower(pixels, [0, 2])).all() and np.isnan(tower(pixels, [0, 3])[1]).all()
 
 
 @pytest.mark.parametrize("shape", [(32, 24), (24, 32), (40, 40), (8, 8)])
