@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -32,8 +33,8 @@ MOST = 256
 _BETWEEN = 0.02
 """Seconds that a batch takes besides its programs: an estimate for reading arguments, dispatching and fetching."""
 
-_FIXED_SHARE = 0.05
-"""A batch is large enough once what it costs however small it is takes at most this share of its time."""
+_WORTH = 1.05
+"""A smaller batch is preferred if the whole job takes at most so many times as long: a killed run loses less."""
 
 _NAMES = {
     "_record": "trace",
@@ -47,6 +48,9 @@ _NAMES = {
     "take_tokens": "choice of tokens",
 }
 """What tables call the programs."""
+
+_SMALL = 1 << 25
+"""Bytes up to which a result's zeros are made by JAX, like the results of programs that run."""
 
 TRACES = ("trace", "trace at positions", "forward")
 RERUNS = ("rerun", "rerun before generation")
@@ -176,9 +180,9 @@ class Plan:
 def plan(job: Job, device: Device, *, together: int | None = None, measure: bool = False) -> Plan:
     """Plans a job on a device.
 
-    Memory and time of a batch are taken as straight lines through those of a small and a larger one. The batch is the
-    smallest one whose fixed costs, such as reading the weights for every token that is generated, are a small share,
-    or else the largest that fits.
+    Memory and time of a batch are taken as straight lines through those of a small and a larger one. Of the batches
+    that fit, the smallest is chosen with which the whole job takes at most 5 % longer than with the best. Larger ones
+    share fixed costs, such as reading the weights for every token that is generated; smaller ones have less padding.
 
     Args:
         job: the job.
@@ -211,9 +215,11 @@ def _chosen(job: Job, device: Device, measure: bool) -> Plan:
         times = [_batch_seconds(one, device) for one in (small, large)]
         slope = max(1e-9, (times[1] - times[0]) / (high - low))
         fixed = max(0.0, times[0] - slope * low) + _BETWEEN
-        useful = fixed * (1 - _FIXED_SHARE) / _FIXED_SHARE / slope
-        chosen = next((size for size in whole if size >= useful), whole[-1])
-        chosen = max((size for size in sizes if size <= min(chosen, fitting)), default=sizes[0])
+        possible = [size for size in whole if size <= fitting]
+        if not possible:  # not even an item
+            possible = [max((size for size in sizes if size <= fitting), default=sizes[0])]
+        job_times = {size: sum(count for count, _ in job.batches(size)) * (fixed + slope * size) for size in possible}
+        chosen = next(size for size, time in job_times.items() if time <= _WORTH * min(job_times.values()))
     for size in reversed([size for size in sizes if size <= chosen]):
         found = _planned(job, device, size, measure)
         if found.fits:
@@ -329,10 +335,11 @@ class _Watcher:
         )
         return results
 
-    def _zeros(self, leaf: Any) -> np.ndarray:
-        """Zeros of a result, whose memory is not touched; counted as long as anyone holds them."""
-        array = np.zeros(leaf.shape, leaf.dtype)
-        self._live[id(array)] = float(array.nbytes)
+    def _zeros(self, leaf: Any) -> Any:
+        """Zeros of a result, counted as long as anyone holds them; of large ones, the memory is not touched."""
+        size = nbytes(leaf)
+        array = (jnp if size <= _SMALL else np).zeros(leaf.shape, leaf.dtype)
+        self._live[id(array)] = size
         weakref.finalize(array, self._live.pop, id(array), None)
         return array
 
