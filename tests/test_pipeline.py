@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxid import jobs, pipeline
 from jaxid.errors import DataError, InputError
+from jaxid.prompts.pictures import open_picture
 
 LONG = 30.0
 """Seconds that a step waits for what must happen; nothing takes so long."""
@@ -347,3 +349,27 @@ def test_warnings_of_reading_reach_the_user(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=r"item 7 is odd\."):
             job(tmp_path / "refused", read=read, compute=columns)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_open_pictures_leave_the_filters_of_warnings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's filters are global: two threads that change and restore them in turn would mix them up."""
+    Image.fromarray(np.full((4, 4, 3), 7, np.uint8)).save(tmp_path / "a.png")
+    opened, inside, most = Image.open, [0], []
+
+    def slow(path: Any) -> Any:
+        inside[0] += 1
+        time.sleep(0.01)
+        most.append(inside[0])
+        inside[0] -= 1
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", slow)
+    before = list(warnings.filters)
+    with pipeline.read_ahead(lambda _: np.asarray(open_picture(tmp_path / "a.png")), range(12), ahead=4) as found:
+        assert all((future.result() == 7).all() for _, future in found)
+    assert warnings.filters == before and set(most) == {1}
