@@ -1,5 +1,6 @@
 """The state of a run: its model, resolved options and job; and functions for the tables of all experiments."""
 
+import contextlib
 import dataclasses
 import re
 import warnings
@@ -208,7 +209,9 @@ class Session:
         if experiment.batch_size is None and self.device.platform != "cpu":
             from jaxid.experiments.planning import ExperimentJob
 
-            self.halving.together = plan(ExperimentJob(self), self.device, measure=True).together
+            # A bad item is met again by the job, which names it or skips it.
+            with contextlib.suppress(*jobs.ITEM_ERRORS):
+                self.halving.together = plan(ExperimentJob(self), self.device, measure=True).together
         self.model = self.checkpoint.load()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
