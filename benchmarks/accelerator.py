@@ -20,6 +20,7 @@ import accelerator_programs as programs
 import accelerator_targets as targets
 import hlo
 import jax
+from accelerator_scores import axes_of_keys
 
 HEADER = f"""Programs compiled by XLA for devices that are not here; nothing was run.
 
@@ -95,7 +96,7 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
     started = time.perf_counter()
     compiled = target.compile(part.function, *part.args, **part.options)
     seconds = time.perf_counter() - started
-    memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias)
+    memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias, target.chips)
     unknown = counts.unknown_loops + counts.unknown_branches
     absent = {*part.shares, *part.trips} - counts.functions if unknown else set()
     for text in (
@@ -131,14 +132,14 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
     )
 
 
-def counted(text: str, part: programs.Part, alias: str) -> hlo.Counts:
+def counted(text: str, part: programs.Part, alias: str, chips: int) -> hlo.Counts:
     """What a compiled program does."""
     program = hlo.parse(text)
     entry = program.computations[program.entry].parameters
     weights = [index for index, parameter in enumerate(entry) if _WEIGHTS.search(parameter.rest)]
     if not weights:
         raise RuntimeError(f"no parameter of {alias}/{part.name} is a weight: {entry[0].rest:.100}")
-    keys, widths = programs.axes_of_keys(alias, part.name)
+    keys, widths = axes_of_keys(alias, part.name, chips)
     return hlo.count(program, weights=weights, keys=keys, widths=widths, shares=part.shares, trips=part.trips)
 
 

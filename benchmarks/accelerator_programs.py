@@ -7,7 +7,7 @@ noted. So the programs, their chunks and their arguments are those of a real run
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -477,23 +477,3 @@ def does(alias: str, work: str) -> bool:
 def parts(alias: str, work: str, target: Target) -> list[Part]:
     """The programs of a work."""
     return _OF_ENCODERS[work](target) if work in _OF_ENCODERS else _OF_MODELS[work](geometry(alias), target)
-
-
-def axes_of_keys(alias: str, work: str) -> tuple[Sequence[int], Sequence[int]]:
-    """Lengths of key axes in a work, and of axes that are neither of queries nor of keys, for finding scores."""
-    if alias == ENCODER:
-        config, _, leaves = encoder_geometry()
-        keys = [config.vision_config.num_patches + 1]
-        return keys, sorted({length for leaf in leaves.values() for length in leaf.shape} - {*keys})
-    own = geometry(alias)
-    vision, keys, pictures = own.config.vision_config, [own.tokens], own.pictures[0]
-    if isinstance(own.config, MllamaConfig):  # tokens of tiles may be padded
-        padded, tiles = -(-vision.tile_tokens // 8) * 8, vision.max_num_tiles
-        keys += [padded, vision.tile_tokens, tiles * padded, tiles * vision.tile_tokens]
-        pictures *= tiles
-    elif work in ("trace", "extract", "finetune"):
-        qwen = isinstance(own.config, QwenVLConfig)
-        keys.append(own.pictures[1] if qwen else vision.num_patches + vision.class_token)
-    widths = {length for leaf in own.leaves.values() for length in leaf.shape}
-    heads = {pictures * vision.num_attention_heads, PROMPTS * own.text.num_attention_heads}
-    return keys, sorted((widths | heads) - {*keys})

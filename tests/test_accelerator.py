@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 targets: Any = importlib.import_module("accelerator_targets")
 programs: Any = importlib.import_module("accelerator_programs")
 ideal: Any = importlib.import_module("accelerator_ideal")
+scores: Any = importlib.import_module("accelerator_scores")
 accelerator: Any = importlib.import_module("accelerator")
 
 TINY = {
@@ -208,6 +209,16 @@ def test_bounds(capsys: pytest.CaptureFixture[str]) -> None:
         "h100/gemma-12b/trace/weight_copies",
         "h100/gemma-12b/decode/bound_ratio",
     ]
+
+
+def test_lengths_of_keys() -> None:
+    """Of pictures and prompts; widths are no keys, nor their share of a chip, unless a picture has as many tokens."""
+    keys, others = scores.axes_of_keys("llava-7b", "trace", 4)
+    assert keys == [640, 577] and {4096, 11008, 2752, 8 * 640} <= {*others} and not {*keys} & {*others}
+    keys, others = scores.axes_of_keys("gemma-12b", "trace")
+    assert keys == [320, 4096] and 4096 not in others and 8 * 320 in others
+    assert scores.axes_of_keys("gemma-12b", "rerun")[0] == [320]
+    assert 4 * 1608 in scores.axes_of_keys("llama-11b", "rerun")[0]
 
 
 def test_layers_that_a_rerun_skips() -> None:
