@@ -196,12 +196,11 @@ class _Side(NamedTuple):
     mean_scale: Float[Array, "*n 1 1"]
 
 
-def _side(tokens: Float[Array, "*n S E"], block: banded.Block | None, extra: int = 0) -> _Side:
-    """One side of the products, with `extra` tokens of zeros; ready before the first tile."""
+def _side(tokens: Float[Array, "*n S E"], block: banded.Block | None) -> _Side:
+    """One side of the products, ready before the first tile."""
     mean, rest = centred(tokens, -2)
     if block:  # matrix units read 16 numbers at a time
         mean, rest = (jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -part.shape[-1] % 16)]) for part in (mean, rest))
-    rest = jnp.pad(rest, [(0, 0)] * (tokens.ndim - 2) + [(0, extra), (0, 0)])
     found: list[Array] = []
     for part in (rest, mean):
         largest = jnp.abs(part).max(axis=(-2, -1), keepdims=True) if block else jnp.ones((1,) * part.ndim)
@@ -220,8 +219,7 @@ def _score_large_tiles(
     height = min(count, max(1, math.prod(LARGE_TILE) // width))
     rows, columns = -(-count // height), -(-captions // width)
     tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width)
-    left = _side(_padded(images, rows * height), block)
-    right = _side(_padded(texts, columns * width), block, _extra(texts, block))
+    left, right = _side(_padded(images, rows * height), block), _side(_padded(texts, columns * width), block)
     left, right = (
         jax.tree.map(lambda leaf, number=number: leaf.reshape(number, -1, *leaf.shape[1:]), side)
         for side, number in ((left, rows), (right, columns))
@@ -233,7 +231,7 @@ def _score_large_tiles(
 
         def tile(given: tuple[_Side, Array, Array]) -> Float[Array, "p q"]:
             captions, offset, deviation = given
-            maps = _maps(pictures, captions, offset, deviation, network, block)
+            maps = _maps(pictures, captions, offset, deviation, block)
             return _maps_scores(network, own, maps, deviation, block)
 
         return jax.lax.map(tile, (right, offsets, deviations))
@@ -257,18 +255,12 @@ def _score_large_row_tiles(
 
     def row(tile: list[Array]) -> Float[Array, "p q"]:
         pictures, captions_of, offset, deviation = tile
-        sides = _side(pictures, block), _side(captions_of, block, _extra(texts, block))
-        make = jax.vmap(partial(_maps, network=network, block=block), out_axes=axis)
-        maps = make(*sides, offset, deviation)
+        make = jax.vmap(partial(_maps, block=block), out_axes=axis)
+        maps = make(_side(pictures, block), _side(captions_of, block), offset, deviation)
         maps = maps.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 3 :])
         return _maps_scores(network, own, maps, deviation[:, 0], block)
 
     return jax.lax.map(row, tiles).reshape(rows * height, captions)[:count]
-
-
-def _extra(texts: Float[Array, "*n T E"], block: banded.Block | None) -> int:
-    """Columns that a block needs beyond the maps."""
-    return banded.padded_columns(texts.shape[-2], block) - texts.shape[-2] if block else 0
 
 
 def _maps(
@@ -276,7 +268,6 @@ def _maps(
     texts: _Side,
     offset: Float[Array, "p q"],
     deviation: Float[Array, "p q"],
-    network: Network,
     block: banded.Block | None,
 ) -> Float[Array, "I *a"]:
     """Standardised maps [I, p, q, T], or [I, T, p, q] if a block has its pairs last; columns padded as it needs.
@@ -301,9 +292,11 @@ def _maps(
     whole += product(images.rest, texts.mean) * scale(images.rest_scale, texts.mean_scale)
     whole += product(images.mean, texts.rest) * scale(images.mean_scale, texts.rest_scale)
     whole = (whole + spread(offset)) / spread(deviation)
-    inside = jnp.arange(texts.rest.shape[1]) < map_shape(network)[1]
-    whole = jnp.where(inside[:, None] if last else inside, whole, 0)
-    return jnp.moveaxis(whole.astype(block.dtype if block else jnp.float32), 0, 2 if last else 1)
+    if block:
+        extra = banded.padded_columns(texts.rest.shape[1], block) - texts.rest.shape[1]
+        gaps = [(0, extra if axis == (2 if last else 3) else 0) for axis in range(4)]
+        whole = jnp.pad(whole.astype(block.dtype), gaps)
+    return jnp.moveaxis(whole, 0, 2 if last else 1)
 
 
 def _maps_scores(

@@ -20,7 +20,7 @@ _RIGHT_ANGLE = 1e-4
 
 
 _NUMBERS_TOGETHER = 2**26
-"""Numbers of maps that GPUs and TPUs compute at once for the moments."""
+"""Numbers that GPUs and TPUs compute at once for the moments."""
 
 
 class Moments(NamedTuple):
@@ -121,7 +121,10 @@ def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: 
         def some(pictures: Float[Array, "N I E"], *second: Array, together: int | None = None) -> tuple[Array, ...]:
             return jax.lax.map(lambda picture: of_picture(picture, *second), pictures, batch_size=together)
 
-        together = max(1, _NUMBERS_TOGETHER // (image_tokens * text_tokens * captions))
+        numbers = image_tokens * text_tokens * captions  # of a picture's maps, or its products
+        if second:
+            numbers = image_tokens * (captions + width) + captions * text_tokens
+        together = max(1, _NUMBERS_TOGETHER // numbers)
         return jax.lax.platform_dependent(images, *second, cpu=some, default=partial(some, together=together))
 
     if group == "pair" or captions * text_tokens <= width:
