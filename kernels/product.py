@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -90,7 +91,11 @@ def _by_platform(x: Array, stack: Array, index: Array, value: Array, *, transpos
         del value
         return everywhere(transposed)(x, stack, index)
 
-    return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, default=sliced)
+    def row_major(x: Array, stack: Array, index: Array, value: Array) -> Array:
+        # Where heads come first afterwards, XLA would rather transpose the matrix of every layer than the result.
+        return with_layout_constraint(sliced(x, stack, index, value), Layout((0, 1)))
+
+    return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=row_major, default=sliced)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from jaxid.nn.dual import DualConfig, DualEncoder, part
 from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, attention_keys, encoder_block, fused_attention_keys, layer_norm, linear, prefixed
 from jaxid.nn.text import TextConfig
-from jaxid.nn.vision import VisionConfig
+from jaxid.nn.vision import VisionConfig, patch_key
 from jaxid.prompts.dual import DualProcessor
 
 _TEXT = {
@@ -60,7 +60,7 @@ def blip_keys(config: BlipConfig) -> list[Key]:
     tower = [
         Key("embeddings.class_embedding", "class_token", "1 1 d -> d"),
         Key("embeddings.position_embedding", "position", "1 i d -> i d"),
-        Key("embeddings.patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
+        patch_key("embeddings.patch_embedding.weight", config.vision_config),
         Key("embeddings.patch_embedding.bias", "patch_bias"),
         *prefixed(block, "encoder.layers.{layer}.", "layers."),
         *layer_norm("post_layernorm", "post_norm"),

@@ -59,7 +59,7 @@ def coca_keys(config: CoCaConfig) -> list[Key]:
         )
     ]
     return [
-        *openclip.tower_keys(),
+        *openclip.tower_keys(config.vision_config),
         Key(f"{pooler}.query", "pooler.queries"),
         *layer_norm(f"{pooler}.ln_q", "pooler.query_norm"),
         *layer_norm(f"{pooler}.ln_k", "pooler.key_norm"),

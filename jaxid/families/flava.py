@@ -12,7 +12,7 @@ from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, attention_keys, encoder_block, layer_norm, linear, prefixed
 from jaxid.nn.layers import filled, normal
 from jaxid.nn.text import TextConfig, TextEncoder
-from jaxid.nn.vision import VisionConfig
+from jaxid.nn.vision import VisionConfig, patch_key
 from jaxid.prompts.dual import DualProcessor
 
 _SHARED = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
@@ -77,7 +77,7 @@ def flava_keys(config: FlavaConfig) -> list[Key]:
     tower = [
         Key("embeddings.cls_token", "class_token", "1 1 d -> d"),
         Key("embeddings.position_embeddings", "position", "1 i d -> i d"),
-        Key("embeddings.patch_embeddings.projection.weight", "patch_kernel", "d c p q -> p q c d"),
+        patch_key("embeddings.patch_embeddings.projection.weight", config.vision_config),
         Key("embeddings.patch_embeddings.projection.bias", "patch_bias"),
         *prefixed(_block_keys(config.vision_config), "encoder.layer.{layer}.", "layers."),
         *layer_norm("layernorm", "post_norm"),

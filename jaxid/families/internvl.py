@@ -17,7 +17,7 @@ from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, encoder_block, layer_norm, linear, prefixed
 from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear
 from jaxid.nn.network import Network
-from jaxid.nn.vision import VisionConfig, VisionTower, state_indices
+from jaxid.nn.vision import VisionConfig, VisionTower, patch_key, state_indices
 from jaxid.prompts.base import Encoded, PictureTokens, bucketed, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
@@ -131,7 +131,7 @@ def internvl_keys(config: InternVLConfig) -> list[Key]:
     tower = [
         Key("embeddings.cls_token", "class_token", "o i d -> (o i d)", {"o": 1, "i": 1}),
         Key("embeddings.position_embeddings", "position", "o p d -> (o p) d", {"o": 1}),
-        Key("embeddings.patch_embeddings.projection.weight", "patch_kernel", "d c p q -> p q c d"),
+        patch_key("embeddings.patch_embeddings.projection.weight", vision),
         Key("embeddings.patch_embeddings.projection.bias", "patch_bias"),
         *prefixed(block, "encoder.layer.{layer}.", "layers."),
         *(layer_norm("layernorm", "post_norm") if vision.post_norm else []),

@@ -22,7 +22,7 @@ from jaxid.nn.layers import LayerNorm, Linear, filled, normal, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, run_blocks
 from jaxid.nn.views import Memory
-from jaxid.nn.vision import VisionConfig, embedded, patches
+from jaxid.nn.vision import VisionConfig, embedded, patch_key, patches
 from jaxid.prompts.base import Encoded, PictureTokens, Shown, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
@@ -120,7 +120,7 @@ def mllama_keys(config: MllamaConfig) -> list[Key]:
     gates = [Key("gate_attn", "attention_scale"), Key("gate_ffn", "mlp_scale")]
     sizes = {"t": config.vision_config.max_num_tiles, "p": config.vision_config.tile_tokens}
     tower = [
-        Key("patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
+        patch_key("patch_embedding.weight", config.vision_config),
         Key("class_embedding", "class_token"),
         Key("gated_positional_embedding.gate", "position_gate"),
         Key("gated_positional_embedding.embedding", "position"),
@@ -148,9 +148,9 @@ class MllamaTower(nnx.Module):
     def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs):
         """Builds the tower; every block parameter carries a leading layer axis."""
         self.config = config
-        width, patch = config.hidden_size, config.patch_size
+        width = config.hidden_size
         kinds, tiles = config.aspect_ratios + 1, config.max_num_tiles
-        self.patch_kernel = normal(rngs, (patch, patch, config.num_channels, width), 0.02)
+        self.patch_kernel = normal(rngs, (config.patch_numbers, width), 0.02)
         self.class_token = normal(rngs, (width,), 0.02)
         self.position_gate, self.before_gate, self.after_gate = (filled(0.0, (1,)) for _ in range(3))
         self.position = normal(rngs, (config.tile_tokens, width), 0.02)
@@ -180,7 +180,7 @@ class MllamaTower(nnx.Module):
         config = self.config
         count, most = pixels.shape[:2]
         flat = patches(pixels.reshape(count * most, *pixels.shape[2:]), config.patch_size)
-        x = embedded(flat, self.patch_kernel)
+        x = embedded(flat, self.patch_kernel[...])
         x = x.reshape(count, most, *x.shape[1:])
         x = x + (self.before[...][ratio] * jnp.tanh(self.before_gate[...]))[:, :, None]
         first = jnp.broadcast_to(self.class_token[...], (count, most, 1, config.hidden_size))

@@ -11,7 +11,7 @@ from jaxid.families.clip import CLIP, CLIPConfig
 from jaxid.nn.fields import Json
 from jaxid.nn.keys import Key, encoder_block, fused_attention_keys, layer_norm, prefixed
 from jaxid.nn.text import TextConfig
-from jaxid.nn.vision import VisionConfig
+from jaxid.nn.vision import VisionConfig, patch_key
 from jaxid.prompts.base import check_settings
 from jaxid.prompts.dual import DualProcessor
 from jaxid.prompts.pictures import PILImage
@@ -114,10 +114,10 @@ def _blocks() -> list[Key]:
     return prefixed(block, "transformer.resblocks.{layer}.", "layers.")
 
 
-def tower_keys() -> list[Key]:
+def tower_keys(config: VisionConfig) -> list[Key]:
     """Key table of the tower without the norm after its last block."""
     keys = [
-        Key("conv1.weight", "patch_kernel", "d c p q -> p q c d"),
+        patch_key("conv1.weight", config),
         Key("class_embedding", "class_token"),
         Key("positional_embedding", "position"),
         *layer_norm("ln_pre", "pre_norm"),
@@ -145,7 +145,7 @@ def text_keys(config: TextConfig, source: str = "") -> list[Key]:
 def openclip_keys(config: CLIPConfig) -> list[Key]:
     """The key table of a CLIP."""
     return [
-        *tower_keys(),
+        *tower_keys(config.vision_config),
         *layer_norm("visual.ln_post", "tower.post_norm"),
         Key("visual.proj", "image_projection.kernel"),
         *text_keys(config.text_config),

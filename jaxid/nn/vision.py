@@ -39,6 +39,11 @@ class VisionConfig(BlockConfig):
         return self.image_size // self.patch_size
 
     @property
+    def patch_numbers(self) -> int:
+        """Numbers in a patch."""
+        return self.num_channels * self.patch_size**2
+
+    @property
     def num_patches(self) -> int:
         """Patches of one picture."""
         return self.patch_side**2
@@ -77,10 +82,16 @@ def vision_config(fields: Mapping[str, object], kind: str) -> VisionConfig:
     return VisionConfig.from_fields({**KINDS[kind], **given}, where="vision_config", ignored=ignored)
 
 
+def patch_key(source: str, config: VisionConfig) -> Key:
+    """Row of the map from patches to tokens, a convolution in PyTorch."""
+    side = config.patch_size
+    return Key(source, "patch_kernel", "d c p q -> (p q c) d", {"c": config.num_channels, "p": side, "q": side})
+
+
 def vision_keys(config: VisionConfig) -> list[Key]:
     """Key table of CLIP's and SigLIP's tower, below HF's `vision_model.`."""
     keys = [
-        Key("embeddings.patch_embedding.weight", "patch_kernel", "d c p q -> p q c d"),
+        patch_key("embeddings.patch_embedding.weight", config),
         Key("embeddings.position_embedding.weight", "position"),
         *prefixed(BLOCK_KEYS, "encoder.layers.{layer}.", "layers."),
     ]
@@ -114,11 +125,10 @@ def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]
     return rearrange(pixels[:, :, :height, :width], "n c (y p) (x q) -> n (y x) (p q c)", p=side, q=side)
 
 
-def embedded(patches: Float[Array, "*N I F"], kernel: nnx.Param) -> Float[Array, "*N I D"]:
-    """Patches as tokens; the kernel's last axis is their width."""
-    matrix = kernel[...].reshape(-1, kernel.shape[-1])
+def embedded(patches: Float[Array, "*N I F"], kernel: Float[Array, "F D"]) -> Float[Array, "*N I D"]:
+    """Patches as tokens."""
     # Such a product reads inputs of any length; cuBLAS would take a copy of the matrix, padded to a multiple of 8.
-    return flat_product(patches, LayerMatrix(matrix[None], 0, matrix))
+    return flat_product(patches, LayerMatrix(kernel[None], 0, kernel))
 
 
 class VisionTower(nnx.Module):
@@ -126,9 +136,9 @@ class VisionTower(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         """Builds the tower; every block parameter carries a leading layer axis."""
-        width, patch = config.hidden_size, config.patch_size
+        width = config.hidden_size
         self.config = config
-        self.patch_kernel = normal(rngs, (patch, patch, config.num_channels, width), 0.02)
+        self.patch_kernel = normal(rngs, (config.patch_numbers, width), 0.02)
         if config.patch_bias:
             self.patch_bias = filled(0.0, (width,))
         if config.class_token:
@@ -151,7 +161,7 @@ class VisionTower(nnx.Module):
         if pixels.shape[-2:] != (side, side):
             given = " x ".join(map(str, pixels.shape[-2:]))
             raise InputError(f"the pictures have {given} pixels, the tower takes {side} x {side}.")
-        x = embedded(patches(pixels, config.patch_size), self.patch_kernel)
+        x = embedded(patches(pixels, config.patch_size), self.patch_kernel[...])
         if config.patch_bias:
             x = x + self.patch_bias[...]
         if config.class_token:

@@ -131,7 +131,7 @@ def test_every_value_stands_where_the_key_table_says() -> None:
     out = weights[block + "o_proj.weight"].numpy()  # [D, (H E)]
     np.testing.assert_array_equal(leaves["decoder.layers.attention.out"][1, 2 * 12 + 5], out[:, 2 * 12 + 5])
     patch = weights["vision_tower.embeddings.patch_embedding.weight"].numpy()  # [D, C, Y, X]
-    np.testing.assert_array_equal(leaves["tower.patch_kernel"][3, 6, 1], patch[:, 1, 3, 6])
+    np.testing.assert_array_equal(leaves["tower.patch_kernel"][(3 * patch.shape[3] + 6) * 3 + 1], patch[:, 1, 3, 6])
 
 
 def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
