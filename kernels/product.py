@@ -1,6 +1,6 @@
 """Products with one layer's matrix of a stack [L, K, N], which GPUs read where it lies.
 
-XLA's loops over layers slice a layer's matrix out of the stack. On TPU the slice becomes part of the product. On GPU it
+XLA's loops over layers slice a layer's matrix out of the stack. On TPU a slice becomes part of its product. On GPU it
 does not: cuBLAS takes whole arrays, so every matrix would be copied before it is read. There, 16-bit matrices go
 through a kernel that adds the layer's offset itself, and so does the gradient with respect to the input. The gradient
 with respect to the matrix belongs to the slice, of which a scan makes the gradient of the stack.
@@ -34,7 +34,7 @@ class LayerMatrix(NamedTuple):
     Attributes:
         stack: the matrices of all layers.
         index: the layer.
-        value: its matrix, sliced out of the stack; a program for GPU that does not use it never makes the slice.
+        value: its matrix, sliced out of the stack; programs for GPU and TPU never use, and so never make the slice.
     """
 
     stack: Float[Array, "L K N"]
@@ -91,11 +91,13 @@ def _by_platform(x: Array, stack: Array, index: Array, value: Array, *, transpos
         del value
         return everywhere(transposed)(x, stack, index)
 
-    def row_major(x: Array, stack: Array, index: Array, value: Array) -> Array:
-        # Where heads come first afterwards, XLA would rather transpose the matrix of every layer than the result.
+    def in_place(x: Array, stack: Array, index: Array, value: Array) -> Array:
+        # A slice made here becomes part of the product, one made outside a loop over products is a copy. Where heads
+        # come first afterwards, XLA would rather transpose the matrix of every layer than the result.
+        value = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
         return with_layout_constraint(sliced(x, stack, index, value), Layout((0, 1)))
 
-    return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=row_major, default=sliced)
+    return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=in_place, default=sliced)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

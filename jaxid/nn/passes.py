@@ -433,7 +433,6 @@ def decode(
     rows, batch, own = (*start.hidden.shape[:2], start.valid.shape[1])
     edit = _by_row(clean if edits is None else edits)
     memory = None if shared.memory is None else shared.memory.at(last[:, None])  # as the last token reads it
-    unembedding = decoder.unembed_matrix()
     filler = stop_ids[0] if stop_ids.shape[0] else jnp.asarray(0, jnp.int32)
     slots = jnp.arange(own + steps)
     filled = jnp.concatenate([start.valid, jnp.ones((batch, steps), bool)], axis=1)
@@ -441,6 +440,8 @@ def decode(
     slot_positions = jnp.where(slots < own, shared.first[:, None] + slots, last[:, None] + 1 + slots - own)
 
     def choose(hidden: Array) -> Array:
+        # Made here: outside the loop over tokens, the transpose of a tied embedding would be a copy.
+        unembedding = decoder.unembed_matrix()
         logits = jnp.einsum("rbd,dv->rbv", hidden, unembedding, preferred_element_type=jnp.float32)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
