@@ -59,7 +59,7 @@ def cost(start: np.ndarray, chunk: int, tokens: int, layers: int, device: Device
     firsts, computing = np.sort(start)[::chunk], chunk * tokens
     # In bfloat16 a weight of two bytes takes two operations for each token; a CPU has 16 operations a byte, in float32.
     reading = device.flops / device.bandwidth * (2 if device.platform == "cpu" else 1)
-    each = computing + reading if device.platform == "cpu" else max(computing, reading)
+    each = computing + reading if device.platform == "cpu" else max(computing, reading + 0.45 * computing)
     return float(sum((firsts <= layer).sum() * each for layer in range(layers)))
 
 
@@ -71,8 +71,8 @@ def test_chunks_fit(count: int, tokens: int, device: Device) -> None:
     assert 1 <= chunk <= rows and chunk == bucket(chunk)
     if device.platform == "cpu":
         assert chunk == 1 or chunk * tokens <= 2048
-    else:  # nothing is gained by twice what hides the reading of the weights
-        assert chunk == 1 or chunk * tokens < 2 * device.flops / device.bandwidth
+    else:  # nothing is gained by twice what hides the reading of the weights, beside that of activations
+        assert chunk == 1 or chunk * tokens < 2 * device.flops / device.bandwidth / 0.55
 
 
 def test_chunks_on_a_cpu_are_those_that_were_measured() -> None:
@@ -82,8 +82,8 @@ def test_chunks_on_a_cpu_are_those_that_were_measured() -> None:
 
 
 def test_an_accelerator_reads_weights_while_it_computes() -> None:
-    """An H100 multiplies 295 tokens in the time in which it reads their weights in bfloat16."""
-    assert [rows_together(48, tokens, DEVICES["h100"]) for tokens in (20, 80, 160, 295, 640)] == [16, 4, 2, 1, 1]
+    """An H100 multiplies 295 tokens in the time in which it reads their weights in bfloat16; 537 with activations."""
+    assert [rows_together(48, tokens, DEVICES["h100"]) for tokens in (20, 80, 160, 295, 640)] == [24, 8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 20, 80, 160, 640, 3000])

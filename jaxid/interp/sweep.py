@@ -47,8 +47,8 @@ def rows_together(rows: int, tokens: int, device: Device | None = None) -> int:
     a layer's weights takes as long as the products of n tokens (`Device.tokens_per_weight_read`). An accelerator reads
     while it multiplies, and beside the weights it reads and writes what passes between the products, which takes the
     share a of their time (`_ACTIVATIONS`). A chunk then takes max(n + a c t, c t), and the best has about n / (1 - a)
-    tokens; fewer would wait for the memory. A CPU does one after the other, n + c t, which is best at the square root of R n / t. The size with the
-    least time is taken, the larger of two that take as long.
+    tokens; fewer would wait for the memory. A CPU does one after the other, n + c t, which is best at the square root
+    of R n / t. The size with the least time is taken, the larger of two that take as long.
 
     The choice affects speed only. Since chunks that hold nothing but padding are skipped and the others end within
     the bucket, fewer than half as many rows as are wanted are computed in vain.
@@ -66,7 +66,11 @@ def rows_together(rows: int, tokens: int, device: Device | None = None) -> int:
     if on_cpu:  # the time grows with the distance from the best size, on a logarithmic scale
         best = math.sqrt(rows * reading / tokens)
         return min(sizes, key=lambda size: abs(math.log(size / best)))
-    return min(reversed(sizes), key=lambda size: (rows / size + 1) * max(reading + _ACTIVATIONS * size * tokens, size * tokens))
+
+    def time(size: int) -> float:
+        return (rows / size + 1) * max(reading + _ACTIVATIONS * size * tokens, size * tokens)
+
+    return min(reversed(sizes), key=time)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
+
+from jaxid.kernels.masks import Reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,10 +16,21 @@ class Layout:
 
     token_ids: Int[np.ndarray, "T"]  # the prefix, then zeros in the slots
     positions: Int[np.ndarray, "T"]  # every slot continues from the end of the prefix
-    mask: Bool[np.ndarray, "T T"]  # causal within prefix + slot
+    slots: Int[np.ndarray, "T"]  # the slot of every token, counted from 1; 0 for the prefix
     image_start: int  # where the picture's tokens begin
     image_tokens: int  # number of the picture's tokens
     text_start: int  # where the slots begin
+
+    def reads(self) -> Reads:
+        """Which tokens each token reads: earlier ones of the prefix and of its own slot."""
+        index = np.arange(len(self.slots))
+        prefix = self.slots == 0
+        # The prefix comes after the slots here, so that a range holds the tokens of one slot, or of the prefix. Tokens
+        # of slots read all of the prefix, as their span.
+        places = np.where(prefix, len(index) + index, index)
+        before = np.where(prefix, len(index), index - (self.positions - self.text_start)) - 1
+        arrays = (places, places, before, np.where(prefix, -1, 0), np.where(prefix, 0, -1))
+        return Reads(*(jnp.asarray(array, jnp.int32)[None] for array in arrays))
 
 
 def packed(
@@ -35,18 +49,17 @@ def packed(
     start, total = len(prefix), len(prefix) + sum(slots)
     token_ids = np.zeros(total, np.int32)
     token_ids[:start] = prefix
-    group = np.zeros(total, np.int32)
+    of = np.zeros(total, np.int32)
     positions = np.arange(total, dtype=np.int32)
     first = start
     for index, length in enumerate(slots):
-        group[first : first + length] = index + 1
+        of[first : first + length] = index + 1
         positions[first : first + length] = start + np.arange(length)
         first += length
-    visible = (group[None] == group[:, None]) | (group[None] == 0)
     return Layout(
         token_ids=token_ids,
         positions=positions,
-        mask=visible & (positions[None] <= positions[:, None]),
+        slots=of,
         image_start=len(before),
         image_tokens=image_tokens,
         text_start=start,

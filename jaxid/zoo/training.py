@@ -14,6 +14,7 @@ from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import COLORS, OBJECTS
 from jaxid.families.llava import Llava
 from jaxid.io import write_json
+from jaxid.kernels import masks
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.layers import Linear
 from jaxid.nn.passes import forward
@@ -86,9 +87,9 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
     prefix = jnp.broadcast_to(jnp.asarray(plan.token_ids[: plan.text_start - count]), (size, plan.text_start - count))
     embeddings = jnp.concatenate([network.decoder.embed(prefix), features], axis=1)
     positions = jnp.broadcast_to(jnp.arange(plan.text_start), (size, plan.text_start))
-    mask = jnp.asarray(plan.mask[: plan.text_start, : plan.text_start])[None]
+    reads = masks.causal(positions, positions)
     capture = Capture(("resid_post",))
-    states = forward(shallow(network.decoder), embeddings, positions, mask, clean, capture).captured["resid_post"]
+    states = forward(shallow(network.decoder), embeddings, positions, reads, clean, capture).captured["resid_post"]
     loss, metrics = _patch_loss(learner, states[-1][:, -count:], batch["patches"])
     return loss, {"loss": loss, **metrics}
 
@@ -113,7 +114,7 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     pictures = jnp.broadcast_to(jnp.arange(start, plan.text_start), (size, features.shape[1]))
     capture = Capture(("resid_post",), positions=pictures)
-    output = forward(network.decoder, embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
+    output = forward(network.decoder, embeddings, positions, plan.reads(), clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
     seen = output.captured["resid_post"][SEEING_LAYERS - 1]

@@ -14,6 +14,7 @@ from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import FRAMES
 from jaxid.families.llava_video import LlavaVideo
 from jaxid.io import write_json
+from jaxid.kernels import masks
 from jaxid.nn.layers import Linear
 from jaxid.nn.passes import forward
 from jaxid.nn.sites import Capture, clean
@@ -123,9 +124,9 @@ def timing_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfi
     prefix = jnp.broadcast_to(jnp.asarray(plan.token_ids[: plan.image_start]), (size, plan.image_start))
     embeddings = jnp.concatenate([network.decoder.embed(prefix), features], axis=1)
     positions = jnp.broadcast_to(jnp.arange(end), (size, end))
-    mask = jnp.asarray(plan.mask[:end, :end])[None]
+    reads = masks.causal(positions, positions)
     capture = Capture(("resid_post",))
-    states = forward(shallow(network.decoder), embeddings, positions, mask, clean, capture).captured["resid_post"]
+    states = forward(shallow(network.decoder), embeddings, positions, reads, clean, capture).captured["resid_post"]
     loss, metrics = _frame_loss(learner, states[-1][:, plan.image_start :], batch["cells"], config.blur)
     return loss, {"loss": loss, **metrics}
 
@@ -142,7 +143,7 @@ def language_loss(
     positions = jnp.broadcast_to(jnp.asarray(plan.positions), (size, len(plan.positions)))
     shown = jnp.broadcast_to(jnp.arange(plan.image_start, end), (size, plan.image_tokens))
     capture = Capture(("resid_post",), positions=shown)
-    output = forward(network.decoder, embeddings, positions, jnp.asarray(plan.mask)[None], clean, capture)
+    output = forward(network.decoder, embeddings, positions, plan.reads(), clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
     labels = batch["labels"][:, plan.text_start :]
     text_loss, accuracy = cross_entropy(logits, labels, jnp.asarray(_near_words(config.blur)))

@@ -79,8 +79,9 @@ def test_memory_masks_are_hugging_faces() -> None:
     repeated = np.repeat(dense.reshape(*dense.shape[:2], -1), tokens, axis=2)
     read = np.asarray(repeated.any(axis=2))
     np.testing.assert_array_equal(np.asarray(memory.rows)[valid], read[valid])
-    np.testing.assert_array_equal(np.asarray(memory.mask)[valid & read], repeated[valid & read])
-    assert np.asarray(memory.mask)[valid & ~read].all() and (valid & ~read).any()
+    mask = np.asarray(memory.reads.mask())
+    np.testing.assert_array_equal(mask[valid & read], repeated[valid & read])
+    assert mask[valid & ~read].all() and (valid & ~read).any()
     assert not dense[1, first + 2 : prompts.last()[1], 0].any() and dense[0, prompts.last()[0]].any(axis=-1).all()
     assert memory.keys.shape[:2] == (2, 2) and jnp.isfinite(memory.keys).all()
 

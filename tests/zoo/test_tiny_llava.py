@@ -146,7 +146,7 @@ def test_layout_by_hand() -> None:
         assert plan.positions[token] == (token if slot == -1 else 39 + earlier)
         # A token attends to the prefix, to earlier tokens of its own slot, and to itself.
         seen = {other for other in range(token + 1) if slot_of[other] in (-1, slot)}
-        assert set(np.flatnonzero(plan.mask[token]).tolist()) == seen
+        assert set(np.flatnonzero(plan.reads().mask()[0, token]).tolist()) == seen
 
 
 def test_every_text_fits_its_slot() -> None:
