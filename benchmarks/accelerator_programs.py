@@ -297,7 +297,7 @@ def shares_of(own: Geometry) -> dict[str, float]:
         found["Crossed.read"] = len(text.cross_attention_layers) / text.num_hidden_layers
     if isinstance(own.config, QwenVLConfig) and vision.window_side:
         share = len(vision.fullatt_block_indexes) / vision.num_hidden_layers
-        found["QwenTower.__call__.<locals>.step.<locals>.read"] = share
+        found["QwenTower.__call__.<locals>.read.<locals>.either"] = share
     return found
 
 

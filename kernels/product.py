@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-_SMALLEST = 512
+_SMALLEST = 256
 """Shortest side of a matrix for which the kernel runs; copying smaller ones costs next to nothing."""
 
 _BLOCKS = 264

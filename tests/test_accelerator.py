@@ -17,6 +17,7 @@ programs: Any = importlib.import_module("accelerator_programs")
 ideal: Any = importlib.import_module("accelerator_ideal")
 scores: Any = importlib.import_module("accelerator_scores")
 accelerator: Any = importlib.import_module("accelerator")
+sys.path.pop(0)  # other files there have the names of folders here
 
 TINY = {
     "model_type": "llava",

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 hlo: Any = importlib.import_module("hlo")
+sys.path.pop(0)  # other files there have the names of folders here
 
 LOOP = """
 HloModule loop, is_scheduled=true

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -207,7 +206,12 @@ class QwenTower(nnx.Module):
         def read(layer: Layer) -> Read:
             if everywhere is None:
                 return read_picture
-            return partial(jax.lax.cond, jnp.asarray(everywhere)[layer], read_picture, read_window)
+            here = jnp.asarray(everywhere)[layer]
+
+            def either(query: Array, key: Array, value: Array) -> Array:
+                return jax.lax.cond(here, read_picture, read_window, query, key, value)
+
+            return either
 
         x = flat_product(pixels, self.patch_kernel[...])
         return run_blocks(self.layers, x, states, read=read, rotation=rotation)

@@ -127,7 +127,7 @@ def test_blocks_read_their_stacks_through_it(interpreted: None, monkeypatch: pyt
         return run_blocks(nnx.merge(definition, state), x)
 
     found, text = run(state, x), run.lower(state, x).as_text()
-    monkeypatch.setattr(product, "_SMALLEST", 512)
+    monkeypatch.setattr(product, "_SMALLEST", 256)
     jax.clear_caches()
     wanted, plain = run(state, x), run.lower(state, x).as_text()
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=0.05)
