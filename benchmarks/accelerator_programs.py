@@ -366,7 +366,7 @@ def finetune_task(own: Geometry) -> finetune.Task:
     model = own.model(unflatten(dict(own.leaves)))
     selection = finetune.select(model, config)
     definition = for_learning(own.definition, model.parameters, selection, recompute=config.recompute)
-    ids: Any = None
+    ids = object.__new__(finetune.SpatialIDs)  # no batch is made, so none is read
     return finetune.Task(model=model, selection=selection, definition=definition, groups=(), config=config, ids=ids)
 
 

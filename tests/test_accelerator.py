@@ -158,7 +158,9 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_every_work(work: str, tmp_path: Path) -> None:
     """Its programs compile, all of their loops and branches are known, and they do little that is not ideal."""
     own = programs.ENCODER if work in ("dcsm", "encode") else "llava-7b"
-    assert accelerator.main(["--targets", "h100", "--models", own, "--out", str(tmp_path), "--works", work]) == 0
+    # optax is not written for strict promotion
+    with jax.numpy_dtype_promotion("standard"):
+        assert accelerator.main(["--targets", "h100", "--models", own, "--out", str(tmp_path), "--works", work]) == 0
     found = json.loads((tmp_path / "accelerator.json").read_text())
     for key, value in found.items():
         *_, part, figure = key.split("/")
