@@ -111,7 +111,7 @@ class Target:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The chips, along one axis "model"."""
-        return Mesh(np.array(_devices(self.name, self.chips)[: self.chips]), ("model",))
+        return Mesh(np.array(devices(self.name, self.chips)[: self.chips]), ("model",))
 
     def array(self, leaf: Any, axis: int | None = None) -> jax.ShapeDtypeStruct:
         """An array's shape on the chips: split along an axis, or the same on all of them."""
@@ -131,7 +131,8 @@ class Target:
 
 
 @functools.cache
-def _devices(name: str, chips: int) -> list[Any]:
+def devices(name: str, chips: int) -> list[Any]:
+    """Chips of one kind that share a host; they need not be there."""
     device = DEVICES[name]
     if device.platform == "gpu":
         text = _GPU.format(**_GPUS[name], memory=device.memory, bandwidth=int(device.bandwidth))
@@ -146,7 +147,7 @@ def _devices(name: str, chips: int) -> list[Any]:
 def missing(name: str) -> str | None:
     """What has to be installed to compile for an accelerator; None if its compiler is there."""
     try:
-        _devices(name, 1)
+        devices(name, 1)
     except Exception as error:  # whatever a plugin that is absent or too old raises
         extra = f"{DEVICES[name].platform}-compile"
         return (

@@ -1,39 +1,32 @@
-"""The attention kernels compile for an H100 and for TPUs, at published sizes, and no scores are in memory.
+"""The kernels compile for an H100 and for TPUs, at published sizes: no scores in memory, no matrices sliced out.
 
-No device is needed, but the compilers are: `pip install jaxid-vlm[gpu-compile,tpu-compile]`. By default a few sizes are
-compiled; `JAXID_ALL_KERNELS=1` compiles all of them, which takes ten minutes.
+No device is needed, but the compilers are: `pip install -e ".[gpu-compile,tpu-compile]" && pytest -m compilers`. By
+default a few sizes are compiled; `JAXID_ALL_KERNELS=1` compiles all of them, which takes ten minutes.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ALL = os.environ.get("JAXID_ALL_KERNELS") == "1"
 
 PROGRAM = """
     import json, re, sys
     import jax, jax.numpy as jnp, numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from jaxid.kernels import attention
-    from jaxid.kernels.masks import Reads, causal, everything, within_spans, with_spans
+    from jaxid.kernels.masks import Reads
+    import accelerator_targets
 
-    H100 = '''gpu_device_info {threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-    shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-    l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-    cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536}
-    platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"'''
-    platform, cases = sys.argv[1], json.loads(sys.argv[2])
-    if platform == "cuda":
-        topology = topologies.get_topology_desc("h100", "cuda", topology="1x1x8", target_config=H100)
-    else:
-        topology = topologies.get_topology_desc("v5e:2x2", "tpu")
+    device, cases = sys.argv[1], json.loads(sys.argv[2])
+    target = accelerator_targets.Target(accelerator_targets.DEVICES[device])
+    devices = accelerator_targets.devices(device, 8 if device == "h100" else 4)
 
     def loss(query, key, value, reads, prefix):
         if prefix:
@@ -43,8 +36,8 @@ PROGRAM = """
         return (found.mixed.astype(jnp.float32) ** 2).sum() + found.lse.sum()
 
     for name, kind, dtype, prefix, batch, heads, kv_heads, queries, keys, width, split in cases:
-        shape = (len(topology.devices) // 2, 2) if split else (1, 1)
-        mesh = Mesh(np.array(topology.devices[: shape[0] * shape[1]]).reshape(shape), ("data", "model"))
+        shape = (len(devices) // 2, 2) if split else (1, 1)
+        mesh = Mesh(np.array(devices[: shape[0] * shape[1]]).reshape(shape), ("data", "model"))
 
         def given(shape, dtype, *spec):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
@@ -66,7 +59,7 @@ PROGRAM = """
             if kind in ("spans", "pictures"):
                 reads = reads._replace(span=ints(batch, queries), spans=ints(batch, keys))
         run = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=4)
-        compiled = run.lower(query, key, key, reads, prefix).compile()
+        compiled = target.compile(run, query, key, key, reads, prefix)
         text = compiled.as_text()
         shapes = re.findall(r"(?:f32|bf16|f16|pred|s32)\\[([0-9,]+)\\]", text)
         most = max(int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes)
@@ -99,34 +92,34 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(("platform", "package"), [("cuda", "jax_plugins.xla_cuda12"), ("tpu", "libtpu")])
-def test_forward_and_backward(platform: str, package: str) -> None:
-    try:
-        missing = importlib.util.find_spec(package) is None
-    except ModuleNotFoundError:
-        missing = True
-    if missing:
-        pytest.skip(f"the compiler for {platform} is not installed")
-    flags = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
-    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    cases = CASES + MORE if ALL else CASES
+def compiled(program: str, *arguments: str) -> list[str]:
+    """What a program prints in a process of its own, which uses no device."""
+    path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), platform, json.dumps(cases)],
-        env={**os.environ, **settings, "XLA_FLAGS": flags if platform == "cuda" else ""},
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+    return [line.removeprefix("FOUND ") for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
+
+
+pytestmark = pytest.mark.compilers
+
+
+@pytest.mark.parametrize("device", ["h100", "v5e"])
+def test_attention_forward_and_backward(device: str) -> None:
+    cases = CASES + MORE if ALL else CASES
     found = {}
-    for line in ran.stdout.splitlines():
-        if line.startswith("FOUND"):
-            one = json.loads(line[6:])
-            found[one.pop("name")] = one
+    for line in compiled(PROGRAM, device, json.dumps(cases)):
+        one = json.loads(line)
+        found[one.pop("name")] = one
     assert set(found) == {case[0] for case in cases}
     for name, _, dtype, rows, batch, heads, kv_heads, queries, keys, width, split in cases:
         one, times = found[name], max(1, rows)
-        if platform == "tpu" or queries * times > 1:
+        if device == "v5e" or queries * times > 1:
             assert one["kernels"] == ["attention_forward", "attention_key_gradient", "attention_query_gradient"], name
         assert one["collectives"] == [] or not split, name
         scores = times * batch * heads * queries * keys
@@ -136,3 +129,51 @@ def test_forward_and_backward(platform: str, package: str) -> None:
         assert one["largest"] < scores or queries < 3 * width, name
         # Beside copies of arrays in another order: less than one more of each of them, in float32.
         assert one["temporary"] < 3 * 4 * elements + 2**24, (name, dtype, one)
+
+
+PRODUCTS = """
+    import json, sys
+    import jax, jax.numpy as jnp
+    import accelerator_targets
+    from jaxid.kernels.product import LayerMatrix, product
+
+    target = accelerator_targets.Target(accelerator_targets.DEVICES[sys.argv[1]])
+
+    def layers(x, wide, narrow):
+        def step(x, own):
+            index, up, down = own
+            inner = jax.nn.silu(product(x, LayerMatrix(wide, index, up)))
+            return product(inner, LayerMatrix(narrow, index, down)), None
+
+        return jax.lax.scan(step, x, (jnp.arange(len(wide)), wide, narrow))[0]
+
+    def slope(x, wide, narrow):
+        return jax.grad(lambda x: layers(x, wide, narrow).astype(jnp.float32).sum())(x)
+
+    for tokens, inputs, outputs in json.loads(sys.argv[2]):
+        given = [
+            target.array(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+            for shape in ((tokens, inputs), (8, inputs, outputs), (8, outputs, inputs))
+        ]
+        for function in (layers, slope):
+            compiled = target.compile(jax.jit(function), *given)
+            print("FOUND", json.dumps({
+                "shape": [tokens, inputs, outputs], "function": function.__name__,
+                "kernels": compiled.as_text().count("layer_product"),
+                "temporary": compiled.memory_analysis().temp_size_in_bytes,
+            }), flush=True)
+"""
+
+
+@pytest.mark.parametrize("device", ["h100", "v5e"])
+def test_products_read_matrices_in_their_stacks(device: str) -> None:
+    """Temporaries are activations: without the kernel, a matrix of every kind would be among them."""
+    shapes = [(24, 4096, 11008), (512, 1152, 4304), (1536, 3584, 512)]
+    for line in compiled(PRODUCTS, device, json.dumps(shapes)):
+        found = json.loads(line)
+        tokens, inputs, outputs = found["shape"]
+        assert (found["kernels"] > 0) == (device == "h100")
+        layers = 8 if found["function"] == "slope" else 1  # what the gradient needs of every layer
+        # An input, what is inside a layer, its gradients, and float32 parts of a split product.
+        activations = tokens * (inputs + 2 * outputs) * 2 * layers + 8 * tokens * max(inputs, outputs) * 4
+        assert found["temporary"] < 2 * activations + 2**20, found
