@@ -31,7 +31,7 @@ class Reads(NamedTuple):
     span: Int[Array, "B S"] | None = None
     spans: Int[Array, "B T"] | None = None
 
-    def leaves(self) -> "list[Int[Array, '...']]":
+    def leaves(self) -> list[Int[Array, "..."]]:
         """The arrays that there are."""
         return [leaf for leaf in self if leaf is not None]
 
@@ -67,19 +67,21 @@ class Reads(NamedTuple):
     def by_row(self, rows: int) -> "Reads":
         """What the queries of `rows` rows may read of their own row's keys, all of them one row after another.
 
-        The first key is not padding.
+        Spans are not told by row. The first key is a token, and none is at an earlier position.
         """
+        if self.span is not None:
+            raise ValueError("spans cannot be told by row")
         first, stride = self.positions[:, :1], (NEVER - 1) // rows
         starts = jnp.arange(rows, dtype=jnp.int32)[:, None] * stride
-        real = self.positions < NEVER
 
-        def joined(leaf: Int[Array, "B S"]) -> Int[Array, "B C"]:
-            return (leaf[:, None] + starts).reshape(leaf.shape[0], -1)
+        def joined(leaf: Int[Array, "#B S"]) -> Int[Array, "..."]:
+            # Clipped before the difference, which would overflow for a `low` without a bound.
+            own = jnp.minimum(jnp.maximum(leaf, first - 1) - first, stride - 1)
+            return (own[:, None] + starts).reshape(own.shape[0], -1)
 
-        high = jnp.clip(self.high - first, -1, stride - 1)
-        low = jnp.full_like(high, -1) if self.low is None else jnp.clip(self.low - first, -1, stride - 1)
-        positions = joined(jnp.where(real, self.positions - first, 0))
-        return Reads(joined(high), jnp.where(jnp.tile(real, (1, rows)), positions, NEVER), joined(low))
+        high, low = jnp.broadcast_arrays(self.high, first - 1 if self.low is None else self.low)
+        real = jnp.tile(self.positions < NEVER, (1, rows))
+        return Reads(joined(high), jnp.where(real, joined(self.positions), NEVER), joined(low))
 
     def within(self, query_positions: Int[Array, "B S"], window: int, sliding: Bool[Array, ""] | bool) -> "Reads":
         """Restricted to the last `window` positions up to each query's own if `sliding` is true.
@@ -160,13 +162,11 @@ def blocks(
     last = edge(jnp.where(real, reads.positions, -1), key_block, True)
     active = first[:, None, :] <= edge(reads.high, query_block, True)[:, :, None]
     if reads.span is not None and reads.spans is not None:
-        lows = [
-            edge(jnp.where(leaf >= 0, leaf, NEVER), size, False)
-            for leaf, size in ((reads.span, query_block), (reads.spans, key_block))
-        ]
-        highs = [edge(leaf, size, True) for leaf, size in ((reads.span, query_block), (reads.spans, key_block))]
+        sides = ((reads.span, query_block), (reads.spans, key_block))
+        query_first, key_first = (edge(jnp.where(leaf >= 0, leaf, NEVER), size, False) for leaf, size in sides)
+        query_last, key_last = (edge(leaf, size, True) for leaf, size in sides)
         active = active | (
-            (lows[0][:, :, None] <= highs[1][:, None, :]) & (lows[1][:, None, :] <= highs[0][:, :, None])
+            (query_first[:, :, None] <= key_last[:, None, :]) & (key_first[:, None, :] <= query_last[:, :, None])
         )
     if reads.low is not None:
         active = active & (last[:, None, :] > edge(reads.low, query_block, False)[:, :, None])

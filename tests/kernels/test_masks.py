@@ -6,48 +6,47 @@ import pytest
 import torch
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from jaxid.kernels.attention import causal_mask, near, same_span
 from jaxid.kernels.masks import NEVER, Reads, blocks, causal, everything, with_spans, within_spans
 
 
-def test_causal_mask_is_the_worked_example() -> None:
+def test_causal_is_the_worked_example() -> None:
     positions, valid = jnp.arange(4)[None], jnp.array([[True, True, True, False]])
+    found = causal(positions, positions, valid)
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
-    np.testing.assert_array_equal(causal_mask(positions, positions, valid)[0], np.array(expected, bool))
+    np.testing.assert_array_equal(found.mask()[0], np.array(expected, bool))
+    assert found.positions.tolist() == [[0, 1, 2, NEVER]]
+    np.testing.assert_array_equal(everything(2, valid).mask(), np.array([[[1, 1, 1, 0]] * 2], bool))
 
 
-def test_causal_mask_of_later_queries() -> None:
+def test_causal_for_later_queries() -> None:
     """Two queries after a prefix of three keys, as in a continued prompt; row 1 has one key less."""
     queries = jnp.array([[3, 4], [2, 3]])
     keys = jnp.array([[0, 1, 2, 3, 4], [0, 1, 9, 2, 3]])
     valid = jnp.array([[True] * 5, [True, True, False, True, True]])
     expected = [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]]
-    np.testing.assert_array_equal(causal_mask(queries, keys, valid), np.array(expected, bool))
+    np.testing.assert_array_equal(causal(queries, keys, valid).mask(), np.array(expected, bool))
 
 
-def test_near_is_a_sliding_window() -> None:
-    """Three keys back at most, the query's own included; the window counts positions, not indices."""
-    positions = jnp.arange(5)[None]
-    expected = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]], bool)
-    np.testing.assert_array_equal(near(positions, positions, 3)[0], expected)
-    causal = causal_mask(positions, positions, jnp.ones((1, 5), bool))
-    np.testing.assert_array_equal((causal & near(positions, positions, 1))[0], np.eye(5, dtype=bool))
-    found = near(jnp.array([[6, 9], [2, 3]]), jnp.array([[3, 4, 6, 9], [0, 5, 1, 2]]), 3)
-    expected = [[[0, 1, 1, 1], [0, 0, 0, 1]], [[1, 1, 1, 1], [0, 1, 1, 1]]]
-    np.testing.assert_array_equal(found, np.array(expected, bool))
-
-
-@pytest.mark.parametrize("window", [1, 3, 8])
-def test_near_is_hugging_faces_window(window: int) -> None:
-    places, none = torch.arange(8), torch.tensor(0)
+@pytest.mark.parametrize("window", [1, 3, 9])
+@pytest.mark.parametrize("sliding", [True, False])
+def test_a_window_is_hugging_faces_where_a_layer_slides(window: int, sliding: bool) -> None:
+    places, none, positions = torch.arange(9), torch.tensor(0), jnp.arange(9)[None]
     theirs = sliding_window_causal_mask_function(window)(none, none, places[:, None], places)
-    positions = jnp.arange(8)[None]
-    ours = near(positions, positions, window) & causal_mask(positions, positions, jnp.ones((1, 8), bool))
-    np.testing.assert_array_equal(ours[0], theirs.numpy())
+    found = causal(positions, positions).within(positions, window, jnp.asarray(sliding)).mask()
+    np.testing.assert_array_equal(found[0], theirs.numpy() if sliding else np.tri(9, dtype=bool))
 
 
-def test_same_span_is_the_worked_example() -> None:
-    found = same_span(jnp.array([[-1, 0, 0, 1], [0, -1, 1, 0], [-1, -1, -1, -1]]))
+def test_a_window_counts_positions_and_not_indices() -> None:
+    queries, keys = jnp.array([[6, 9], [2, 3]]), jnp.array([[3, 4, 6, 9], [0, 5, 1, 2]])
+    found = causal(queries, keys).within(queries, 3, True)
+    expected = [[[0, 1, 1, 0], [0, 0, 0, 1]], [[1, 0, 1, 1], [0, 0, 1, 1]]]
+    np.testing.assert_array_equal(found.mask(), np.array(expected, bool))
+    narrower = found.within(queries, 1, True).within(queries, 2, True)  # the narrowest counts
+    np.testing.assert_array_equal(narrower.mask(), keys[:, None] == queries[:, :, None])
+
+
+def test_spans_are_the_worked_example() -> None:
+    found = within_spans(jnp.array([[-1, 0, 0, 1], [0, -1, 1, 0], [-1, -1, -1, -1]])).mask()
     expected = [
         [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]],
         [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]],
@@ -56,31 +55,12 @@ def test_same_span_is_the_worked_example() -> None:
     np.testing.assert_array_equal(found, np.array([np.array(row, bool) for row in expected]))
 
 
-# --- masks told by the tokens -----------------------------------------------------------------------------------------
-
-
-def test_causal_is_the_worked_example() -> None:
-    positions, valid = jnp.arange(4)[None], jnp.array([[True, True, True, False]])
-    found = causal(positions, positions, valid)
-    np.testing.assert_array_equal(found.mask(), causal_mask(positions, positions, valid))
-    assert found.positions.tolist() == [[0, 1, 2, NEVER]]
-    np.testing.assert_array_equal(everything(2, valid).mask(), np.array([[[1, 1, 1, 0]] * 2], bool))
-
-
-@pytest.mark.parametrize("sliding", [True, False])
-def test_a_window_is_hugging_faces_where_a_layer_slides(sliding: bool) -> None:
-    places, none, positions = torch.arange(9), torch.tensor(0), jnp.arange(9)[None]
-    theirs = sliding_window_causal_mask_function(3)(none, none, places[:, None], places)
-    found = causal(positions, positions).within(positions, 3, jnp.asarray(sliding)).mask()
-    np.testing.assert_array_equal(found[0], theirs.numpy() if sliding else np.tri(9, dtype=bool))
-
-
-def test_spans_within_and_beside_what_is_causal() -> None:
+def test_spans_beside_what_is_causal() -> None:
     """Pictures of two and three tokens after and before a word: their tokens read each other, words do not."""
     positions, spans = jnp.arange(7)[None], jnp.array([[-1, 0, 0, -1, 1, 1, 1]])
-    np.testing.assert_array_equal(within_spans(spans).mask(), same_span(spans))
     reads = with_spans(causal(positions, positions), spans, spans)
-    np.testing.assert_array_equal(reads.mask()[0], np.tri(7, dtype=bool) | np.asarray(same_span(spans))[0])
+    wanted = np.tri(7, dtype=bool) | np.asarray(within_spans(spans).mask())[0]
+    np.testing.assert_array_equal(reads.mask()[0], wanted)
     narrow = reads.within(positions, 2, True).mask()[0]
     np.testing.assert_array_equal(narrow, np.asarray(reads.mask()[0]) & np.triu(np.ones((7, 7), bool), -1))
 
@@ -96,6 +76,31 @@ def test_some_queries_and_copies_of_all() -> None:
     alike = everything(1, valid)
     np.testing.assert_array_equal(alike.take(jnp.zeros((2, 1), jnp.int32)).mask(), alike.mask())
     assert alike.tile(3).high.shape == (2, 1)
+
+
+@pytest.mark.parametrize("window", [None, 2, "full"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_side_by_side_read_their_own_keys(rows: int, window: int | str | None) -> None:
+    """Against blocks of the mask on a diagonal; prompts begin at other places, and one has padding."""
+    positions, valid = jnp.array([[700, 701, 702, 703], [0, 1, 2, 2]]), jnp.array([[True] * 4, [True] * 3 + [False]])
+    reads = causal(positions[:, 1:], positions, valid)
+    if window is not None:  # in a layer without a window too, whose lowest position has no bound
+        reads = reads.within(positions[:, 1:], 2, jnp.asarray(window == 2))
+    wanted = np.zeros((2, rows, 3, rows, 4), bool)
+    wanted[:, np.arange(rows), :, np.arange(rows)] = reads.mask()
+    np.testing.assert_array_equal(reads.by_row(rows).mask(), wanted.reshape(2, rows * 3, rows * 4))
+
+
+def test_rows_side_by_side_stay_apart_at_the_ends_of_positions() -> None:
+    """One prompt's positions serve two; a query may read nothing, or all that there is."""
+    keys = jnp.array([[5, 6, 7]])
+    reads = Reads(jnp.array([[-9, NEVER - 1], [4, 6]]), keys, jnp.array([[NEVER, -9]]))
+    wanted = np.zeros((2, 2, 2, 2, 3), bool)
+    wanted[:, np.arange(2), :, np.arange(2)] = reads.mask()
+    assert wanted.any() and not reads.mask()[0, 0].any()
+    np.testing.assert_array_equal(reads.by_row(2).mask(), wanted.reshape(2, 4, 6))
+    with pytest.raises(ValueError, match=r"spans"):
+        within_spans(keys).by_row(2)
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "pictures", "own span"])
