@@ -8,16 +8,13 @@ import dataclasses
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
-
-import numpy as np
 
 from jaxid.errors import JaxidWarning, OutOfMemoryError
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-Columns = Mapping[str, Any]
 
 
 class Exhausted(Exception):
@@ -143,23 +140,25 @@ class Opened(Generic[Item]):
     batches: list[Any]
 
 
-class Batches(Generic[Item]):
+class Batches(Generic[Item, Made]):
     """The steps of a job whose batches are halved."""
 
     def __init__(
         self,
         halving: Halving,
         read: Callable[[list[Item]], Any],
-        compute: Callable[[Any], Columns | Callable[[], Columns]],
+        compute: Callable[[Any], Made | Callable[[], Made]],
+        join: Callable[[list[Made]], Made],
     ):
-        """Wraps two steps.
+        """Wraps three steps.
 
         Args:
             halving: the batch size.
             read: opens a batch of items. It may depend on the size.
-            compute: gives the columns of what was read, or a function that fetches them.
+            compute: gives the results of what was read, or a function that fetches them.
+            join: makes one result of those of several batches.
         """
-        self.halving, self._read, self._compute = halving, read, compute
+        self.halving, self._read, self._compute, self._join = halving, read, compute, join
 
     def read(self, items: Sequence[Item]) -> Opened[Item]:
         """Opens items, in any thread."""
@@ -168,8 +167,8 @@ class Batches(Generic[Item]):
         batches = [self._read(list(items[start : start + size])) for start in range(0, len(items), size)]
         return Opened(list(items), together, batches)
 
-    def compute(self, opened: Opened[Item]) -> Callable[[], Columns]:
-        """Begins the computation of what was read, and gives the function that fetches the columns.
+    def compute(self, opened: Opened[Item]) -> Callable[[], Made]:
+        """Begins the computation of what was read, and gives the function that fetches the results.
 
         What was read before the size was halved is read again.
 
@@ -183,28 +182,22 @@ class Batches(Generic[Item]):
         found = halving.guarded(lambda: [self._compute(batch) for batch in batches])
         del opened, batches
 
-        def fetch() -> Columns:
-            return halving.guarded(lambda: _joined([rows() if callable(rows) else rows for rows in found]), together)
+        def fetched() -> Made:
+            parts: list[Any] = [part() if callable(part) else part for part in found]
+            return self._join(parts)
 
-        return fetch
+        return lambda: halving.guarded(fetched, together)
 
-    def again(self, items: Sequence[Item], shortage: Exhausted) -> Columns:
-        """The columns of items for which the memory did not suffice."""
+    def again(self, items: Sequence[Item], shortage: Exhausted) -> Made:
+        """The results of items for which the memory did not suffice."""
         if shortage.size == self.halving.together:
             self.halving.halve(str(shortage))
-        return self.columns(items)
+        return self.at_once(items)
 
-    def columns(self, items: Sequence[Item]) -> Columns:
-        """The columns of items, read and computed here and now, with smaller batches if need be.
+    def at_once(self, items: Sequence[Item]) -> Made:
+        """The results of items, read and computed here and now, with smaller batches if need be.
 
         Raises:
             OutOfMemoryError: if the memory does not suffice for one.
         """
         return self.halving.tried(lambda: self.compute(self.read(items))())
-
-
-def _joined(parts: list[Columns]) -> Columns:
-    """Concatenates the columns of batches."""
-    if len(parts) == 1:
-        return parts[0]
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}

@@ -438,6 +438,13 @@ def tidy(values: Any, axes: Mapping[str, Sequence[Any]], name: str = "value") ->
     return {**columns, name: array.ravel()}
 
 
+def joined(parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Concatenates tables with the same columns."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+
 def _flush_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk, where the system can do that."""
     with contextlib.suppress(OSError):

@@ -119,7 +119,7 @@ def run(
         for part in finished:
             schema = _joint_schema(schema, part.read()[0], part)
         resumed = sum(len(part.keys) for part in finished)
-        batches = Batches(halving or Halving(stored["chunk_size"], unit=unit), read, compute)
+        batches = Batches(halving or Halving(stored["chunk_size"], unit=unit), read, compute, io.joined)
 
         def items_of(part: _Part) -> list[Item]:
             return list(items[part.start : part.start + len(part.keys)])
@@ -152,7 +152,7 @@ def run(
                     except Exhausted as shortage:
                         found = batches.again(items_of(part), shortage), ()
                 except ITEM_ERRORS as error:
-                    found = _without_bad(items_of(part), part.keys, error, batches.columns, skip_bad)
+                    found = _without_bad(items_of(part), part.keys, error, batches.at_once, skip_bad)
                 if failed is not None:
                     raise failed
                 if found is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
 from jaxid.halving import Batches, Exhausted, Halving
+from jaxid.io import joined
 from jaxid.kernels.similarity import unit
 from jaxid.pipeline import overlapped
 from jaxid.prompts.dual import Captions
@@ -167,7 +168,7 @@ def _in_batches(
         found = run(*(np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in own))
         return lambda: {str(index): value[:rows] for index, value in enumerate(jax.device_get(found))}
 
-    steps, size, parts = Batches(_TOGETHER, arrays, begun), _TOGETHER.size, []
+    steps, size, parts = Batches(_TOGETHER, arrays, begun, joined), _TOGETHER.size, []
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     with (
         tqdm(total=count, unit="picture", disable=None if progress else True) as bar,

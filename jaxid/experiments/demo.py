@@ -30,11 +30,11 @@ from jaxid.experiments.belief_swap import Swapped, swap_beliefs
 from jaxid.experiments.compare import CONDITIONS
 from jaxid.experiments.demo_report import render
 from jaxid.experiments.relations import answer_forms, prepare
-from jaxid.experiments.session import Columns, joined, spread
+from jaxid.experiments.session import Columns, spread
 from jaxid.experiments.steering import CELLS, steer_to_cells
 from jaxid.ids.extract import centred_words, extract_spatial
 from jaxid.ids.spatial import SpatialIDs
-from jaxid.io import tidy
+from jaxid.io import joined, tidy
 from jaxid.kernels import probing
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.zoo import evaluation

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from jaxid import plots
 from jaxid.experiments.base import Summary
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, Later, Session, joined, rows_where
+from jaxid.experiments.session import Columns, Later, Session, rows_where
 from jaxid.experiments.steering import KINDS, Kind, Question, ToCells, about_items, ask
+from jaxid.io import joined
 from jaxid.stats import mean_interval
 
 QUESTIONS = {

@@ -266,7 +266,7 @@ class Session:
             keys, words = frozenset(item.key for item in chunk.items), chunk.words
 
             def fetch() -> Columns:
-                columns = joined([rows() if callable(rows) else rows for rows in found])
+                columns = io.joined([rows() if callable(rows) else rows for rows in found])
                 for own in [own for own in counts if own <= keys]:  # items that were tried alone count once
                     del counts[own]
                 counts[keys] = words
@@ -349,11 +349,6 @@ def by_axis(items: Sequence[Item], item_of: Callable[[Item], SpatialItem]) -> li
     """The items of each axis; `item_of` gives the COCO-Spatial item that each is about."""
     axes = dict.fromkeys(axis_of(item_of(item)) for item in items)
     return [[item for item in items if axis_of(item_of(item)) == axis] for axis in axes]
-
-
-def joined(parts: Sequence[Columns]) -> Columns:
-    """Concatenates tables with the same columns."""
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
 def on_host(found: Made) -> Made:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jaxid.data.grid import CELL_SIZE, GRID, GridItem
 from jaxid.data.videos import with_times
 from jaxid.errors import InputError
 from jaxid.families.base import Model
-from jaxid.halving import Exhausted, Halving
+from jaxid.halving import Batches, Exhausted, Halving
 from jaxid.ids.accumulate import IDBatch
 from jaxid.ids.spatial import SpatialIDs, accumulate_ids
 from jaxid.ids.temporal import FRAMES, TemporalIDs, accumulate_temporal_ids
@@ -153,22 +153,20 @@ def _batches(
     pair_index = {pair: index for index, pair in enumerate(pairs)}
     halving = Halving(batch_size, advice="use --dtype bfloat16, a smaller model or a larger device")
 
-    def opened(
-        batch: list[Item], batch_size: int
-    ) -> tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]:
+    def opened(batch: list[Item]) -> tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]:
         """The prompts of items; and for each of their words, its positions and the indices of a batch."""
         names = [(item.object_a, item.object_b) for item in batch]
         for pair in names:
             if pair not in pair_index:
                 raise InputError(f"the pair {pair[0]}/{pair[1]} was not announced; the pairs are {list(pairs)}.")
         rows = [*zip(names, map(words, batch), map(picture, batch), strict=True)]
-        names, read, pictures = zip(*(rows + rows[:1] * (batch_size - len(batch))), strict=True)
+        names, read, pictures = zip(*(rows + rows[:1] * (halving.size - len(batch))), strict=True)
         questions = [question.format(a=a, b=b) for a, b in names]
         if isinstance(pictures[0], Clip):
             questions = [with_times(*asked) for asked in zip(pictures, questions, strict=True)]
         prompts = model.prepare(list(pictures), questions)
         pair = np.array([pair_index[pair] for pair in names])
-        padded, found = np.arange(batch_size) >= len(batch), []
+        padded, found = np.arange(len(names)) >= len(batch), []
         for role, column in enumerate(zip(*read, strict=True)):
             name, own, other, size = zip(*column, strict=True)
             indices = {
@@ -181,30 +179,24 @@ def _batches(
             found.append((prompts.word(list(name), beside=list(names)), indices))
         return prompts, found
 
-    def begun(batch: tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]]) -> list[IDBatch]:
+    def begun(
+        batch: tuple[Prompts, list[tuple[Int[np.ndarray, "B"], dict[str, np.ndarray]]]],
+    ) -> Callable[[], list[IDBatch]]:
         prompts, found = batch
-        return [IDBatch(activations=_activations(model, prompts, at), **indices) for at, indices in found]
+        made = [IDBatch(activations=_activations(model, prompts, at), **indices) for at, indices in found]
+        return lambda: jax.block_until_ready(made)
 
-    def halves(batch: list[Item]) -> tuple[int, list[Any]]:
-        size = halving.size
-        return size, [opened(batch[start : start + size], size) for start in range(0, len(batch), size)]
+    def join(parts: list[list[IDBatch]]) -> list[IDBatch]:
+        return [made for part in parts for made in part]
 
-    def computed(ready: tuple[int, list[Any]]) -> tuple[int, list[IDBatch]]:
-        size, parts = ready
-        return size, halving.guarded(lambda: [made for part in parts for made in begun(part)], size)
-
-    def finished(made: tuple[int, list[IDBatch]]) -> list[IDBatch]:
-        return halving.guarded(lambda: jax.block_until_ready(made[1]), made[0])
-
-    lists = contextlib.closing(drawn_ahead(items, batch_size))
-    with lists as inputs, overlapped(inputs, halves, computed, lambda _, made: finished(made)) as results:
-        for batch, made in results:
+    steps, lists = Batches(halving, opened, begun, join), contextlib.closing(drawn_ahead(items, batch_size))
+    with lists as inputs, overlapped(inputs, steps.read, steps.compute, lambda _, fetch: fetch()) as results:
+        for batch, result in results:
             try:
-                yield from made.result()
+                made = result.result()
             except Exhausted as shortage:
-                if shortage.size == halving.size:
-                    halving.halve(str(shortage))
-                yield from halving.tried(lambda batch=batch: finished(computed(halves(batch))))
+                made = steps.again(batch, shortage)
+            yield from made
 
 
 def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
