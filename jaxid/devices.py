@@ -141,11 +141,7 @@ def this() -> Device:
     name = next((name for pattern, name in _KINDS if re.search(pattern, found.device_kind)), None)
     known = DEVICES[name or _UNKNOWN[platform]]
     return dataclasses.replace(
-        known,
-        name=name or found.device_kind,
-        memory=int(limit or known.memory),
-        platform=platform,
-        estimated=name is None,
+        known, name=name or found.device_kind, memory=int(limit or known.memory), estimated=name is None
     )
 
 

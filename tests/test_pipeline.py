@@ -253,6 +253,26 @@ def test_an_interrupt_ends_threads_and_completes_what_was_begun(step: str) -> No
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("jaxid")]
 
 
+def test_what_is_being_read_is_completed_before_the_block_ends() -> None:
+    """No reader is left behind, with its files open, once the caller has gone on."""
+    begun, leaving, ended = events(2), threading.Event(), []
+
+    def read(one: int) -> int:
+        begun[one].set()
+        if one == 1:
+            happens(leaving)
+            time.sleep(0.1)
+        ended.append(one)
+        return one
+
+    with pipeline.read_ahead(read, range(2)) as found:
+        assert next(found)[0] == 0
+        happens(begun[1])
+        leaving.set()
+    assert ended == [0, 1]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("jaxid")]
+
+
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
