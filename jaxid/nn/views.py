@@ -91,7 +91,22 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Own(View):
+class OfTokens(View):
+    """A view that keeps the keys and values of a block's own tokens.
+
+    Attributes:
+        tokens: the tokens that pass through the block.
+    """
+
+    tokens: Tokens
+
+    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
+        """Rotated keys, and values, heads first."""
+        return heads_first(self.tokens.rotated(layer, key)), heads_first(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(OfTokens):
     """Whole prompts, whose tokens read each other.
 
     Attributes:
@@ -100,23 +115,18 @@ class Own(View):
         causal: promises that no token reads a later one.
     """
 
-    tokens: Tokens
     reads: Reads
     causal: bool
-
-    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
-        """Rotated keys, and values, heads first."""
-        return heads_first(self.tokens.rotated(layer, key)), heads_first(value)
 
     def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prompt."""
         reads = self.tokens.within(layer, self.reads if keep is None else self.reads.take(keep), keep)
         query = heads_first(self.tokens.rotated(layer, query, keep))
-        return heads_first(attention.attend_heads(query, *stored, reads, causal=self.causal and keep is None))
+        return heads_first(attention.part(query, *stored, reads, causal=self.causal and keep is None).mixed)
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefix(View):
+class Prefix(OfTokens):
     """Rows that share a prefix of their prompts, each continuing with tokens of its own.
 
     Attributes:
@@ -127,7 +137,6 @@ class Prefix(View):
         sliced: the prefix's keys and values in the only layer in which the view is used.
     """
 
-    tokens: Tokens
     keys: Float[Array, "L B K T E"]
     values: Float[Array, "L B K T E"]
     mask: Bool[Array, "B P"]
@@ -147,10 +156,6 @@ class Prefix(View):
             jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2) for leaf in (self.keys, self.values)
         )
         return keys, values
-
-    def store(self, layer: Layer, key: Heads, value: Heads) -> Stored:
-        """Rotated keys, and values, heads first."""
-        return heads_first(self.tokens.rotated(layer, key)), heads_first(value)
 
     def read(self, layer: Layer, query: Queries, stored: Stored, keep: Keep = None) -> Queries:
         """Attention to the prefix, which is read once for all rows, and to the row's own tokens."""

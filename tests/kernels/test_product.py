@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxid.kernels import product
 from jaxid.kernels.product import LayerMatrix, everywhere, stacked_product
-from jaxid.nn.layers import stacked
+from jaxid.nn.layers import Learning, stacked
 from jaxid.nn.transformer import Block, BlockConfig, run_blocks
 
 RNG = np.random.default_rng(0)
@@ -114,21 +114,33 @@ def test_divided_among_devices(axes: tuple[Any, Any], transposed: bool) -> None:
         assert "all-gather" not in str(run.as_text())
 
 
-def test_blocks_read_their_stacks_through_it(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every matrix of every block, none of which is then sliced out."""
-    config = BlockConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    blocks = stacked(lambda rngs: Block(config, rngs=rngs), 2, nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("learning", "states"),
+    [(None, None), (None, [1, 2]), (Learning(frozen=1), None), (Learning(frozen=2, recompute="cheap"), [1, 3])],
+)
+def test_blocks_read_their_stacks_through_it(
+    learning: Learning | None, states: list[int] | None, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every matrix of every block, none of which is then sliced out; in training too, from any first layer."""
+    config = BlockConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    blocks = stacked(lambda rngs: Block(config, rngs=rngs), 3, nnx.Rngs(0))
+    blocks.learning = learning
     definition, state = nnx.split(blocks)
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
     x = jnp.asarray(RNG.standard_normal((2, 5, 32)), jnp.bfloat16)
 
-    @jax.jit
-    def run(state: Any, x: jax.Array) -> jax.Array:
-        return run_blocks(nnx.merge(definition, state), x)
+    def loss(state: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = run_blocks(nnx.merge(definition, state), x, states)
+        return found.astype(jnp.float32).var(), found
 
-    found, text = run(state, x), run.lower(state, x).as_text()
-    monkeypatch.setattr(product, "_SMALLEST", 256)
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    slopes, found = run(state, x)
+    text = run.lower(state, x).as_text()
+    monkeypatch.setattr(product, "_SMALLEST", 1000)
     jax.clear_caches()
-    wanted, plain = run(state, x), run.lower(state, x).as_text()
-    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=0.05)
-    assert text != plain and (np.asarray(found, np.float32) != 0).any()
+    wanted_slopes, wanted = run(state, x)
+    assert run.lower(state, x).as_text() != text
+    for ours, plain in zip(jax.tree.leaves((slopes, found)), jax.tree.leaves((wanted_slopes, wanted)), strict=True):
+        ours, plain = np.asarray(ours, np.float32), np.asarray(plain, np.float32)
+        np.testing.assert_allclose(ours, plain, atol=0.03 * np.abs(plain).max())
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(slopes))
