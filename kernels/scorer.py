@@ -64,13 +64,12 @@ def apply(
     def plain(network: Network, maps: Array, *keys: Array) -> Array:
         if isinstance(network, MLP):
             return _perceptron(network, maps)
-        drop = partial(_dropped, key=keys[0] if keys else None, rate=rate)
-        return banded.scores(network, maps, lambda x, layer: drop(x, layer=layer))
+        return banded.scores(network, maps, partial(_dropped, key=keys[0] if keys else None, rate=rate))
 
     return jax.lax.platform_dependent(network, maps, *keys, cpu=flat, default=plain)
 
 
-def _dropped(x: Float[Array, "*B"], key: Array | None, layer: int, rate: float) -> Float[Array, "*B"]:
+def _dropped(x: Float[Array, "*B"], layer: int, key: Array | None, rate: float) -> Float[Array, "*B"]:
     if key is None:
         return x
     return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape), x / (1 - rate), 0)
@@ -155,11 +154,7 @@ def _score_row_tiles(
     count, captions = offset.shape
     height = min(max(1, PAIRS // captions), count)
     rows = -(-count // height)
-    given = (images, texts, offset, deviation)
-    tiles = [
-        _padded(side, rows * height, fill).reshape(rows, height, *side.shape[1:])
-        for side, fill in zip(given, (0.0, 0.0, 0.0, 1.0), strict=True)
-    ]
+    tiles = _row_tiles((images, texts, offset, deviation), rows, height)
     weights = _weights(network)
 
     def row(tile: list[Array]) -> Float[Array, "p q"]:
@@ -218,7 +213,7 @@ def _score_large_tiles(
     width = min(captions, max(LARGE_TILE[1], math.prod(LARGE_TILE) // count))
     height = min(count, max(1, math.prod(LARGE_TILE) // width))
     rows, columns = -(-count // height), -(-captions // width)
-    tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width)
+    tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
     left, right = _side(_padded(images, rows * height), block), _side(_padded(texts, columns * width), block)
     left, right = (
         jax.tree.map(lambda leaf, number=number: leaf.reshape(number, -1, *leaf.shape[1:]), side)
@@ -248,8 +243,7 @@ def _score_large_row_tiles(
     count, captions = offset.shape
     height = min(count, max(1, math.prod(LARGE_TILE) // captions))
     rows = -(-count // height)
-    given = (images[:, None], texts, offset[:, None], deviation[:, None])
-    tiles = [_padded(side, rows * height).reshape(rows, height, *side.shape[1:]) for side in given]
+    tiles = _row_tiles((images[:, None], texts, offset[:, None], deviation[:, None]), rows, height)
     own = banded.bands(network, block) if block and isinstance(network, CNN) else None
     axis = 2 if block and block.pairs_last else 1
 
@@ -378,10 +372,10 @@ def _head(
     inside = jnp.asarray(_inside(image_tokens, text_tokens)[start : start + length], maps.dtype)
     flat = maps[start - around : start + length + around].reshape(1, -1)
     x = correlate(flat, network.conv1[:, None], stride, pairs) + network.conv1_bias[:, None]
-    x = _dropped(jax.nn.relu(x) * jnp.repeat(inside, pairs), key, 0, rate)
+    x = _dropped(jax.nn.relu(x) * jnp.repeat(inside, pairs), 0, key, rate)
     x = correlate(x, network.conv2, stride, pairs) + network.conv2_bias[:, None]
-    x = _dropped(jax.nn.relu(x), key, 1, rate).reshape(-1, pairs)
-    hidden = _dropped(jax.nn.relu(weights @ x + network.fc1_bias[:, None]), key, 2, rate)
+    x = _dropped(jax.nn.relu(x), 1, key, rate).reshape(-1, pairs)
+    hidden = _dropped(jax.nn.relu(weights @ x + network.fc1_bias[:, None]), 2, key, rate)
     return network.fc2 @ hidden + network.fc2_bias
 
 
@@ -482,6 +476,14 @@ def _caption_side(texts: Float[Array, "m T E"]) -> Float[Array, "E J"]:
 def _padded(x: Float[Array, "n *B"], count: int, fill: float = 0.0) -> Float[Array, "m *B"]:
     """The array padded along its first axis to a length of `count`."""
     return jnp.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+
+
+def _row_tiles(given: tuple[Array, Array, Array, Array], rows: int, height: int) -> list[Array]:
+    """Pictures, captions, offsets and deviations cut into tiles of whole pictures; deviations are padded with ones."""
+    return [
+        _padded(side, rows * height, fill).reshape(rows, height, *side.shape[1:])
+        for side, fill in zip(given, (0.0, 0.0, 0.0, 1.0), strict=True)
+    ]
 
 
 def _blocks(

@@ -1,6 +1,7 @@
 """The scorer's form for GPUs and TPUs: the kernel, run step by step, and its tiles, against the form for CPUs."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,33 @@ def test_tiles_of_own_captions(form: str) -> None:
 
 
 @pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("form", ["gpu", "plain"])
+def test_gradients_of_tiles(form: str) -> None:
+    """Padded pairs contribute nothing, and no NaN."""
+    network, (images, texts) = scorer.init_cnn(jax.random.key(0), 7, 5), sides(5, 19)
+    _, own = sides(5, 5, 5)
+    moments = similarity.moments(images, texts, "call")
+    offset, deviation = (jnp.broadcast_to(value, (5, 19)) for value in (moments.offset, moments.deviation))
+    rows = similarity.Moments(moments.mean, moments.deviation, offset[:, :5])
+    weights = jnp.sin(jnp.arange(95.0)).reshape(5, 19)
+
+    def fast(network: scorer.Network, images: jax.Array, texts: jax.Array, own: jax.Array) -> jax.Array:
+        every = scorer._score_large_tiles(SMALL.get(form), network, images, texts, offset, deviation)
+        few = scorer._score_large_row_tiles(SMALL.get(form), network, images, own, offset[:, :5], deviation[:, :5])
+        return (weights * every).sum() + (weights[:, :5] * few).sum()
+
+    def plain(network: scorer.Network, images: jax.Array, texts: jax.Array, own: jax.Array) -> jax.Array:
+        every = scorer.score(network, images, texts, moments)
+        few = scorer.score_rows(network, images, own, rows)
+        return (weights * every).sum() + (weights[:, :5] * few).sum()
+
+    given = (network, images, texts, own)
+    found, expected = (jax.jit(jax.grad(form, argnums=(0, 1, 2, 3)))(*given) for form in (fast, plain))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.usefixtures("accelerated")
 def test_nearly_constant_maps_in_16_bits() -> None:
     """Tokens that differ by a thousandth of their length keep their differences, and constant maps have no score."""
     network = scorer.init_cnn(jax.random.key(0), 7, 5)
@@ -124,6 +152,37 @@ def test_nearly_constant_maps_in_16_bits() -> None:
     assert np.isnan(expected[3, 5])
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     np.testing.assert_allclose(found, expected, atol=5e-3 * float(np.nanstd(expected)))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+def test_other_platforms(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where there is no kernel: scores, training and dropout, each chosen by its own call."""
+    network = {"cnn": scorer.init_cnn, "mlp": scorer.init_mlp}[kind](jax.random.key(0), 7, 5)
+    images, texts = sides(5, 19)
+    _, own = sides(5, 5, 3)
+    maps = jax.random.normal(jax.random.key(5), (6, 7, 5))
+    moments = similarity.moments(images, texts, "call")
+    few = similarity.Moments(moments.mean, moments.deviation, moments.offset[:, :3])
+
+    def results() -> list[jax.Array]:
+        scores = scorer.score(network, images, texts, moments), scorer.score_rows(network, images, own, few)
+        return [*scores, scorer.apply(network, maps), scorer.apply(network, maps, jax.random.key(0), 0.0)]
+
+    expected, calls = results(), []
+
+    def elsewhere(*given: object, default: Callable[..., jax.Array], **_: object) -> jax.Array:
+        calls.append(default)
+        return default(*given)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+    for one, other in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))
+    assert len(calls) == 4
+    drawn = jax.jit(jax.vmap(lambda key: scorer.apply(network, maps, key, 0.3)))(
+        jax.random.split(jax.random.key(2), 400)
+    )
+    dropped = drawn.std(axis=0)
+    assert bool((dropped > 0).all()) is (kind == "cnn")
 
 
 def test_form_of_training() -> None:

@@ -1,5 +1,7 @@
 """Maps, functional rows and group moments against their plain forms."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,27 @@ def test_moments_are_those_of_the_maps(group: str, captions: int) -> None:
     np.testing.assert_allclose(found.deviation.reshape(shape), expected, rtol=1e-5)
     plain = similarity.standardise(similarity.similarity_maps(images, texts), group)
     np.testing.assert_allclose(plain, (maps - maps.mean(axis=axes, keepdims=True)) / expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", similarity.GROUPS)
+@pytest.mark.parametrize("right", [False, True], ids=["second moments", "right angles"])
+def test_moments_of_several_pictures_together(group: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs and TPUs: two pictures at a time of five, by second moments or by the products themselves."""
+    images, texts = near_constant("right angles", 1e-4) if right else sides(5, 9, width=24)
+    expected = similarity.moments(jnp.asarray(images), jnp.asarray(texts), group)
+    sizes, mapped = [], jax.lax.map
+
+    def noted(function: Callable[..., object], pictures: jax.Array, *, batch_size: int | None) -> object:
+        sizes.append(batch_size)
+        return mapped(function, pictures, batch_size=batch_size)
+
+    monkeypatch.setattr(jax.lax, "map", noted)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
+    monkeypatch.setattr(similarity, "_NUMBERS_TOGETHER", 2 * 7 * 5 * 9)
+    found = similarity.moments(jnp.asarray(images), jnp.asarray(texts), group)
+    assert 2 in sizes
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_unit_keeps_zero() -> None:
