@@ -12,20 +12,18 @@ from jaxid import plan as plans
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.costs import nbytes
 from jaxid.data.clips import AppearItem, read_appear_folder
-from jaxid.data.grid import read_finetune_folder, read_grid_folder
-from jaxid.data.videos import with_times
 from jaxid.devices import Device
 from jaxid.errors import InputError
 from jaxid.experiments.base import Command, Experiment
 from jaxid.experiments.session import Session, padded
-from jaxid.experiments.spatial_ids import Extraction
+from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
-from jaxid.ids.extract import SPATIAL_QUESTION, TEMPORAL_QUESTION
+from jaxid.ids.extract import SPATIAL_QUESTION, TEMPORAL_QUESTION, ask
 from jaxid.interp.trace import residuals_at
 from jaxid.plan import Plan
 
-PLANNED = (Experiment, Extraction)
+PLANNED = (Experiment, ExtractIDs, ExtractTemporalIDs)
 """Kinds of commands that can be planned."""
 
 
@@ -41,7 +39,7 @@ def plan(command: Command[Any], device: Device, *, measure: bool = False) -> Pla
         InputError: for other commands.
         JaxidError: what the command itself raises for its model, its IDs or its data.
     """
-    if isinstance(command, Extraction):
+    if isinstance(command, ExtractIDs | ExtractTemporalIDs):
         return plans.plan(_Extraction(command), device, together=command.batch_size, measure=measure)
     if not isinstance(command, Experiment):
         raise InputError(f"a {type(command).__name__} cannot be planned: it is no experiment and no extraction of IDs.")
@@ -94,17 +92,13 @@ class _Extraction:
 
     per_item = 1
 
-    def __init__(self, command: Extraction[Any]):
+    def __init__(self, command: ExtractIDs | ExtractTemporalIDs):
         self._model = open_checkpoint(command.model, dtype=command.dtype).abstract()
         self._items: Sequence[Any]
         if isinstance(command, ExtractTemporalIDs):
             self._items = read_appear_folder(command.data, bad=[] if command.skip_bad else None)
         else:
-            self._items = (
-                read_finetune_folder(command.data)
-                if any(command.data.glob("*.png"))
-                else read_grid_folder(command.data)
-            )
+            self._items = command.items()
         self.items = self.most = len(self._items)
         self.weights = _weights(self._model)
 
@@ -117,10 +111,7 @@ class _Extraction:
         names = [(item.object_a, item.object_b) for item in items]
         clips = isinstance(items[0], AppearItem)
         shown = [item.open() if clips else item.picture for item in items]
-        questions = [(TEMPORAL_QUESTION if clips else SPATIAL_QUESTION).format(a=a, b=b) for a, b in names]
-        if clips:
-            questions = [with_times(*asked) for asked in zip(shown, questions, strict=True)]
-        prompts = self._model.prepare(shown, questions)
+        prompts = ask(self._model, names, shown, TEMPORAL_QUESTION if clips else SPATIAL_QUESTION)
         for words in zip(*names, strict=True) if clips else [[b for _, b in names]]:
             residuals_at(self._model, prompts, prompts.word(list(words), beside=names))
 

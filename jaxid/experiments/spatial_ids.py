@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.checks import Count, check_finite
-from jaxid.data.grid import read_finetune_folder, read_grid_folder
+from jaxid.data.grid import GridItem, read_finetune_folder, read_grid_folder
 from jaxid.errors import DataError, OutputError
 from jaxid.experiments.base import Command, write_config
 from jaxid.ids.extract import SPATIAL_QUESTION, extract_spatial
@@ -81,6 +81,14 @@ class ExtractIDs(Extraction[SpatialExtraction]):
 
     name: ClassVar[str] = "ids extract"
 
+    def items(self) -> list[GridItem]:
+        """The pictures, in either layout.
+
+        Raises:
+            DataError: if the folder holds none.
+        """
+        return read_finetune_folder(self.data) if any(self.data.glob("*.png")) else read_grid_folder(self.data)
+
     def run(self) -> SpatialExtraction:
         """Extracts the IDs and writes them.
 
@@ -89,8 +97,8 @@ class ExtractIDs(Extraction[SpatialExtraction]):
             OutputError: if the file cannot be written.
         """
         self.check_output()
-        items = read_finetune_folder(self.data) if any(self.data.glob("*.png")) else read_grid_folder(self.data)
-        checkpoint, first = open_checkpoint(self.model, dtype=self.dtype), items[0]
+        items, checkpoint = self.items(), open_checkpoint(self.model, dtype=self.dtype)
+        first = items[0]
         asked = checkpoint.model.prepare([first.picture], SPATIAL_QUESTION.format(a=first.object_a, b=first.object_b))
         asked.word(first.object_b)
         pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))

@@ -43,6 +43,15 @@ class _Word(NamedTuple):
     size: int = 0
 
 
+def ask(model: Model, names: Sequence[tuple[str, str]], shown: Sequence[Picture | Clip], question: str) -> Prompts:
+    """The prompts of pairs of objects, each with its picture or clip; {a} and {b} in the question are the names."""
+    questions = [question.format(a=a, b=b) for a, b in names]
+    timed = [
+        with_times(one, asked) if isinstance(one, Clip) else asked for one, asked in zip(shown, questions, strict=True)
+    ]
+    return model.prepare(list(shown), timed)
+
+
 def activations_at(model: Model, prompts: Prompts, positions: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B L1 D"]:
     """Residual stream at a position of each prompt; index 0 the embeddings."""
     return np.asarray(_activations(model, prompts, positions))
@@ -161,10 +170,7 @@ def _batches(
                 raise InputError(f"the pair {pair[0]}/{pair[1]} was not announced; the pairs are {list(pairs)}.")
         rows = [*zip(names, map(words, batch), map(picture, batch), strict=True)]
         names, read, pictures = zip(*(rows + rows[:1] * (halving.size - len(batch))), strict=True)
-        questions = [question.format(a=a, b=b) for a, b in names]
-        if isinstance(pictures[0], Clip):
-            questions = [with_times(*asked) for asked in zip(pictures, questions, strict=True)]
-        prompts = model.prepare(list(pictures), questions)
+        prompts = ask(model, names, pictures, question)
         pair = np.array([pair_index[pair] for pair in names])
         padded, found = np.arange(len(names)) >= len(batch), []
         for role, column in enumerate(zip(*read, strict=True)):

@@ -15,6 +15,7 @@ from run_data import place as place
 
 from jaxid import cli
 from jaxid import plan as plans
+from jaxid.data.clips import write_appear_folder
 from jaxid.data.grid import write_grid_folder
 from jaxid.devices import DEVICES, GIB, Device
 from jaxid.errors import OutOfMemoryError
@@ -25,6 +26,7 @@ from jaxid.experiments.blank_image import BlankImage
 from jaxid.experiments.occlusion import KINDS, Occlusion
 from jaxid.experiments.planning import plan
 from jaxid.experiments.spatial_ids import ExtractIDs
+from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.plan import Plan, dry_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
@@ -211,6 +213,18 @@ def test_an_extraction(tmp_path: Path, weightless: Path) -> None:
     assert [call.name for call in found.programs] == ["trace at positions"] and found.together == 16
     assert found.batches == -(-found.items // 16) and found.flops > 0
     assert list(tmp_path.iterdir()) == [tmp_path / "grid"]
+
+
+def test_an_extraction_from_clips(tmp_path: Path) -> None:
+    """Both words of every clip are read."""
+    frames = [(i, i % 7 + 1) for i in range(1, 6)]
+    write_appear_folder(tmp_path / "clips", [("star", "fish")], frames=frames, picture_size=32)
+    out = tmp_path / "a.safetensors"
+    command = ExtractTemporalIDs(data=tmp_path / "clips", out=out, model="tiny-video", batch_size=4)
+    found = plan(command, H100)
+    assert [(call.name, call.prompts) for call in found.programs] == [("trace at positions", 4)] * 2
+    assert (found.items, found.batches) == (5, 2) and found.flops == 2 * sum(call.flops for call in found.programs)
+    assert list(tmp_path.iterdir()) == [tmp_path / "clips"]
 
 
 def run(*arguments: str | Path) -> int:
