@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxid.kernels import flash
 from jaxid.kernels.blocks import LOWEST, Target
@@ -27,49 +27,6 @@ _KERNEL_FROM = 64 * 64
 
 _QUERY_BLOCK = 192
 """Queries in a block on CPU; the keys after a block are skipped where attention is causal."""
-
-
-def causal_mask(
-    query_positions: Int[Array, "B S"],
-    key_positions: Int[Array, "B T"],
-    key_valid: Bool[Array, "B T"],
-) -> Bool[Array, "B S T"]:
-    """Which keys each query may read: those at or before its own position that are not padding.
-
-    For example, with three tokens and one of padding (positions 0 1 2 3, valid 1 1 1 0)::
-
-        query 0 reads 1 0 0 0
-        query 1 reads 1 1 0 0
-        query 2 reads 1 1 1 0
-
-    Args:
-        query_positions: position of every query in the prompt.
-        key_positions: position of every key in the prompt.
-        key_valid: false where a key is padding.
-
-    Returns:
-        True where attention is allowed.
-    """
-    earlier = key_positions[:, None, :] <= query_positions[:, :, None]
-    return earlier & key_valid[:, None, :]
-
-
-def near(query_positions: Int[Array, "B S"], key_positions: Int[Array, "B T"], window: int) -> Bool[Array, "B S T"]:
-    """Which keys are less than `window` positions before each query, or after it (sliding-window attention)."""
-    return key_positions[:, None, :] > query_positions[:, :, None] - window
-
-
-def same_span(spans: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which tokens belong to the same span, such as one picture; -1 belongs to none.
-
-    For example, with spans -1 0 0 1::
-
-        token 0 reads 0 0 0 0
-        token 1 reads 0 1 1 0
-        token 2 reads 0 1 1 0
-        token 3 reads 0 0 0 1
-    """
-    return (spans[:, :, None] == spans[:, None, :]) & (spans >= 0)[:, None, :]
 
 
 class Part(NamedTuple):
@@ -207,13 +164,10 @@ def _branches(problem: _Problem, query: Array, key: Array, reads: Any) -> dict[s
     """The implementation of every platform; `default` is that of those without a name."""
     if problem.implementation is not None:
         return {"default": problem.implementation}
-    names = {
-        platform: chosen(platform, query.shape, key.shape, query.dtype) for platform in ("cpu", "cuda", "tpu", "other")
-    }
-    names["default"] = names.pop("other")
+    names = {platform: chosen(platform, query.shape, key.shape, query.dtype) for platform in ("cpu", "cuda", "tpu")}
     if reads is not None and not isinstance(reads, Reads):
         names = {platform: name if name == "headwise" else "batched" for platform, name in names.items()}
-    return names if len(set(names.values())) > 1 else {"default": names["default"]}
+    return {"default": "batched"} if set(names.values()) == {"batched"} else {**names, "default": "batched"}
 
 
 def _target(name: str) -> Target | None:
@@ -302,19 +256,6 @@ def part(
     return _attention(problem, query, key, value, reads)
 
 
-def attend_heads(
-    query: Float[Array, "B H S E"],
-    key: Float[Array, "B K T E"],
-    value: Float[Array, "B K T E"],
-    reads: Reads | None = None,
-    *,
-    causal: bool = False,
-    implementation: Implementation | None = None,
-) -> Float[Array, "B H S E"]:
-    """What the queries read, in the dtype of `value`; see `part`."""
-    return part(query, key, value, reads, causal=causal, implementation=implementation).mixed
-
-
 def attend(
     query: Float[Array, "B S H E"],
     key: Float[Array, "B T K E"],
@@ -339,6 +280,18 @@ def attend(
     return jnp.swapaxes(part(query, key, value, reads, causal=causal).mixed, 1, 2)
 
 
+def _side_by_side(query: Float[Array, "R B S H E"]) -> Float[Array, "B H C E"]:
+    """The queries of each prompt and head, one row after another."""
+    rows, batch, length, heads, width = query.shape
+    return jnp.transpose(query, (1, 3, 0, 2, 4)).reshape(batch, heads, rows * length, width)
+
+
+def _row_by_row(leaf: Float[Array, "B H C *rest"], rows: int) -> Float[Array, "R B S H *rest"]:
+    """The inverse, for what belongs to the queries."""
+    leaf = leaf.reshape(*leaf.shape[:2], rows, -1, *leaf.shape[3:])
+    return jnp.moveaxis(leaf, (2, 0, 3, 1), (0, 1, 2, 3))
+
+
 def prefix_part(
     query: Float[Array, "R B S H E"],
     key: Float[Array, "B K P E"],
@@ -359,19 +312,13 @@ def prefix_part(
     Returns:
         The part, with axes [R, B, S, H].
     """
-    rows, batch, length, heads, width = query.shape
-    # All rows' queries of one prompt and head side by side: one matrix product with the prefix.
-    together = jnp.transpose(query, (1, 3, 0, 2, 4)).reshape(batch, heads, rows * length, width)
+    rows = query.shape[0]
     if isinstance(reads, Reads):
         reads = reads.tile(rows)
     elif reads is not None and reads.shape[1] > 1:
         reads = jnp.tile(reads, (1, rows, 1))
-    found = part(together, key, value, reads, dtype=jnp.float32, implementation=implementation)
-
-    def back(leaf: Array) -> Array:
-        return jnp.moveaxis(leaf.reshape(batch, heads, rows, length, *leaf.shape[3:]), (2, 0, 3, 1), (0, 1, 2, 3))
-
-    return Part(back(found.mixed), back(found.lse))
+    found = part(_side_by_side(query), key, value, reads, dtype=jnp.float32, implementation=implementation)
+    return Part(_row_by_row(found.mixed, rows), _row_by_row(found.lse, rows))
 
 
 def suffix_part(
@@ -403,7 +350,7 @@ def shared_prefix_attention(
     """Attention of R rows that share a prompt's prefix, each continuing with tokens of its own.
 
     The prefix is never copied per row, and the two softmax parts are merged by their log-sum-exps. On GPU and TPU, the
-    queries of all rows are laid side by side for both parts, so that kernels answer them.
+    queries of all rows are laid side by side for both parts if the kernel takes them.
 
     Args:
         prefix_key: the keys of the prefix, heads first.
@@ -412,13 +359,15 @@ def shared_prefix_attention(
         query: the queries of all rows, not yet scaled.
         key: every row's own keys, heads first.
         value: every row's own values, heads first.
-        reads: which of its row's own keys each of the S queries may read, the same for all rows; the first is a token.
+        reads: which of its row's own keys each of the S queries may read, the same for all rows; by positions alone,
+            and the first key is a token, the earliest.
         implementation: that of the platform if None.
 
     Returns:
         What the queries read, in the dtype of `value`; scores and softmax are computed in float32.
     """
     rows, batch, length, heads, width = query.shape
+    kv_heads, keys = key.shape[2:4]
 
     def apart(query: Array, key: Array, value: Array, prefix_key: Array, prefix_value: Array) -> Array:
         own = suffix_part(query, key, value, reads.mask()[None])
@@ -427,18 +376,19 @@ def shared_prefix_attention(
         return merge(prefix_part(query, prefix_key, prefix_value, prefix_reads), own).astype(value.dtype)
 
     def together(query: Array, key: Array, value: Array, prefix_key: Array, prefix_value: Array) -> Array:
-        query = jnp.transpose(query, (1, 3, 0, 2, 4)).reshape(batch, heads, rows * length, width)
-        own = [jnp.moveaxis(array, 0, 2).reshape(batch, key.shape[2], -1, width) for array in (key, value)]
+        query = _side_by_side(query)
+        own = [jnp.moveaxis(array, 0, 2).reshape(batch, kv_heads, rows * keys, width) for array in (key, value)]
         options: Any = {"dtype": jnp.float32, "implementation": implementation}
         parts = [part(query, own[0], own[1], reads.by_row(rows), **options)]
         if prefix_key.shape[2]:
             parts.append(part(query, prefix_key, prefix_value, prefix_reads.tile(rows), **options))
-        mixed = merge(*parts).astype(value.dtype).reshape(batch, heads, rows, length, width)
-        return jnp.transpose(mixed, (2, 0, 3, 1, 4))
+        return _row_by_row(merge(*parts).astype(value.dtype), rows)
 
     arrays = (query, key, value, prefix_key, prefix_value)
     if implementation is not None:
         return together(*arrays)
-    if length == 1 or rows * length * (key.shape[3] + prefix_key.shape[2]) < _KERNEL_FROM:
+    shapes = (batch, heads, rows * length, width), (batch, kv_heads, rows * keys, width)
+    kernels = [platform for platform in ("cuda", "tpu") if chosen(platform, *shapes, query.dtype) == platform]
+    if length == 1 or not kernels:  # a step of decoding would copy its caches
         return apart(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=apart, cuda=together, tpu=together, default=apart)
+    return jax.lax.platform_dependent(*arrays, default=apart, **dict.fromkeys(kernels, together))

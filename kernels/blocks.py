@@ -80,6 +80,10 @@ class Call(NamedTuple):
         """The number of steps over all other tokens."""
         return pl.cdiv(self.other, self.other_block)
 
+    def filled(self, own: bool) -> int:
+        """The tokens of all blocks: of those that programs own, or of those over which they walk."""
+        return self.own_block * self.own_blocks if own else self.other_block * self.other_blocks
+
     @property
     def start(self) -> Any:
         """The first of the program's own tokens within the arrays that it sees: blocks on TPU, whole heads on GPU."""

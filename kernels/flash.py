@@ -31,13 +31,13 @@ from jaxid.kernels.blocks import (
     query_kernel,
 )
 from jaxid.kernels.masks import Reads
-from jaxid.kernels.spread import Kernel, spread
+from jaxid.kernels.spread import Kernel, spread, varying
 
 _FEW = 128
 """Queries of a head up to which those of all heads that share a key head go through its keys together."""
 
 _MOST_VMEM = 48 * 2**20
-"""Of a TPU core's fast memory, for the blocks of a program; every TPU since v4 has more."""
+"""Of a TPU core's fast memory, for the blocks of a program; every TPU since v5 has more."""
 
 
 class _Rows(NamedTuple):
@@ -83,8 +83,7 @@ def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSp
     row = rows.of(_Rows(*operand.shape[:2]))
     share = max(1, heads // operand.shape[2])
     mine = operand.own and not call.triton
-    size, count = (call.own_block, call.own_blocks) if operand.own else (call.other_block, call.other_blocks)
-    tokens = size if mine else size * count
+    tokens = call.own_block if mine else call.filled(operand.own)
     group = operand.group or None
 
     def index(i: Any, head: Any, block: Any, *_: Any) -> tuple[Any, ...]:
@@ -97,32 +96,18 @@ def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSp
     return pl.BlockSpec((None, group, tokens, call.padded_width), index)
 
 
-def _flat(call: Call, operand: _Operand, array: Array | None = None) -> Any:
+def _flat(call: Call, operand: _Operand) -> jax.ShapeDtypeStruct:
     """An operand with one axis of rows; numbers of tokens lie in the last axis, which fills the blocks."""
     mapped, batch, heads, tokens, width = operand.shape
-    if width > 1:
-        shape = (mapped * batch, heads, tokens, width)
-        return jax.ShapeDtypeStruct(shape, operand.dtype) if array is None else array.reshape(shape)
-    size, count = (call.own_block, call.own_blocks) if operand.own else (call.other_block, call.other_blocks)
-    if array is None:
-        return jax.ShapeDtypeStruct((mapped * batch, heads, 1, size * count), operand.dtype)
-    return array.reshape(mapped * batch, heads, 1, size * count)
-
-
-def _varying(shape: jax.ShapeDtypeStruct, *arrays: Array) -> jax.ShapeDtypeStruct:
-    """The shape of an output that varies, inside `jax.shard_map`, over every axis of the mesh that an input does."""
-    kinds = [jax.typeof(array) for array in arrays]
-    if hasattr(kinds[0], "manual_axis_type"):
-        axes = frozenset().union(*(kind.manual_axis_type.varying for kind in kinds))
-        return shape.update(manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
-    return shape.update(vma=frozenset().union(*(kind.vma for kind in kinds)))
+    last = (tokens, width) if width > 1 else (1, call.filled(operand.own))
+    return jax.ShapeDtypeStruct((mapped * batch, heads, *last), operand.dtype)
 
 
 def _vmem(call: Call, operands: Sequence[_Operand]) -> int:
     """Bytes of fast memory that a program needs on TPU: every block twice, and some tiles of scores."""
     total = 6 * 4 * call.own_block * call.other_block
     for operand in operands:
-        tokens = call.own_block if operand.own else call.other_block * call.other_blocks
+        tokens = call.own_block if operand.own else call.filled(False)
         width = max(8, pl.cdiv(operand.shape[4], 128) * 128) if operand.shape[4] > 1 else 8
         total += 2 * max(1, operand.group) * tokens * width * jnp.dtype(operand.dtype).itemsize
     return total
@@ -134,24 +119,27 @@ def _pallas(
     call: Call,
     rows: _Rows,
     heads: int,
+    reads: Reads | None,
     operands: Sequence[tuple[_Operand, Array]],
     outputs: Sequence[_Operand],
-    bounds: tuple[Array, Array] | None,
     flops: int,
+    *,
+    by_key: bool = False,
 ) -> list[Array]:
-    """Runs a kernel over rows, heads and blocks of own tokens."""
-    inputs = [_flat(call, operand, array) for operand, array in operands]
+    """Runs a kernel over rows, heads and blocks of own tokens, which are keys if `by_key` is true."""
+    masked, bounds = _mask_operands(call, reads, by_key=by_key)
+    operands = [*masked, *operands]
+    inputs = [array.reshape(_flat(call, operand).shape) for operand, array in operands]
     names = tuple(operand.name for operand in (*(operand for operand, _ in operands), *outputs))
-    row: Callable[[Any], Any] = lambda index: index  # noqa: E731
-    prefetched: list[Array] = []
+    row, prefetched = rows.of(rows), []
     if bounds is not None:
-        mask = next(operand for operand, _ in operands if operand.name == "positions")
-        row, names = rows.of(_Rows(*mask.shape[:2])), ("bounds", *names)
+        row, names = rows.of(_Rows(*masked[0][0].shape[:2])), ("bounds", *names)
         prefetched = [jnp.stack(bounds, axis=-1).reshape(-1)]
     grid = (rows.mapped * rows.batch, heads, call.own_blocks)
     in_specs = [_block(call, rows, heads, operand) for operand, _ in operands]
     out_specs = [_block(call, rows, heads, operand) for operand in outputs]
-    shapes = [_varying(_flat(call, operand), *inputs, *prefetched) for operand in outputs]
+    kinds = varying(*(jax.typeof(array) for array in (*prefetched, *inputs)))
+    shapes = [_flat(call, operand).update(**kinds) for operand in outputs]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*inputs, *shapes))
     common: dict[str, Any] = {
         "out_shape": shapes,
@@ -196,13 +184,19 @@ def _sizes(target: Target, own: int, other: int, width: int, dtype: Any, *, back
     return max(16, min(most, pl.next_power_of_2(own))), max(16, min(walk, pl.next_power_of_2(other)))
 
 
+def _call(target: Target, own: int, other: int, query: Array, *, backward: bool) -> Call:
+    """A call for the heads of some queries, of which programs own blocks of `own` tokens and walk over `other`."""
+    width = query.shape[-1]
+    own_block, other_block = _sizes(target, own, other, width, query.dtype, backward=backward)
+    return Call(target, own, own_block, other, other_block, width, ())
+
+
 def _mask_operands(
     call: Call, reads: Reads | None, *, by_key: bool
 ) -> tuple[list[tuple[_Operand, Array]], tuple[Array, Array] | None]:
     """The integers of a mask, which fill their blocks, and which blocks each of the program's own needs."""
     if reads is None:
         return [], None
-    sizes = {True: call.own_block * call.own_blocks, False: call.other_block * call.other_blocks}
     # A query without a span must not meet the keys without one.
     span = None if reads.span is None else jnp.where(reads.span < 0, -2, reads.span)
     reads = reads._replace(span=span)
@@ -215,19 +209,20 @@ def _mask_operands(
         if leaf is None:
             continue
         own = (name in OF_KEYS) == by_key
-        missing = sizes[own] - leaf.shape[2]
+        missing = call.filled(own) - leaf.shape[2]
         leaf = jnp.tile(leaf, (rows // leaf.shape[0], 1, 1))
         leaf = jnp.pad(leaf, ((0, 0), (0, 0), (0, missing)), constant_values=outside[name])
         operands.append((_Operand(name, (*leaf.shape[:2], 1, leaf.shape[2], 1), jnp.int32, own), leaf))
         filled[name] = leaf.reshape(-1, leaf.shape[2])
-    own_block, other_block = (call.other_block, call.own_block) if by_key else (call.own_block, call.other_block)
-    return operands, masks.blocks(Reads(**filled), own_block, other_block, by_key=by_key)
+    query_block, key_block = (call.other_block, call.own_block) if by_key else (call.own_block, call.other_block)
+    return operands, masks.blocks(Reads(**filled), query_block, key_block, by_key=by_key)
 
 
-def _numbers(call: Call, name: str, array: Array, *, own: bool, outside: float, group: int = 0) -> Any:
+def _numbers(
+    call: Call, name: str, array: Array, *, own: bool, outside: float, group: int = 0
+) -> tuple[_Operand, Array]:
     """An operand of one number for each token and head, which fills its blocks."""
-    tokens = call.own_block * call.own_blocks if own else call.other_block * call.other_blocks
-    padding = [(0, 0)] * (array.ndim - 1) + [(0, tokens - array.shape[-1])]
+    padding = [(0, 0)] * (array.ndim - 1) + [(0, call.filled(own) - array.shape[-1])]
     array = jnp.pad(array, padding, constant_values=outside)
     return _Operand(name, (*array.shape, 1), jnp.float32, own, group), array
 
@@ -261,21 +256,18 @@ def _run_forward(
             reads = reads._replace(**tiled)
     query = _merged(query)
     heads, keys = query.shape[2], key.shape[3]
-    own, other = _sizes(target, length, keys, width, query.dtype, backward=False)
-    call = Call(target, length, own, keys, other, width, ())
-    masked, bounds = _mask_operands(call, reads, by_key=False)
     out, lse = _pallas(
         "attention_forward",
         forward_kernel,
-        call,
+        _call(target, length, keys, query, backward=False),
         rows,
         heads,
-        [*masked, _heads("query", query, own=True), _heads("key", key, own=False), _heads("value", value, own=False)],
+        reads,
+        [_heads("query", query, own=True), _heads("key", key, own=False), _heads("value", value, own=False)],
         [
             _Operand("out", (*rows, heads, length, width), dtype, True),
             _Operand("lse", (*rows, heads, length, 1), jnp.float32, True),
         ],
-        bounds,
         4 * rows.mapped * rows.batch * heads * length * keys * width,
     )
     return out.reshape(*rows, *shape[2:]), lse[..., 0, :length].reshape(*rows, *shape[2:5])
@@ -289,62 +281,59 @@ def _run_backward(
     shape, (length, width) = query.shape, query.shape[4:]
     query, slope, lse, shift = (_merged(array) for array in (query, slope, lse, shift))
     heads, kv_heads, keys, group = query.shape[2], key.shape[2], key.shape[3], shape[3]
+    of_keys = (*rows, kv_heads, keys, width)
     flops = rows.mapped * rows.batch * heads * length * keys * width
 
-    own, other = _sizes(target, length, keys, width, query.dtype, backward=True)
-    call = Call(target, length, own, keys, other, width, ())
-    masked, bounds = _mask_operands(call, reads, by_key=False)
+    call = _call(target, length, keys, query, backward=True)
     (of_query,) = _pallas(
         "attention_query_gradient",
         query_kernel,
         call,
         rows,
         heads,
+        reads,
         [
-            *masked,
             *(_heads(name, array, own=True) for name, array in (("query", query), ("slope", slope))),
             *(_heads(name, array, own=False) for name, array in (("key", key), ("value", value))),
             _numbers(call, "lse", lse, own=True, outside=UNREAD),
             _numbers(call, "shift", shift, own=True, outside=0.0),
         ],
         [_Operand("query_gradient", (*rows, heads, length, width), query.dtype, True)],
-        bounds,
         6 * flops,
     )
 
-    own, other = _sizes(target, keys, length, width, query.dtype, backward=True)
-    call = Call(target, keys, own, length, other, width, ())
-    masked, bounds = _mask_operands(call, reads, by_key=True)
+    call = _call(target, keys, length, query, backward=True)
     of_key, of_value = _pallas(
         "attention_key_gradient",
         key_kernel,
         call,
         rows,
         kv_heads,
+        reads,
         [
-            *masked,
             *(_heads(name, array, own=False, group=group) for name, array in (("query", query), ("slope", slope))),
             *(_heads(name, array, own=True) for name, array in (("key", key), ("value", value))),
             _numbers(call, "lse", lse, own=False, outside=UNREAD, group=group),
             _numbers(call, "shift", shift, own=False, outside=0.0, group=group),
         ],
         [
-            _Operand("key_gradient", (*rows, kv_heads, keys, width), key.dtype, True),
-            _Operand("value_gradient", (*rows, kv_heads, keys, width), value.dtype, True),
+            _Operand("key_gradient", of_keys, key.dtype, True),
+            _Operand("value_gradient", of_keys, value.dtype, True),
         ],
-        bounds,
         8 * flops,
+        by_key=True,
     )
-    of_keys = (*rows, kv_heads, keys, width)
     return of_query.reshape(*rows, *shape[2:]), of_key.reshape(of_keys), of_value.reshape(of_keys)
 
 
-def _ampere() -> bool:
-    """Whether the GPUs here, if there are any, multiply bfloat16, as all have done since Ampere."""
+def _modern(platform: str) -> bool:
+    """Whether the devices here, if there are any, run the kernel: GPUs since Ampere do, and TPUs since v5."""
     try:
-        devices = jax.devices("cuda")
+        devices = jax.devices(platform)
     except RuntimeError:
         return True
+    if platform == "tpu":
+        return not any(device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4")) for device in devices)
     return all(float(device.compute_capability) >= 8 for device in devices)
 
 
@@ -353,10 +342,10 @@ def takes(target: Target, query: Sequence[int], key: Sequence[int], dtype: Any) 
     dtype, width = jnp.dtype(dtype), query[3]
     if dtype not in (jnp.float32, jnp.bfloat16) and (target.platform == "tpu" or dtype != jnp.float16):
         return False
-    if width % 8 or not 16 <= width <= 256:
+    if width % 8 or not 16 <= width <= 256 or not _modern(target.platform):
         return False
     if target.platform == "cuda":
-        return _ampere()
+        return True
     padded, group = pl.cdiv(width, 128) * 128, query[1] // key[1]
     return 4 * padded * dtype.itemsize * max(key[2], group * query[2]) <= _MOST_VMEM
 
@@ -410,7 +399,7 @@ def forward(
     value: Float[Array, "B K T E"],
     reads: Reads | None,
     target: Target,
-    dtype: Any = None,
+    dtype: Any,
 ) -> tuple[Float[Array, "B H S E"], Float[Array, "B H S"]]:
     """What the queries read, and the log-sum-exps of their scores in float32.
 
@@ -420,14 +409,13 @@ def forward(
         value: the values.
         reads: which keys each query may read; None for all of them.
         target: where to run.
-        dtype: of what is read; that of the values if None.
+        dtype: of what is read.
 
     Returns:
         What the queries read, and the log-sum-exps: 0 and `LOWEST` for a query that may read nothing.
     """
     names, leaves = _named(reads, query.shape[2])
-    dtypes = (jnp.dtype(value.dtype if dtype is None else dtype), jnp.dtype(jnp.float32))
-    run = _everywhere("forward", target, names, dtypes)
+    run = _everywhere("forward", target, names, (jnp.dtype(dtype), jnp.dtype(jnp.float32)))
     out, lse = run(_grouped(query, key.shape[1]), key[None], value[None], *leaves)
     return out.reshape(query.shape), lse.reshape(query.shape[:3])
 

@@ -61,14 +61,24 @@ def _run(*operands: Array, kernel: Kernel) -> list[Array]:
     return jax.jit(lambda *operands: kernel_p.bind(*operands, kernel=kernel))(*operands)
 
 
+def varying(*operands: Any) -> dict[str, Any]:
+    """What makes a shape vary, inside `jax.shard_map`, over every axis of the mesh over which an operand does.
+
+    Args:
+        operands: their abstract values.
+
+    Returns:
+        An argument of the shape's `update`, whose name depends on the version of JAX.
+    """
+    if hasattr(operands[0], "manual_axis_type"):
+        axes = frozenset().union(*(operand.manual_axis_type.varying for operand in operands))
+        return {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)}
+    return {"vma": frozenset().union(*(operand.vma for operand in operands))}
+
+
 @kernel_p.def_abstract_eval
 def _shapes(*operands: Any, kernel: Kernel) -> list[Any]:
-    sizes, kinds = kernel.sizes(operands), {}
-    if hasattr(operands[0], "manual_axis_type"):
-        varying = frozenset().union(*(operand.manual_axis_type.varying for operand in operands))
-        kinds["manual_axis_type"] = jax.sharding.ManualAxisType(varying=varying)
-    elif hasattr(operands[0], "vma"):
-        kinds["vma"] = frozenset().union(*(operand.vma for operand in operands))
+    sizes, kinds = kernel.sizes(operands), varying(*operands)
     return [
         operands[0].update(shape=tuple(sizes[letter] for letter in letters), dtype=jnp.dtype(dtype), **kinds)
         for letters, dtype in zip(kernel.results, kernel.dtypes, strict=True)

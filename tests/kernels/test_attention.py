@@ -110,7 +110,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def compiled(function: Any) -> Any:
-    """Clears the caches, so that no program of the other implementation is reused."""
+    """As a new function, so that no program of the other implementation is reused."""
     return jax.jit(lambda *arguments: function(*arguments))
 
 
@@ -457,22 +457,29 @@ def test_rows_of_real_size_go_head_by_head(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("implementation", [None, "batched"])
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "sliding"), [(None, False), (5, True), (5, False)])
 @pytest.mark.parametrize("prefix", [9, 0])
-def test_masks_that_tokens_tell(implementation: Any, window: int | None, prefix: int) -> None:
+def test_masks_that_tokens_tell(implementation: Any, window: int | None, sliding: bool, prefix: int) -> None:
     """Rows apart, and side by side as for a kernel: the second prompt has a shorter prefix and ends in padding."""
-    prefix_key, prefix_value, query, key, value = shared(3, 2, 4, 4, prefix, 4, 2, 2.0)
+    arrays = shared(3, 2, 4, 4, prefix, 4, 2, 2.0)
     ends = np.array([prefix, prefix // 2])[:, None]
     positions, valid = jnp.asarray(ends + np.arange(4)), jnp.asarray(np.arange(4) < np.array([4, 3])[:, None])
     before = reading.causal(positions, jnp.arange(prefix)[None], jnp.asarray(np.arange(prefix) < ends))
     own = reading.causal(positions, positions, valid)
     if window is not None:
-        before, own = (reads.within(positions, window, True) for reads in (before, own))
-    run = jax.jit(partial(attention.shared_prefix_attention, implementation=implementation))
-    heads_first = (jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3))
-    found = run(prefix_key, prefix_value, before, query, *heads_first, own)
+        before, own = (reads.within(positions, window, jnp.asarray(sliding)) for reads in (before, own))
+
+    def run(prefix_key: Any, prefix_value: Any, query: Any, key: Any, value: Any) -> jax.Array:
+        given = (prefix_key, prefix_value, before, query, jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3), own)
+        return attention.shared_prefix_attention(*given, implementation=implementation)
+
     allowed = {"prefix_mask": np.asarray(before.mask()), "mask": np.asarray(own.mask())[None]}
-    np.testing.assert_allclose(found, tiled(prefix_key, prefix_value, query, key, value, **allowed), atol=3e-6)
+    np.testing.assert_allclose(jax.jit(run)(*arrays), tiled(*arrays, **allowed), atol=3e-6)
+    for ours, theirs in zip(
+        slopes(run, *arrays), slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays), strict=True
+    ):
+        assert not theirs.size or float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_shared_prefix_in_bfloat16(path: str) -> None:

@@ -10,7 +10,15 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxid.kernels import attention, flash
-from jaxid.kernels.attention import Implementation, Part, chosen, merge, part, prefix_part
+from jaxid.kernels.attention import (
+    Implementation,
+    Part,
+    chosen,
+    merge,
+    part,
+    prefix_part,
+    shared_prefix_attention,
+)
 from jaxid.kernels.blocks import LOWEST, Target
 from jaxid.kernels.masks import Reads, causal, everything, with_spans, within_spans
 
@@ -174,6 +182,53 @@ def test_a_prefix_that_rows_share(kernel: Implementation) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("sliding", [True, False])
+def test_rows_side_by_side(kernel: Implementation, sliding: bool) -> None:
+    """Own tokens of all rows in one call, after prefixes of their own length, the last of a prompt padding."""
+    rows, batch, queries, own, prefix = 3, 2, 44, 50, 70
+    query = drawn(rows, batch, queries, 4, 16)
+    _, prefix_key, prefix_value = heads(batch, 4, 2, queries, prefix, 16)
+    key, value = (drawn(rows, batch, 2, own, 16, seed=seed) for seed in (1, 2))
+    ends, index = jnp.array([[prefix], [prefix // 2]]), jnp.arange(own)
+    positions, valid = ends + index, index < jnp.array([[own], [own - 9]])
+    asked = positions[:, own - queries :]
+    before = causal(asked, jnp.arange(prefix)[None], jnp.arange(prefix) < ends)
+    after = causal(asked, positions, valid)
+    before, after = (reads.within(asked, 30, jnp.asarray(sliding)) for reads in (before, after))
+
+    def run(kernel: Implementation | None) -> Any:
+        def weighed(query: Any, key: Any, value: Any, prefix_key: Any, prefix_value: Any) -> Any:
+            given = (prefix_key, prefix_value, before, query, key, value, after)
+            found = shared_prefix_attention(*given, implementation=kernel)
+            return (found * jnp.sin(jnp.arange(found.size, dtype=jnp.float32)).reshape(found.shape)).sum(), found
+
+        gradients = jax.jit(jax.grad(weighed, range(5), has_aux=True))
+        return gradients(query, key, value, prefix_key, prefix_value)
+
+    for ours, theirs in zip(jax.tree.leaves(run(kernel)), jax.tree.leaves(run(None)), strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_rows_are_side_by_side_where_the_kernel_takes_them(
+    kernel: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the scores of all rows' queries with all rows' keys would be in memory."""
+    platform, takes = kernel.partition("-")[0], flash.takes
+    monkeypatch.setattr(flash, "takes", lambda target, *given: target.platform == platform and takes(target, *given))
+
+    def kernels(width: int, dtype: Any, rows: int = 8, queries: int = 24) -> int:
+        query, own = jnp.zeros((rows, 2, queries, 4, width), dtype), jnp.zeros((rows, 2, 2, 24, width), dtype)
+        none, positions = jnp.zeros((2, 2, 0, width), dtype), jnp.arange(24)[None]
+        before, after = causal(positions[:, :queries], positions[:, :0]), causal(positions[:, :queries], positions)
+        run = jax.make_jaxpr(lambda q, k, v: shared_prefix_attention(none, none, before, q, k, v, after))
+        return str(run(query, own, own)).count("attention_kernel[")
+
+    assert kernels(16, jnp.float32) == 1
+    assert kernels(16, jnp.float16) == (platform == "cuda")
+    assert kernels(12, jnp.float32) == kernels(16, jnp.float32, rows=2) == kernels(16, jnp.float32, 200, 1) == 0
+
+
 def test_vmap_reads_what_is_not_mapped_once_for_all(kernel: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mapped queries, keys mapped by another axis, mapped masks; no operand is copied for the rows of another."""
     value = drawn(2, 1, 140, 16)
@@ -277,13 +332,16 @@ def test_inside_shard_map(kernel: Implementation, mesh: Mesh) -> None:
         np.testing.assert_allclose(ours[:1, : theirs.shape[1]], 2 * theirs, atol=1e-5)
 
 
-def test_no_kernel_on_gpus_before_ampere(kernel: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = (8, 32, 640, 128), (8, 8, 640, 128)
-    for capability, wanted in (("7.5", "batched"), ("8.0", "cuda"), ("10.0", "cuda")):
-        devices = [SimpleNamespace(compute_capability=capability)]
-        monkeypatch.setattr(jax, "devices", lambda kind, devices=devices: devices)
-        assert chosen("cuda", *shapes) == wanted
-        assert chosen("tpu", *shapes) == "tpu"
+def test_no_kernel_on_gpus_before_ampere_and_tpus_before_v5(
+    kernel: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform, shapes = kernel.partition("-")[0], ((8, 32, 640, 128), (8, 8, 640, 128))
+    old = {"cuda": ["7.5"], "tpu": ["TPU v3", "TPU v4", "TPU v4 lite"]}[platform]
+    new = {"cuda": ["8.0", "10.0"], "tpu": ["TPU v5 lite", "TPU v5p", "TPU v6e", "TPU7x"]}[platform]
+    for name in old + new:
+        devices = {platform: [SimpleNamespace(compute_capability=name, device_kind=name)]}
+        monkeypatch.setattr(jax, "devices", devices.__getitem__)
+        assert chosen(platform, *shapes) == ("batched" if name in old else platform)
 
 
 def test_inside_shard_map_over_one_axis(kernel: Implementation, mesh: Mesh) -> None:
