@@ -1,6 +1,6 @@
 """Plans: what a job needs on a device, and how many prompts go together, before any weights are read.
 
-A job is planned by its own code. Its first batches run as they will, up to the compiled programs: a watcher
+A job is planned by its own code. A batch of every kind runs as it will, up to the compiled programs: a watcher
 (`jaxid.interp.programs`) sees every call with the shapes of its arguments, adds up what it costs (`jaxid.costs`), or
 what XLA's compiler says of it, and answers with zeros.
 """
@@ -171,10 +171,6 @@ class Plan:
             f"{self.items} items in {self.batches} batches: {self.flops / 1e12:.4g} TFLOP, {_size(self.moved)} moved, "
             f"at least {_time(self.seconds)} at these peaks"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return dataclasses.asdict(self)
 
 
 def plan(job: Job, device: Device, *, together: int | None = None, measure: bool = False) -> Plan:

@@ -68,7 +68,7 @@ class ExperimentJob:
         self.weights = _weights(self._model)
 
     def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
-        """The batches of every group of items; the last of a group, as items are sorted by length."""
+        """A batch of every group of items: the last, whose questions are the longest where items are sorted."""
         session, experiment = self._session, self._session.experiment
         model, before = session.model, session.halving.together
         session.model, session.halving.together = self._model, together
