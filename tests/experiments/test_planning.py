@@ -248,7 +248,7 @@ def test_the_command(
     assert run("plan", "run", *given, "--out", "a", "--device=v5e", "--json", "--save", "plan.json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "plan.json").read_text())
-    assert printed["device"]["name"] == "v5e" and printed["fits"] and printed["items"] == ITEMS
+    assert printed["device"]["name"] == "v5e" and printed["fits"] and printed["items"] == ITEMS // 2
     assert not (tmp_path / "a").exists()
     (tmp_path / "options.yaml").write_text("layers: '0'\nbatch_size: 2\n")
     assert run("plan", *given[:-2], "--config", "options.yaml", "--device", "v5e") == 0
