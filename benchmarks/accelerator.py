@@ -61,7 +61,8 @@ FIGURES = (
     "compile_s",
     "unknown",
 )
-"""Names of the figures; `unknown` counts loops, branches and kernels of which it is not known what they do."""
+"""Names of the figures; `unknown` counts loops, branches and kernels of which it is not known what they do, and names
+of functions to which none of them belongs."""
 
 SHOWN = {
     "chips": "d",
@@ -93,12 +94,13 @@ Figures = dict[str, float]
 
 def figures(part: programs.Part, target: targets.Target, ideal: accelerator_ideal.Ideal, alias: str) -> Figures:
     """All figures of a program."""
+    jax.clear_caches()  # two models may share a program, and `compile_s` would be the time of finding it
     started = time.perf_counter()
     compiled = target.compile(part.function, *part.args, **part.options)
     seconds = time.perf_counter() - started
     memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias, target.chips)
     unknown = counts.unknown_loops + counts.unknown_branches
-    absent = {*part.shares, *part.trips} - counts.functions if unknown else set()
+    absent = {*part.shares, *part.trips} - counts.functions
     for text in (
         *(f"the operations of kernel {name} do not count" for name in sorted(counts.unknown_kernels)),
         *([f"{unknown} loops or branches of which it is not known how often they run"] if unknown else []),
@@ -127,7 +129,7 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
             "roofline_ms": 1e3 * device.seconds(counts.flop, counts.moved),
             "ideal_ms": 1e3 * least.seconds(device),
             "compile_s": seconds,
-            "unknown": unknown + len(counts.unknown_kernels),
+            "unknown": unknown + len(absent) + len(counts.unknown_kernels),
         }
     )
 
@@ -192,7 +194,9 @@ def bounds(found: Mapping[str, float]) -> list[tuple[str, float, float]]:
     for key, value in found.items():
         name, alias, work, figure = key.split("/")
         limit = None
-        if figure == "bound_ratio":
+        if figure == "unknown":
+            limit = 0.0
+        elif figure == "bound_ratio":
             limit = RATIOS.get(work)
         elif figure == "flop_ratio" and work in ("trace", "rerun", "extract", "decode"):
             limit = FLOP_RATIO

@@ -222,7 +222,9 @@ def noted(device: Any) -> Iterator[dict[str, Call]]:
 
     def note(name: str, function: Any) -> Callable[..., Any]:
         def called(*args: PyTree, **options: PyTree) -> Any:
-            calls.setdefault(name, (function, args, options))
+            if name in calls:
+                raise RuntimeError(f"{name} is called twice, and would be counted once")
+            calls[name] = (function, args, options)
             return function(*args, **options)
 
         return called
@@ -233,8 +235,7 @@ def noted(device: Any) -> Iterator[dict[str, Call]]:
                 function = note(name, getattr(module, name))
                 stack.enter_context(mock.patch.object(module, name, function))
         stack.enter_context(mock.patch.object(jax, "default_backend", lambda: device.platform))
-        if hasattr(sweep, "this"):
-            stack.enter_context(mock.patch.object(sweep, "this", lambda: device))
+        stack.enter_context(mock.patch.object(sweep, "this", lambda: device))
         yield calls
 
 
@@ -289,12 +290,15 @@ def _edits(own: Geometry, count: int) -> Any:
     return jaxid.add(edited_layers(own, count), positions, vectors)
 
 
+def decoder_shares(own: Geometry) -> dict[str, float]:
+    """How often a decoder's own conditionals take their second branch."""
+    layers = own.text.cross_attention_layers
+    return {"Crossed.read": len(layers) / own.text.num_hidden_layers} if layers else {}
+
+
 def shares_of(own: Geometry) -> dict[str, float]:
-    """How often a network's own conditionals take their second branch."""
-    text, vision = own.text, own.config.vision_config
-    found = {}
-    if text.cross_attention_layers:
-        found["Crossed.read"] = len(text.cross_attention_layers) / text.num_hidden_layers
+    """How often the conditionals of tower and decoder take their second branch."""
+    found, vision = decoder_shares(own), own.config.vision_config
     if isinstance(own.config, QwenVLConfig) and vision.window_side:
         share = len(vision.fullatt_block_indexes) / vision.num_hidden_layers
         found["QwenTower.__call__.<locals>.read.<locals>.either"] = share
@@ -333,7 +337,7 @@ def _rerun_part(own: Geometry, target: Target) -> list[Part]:
     call = _rerun(own, target)["_resume"]
     first = edited_layers(own, EDITS) + 1
     shares = resumed_shares(own.text.num_hidden_layers, first, call[2]["chunk"])
-    return [_part("rerun", call, {**shares_of(own), **shares})]
+    return [_part("rerun", call, {**decoder_shares(own), **shares})]
 
 
 def _answers_part(own: Geometry, target: Target) -> list[Part]:
@@ -345,11 +349,10 @@ def _generate_parts(own: Geometry, target: Target) -> list[Part]:
         recorded, edits = trace.trace(model, prompts), _edits(own, GENERATED)
         return generate.generate(model, recorded, edits, max_new_tokens=NEW_TOKENS).tokens
 
-    calls, shares = _calls(own, target, run), shares_of(own)
-    last = {"decode.<locals>.advance": (NEW_TOKENS - 1) / NEW_TOKENS}
+    calls, shares = _calls(own, target, run), decoder_shares(own)
     return [
         _part("prefill", calls["_prefill"], shares),
-        _part("decode", calls["_decode"], {**shares, **last}, {"decode": NEW_TOKENS}),
+        _part("decode", calls["_decode"], shares, {"decode": NEW_TOKENS - 1}),  # the first token is chosen before
     ]
 
 

@@ -274,7 +274,7 @@ def _results(instruction: Instruction) -> tuple[Shape, ...]:
         count = len(instruction.operands)
         return shapes[count : count + 1]
     if "__cu" in instruction.target:
-        return tuple(shape for shape in shapes if shape.dtype != "s8") or shapes[:1]
+        return tuple(shape for shape in shapes if shape.dtype not in ("s8", "u8")) or shapes[:1]
     return shapes
 
 
@@ -301,8 +301,8 @@ def _moved(program: Program, computation: Computation, instruction: Instruction)
     if opcode == "scatter":
         return 2.0 * operands[-1].far + operands[1].far
     if opcode == "custom-call":
-        shares = read_shares(instruction, [shape.dims for one in operands for shape in one.shapes[:1]])
-        return float(written + sum(share * one.far for share, one in zip(shares, operands, strict=False)))
+        shares = read_shares(instruction, [one.shapes[0].dims for one in operands])
+        return float(written + sum(share * one.far for share, one in zip(shares, operands, strict=True)))
     if opcode != "fusion":
         return float(written + sum(one.far for one in operands))
     inner = program.computations[instruction.called["calls"][0]]

@@ -72,7 +72,7 @@ def library(instruction: Instruction, operands: Sequence[Shape]) -> float | None
         axes = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.rest)
         contracted = math.prod(operands[0].dims[int(axis)] for axis in json.loads(axes[1])) if axes else 0
         return 2.0 * math.prod(output) * contracted if axes else None
-    if "cudnn$conv" in target:
+    if "cudnn$convForward" in target:  # the labels of a gradient are those of the convolution
         return convolution(instruction, operands)
     if "cudnn$fmha" in target:
         return _fmha(instruction, operands)

@@ -58,7 +58,7 @@ def tiny() -> Any:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine in place of an H100, and a tiny model in place of LLaVA-7B."""
-    monkeypatch.setattr(targets, "_devices", lambda name, chips: jax.devices()[:chips])
+    monkeypatch.setattr(targets, "devices", lambda name, chips: jax.devices()[:chips])
     monkeypatch.setitem(targets._OPTIONS, "gpu", {})
     monkeypatch.setitem(programs.CONFIGS, "llava-7b", TINY)
 
@@ -150,6 +150,44 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "0 works in" in shown and "| h100 | llava-7b | rerun |" in shown
     assert json.loads((tmp_path / "accelerator.json").read_text()) == found
+
+
+@pytest.mark.usefixtures("here")
+def test_functions_of_other_names_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Had the library renamed a function, neither would its branches count in silence nor the bounds pass."""
+    real = programs.resumed_shares
+    renamed = {"resume.<locals>.through": "resume.<locals>.layers"}
+    monkeypatch.setattr(
+        programs, "resumed_shares", lambda *args: {renamed.get(name, name): one for name, one in real(*args).items()}
+    )
+    assert accelerator.main([*OPTIONS, str(tmp_path), "--works", "rerun"]) == 0
+    assert "h100/llava-7b/rerun: no loop or branch belongs to resume.<locals>.layers\n" in capsys.readouterr().out
+    found = json.loads((tmp_path / "accelerator.json").read_text())
+    assert found["h100/llava-7b/rerun/unknown"] == 2  # the branch, and the name
+    accelerator.report(found)
+    assert "MISSED  h100/llava-7b/rerun/unknown = 2 (at most 0)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_a_program_that_is_called_twice_is_not_counted_once(tiny: Any) -> None:
+    def run(model: Any, prompts: Any) -> Any:
+        return [programs.trace.trace(model, prompts).hidden for _ in range(2)]
+
+    with pytest.raises(RuntimeError, match=r"_record is called twice"):
+        programs._calls(tiny, targets.target("h100", 0), run)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_program_of_two_models_compiles_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the time of the second one would be that of finding the first one's, some milliseconds."""
+    monkeypatch.setitem(programs.CONFIGS, "llava-13b", TINY)
+    models = ["llava-7b", "llava-13b"]
+    arguments = ["--out", str(tmp_path), "--targets=h100", f"--models={','.join(models)}", "--works=rerun"]
+    assert accelerator.main(arguments) == 0
+    found = json.loads((tmp_path / "accelerator.json").read_text())
+    assert min(found[f"h100/{model}/rerun/compile_s"] for model in models) > 0.1
 
 
 @pytest.mark.slow

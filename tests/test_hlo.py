@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxid.dcsm import scoring
+from jaxid.kernels import banded
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 hlo: Any = importlib.import_module("hlo")
+kernels: Any = importlib.import_module("hlo_kernels")
 sys.path.pop(0)  # other files there have the names of folders here
 
 LOOP = """
@@ -324,18 +328,49 @@ def test_a_product_reads_its_layer_of_the_stack() -> None:
     assert counts.moved == 4 + 2 * (8 * 16 + 16 * 32 + 8 * 32)
 
 
+@pytest.mark.parametrize(
+    ("name", "matrix", "outputs"), [("layer_product", "512,32", 32), ("layer_product_transposed", "32,512", 32)]
+)
+def test_products_in_parts_write_each_of_them(name: str, matrix: str, outputs: int) -> None:
+    counts = call(f"f32[4,8,{outputs}]", ["s32[]", "bf16[8,512]", f"bf16[5,{matrix}]"], pallas(name))
+    assert (counts.flop, counts.unknown_kernels) == (2 * 8 * 512 * outputs, frozenset())
+    assert counts.moved == 4 + 2 * (8 * 512 + 512 * outputs) + 4 * 4 * 8 * outputs
+
+
+@pytest.mark.parametrize("platform", banded.BLOCKS)
+def test_dense_maps_count_as_their_kernel_says(platform: str) -> None:
+    network = jax.eval_shape(lambda key: scoring.Scorer.init(key, 20, 30).network, jax.random.key(0))
+    own = jax.eval_shape(lambda network: banded.bands(network, banded.BLOCKS[platform]), network)
+    shapes = [",".join(map(str, one.shape)) for one in (own.first, own.second, own.wide)]
+    counts = call("f32[1,64]", ["f32[20,64,32]", *(f"f32[{shape}]" for shape in shapes)], pallas("dense_map_scores"))
+    assert counts.flop == 64 * banded.operations(own)
+
+
+def test_known_kernels_are_those_of_the_library() -> None:
+    folder = Path(__file__).parents[1] / "kernels"
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert [name for name in kernels.KERNELS if f'"{name}"' not in text] == []
+
+
 def test_cudnn_attention() -> None:
     shape = '"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","8","600","700"],"x":[]}'
     query, key = "bf16[2,600,8,64]", "bf16[2,700,8,64]"
     for target, products in (("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 5)):
         rest = f'custom_call_target="{target}", backend_config={{{shape}}}'
-        assert call(f"({query}, u8[64])", [query, key, key], rest).flop == products * 2 * 2 * 8 * 600 * 700 * 64
+        counts = call(f"({query}, u8[64])", [query, key, key], rest)
+        assert counts.flop == products * 2 * 2 * 8 * 600 * 700 * 64
+        assert counts.moved == 2 * 2 * 8 * 64 * (2 * 600 + 2 * 700)  # without the library's scratch
 
 
 def test_unknown_kernels_are_listed() -> None:
     known = call("f32[4]", ["f32[4]"], 'custom_call_target="AllocateBuffer"')
     assert known.unknown_kernels == frozenset() and known.moved == 0
-    for rest, name in ((pallas("mystery"), "mystery"), ('custom_call_target="cholesky"', "cholesky")):
+    gradient = "__cudnn$convBackwardFilter"
+    for rest, name in (
+        (pallas("mystery"), "mystery"),
+        ('custom_call_target="cholesky"', "cholesky"),
+        (f'custom_call_target="{gradient}", dim_labels=bf_io->bf', gradient),
+    ):
         counts = call("f32[4]", ["f32[4]"], rest)
         assert (counts.unknown_kernels, counts.flop, counts.moved) == ({name}, 0, 32)
 
