@@ -139,7 +139,7 @@ def _dot(call: Call, a: Array, b: Array, *, transposed: bool = False) -> Array:
     """A @ b, or a @ b.T, in float32."""
     precision: Any = jax.lax.Precision.DEFAULT  # what is set for all products may be more than Mosaic takes
     if a.dtype == jnp.float32:
-        # Three products on tensor cores come as near to float32 as Triton's exact form, which is many times slower.
+        # Three products on tensor cores, which Triton's exact form does not use.
         three = call.triton and not call.target.interpret
         precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if three else jax.lax.Precision.HIGHEST
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))

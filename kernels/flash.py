@@ -338,7 +338,10 @@ def _modern(platform: str) -> bool:
 
 
 def takes(target: Target, query: Sequence[int], key: Sequence[int], dtype: Any) -> bool:
-    """Whether the kernel is made for heads of that width and type, and a TPU's fast memory holds the keys of a head."""
+    """Whether the kernel is made for heads of that width and type, and for the devices that there are.
+
+    A TPU's fast memory has to hold the keys of a head, and the queries of all heads that share it.
+    """
     dtype, width = jnp.dtype(dtype), query[3]
     if dtype not in (jnp.float32, jnp.bfloat16) and (target.platform == "tpu" or dtype != jnp.float16):
         return False

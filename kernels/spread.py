@@ -5,6 +5,7 @@ program has is only known when it is lowered, so a kernel is an operation of its
 there. (JAX's `custom_partitioning` does this on GPU, but not on TPU.)
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,9 +57,14 @@ kernel_p.multiple_results = True
 dispatch.prim_requires_devices_during_lowering.add(kernel_p)
 
 
+@functools.cache
+def _compiled(kernel: Kernel) -> Callable[..., list[Array]]:
+    return jax.jit(functools.partial(kernel_p.bind, kernel=kernel))
+
+
 @kernel_p.def_impl
 def _run(*operands: Array, kernel: Kernel) -> list[Array]:
-    return jax.jit(lambda *operands: kernel_p.bind(*operands, kernel=kernel))(*operands)
+    return _compiled(kernel)(*operands)
 
 
 def varying(*operands: Any) -> dict[str, Any]:

@@ -257,6 +257,16 @@ def test_vmap_reads_what_is_not_mapped_once_for_all(kernel: Implementation, monk
     flash._everywhere.cache_clear()
 
 
+def test_calls_outside_of_jit_compile_once(kernel: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, traced, ran = heads(1, 2, 1, 20, 30, 16), [], flash._run_forward
+    monkeypatch.setattr(flash, "_run_forward", lambda *given: traced.append(given) or ran(*given))
+    flash._everywhere.cache_clear()
+    for _ in range(3):
+        part(arrays[0], arrays[1], arrays[2], implementation=kernel)
+    assert len(traced) == 1
+    flash._everywhere.cache_clear()
+
+
 def test_layers_with_and_without_a_window_share_a_program(kernel: Implementation) -> None:
     """In `scan` with recomputation, the flag traced; and inside `cond`."""
     layers = tuple(drawn(2, *array.shape, seed=number) for number, array in enumerate(heads(1, 2, 1, 130, 130, 16)))
@@ -325,11 +335,24 @@ def test_inside_shard_map(kernel: Implementation, mesh: Mesh) -> None:
     def run(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
         return jax.grad(lambda *arrays: total(kernel, None, *arrays)[0] * 2, (0, 1, 2))(query, key, value)
 
-    # The interpreter does not know which arrays vary over the devices; compiled kernels do (test_flash_compiles.py).
+    # The interpreter does not know which arrays vary over the devices; kernels do, as the next test shows.
     ran = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT, check_vma=False))(*arrays)
     one = [jax.tree.map(lambda leaf: leaf[:1, : leaf.shape[1] // 2], arrays)]
     for ours, theirs in zip(ran, slopes("batched", None, one[0])[1], strict=True):
         np.testing.assert_allclose(ours[:1, : theirs.shape[1]], 2 * theirs, atol=1e-5)
+
+
+def test_inside_a_checked_shard_map(kernel: Implementation, mesh: Mesh) -> None:
+    """Lowered for its own platform, where every result has to say over which axes of the mesh it varies."""
+    platform: Any = kernel.partition("-")[0]
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+        return jax.grad(lambda *arrays: total(platform, None, *arrays)[0], (0, 1, 2))(query, key, value)
+
+    divided = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=SPLIT, out_specs=SPLIT))
+    text = divided.trace(*heads(4, 4, 2, 40, 130, 16)).lower(lowering_platforms=(platform,)).as_text()
+    for name in ("attention_forward", "attention_query_gradient", "attention_key_gradient"):
+        assert name in text
 
 
 def test_no_kernel_on_gpus_before_ampere_and_tpus_before_v5(
