@@ -180,7 +180,6 @@ class Batches(Generic[Item, Made]):
             opened = self.read(opened.items)
         together, batches = opened.together, opened.batches
         found = halving.guarded(lambda: [self._compute(batch) for batch in batches])
-        del opened, batches
 
         def fetched() -> Made:
             parts: list[Any] = [part() if callable(part) else part for part in found]

@@ -58,11 +58,9 @@ def _in_order(
 
     more(ahead)
     while waiting:
-        one, future = waiting.popleft()
-        wait([future])
+        wait([waiting[0][1]])
         more(0 if failed else 1)
-        yield one, future
-        del one, future  # while the next one is awaited, what was handed over can be freed
+        yield waiting.popleft()  # under no name here, so that what is handed over can be freed
     if failed:
         raise failed[0]
 
@@ -144,7 +142,6 @@ def _computed(
             raised: Future[Result] = Future()
             raised.set_exception(failed)
             yield one, raised
-        del begun, failed
     if previous is not None:
         yield previous
     if not isinstance(exhausted, StopIteration):

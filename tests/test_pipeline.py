@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -135,6 +136,37 @@ def test_no_more_is_read_than_the_bound(ahead: int) -> None:
                 happens(reading[one + ahead])  # the bound is reached ...
                 time.sleep(0.02)
                 assert not reading[one + ahead + 1].is_set()  # ... and not exceeded
+
+
+def test_what_was_read_is_freed_once_its_computation_has_begun() -> None:
+    """While the results of the one before are fetched, nobody holds its pictures."""
+
+    class Pictures:
+        def __init__(self, one: int) -> None:
+            self.one = one
+
+    held: dict[int, weakref.ref[Pictures]] = {}
+    begun = events(5)
+
+    def read(one: int) -> Pictures:
+        pictures = Pictures(one)
+        held[one] = weakref.ref(pictures)
+        return pictures
+
+    def compute(pictures: Pictures) -> int:
+        begun[pictures.one].set()
+        return pictures.one
+
+    def fetch(one: int, value: int) -> int:
+        if one < 4:
+            happens(begun[one + 1])
+            end = time.monotonic() + LONG
+            while held[one + 1]() is not None:
+                assert time.monotonic() < end, "still held"
+                time.sleep(0.001)
+        return value
+
+    assert results(5, read, compute, fetch) == [(one, one) for one in range(5)]
 
 
 def test_the_order_is_that_of_the_inputs() -> None:
