@@ -27,7 +27,7 @@ from jaxid.nn.decoder_config import FULL, KINDS, SLIDING, DecoderConfig, RopeCon
 from jaxid.nn.layers import RMSNorm, rms_norm
 from jaxid.nn.passes import forward
 from jaxid.nn.sites import DECODER_SITES, Capture, clean
-from jaxid.nn.views import Memory
+from jaxid.nn.views import Memory, Prefix, Tokens
 
 # --- tensors and outputs --------------------------------------------------------------------------------------------
 
@@ -354,3 +354,22 @@ def test_values_of_every_site_have_one_shape() -> None:
     assert not ROWS[0, 0] and not ROWS[1, 1]
     np.testing.assert_array_equal(silent[:, :, 0], [[False] * 2, [True] * 2, [True] * 2, [False] * 2])
     assert not silent[:, :, 1].any()
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_padding_at_the_last_position_is_not_read(window: int | None) -> None:
+    """Tokens after the end of the prompts' arrays have the position of the last one, and no real token reads them."""
+    angles = (jnp.ones((1, 4, 6)), jnp.zeros((1, 4, 6)))
+    tokens = Tokens(jnp.array([[5, 6, 7, 7]]), angles, (True,), window)
+    empty = jnp.zeros((1, 1, 2, 8, 12))
+    view = Prefix(tokens, empty, empty, jnp.ones((1, 5), bool))
+    stored = (jnp.zeros((1, 1, 2, 4, 12)),) * 2
+    for keep in (None, jnp.array([[2, 0]])):
+        *_, reads = view.own(0, stored, keep)
+        mask = np.asarray(tokens.within(0, reads, keep).mask())[0]
+        seen = np.tril(np.ones((4, 4), bool)) & (np.triu(np.ones((4, 4), bool), -1) if window else True)
+        rows = [0, 1, 2] if keep is None else [2, 0]  # the last row is padding
+        np.testing.assert_array_equal(mask[: len(rows)], seen[rows])
