@@ -406,13 +406,17 @@ def finetune(own: Geometry) -> Ideal:
 
 
 def dcsm() -> Ideal:
-    """Scores of all pairs."""
+    """Scores of the benchmark's pairs."""
     config, _, _ = encoder_geometry()
-    pictures, captions, width = map_sizes(config)
-    size, pairs = pictures * captions, PAIRS * PAIRS
-    hidden, channels = scorer_arrays(config)["network"].fc1.shape[:2]
+    return map_scores(scorer_arrays(config)["network"], map_sizes(config)[2], PAIRS)
+
+
+def map_scores(network: Any, width: int, count: int) -> Ideal:
+    """Scores of `count` pictures with as many captions by a CNN, from tokens of some width."""
+    hidden, channels, pictures, captions = network.fc1.shape
+    size, pairs = pictures * captions, count * count
     multiplied = width + 9 * channels + 9 * channels**2 + hidden * channels
-    tokens = SINGLE * PAIRS * width * (pictures + captions)
+    tokens = SINGLE * count * width * (pictures + captions)
     wide = SINGLE * hidden * channels * size
     return Ideal(2.0 * pairs * size * multiplied, float(wide + tokens), float(SINGLE * pairs))
 

@@ -45,7 +45,7 @@ GENERATED = 8
 NEW_TOKENS = 32
 FRAMES = 8
 TRAINED = 4
-PAIRS = 64
+PAIRS = 256
 CAPTION_TOKENS = 30
 ENCODER = "clip-b16"
 ENCODED = 32
@@ -363,12 +363,12 @@ def _extract_part(own: Geometry, target: Target) -> list[Part]:
     return [_part("extract", _calls(own, target, run)["_residuals"], shares_of(own))]
 
 
-def finetune_task(own: Geometry) -> finetune.Task:
-    """The library's default fine-tuning of a model, in one small batch."""
+def finetune_task(own: Geometry, model: Model | None = None) -> finetune.Task:
+    """The library's default fine-tuning of a model, by default of one without weights, in one small batch."""
     config = finetune.FinetuneConfig(groups=1, batch_size=TRAINED, id_layer=own.text.num_hidden_layers // 3)
-    model = own.model(unflatten(dict(own.leaves)))
+    model = model or own.model(unflatten(dict(own.leaves)))
     selection = finetune.select(model, config)
-    definition = for_learning(own.definition, model.parameters, selection, recompute=config.recompute)
+    definition = for_learning(model.definition, model.parameters, selection, recompute=config.recompute)
     ids = object.__new__(finetune.SpatialIDs)  # no batch is made, so none is read
     return finetune.Task(model=model, selection=selection, definition=definition, groups=(), config=config, ids=ids)
 

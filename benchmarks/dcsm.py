@@ -53,12 +53,7 @@ def systems(size: int) -> dict[str, Callable[[], np.ndarray]]:
     own = captions(size)
     scorer = Scorer.init(jax.random.key(0), IMAGE_TOKENS, TEXT_TOKENS, placement="replace")
     network = published.ScorerCNN(IMAGE_TOKENS, TEXT_TOKENS).eval()
-    ours = scorer.network._asdict()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            layer, kind = name.rsplit(".", 1)
-            value = np.array(ours[layer if kind == "weight" else f"{layer}_bias"])
-            parameter.copy_(torch.from_numpy(value.reshape(tuple(parameter.shape))))
+    published.set_weights(network, scorer.network._asdict())
     theirs = published.Scorer(network=network, vectors=torch.from_numpy(np.array(scorer.vectors)), placement="replace")
     words = np.full((size, TEXT_TOKENS), -1, np.int32)
     for row, caption in enumerate(own):

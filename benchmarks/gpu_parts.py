@@ -214,16 +214,8 @@ class Noted:
 def training(setting: Setting) -> tuple[Noted, Noted]:
     """Steps of jaxid's fine-tuning and of PyTorch's, from the same tensors on the same prompts."""
     own, few = setting.geometry, programs.TRAINED
-    config = programs.finetune.FinetuneConfig(groups=1, batch_size=few, id_layer=own.text.num_hidden_layers // 3)
-    selection = programs.finetune.select(setting.model, config)
-    definition = programs.for_learning(
-        setting.model.definition, setting.model.parameters, selection, recompute=config.recompute
-    )
-    ids: Any = None
-    task = programs.finetune.Task(
-        model=setting.model, selection=selection, definition=definition, groups=(), config=config, ids=ids
-    )
-    stage = task.stage()
+    task = programs.finetune_task(own, setting.model)
+    stage, selection = task.stage(), task.selection
     rng, word = np.random.default_rng(1), own.tokens - programs.SUFFIX
     labels = rng.integers(3, 400, few).astype(np.int32)
     target = rng.standard_normal((few, own.text.hidden_size)).astype(np.float32)
@@ -255,7 +247,7 @@ def training(setting: Setting) -> tuple[Noted, Noted]:
         "arguments": arguments,
         "labels": torch.from_numpy(labels.astype(np.int64)).to(setting.device),
         "word": word,
-        "layer": config.id_layer,
+        "layer": task.config.id_layer,
         "target": torch.from_numpy(target).to(setting.device),
     }
     steps = gpu_torch.Steps(setting, [name for name, _, _ in torch_names(setting, selection)], examples)
@@ -264,7 +256,7 @@ def training(setting: Setting) -> tuple[Noted, Noted]:
 
 def dcsm_part(clock: Clock, device: Any, *, tiny: bool) -> Figures:
     """Scores of all pairs, from the tokens on."""
-    size, rows, columns, width = (12, 20, 9, 16) if tiny else (256, 197, 30, 512)
+    size, rows, columns, width = (12, 20, 9, 16) if tiny else (programs.PAIRS, 197, 30, 512)
     generator = torch.Generator(device).manual_seed(0)
     images, texts = (
         torch.nn.functional.normalize(torch.randn(size, length, width, generator=generator, device=device), dim=-1)
@@ -272,11 +264,7 @@ def dcsm_part(clock: Clock, device: Any, *, tiny: bool) -> Figures:
     )
     scorer = Scorer.init(jax.random.key(0), rows, columns)
     network = published.ScorerCNN(rows, columns).to(device).eval()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            layer, kind = name.rsplit(".", 1)
-            value = np.array(getattr(scorer.network, layer if kind == "weight" else f"{layer}_bias"))
-            parameter.copy_(torch.from_numpy(value.reshape(tuple(parameter.shape))))
+    published.set_weights(network, scorer.network._asdict())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     def theirs(dtype: torch.dtype | None) -> np.ndarray:
@@ -290,11 +278,7 @@ def dcsm_part(clock: Clock, device: Any, *, tiny: bool) -> Figures:
     ours, compiling, found = clock.median(lambda: np.asarray(score_tokens(scorer, left, right, words, "call")))
     plain, _, expected = clock.median(lambda: theirs(None))
     half, _, _ = clock.median(lambda: theirs(torch.bfloat16 if device.type == "cpu" else torch.float16))
-    multiplied = width + 9 * 4 + 9 * 16 + 128 * 4
-    moved = accelerator_ideal.SINGLE * (size * width * (rows + columns) + 512 * rows * columns + size * size)
-    least = accelerator_ideal.Ideal(2.0 * size * size * rows * columns * multiplied, 0.0, float(moved)).seconds(
-        devices.this()
-    )
+    least = accelerator_ideal.map_scores(scorer.network, width, size).seconds(devices.this())
     pairs = size * size
     return {
         "jaxid_ms": 1e6 * ours / pairs,

@@ -122,10 +122,6 @@ def traced(setting: Setting, answers: Sequence[int], edits: Sequence[Edit]) -> T
         return torch.stack(found).cpu()
 
 
-def _note(states: list[Tensor], position: int, output: Tensor) -> None:
-    states.append(output[:, position])
-
-
 def extract(setting: Setting, position: int, rows: Sequence[int] | None = None) -> Tensor:
     """Residual stream at one token, the embeddings and every block's output, Float[B, L + 1, D]; rows one at a time."""
     given = [setting.arguments] if rows is None else [prompt(setting.arguments, row) for row in rows]

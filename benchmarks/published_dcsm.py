@@ -10,10 +10,11 @@ text token are skipped. The augmentation of training pictures is not included.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -224,6 +225,15 @@ def score_pairs(
     S = standardise(place_functional(maps(P, Q), captions, scorer.vectors, scorer.placement, scorer.words))
     pictures, texts, *sizes = S.shape
     return scorer.network(S.reshape(pictures * texts, 1, *sizes)).reshape(pictures, texts)
+
+
+def set_weights(network: nn.Module, arrays: Mapping[str, Any]) -> None:
+    """Gives a network weights under jaxid's names: "conv1" for its "conv1.weight", "conv1_bias" for "conv1.bias"."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            layer, kind = name.rsplit(".", 1)
+            array = np.array(arrays[layer if kind == "weight" else f"{layer}_bias"])
+            parameter.copy_(torch.from_numpy(array.reshape(tuple(parameter.shape))))
 
 
 # --- training -------------------------------------------------------------------------------------------------------

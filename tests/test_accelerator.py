@@ -106,8 +106,8 @@ def test_decoding_by_hand(tiny: Any) -> None:
 
 def test_scores_of_dense_maps_by_hand() -> None:
     found, numbers = ideal.dcsm(), 197 * 30
-    assert found.flop == 2 * 64**2 * numbers * (512 + 9 * 4 + 9 * 16 + 128 * 4)
-    assert found.moved == 4 * (64 * 512 * (197 + 30) + 128 * 4 * numbers + 64**2)
+    assert found.flop == 2 * 256**2 * numbers * (512 + 9 * 4 + 9 * 16 + 128 * 4)
+    assert found.moved == 4 * (256 * 512 * (197 + 30) + 128 * 4 * numbers + 256**2)
 
 
 def test_windows_and_pictures_read_what_they_may() -> None:

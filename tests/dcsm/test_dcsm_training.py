@@ -82,11 +82,7 @@ def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(published, "TEXT_TOKENS", 9)
     network = published.ScorerCNN(17, 9, dropout=0.0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            layer, kind = name.rsplit(".", 1)
-            array = np.array(getattr(scorer.network, layer if kind == "weight" else f"{layer}_bias"))
-            parameter.copy_(torch.from_numpy(array.reshape(tuple(parameter.shape))))
+    published.set_weights(network, scorer.network._asdict())
     losses: list[torch.Tensor] = []
     for name in sets():
         for version in range(2):
