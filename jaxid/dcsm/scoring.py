@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -373,11 +373,12 @@ def _score_halved(
 ) -> Float[np.ndarray, "N M"]:
     """Scores of all pictures at once; of fewer, standardised over all, where the device's memory does not suffice."""
     halving, count = Halving(len(images), unit="picture", advice="use fewer captions or a larger device"), len(images)
+    prepared = cache(lambda: _prepared(scorer, images, texts, words, group))
 
     def some(rows: slice) -> np.ndarray:
         if halving.size == count:
             return np.asarray(score_tokens(scorer, jnp.asarray(images), texts, words, group))
-        left, right, found = _prepared(scorer, images, texts, words, group)
+        left, right, found = prepared()
         own = similarity.Moments(*(value[rows] for value in found))
         return np.asarray(_score_some(scorer.network, left[rows], right, own))
 
