@@ -92,13 +92,13 @@ def test_rows_side_by_side_read_their_own_keys(rows: int, window: int | str | No
 
 
 def test_rows_side_by_side_stay_apart_at_the_ends_of_positions() -> None:
-    """One prompt's positions serve two; a query may read nothing, or all that there is."""
-    keys = jnp.array([[5, 6, 7]])
+    """One prompt's positions serve two; a query may read nothing, or all that is no padding."""
+    keys = jnp.array([[5, 6, 7, NEVER]])
     reads = Reads(jnp.array([[-9, NEVER - 1], [4, 6]]), keys, jnp.array([[NEVER, -9]]))
-    wanted = np.zeros((2, 2, 2, 2, 3), bool)
+    wanted = np.zeros((2, 2, 2, 2, 4), bool)
     wanted[:, np.arange(2), :, np.arange(2)] = reads.mask()
     assert wanted.any() and not reads.mask()[0, 0].any()
-    np.testing.assert_array_equal(reads.by_row(2).mask(), wanted.reshape(2, 4, 6))
+    np.testing.assert_array_equal(reads.by_row(2).mask(), wanted.reshape(2, 4, 8))
     with pytest.raises(ValueError, match=r"spans"):
         within_spans(keys).by_row(2)
 
