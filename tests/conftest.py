@@ -23,6 +23,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from benchmark_files import Modules, importable
 from jaxtyping import install_import_hook
 
 # Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
@@ -52,3 +53,10 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Modules]:
+    """Imports files of the benchmarks."""
+    with importable() as load:
+        yield load

@@ -1,8 +1,6 @@
 """The accelerators' instrument: what it calls ideal, by hand, and a whole run, with this machine as the accelerator."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from benchmark_files import importable
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-targets: Any = importlib.import_module("accelerator_targets")
-programs: Any = importlib.import_module("accelerator_programs")
-ideal: Any = importlib.import_module("accelerator_ideal")
-scores: Any = importlib.import_module("accelerator_scores")
-accelerator: Any = importlib.import_module("accelerator")
-sys.path.pop(0)  # other files there have the names of folders here
+with importable() as load:
+    targets: Any = load("accelerator_targets")
+    programs: Any = load("accelerator_programs")
+    ideal: Any = load("accelerator_ideal")
+    scores: Any = load("accelerator_scores")
+    accelerator: Any = load("accelerator")
 
 TINY = {
     "model_type": "llava",

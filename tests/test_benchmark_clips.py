@@ -1,34 +1,19 @@
 """The benchmark about clips: its network from LLaVA-NeXT's definition, its prompts, and both systems' results."""
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import llava_next_video
 import numpy as np
 import pytest
 import torch
+from benchmark_files import Modules
 
 import jaxid
 
 pytestmark = pytest.mark.optimized
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-Modules = Callable[[str], ModuleType]
-"""Imports a file of the benchmarks by its name."""
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Modules]:
-    """Imports the benchmarks' files from their own folder, as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -1,35 +1,21 @@
 """The comparison on a GPU, at small shapes on CPU: both frameworks hold the same model, and results survive a stop."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from benchmark_files import BENCHMARKS, Modules
 
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import rerun, residuals_at, trace
 
 pytestmark = pytest.mark.optimized
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-Modules = Callable[[str], ModuleType]
-"""Imports a file of the benchmarks by its name."""
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Modules]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The benchmark of overlap: what it counts as hidden, and a run of it."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,12 +7,12 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark_files import Modules
 
 
 @pytest.fixture
-def overlap(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module("overlap")
+def overlap(modules: Modules) -> ModuleType:
+    return modules("overlap")
 
 
 def test_times_are_counted_once(overlap: ModuleType) -> None:

@@ -1,9 +1,8 @@
 """The benchmark's PyTorch systems agree with each other and with a plain computation."""
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_files import Modules
 
 import jaxid
 from jaxid.errors import InputError
@@ -19,7 +19,6 @@ from jaxid.zoo import tiny_llava
 
 pytestmark = pytest.mark.optimized
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUESTIONS = (
     "Is the star to the left or right of the fish ? ASSISTANT :",
     "Is the moon in the picture to the left or right of the cup ? ASSISTANT :",
@@ -28,22 +27,11 @@ WORDS = (("star", "fish"), ("moon", "cup"))
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
 LAYERS, WIDTH, PICTURE = 4, 48, 9
 
-Modules = Callable[[str], ModuleType]
-"""Imports a file of the benchmarks by its name."""
-
 Results = Mapping[str, Mapping[str, np.ndarray]]
 """What a system finds, by task and quantity."""
 
 Network = Any
 """Hugging Face's class, whose parts have no static types."""
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Modules]:
-    """Imports the benchmarks' files from their own folder, as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module
 
 
 def tiny(full: LlavaConfig) -> LlavaConfig:

@@ -1,7 +1,6 @@
 """The benchmarks: fair timing, a comparison that fails if systems differ, and whole runs of the scripts."""
 
 import dataclasses
-import importlib
 import importlib.util
 import itertools
 import json
@@ -10,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from benchmark_files import BENCHMARKS, Modules
 from flax import nnx
 
 from jaxid.families.llava import Llava
@@ -23,19 +23,8 @@ from jaxid.zoo.export import write_llava
 
 pytestmark = pytest.mark.optimized
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SYSTEMS = ("published", "strongest", "rewritten", "nnsight")
 WORKS = ("control", "steering", "belief_swap", "swaps", "extraction")
-
-Modules = Callable[[str], ModuleType]
-"""Imports a file of the benchmarks by its name."""
-
-
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Modules:
-    """Imports the benchmarks' files from their own folder, as the scripts do."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,8 @@
 docs/devices.md.
 """
 
-import importlib
-from pathlib import Path
-from typing import Any
-
 import pytest
+from benchmark_files import Modules
 
 from jaxid.costs import cost_of
 
@@ -21,9 +18,8 @@ MARGIN = 0.15
 
 
 @pytest.mark.parametrize("work", ["trace", "extract", "rerun", "generate"])
-def test_temporaries_at_full_size(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    programs: Any = importlib.import_module("accelerator_programs")
+def test_temporaries_at_full_size(work: str, modules: Modules) -> None:
+    programs = modules("accelerator_programs")
     target = programs.target_of("h100", "llava-7b")
     for part in programs.parts("llava-7b", work, target):
         estimated = cost_of(part.function.trace(*part.args, **part.options).jaxpr, target.device).temporary

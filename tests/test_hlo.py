@@ -1,21 +1,19 @@
 """The reader of compiled programs, on programs whose counts are known."""
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from benchmark_files import importable
 
 from jaxid.dcsm import scoring
 from jaxid.kernels import banded
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-hlo: Any = importlib.import_module("hlo")
-kernels: Any = importlib.import_module("hlo_kernels")
-sys.path.pop(0)  # other files there have the names of folders here
+with importable() as load:
+    hlo: Any = load("hlo")
+    kernels: Any = load("hlo_kernels")
 
 LOOP = """
 HloModule loop, is_scheduled=true

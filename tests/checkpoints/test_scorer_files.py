@@ -1,6 +1,5 @@
 """The scorer's files in the authors' layout: written and read, scored in PyTorch, nested, broken, and dangerous."""
 
-import importlib
 import pickle
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from benchmark_files import importable
 
 from jaxid.checkpoints.scorer_files import read_authors_scorer, write_authors_scorer
 from jaxid.errors import CheckpointError, OutputError
@@ -27,9 +27,8 @@ WORDS = 3
 @pytest.fixture(scope="module")
 def published() -> Any:
     """The published procedure in PyTorch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module("published_dcsm")
+    with importable() as load:
+        return load("published_dcsm")
 
 
 def vectors() -> np.ndarray:

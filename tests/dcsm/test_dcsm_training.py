@@ -1,7 +1,6 @@
 """Training of the scorer: the published step, exact resumption after a kill, and what is refused."""
 
 import dataclasses
-import importlib
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from benchmark_files import importable
 from encoders import ENCODER_CASES, encoder, folder
 
 from jaxid.dcsm import training
@@ -26,7 +26,6 @@ from jaxid.errors import InputError, OutputError
 from jaxid.train import loop
 
 CASE = ENCODER_CASES[0]
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 QUICK = TrainingConfig(epochs=2, batch_size=2, augment=False, dropout=0.0, text_tokens=9, seed=3)
 
 
@@ -61,8 +60,8 @@ def trained(folder: Path, config: TrainingConfig = QUICK, data: Any = None, **op
 @pytest.mark.slow
 def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Gradients of a step too: against PyTorch, on the same maps, whose order does not matter."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    published: Any = importlib.import_module("published_dcsm")
+    with importable() as load:
+        published: Any = load("published_dcsm")
     own = encoder(CASE)
     scorer = Scorer.init(jax.random.key(1), 17, 9)
     table = training.Table(own, scorer, list(sets().values()), pictures=True)

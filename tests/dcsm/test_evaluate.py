@@ -1,9 +1,7 @@
 """Answers to questions against the published procedure in PyTorch, one question at a time, and their summary."""
 
 import functools
-import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import fixtures
@@ -11,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from benchmark_files import importable
 from encoders import ENCODER_CASES, encoder, reference
 
 from jaxid.checkpoints.scorer_files import write_authors_scorer
@@ -45,9 +44,8 @@ def scorer() -> Scorer:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Scores of one question by the published procedure: pooled cosine, and the scorer of maps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        module = importlib.import_module("published_dcsm")
+    with importable() as load:
+        module = load("published_dcsm")
     path = tmp_path_factory.mktemp("authors") / "scorer.pt"
     write_authors_scorer(path, scorer().network, np.asarray(scorer().vectors))
     saved, network = torch.load(path, weights_only=True), module.ScorerCNN(17, LENGTH)

@@ -1,6 +1,5 @@
 """Where functional words stand, against plain word lists, letter counts and the published code's own columns."""
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_files import importable
 from encoders import write_word_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -35,9 +35,8 @@ PIECES = (*"to the left of no not no one knot star NOT Left".split(), "left,", "
 @pytest.fixture(scope="module")
 def published() -> Any:
     """The published procedure in PyTorch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module("published_dcsm")
+    with importable() as load:
+        return load("published_dcsm")
 
 
 CONFIG = DualConfig(

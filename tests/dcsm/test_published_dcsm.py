@@ -1,7 +1,6 @@
 """The published procedure in PyTorch, as benchmarks use it: maps, functional words, scorers, training, evaluation."""
 
 import dataclasses
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_files import importable
 from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -17,11 +17,10 @@ IMAGE_TOKENS = 5
 """Of the tiny encoder: a class token and 2 x 2 patches."""
 
 
-@pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The file, imported as the benchmarks import it: from their own folder."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("published_dcsm")
+@pytest.fixture(scope="module")
+def published() -> Any:
+    with importable() as load:
+        return load("published_dcsm")
 
 
 @pytest.fixture(scope="module")

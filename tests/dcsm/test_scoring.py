@@ -1,7 +1,6 @@
 """Scores from pictures and captions: the published procedure in PyTorch, meshes, files, and what does not fit."""
 
 import dataclasses
-import importlib
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from benchmark_files import importable
 from encoders import ENCODER_CASES, encoder, reference
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -26,19 +26,14 @@ from jaxid.errors import CheckpointError, InputError, OutputError
 from jaxid.kernels.similarity import GROUPS
 
 CASE = ENCODER_CASES[0]
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CAPTIONS = ["red star above a fish", "a fish but no star", "star", "a big fish to the left of a star", "not small"]
 LENGTH = 11
 
 
 @pytest.fixture(scope="module")
 def published() -> Any:
-    import sys
-
-    sys.path.insert(0, str(BENCHMARKS))
-    module = importlib.import_module("published_dcsm")
-    sys.path.remove(str(BENCHMARKS))
-    return module
+    with importable() as load:
+        return load("published_dcsm")
 
 
 def pictures() -> list[np.ndarray]:

@@ -366,7 +366,7 @@ def test_padding_at_the_last_position_is_not_read(window: int | None) -> None:
     tokens = Tokens(jnp.array([[5, 6, 7, 7]]), angles, (True,), window)
     empty = jnp.zeros((1, 1, 2, 8, 12))
     view = Prefix(tokens, empty, empty, jnp.ones((1, 5), bool))
-    stored = (jnp.zeros((1, 1, 2, 4, 12)),) * 2
+    stored = (jnp.zeros((1, 1, 2, 4, 12)), jnp.zeros((1, 1, 2, 4, 12)))
     for keep in (None, jnp.array([[2, 0]])):
         *_, reads = view.own(0, stored, keep)
         mask = np.asarray(tokens.within(0, reads, keep).mask())[0]
