@@ -21,6 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxid.kernels.stacks import LayerSlice
+
 _SMALLEST = 256
 """Shortest side of a matrix for which the kernel runs; copying smaller ones costs next to nothing."""
 
@@ -28,36 +30,12 @@ _BLOCKS = 264
 """Programs that keep a large GPU busy, two for each of an H100's processors; for few tokens, K is split to get them."""
 
 
-class LayerMatrix(NamedTuple):
-    """One layer's matrix of a stack.
-
-    Attributes:
-        stack: the matrices of all layers.
-        index: the layer.
-        value: its matrix, sliced out of the stack; programs for GPU and TPU never use, and so never make the slice.
-    """
-
-    stack: Float[Array, "L K N"]
-    index: Int[Array, ""] | int
-    value: Float[Array, "K N"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix."""
-        return self.value.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of its numbers."""
-        return self.value.dtype
-
-
 def runs(dtype: Any, inputs: int, outputs: int) -> bool:
     """Whether GPUs read a matrix of this type and shape out of its stack."""
     return jnp.dtype(dtype).itemsize == 2 and min(inputs, outputs) >= _SMALLEST
 
 
-def product(x: Float[Array, "M K"], matrix: LayerMatrix) -> Float[Array, "M N"]:
+def product(x: Float[Array, "M K"], matrix: LayerSlice) -> Float[Array, "M N"]:
     """The matrix product x @ matrix, in the dtype of x."""
     if x.dtype != matrix.dtype or not runs(x.dtype, *matrix.shape):
         return x @ matrix.value

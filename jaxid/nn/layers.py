@@ -11,8 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
-from jaxid.kernels.product import LayerMatrix, product
+from jaxid.kernels.product import product
 from jaxid.kernels.product import runs as reads_stack
+from jaxid.kernels.stacks import LayerSlice
 from jaxid.nn.fields import check_types
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -220,14 +221,14 @@ def _affine(x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | N
 
 
 def flat_product(
-    x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"] | LayerMatrix
+    x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"] | LayerSlice
 ) -> Float[Array, "*B outputs"]:
     """A linear map of the last axis as one product of two matrices, whatever other axes there are.
 
     XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = checkpoint_name(product(flat, kernel) if isinstance(kernel, LayerMatrix) else flat @ kernel, _PRODUCT)
+    y = checkpoint_name(product(flat, kernel) if isinstance(kernel, LayerSlice) else flat @ kernel, _PRODUCT)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
@@ -263,9 +264,9 @@ def parameters_of(stack: Tree, layer: Layer, slices: Tree | None = None) -> Tree
         slices: its parameters, if they are at hand.
     """
 
-    def read(stack: Array, own: Array) -> Array | LayerMatrix:
+    def read(stack: Array, own: Array) -> Array | LayerSlice:
         lazy = stack.ndim == 3 and reads_stack(stack.dtype, *stack.shape[1:])
-        return LayerMatrix(stack, layer, own) if lazy else own
+        return LayerSlice(stack, layer, own) if lazy else own
 
     return jax.tree.map(read, stack, layer_of(stack, layer) if slices is None else slices)
 

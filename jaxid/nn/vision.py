@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxid.errors import CheckpointError, InputError
-from jaxid.kernels.product import LayerMatrix
+from jaxid.kernels.stacks import LayerSlice
 from jaxid.nn.fields import check_patches
 from jaxid.nn.keys import Key, layer_norm, prefixed
 from jaxid.nn.layers import LayerNorm, filled, flat_product, normal, stacked
@@ -128,7 +128,7 @@ def patches(pixels: Float[Array, "N C Y X"], side: int) -> Float[Array, "N I F"]
 def embedded(patches: Float[Array, "*N I F"], kernel: Float[Array, "F D"]) -> Float[Array, "*N I D"]:
     """Patches as tokens."""
     # Such a product reads inputs of any length; cuBLAS would take a copy of the matrix, padded to a multiple of 8.
-    return flat_product(patches, LayerMatrix(kernel[None], 0, kernel))
+    return flat_product(patches, LayerSlice(kernel[None], 0, kernel))
 
 
 class VisionTower(nnx.Module):

@@ -135,15 +135,16 @@ PRODUCTS = """
     import json, sys
     import jax, jax.numpy as jnp
     import accelerator_targets
-    from jaxid.kernels.product import LayerMatrix, product
+    from jaxid.kernels.product import product
+    from jaxid.kernels.stacks import LayerSlice
 
     target = accelerator_targets.Target(accelerator_targets.DEVICES[sys.argv[1]])
 
     def layers(x, wide, narrow):
         def step(x, own):
             index, up, down = own
-            inner = jax.nn.silu(product(x, LayerMatrix(wide, index, up)))
-            return product(inner, LayerMatrix(narrow, index, down)), None
+            inner = jax.nn.silu(product(x, LayerSlice(wide, index, up)))
+            return product(inner, LayerSlice(narrow, index, down)), None
 
         return jax.lax.scan(step, x, (jnp.arange(len(wide)), wide, narrow))[0]
 

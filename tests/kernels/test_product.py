@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxid.kernels import product
-from jaxid.kernels.product import LayerMatrix, everywhere, stacked_product
+from jaxid.kernels.product import everywhere, stacked_product
+from jaxid.kernels.stacks import LayerSlice
 from jaxid.nn.layers import Learning, stacked
 from jaxid.nn.transformer import Block, BlockConfig, run_blocks
 
@@ -63,7 +64,7 @@ def layers(x: jax.Array, stack: jax.Array, *, lazily: bool) -> jax.Array:
 
     def step(x: jax.Array, own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         index, value = own
-        return jnp.tanh(product.product(x, LayerMatrix(stack, index, value)) if lazily else x @ value), None
+        return jnp.tanh(product.product(x, LayerSlice(stack, index, value)) if lazily else x @ value), None
 
     return jax.lax.scan(step, x, (jnp.arange(stack.shape[0]), stack))[0]
 
