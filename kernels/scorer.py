@@ -38,7 +38,7 @@ PAIRS = 64
 """Pairs in a tile on CPU: enough to fill vector registers, and few enough for a core's caches to hold the activations.
 """
 
-LARGE_TILE = (32, 256)
+LARGE_TILE = (64, 256)
 """Pictures and captions in a tile on GPUs and TPUs, if there are as many. The maps of a tile are written to memory, 12
 KB each for 197 x 30 tokens."""
 
@@ -183,25 +183,27 @@ def _by_platform(
 
 
 class _Side(NamedTuple):
-    """Tokens of pictures or captions, centred, and their mean; 16-bit numbers are divided by the largest one."""
+    """Tokens of pictures or captions minus their mean, and then the mean; 16-bit numbers are divided by the largest."""
 
-    rest: Float[Array, "*n S E"]
-    rest_scale: Float[Array, "*n 1 1"]
-    mean: Float[Array, "*n 1 E"]
-    mean_scale: Float[Array, "*n 1 1"]
+    tokens: Float[Array, "*n S E"]
+    rest_scale: Float[Array, "*n"]
+    mean_scale: Float[Array, "*n"]
 
 
 def _side(tokens: Float[Array, "*n S E"], block: banded.Block | None) -> _Side:
     """One side of the products, ready before the first tile."""
     mean, rest = centred(tokens, -2)
-    if block:  # matrix units read 16 numbers at a time
-        mean, rest = (jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -part.shape[-1] % 16)]) for part in (mean, rest))
-    found: list[Array] = []
-    for part in (rest, mean):
-        largest = jnp.abs(part).max(axis=(-2, -1), keepdims=True) if block else jnp.ones((1,) * part.ndim)
-        scale = jax.lax.stop_gradient(jnp.broadcast_to(largest, (*part.shape[:-2], 1, 1)))
-        found += [(part / jnp.where(scale > 0, scale, 1)).astype(block.dtype if block else jnp.float32), scale]
-    return _Side(*found)
+    if not block:
+        ones = jnp.ones(tokens.shape[:-2])
+        return _Side(jnp.concatenate([rest, mean], axis=-2), ones, ones)
+    rest_scale, mean_scale = (jax.lax.stop_gradient(jnp.abs(part).max(axis=(-2, -1))) for part in (rest, mean))
+    parts = [
+        part / jnp.where(scale > 0, scale, 1)[..., None, None]
+        for part, scale in ((rest, rest_scale), (mean, mean_scale))
+    ]
+    whole = jnp.concatenate(parts, axis=-2).astype(block.dtype)
+    gap = [(0, 0)] * (whole.ndim - 1) + [(0, -whole.shape[-1] % 16)]  # matrix units read 16 numbers at a time
+    return _Side(jnp.pad(whole, gap), rest_scale, mean_scale)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -266,29 +268,30 @@ def _maps(
 ) -> Float[Array, "I *a"]:
     """Standardised maps [I, p, q, T], or [I, T, p, q] if a block has its pairs last; columns padded as it needs.
 
-    The terms of a product of sides with means, see `similarity.moments`, are small when they are added.
+    One product makes the maps, and as a last row and column what the means contribute (`similarity.moments`), which is
+    small when it is added.
     """
     last = bool(block and block.pairs_last)
-
-    def product(left: Array, right: Array) -> Float[Array, "p I a b"]:
-        """One product of two matrices, whose output is in the order in which it is read."""
-        right = jnp.transpose(right, (2, 1, 0) if last else (2, 0, 1))
-        found = left.reshape(-1, left.shape[-1]) @ right.reshape(len(right), -1)
-        return found.reshape(*left.shape[:2], *right.shape[1:]).astype(jnp.float32)
+    right = jnp.transpose(texts.tokens, (2, 1, 0) if last else (2, 0, 1))
+    found = images.tokens.reshape(-1, len(right)) @ right.reshape(len(right), -1)
+    found = found.reshape(*images.tokens.shape[:2], *right.shape[1:])
+    column = 2 if last else 3
 
     def spread(value: Float[Array, "#p #q"]) -> Array:
-        return value[:, None, None] if last else value[:, None, :, None]
+        return jnp.expand_dims(value, (1, column))
 
-    def scale(left: Array, right: Array) -> Array:
-        return spread(left[..., 0] * right[:, 0, 0])
+    def term(row: slice, place: slice, left: Float[Array, "p"], right: Float[Array, "q"]) -> Array:
+        part = found[:, row, place] if last else found[:, row, :, place]
+        return part.astype(jnp.float32) * spread(left[:, None] * right)
 
-    whole = product(images.rest, texts.rest) * scale(images.rest_scale, texts.rest_scale)
-    whole += product(images.rest, texts.mean) * scale(images.rest_scale, texts.mean_scale)
-    whole += product(images.mean, texts.rest) * scale(images.mean_scale, texts.rest_scale)
+    tokens, mean = slice(None, -1), slice(-1, None)
+    whole = term(tokens, tokens, images.rest_scale, texts.rest_scale)
+    whole += term(tokens, mean, images.rest_scale, texts.mean_scale)
+    whole += term(mean, tokens, images.mean_scale, texts.rest_scale)
     whole = (whole + spread(offset)) / spread(deviation)
     if block:
-        extra = banded.padded_columns(texts.rest.shape[1], block) - texts.rest.shape[1]
-        gaps = [(0, extra if axis == (2 if last else 3) else 0) for axis in range(4)]
+        extra = banded.padded_columns(whole.shape[column], block) - whole.shape[column]
+        gaps = [(0, extra if axis == column else 0) for axis in range(4)]
         whole = jnp.pad(whole.astype(block.dtype), gaps)
     return jnp.moveaxis(whole, 0, 2 if last else 1)
 

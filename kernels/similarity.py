@@ -6,7 +6,7 @@ additional coordinate, where the picture tokens hold that word's vector.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,37 +102,58 @@ def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: 
     spread = jnp.square(flat).sum()
 
     def of_picture(
-        picture: Float[Array, "I E"], second: Float[Array, "E E"] | None = None
+        mean: Float[Array, "1 E"], rest: Float[Array, "I E"], second: Float[Array, "E E"] | None = None
     ) -> tuple[Float[Array, "E"], Float[Array, "m"], Float[Array, ""], Bool[Array, ""]]:
-        mean, rest = centred(picture, 0)
         squares = text_tokens * jnp.square(rest @ text_means.T).sum(axis=0)
         squares += image_tokens * jnp.square(text_rest @ mean[0]).sum(axis=1)
-        rounded = jnp.array(False)
+        size, rounded = jnp.square(rest).sum(), jnp.array(False)
         if group == "pair":
             squares += jnp.square(jnp.einsum("ie,mte->mit", rest, text_rest)).sum((1, 2))
         elif second is None:
             squares = (squares.sum() + jnp.square(rest @ flat.T).sum())[None]
         else:
             both = ((rest @ second) * rest).sum()
-            squares, rounded = (squares.sum() + both)[None], both < _RIGHT_ANGLE * jnp.square(rest).sum() * spread
-        return mean[0], squares, jnp.square(picture).sum(), rounded
+            squares, rounded = (squares.sum() + both)[None], both < _RIGHT_ANGLE * size * spread
+        return mean[0], squares, size + image_tokens * jnp.square(mean).sum(), rounded
 
-    def of_pictures(*second: Float[Array, "E E"]) -> tuple[Array, ...]:
-        def some(pictures: Float[Array, "N I E"], *second: Array, together: int | None = None) -> tuple[Array, ...]:
-            return jax.lax.map(lambda picture: of_picture(picture, *second), pictures, batch_size=together)
+    def some(images: Float[Array, "N I E"], *second: Float[Array, "E E"], together: int | None = None) -> Any:
+        return jax.lax.map(lambda picture: of_picture(*centred(picture, 0), *second), images, batch_size=together)
 
+    def precise(images: Float[Array, "N I E"], *second: Float[Array, "E E"], together: Any = lambda *_: None) -> Any:
+        found = some(images, *second, together=together(*second))
+        if second:
+            found = jax.lax.cond(found[-1].any(), lambda: some(images, together=together()), lambda: found)
+        return (found[0], *(value.sum(0, keepdims=True) for value in found[1:3])) if group == "call" else found[:3]
+
+    def few(*second: Float[Array, "E E"]) -> int:
+        """How many pictures GPUs and TPUs compute at once."""
         numbers = image_tokens * text_tokens * captions  # of a picture's maps, or its products
         if second:
             numbers = image_tokens * (captions + width) + captions * text_tokens
-        together = max(1, _NUMBERS_TOGETHER // numbers)
-        return jax.lax.platform_dependent(images, *second, cpu=some, default=partial(some, together=together))
+        return max(1, _NUMBERS_TOGETHER // numbers)
 
-    if group == "pair" or captions * text_tokens <= width:
-        found = of_pictures()
-    else:
-        found = of_pictures(flat.T @ flat)
-        found = jax.lax.cond(found[-1].any(), of_pictures, lambda: found)
-    image_means, squares, lengths, _ = found
+    def of_call(images: Float[Array, "N I E"], second: Float[Array, "E E"]) -> tuple[Array, Array, Array]:
+        """By second moments of all pictures, for which GPUs and TPUs read the tokens once."""
+        means, rest = centred(images, 1)
+        own = rest.reshape(-1, width).T @ rest.reshape(-1, width)
+        others, size = (second, text_tokens * (text_means.T @ text_means)), jnp.trace(own)
+        terms = jnp.stack([(own * other).sum() for other in others])
+        rounded = terms < _RIGHT_ANGLE * size * jnp.stack([jnp.trace(other) for other in others])
+        squares = jax.lax.cond(
+            rounded.any(),
+            lambda: jax.lax.map(lambda one: of_picture(*one)[1], (means, rest), batch_size=few()).sum(),
+            lambda: terms.sum() + image_tokens * jnp.square(text_rest @ means[:, 0].T).sum(),
+        )
+        lengths = size + image_tokens * jnp.square(means).sum()
+        return means[:, 0], squares[None, None], lengths[None]
+
+    by_moments = group != "pair" and captions * text_tokens > width
+    image_means, squares, lengths = jax.lax.platform_dependent(
+        images,
+        *((flat.T @ flat,) if by_moments else ()),
+        cpu=precise,
+        default=of_call if by_moments and group == "call" else partial(precise, together=few),
+    )
     count, limit = image_tokens * text_tokens, lengths[:, None] * jnp.square(texts).sum(axis=(1, 2))
     if group == "pair":
         return Moments(image_means @ text_means.T, _deviation(squares, limit, count), jnp.zeros((1, 1)))
