@@ -34,11 +34,29 @@ def _dense_maps(out: Dims, operands: Sequence[Dims]) -> float:
     return 2.0 * math.prod(out) * (rows * (math.prod(first) + blocks * math.prod(second)) + math.prod(wide))
 
 
+def _dense_maps_in_lanes(out: Dims, operands: Sequence[Dims]) -> float:
+    first, second, wide = operands[2], operands[4], operands[6]
+    return 2.0 * math.prod(out) * (wide[0] * (2 * math.prod(first) + math.prod(second)) + math.prod(wide))
+
+
+def _keys(operands: Sequence[Dims]) -> int:
+    """How many keys attention reads: of a stack of all layers, as many as its mask has, which is told before them."""
+    stacked = len(operands[-2]) == 6
+    return min(operands[-2][-2], operands[-4][-1]) if stacked else operands[-2][-2]
+
+
+def _read_by_attention(operands: Sequence[Dims]) -> Sequence[float]:
+    """All operands; of stacked keys and values, one layer's."""
+    stacked = len(operands[-2]) == 6
+    share = _keys(operands) / math.prod(operands[-2][i] for i in (1, 4)) if stacked else 1.0
+    return [*[1.0] * (len(operands) - 2), share, share]
+
+
 KERNELS: Mapping[str, Kernel] = {
     # `jaxid.kernels.flash`: two products with all scores, then three and four. The last operands are query, key and
     # value; or query, the gradient of what was read, key, value and two numbers of every query. Pairs that a mask
     # excludes count too.
-    "attention_forward": Kernel(lambda out, operands: 4.0 * math.prod(out) * operands[-2][-2]),
+    "attention_forward": Kernel(lambda out, operands: 4.0 * math.prod(out) * _keys(operands), _read_by_attention),
     "attention_query_gradient": Kernel(lambda out, operands: 6.0 * math.prod(out) * operands[-4][-2]),
     "attention_key_gradient": Kernel(
         lambda out, operands: 8.0 * out[0] * math.prod(out[-2:]) * math.prod(operands[-6][-3:-1])
@@ -48,6 +66,9 @@ KERNELS: Mapping[str, Kernel] = {
     "layer_product_transposed": Kernel(_layer_product, lambda operands: (1, 1, 1 / operands[2][0])),
     # `jaxid.kernels.banded`: maps and three stacks of matrices, of which the first two serve all rows of a map.
     "dense_map_scores": Kernel(_dense_maps),
+    # `jaxid.kernels.lanes`: products of tokens and four factors, then weights and biases in turn; two rows at each step
+    # take the first matrix twice, and the second ones and a part of the third once.
+    "dense_map_scores_in_lanes": Kernel(_dense_maps_in_lanes),
 }
 """The library's own kernels by name."""
 

@@ -17,13 +17,18 @@ from jaxtyping import Array, Bool, Float
 
 from jaxid.kernels import flash
 from jaxid.kernels.blocks import LOWEST, Target
+from jaxid.kernels.flash import Stacks
 from jaxid.kernels.masks import Reads
+from jaxid.kernels.stacks import LayerSlice
 
 _HEADWISE_FROM = 64 * 64
 """Number of scores per head from which processing one head at a time pays on CPU."""
 
 _KERNEL_FROM = 64 * 64
 """Number of scores per head from which the kernel is used on GPU and TPU."""
+
+_STACKED_FROM = 128
+"""Number of keys of a stack from which the kernel is used on GPU, where products would copy them."""
 
 _QUERY_BLOCK = 192
 """Queries in a block on CPU; the keys after a block are skipped where attention is causal."""
@@ -54,7 +59,7 @@ Implementation = Literal["batched", "headwise", "cuda", "tpu", "cuda-interpreted
 
 
 def chosen(
-    platform: str, query: Sequence[int], key: Sequence[int], dtype: Any = jnp.bfloat16
+    platform: str, query: Sequence[int], key: Sequence[int], dtype: Any = jnp.bfloat16, *, stacked: bool = False
 ) -> Literal["batched", "headwise", "cuda", "tpu"]:
     """Which implementation a platform gets.
 
@@ -63,6 +68,7 @@ def chosen(
         query: the shape of the queries, [B, H, S, E].
         key: the shape of the keys, [B, K, T, E].
         dtype: of both.
+        stacked: whether keys and values lie in a stack.
 
     Returns:
         "cuda" or "tpu" for the kernel of that platform, "headwise" for one head at a time, "batched" for products.
@@ -70,7 +76,8 @@ def chosen(
     scores = query[2] * key[2]
     if platform == "cpu":
         return "headwise" if scores >= _HEADWISE_FROM else "batched"
-    if platform in ("cuda", "tpu") and scores >= _KERNEL_FROM and flash.takes(Target(platform), query, key, dtype):
+    enough = scores >= _KERNEL_FROM or (stacked and platform == "cuda" and key[2] >= _STACKED_FROM)
+    if platform in ("cuda", "tpu") and enough and flash.takes(Target(platform), query, key, dtype):
         return platform
     return "batched"
 
@@ -160,11 +167,14 @@ def _plainly(name: str, problem: _Problem, query: Array, key: Array, value: Arra
     return _batched(query, key, value, mask, problem.dtype)
 
 
-def _branches(problem: _Problem, query: Array, key: Array, reads: Any) -> dict[str, str]:
+def _branches(problem: _Problem, query: Array, key: Array, reads: Any, stacks: Stacks | None) -> dict[str, str]:
     """The implementation of every platform; `default` is that of those without a name."""
     if problem.implementation is not None:
         return {"default": problem.implementation}
-    names = {platform: chosen(platform, query.shape, key.shape, query.dtype) for platform in ("cpu", "cuda", "tpu")}
+    names = {
+        platform: chosen(platform, query.shape, key.shape, query.dtype, stacked=stacks is not None)
+        for platform in ("cpu", "cuda", "tpu")
+    }
     if reads is not None and not isinstance(reads, Reads):
         names = {platform: name if name == "headwise" else "batched" for platform, name in names.items()}
     return {"default": "batched"} if set(names.values()) == {"batched"} else {**names, "default": "batched"}
@@ -182,26 +192,32 @@ def _select(branches: dict[str, Any], *arguments: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> Any:
+def _attention(problem: _Problem, query: Array, key: Array, value: Array, reads: Any, stacks: Stacks | None) -> Any:
     """The part of all keys, by the implementation that each platform has for it."""
 
     def branch(name: str) -> Any:
         target = _target(name)
         if target is None:
-            return functools.partial(_plainly, name, problem)
-        return lambda query, key, value, reads: Part(*flash.forward(query, key, value, reads, target, problem.dtype))
+            return lambda *arguments: _plainly(name, problem, *arguments[:4])
 
-    names = _branches(problem, query, key, reads)
-    return _select({platform: branch(name) for platform, name in names.items()}, query, key, value, reads)
+        def kernel(query: Array, key: Array, value: Array, reads: Any, stacks: Stacks | None) -> Part:
+            return Part(*flash.forward(query, key, value, reads, target, problem.dtype, stacks))
+
+        return kernel
+
+    names = _branches(problem, query, key, reads, stacks)
+    return _select({platform: branch(name) for platform, name in names.items()}, query, key, value, reads, stacks)
 
 
-def _attention_forward(problem: _Problem, query: Array, key: Array, value: Array, reads: Any) -> tuple[Any, Any]:
-    part = _attention(problem, query, key, value, reads)
-    return part, (query, key, value, reads, part)
+def _attention_forward(
+    problem: _Problem, query: Array, key: Array, value: Array, reads: Any, stacks: Stacks | None
+) -> tuple[Any, Any]:
+    part = _attention(problem, query, key, value, reads, stacks)
+    return part, (query, key, value, reads, stacks, part)
 
 
-def _attention_backward(problem: _Problem, residuals: Any, slope: Part) -> tuple[Array, Array, Array, None]:
-    query, key, value, reads, part = residuals
+def _attention_backward(problem: _Problem, residuals: Any, slope: Part) -> tuple[Array, Array, Array, None, None]:
+    query, key, value, reads, stacks, part = residuals
 
     def branch(name: str) -> Any:
         target = _target(name)
@@ -217,9 +233,9 @@ def _attention_backward(problem: _Problem, residuals: Any, slope: Part) -> tuple
 
         return plain
 
-    names = _branches(problem, query, key, reads)
+    names = _branches(problem, query, key, reads, stacks)
     branches = {platform: branch(name) for platform, name in names.items()}
-    return *_select(branches, query, key, value, reads, part, slope), None
+    return *_select(branches, query, key, value, reads, part, slope), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -227,8 +243,8 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def part(
     query: Float[Array, "B H S E"],
-    key: Float[Array, "B K T E"],
-    value: Float[Array, "B K T E"],
+    key: Float[Array, "B K T E"] | LayerSlice,
+    value: Float[Array, "B K T E"] | LayerSlice,
     reads: Reads | Bool[Array, "#B #S T"] | None = None,
     *,
     causal: bool = False,
@@ -239,8 +255,8 @@ def part(
 
     Args:
         query: the queries, not yet scaled.
-        key: the keys.
-        value: the values.
+        key: the keys; the first T of a layer are read where they lie in a stack [L, B, K, N, E].
+        value: the values, in the same form.
         reads: which keys each query may read; None for all of them. Arrays of booleans are not for the kernel.
         causal: promises that no query reads a later key, where query S - 1 and key T - 1 are the same token. On CPU
             later keys are then skipped; the kernel skips what it need not read in any case.
@@ -251,9 +267,15 @@ def part(
         The part, with axes [B, H, S]; scores and softmax are computed in float32.
     """
     problem = _Problem(causal, jnp.dtype(value.dtype if dtype is None else dtype), implementation)
-    if implementation is None and query.shape[2] * key.shape[2] < min(_HEADWISE_FROM, _KERNEL_FROM):
+    stacks, least = None, min(_HEADWISE_FROM, _KERNEL_FROM)
+    if isinstance(key, LayerSlice) and isinstance(value, LayerSlice):
+        layers = jax.lax.stop_gradient(key.stack), jax.lax.stop_gradient(value.stack)
+        stacks = Stacks(*layers, jnp.asarray(key.index, jnp.int32))
+        least = least if key.shape[2] < _STACKED_FROM else 0
+    key, value = (array.value if isinstance(array, LayerSlice) else array for array in (key, value))
+    if implementation is None and query.shape[2] * key.shape[2] < least:
         return _plainly("batched", problem, query, key, value, reads)
-    return _attention(problem, query, key, value, reads)
+    return _attention(problem, query, key, value, reads, stacks)
 
 
 def attend(
@@ -294,8 +316,8 @@ def _row_by_row(leaf: Float[Array, "B H C *rest"], rows: int) -> Float[Array, "R
 
 def prefix_part(
     query: Float[Array, "R B S H E"],
-    key: Float[Array, "B K P E"],
-    value: Float[Array, "B K P E"],
+    key: Float[Array, "B K P E"] | LayerSlice,
+    value: Float[Array, "B K P E"] | LayerSlice,
     reads: Reads | Bool[Array, "B #S P"] | None,
     *,
     implementation: Implementation | None = None,
@@ -304,8 +326,8 @@ def prefix_part(
 
     Args:
         query: the queries of all rows, not yet scaled.
-        key: the keys of the prefix, heads first.
-        value: the values of the prefix, heads first.
+        key: the keys of the prefix, heads first; those of a layer may lie in a stack, as in `part`.
+        value: the values of the prefix, in the same form.
         reads: which keys each of the S queries may read, the same for all rows.
         implementation: that of the platform if None.
 
@@ -337,8 +359,8 @@ def suffix_part(
 
 
 def shared_prefix_attention(
-    prefix_key: Float[Array, "B K P E"],
-    prefix_value: Float[Array, "B K P E"],
+    prefix_key: Float[Array, "B K P E"] | LayerSlice,
+    prefix_value: Float[Array, "B K P E"] | LayerSlice,
     prefix_reads: Reads,
     query: Float[Array, "R B S H E"],
     key: Float[Array, "R B K T E"],
@@ -353,8 +375,8 @@ def shared_prefix_attention(
     queries of all rows are laid side by side for both parts if the kernel takes them.
 
     Args:
-        prefix_key: the keys of the prefix, heads first.
-        prefix_value: the values of the prefix, heads first.
+        prefix_key: the keys of the prefix, heads first; those of a layer may lie in a stack, as in `part`.
+        prefix_value: the values of the prefix, in the same form.
         prefix_reads: which keys of the prefix each of the S queries may read, the same for all rows.
         query: the queries of all rows, not yet scaled.
         key: every row's own keys, heads first.
@@ -369,13 +391,13 @@ def shared_prefix_attention(
     rows, batch, length, heads, width = query.shape
     kv_heads, keys = key.shape[2:4]
 
-    def apart(query: Array, key: Array, value: Array, prefix_key: Array, prefix_value: Array) -> Array:
+    def apart(query: Array, key: Array, value: Array, prefix_key: Any, prefix_value: Any) -> Array:
         own = suffix_part(query, key, value, reads.mask()[None])
         if prefix_key.shape[2] == 0:
             return merge(own).astype(value.dtype)
         return merge(prefix_part(query, prefix_key, prefix_value, prefix_reads), own).astype(value.dtype)
 
-    def together(query: Array, key: Array, value: Array, prefix_key: Array, prefix_value: Array) -> Array:
+    def together(query: Array, key: Array, value: Array, prefix_key: Any, prefix_value: Any) -> Array:
         query = _side_by_side(query)
         own = [jnp.moveaxis(array, 0, 2).reshape(batch, kv_heads, rows * keys, width) for array in (key, value)]
         options: Any = {"dtype": jnp.float32, "implementation": implementation}

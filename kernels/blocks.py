@@ -6,7 +6,7 @@ the gradient of the queries, and once for blocks of keys, for that of keys and v
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -90,6 +90,20 @@ class Call(NamedTuple):
         return pl.program_id(2) * self.own_block if self.triton else 0
 
 
+def _even(length: int, most: int) -> int:
+    """A multiple of 128 that leaves little of the last block empty; small blocks cost something each."""
+    return min(range(128, most + 1, 128), key=lambda size: -(-length // size) * (size + 64))
+
+
+def sizes(target: Target, own: int, other: int, width: int, dtype: Any, *, backward: bool) -> tuple[int, int]:
+    """Tokens in a program's own block, and in one step."""
+    if target.platform == "tpu":
+        return _even(own, 512), _even(other, 512)
+    size = jnp.dtype(dtype).itemsize * max(64, pl.next_power_of_2(width))
+    most, walk = (128, 64) if size <= 256 and not backward else (64, 32) if size <= 512 else (32, 32)
+    return max(16, min(most, pl.next_power_of_2(own))), max(16, min(walk, pl.next_power_of_2(other)))
+
+
 def _tile(call: Call, ref: Any, start: Any, first: Any, size: int, length: int, lead: tuple[Any, ...] = ()) -> Array:
     """Rows of an array from `start`, where row `first` of [length, E] lies; zeros after the end of that."""
     ragged = length % size > 0
@@ -146,12 +160,23 @@ def _dot(call: Call, a: Array, b: Array, *, transposed: bool = False) -> Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _needed(call: Call, at: dict[str, Any], row: Callable[[Any], Any]) -> tuple[Any, Any]:
+Rows = Mapping[str, Callable[[Any], Any]]
+"""By the names of the small arrays that every program sees whole: from its row in the grid to the array's own."""
+
+
+def _needed(call: Call, at: dict[str, Any], rows: Rows) -> tuple[Any, Any]:
     """The range of blocks of other tokens that the program's own tokens need."""
     if "bounds" not in at:
         return 0, call.other_blocks
-    index = 2 * (row(pl.program_id(0)) * call.own_blocks + pl.program_id(2))
+    index = 2 * (rows["bounds"](pl.program_id(0)) * call.own_blocks + pl.program_id(2))
     return at["bounds"][index], at["bounds"][index + 1]
+
+
+def _layer(call: Call, at: dict[str, Any], rows: Rows) -> tuple[Any, ...]:
+    """The index of the first axis of keys and values, if programs see those of all layers, as on GPU."""
+    if "layers" not in at or not call.triton:
+        return ()
+    return (at["layers"][rows["layers"](pl.program_id(0))],)
 
 
 def _walk(call: Call, needed: tuple[Any, Any], step: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -190,14 +215,16 @@ def _scores_of_queries(call: Call, at: dict[str, Any], query: Array) -> Callable
     return scores
 
 
-def forward_kernel(call: Call, row: Callable[[Any], Any], *refs: Any) -> None:
+def forward_kernel(call: Call, rows: Rows, *refs: Any) -> None:
     """What a block of queries reads, and the log-sum-exp of their scores."""
     at = dict(zip(call.names, refs, strict=True))
-    scores_of = _scores_of_queries(call, at, _own(call, at["query"]))
+    scores_of, layer = _scores_of_queries(call, at, _own(call, at["query"])), _layer(call, at, rows)
 
     def step(start: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mixed, largest, total = carry
-        key, value = (_tile(call, at[name], start, start, call.other_block, call.other) for name in ("key", "value"))
+        key, value = (
+            _tile(call, at[name], start, start, call.other_block, call.other, layer) for name in ("key", "value")
+        )
         scores = scores_of(key, start)
         higher = jnp.maximum(largest, scores.max(axis=1, keepdims=True))
         weights, shrink = jnp.exp2(scores - higher), jnp.exp2(largest - higher)
@@ -207,7 +234,7 @@ def forward_kernel(call: Call, row: Callable[[Any], Any], *refs: Any) -> None:
     size = call.own_block
     carry = jnp.zeros((size, call.padded_width)), jnp.full((size, 1), LOWEST), jnp.zeros((size, 1))
     carry = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), carry)
-    mixed, largest, total = _walk(call, _needed(call, at, row), step, carry)
+    mixed, largest, total = _walk(call, _needed(call, at, rows), step, carry)
     reads = largest > LOWEST / 2
     _put(call, at["out"], jnp.where(reads, mixed / total, 0.0))
     lse = jnp.where(reads, (largest + jnp.log2(total)) / LOG2E, LOWEST)
@@ -217,7 +244,7 @@ def forward_kernel(call: Call, row: Callable[[Any], Any], *refs: Any) -> None:
         at["lse"][...] = lse.reshape(1, size)
 
 
-def query_kernel(call: Call, row: Callable[[Any], Any], *refs: Any) -> None:
+def query_kernel(call: Call, rows: Rows, *refs: Any) -> None:
     """The gradient of a block of queries."""
     at = dict(zip(call.names, refs, strict=True))
     scores_of = _scores_of_queries(call, at, _own(call, at["query"]))
@@ -230,16 +257,16 @@ def query_kernel(call: Call, row: Callable[[Any], Any], *refs: Any) -> None:
         return gradient + _dot(call, slopes.astype(key.dtype), key)
 
     gradient = jnp.zeros((call.own_block, call.padded_width), jnp.float32)
-    gradient = _walk(call, _needed(call, at, row), step, gradient)
+    gradient = _walk(call, _needed(call, at, rows), step, gradient)
     _put(call, at["query_gradient"], gradient * call.width**-0.5)
 
 
-def key_kernel(call: Call, row: Callable[[Any], Any], *refs: Any) -> None:
+def key_kernel(call: Call, rows: Rows, *refs: Any) -> None:
     """The gradients of a block of keys and of their values, from all query heads that share them."""
     at = dict(zip(call.names, refs, strict=True))
     key, value = _own(call, at["key"]), _own(call, at["value"])
     keys = {name: _column(call, at[name]) for name in OF_KEYS if name in at}
-    needed = _needed(call, at, row)
+    needed = _needed(call, at, rows)
 
     def head(index: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         def step(start: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -2,8 +2,9 @@
 
 The functions here are not differentiable themselves; `jaxid.kernels.attention` joins `forward` and `backward`. The
 kernels (`jaxid.kernels.blocks`) run on all devices that hold the arrays, and under `jax.vmap` an operand without the
-mapped axis is read where it lies, once for all (`jaxid.kernels.spread`). Inside, arrays have a leading axis V of such
-mapped rows, and query heads are split into the K heads of the keys and the G that share each.
+mapped axis is read where it lies, once for all (`jaxid.kernels.spread`). So are one layer's keys and values in a stack.
+Inside, arrays have a leading axis V of such mapped rows, and query heads are split into the K heads of the keys and the
+G that share each.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxid.kernels import masks
 from jaxid.kernels.blocks import (
@@ -29,6 +30,7 @@ from jaxid.kernels.blocks import (
     forward_kernel,
     key_kernel,
     query_kernel,
+    sizes,
 )
 from jaxid.kernels.masks import Reads
 from jaxid.kernels.spread import Kernel, spread, varying
@@ -40,13 +42,17 @@ _MOST_VMEM = 48 * 2**20
 """Of a TPU core's fast memory, for the blocks of a program; every TPU since v5 has more."""
 
 
+_RowOf = Callable[[Any], Any]
+"""From the row of a grid to that of an operand."""
+
+
 class _Rows(NamedTuple):
     """The V mapped rows and B prompts of a call, which one axis of its grid counts."""
 
     mapped: int
     batch: int
 
-    def of(self, operand: "_Rows") -> Callable[[Any], Any]:
+    def of(self, operand: "_Rows") -> _RowOf:
         """From that count to the row of an operand that has fewer of either."""
         if operand == self:
             return lambda index: index
@@ -60,6 +66,14 @@ class _Rows(NamedTuple):
         return row
 
 
+class Stacks(NamedTuple):
+    """Where one layer's keys and values lie among those of all layers, of N tokens or more than are read."""
+
+    keys: Float[Array, "L B K N E"]
+    values: Float[Array, "L B K N E"]
+    index: Int[Array, ""]
+
+
 class _Operand(NamedTuple):
     """An array of a kernel.
 
@@ -69,6 +83,7 @@ class _Operand(NamedTuple):
         dtype: of the elements.
         own: whether the program sees its own tokens or those over which it walks.
         group: how many of its heads the program sees, one after another; 0 for a single one.
+        layers: how many of them lie one after another in every mapped row, [V, L, B, ...]; 0 if it is not a stack.
     """
 
     name: str
@@ -76,6 +91,7 @@ class _Operand(NamedTuple):
     dtype: Any
     own: bool
     group: int = 0
+    layers: int = 0
 
 
 def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSpec:
@@ -96,9 +112,26 @@ def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSp
     return pl.BlockSpec((None, group, tokens, call.padded_width), index)
 
 
+def _stacked_block(call: Call, rows: _Rows, heads: int, operand: _Operand, layer_of: _RowOf) -> pl.BlockSpec:
+    """The same for a stack: the layer on TPU; all of them on GPU, where the kernel selects its own."""
+    mapped, batch, kv_heads = operand.shape[:3]
+    row, stack, share = rows.of(_Rows(mapped, batch)), rows.of(_Rows(mapped, 1)), heads // kv_heads
+
+    def index(i: Any, head: Any, block: Any, *refs: Any) -> tuple[Any, ...]:
+        del block
+        layer = 0 if call.triton else refs[-1][layer_of(i)]
+        prompt = jax.lax.rem(row(i), batch) if batch > 1 else 0
+        return (stack(i), layer, prompt, head if share == 1 else jax.lax.div(head, share), 0, 0)
+
+    layers = operand.layers if call.triton else None
+    return pl.BlockSpec((None, layers, None, None, call.filled(False), call.padded_width), index)
+
+
 def _flat(call: Call, operand: _Operand) -> jax.ShapeDtypeStruct:
     """An operand with one axis of rows; numbers of tokens lie in the last axis, which fills the blocks."""
     mapped, batch, heads, tokens, width = operand.shape
+    if operand.layers:
+        return jax.ShapeDtypeStruct((mapped, operand.layers, batch, heads, tokens, width), operand.dtype)
     last = (tokens, width) if width > 1 else (1, call.filled(operand.own))
     return jax.ShapeDtypeStruct((mapped * batch, heads, *last), operand.dtype)
 
@@ -125,22 +158,33 @@ def _pallas(
     flops: int,
     *,
     by_key: bool = False,
+    layers: Array | None = None,
 ) -> list[Array]:
-    """Runs a kernel over rows, heads and blocks of own tokens, which are keys if `by_key` is true."""
+    """Runs a kernel over rows, heads and blocks of own tokens, which are keys if `by_key` is true.
+
+    Of stacked operands, every mapped row reads the layer that `layers` tells.
+    """
     masked, bounds = _mask_operands(call, reads, by_key=by_key)
     operands = [*masked, *operands]
     inputs = [array.reshape(_flat(call, operand).shape) for operand, array in operands]
     names = tuple(operand.name for operand in (*(operand for operand, _ in operands), *outputs))
-    row, prefetched = rows.of(rows), []
+    prefetched: dict[str, Array] = {}
+    rows_of: dict[str, _RowOf] = {}
     if bounds is not None:
-        row, names = rows.of(_Rows(*masked[0][0].shape[:2])), ("bounds", *names)
-        prefetched = [jnp.stack(bounds, axis=-1).reshape(-1)]
-    grid = (rows.mapped * rows.batch, heads, call.own_blocks)
-    in_specs = [_block(call, rows, heads, operand) for operand, _ in operands]
-    out_specs = [_block(call, rows, heads, operand) for operand in outputs]
-    kinds = varying(*(jax.typeof(array) for array in (*prefetched, *inputs)))
+        prefetched["bounds"] = jnp.stack(bounds, axis=-1).reshape(-1)
+        rows_of["bounds"] = rows.of(_Rows(*masked[0][0].shape[:2]))
+    if layers is not None:  # comes last, where `_stacked_block` looks for it
+        prefetched["layers"], rows_of["layers"] = layers, rows.of(_Rows(layers.shape[0], 1))
+    grid, block = (rows.mapped * rows.batch, heads, call.own_blocks), functools.partial(_block, call, rows, heads)
+    in_specs = [
+        _stacked_block(call, rows, heads, operand, rows_of["layers"]) if operand.layers else block(operand)
+        for operand, _ in operands
+    ]
+    out_specs = [block(operand) for operand in outputs]
+    kinds = varying(*(jax.typeof(array) for array in (*prefetched.values(), *inputs)))
     shapes = [_flat(call, operand).update(**kinds) for operand in outputs]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*inputs, *shapes))
+    size -= sum(array.nbytes // operand.layers * (operand.layers - 1) for operand, array in operands if operand.layers)
     common: dict[str, Any] = {
         "out_shape": shapes,
         "name": name,
@@ -149,14 +193,13 @@ def _pallas(
             flops=flops, bytes_accessed=size, transcendentals=grid[0] * heads * call.own * call.other
         ),
     }
-    kernel = functools.partial(kernel, call._replace(names=names), row)
+    kernel = functools.partial(kernel, call._replace(names=(*prefetched, *names)), rows_of)
     if call.triton:
-        if prefetched:
-            in_specs = [pl.BlockSpec(prefetched[0].shape, lambda *_: (0,)), *in_specs]
+        whole = [pl.BlockSpec(array.shape, lambda *_: (0,)) for array in prefetched.values()]
         wide = call.own_block * call.padded_width > 8192
         params = plgpu.CompilerParams(num_warps=8 if wide else 4, num_stages=2)
         run = pl.pallas_call(
-            kernel, grid=grid, in_specs=in_specs, out_specs=out_specs, compiler_params=params, **common
+            kernel, grid=grid, in_specs=[*whole, *in_specs], out_specs=out_specs, compiler_params=params, **common
         )
     else:
         needed = _vmem(call, [*(operand for operand, _ in operands), *outputs])
@@ -167,27 +210,13 @@ def _pallas(
             num_scalar_prefetch=len(prefetched), grid=grid, in_specs=in_specs, out_specs=out_specs
         )
         run = pl.pallas_call(kernel, grid_spec=spec, compiler_params=params, **common)
-    return list(run(*prefetched, *inputs))
-
-
-def _even(length: int, most: int) -> int:
-    """A multiple of 128 that leaves little of the last block empty; small blocks cost something each."""
-    return min(range(128, most + 1, 128), key=lambda size: -(-length // size) * (size + 64))
-
-
-def _sizes(target: Target, own: int, other: int, width: int, dtype: Any, *, backward: bool) -> tuple[int, int]:
-    """Tokens in a program's own block, and in one step."""
-    if target.platform == "tpu":
-        return _even(own, 512), _even(other, 512)
-    size = jnp.dtype(dtype).itemsize * max(64, pl.next_power_of_2(width))
-    most, walk = (128, 64) if size <= 256 and not backward else (64, 32) if size <= 512 else (32, 32)
-    return max(16, min(most, pl.next_power_of_2(own))), max(16, min(walk, pl.next_power_of_2(other)))
+    return list(run(*prefetched.values(), *inputs))
 
 
 def _call(target: Target, own: int, other: int, query: Array, *, backward: bool) -> Call:
     """A call for the heads of some queries, of which programs own blocks of `own` tokens and walk over `other`."""
     width = query.shape[-1]
-    own_block, other_block = _sizes(target, own, other, width, query.dtype, backward=backward)
+    own_block, other_block = sizes(target, own, other, width, query.dtype, backward=backward)
     return Call(target, own, own_block, other, other_block, width, ())
 
 
@@ -228,6 +257,9 @@ def _numbers(
 
 
 def _heads(name: str, array: Array, *, own: bool, group: int = 0) -> tuple[_Operand, Array]:
+    if array.ndim == 6:
+        mapped, layers, *rest = array.shape
+        return _Operand(name, (mapped, *rest), array.dtype, own, group, layers), array
     return _Operand(name, array.shape, array.dtype, own, group), array
 
 
@@ -242,10 +274,18 @@ def _rows_of(query: Array, *others: Array) -> _Rows:
 
 
 def _run_forward(
-    target: Target, dtype: Any, query: Array, key: Array, value: Array, reads: Reads | None
+    target: Target,
+    dtype: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    reads: Reads | None,
+    keys: int,
+    layers: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`forward` on the part of the arrays that one device holds."""
-    rows = _rows_of(query, key, value, *(() if reads is None else reads.leaves()))
+    """`forward` on the part of the arrays that one device holds; of stacks, the first `keys` tokens of some layer."""
+    sources = (key, value) if layers is None else (key[:, 0], value[:, 0], layers[:, None])
+    rows = _rows_of(query, *sources, *(() if reads is None else reads.leaves()))
     shape, (length, width) = query.shape, query.shape[4:]
     if shape[3] > 1 and length <= _FEW:
         query, length = query.reshape(*shape[:3], 1, -1, width), shape[3] * length
@@ -255,7 +295,7 @@ def _run_forward(
             }
             reads = reads._replace(**tiled)
     query = _merged(query)
-    heads, keys = query.shape[2], key.shape[3]
+    heads = query.shape[2]
     out, lse = _pallas(
         "attention_forward",
         forward_kernel,
@@ -269,6 +309,7 @@ def _run_forward(
             _Operand("lse", (*rows, heads, length, 1), jnp.float32, True),
         ],
         4 * rows.mapped * rows.batch * heads * length * keys * width,
+        layers=layers,
     )
     return out.reshape(*rows, *shape[2:]), lse[..., 0, :length].reshape(*rows, *shape[2:5])
 
@@ -358,18 +399,23 @@ def takes(target: Target, query: Sequence[int], key: Sequence[int], dtype: Any) 
 
 @functools.cache
 def _everywhere(
-    kind: str, target: Target, names: tuple[str, ...], dtypes: tuple[Any, ...]
+    kind: str, target: Target, names: tuple[str, ...], dtypes: tuple[Any, ...], keys: int = 0
 ) -> Callable[..., tuple[Array, ...]]:
-    """The function of heads, numbers, and the arrays of a mask by their names."""
-    heads, key, numbers = "vbkgse", "vbkte", "vbkgs"
+    """The function of heads, numbers, and the arrays of a mask by their names.
+
+    If `keys` is not 0, it is one of queries, stacks, the layer and those arrays, which reads that many keys.
+    """
+    heads, key, numbers, stack = "vbkgse", "vbkte", "vbkgs", "vlbkne"
     letters = (heads, key, key) if kind == "forward" else (heads, key, key, heads, numbers, numbers)
+    if keys:
+        letters = (heads, stack, stack, "v")
     count = len(letters)
 
     def run(*operands: Array) -> tuple[Array, ...]:
         reads = Reads(**dict(zip(names, operands[count:], strict=True))) if names else None
         if kind == "forward":
-            query, key, value = operands[:count]
-            return _run_forward(target, dtypes[0], query, key, value, reads)
+            query, key, value, *layers = operands[:count]
+            return _run_forward(target, dtypes[0], query, key, value, reads, keys or key.shape[3], *layers)
         query, key, value, slope, lse, shift = operands[:count]
         return _run_backward(target, query, key, value, slope, lse, shift, reads)
 
@@ -403,6 +449,7 @@ def forward(
     reads: Reads | None,
     target: Target,
     dtype: Any,
+    stacks: Stacks | None = None,
 ) -> tuple[Float[Array, "B H S E"], Float[Array, "B H S"]]:
     """What the queries read, and the log-sum-exps of their scores in float32.
 
@@ -413,13 +460,19 @@ def forward(
         reads: which keys each query may read; None for all of them.
         target: where to run.
         dtype: of what is read.
+        stacks: where keys and values are read; `key` and `value` are then not.
 
     Returns:
         What the queries read, and the log-sum-exps: 0 and `LOWEST` for a query that may read nothing.
     """
     names, leaves = _named(reads, query.shape[2])
-    run = _everywhere("forward", target, names, (jnp.dtype(dtype), jnp.dtype(jnp.float32)))
-    out, lse = run(_grouped(query, key.shape[1]), key[None], value[None], *leaves)
+    dtypes, query_heads = (jnp.dtype(dtype), jnp.dtype(jnp.float32)), _grouped(query, key.shape[1])
+    if stacks is not None:
+        run = _everywhere("forward", target, names, dtypes, key.shape[2])
+        out, lse = run(query_heads, stacks.keys[None], stacks.values[None], stacks.index[None], *leaves)
+    else:
+        run = _everywhere("forward", target, names, dtypes)
+        out, lse = run(query_heads, key[None], value[None], *leaves)
     return out.reshape(query.shape), lse.reshape(query.shape[:3])
 
 

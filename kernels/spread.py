@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         run: the function.
-        operands: a letter for each axis of each operand; the first two are v and b.
+        operands: a letter for each axis of each operand; the first is v.
         results: the same for each result.
         dtypes: the type of each result.
     """

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.kernels import attention, masks, rope
 from jaxid.kernels.masks import Reads
 from jaxid.kernels.rope import Rotation
+from jaxid.kernels.stacks import LayerSlice
 from jaxid.nn.layers import Layer, layer_of, take_tokens
 
 Heads = Float[Array, "*R B T K E"]
@@ -140,20 +141,19 @@ class Prefix(OfTokens):
     keys: Float[Array, "L B K T E"]
     values: Float[Array, "L B K T E"]
     mask: Bool[Array, "B P"]
-    sliced: tuple[Float[Array, "B K P E"], Float[Array, "B K P E"]] | None = dataclasses.field(
-        default=None, kw_only=True
-    )
+    sliced: tuple[LayerSlice, LayerSlice] | None = dataclasses.field(default=None, kw_only=True)
 
     def at(self, layer: Layer) -> "Prefix":
         """The view with the prefix's keys and values of the layer sliced out."""
         return dataclasses.replace(self, sliced=self._recorded(layer))
 
-    def _recorded(self, layer: Layer) -> tuple[Float[Array, "B K P E"], Float[Array, "B K P E"]]:
+    def _recorded(self, layer: Layer) -> tuple[LayerSlice, LayerSlice]:
         if self.sliced is not None:
             return self.sliced
         count = self.mask.shape[1]
         keys, values = (
-            jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2) for leaf in (self.keys, self.values)
+            LayerSlice(leaf, layer, jax.lax.dynamic_slice_in_dim(layer_of(leaf, layer), 0, count, axis=2))
+            for leaf in (self.keys, self.values)
         )
         return keys, values
 
@@ -232,7 +232,7 @@ class Memory(NamedTuple):
     def read(self, index: Layer, query: Queries, keep: Keep = None) -> Queries:
         """What the queries of the kept tokens read in a cross-attention layer, by its index among these."""
         reads = self.reads if keep is None else self.reads.take(keep)
-        keys, values = layer_of((self.keys, self.values), index)
+        keys, values = (LayerSlice(leaf, index, layer_of(leaf, index)) for leaf in (self.keys, self.values))
         rows = query.reshape(-1, *query.shape[-4:])
         return attention.prefix_part(rows, keys, values, reads).mixed.astype(values.dtype).reshape(query.shape)
 

@@ -178,3 +178,40 @@ def test_products_read_matrices_in_their_stacks(device: str) -> None:
         # An input, what is inside a layer, its gradients, and float32 parts of a split product.
         activations = tokens * (inputs + 2 * outputs) * 2 * layers + 8 * tokens * max(inputs, outputs) * 4
         assert found["temporary"] < 2 * activations + 2**20, found
+
+
+STACKS = """
+    import json, sys
+    import jax, jax.numpy as jnp
+    import accelerator_targets
+    from jaxid.kernels import attention
+    from jaxid.kernels.masks import causal
+    from jaxid.kernels.stacks import LayerSlice
+
+    target = accelerator_targets.Target(accelerator_targets.DEVICES[sys.argv[1]])
+
+    def decode(query, keys, values):
+        before = causal(jnp.full((8, 1), 600), jnp.arange(640)[None])
+
+        def step(query, layer):
+            own = [
+                LayerSlice(stack, layer, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)[:, :, :640])
+                for stack in (keys, values)
+            ]
+            return attention.prefix_part(query, *own, before).mixed.astype(query.dtype), None
+
+        return jax.lax.scan(step, query, jnp.arange(8))[0]
+
+    for rows in (1, 8):
+        shapes = (rows, 8, 1, 32, 128), (8, 8, 8, 704, 128), (8, 8, 8, 704, 128)
+        given = [target.array(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) for shape in shapes]
+        print("FOUND", target.compile(jax.jit(decode), *given).memory_analysis().temp_size_in_bytes, flush=True)
+"""
+
+
+@pytest.mark.parametrize("device", ["h100", "v5e"])
+def test_attention_reads_keys_in_their_stacks(device: str) -> None:
+    """Temporaries are activations: neither keys nor values of a layer are among them."""
+    of_layer = 8 * 8 * 640 * 128 * 2
+    for rows, line in zip((1, 8), compiled(STACKS, device), strict=True):
+        assert int(line) < of_layer // 2, (rows, line)
