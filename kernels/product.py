@@ -35,23 +35,33 @@ def runs(dtype: Any, inputs: int, outputs: int) -> bool:
     return jnp.dtype(dtype).itemsize == 2 and min(inputs, outputs) >= _SMALLEST
 
 
-def product(x: Float[Array, "M K"], matrix: LayerSlice) -> Float[Array, "M N"]:
-    """The matrix product x @ matrix, in the dtype of x."""
+def product(x: Float[Array, "M K"], matrix: LayerSlice, *, by_rows: bool = False) -> Float[Array, "M N"]:
+    """The matrix product x @ matrix, in the dtype of x.
+
+    Args:
+        x: the inputs.
+        matrix: the matrix.
+        by_rows: whether TPUs write the result row by row. Where heads come first afterwards, XLA would rather transpose
+            the matrix of every layer than the result. Elsewhere it is to choose: it does not divide a result whose
+            layout is set among devices, and reads matrices column by column if their rows do not fill its tiles.
+    """
     if x.dtype != matrix.dtype or not runs(x.dtype, *matrix.shape):
         return x @ matrix.value
-    return _product(x, jax.lax.stop_gradient(matrix.stack), jnp.asarray(matrix.index, jnp.int32), matrix.value)
+    stack, index = jax.lax.stop_gradient(matrix.stack), jnp.asarray(matrix.index, jnp.int32)
+    return _product(by_rows, x, stack, index, matrix.value)
 
 
-@jax.custom_vjp
-def _product(x: Array, stack: Array, index: Array, value: Array) -> Array:
-    return _by_platform(x, stack, index, value, transposed=False)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(by_rows: bool, x: Array, stack: Array, index: Array, value: Array) -> Array:
+    return _by_platform(x, stack, index, value, transposed=False, by_rows=by_rows)
 
 
-def _forward(x: Array, stack: Array, index: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _product(x, stack, index, value), (x, stack, index, value)
+def _forward(by_rows: bool, x: Array, stack: Array, index: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _product(by_rows, x, stack, index, value), (x, stack, index, value)
 
 
-def _backward(kept: tuple[Array, ...], slope: Array) -> tuple[Array | None, ...]:
+def _backward(by_rows: bool, kept: tuple[Array, ...], slope: Array) -> tuple[Array | None, ...]:
+    del by_rows
     x, stack, index, value = kept
     of_x = _by_platform(slope, stack, index, value, transposed=True)
     return of_x, None, None, x.T @ slope
@@ -60,7 +70,9 @@ def _backward(kept: tuple[Array, ...], slope: Array) -> tuple[Array | None, ...]
 _product.defvjp(_forward, _backward)
 
 
-def _by_platform(x: Array, stack: Array, index: Array, value: Array, *, transposed: bool) -> Array:
+def _by_platform(
+    x: Array, stack: Array, index: Array, value: Array, *, transposed: bool, by_rows: bool = False
+) -> Array:
     def sliced(x: Array, stack: Array, index: Array, value: Array) -> Array:
         del stack, index
         return x @ (value.T if transposed else value)
@@ -70,10 +82,9 @@ def _by_platform(x: Array, stack: Array, index: Array, value: Array, *, transpos
         return everywhere(transposed)(x, stack, index)
 
     def in_place(x: Array, stack: Array, index: Array, value: Array) -> Array:
-        # A slice made here becomes part of the product, one made outside a loop over products is a copy. Where heads
-        # come first afterwards, XLA would rather transpose the matrix of every layer than the result.
-        value = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-        return with_layout_constraint(sliced(x, stack, index, value), Layout((0, 1)))
+        # A slice made here becomes part of the product, one made outside a loop over products is a copy.
+        result = sliced(x, stack, index, jax.lax.dynamic_index_in_dim(stack, index, keepdims=False))
+        return with_layout_constraint(result, Layout((0, 1))) if by_rows else result
 
     return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=in_place, default=sliced)
 

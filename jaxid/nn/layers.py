@@ -199,13 +199,14 @@ class Projections(nnx.Module):
         self, x: Float[Array, "*A S D"], source: Float[Array, "*B T C"]
     ) -> tuple[Float[Array, "*A S H E"], Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
         """Queries of the tokens `x`, and keys and values of the tokens `source`."""
-        query = split_heads(_affine(x, self.query, self.query_bias), self.head_width)
-        return query, *self.remembered(source)
+        return self._heads(x, self.query, self.query_bias), *self.remembered(source)
 
     def remembered(self, source: Float[Array, "*B T C"]) -> tuple[Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
         """Keys and values of the tokens `source`."""
-        key, value = _affine(source, self.key, self.key_bias), _affine(source, self.value, self.value_bias)
-        return split_heads(key, self.head_width), split_heads(value, self.head_width)
+        return self._heads(source, self.key, self.key_bias), self._heads(source, self.value, self.value_bias)
+
+    def _heads(self, x: Float[Array, "*B T D"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "*B T H E"]:
+        return split_heads(_affine(x, kernel, bias, by_rows=True), self.head_width)
 
     def from_heads(self, mixed: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
         """What attention adds to the tokens, from what their queries read."""
@@ -215,21 +216,28 @@ class Projections(nnx.Module):
 _PRODUCT = "product"
 
 
-def _affine(x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "..."]:
-    y = flat_product(x, kernel.get_value())
+def _affine(
+    x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None, *, by_rows: bool = False
+) -> Float[Array, "..."]:
+    y = flat_product(x, kernel.get_value(), by_rows=by_rows)
     return y if bias is None else y + bias[...]
 
 
 def flat_product(
-    x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"] | LayerSlice
+    x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"] | LayerSlice, *, by_rows: bool = False
 ) -> Float[Array, "*B outputs"]:
     """A linear map of the last axis as one product of two matrices, whatever other axes there are.
 
     XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients.
+
+    Args:
+        x: the inputs.
+        kernel: the matrix.
+        by_rows: as in `jaxid.kernels.product.product`.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = checkpoint_name(product(flat, kernel) if isinstance(kernel, LayerSlice) else flat @ kernel, _PRODUCT)
-    return y.reshape(*x.shape[:-1], kernel.shape[1])
+    y = product(flat, kernel, by_rows=by_rows) if isinstance(kernel, LayerSlice) else flat @ kernel
+    return checkpoint_name(y, _PRODUCT).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def split_heads(x: Float[Array, "*B S F"], width: int) -> Float[Array, "*B S H E"]:

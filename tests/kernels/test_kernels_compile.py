@@ -180,6 +180,39 @@ def test_products_read_matrices_in_their_stacks(device: str) -> None:
         assert found["temporary"] < 2 * activations + 2**20, found
 
 
+DIVIDED = """
+    import json
+    import jax, jax.numpy as jnp
+    import accelerator_targets
+    from jaxid.kernels.product import product
+    from jaxid.kernels.stacks import LayerSlice
+
+    target = accelerator_targets.Target(accelerator_targets.DEVICES["v5e"], 4)
+
+    def layers(x, wide, narrow):
+        def step(x, index):
+            up, down = (
+                LayerSlice(stack, index, jax.lax.dynamic_index_in_dim(stack, index, keepdims=False))
+                for stack in (wide, narrow)
+            )
+            add = lambda x: jax.lax.map(lambda rows: product(jax.nn.silu(product(rows, up)), down), x)
+            return jax.lax.cond(index % 2 == 0, add, lambda x: x, x), None
+
+        return jax.lax.scan(step, x, jnp.arange(len(wide)))[0]
+
+    shapes = ((4, 576, 4096), None), ((8, 4096, 11008), 2), ((8, 11008, 4096), 1)
+    given = [target.array(jax.ShapeDtypeStruct(shape, jnp.bfloat16), axis) for shape, axis in shapes]
+    text = target.compile(jax.jit(layers), *given).as_text()
+    print("FOUND", json.dumps([text.count(f" {name}") for name in ("all-reduce", "all-gather")]))
+"""
+
+
+def test_products_stay_divided() -> None:
+    """What an MLP computes inside is nowhere gathered, only summed at its end."""
+    summed, gathered = json.loads(compiled(DIVIDED)[0])
+    assert summed > 0 == gathered
+
+
 STACKS = """
     import json, sys
     import jax, jax.numpy as jnp

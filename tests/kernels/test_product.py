@@ -55,7 +55,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         product,
         "_by_platform",
-        lambda x, stack, index, value, *, transposed: everywhere(transposed, True)(x, stack, index),
+        lambda x, stack, index, value, *, transposed, by_rows=False: everywhere(transposed, True)(x, stack, index),
     )
 
 
