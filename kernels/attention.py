@@ -27,7 +27,7 @@ _HEADWISE_FROM = 64 * 64
 _KERNEL_FROM = 64 * 64
 """Number of scores per head from which the kernel is used on GPU and TPU."""
 
-_STACKED_FROM = 128
+_STACKED_FROM = 32
 """Number of keys of a stack from which the kernel is used on GPU, where products would copy them."""
 
 _QUERY_BLOCK = 192
@@ -358,13 +358,29 @@ def suffix_part(
     return jax.tree.map(lambda leaf: leaf.reshape(rows, batch, length, heads, *leaf.shape[5:]), found)
 
 
+def _stacked_suffix_part(
+    query: Float[Array, "R B S H E"], key: LayerSlice, value: LayerSlice, reads: Reads, implementation: Any
+) -> Part:
+    """`suffix_part` for keys and values of stacks [L, R, B, K, T, E], of which every row reads a layer of its own."""
+    rows = query.shape[0]
+    stacks = [array.stack.reshape(-1, *array.stack.shape[2:]) for array in (key, value)]
+
+    def of_row(query: Array, index: Array, key: Array, value: Array) -> Part:
+        own = [LayerSlice(stack, index, array) for stack, array in zip(stacks, (key, value), strict=True)]
+        query = jnp.swapaxes(query, 1, 2)
+        return part(query, own[0], own[1], reads, dtype=jnp.float32, implementation=implementation)
+
+    found = jax.vmap(of_row)(query, key.index * rows + jnp.arange(rows), key.value, value.value)
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 2, 3), found)
+
+
 def shared_prefix_attention(
     prefix_key: Float[Array, "B K P E"] | LayerSlice,
     prefix_value: Float[Array, "B K P E"] | LayerSlice,
     prefix_reads: Reads,
     query: Float[Array, "R B S H E"],
-    key: Float[Array, "R B K T E"],
-    value: Float[Array, "R B K T E"],
+    key: Float[Array, "R B K T E"] | LayerSlice,
+    value: Float[Array, "R B K T E"] | LayerSlice,
     reads: Reads,
     *,
     implementation: Implementation | None = None,
@@ -379,8 +395,8 @@ def shared_prefix_attention(
         prefix_value: the values of the prefix, in the same form.
         prefix_reads: which keys of the prefix each of the S queries may read, the same for all rows.
         query: the queries of all rows, not yet scaled.
-        key: every row's own keys, heads first.
-        value: every row's own values, heads first.
+        key: every row's own keys, heads first; those of a layer may lie in a stack [L, R, B, K, N, E].
+        value: every row's own values, in the same form.
         reads: which of its row's own keys each of the S queries may read, the same for all rows; by positions alone,
             and the first key is a token, the earliest.
         implementation: that of the platform if None.
@@ -391,8 +407,11 @@ def shared_prefix_attention(
     rows, batch, length, heads, width = query.shape
     kv_heads, keys = key.shape[2:4]
 
-    def apart(query: Array, key: Array, value: Array, prefix_key: Any, prefix_value: Any) -> Array:
-        own = suffix_part(query, key, value, reads.mask()[None])
+    def apart(query: Array, key: Any, value: Any, prefix_key: Any, prefix_value: Any) -> Array:
+        if isinstance(key, LayerSlice):
+            own = _stacked_suffix_part(query, key, value, reads, implementation)
+        else:
+            own = suffix_part(query, key, value, reads.mask()[None])
         if prefix_key.shape[2] == 0:
             return merge(own).astype(value.dtype)
         return merge(prefix_part(query, prefix_key, prefix_value, prefix_reads), own).astype(value.dtype)
@@ -406,11 +425,13 @@ def shared_prefix_attention(
             parts.append(part(query, prefix_key, prefix_value, prefix_reads.tile(rows), **options))
         return _row_by_row(merge(*parts).astype(value.dtype), rows)
 
-    arrays = (query, key, value, prefix_key, prefix_value)
+    arrays: tuple[Any, ...] = (query, key, value, prefix_key, prefix_value)
+    if isinstance(key, LayerSlice):  # a step of decoding would copy its caches
+        return apart(*arrays)
     if implementation is not None:
         return together(*arrays)
     shapes = (batch, heads, rows * length, width), (batch, kv_heads, rows * keys, width)
     kernels = [platform for platform in ("cuda", "tpu") if chosen(platform, *shapes, query.dtype) == platform]
-    if length == 1 or not kernels:  # a step of decoding would copy its caches
+    if not kernels:
         return apart(*arrays)
     return jax.lax.platform_dependent(*arrays, default=apart, **dict.fromkeys(kernels, together))

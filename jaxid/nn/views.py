@@ -168,7 +168,7 @@ class Prefix(OfTokens):
 
     def own(
         self, layer: Layer, stored: Stored, keep: Keep
-    ) -> tuple[Float[Array, "R B K C E"], Float[Array, "R B K C E"], Reads]:
+    ) -> tuple[Float[Array, "R B K C E"] | LayerSlice, Float[Array, "R B K C E"] | LayerSlice, Reads]:
         """Keys and values of the rows' own tokens, and which of them each query reads."""
         del layer
         # Padding is on the right; its positions may repeat that of the last token, which must not read it.
@@ -203,11 +203,10 @@ class Cache(Prefix):
         )
         return first, second
 
-    def own(
-        self, layer: Layer, stored: Stored, keep: Keep
-    ) -> tuple[Float[Array, "R B K C E"], Float[Array, "R B K C E"], Reads]:
+    def own(self, layer: Layer, stored: Stored, keep: Keep) -> tuple[LayerSlice, LayerSlice, Reads]:
         """The cached keys and values of the layer; the new token reads those that are filled."""
-        return *layer_of(stored, layer), masks.causal(self.tokens.of(keep), self.positions, self.filled)
+        keys, values = (LayerSlice(cache, layer, layer_of(cache, layer)) for cache in stored)
+        return keys, values, masks.causal(self.tokens.of(keep), self.positions, self.filled)
 
 
 class Memory(NamedTuple):

@@ -133,5 +133,35 @@ def test_few_queries_of_a_stack_are_for_the_kernel_of_gpus(monkeypatch: pytest.M
     shapes = (1, 4, 1, 128), (1, 2, 500, 128)
     assert chosen("cuda", *shapes, stacked=True) == "cuda"
     assert chosen("cuda", *shapes) == chosen("tpu", *shapes, stacked=True) == "batched"
-    assert chosen("cuda", (1, 4, 1, 128), (1, 2, 60, 128), stacked=True) == "batched"
+    assert chosen("cuda", (1, 4, 1, 128), (1, 2, 20, 128), stacked=True) == "batched"
     assert chosen("cpu", *shapes, stacked=True) == "batched"
+
+
+@pytest.mark.parametrize("kernel", ["cuda-interpreted", "tpu-interpreted", "batched"])
+def test_rows_read_their_own_caches(kernel: Implementation) -> None:
+    """A step of decoding: rows share a prefix, and each has a cache in every layer, of which some is filled."""
+    rows, slots, layer = 3, 40, 1
+    prefix = [plainly(stack, layer) for stack in stacks()]
+    caches = (
+        drawn(LAYERS, rows, BATCH, KV_HEADS, slots, WIDTH, seed=5),
+        drawn(LAYERS, rows, BATCH, KV_HEADS, slots, WIDTH, seed=6),
+    )
+    query = drawn(rows, BATCH, 1, 4, WIDTH)
+    positions = jnp.array([[KEYS], [60]]) + jnp.arange(slots)
+    before = causal(positions[:, 30:31], jnp.arange(KEYS)[None], jnp.arange(KEYS) < jnp.array([[KEYS], [60]]))
+    after = causal(positions[:, 30:31], positions, jnp.arange(slots) <= jnp.array([[30], [20]]))
+    before, after = (reads.within(positions[:, 30:31], 80, True) for reads in (before, after))
+
+    def step(layer: Any) -> jax.Array:
+        own = [jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in caches]
+        lazy = [
+            LayerSlice(cache, layer, value if kernel == "batched" else value * jnp.nan)
+            for cache, value in zip(caches, own, strict=True)
+        ]
+        return shared_prefix_attention(
+            prefix[0], prefix[1], before, query, lazy[0], lazy[1], after, implementation=kernel
+        )
+
+    own = [cache[layer] for cache in caches]
+    wanted = shared_prefix_attention(prefix[0], prefix[1], before, query, own[0], own[1], after)
+    close(jax.jit(step)(layer), wanted)
