@@ -1,4 +1,4 @@
-"""The CNN scorer as products of matrices, for GPUs and TPUs.
+"""The CNN scorer as products of matrices, for GPUs.
 
 The channels of a map's row are kept side by side: a row of a hidden map is T columns x C channels wide. A 3 x 3
 convolution is then three products, one for each neighbouring row, with a matrix that is zero outside a band of three
@@ -7,9 +7,9 @@ that a block's band touches two of them: the second convolution is six small mat
 first wide layer is one more product for every row and block.
 
 `scores` is the plain form, which XLA differentiates. `fused_scores` is one Pallas kernel that goes down the rows of
-many maps at once and keeps the hidden maps of three rows in registers (GPU) or on the chip (TPU): of a map, only its
-own numbers are read from memory, and one score is written. Its products have 16-bit factors, as many digits as XLA
-keeps of float32 factors on the same platform by default: 10 bits on GPUs (float16, as TF32) and 7 on TPUs (bfloat16).
+many maps at once and keeps the hidden maps of three rows in registers: of a map, only its own numbers are read from
+memory, and one score is written. Its products have factors of float16, with as many digits as XLA keeps of float32
+factors on GPUs by default, 10 bits (TF32). TPUs have a kernel of their own (`lanes`).
 Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
@@ -27,13 +27,12 @@ from jaxid.kernels.networks import CNN
 
 
 class Block(NamedTuple):
-    """How a platform's kernel cuts its work.
+    """How the kernel cuts its work.
 
     Attributes:
         columns: columns of a map in a block.
         window: columns that a block's first convolution reads, a power of two; 0 for all of them.
         pairs: maps that run together.
-        pairs_last: the maps are the last axis of every array, instead of the first.
         dtype: of the factors of all products.
         most: columns of the widest map for which the kernel is used: what it keeps of a row fits on the chip.
     """
@@ -41,17 +40,12 @@ class Block(NamedTuple):
     columns: int
     window: int
     pairs: int
-    pairs_last: bool
     dtype: str
-    most: int = 128
+    most: int = 36
 
 
-BLOCKS = {
-    "cuda": Block(columns=4, window=16, pairs=128, pairs_last=False, dtype="float16", most=36),
-    "tpu": Block(columns=32, window=0, pairs=256, pairs_last=True, dtype="bfloat16"),
-}
-"""By platform. GPUs multiply matrices of 16 x 16, four columns of four channels. TPUs multiply matrices of 128 x 128 in
-the time of any smaller ones, so that there a block is a whole map of up to 32 columns."""
+BLOCK = Block(columns=4, window=16, pairs=128, dtype="float16")
+"""GPUs multiply matrices of 16 x 16, four columns of four channels."""
 
 
 class Bands(NamedTuple):
@@ -83,7 +77,7 @@ def window_starts(width: int, block: Block) -> list[int]:
 
 
 def bands(network: CNN, block: Block) -> Bands:
-    """Arranges a CNN's weights for a platform."""
+    """Arranges a CNN's weights."""
     channels, (rows, columns) = len(network.conv1), network.fc1.shape[2:]
     width = padded_columns(columns, block)
     blocks, size = width // block.columns, block.columns * channels
@@ -93,11 +87,11 @@ def bands(network: CNN, block: Block) -> Bands:
     for index, start in enumerate(window_starts(width, block)):
         made = own + index * block.columns - shift
         read, inside = start + np.arange(block.window or width), (made >= 0) & (made < columns)
-        band = jnp.where(inside[:, None], _band(network.conv1[:, None], read, made), 0)
-        first.append(band.reshape(3, len(read), size))
+        own_band = jnp.where(inside[:, None], band(network.conv1[:, None], read, made), 0)
+        first.append(own_band.reshape(3, len(read), size))
         bias.append(jnp.where(inside[:, None], network.conv1_bias, 0).reshape(size))
     second = [
-        _band(network.conv2, own + place * block.columns - shift, own).reshape(3, size, size)
+        band(network.conv2, own + place * block.columns - shift, own).reshape(3, size, size)
         for place in range(2 if shift else 1)
     ]
     wide = jnp.pad(jnp.transpose(network.fc1, (2, 3, 1, 0)), ((0, 0), (0, width - columns), (0, 0), (0, 0)))
@@ -119,7 +113,7 @@ def operations(own: Bands) -> int:
     return 2 * rows * (own.first.size + blocks * own.second.size + blocks * size * hidden)
 
 
-def _band(kernel: Float[Array, "C K 3 3"], read: np.ndarray, own: np.ndarray) -> Float[Array, "3 w K s C"]:
+def band(kernel: Float[Array, "C K 3 3"], read: np.ndarray, own: np.ndarray) -> Float[Array, "3 w K s C"]:
     """A 3 x 3 convolution along the columns, as matrices from the columns `read` to `own`; one for each row."""
     across = read[:, None] - own + 1
     taps = jnp.transpose(kernel[..., np.clip(across, 0, 2)], (2, 3, 1, 4, 0))
@@ -145,7 +139,7 @@ def scores(
         maps: the maps.
         dropped: the output of a hidden layer, given by its index, after dropout.
     """
-    own = bands(network, Block(maps.shape[2], 0, 0, pairs_last=False, dtype="float32"))
+    own = bands(network, Block(maps.shape[2], 0, 0, dtype="float32"))
     x = dropped(_rectified(maps, own.first[0], own.first_bias[0]), 0)
     x = dropped(_rectified(x, own.second[:, 0], own.second_bias), 1)
     hidden = x.reshape(len(x), -1) @ own.wide.reshape(-1, own.wide.shape[-1]) + own.wide_bias
@@ -156,16 +150,16 @@ def scores(
 
 
 def fused_scores(
-    network: CNN, own: Bands, maps: Float[Array, "I A B"], block: Block, *, interpret: bool = False
+    network: CNN, own: Bands, maps: Float[Array, "I P T"], block: Block, *, interpret: bool = False
 ) -> Float[Array, "P"]:
     """Scores of standardised maps by one Pallas kernel; its backward pass is that of `scores`.
 
     Args:
         network: the scorer, which the backward pass needs.
         own: its weights, as `bands` returns them.
-        maps: maps of P pairs in the block's dtype, [I, P, T]; or [I, T, P] if the block has its pairs last. T is
-            `padded_columns`, with zeros beyond the map, and P a multiple of the block's pairs.
-        block: how the platform's kernel cuts its work.
+        maps: maps of P pairs in the block's dtype; T is `padded_columns`, with zeros beyond the map, and P a multiple
+            of the block's pairs.
+        block: how the kernel cuts its work.
         interpret: run the kernel's operations one by one, on any platform.
     """
     return _fused_scores(network, jax.lax.stop_gradient(own), maps, block, interpret)
@@ -173,19 +167,14 @@ def fused_scores(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _fused_scores(network: CNN, own: Bands, maps: Array, block: Block, interpret: bool) -> Array:
-    last = block.pairs_last
-    rows, pairs, width = (maps.shape[0], maps.shape[2], maps.shape[1]) if last else maps.shape
-    weights = [own.first, own.second, own.wide]
+    rows, pairs, width = maps.shape
     biases = [own.first_bias, own.second_bias[None], own.wide_bias[None], own.last[None]]
-    if last:
-        weights = [jnp.swapaxes(weight, -1, -2) for weight in weights]
-    given = [*weights, *(bias[..., None] if last else bias[:, None] for bias in biases)]
-    shape = (rows, width, block.pairs) if last else (rows, block.pairs, width)
+    given = [own.first, own.second, own.wide, *(bias[:, None] for bias in biases)]
     found = pl.pallas_call(
         partial(_kernel, block=block),
         grid=(pairs // block.pairs,),
         in_specs=[
-            pl.BlockSpec(shape, lambda tile: (0, 0, tile) if last else (0, tile, 0)),
+            pl.BlockSpec((rows, block.pairs, width), lambda tile: (0, tile, 0)),
             *(pl.BlockSpec(one.shape, partial(_origin, one.ndim)) for one in given),
         ],
         out_specs=pl.BlockSpec((1, block.pairs), lambda tile: (0, tile)),
@@ -197,7 +186,7 @@ def _fused_scores(network: CNN, own: Bands, maps: Array, block: Block, interpret
         ),
         interpret=interpret,
         name="dense_map_scores",
-        compiler_params=None if interpret else _compiler(last),
+        compiler_params=None if interpret else _compiler(),
     )(maps, *given)
     return found[0] + own.last_bias
 
@@ -206,12 +195,7 @@ def _origin(axes: int, *_: Array) -> tuple[int, ...]:
     return (0,) * axes
 
 
-def _compiler(tpu: bool) -> Any:
-    """Options of the compiler; the weights of all rows stay on a TPU's chip."""
-    if tpu:
-        from jax.experimental.pallas import tpu as pltpu
-
-        return pltpu.CompilerParams(vmem_limit_bytes=100 * 2**20)
+def _compiler() -> Any:
     from jax.experimental.pallas import triton
 
     return triton.CompilerParams(num_warps=8, num_stages=1)
@@ -220,19 +204,16 @@ def _compiler(tpu: bool) -> Any:
 def _kernel(*given: Any, block: Block) -> None:
     """Scores of the maps of one block, row by row."""
     maps, first, second, wide, first_bias, second_bias, wide_bias, last, out = given
-    rows, blocks = wide.shape[:2]
-    size, hidden_size = (wide.shape[3], wide.shape[2]) if block.pairs_last else wide.shape[2:]
-    window = first.shape[3] if block.pairs_last else first.shape[2]
+    rows, blocks, size, hidden_size = wide.shape
+    window = first.shape[2]
     precision = "highest" if maps.dtype == jnp.float32 else None
-    begin = window_starts(maps.shape[1 if block.pairs_last else 2], block)
+    begin = window_starts(maps.shape[2], block)
 
     def product(x: Array, weights: Array) -> Array:
-        sides = (weights, x) if block.pairs_last else (x, weights)
-        axes = (((1,), (0,)), ((), ()))
-        return jax.lax.dot_general(*sides, axes, precision=precision, preferred_element_type=jnp.float32)
+        return jnp.dot(x, weights, precision=precision, preferred_element_type=jnp.float32)
 
     def zeros(length: int, dtype: Any) -> Array:
-        return jnp.zeros((length, block.pairs) if block.pairs_last else (block.pairs, length), dtype)
+        return jnp.zeros((block.pairs, length), dtype)
 
     nothing = jnp.zeros((), maps.dtype)
 
@@ -243,8 +224,7 @@ def _kernel(*given: Any, block: Block) -> None:
         for index, start in enumerate(begin):
             total = zeros(size, jnp.float32) + first_bias[index]
             for down, (source, inside) in enumerate(near):
-                taken = pl.ds(start, window)
-                x = maps[source, taken, :] if block.pairs_last else maps[source, :, taken]
+                x = maps[source, :, pl.ds(start, window)]
                 total = total + product(jnp.where(inside, x, nothing), first[index, down])
             found.append(jnp.where(row < rows, jnp.maximum(total, 0), 0).astype(maps.dtype))
         return tuple(found)
@@ -265,8 +245,7 @@ def _kernel(*given: Any, block: Block) -> None:
     above = (zeros(size, maps.dtype),) * len(begin)
     hidden = zeros(hidden_size, jnp.float32) + wide_bias[0]
     hidden = jax.lax.fori_loop(0, rows, step, (above, hidden_row(jnp.int32(0)), hidden))[2]
-    scores = (jnp.maximum(hidden, 0) * last[0]).sum(axis=0 if block.pairs_last else 1)
-    out[...] = scores.reshape(1, -1)
+    out[...] = (jnp.maximum(hidden, 0) * last[0]).sum(axis=1)[None]
 
 
 def _fused_forward(network: CNN, own: Bands, maps: Array, block: Block, interpret: bool) -> tuple[Array, tuple]:
@@ -277,7 +256,7 @@ def _fused_backward(block: Block, interpret: bool, kept: tuple[CNN, Bands, Array
     network, own, maps = kept
 
     def plain(network: CNN, maps: Array) -> Array:
-        flat = jnp.moveaxis(maps, 2 if block.pairs_last else 1, 0)[..., : network.fc1.shape[3]]
+        flat = jnp.moveaxis(maps, 1, 0)[..., : network.fc1.shape[3]]
         return scores(network, flat.astype(jnp.float32))
 
     by_network, by_maps = jax.vjp(plain, network, maps)[1](gradient)

@@ -1,26 +1,23 @@
 """The scorer of dense similarity maps: a small CNN or MLP, over single maps or tiled over pictures x captions.
 
-There are two forms of the same sums. GPUs and TPUs get matrix products over tiles of thousands of pairs (`banded`). The
-form for CPUs follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3 convolution of few
-channels is nine (or 36) multiply-adds of a vector and a number. (2) If rows are one zero longer than the map, shifting
-a map in either direction is one shift of flat memory. (3) The matrix product that makes the maps can make the borders
-too, if the picture tokens are padded with rows around them and the caption tokens with a column after them. Both sides
-are centred, so that maps of nearly equal numbers keep their differences, and the contributions of the means are in the
-borders (`score_tile`).
+There are two forms of the same sums. GPUs and TPUs get matrix products over tiles of thousands of pairs
+(`large_tiles`). The form for CPUs follows three observations. (1) With the pairs of a tile as the fastest axis, a 3 x 3
+convolution of few channels is nine (or 36) multiply-adds of a vector and a number. (2) If rows are one zero longer than
+the map, shifting a map in either direction is one shift of flat memory. (3) The matrix product that makes the maps can
+make the borders too, if the picture tokens are padded with rows around them and the caption tokens with a column after
+them. Both sides are centred, so that maps of nearly equal numbers keep their differences, and the contributions of the
+means are in the borders (`score_tile`).
 Source: [DCSM] arXiv 2503.08723, section 4.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxid.kernels import banded
+from jaxid.kernels import banded, cutting, large_tiles
 from jaxid.kernels.networks import CHANNELS as CHANNELS
 from jaxid.kernels.networks import CNN as CNN
 from jaxid.kernels.networks import MLP as MLP
@@ -37,10 +34,6 @@ BORDER = 3
 PAIRS = 64
 """Pairs in a tile on CPU: enough to fill vector registers, and few enough for a core's caches to hold the activations.
 """
-
-LARGE_TILE = (64, 256)
-"""Pictures and captions in a tile on GPUs and TPUs, if there are as many. The maps of a tile are written to memory, 12
-KB each for 197 x 30 tokens."""
 
 
 def apply(
@@ -63,7 +56,7 @@ def apply(
 
     def plain(network: Network, maps: Array, *keys: Array) -> Array:
         if isinstance(network, MLP):
-            return _perceptron(network, maps)
+            return large_tiles.perceptron(network, maps)
         return banded.scores(network, maps, partial(_dropped, key=keys[0] if keys else None, rate=rate))
 
     return jax.lax.platform_dependent(network, maps, *keys, cpu=flat, default=plain)
@@ -96,7 +89,8 @@ def score(
     """
     count, captions = len(images), len(texts)
     offset, deviation = (jnp.broadcast_to(value, (count, captions)) for value in (moments.offset, moments.deviation))
-    return _by_platform(_score_tiles, _score_large_tiles, network, images, texts, offset, deviation)
+    given = images, texts, offset, deviation
+    return large_tiles.by_platform(_score_tiles, large_tiles.score_tiles, network, *given)
 
 
 def _score_tiles(
@@ -107,9 +101,10 @@ def _score_tiles(
     width = min(captions, PAIRS)
     height = min(max(1, PAIRS // width), count)
     rows, columns = -(-count // height), -(-captions // width)
-    tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
-    images = _padded(images, rows * height).reshape(rows, height, *images.shape[1:])
-    texts = _padded(texts, columns * width).reshape(columns, width, *texts.shape[1:])
+    cut = partial(cutting.blocks, rows=rows, height=height, columns=columns, width=width)
+    tiles = cut(offset), cut(deviation, fill=1.0)
+    images = cutting.padded(images, rows * height).reshape(rows, height, *images.shape[1:])
+    texts = cutting.padded(texts, columns * width).reshape(columns, width, *texts.shape[1:])
     texts = jax.vmap(_caption_side)(texts)
     weights = _weights(network)
 
@@ -144,7 +139,9 @@ def score_rows(
     """
     shape = texts.shape[:2]
     offset, deviation = (jnp.broadcast_to(value, shape) for value in (moments.offset, moments.deviation))
-    return _by_platform(_score_row_tiles, _score_large_row_tiles, network, images, texts, offset, deviation)
+    return large_tiles.by_platform(
+        _score_row_tiles, large_tiles.score_row_tiles, network, images, texts, offset, deviation
+    )
 
 
 def _score_row_tiles(
@@ -154,7 +151,7 @@ def _score_row_tiles(
     count, captions = offset.shape
     height = min(max(1, PAIRS // captions), count)
     rows = -(-count // height)
-    tiles = _row_tiles((images, texts, offset, deviation), rows, height)
+    tiles = cutting.row_tiles((images, texts, offset, deviation), rows, height)
     weights = _weights(network)
 
     def row(tile: list[Array]) -> Float[Array, "p q"]:
@@ -163,168 +160,6 @@ def _score_row_tiles(
         return score_tile(network, weights, maps.reshape(height, -1, captions), offset, deviation)
 
     return jax.lax.map(row, tiles).reshape(rows * height, captions)[:count]
-
-
-# --- tiles on GPUs and TPUs ----------------------------------------------------------------------------------------
-
-
-def _by_platform(
-    cpu: Callable[..., Array], accelerator: Callable[..., Array], network: Network, *given: Array
-) -> Array:
-    """CPU's form, or an accelerator's with the platform's block; None for products in float32, and for wide maps."""
-    config: Any = jax.config
-    exact = config.jax_default_matmul_precision not in (None, "default", "fastest", "bfloat16")
-    forms = {
-        name: partial(accelerator, block)
-        for name, block in banded.BLOCKS.items()
-        if not exact and map_shape(network)[1] <= block.most
-    }
-    return jax.lax.platform_dependent(network, *given, cpu=cpu, default=partial(accelerator, None), **forms)
-
-
-class _Side(NamedTuple):
-    """Tokens of pictures or captions minus their mean, and then the mean; 16-bit numbers are divided by the largest."""
-
-    tokens: Float[Array, "*n S E"]
-    rest_scale: Float[Array, "*n"]
-    mean_scale: Float[Array, "*n"]
-
-
-def _side(tokens: Float[Array, "*n S E"], block: banded.Block | None) -> _Side:
-    """One side of the products, ready before the first tile."""
-    mean, rest = centred(tokens, -2)
-    if not block:
-        ones = jnp.ones(tokens.shape[:-2])
-        return _Side(jnp.concatenate([rest, mean], axis=-2), ones, ones)
-    rest_scale, mean_scale = (jax.lax.stop_gradient(jnp.abs(part).max(axis=(-2, -1))) for part in (rest, mean))
-    parts = [
-        part / jnp.where(scale > 0, scale, 1)[..., None, None]
-        for part, scale in ((rest, rest_scale), (mean, mean_scale))
-    ]
-    whole = jnp.concatenate(parts, axis=-2).astype(block.dtype)
-    gap = [(0, 0)] * (whole.ndim - 1) + [(0, -whole.shape[-1] % 16)]  # matrix units read 16 numbers at a time
-    return _Side(jnp.pad(whole, gap), rest_scale, mean_scale)
-
-
-@partial(jax.jit, static_argnums=0)
-def _score_large_tiles(
-    block: banded.Block | None, network: Network, images: Array, texts: Array, offset: Array, deviation: Array
-) -> Float[Array, "N M"]:
-    """`score` on an accelerator."""
-    count, captions = offset.shape
-    width = min(captions, max(LARGE_TILE[1], math.prod(LARGE_TILE) // count))
-    height = min(count, max(1, math.prod(LARGE_TILE) // width))
-    rows, columns = -(-count // height), -(-captions // width)
-    tiles = _blocks(offset, rows, height, columns, width), _blocks(deviation, rows, height, columns, width, fill=1.0)
-    left, right = _side(_padded(images, rows * height), block), _side(_padded(texts, columns * width), block)
-    left, right = (
-        jax.tree.map(lambda leaf, number=number: leaf.reshape(number, -1, *leaf.shape[1:]), side)
-        for side, number in ((left, rows), (right, columns))
-    )
-    own = banded.bands(network, block) if block and isinstance(network, CNN) else None
-
-    def row(given: tuple[_Side, Array, Array]) -> Float[Array, "c p q"]:
-        pictures, offsets, deviations = given
-
-        def tile(given: tuple[_Side, Array, Array]) -> Float[Array, "p q"]:
-            captions, offset, deviation = given
-            maps = _maps(pictures, captions, offset, deviation, block)
-            return _maps_scores(network, own, maps, deviation, block)
-
-        return jax.lax.map(tile, (right, offsets, deviations))
-
-    found = jax.lax.map(row, (left, *tiles))  # [rows, columns, height, width]
-    return jnp.moveaxis(found, 2, 1).reshape(rows * height, columns * width)[:count, :captions]
-
-
-@partial(jax.jit, static_argnums=0)
-def _score_large_row_tiles(
-    block: banded.Block | None, network: Network, images: Array, texts: Array, offset: Array, deviation: Array
-) -> Float[Array, "N C"]:
-    """`score_rows` on an accelerator."""
-    count, captions = offset.shape
-    height = min(count, max(1, math.prod(LARGE_TILE) // captions))
-    rows = -(-count // height)
-    tiles = _row_tiles((images[:, None], texts, offset[:, None], deviation[:, None]), rows, height)
-    own = banded.bands(network, block) if block and isinstance(network, CNN) else None
-    axis = 2 if block and block.pairs_last else 1
-
-    def row(tile: list[Array]) -> Float[Array, "p q"]:
-        pictures, captions_of, offset, deviation = tile
-        make = jax.vmap(partial(_maps, block=block), out_axes=axis)
-        maps = make(_side(pictures, block), _side(captions_of, block), offset, deviation)
-        maps = maps.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 3 :])
-        return _maps_scores(network, own, maps, deviation[:, 0], block)
-
-    return jax.lax.map(row, tiles).reshape(rows * height, captions)[:count]
-
-
-def _maps(
-    images: _Side,
-    texts: _Side,
-    offset: Float[Array, "p q"],
-    deviation: Float[Array, "p q"],
-    block: banded.Block | None,
-) -> Float[Array, "I *a"]:
-    """Standardised maps [I, p, q, T], or [I, T, p, q] if a block has its pairs last; columns padded as it needs.
-
-    One product makes the maps, and as a last row and column what the means contribute (`similarity.moments`), which is
-    small when it is added.
-    """
-    last = bool(block and block.pairs_last)
-    right = jnp.transpose(texts.tokens, (2, 1, 0) if last else (2, 0, 1))
-    found = images.tokens.reshape(-1, len(right)) @ right.reshape(len(right), -1)
-    found = found.reshape(*images.tokens.shape[:2], *right.shape[1:])
-    column = 2 if last else 3
-
-    def spread(value: Float[Array, "#p #q"]) -> Array:
-        return jnp.expand_dims(value, (1, column))
-
-    def term(row: slice, place: slice, left: Float[Array, "p"], right: Float[Array, "q"]) -> Array:
-        part = found[:, row, place] if last else found[:, row, :, place]
-        return part.astype(jnp.float32) * spread(left[:, None] * right)
-
-    tokens, mean = slice(None, -1), slice(-1, None)
-    whole = term(tokens, tokens, images.rest_scale, texts.rest_scale)
-    whole += term(tokens, mean, images.rest_scale, texts.mean_scale)
-    whole += term(mean, tokens, images.mean_scale, texts.rest_scale)
-    whole = (whole + spread(offset)) / spread(deviation)
-    if block:
-        extra = banded.padded_columns(whole.shape[column], block) - whole.shape[column]
-        gaps = [(0, extra if axis == column else 0) for axis in range(4)]
-        whole = jnp.pad(whole.astype(block.dtype), gaps)
-    return jnp.moveaxis(whole, 0, 2 if last else 1)
-
-
-def _maps_scores(
-    network: Network,
-    own: banded.Bands | None,
-    maps: Float[Array, "I *a"],
-    deviation: Float[Array, "p q"],
-    block: banded.Block | None,
-) -> Float[Array, "p q"]:
-    """Scores of standardised maps of all pairs, in the order of `_maps`; NaN without a deviation."""
-    rows, pairs = len(maps), deviation.size
-    axis = 2 if block and block.pairs_last else 1
-    flat = maps.reshape(rows, -1, pairs) if axis == 2 else maps.reshape(rows, pairs, -1)
-    if block and own and isinstance(network, CNN):
-        gap = [(0, -pairs % block.pairs if place == axis else 0) for place in range(3)]
-        scores = banded.fused_scores(network, own, jnp.pad(flat, gap), block)[:pairs]
-    elif isinstance(network, MLP):
-        scores = _perceptron(network, jnp.moveaxis(flat, axis, 0))
-    else:
-        scores = banded.scores(network, jnp.moveaxis(flat, axis, 0))
-    return jnp.where(deviation > 0, scores.reshape(deviation.shape), jnp.nan)
-
-
-def _perceptron(network: MLP, maps: Float[Array, "B I T"]) -> Float[Array, "B"]:
-    """An MLP's scores of maps whose columns may be padded."""
-    extra = maps.shape[2] - network.fc1.shape[2]
-    weights = jnp.pad(network.fc1, ((0, 0), (0, 0), (0, extra))).astype(maps.dtype)
-    hidden = jnp.einsum("bit,hit->bh", maps, weights, preferred_element_type=jnp.float32)
-    hidden = jax.nn.relu(hidden + network.fc1_bias)
-    hidden = jax.nn.relu(hidden @ network.fc2.T + network.fc2_bias)
-    return hidden @ network.fc3 + network.fc3_bias
 
 
 # --- a tile on CPU -------------------------------------------------------------------------------------------------
@@ -474,25 +309,3 @@ def _caption_side(texts: Float[Array, "m T E"]) -> Float[Array, "E J"]:
     mean, rest = centred(texts, 1)
     padded = jnp.concatenate([rest, mean], axis=1)
     return jnp.transpose(padded, (2, 1, 0)).reshape(texts.shape[-1], -1)
-
-
-def _padded(x: Float[Array, "n *B"], count: int, fill: float = 0.0) -> Float[Array, "m *B"]:
-    """The array padded along its first axis to a length of `count`."""
-    return jnp.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-
-
-def _row_tiles(given: tuple[Array, Array, Array, Array], rows: int, height: int) -> list[Array]:
-    """Pictures, captions, offsets and deviations cut into tiles of whole pictures; deviations are padded with ones."""
-    return [
-        _padded(side, rows * height, fill).reshape(rows, height, *side.shape[1:])
-        for side, fill in zip(given, (0.0, 0.0, 0.0, 1.0), strict=True)
-    ]
-
-
-def _blocks(
-    x: Float[Array, "N M"], rows: int, height: int, columns: int, width: int, fill: float = 0.0
-) -> Float[Array, "rows columns height width"]:
-    """The matrix cut into tiles, padded where they exceed it."""
-    gaps = ((0, rows * height - x.shape[0]), (0, columns * width - x.shape[1]))
-    padded = jnp.pad(x, gaps, constant_values=fill)
-    return jnp.moveaxis(padded.reshape(rows, height, columns, width), 2, 1)

@@ -9,7 +9,7 @@ import pytest
 from benchmark_files import importable
 
 from jaxid.dcsm import scoring
-from jaxid.kernels import banded
+from jaxid.kernels import banded, lanes
 
 with importable() as load:
     hlo: Any = load("hlo")
@@ -335,13 +335,17 @@ def test_products_in_parts_write_each_of_them(name: str, matrix: str, outputs: i
     assert counts.moved == 4 + 2 * (8 * 512 + 512 * outputs) + 4 * 4 * 8 * outputs
 
 
-@pytest.mark.parametrize("platform", banded.BLOCKS)
-def test_dense_maps_count_as_their_kernel_says(platform: str) -> None:
+def test_dense_maps_count_as_their_kernels_say() -> None:
     network = jax.eval_shape(lambda key: scoring.Scorer.init(key, 20, 30).network, jax.random.key(0))
-    own = jax.eval_shape(lambda network: banded.bands(network, banded.BLOCKS[platform]), network)
-    shapes = [",".join(map(str, one.shape)) for one in (own.first, own.second, own.wide)]
-    counts = call("f32[1,64]", ["f32[20,64,32]", *(f"f32[{shape}]" for shape in shapes)], pallas("dense_map_scores"))
+    own = jax.eval_shape(lambda network: banded.bands(network, banded.BLOCK), network)
+    weights = [",".join(map(str, one.shape)) for one in (own.first, own.second, own.wide)]
+    counts = call("f32[1,64]", [f"f32[{shape}]" for shape in ("20,64,32", *weights)], pallas("dense_map_scores"))
     assert counts.flop == 64 * banded.operations(own)
+
+    own = jax.eval_shape(lambda network: lanes.weights(network, lanes.Block()), network)
+    shapes = ["2,21,32,256", "2,4,256", *(",".join(map(str, one.shape)) for one in own[:-1])]
+    counts = call("f32[2,1,256]", [f"f32[{shape}]" for shape in shapes], pallas("dense_map_scores_in_lanes"))
+    assert counts.flop == 2 * 256 * lanes.operations(own)
 
 
 def test_known_kernels_are_those_of_the_library() -> None:
