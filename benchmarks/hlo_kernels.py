@@ -25,7 +25,7 @@ class Kernel(NamedTuple):
 
 
 def _layer_product(out: Dims, operands: Sequence[Dims]) -> float:
-    return 2.0 * operands[1][0] * math.prod(operands[2][1:])
+    return 2.0 * operands[1][0] * sum(math.prod(stack[1:]) for stack in operands[2:])
 
 
 def _dense_maps(out: Dims, operands: Sequence[Dims]) -> float:
@@ -56,13 +56,17 @@ KERNELS: Mapping[str, Kernel] = {
     # `jaxid.kernels.flash`: two products with all scores, then three and four. The last operands are query, key and
     # value; or query, the gradient of what was read, key, value and two numbers of every query. Pairs that a mask
     # excludes count too.
-    "attention_forward": Kernel(lambda out, operands: 4.0 * math.prod(out) * _keys(operands), _read_by_attention),
+    # Where programs share the keys of few queries, there is an output of each.
+    "attention_forward": Kernel(
+        lambda out, operands: 4.0 * out[0] * math.prod(operands[-3][-3:]) * _keys(operands), _read_by_attention
+    ),
     "attention_query_gradient": Kernel(lambda out, operands: 6.0 * math.prod(out) * operands[-4][-2]),
     "attention_key_gradient": Kernel(
         lambda out, operands: 8.0 * out[0] * math.prod(out[-2:]) * math.prod(operands[-6][-3:-1])
     ),
-    # `jaxid.kernels.product`: an index, the tokens, and the stack, of which one layer is read.
+    # `jaxid.kernels.product`: an index, the tokens, and the stack, or two of them, of which one layer is read.
     "layer_product": Kernel(_layer_product, lambda operands: (1, 1, 1 / operands[2][0])),
+    "gated_product": Kernel(_layer_product, lambda operands: (1, 1, 1 / operands[2][0], 1 / operands[3][0])),
     "layer_product_transposed": Kernel(_layer_product, lambda operands: (1, 1, 1 / operands[2][0])),
     # `jaxid.kernels.banded`: maps and three stacks of matrices, of which the first two serve all rows of a map.
     "dense_map_scores": Kernel(_dense_maps),

@@ -4,6 +4,8 @@ XLA's loops over layers slice a layer's matrix out of the stack. On TPU a slice 
 does not: cuBLAS takes whole arrays, so every matrix would be copied before it is read. There, 16-bit matrices go
 through a kernel that adds the layer's offset itself, and so does the gradient with respect to the input. The gradient
 with respect to the matrix belongs to the slice, of which a scan makes the gradient of the stack.
+
+The two products that a gated MLP begins with are one kernel there, so that what they make is never in memory apart.
 """
 
 import functools
@@ -13,15 +15,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxid.kernels.stacks import LayerSlice
+
+PRODUCT = "product"
+"""Name by which `jax.checkpoint` knows the results of products."""
+
+Activation = Callable[[Array], Array]
+"""A function of every number, on its own."""
 
 _SMALLEST = 256
 """Shortest side of a matrix for which the kernel runs; copying smaller ones costs next to nothing."""
@@ -89,11 +98,72 @@ def _by_platform(
     return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=in_place, default=sliced)
 
 
+def gated_product(
+    x: Float[Array, "M K"], gate: LayerSlice, up: LayerSlice, activation: Activation
+) -> Float[Array, "M N"]:
+    """activation(x @ gate) * (x @ up), of two matrices of one layer.
+
+    The kernel for GPUs rounds only the result to 16 bits. Where there is a gradient, both products are kept for it, and
+    are made apart.
+    """
+    if x.dtype != gate.dtype or gate.dtype != up.dtype or not runs(x.dtype, *gate.shape):
+        return _apart(activation, x, gate, up)
+    stacks = jax.lax.stop_gradient((gate.stack, up.stack))
+    return _gated(activation, x, *stacks, jnp.asarray(gate.index, jnp.int32), gate.value, up.value)
+
+
+def _apart(activation: Activation, x: Array, gate: LayerSlice, up: LayerSlice) -> Array:
+    first, second = (checkpoint_name(product(x, matrix), PRODUCT) for matrix in (gate, up))
+    return activation(first) * second
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation: Activation, x: Array, gates: Array, ups: Array, index: Array, gate: Array, up: Array) -> Array:
+    return _gated_by_platform(activation, x, gates, ups, index, gate, up)
+
+
+def _gated_forward(
+    activation: Activation, x: Array, gates: Array, ups: Array, index: Array, gate: Array, up: Array
+) -> tuple[Array, Any]:
+    def apart(x: Array, gate: Array, up: Array) -> Array:
+        return _apart(activation, x, LayerSlice(gates, index, gate), LayerSlice(ups, index, up))
+
+    return jax.vjp(apart, x, gate, up)
+
+
+def _gated_backward(activation: Activation, pull: Any, slope: Array) -> tuple[Array | None, ...]:
+    del activation
+    of_x, of_gate, of_up = pull(slope)
+    return of_x, None, None, None, of_gate, of_up
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _gated_by_platform(activation: Activation, *operands: Array) -> Array:
+    def together(x: Array, gates: Array, ups: Array, index: Array, gate: Array, up: Array) -> Array:
+        del gate, up
+        return everywhere(False, combine=_gating(activation))(x, gates, ups, index)
+
+    def apart(x: Array, gates: Array, ups: Array, index: Array, gate: Array, up: Array) -> Array:
+        return _apart(activation, x, LayerSlice(gates, index, gate), LayerSlice(ups, index, up))
+
+    return jax.lax.platform_dependent(*operands, cuda=together, default=apart)
+
+
+@functools.cache
+def _gating(activation: Activation) -> Callable[..., Array]:
+    return lambda gate, up: activation(gate) * up
+
+
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
 class _Tiles(NamedTuple):
-    """How a product is cut: a program computes [rows, columns] of the output from a share of the inner axis."""
+    """How a product is cut: a program computes [rows, columns] of the output from a share of the inner axis.
+
+    With several matrices it computes as many columns, a part of them from each.
+    """
 
     rows: int
     columns: int
@@ -101,18 +171,26 @@ class _Tiles(NamedTuple):
     splits: int
 
 
-def _tiles(tokens: int, inputs: int, outputs: int) -> _Tiles:
+def _tiles(tokens: int, inputs: int, outputs: int, matrices: int = 1) -> _Tiles:
     rows = min(128, max(16, pl.next_power_of_2(tokens)))
-    columns = 64 if rows <= 64 else 128
+    columns = (64 if rows <= 64 else 128) // matrices
     blocks = pl.cdiv(tokens, rows) * pl.cdiv(outputs, columns)
     splits = 1
-    while blocks * splits < _BLOCKS and rows <= 64 and splits < 8 and inputs // (2 * splits) >= 512:
+    while matrices == 1 and blocks * splits < _BLOCKS and rows <= 64 and splits < 8 and inputs // (2 * splits) >= 512:
         splits *= 2
     return _Tiles(rows, columns, 64, splits)
 
 
-def _kernel(index: Any, x: Any, stack: Any, out: Any, *, tiles: _Tiles, shape: tuple[int, int, int], transposed: bool):
-    tokens, inputs, outputs = shape
+def _kernel(
+    index: Any,
+    x: Any,
+    *arrays: Any,
+    tiles: _Tiles,
+    shape: tuple[int, int, int],
+    transposed: bool,
+    combine: Callable[..., Array] | None,
+):
+    (*stacks, out), (tokens, inputs, outputs) = arrays, shape
     first_row, first_column = pl.program_id(0) * tiles.rows, pl.program_id(1) * tiles.columns
     layer = index[...]
     rows, columns = first_row + jnp.arange(tiles.rows), first_column + jnp.arange(tiles.columns)
@@ -133,30 +211,34 @@ def _kernel(index: Any, x: Any, stack: Any, out: Any, *, tiles: _Tiles, shape: t
         outputs % tiles.columns > 0,
     )
 
-    def step(number: Array, total: Array) -> Array:
+    def step(number: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         start = share + number * tiles.inner
         inner = start + jnp.arange(tiles.inner)
         here, inside = pl.ds(start, tiles.inner), pl.ds(first_column, tiles.columns)
         left = load(x.at[pl.ds(first_row, tiles.rows), here], rows, tokens, inner, inputs, (ragged[0], ragged[1]))
-        if transposed:
-            right = load(stack.at[layer, inside, here], columns, outputs, inner, inputs, (ragged[2], ragged[1]))
-            right = right.T
-        else:
-            right = load(stack.at[layer, here, inside], inner, inputs, columns, outputs, (ragged[1], ragged[2]))
-        # Products of 16-bit numbers are exact in float32, whatever precision is set.
-        return total + jnp.dot(left, right, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
 
-    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+        def matrix(stack: Any) -> Array:
+            if transposed:
+                ends = (ragged[2], ragged[1])
+                return load(stack.at[layer, inside, here], columns, outputs, inner, inputs, ends).T
+            return load(stack.at[layer, here, inside], inner, inputs, columns, outputs, (ragged[1], ragged[2]))
+
+        # Products of 16-bit numbers are exact in float32, whatever precision is set.
+        dot = partial(jnp.dot, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+        return tuple(total + dot(left, matrix(stack)) for total, stack in zip(totals, stacks, strict=True))
+
+    zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    totals = jax.lax.fori_loop(0, steps, step, (zeros,) * len(stacks))
+    total = totals[0] if combine is None else combine(*totals)
     place = out.at[pl.program_id(2), pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)]
     plgpu.store(place, total.astype(out.dtype), mask=(rows < tokens)[:, None] & (columns < outputs)[None, :])
 
 
 def stacked_product(
     x: Float[Array, "M K"],
-    stack: Float[Array, "L ..."],
-    index: Int[Array, ""],
-    *,
+    *arrays: Array,
     transposed: bool = False,
+    combine: Callable[..., Array] | None = None,
     dtype: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
@@ -164,31 +246,32 @@ def stacked_product(
 
     Args:
         x: the inputs.
-        stack: the matrices.
-        index: which of them.
+        *arrays: the matrices, [L, K, N], and which of them; for `combine` several such stacks of one shape before.
         transposed: whether to multiply by its transpose.
+        combine: makes the result of the products with a matrix of every stack, number by number.
         dtype: of the result; that of x if None.
         interpret: runs the kernel as a JAX program, on any platform and slowly.
     """
+    *stacks, index = arrays
     tokens, inputs = x.shape
-    outputs = stack.shape[1 if transposed else 2]
-    tiles = _tiles(tokens, inputs, outputs)
+    outputs = stacks[0].shape[1 if transposed else 2]
+    tiles = _tiles(tokens, inputs, outputs, len(stacks))
     wanted = jnp.dtype(x.dtype if dtype is None else dtype)
     written = wanted if tiles.splits == 1 else jnp.dtype(jnp.float32)
-    moved = x.size * x.dtype.itemsize + inputs * outputs * stack.dtype.itemsize
+    moved = x.size * x.dtype.itemsize + sum(inputs * outputs * stack.dtype.itemsize for stack in stacks)
     parts = pl.pallas_call(
-        partial(_kernel, tiles=tiles, shape=(tokens, inputs, outputs), transposed=transposed),
+        partial(_kernel, tiles=tiles, shape=(tokens, inputs, outputs), transposed=transposed, combine=combine),
         grid=(pl.cdiv(tokens, tiles.rows), pl.cdiv(outputs, tiles.columns), tiles.splits),
         out_shape=jax.ShapeDtypeStruct((tiles.splits, tokens, outputs), written),
         compiler_params=plgpu.CompilerParams(num_warps=4 if tiles.rows <= 64 else 8, num_stages=3),
         cost_estimate=pl.CostEstimate(
-            flops=2 * tokens * inputs * outputs,
+            flops=2 * tokens * inputs * outputs * len(stacks),
             transcendentals=0,
             bytes_accessed=moved + tiles.splits * tokens * outputs * written.itemsize,
         ),
         interpret=interpret,
-        name="layer_product_transposed" if transposed else "layer_product",
-    )(index, x, stack)
+        name="layer_product_transposed" if transposed else "layer_product" if combine is None else "gated_product",
+    )(index, x, *stacks)
     return parts[0] if tiles.splits == 1 else parts.sum(axis=0).astype(wanted)
 
 
@@ -196,49 +279,70 @@ def stacked_product(
 
 
 @functools.cache
-def everywhere(transposed: bool, interpret: bool = False) -> Callable[[Array, Array, Array], Array]:
-    """The kernel over the devices that hold parts of its operands, and under `jax.vmap`."""
+def everywhere(
+    transposed: bool, interpret: bool = False, combine: Callable[..., Array] | None = None
+) -> Callable[..., Array]:
+    """The kernel over the devices that hold parts of its operands, and under `jax.vmap`.
 
-    def whole(x: Array, stack: Array, index: Array) -> Array:
-        return stacked_product(x, stack, index, transposed=transposed, interpret=interpret)
+    Args:
+        transposed: as in `stacked_product`.
+        interpret: the same.
+        combine: the same, of the products with matrices of two stacks.
+    """
+    run_here = partial(stacked_product, transposed=transposed, combine=combine, interpret=interpret)
+    several = combine is not None
 
-    divided = custom_partitioning(whole)
+    def single(x: Array, stack: Array, index: Array) -> Array:
+        return run_here(x, stack, index)
+
+    def pair(x: Array, first: Array, second: Array, index: Array) -> Array:
+        return run_here(x, first, second, index)
+
+    divided = custom_partitioning(pair if several else single)
 
     def partition(mesh: Any, operands: Sequence[Any], outputs: Any) -> Any:
         """The matrix stays where it is, and the tokens come to it."""
         del outputs
         tokens, (rows, columns) = _axes(operands[0])[0], _axes(operands[1])[1:]
         inner, outer = (columns, rows) if transposed else (rows, columns)
+        if several:  # sums over devices would have to come before
+            inner, rows = None, None
         summed = tuple(_names(inner))
         if _names(tokens) & (_names(inner) | _names(outer)):
             tokens = None
 
-        def run(x: Array, stack: Array, index: Array) -> Array:
-            dtype = jnp.float32 if summed else None
-            part = stacked_product(x, stack, index, transposed=transposed, dtype=dtype, interpret=interpret)
+        def run(x: Array, *arrays: Array) -> Array:
+            part = run_here(x, *arrays, dtype=jnp.float32 if summed else None)
             return jax.lax.psum(part, summed).astype(x.dtype) if summed else part
 
-        inputs = (PartitionSpec(tokens, inner), PartitionSpec(None, rows, columns), PartitionSpec())
+        stacks = (PartitionSpec(None, rows, columns),) * (len(operands) - 2)
+        inputs = (PartitionSpec(tokens, inner), *stacks, PartitionSpec())
         result = NamedSharding(mesh, PartitionSpec(tokens, outer))
         return mesh, run, result, tuple(NamedSharding(mesh, spec) for spec in inputs)
 
-    rule = "m k, l n k, -> m n" if transposed else "m k, l k n, -> m n"
+    matrices = ", ".join(["l n k" if transposed else "l k n"] * (2 if several else 1))
+    whole, summed = (("k", "l"), ()) if several else (("l",), ("k",))
     divided.def_partition(
-        partition=partition, sharding_rule=rule, need_replication_factors=("l",), reduction_factors=("k",)
+        partition=partition,
+        sharding_rule=f"m k, {matrices}, -> m n",
+        need_replication_factors=whole,
+        reduction_factors=summed,
     )
     mapped = custom_vmap(divided)
 
     @mapped.def_vmap
-    def fold(size: int, batched: Sequence[bool], x: Array, stack: Array, index: Array) -> tuple[Array, bool]:
+    def fold(size: int, batched: Sequence[bool], x: Array, *arrays: Array) -> tuple[Array, bool]:
         if any(batched[1:]):  # other matrices for every row
             axes = tuple(0 if here else None for here in batched)
 
-            def plain(x: Array, stack: Array, index: Array) -> Array:
-                matrix = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-                return x @ (matrix.T if transposed else matrix)
+            def plain(x: Array, *arrays: Array) -> Array:
+                *stacks, index = arrays
+                found = [jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks]
+                parts = [x @ (matrix.T if transposed else matrix) for matrix in found]
+                return parts[0] if combine is None else combine(*parts)
 
-            return jax.vmap(plain, axes)(x, stack, index), True
-        found = mapped(x.reshape(-1, x.shape[-1]), stack, index)
+            return jax.vmap(plain, axes)(x, *arrays), True
+        found = mapped(x.reshape(-1, x.shape[-1]), *arrays)
         return found.reshape(size, -1, found.shape[-1]), True
 
     return mapped

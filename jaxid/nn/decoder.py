@@ -11,12 +11,12 @@ from jaxid.kernels import rope
 from jaxid.kernels.rope import Rotation
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
 from jaxid.nn.layers import (
-    ACTIVATIONS,
     Layer,
     Linear,
     Projections,
     RMSNorm,
     Stackable,
+    gated,
     normal,
     parameters_of,
     stacked,
@@ -76,7 +76,7 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the network to every token."""
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(gated(x, self.gate, self.up, self.activation))
 
 
 class DecoderBlock(Stackable):

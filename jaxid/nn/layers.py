@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
-from jaxid.kernels.product import product
+from jaxid.kernels.product import PRODUCT, gated_product, product
 from jaxid.kernels.product import runs as reads_stack
 from jaxid.kernels.stacks import LayerSlice
 from jaxid.nn.fields import check_types
@@ -25,6 +25,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 """Activation functions by the names Hugging Face configs use."""
+
+_IN_KERNELS = frozenset({"silu", "gelu_new", "gelu_pytorch_tanh"})
+"""Activation functions that kernels for GPUs can compute."""
 
 BOOKKEEPING = frozenset(
     """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention architectures
@@ -213,9 +216,6 @@ class Projections(nnx.Module):
         return _affine(join_heads(mixed), self.out, self.out_bias)
 
 
-_PRODUCT = "product"
-
-
 def _affine(
     x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None, *, by_rows: bool = False
 ) -> Float[Array, "..."]:
@@ -237,7 +237,17 @@ def flat_product(
     """
     flat = x.reshape(-1, x.shape[-1])
     y = product(flat, kernel, by_rows=by_rows) if isinstance(kernel, LayerSlice) else flat @ kernel
-    return checkpoint_name(y, _PRODUCT).reshape(*x.shape[:-1], kernel.shape[1])
+    return checkpoint_name(y, PRODUCT).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def gated(x: Float[Array, "*B D"], gate: Linear, up: Linear, activation: str) -> Float[Array, "*B inner"]:
+    """activation(gate(x)) * up(x), as one product where the matrices are read in their stacks."""
+    matrices, function = (gate.kernel.get_value(), up.kernel.get_value()), ACTIVATIONS[activation]
+    plain = gate.bias is not None or up.bias is not None or activation not in _IN_KERNELS
+    if plain or not all(isinstance(matrix, LayerSlice) for matrix in matrices):
+        return function(gate(x)) * up(x)
+    found = gated_product(x.reshape(-1, x.shape[-1]), *matrices, function)
+    return found.reshape(*x.shape[:-1], found.shape[-1])
 
 
 def split_heads(x: Float[Array, "*B S F"], width: int) -> Float[Array, "*B S H E"]:
@@ -323,7 +333,7 @@ def recomputed(layers: Stackable, step: Callable[..., Result]) -> Callable[..., 
     """A step through one of the stacked layers, of which the backward pass keeps what `layers.learning` says."""
     if layers.learning is None or layers.learning.recompute == "nothing":
         return step
-    products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+    products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     policy = products if layers.learning.recompute == "cheap" else None
     return jax.checkpoint(step, prevent_cse=False, policy=policy)
 

@@ -135,10 +135,23 @@ PRODUCTS = """
     import json, sys
     import jax, jax.numpy as jnp
     import accelerator_targets
-    from jaxid.kernels.product import product
+    from jaxid.kernels.product import gated_product, product
     from jaxid.kernels.stacks import LayerSlice
+    from jaxid.nn.layers import _IN_KERNELS, ACTIVATIONS
 
     target = accelerator_targets.Target(accelerator_targets.DEVICES[sys.argv[1]])
+
+    def gated(name):
+        def layers(x, wide, narrow):
+            def step(x, own):
+                index, up, down = own
+                up = LayerSlice(wide, index, up)
+                return product(gated_product(x, up, up, ACTIVATIONS[name]), LayerSlice(narrow, index, down)), None
+
+            return jax.lax.scan(step, x, (jnp.arange(len(wide)), wide, narrow))[0]
+
+        layers.__name__ = name
+        return layers
 
     def layers(x, wide, narrow):
         def step(x, own):
@@ -156,11 +169,12 @@ PRODUCTS = """
             target.array(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
             for shape in ((tokens, inputs), (8, inputs, outputs), (8, outputs, inputs))
         ]
-        for function in (layers, slope):
+        for function in (layers, slope, *(gated(name) for name in sorted(_IN_KERNELS))):
             compiled = target.compile(jax.jit(function), *given)
             print("FOUND", json.dumps({
                 "shape": [tokens, inputs, outputs], "function": function.__name__,
                 "kernels": compiled.as_text().count("layer_product"),
+                "gated": compiled.as_text().count("gated_product/pallas_call"),
                 "temporary": compiled.memory_analysis().temp_size_in_bytes,
             }), flush=True)
 """
@@ -174,6 +188,7 @@ def test_products_read_matrices_in_their_stacks(device: str) -> None:
         found = json.loads(line)
         tokens, inputs, outputs = found["shape"]
         assert (found["kernels"] > 0) == (device == "h100")
+        assert (found["gated"] > 0) == (device == "h100" and found["function"] not in ("layers", "slope"))
         layers = 8 if found["function"] == "slope" else 1  # what the gradient needs of every layer
         # An input, what is inside a layer, its gradients, and float32 parts of a split product.
         activations = tokens * (inputs + 2 * outputs) * 2 * layers + 8 * tokens * max(inputs, outputs) * 4

@@ -1,5 +1,6 @@
 """Products with one matrix of a stack: the kernel's numbers, its gradients, devices, mapped axes."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 from flax import nnx
 
 from jaxid.kernels import product
-from jaxid.kernels.product import everywhere, stacked_product
+from jaxid.kernels.product import everywhere, gated_product, stacked_product
 from jaxid.kernels.stacks import LayerSlice
-from jaxid.nn.layers import Learning, stacked
+from jaxid.nn.decoder import GatedMLP
+from jaxid.nn.decoder_config import DecoderConfig
+from jaxid.nn.layers import ACTIVATIONS, Learning, parameters_of, stacked
 from jaxid.nn.transformer import Block, BlockConfig, run_blocks
 
 RNG = np.random.default_rng(0)
@@ -44,6 +47,20 @@ def test_the_kernel(tokens: int, inputs: int, outputs: int) -> None:
         np.testing.assert_allclose(np.asarray(back, np.float64), wanted, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 70, 200])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (100, 72), (1100, 40)])
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+def test_the_kernel_of_two_products(tokens: int, inputs: int, outputs: int, name: str) -> None:
+    """Only the result is rounded."""
+    x, gates = arrays(tokens, inputs, outputs)
+    ups, index = arrays(tokens, inputs, outputs)[1], jnp.asarray(2)
+    found = gated_kernel(ACTIVATIONS[name])(x, gates, ups, index)
+    assert found.dtype == jnp.bfloat16
+    gate, up = (jnp.asarray(exact(x, stack[2]), jnp.float32) for stack in (gates, ups))
+    wanted = np.asarray(ACTIVATIONS[name](gate) * up)
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=2**-8, atol=1e-5)
+
+
 def test_few_tokens_split_the_inner_axis() -> None:
     assert product._tiles(8, 4096, 4096).splits > 1 == product._tiles(4096, 4096, 4096).splits
 
@@ -57,6 +74,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         "_by_platform",
         lambda x, stack, index, value, *, transposed, by_rows=False: everywhere(transposed, True)(x, stack, index),
     )
+    monkeypatch.setattr(
+        product,
+        "_gated_by_platform",
+        lambda activation, x, gates, ups, index, gate, up: gated_kernel(activation)(x, gates, ups, index),
+    )
+
+
+def gated_kernel(activation: Any) -> Any:
+    return everywhere(False, True, product._gating(activation))
 
 
 def layers(x: jax.Array, stack: jax.Array, *, lazily: bool) -> jax.Array:
@@ -97,6 +123,79 @@ def test_mapped_axes(interpreted: None) -> None:
     found = jax.vmap(run, (None, 0, None))(x[0], stacks, jnp.asarray(2))
     wanted = np.stack([exact(x[0], stack[index]) for index in (2, 0)])
     np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-7, atol=1e-5)
+
+
+def gated_layers(x: jax.Array, gates: jax.Array, ups: jax.Array) -> jax.Array:
+    """Two products with every pair of square matrices in turn."""
+
+    def step(x: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        index, gate, up = own
+        matrices = LayerSlice(gates, index, gate), LayerSlice(ups, index, up)
+        return gated_product(x, *matrices, jax.nn.silu), None
+
+    return jax.lax.scan(step, x, (jnp.arange(gates.shape[0]), gates, ups))[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_two_products(recompute: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of products that are made apart, also where a policy says what the backward pass keeps."""
+    x, gates = arrays(24, 32, 32)
+    ups = arrays(24, 32, 32)[1]
+    policy = jax.checkpoint_policies.save_only_these_names(product.PRODUCT)
+
+    def loss(x: jax.Array, gates: jax.Array, ups: jax.Array) -> jax.Array:
+        run = jax.checkpoint(gated_layers, policy=policy) if recompute else gated_layers
+        return (run(4 * x, gates, ups).astype(jnp.float32) ** 2).sum()
+
+    slopes = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, gates, ups)
+    monkeypatch.setattr(product, "_SMALLEST", 1000)
+    jax.clear_caches()
+    wanted_slopes = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, gates, ups)
+    for found, wanted in zip(slopes, wanted_slopes, strict=True):
+        found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+        np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+        assert np.abs(wanted).max() > 0.01
+
+
+def test_two_products_are_not_made_again_for_a_gradient() -> None:
+    """A policy that keeps products finds them: two in the forward pass, four in the backward pass."""
+    x, gates = (jnp.zeros(shape, jnp.bfloat16) for shape in ((8, 256), (2, 256, 256)))
+    policy = jax.checkpoint_policies.save_only_these_names(product.PRODUCT)
+
+    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def run(x: jax.Array, gates: jax.Array, index: jax.Array) -> jax.Array:
+        matrix = LayerSlice(gates, index, gates[index])
+        return jnp.sin(gated_product(x, matrix, matrix, jax.nn.silu)).sum()
+
+    text = jax.jit(jax.value_and_grad(run, (0, 1))).lower(x, gates, 1).as_text()
+    assert text.count("dot_general") == 6
+
+
+def test_two_products_under_vmap_and_on_devices(interpreted: None) -> None:
+    """Rows that `jax.vmap` made, rows with stacks of their own, and matrices that devices divide by their columns."""
+    x, gates = arrays(4 * 6, 64, 64)
+    ups, index = arrays(4 * 6, 64, 64)[1], jnp.asarray(1)
+    run, x = gated_kernel(jax.nn.silu), x.reshape(4, 6, 64)
+
+    def wanted(x: jax.Array, layer: int = 1) -> np.ndarray:
+        gate, up = (jnp.asarray(exact(x, stack[layer]), jnp.float32) for stack in (gates, ups))
+        return np.asarray(jax.nn.silu(gate) * up)
+
+    found = jax.vmap(run, (0, None, None, None))(x, gates, ups, index)
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted(x), rtol=2**-7, atol=1e-5)
+    indices = jnp.asarray([2, 0, 1, 1])
+    found = jax.vmap(run, (0, None, None, 0))(x, gates, ups, indices)
+    each = np.stack([wanted(one, int(layer)) for one, layer in zip(x, indices, strict=True)])
+    np.testing.assert_allclose(np.asarray(found, np.float32), each, atol=0.02 * np.abs(each).max())
+
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    for axes, gathered in (((None, "model"), False), (("model", None), True)):
+        stacks = [jax.device_put(one, jax.NamedSharding(mesh, jax.P(None, *axes))) for one in (gates, ups)]
+        rows = jax.device_put(x.reshape(24, 64), jax.NamedSharding(mesh, jax.P("data")))
+        divided = jax.jit(run).lower(rows, *stacks, index).compile()
+        found = np.asarray(divided(rows, *stacks, index), np.float32)
+        np.testing.assert_allclose(found, wanted(x).reshape(24, 64), rtol=2**-7, atol=1e-4)
+        assert ("all-gather" in str(divided.as_text())) == gathered
 
 
 @pytest.mark.parametrize("axes", [(None, None), ("model", None), (None, "model"), (("data", "model"), None)])
@@ -145,3 +244,22 @@ def test_blocks_read_their_stacks_through_it(
         ours, plain = np.asarray(ours, np.float32), np.asarray(plain, np.float32)
         np.testing.assert_allclose(ours, plain, atol=0.03 * np.abs(plain).max())
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_decoders_gate_through_it(name: str, interpreted: None) -> None:
+    """Both first products of an MLP at once, for activations that the kernel can compute."""
+    config = DecoderConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, hidden_act=name)
+    definition, state = nnx.split(stacked(lambda rngs: GatedMLP(config, rngs=rngs), 2, nnx.Rngs(0)))
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
+    x = jnp.asarray(RNG.standard_normal((2, 5, 32)), jnp.bfloat16)
+
+    def run(x: jax.Array, state: Any) -> jax.Array:
+        return nnx.merge(definition, parameters_of(state, 1))(x)
+
+    kernels = str(jax.make_jaxpr(run)(x, state)).count("pallas_call")
+    assert kernels == (3 if name == "gelu" else 2)
+    gate, up, down = (getattr(state, part).kernel[...][1] for part in ("gate", "up", "down"))
+    inner = ACTIVATIONS[name](jnp.asarray(exact(x, gate), jnp.float32)) * exact(x, up)
+    wanted = exact(jnp.asarray(inner), down)
+    np.testing.assert_allclose(np.asarray(run(x, state), np.float32), wanted, atol=0.02 * np.abs(wanted).max())
