@@ -19,6 +19,7 @@ from jaxid.kernels import flash
 from jaxid.kernels.blocks import LOWEST, Target
 from jaxid.kernels.flash import Stacks
 from jaxid.kernels.masks import Reads
+from jaxid.kernels.parts import Part, merge
 from jaxid.kernels.stacks import LayerSlice
 
 _HEADWISE_FROM = 64 * 64
@@ -32,26 +33,6 @@ _STACKED_FROM = 32
 
 _QUERY_BLOCK = 192
 """Queries in a block on CPU; the keys after a block are skipped where attention is causal."""
-
-
-class Part(NamedTuple):
-    """Attention over some of the keys, and the weight of these keys, so that parts can be merged.
-
-    Attributes:
-        mixed: what the queries read of these keys; 0 for a query that may read none of them.
-        lse: the log-sum-exp of their scores; the lowest float32 for such a query.
-    """
-
-    mixed: Float[Array, "*batch E"]
-    lse: Float[Array, "*batch"]
-
-
-def merge(*parts: Part) -> Float[Array, "*batch E"]:
-    """Attention over all keys, in float32, from attention over disjoint sets of them."""
-    largest = jax.lax.stop_gradient(jnp.stack([part.lse for part in parts]).max(axis=0))
-    weights = [jnp.exp(part.lse - largest) for part in parts]
-    mixed = [part.mixed.astype(jnp.float32) * weight[..., None] for part, weight in zip(parts, weights, strict=True)]
-    return functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, weights)[..., None]
 
 
 Implementation = Literal["batched", "headwise", "cuda", "tpu", "cuda-interpreted", "tpu-interpreted"]
@@ -432,6 +413,6 @@ def shared_prefix_attention(
         return together(*arrays)
     shapes = (batch, heads, rows * length, width), (batch, kv_heads, rows * keys, width)
     kernels = [platform for platform in ("cuda", "tpu") if chosen(platform, *shapes, query.dtype) == platform]
-    if not kernels:
+    if length == 1 or not kernels:  # a kernel's block of queries would hold those of many rows
         return apart(*arrays)
     return jax.lax.platform_dependent(*arrays, default=apart, **dict.fromkeys(kernels, together))

@@ -39,6 +39,30 @@ class Target(NamedTuple):
     interpret: bool = False
 
 
+RowOf = Callable[[Any], Any]
+"""From the row of a grid to that of an operand."""
+
+
+class GridRows(NamedTuple):
+    """The V mapped rows and B prompts of a call, which one axis of its grid counts."""
+
+    mapped: int
+    batch: int
+
+    def of(self, operand: "GridRows") -> RowOf:
+        """From that count to the row of an operand that has fewer of either."""
+        if operand == self:
+            return lambda index: index
+        if operand.mapped * operand.batch == 1:
+            return lambda index: 0
+
+        def row(index: Any) -> Any:
+            mapped = jax.lax.rem(jax.lax.div(index, self.batch), operand.mapped)
+            return mapped * operand.batch + jax.lax.rem(jax.lax.rem(index, self.batch), operand.batch)
+
+        return row
+
+
 class Call(NamedTuple):
     """What a kernel has to know when it is traced.
 
@@ -50,6 +74,7 @@ class Call(NamedTuple):
         other_block: tokens that it reads in one step.
         width: of a head.
         names: of the arrays, in their order.
+        splits: number of programs that share the other tokens, where one block holds all own ones.
     """
 
     target: Target
@@ -59,6 +84,7 @@ class Call(NamedTuple):
     other_block: int
     width: int
     names: tuple[str, ...]
+    splits: int = 1
 
     @property
     def triton(self) -> bool:
@@ -85,9 +111,14 @@ class Call(NamedTuple):
         return self.own_block * self.own_blocks if own else self.other_block * self.other_blocks
 
     @property
+    def block(self) -> Any:
+        """The index of the program's own block."""
+        return pl.program_id(2) if self.splits == 1 else 0
+
+    @property
     def start(self) -> Any:
         """The first of the program's own tokens within the arrays that it sees: blocks on TPU, whole heads on GPU."""
-        return pl.program_id(2) * self.own_block if self.triton else 0
+        return self.block * self.own_block if self.triton else 0
 
 
 def _even(length: int, most: int) -> int:
@@ -122,7 +153,7 @@ def _tile(call: Call, ref: Any, start: Any, first: Any, size: int, length: int, 
 
 def _own(call: Call, ref: Any) -> Array:
     """The program's own rows."""
-    return _tile(call, ref, call.start, pl.program_id(2) * call.own_block, call.own_block, call.own)
+    return _tile(call, ref, call.start, call.block * call.own_block, call.own_block, call.own)
 
 
 def _put(call: Call, ref: Any, tile: Array) -> None:
@@ -160,16 +191,21 @@ def _dot(call: Call, a: Array, b: Array, *, transposed: bool = False) -> Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-Rows = Mapping[str, Callable[[Any], Any]]
-"""By the names of the small arrays that every program sees whole: from its row in the grid to the array's own."""
+Rows = Mapping[str, RowOf]
+"""By the names of the small arrays that every program sees whole."""
 
 
 def _needed(call: Call, at: dict[str, Any], rows: Rows) -> tuple[Any, Any]:
-    """The range of blocks of other tokens that the program's own tokens need."""
-    if "bounds" not in at:
-        return 0, call.other_blocks
-    index = 2 * (rows["bounds"](pl.program_id(0)) * call.own_blocks + pl.program_id(2))
-    return at["bounds"][index], at["bounds"][index + 1]
+    """The range of blocks of other tokens that the program's own tokens need, or the program's share of it."""
+    first, end = 0, call.other_blocks
+    if "bounds" in at:
+        index = 2 * (rows["bounds"](pl.program_id(0)) * call.own_blocks + call.block)
+        first, end = at["bounds"][index], at["bounds"][index + 1]
+    if call.splits == 1:
+        return first, end
+    share = jax.lax.div(end - first + call.splits - 1, call.splits)
+    first += pl.program_id(2) * share
+    return first, jnp.minimum(end, first + share)
 
 
 def _layer(call: Call, at: dict[str, Any], rows: Rows) -> tuple[Any, ...]:

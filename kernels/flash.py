@@ -26,6 +26,8 @@ from jaxid.kernels.blocks import (
     OF_QUERIES,
     UNREAD,
     Call,
+    GridRows,
+    RowOf,
     Target,
     forward_kernel,
     key_kernel,
@@ -33,37 +35,17 @@ from jaxid.kernels.blocks import (
     sizes,
 )
 from jaxid.kernels.masks import Reads
+from jaxid.kernels.parts import Part, joined
 from jaxid.kernels.spread import Kernel, spread, varying
 
 _FEW = 128
 """Queries of a head up to which those of all heads that share a key head go through its keys together."""
 
+_PROGRAMS = 264
+"""Programs that keep a large GPU busy, two for each of an H100's processors."""
+
 _MOST_VMEM = 48 * 2**20
 """Of a TPU core's fast memory, for the blocks of a program; every TPU since v5 has more."""
-
-
-_RowOf = Callable[[Any], Any]
-"""From the row of a grid to that of an operand."""
-
-
-class _Rows(NamedTuple):
-    """The V mapped rows and B prompts of a call, which one axis of its grid counts."""
-
-    mapped: int
-    batch: int
-
-    def of(self, operand: "_Rows") -> _RowOf:
-        """From that count to the row of an operand that has fewer of either."""
-        if operand == self:
-            return lambda index: index
-        if operand.mapped * operand.batch == 1:
-            return lambda index: 0
-
-        def row(index: Any) -> Any:
-            mapped = jax.lax.rem(jax.lax.div(index, self.batch), operand.mapped)
-            return mapped * operand.batch + jax.lax.rem(jax.lax.rem(index, self.batch), operand.batch)
-
-        return row
 
 
 class Stacks(NamedTuple):
@@ -94,9 +76,9 @@ class _Operand(NamedTuple):
     layers: int = 0
 
 
-def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSpec:
+def _block(call: Call, rows: GridRows, heads: int, operand: _Operand) -> pl.BlockSpec:
     """Which part of an operand, as `_flat` reshapes it, a program sees."""
-    row = rows.of(_Rows(*operand.shape[:2]))
+    row = rows.of(GridRows(*operand.shape[:2]))
     share = max(1, heads // operand.shape[2])
     mine = operand.own and not call.triton
     tokens = call.own_block if mine else call.filled(operand.own)
@@ -105,6 +87,8 @@ def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSp
     def index(i: Any, head: Any, block: Any, *_: Any) -> tuple[Any, ...]:
         place = 0 if operand.shape[2] == 1 else head if share == 1 or group else jax.lax.div(head, share)
         where = block if mine else 0
+        if operand.shape[2] == call.splits * heads > heads:
+            place = head * call.splits + block
         return (row(i), place, 0, where) if operand.shape[4] == 1 else (row(i), place, where, 0)
 
     if operand.shape[4] == 1:
@@ -112,10 +96,10 @@ def _block(call: Call, rows: _Rows, heads: int, operand: _Operand) -> pl.BlockSp
     return pl.BlockSpec((None, group, tokens, call.padded_width), index)
 
 
-def _stacked_block(call: Call, rows: _Rows, heads: int, operand: _Operand, layer_of: _RowOf) -> pl.BlockSpec:
+def _stacked_block(call: Call, rows: GridRows, heads: int, operand: _Operand, layer_of: RowOf) -> pl.BlockSpec:
     """The same for a stack: the layer on TPU; all of them on GPU, where the kernel selects its own."""
     mapped, batch, kv_heads = operand.shape[:3]
-    row, stack, share = rows.of(_Rows(mapped, batch)), rows.of(_Rows(mapped, 1)), heads // kv_heads
+    row, stack, share = rows.of(GridRows(mapped, batch)), rows.of(GridRows(mapped, 1)), heads // kv_heads
 
     def index(i: Any, head: Any, block: Any, *refs: Any) -> tuple[Any, ...]:
         del block
@@ -150,7 +134,7 @@ def _pallas(
     name: str,
     kernel: Callable[..., None],
     call: Call,
-    rows: _Rows,
+    rows: GridRows,
     heads: int,
     reads: Reads | None,
     operands: Sequence[tuple[_Operand, Array]],
@@ -169,13 +153,14 @@ def _pallas(
     inputs = [array.reshape(_flat(call, operand).shape) for operand, array in operands]
     names = tuple(operand.name for operand in (*(operand for operand, _ in operands), *outputs))
     prefetched: dict[str, Array] = {}
-    rows_of: dict[str, _RowOf] = {}
+    rows_of: dict[str, RowOf] = {}
     if bounds is not None:
         prefetched["bounds"] = jnp.stack(bounds, axis=-1).reshape(-1)
-        rows_of["bounds"] = rows.of(_Rows(*masked[0][0].shape[:2]))
+        rows_of["bounds"] = rows.of(GridRows(*masked[0][0].shape[:2]))
     if layers is not None:  # comes last, where `_stacked_block` looks for it
-        prefetched["layers"], rows_of["layers"] = layers, rows.of(_Rows(layers.shape[0], 1))
-    grid, block = (rows.mapped * rows.batch, heads, call.own_blocks), functools.partial(_block, call, rows, heads)
+        prefetched["layers"], rows_of["layers"] = layers, rows.of(GridRows(layers.shape[0], 1))
+    grid = (rows.mapped * rows.batch, heads, call.own_blocks * call.splits)
+    block = functools.partial(_block, call, rows, heads)
     in_specs = [
         _stacked_block(call, rows, heads, operand, rows_of["layers"]) if operand.layers else block(operand)
         for operand, _ in operands
@@ -268,9 +253,9 @@ def _merged(array: Array) -> Array:
     return array.reshape(*array.shape[:2], -1, *array.shape[4:])
 
 
-def _rows_of(query: Array, *others: Array) -> _Rows:
+def _rows_of(query: Array, *others: Array) -> GridRows:
     leading = [array.shape[:2] for array in (query, *others)]
-    return _Rows(max(shape[0] for shape in leading), max(shape[1] for shape in leading))
+    return GridRows(max(shape[0] for shape in leading), max(shape[1] for shape in leading))
 
 
 def _run_forward(
@@ -296,22 +281,35 @@ def _run_forward(
             reads = reads._replace(**tiled)
     query = _merged(query)
     heads = query.shape[2]
+    call = _call(target, length, keys, query, backward=False)
+    splits = _splits(call, rows.mapped * rows.batch * heads)
     out, lse = _pallas(
         "attention_forward",
         forward_kernel,
-        _call(target, length, keys, query, backward=False),
+        call._replace(splits=splits),
         rows,
         heads,
         reads,
         [_heads("query", query, own=True), _heads("key", key, own=False), _heads("value", value, own=False)],
         [
-            _Operand("out", (*rows, heads, length, width), dtype, True),
-            _Operand("lse", (*rows, heads, length, 1), jnp.float32, True),
+            _Operand("out", (*rows, heads * splits, length, width), dtype if splits == 1 else jnp.float32, True),
+            _Operand("lse", (*rows, heads * splits, length, 1), jnp.float32, True),
         ],
         4 * rows.mapped * rows.batch * heads * length * keys * width,
         layers=layers,
     )
-    return out.reshape(*rows, *shape[2:]), lse[..., 0, :length].reshape(*rows, *shape[2:5])
+    lse = lse[..., 0, :length]
+    if splits > 1:
+        parts = (leaf.reshape(-1, heads, splits, *leaf.shape[2:]) for leaf in (out, lse))
+        out, lse = joined(Part(*parts), axis=2)
+    return out.astype(dtype).reshape(*rows, *shape[2:]), lse.reshape(*rows, *shape[2:5])
+
+
+def _splits(call: Call, programs: int) -> int:
+    """How many programs share the keys of the same few queries, which would else leave most of a GPU idle."""
+    if not call.triton or call.own_blocks > 1:
+        return 1
+    return max(1, min(_PROGRAMS // programs, call.other_blocks // 2))
 
 
 def _run_backward(

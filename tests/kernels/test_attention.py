@@ -11,7 +11,8 @@ import pytest
 
 from jaxid.kernels import attention
 from jaxid.kernels import masks as reading
-from jaxid.kernels.attention import Part, attend, merge, prefix_part
+from jaxid.kernels.attention import attend, prefix_part
+from jaxid.kernels.parts import Part, merge
 
 
 def naive(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -12,15 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxid.kernels import attention, flash
 from jaxid.kernels.attention import (
     Implementation,
-    Part,
     chosen,
-    merge,
     part,
     prefix_part,
     shared_prefix_attention,
 )
 from jaxid.kernels.blocks import LOWEST, Target
 from jaxid.kernels.masks import Reads, causal, everything, with_spans, within_spans
+from jaxid.kernels.parts import Part, merge
 
 Arrays = tuple[jax.Array, ...]
 
@@ -180,6 +179,29 @@ def test_a_prefix_that_rows_share(kernel: Implementation) -> None:
     assert both[0].mixed.shape == query.shape
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_programs_share_the_keys_of_few_queries(kernel: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPU; the shares of some programs hold no key that a query may read, or none at all."""
+    counts: list[int] = []
+    splits = flash._splits
+    monkeypatch.setattr(flash, "_splits", lambda *given: counts.append(splits(*given)) or counts[-1])
+    flash._everywhere.cache_clear()
+    (query, key, value), keys = heads(2, 4, 2, 5, 700, 16), jnp.broadcast_to(jnp.arange(700), (2, 700))
+    queries = jnp.array([[600], [3]]) + 7 * jnp.arange(5)
+    short = causal(queries, keys)
+    empty = short._replace(high=short.high.at[:, 2].set(-1))
+    for reads in (None, short, empty, empty.within(queries, 100, True)):
+        found = part(query, key, value, reads, implementation=kernel)
+        wanted = part(query, key, value, reads, implementation="batched")
+        np.testing.assert_allclose(found.mixed, wanted.mixed, atol=1e-5)
+        np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
+    assert set(counts) == ({5} if kernel.startswith("cuda") else {1})
+    for sizes in ((2, 4, 2, 200, 700, 16), (9, 32, 32, 2, 700, 16)):
+        query, key, value = heads(*sizes)
+        part(query, key, value, implementation=kernel)
+        assert counts[-1] == 1
+    flash._everywhere.cache_clear()
 
 
 @pytest.mark.parametrize("sliding", [True, False])

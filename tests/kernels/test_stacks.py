@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxid.kernels import flash
-from jaxid.kernels.attention import Implementation, Part, chosen, part, prefix_part, shared_prefix_attention
+from jaxid.kernels.attention import Implementation, chosen, part, prefix_part, shared_prefix_attention
 from jaxid.kernels.masks import Reads, causal
+from jaxid.kernels.parts import Part
 from jaxid.kernels.stacks import LayerSlice
 
 LAYERS, BATCH, KV_HEADS, TOKENS, WIDTH = 3, 2, 2, 210, 16
