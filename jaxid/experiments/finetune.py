@@ -6,7 +6,8 @@ object's activations, less their mean over the batch, and the universal IDs of i
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Literal, TypeVar, cast
 
 import jax
@@ -25,6 +26,7 @@ from jaxid.experiments.base import PUBLISHED_SUFFIX
 from jaxid.experiments.relations import RelationBatch, fill, prepare
 from jaxid.experiments.session import padded, require_same_model, scaled
 from jaxid.families.base import Model
+from jaxid.halving import Batches, Exhausted, Halving
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs
@@ -42,8 +44,8 @@ QUESTIONS = {
 }
 """As in the extraction of IDs, the object whose word is read is second in the pair and first in the question."""
 
-PUBLISHED_LAYER = 11
-"""The layer after which activations are compared with IDs, of 32."""
+PUBLISHED_LAYER, BATCH = 11, 32
+"""The layer after which activations are compared with IDs, of 32; questions of an evaluation that go together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -361,6 +363,7 @@ class Task:
         groups: the training data.
         config: the settings, resolved.
         ids: the model's universal IDs.
+        sparing: like `definition`, with everything recomputed; None if that is so already.
     """
 
     model: Model
@@ -369,6 +372,7 @@ class Task:
     groups: tuple[Group, ...]
     config: FinetuneConfig
     ids: SpatialIDs
+    sparing: nnx.GraphDef[Network] | None = None
 
     @property
     def trained(self) -> int:
@@ -378,21 +382,22 @@ class Task:
 
     def stage(self) -> Stage:
         """The whole run as one stage of `jaxid.train.loop`, whose parameters are the trained tensors only."""
+        layer, weight = cast(int, self.config.id_layer), self.config.id_weight
 
-        def of_trained(trained: Trained, batch: Batch) -> tuple[Array, Metrics]:
+        def of_trained(definition: nnx.GraphDef[Network], trained: Trained, batch: Batch) -> tuple[Array, Metrics]:
             parameters = self.selection.merge(batch["frozen"], trained)
-            layer = cast(int, self.config.id_layer)
-            return loss(self.definition, parameters, batch, id_layer=layer, id_weight=self.config.id_weight)
+            return loss(definition, parameters, batch, id_layer=layer, id_weight=weight)
 
         return Stage(
             name="fine-tuning",
             first=0,
             steps=self.config.steps,
-            loss=of_trained,
+            loss=partial(of_trained, self.definition),
             batch=lambda step: step_batch(self.model, self.groups, self.ids, self.config, step),
             optimizer=optimizer(self.config),
             constants={"frozen": self.model.parameters},
             accumulate=True,
+            sparing=None if self.sparing is None else partial(of_trained, self.sparing),
         )
 
     def model_with(self, trained: Trained) -> Model:
@@ -433,13 +438,15 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         raise DataError("no two pictures show the same pair with the first object in one cell: nothing to train on.")
     if config.id_weight:
         check_finite(f"the universal IDs of layer {config.id_layer}", np.asarray(ids.universal)[config.id_layer])
+    learning = partial(for_learning, model.definition, model.parameters, selection)
     return Task(
         model=model,
         selection=selection,
-        definition=for_learning(model.definition, model.parameters, selection, recompute=config.recompute),
+        definition=learning(recompute=config.recompute),
         groups=tuple(groups),
         config=config,
         ids=ids,
+        sparing=None if config.recompute == "all" else learning(recompute="all"),
     )
 
 
@@ -447,7 +454,7 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
 
 
 def evaluate(
-    model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", batch_size: int = 32
+    model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", batch_size: int = BATCH
 ) -> tuple[int, int]:
     """How many questions are answered correctly: the true word is more probable than the other one.
 
@@ -457,24 +464,37 @@ def evaluate(
         model: the model.
         items: questions.
         template: the user's text.
-        batch_size: questions of one kind that are asked together.
+        batch_size: questions of one kind that are asked together; fewer where the device's memory does not suffice.
 
     Returns:
         Number of correct answers, and number of questions.
+
+    Raises:
+        OutOfMemoryError: if the memory does not suffice for one question.
     """
+    halving = Halving(batch_size, unit="question", advice="use --dtype bfloat16 or a larger device")
+
+    def read(part: list[SpatialItem]) -> tuple[int, RelationBatch]:
+        return len(part), prepare(model, padded(part, halving.size), template=template, case="both")
+
+    def begun(opened: tuple[int, RelationBatch]) -> Callable[[], int]:
+        count, batch = opened
+        answers = batch.read(forward(model, batch.prompts))
+
+        def right() -> int:
+            found = np.asarray(answers)[:count]
+            check_finite(f"log-probabilities of {model.name}'s answers", found)
+            return int((found.argmax(axis=-1) == batch.truth[:count]).sum())
+
+        return right
+
+    steps, total = Batches(halving, read, begun, sum), 0
     axes = [[item for item in items if item.relation in words] for words in ANSWERS.values()]
     parts = [axis[start : start + batch_size] for axis in axes for start in range(0, len(axis), batch_size)]
-
-    def read(part: list[SpatialItem]) -> RelationBatch:
-        return prepare(model, padded(part, batch_size), template=template, case="both")
-
-    def begun(batch: RelationBatch) -> tuple[Array, Int[np.ndarray, "B"]]:
-        return batch.read(forward(model, batch.prompts)), batch.truth
-
-    def right(part: list[SpatialItem], answered: tuple[Array, Int[np.ndarray, "B"]]) -> int:
-        found, truth = (np.asarray(values)[: len(part)] for values in answered)
-        check_finite(f"log-probabilities of {model.name}'s answers", found)
-        return int((found.argmax(axis=-1) == truth).sum())
-
-    with overlapped(parts, read, begun, right) as results:
-        return sum(result.result() for _, result in results), len(items)
+    with overlapped(parts, steps.read, steps.compute, lambda _, fetch: fetch()) as results:
+        for part, result in results:
+            try:
+                total += result.result()
+            except Exhausted as shortage:
+                total += steps.again(part, shortage)
+    return total, len(items)

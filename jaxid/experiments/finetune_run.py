@@ -24,6 +24,7 @@ from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Command, read_spatial_ids, write_config
 from jaxid.experiments.finetune import FinetuneConfig, Task, evaluate, resolved, spatial_items, split_pairs, task
 from jaxid.families.base import Model
+from jaxid.ids.spatial import SpatialIDs
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.train import loop as training
 from jaxid.train.trackers import Trackers
@@ -114,15 +115,14 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
 
         Raises:
             InputError, DataError, CheckpointError, OutputError: naming what cannot be used.
+            OutOfMemoryError: if the device's memory does not suffice for a training step or a question.
         """
         started = time.perf_counter()
         io.ensure_output_folder(self.out)
         checkpoint = open_checkpoint(self.model, dtype=self.dtype)
         config = resolved(self, checkpoint.model)
-        ids = read_spatial_ids(self.ids)
-        items = read_finetune_folder(self.data)
-        train_items, held = split_pairs(items, config.held_out, config.seed)
-        sets = self._evaluation_sets(held)
+        read = self.read()
+        ids, items, sets = read.ids, read.items, read.sets
         settings = {
             "experiment": self.name,
             "model": self.model,
@@ -137,16 +137,27 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         trackers = Trackers(settings, wandb=self.wandb, tensorboard=board)
         training.check_folder(self.out, settings, restart=self.restart, part=True)
         with io.locked(self.out):  # errors are raised before the weights are read
-            task(unloaded(checkpoint), train_items, ids, config).stage().batch(0)
+            task(unloaded(checkpoint), read.training, ids, config).stage().batch(0)
 
         model = checkpoint.load()
-        job = task(model, train_items, ids, config)
+        job = task(model, read.training, ids, config)
         settings["fingerprint"] = model.fingerprint
         with training.begun(self.out, settings, restart=self.restart, made=["evaluations.csv"]):
             write_config(self, self.out)
             trained = self._train(job, sets, trackers)
             export(job.model_with(trained), self.out / "model", {path for path, _ in job.selection.rows})
             return self._finish(job, len(items), started)
+
+    def read(self) -> "Read":
+        """Reads everything but the model."""
+        items = read_finetune_folder(self.data)
+        training, held = split_pairs(items, self.held_out, self.seed)
+        return Read(ids=read_spatial_ids(self.ids), items=items, training=training, sets=self._evaluation_sets(held))
+
+    @property
+    def evaluated(self) -> int:
+        """How often the model is evaluated: before, every `check_every` steps, and at the end."""
+        return 1 + -(-self.steps // self.check_every)
 
     def _evaluation_sets(self, held: Sequence[GridItem]) -> dict[str, list[SpatialItem]]:
         found = {"held_out": spatial_items(held)}
@@ -171,7 +182,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
             training.append_metrics(path, CHECKED, row)
 
-        initial = job.selection.split(job.model.parameters)
+        initial = jax.device_get(job.selection.split(job.model.parameters))
         if not training.read_metrics(path):
             check(0, initial)
         with trackers as log:
@@ -186,6 +197,8 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 log=log,
                 check=check,
                 check_every=self.check_every,
+                advice="use a larger device, or begin anew with a smaller --batch-size or --dtype bfloat16; `jaxid "
+                "plan finetune` tells what fits",
             )
 
     def _finish(self, job: Task, pictures: int, started: float) -> FinetuneSummary:
@@ -240,6 +253,23 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 yield f"{shown}: {first[name]:.1%} -> {last[name]:.1%} of {int(last[f'{name}_questions'])} questions"
         yield f"{result.trained_parameters} parameters trained ({result.trained_share:.1%})"
         yield str(result.exported)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Read:
+    """What a run reads besides the model.
+
+    Attributes:
+        ids: the model's spatial IDs.
+        items: all pictures.
+        training: those that are trained on.
+        sets: questions for the evaluations, by name.
+    """
+
+    ids: SpatialIDs
+    items: Sequence[GridItem]
+    training: Sequence[GridItem]
+    sets: Mapping[str, Sequence[SpatialItem]]
 
 
 def settings_of(config: FinetuneConfig) -> dict[str, Any]:

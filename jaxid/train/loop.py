@@ -1,6 +1,7 @@
 """The training loop: seeded, resumable after a kill, data-parallel over local devices."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from jaxid.errors import InputError, JaxidWarning
+from jaxid.errors import InputError, JaxidWarning, OutOfMemoryError
+from jaxid.halving import Exhausted, Halving
+from jaxid.interp.programs import Program, program
 from jaxid.pipeline import read_ahead
 from jaxid.train.folder import Row, States, metrics_rows
 from jaxid.train.folder import append_metrics as append_metrics
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, Array]
 Batch = Mapping[str, PyTree]
+Loss = Callable[[PyTree, dict[str, Array]], tuple[Array, Metrics]]
 
 _MOST_SKIPPED = 20
 """The number of consecutive steps without a finite gradient that ends a run."""
@@ -53,17 +57,19 @@ class Stage(NamedTuple):
         constants: further entries of every batch that no step changes, such as frozen parameters.
         accumulate: the arrays' first axis counts small batches, whose gradients are computed in turn (on several
             devices, in parallel) and averaged, so that only one batch has to fit in memory.
+        sparing: the same loss with less memory, for devices that run out of it.
     """
 
     name: str
     first: int
     steps: int
-    loss: Callable[[PyTree, dict[str, Array]], tuple[Array, Metrics]]
+    loss: Loss
     batch: Callable[[int], Batch]
     optimizer: optax.GradientTransformation
     whole: tuple[str, ...] = ()
     constants: Mapping[str, PyTree] = {}
     accumulate: bool = False
+    sparing: Loss | None = None
 
 
 def fit(
@@ -78,6 +84,7 @@ def fit(
     log: Callable[[Row], None] | None = None,
     check: Callable[[int, PyTree], None] | None = None,
     check_every: int = 100,
+    advice: str = "use a larger device",
 ) -> PyTree:
     """Trains, or resumes from the last saved step, and returns the parameters. Call it inside `begun`.
 
@@ -85,6 +92,9 @@ def fit(
     has no use, since no output has its shape.
 
     A step whose gradient is not finite changes nothing; it is counted in the column "skipped" of `metrics.csv`.
+
+    If the device runs out of memory, the losses that spare it are used from there on. The step is computed again, or,
+    if its state was lost with the memory, all steps since the last saved one.
 
     Args:
         folder: folder for the run's state and metrics (`state/`, `metrics.csv`).
@@ -96,80 +106,187 @@ def fit(
         progress: show a progress bar, on terminals.
         log: called with every row of metrics.
         check: called with the number of steps done and the parameters every `check_every` steps and at the end. Steps
-            that are repeated after a kill are checked again.
+            that are repeated after a kill, or since the memory did not suffice, are checked again.
         check_every: steps between checks.
+        advice: what to do if the memory does not suffice, in half a sentence.
 
     Raises:
         CheckpointError: if there are saved states, but none is intact.
         OutputError: if the state or the metrics cannot be written, or the metrics are damaged.
         InputError: if training diverges: too many gradients in a row, or the parameters, are not finite.
+        OutOfMemoryError: if the device's memory does not suffice for a step.
     """
-    from tqdm import tqdm
+    columns = (*columns, "skipped")
+    metrics_rows(folder / "metrics.csv", columns)
+    run = _Run(
+        folder=folder,
+        stages=stages,
+        columns=columns,
+        save_every=save_every,
+        record_every=record_every,
+        progress=progress,
+        log=log,
+        check=check,
+        check_every=check_every,
+        advice=advice,
+    )
+    parameters = jax.device_get(parameters)  # the device's memory is for the state
+    while True:
+        try:
+            return _MEMORY.guarded(partial(run.trained, parameters))
+        except Exhausted as shortage:
+            run.spare(shortage)
 
-    columns, metrics_file = (*columns, "skipped"), folder / "metrics.csv"
-    metrics_rows(metrics_file, columns)
-    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
 
-    def abstract(step: int) -> PyTree:
-        for stage in stages:
-            if stage.first < step <= stage.first + stage.steps:
-                shapes = jax.eval_shape(partial(_start, stage), parameters)
-                return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same), shapes)
-        return None
+_MEMORY = Halving(1, unit="training step")
+"""Turns JAX's errors into `Exhausted`; a step is never halved."""
 
-    with States(folder / "state") as states:
-        done, saved = states.restore(abstract)
-        for stage in stages:
-            end = stage.first + stage.steps
-            if done > end or not stage.steps:
-                continue
-            first = max(done, stage.first)
-            state = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
-            step_function = _step_function(stage, mesh.size)
-            constants = jax.device_put(dict(stage.constants), same)
-            bar = tqdm(total=end, initial=first, unit="step", disable=None if progress else True, desc=stage.name)
 
-            def report(
-                now: int, health: Array, metrics: Metrics, record: bool, stage: Stage = stage, bar: "tqdm[Any]" = bar
-            ) -> None:
-                skipped = _check_health(health, stage, now)
-                if not record:
-                    return
-                numbers = {name: round(float(value), 4) for name, value in metrics.items()}
-                row: Row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
-                append_metrics(metrics_file, columns, row)
-                if log is not None:
-                    log(row)
-                bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
-                bar.update(now - bar.n)
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+    """A run of training, whose first fields are arguments of `fit`.
 
-            late: Callable[[], None] | None = None
-            with contextlib.closing(batches(stage, first)) as drawn:
-                for step, batch in drawn:
-                    whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
-                    placed = {
-                        name: jax.device_put(value, same if whole or name in stage.whole else split)
-                        for name, value in batch.items()
-                    }
-                    with jax.profiler.StepTraceAnnotation("compute", step_num=step):
+    Attributes:
+        spared: whether the losses that spare memory are used.
+        step: index of the step at work.
+        logged: the last step whose metrics were passed to `log`.
+    """
+
+    folder: Path
+    stages: Sequence[Stage]
+    columns: Sequence[str]
+    save_every: int
+    record_every: int
+    progress: bool
+    log: Callable[[Row], None] | None
+    check: Callable[[int, PyTree], None] | None
+    check_every: int
+    advice: str
+    spared: bool = False
+    step: int = 0
+    logged: int = 0
+
+    def trained(self, parameters: PyTree) -> PyTree:
+        """The parameters after all stages, which begin with these, or are resumed from the last saved step."""
+        mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        same = NamedSharding(mesh, PartitionSpec())
+
+        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same)
+
+        def abstract(step: int) -> PyTree:
+            for stage in self.stages:
+                if stage.first < step <= stage.first + stage.steps:
+                    shapes = jax.eval_shape(partial(_start, stage), parameters)
+                    return jax.tree.map(placed, shapes)
+            return None
+
+        with States(self.folder / "state") as states:
+            done, saved = states.restore(abstract)
+            for stage in self.stages:
+                if done > stage.first + stage.steps or not stage.steps:
+                    continue
+                state = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
+                saved = None
+                parameters = self._through(stage, state, max(done, stage.first), states, mesh)
+        return jax.device_get(parameters)
+
+    def _through(self, stage: Stage, state: State, first: int, states: States, mesh: Mesh) -> PyTree:
+        """The parameters after a stage, beginning with the state before step `first`."""
+        from tqdm import tqdm
+
+        split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        step_function, end = self._function(stage, mesh.size), stage.first + stage.steps
+        constants = jax.device_put(dict(stage.constants), same)
+        late: Callable[[], None] | None = None
+        disable = None if self.progress else True
+        with (
+            tqdm(total=end, initial=first, unit="step", disable=disable, desc=stage.name) as bar,
+            contextlib.closing(batches(stage, first)) as drawn,
+        ):
+            for step, batch in drawn:
+                self.step = step
+                whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
+                placed = {
+                    name: jax.device_put(value, same if whole or name in stage.whole else split)
+                    for name, value in batch.items()
+                }
+                with jax.profiler.StepTraceAnnotation("compute", step_num=step):
+                    try:
+                        state, metrics = _MEMORY.guarded(partial(step_function, state, placed, constants))
+                    except Exhausted as shortage:
+                        if not _intact(state):
+                            raise
+                        self.spare(shortage)
+                        step_function = self._function(stage, mesh.size)
                         state, metrics = step_function(state, placed, constants)
-                    if late is not None:  # the numbers of the step before are fetched while this one is computed
-                        late()
-                    now, last = step + 1, step + 1 == end
-                    record, save = (now % every == 0 or last for every in (record_every, save_every))
-                    due = check is not None and (now % check_every == 0 or (last and stage is stages[-1]))
-                    late = partial(report, now, _health(state), metrics, record) if record or save or due else None
-                    if late is not None and (save or due):
-                        late()
-                        late = None
-                    if check is not None and due:
-                        check(now, state["parameters"])
-                    if save:
-                        states.save(now, state)
-            bar.close()
-            parameters = state["parameters"]
-    return jax.device_get(parameters)
+                if late is not None:  # the numbers of the step before are fetched while this one is computed
+                    late()
+                now, last = step + 1, step + 1 == end
+                record, save = (now % every == 0 or last for every in (self.record_every, self.save_every))
+                due = self.check is not None and (now % self.check_every == 0 or (last and stage is self.stages[-1]))
+                late = None
+                if record or save or due:
+                    late = partial(self._report, stage, now, _health(state), metrics if record else None, bar)
+                if late is not None and (save or due):
+                    late()
+                    late = None
+                if self.check is not None and due:
+                    self.check(now, state["parameters"])
+                if save:
+                    states.save(now, state)
+        return state["parameters"]
+
+    def _function(self, stage: Stage, devices: int) -> Callable[..., tuple[State, Metrics]]:
+        """The step of a stage, with the loss that is to be used."""
+        return _step_function(stage._replace(loss=(self.spared and stage.sparing) or stage.loss), devices)
+
+    def _report(self, stage: Stage, now: int, health: Array, metrics: Metrics | None, bar: "tqdm[Any]") -> None:
+        """Checks the numbers of a step, and writes those that are to be recorded."""
+        skipped = _check_health(health, stage, now)
+        if metrics is None:
+            return
+        numbers = {name: round(float(value), 4) for name, value in metrics.items()}
+        row: Row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
+        append_metrics(self.folder / "metrics.csv", self.columns, row)
+        if self.log is not None and now > self.logged:
+            self.log(row)
+        self.logged = max(now, self.logged)
+        bar.set_postfix({name: numbers[name] for name in ("loss", "accuracy") if name in numbers})
+        bar.update(now - bar.n)
+
+    def spare(self, shortage: Exhausted) -> None:
+        """Takes the losses that spare memory, from here on.
+
+        Raises:
+            OutOfMemoryError: if they are taken already, or there are none.
+        """
+        if self.spared or not any(stage.sparing for stage in self.stages):
+            steps = [int(path.name) for path in (self.folder / "state").glob("*") if path.name.isdecimal()]
+            saved = f"the same command resumes from step {max(steps)}" if steps else "no step is saved yet"
+            even = ", even with --recompute all" if self.spared else ""
+            raise OutOfMemoryError(
+                f"the device's memory does not suffice for training step {self.step + 1}{even}; {saved}; "
+                f"{self.advice}: {shortage}."
+            )
+        self.spared = True
+        warnings.warn(
+            f"the device's memory did not suffice for training step {self.step + 1}; from here on the backward pass "
+            "recomputes all that it can (as with --recompute all), which gives the same numbers, and nothing is lost.",
+            JaxidWarning,
+            stacklevel=3,
+        )
+
+
+def _intact(state: State) -> bool:
+    """Whether a state that was donated to a failed step is still there, and was computed."""
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        return False
+    try:
+        jax.block_until_ready(state)
+    except jax.errors.JaxRuntimeError:  # an earlier step failed only when it was at work
+        return False
+    return True
 
 
 def _start(stage: Stage, parameters: PyTree) -> State:
@@ -244,9 +361,16 @@ def adamw(
     )
 
 
-def _step_function(stage: Stage, devices: int) -> Callable[..., tuple[State, Metrics]]:
-    @partial(jax.jit, donate_argnums=0)
-    def step_function(state: State, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[State, Metrics]:
+def abstract_step(stage: Stage, parameters: PyTree) -> tuple[Program[..., tuple[State, Metrics]], State]:
+    """A step of a stage on one device, and the shapes of its state, from the shapes of the parameters; for plans."""
+    return _step_function(stage, 1), jax.eval_shape(partial(_start, stage), parameters)
+
+
+def _step_function(stage: Stage, devices: int) -> Program[..., tuple[State, Metrics]]:
+    """A step of a stage, on some devices: maps a state (whose memory it takes), a batch and constants."""
+
+    @program(donate_argnums=0)
+    def training_step(state: State, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[State, Metrics]:
         parameters = state["parameters"]
 
         def gradients(own: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
@@ -257,7 +381,7 @@ def _step_function(stage: Stage, devices: int) -> Callable[..., tuple[State, Met
         parameters = optax.apply_updates(parameters, updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
-    return step_function
+    return training_step
 
 
 def _averaged(function: Callable[[PyTree], PyTree], batch: dict[str, PyTree], devices: int) -> PyTree:

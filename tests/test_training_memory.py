@@ -1,0 +1,154 @@
+"""Training on a device that runs out of memory: the same numbers with less memory, from a state that is still whole."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.errors import JaxRuntimeError
+from test_training_folder import START, loss, run, stages
+from test_training_folder import whole as whole
+
+from jaxid.errors import JaxidWarning, OutOfMemoryError
+from jaxid.train import loop as training
+from jaxid.train.loop import Stage
+
+STEPS = 12
+MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes.\nMore lines."
+
+
+def thrifty(parameters: Any, batch: Any) -> Any:
+    """The same loss, as another function."""
+    return loss(parameters, batch)
+
+
+def with_thrift(made: list[Stage] | None = None) -> list[Stage]:
+    return [stage._replace(sparing=thrifty) for stage in made or stages()]
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, at: int, *, fails: Callable[[Stage], bool], lost: bool = False
+) -> list[str]:
+    """From the call of this number on, steps with such a stage run out of memory; returns the names of the losses."""
+    made, given = training._step_function, []
+
+    def limited(stage: Stage, devices: int) -> Any:
+        step = made(stage, devices)
+
+        def function(state: Any, *arguments: Any) -> Any:
+            given.append(getattr(stage.loss, "__name__", ""))
+            if len(given) >= at and fails(stage):
+                if lost:
+                    step(state, *arguments)
+                    assert any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+                raise JaxRuntimeError(MESSAGE)
+            return step(state, *arguments)
+
+        return function
+
+    monkeypatch.setattr(training, "_step_function", limited)
+    return given
+
+
+def plain(stage: Stage) -> bool:
+    return stage.loss is loss
+
+
+def told(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(one.message) for one in caught if issubclass(one.category, JaxidWarning)]
+
+
+def assert_undisturbed(found: Any, whole: Path, folder: Path, logged: list[int]) -> None:
+    with np.load(whole.parent / "whole.npz") as expected:
+        for name in START:
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6)
+    assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert logged == list(range(1, STEPS + 1))
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["10", "12"]
+
+
+@pytest.mark.parametrize(
+    ("at", "lost", "steps", "checked"),
+    [
+        (4, False, STEPS, list(range(1, 13))),  # the state is still there
+        (10, True, STEPS + 1, [*range(1, 10), *range(9, 13)]),  # step 8 is saved
+        (2, True, STEPS + 1, [1, *range(1, 13)]),  # nothing is saved
+        (7, True, STEPS, list(range(1, 13))),  # a stage ended with the saved step
+    ],
+    ids=["state kept", "state lost", "nothing saved", "second stage"],
+)
+def test_a_step_without_memory_is_computed_again_with_less(
+    at: int, lost: bool, steps: int, checked: list[int], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, logged, seen = failing(monkeypatch, at, fails=plain, lost=lost), [], []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", JaxidWarning)
+        found = run(
+            tmp_path,
+            with_thrift(),
+            log=lambda row: logged.append(row["step"]),
+            check=lambda step, _: seen.append(step),
+            check_every=1,
+        )
+    assert_undisturbed(found, whole, tmp_path, logged)
+    assert len(told(caught)) == 1 and f"did not suffice for training step {at}; from here on" in told(caught)[0]
+    assert given == ["loss"] * at + ["thrifty"] * (steps + 1 - at) and seen == checked
+
+
+def test_an_error_that_comes_when_numbers_are_fetched(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is still at work says later that it had no memory; what was computed since is lost."""
+    check, logged = training._check_health, []
+
+    def late(health: Any, stage: Stage, step: int) -> int:
+        if step == 9 and stage.loss is loss and not late_once:
+            late_once.append(step)
+            raise JaxRuntimeError(MESSAGE)
+        return check(health, stage, step)
+
+    late_once: list[int] = []
+    monkeypatch.setattr(training, "_check_health", late)
+    with pytest.warns(JaxidWarning, match=r"did not suffice for training step 10; from here on"):
+        found = run(tmp_path, with_thrift(), log=lambda row: logged.append(row["step"]))
+    assert late_once == [9]
+    assert_undisturbed(found, whole, tmp_path, logged)
+
+
+@pytest.mark.parametrize("sparing", [False, True])
+def test_what_does_not_fit_is_said_and_the_saved_step_is_resumed(
+    sparing: bool, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, 6, fails=lambda _: True, lost=True)
+        even = ", even with --recompute all" if sparing else ""
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(
+                OutOfMemoryError,
+                match=rf"does not suffice for training step \d{even}; the same command resumes from step 4; use a "
+                r"larger device: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes\.$",
+            ),
+        ):
+            warnings.simplefilter("ignore", JaxidWarning)
+            run(tmp_path, with_thrift() if sparing else None)
+    logged: list[int] = [1, 2, 3, 4]
+    assert_undisturbed(run(tmp_path, log=lambda row: logged.append(row["step"])), whole, tmp_path, logged)
+
+
+def test_nothing_is_saved_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, 1, fails=lambda _: True)
+    with pytest.raises(OutOfMemoryError, match=r"training step 1; no step is saved yet; buy a larger one: "):
+        run(tmp_path, advice="buy a larger one")
+
+
+def test_other_errors_are_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise JaxRuntimeError("INTERNAL: CUDA error")
+
+    monkeypatch.setattr(training, "_step_function", lambda *_: broken)
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        run(tmp_path, with_thrift())
