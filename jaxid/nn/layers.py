@@ -246,8 +246,7 @@ def gated(x: Float[Array, "*B D"], gate: Linear, up: Linear, activation: str) ->
     plain = gate.bias is not None or up.bias is not None or activation not in _IN_KERNELS
     if plain or not all(isinstance(matrix, LayerSlice) for matrix in matrices):
         return function(gate(x)) * up(x)
-    found = gated_product(x.reshape(-1, x.shape[-1]), *matrices, function)
-    return found.reshape(*x.shape[:-1], found.shape[-1])
+    return gated_product(x, *matrices, function)
 
 
 def split_heads(x: Float[Array, "*B S F"], width: int) -> Float[Array, "*B S H E"]:

@@ -77,7 +77,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         product,
         "_gated_by_platform",
-        lambda activation, x, gates, ups, index, gate, up: gated_kernel(activation)(x, gates, ups, index),
+        lambda activation, x, gates, ups, index, gate, up: gated_kernel(activation)(
+            x.reshape(-1, x.shape[-1]), gates, ups, index
+        ).reshape(*x.shape[:-1], -1),
     )
 
 
