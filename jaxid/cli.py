@@ -72,7 +72,7 @@ SHORT = {
     "ask": "Ask a model about a picture.",
     "finetune": "Fine-tune on grid scenes with a loss on spatial IDs.",
     "compare-finetune": "Compare fine-tuning runs with and without the ID loss.",
-    "plan": "Say what an experiment needs on a device, which batch it would choose, and the least time it takes.",
+    "plan": "Say what a job needs on a device, which batch it would choose, and the least time it takes.",
 }
 """What `jaxid --help` says of commands that are imported only when they run."""
 
@@ -137,12 +137,13 @@ def plan(
     json: bool = False,
     save: Path | None = None,
 ) -> str:
-    """Say what an experiment needs on a device, which batch it would choose, and the least time it takes.
+    """Say what a job needs on a device, which batch it would choose, and the least time it takes.
 
     No weights are read. Memory on other devices is estimated; on this one, XLA's compiler tells it.
 
     Args:
-        command: an experiment with the arguments of its own command, such as belief-swap --data COCO --ids FILE.
+        command: an experiment with the arguments of its own command, such as belief-swap --data COCO --ids FILE; an
+            extraction of IDs; finetune; or dcsm eval.
         device: h100, h200, a100-40, a100-80, rtx4090, v5e, v5p, v6e, cpu, or this.
         json: print JSON instead of a table.
         save: file for the plan as JSON.
@@ -157,7 +158,10 @@ def plan(
         words.append("--out=nothing-is-written")
     options, given = _parsed(words)
     if not isinstance(options, type) or not issubclass(options, planning.PLANNED):
-        raise InputError("plan needs a `jaxid run` or `jaxid ids` command, such as: jaxid plan belief-swap ...")
+        raise InputError(
+            "plan needs a `jaxid run`, `jaxid ids`, `jaxid finetune` or `jaxid dcsm eval` command, such as: jaxid plan "
+            "belief-swap ..."
+        )
     found = planning.plan(options(*given.args, **given.kwargs), chip, measure=device == "this")
     if save is not None:
         write_json(save, found)

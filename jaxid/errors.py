@@ -26,7 +26,7 @@ class OutputError(JaxidError):
 
 
 class OutOfMemoryError(JaxidError):
-    """The memory of the device does not suffice for the smallest batch."""
+    """The memory of the device does not suffice for the smallest batch, or for a training step."""
 
 
 class JaxidWarning(UserWarning):

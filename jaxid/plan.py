@@ -8,6 +8,7 @@ what XLA's compiler says of it, and answers with zeros.
 import collections
 import dataclasses
 import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,10 @@ _NAMES = {
     "_answer_log_probs": "answers",
     "_unembed": "logits",
     "take_tokens": "choice of tokens",
+    "training_step": "training step",
+    "_image": "encoding of pictures",
+    "_text": "encoding of captions",
+    "_score_own": "scores of pairs",
 }
 """What tables call the programs."""
 
@@ -53,6 +58,7 @@ _SMALL = 1 << 25
 """Bytes up to which a result's zeros are made by JAX, like the results of programs that run."""
 
 TRACES = ("trace", "trace at positions", "forward")
+PAIRS = "scores of pairs"
 RERUNS = ("rerun", "rerun before generation")
 
 
@@ -66,7 +72,7 @@ class Call:
         rows: interventions of a sweep, 1 if there is none.
         flops: floating-point operations.
         moved: bytes between memory and chip.
-        results: what it returns.
+        results: what it returns, beside what takes the memory of donated arguments.
         temporary: what it needs meanwhile.
         held: results of earlier calls that are still in use, and the program's own other arguments.
     """
@@ -127,6 +133,9 @@ class Plan:
             bandwidth, whichever takes longer.
         programs: the calls of a batch; of batches of several kinds, those of the one that needs most memory.
         measured: whether XLA's compiler told the programs' memory; else it is estimated.
+        unit: what goes together.
+        pairs: number of pairs whose dense maps are scored, if any are.
+        pairs_per_second: how many are scored in a second, at the most.
     """
 
     device: Device
@@ -143,34 +152,120 @@ class Plan:
     seconds: float
     programs: Sequence[Call]
     measured: bool
+    unit: str = "prompt"
+    pairs: int = 0
+    pairs_per_second: float = 0.0
 
     def report(self) -> Iterator[str]:
         """A readable table."""
-        device, peaks = self.device, "estimated peaks" if self.device.estimated else "peaks"
-        yield (
-            f"{device.name}: {_size(device.memory)} of memory; {peaks} {device.flops / 1e12:.4g} TFLOP/s, "
-            f"{device.bandwidth / 1e9:.4g} GB/s"
-        )
+        device = self.device
+        yield _peaks(device)
         yield f"{'weights':22s}{_size(self.weights):>12s}"
-        yield f"{'trace of a prompt':22s}{_size(self.trace_per_prompt):>12s}"
+        if self.trace_per_prompt:
+            yield f"{'trace of a prompt':22s}{_size(self.trace_per_prompt):>12s}"
         if self.rerun_per_row:
             yield f"{'rerun of a row':22s}{_size(self.rerun_per_row):>12s}  a prompt under one intervention"
         yield f"{'peak':22s}{_size(self.peak):>12s}  {'measured by XLA' if self.measured else 'estimated'}"
         fits = "fits" if self.fits else "does not fit"
-        yield f"{'batch':22s}{self.together:>12d}  prompts together: {fits}"
-        yield ""
-        yield f"{'program':26s}{'rows':>6s}{'TFLOP':>10s}{'moved':>12s}{'results':>12s}{'temporary':>12s}{'time':>11s}"
-        for call, times in collections.Counter(self.programs).items():
-            name, time = f"{call.name} x {times}" if times > 1 else call.name, device.seconds(call.flops, call.moved)
-            yield (
-                f"{name:26s}{call.rows:>6d}{call.flops / 1e12:>10.3f}{_size(call.moved):>12s}"
-                f"{_size(call.results):>12s}{_size(call.temporary):>12s} {_time(time):>10s}"
-            )
-        yield ""
+        yield f"{'batch':22s}{self.together:>12d}  {self.unit}s together: {fits}"
+        yield from _table(self.programs, device)
         yield (
-            f"{self.items} items in {self.batches} batches: {self.flops / 1e12:.4g} TFLOP, {_size(self.moved)} moved, "
-            f"at least {_time(self.seconds)} at these peaks"
+            f"{self.items} {'item' if self.unit == 'prompt' else self.unit}s in {self.batches} batches: "
+            f"{self.flops / 1e12:.4g} TFLOP, {_size(self.moved)} moved, at least {_time(self.seconds)} at these peaks"
         )
+        if self.pairs:
+            yield f"{self.pairs} pairs of picture and caption are scored, at most {self.pairs_per_second:.3g} a second"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a training run needs on one device; memory in bytes.
+
+    Attributes:
+        device: the device.
+        weights: the model's parameters.
+        trained: the float32 copies of trained tensors.
+        optimizer: the optimizer's states.
+        steps: number of steps.
+        small_batches: small batches of a step, which are computed in turn.
+        batch_size: pictures of a small batch.
+        fits: whether they fit.
+        peak: the most memory that is used at a time.
+        sparing_peak: the same if everything is recomputed, where the plan does not fit as it is.
+        evaluations: number of evaluations.
+        evaluation_seconds: the least time for one.
+        flops: operations of the whole run.
+        moved: bytes that the whole run moves between memory and chip.
+        seconds: the least time for the whole run.
+        programs: the calls of a step, and of a batch of an evaluation.
+        measured: whether XLA's compiler told the programs' memory; else it is estimated.
+    """
+
+    device: Device
+    weights: float
+    trained: float
+    optimizer: float
+    steps: int
+    small_batches: int
+    batch_size: int
+    fits: bool
+    peak: float
+    sparing_peak: float | None
+    evaluations: int
+    evaluation_seconds: float
+    flops: float
+    moved: float
+    seconds: float
+    programs: Sequence[Call]
+    measured: bool
+
+    def report(self) -> Iterator[str]:
+        """A readable table."""
+        device = self.device
+        yield _peaks(device)
+        yield f"{'weights':22s}{_size(self.weights):>12s}"
+        yield f"{'trained tensors':22s}{_size(self.trained):>12s}  float32 copies"
+        yield f"{'optimizer':22s}{_size(self.optimizer):>12s}"
+        yield f"{'peak':22s}{_size(self.peak):>12s}  {'measured by XLA' if self.measured else 'estimated'}"
+        batch = f"{self.small_batches} x {self.batch_size}"
+        yield f"{'step':22s}{batch:>12s}  pictures: {_fits(self.peak, device)}"
+        if self.sparing_peak is not None:
+            fits = _fits(self.sparing_peak, device)
+            yield f"{'with --recompute all':22s}{_size(self.sparing_peak):>12s}  peak: {fits}"
+        yield from _table(self.programs, device)
+        evaluations = self.evaluations * self.evaluation_seconds
+        each = (self.seconds - evaluations) / self.steps
+        yield (
+            f"{self.steps} steps of at least {_time(each)}, {self.evaluations} evaluations of "
+            f"{_time(self.evaluation_seconds)}: {self.flops / 1e12:.4g} TFLOP, {_size(self.moved)} moved, at least "
+            f"{_time(self.seconds)} at these peaks"
+        )
+
+
+def _peaks(device: Device) -> str:
+    """The first line of a plan."""
+    peaks = "estimated peaks" if device.estimated else "peaks"
+    return (
+        f"{device.name}: {_size(device.memory)} of memory; {peaks} {device.flops / 1e12:.4g} TFLOP/s, "
+        f"{device.bandwidth / 1e9:.4g} GB/s"
+    )
+
+
+def _fits(peak: float, device: Device) -> str:
+    return "fits" if peak <= USABLE * device.memory else "does not fit"
+
+
+def _table(programs: Sequence[Call], device: Device) -> Iterator[str]:
+    """A line for every program, between empty ones."""
+    yield ""
+    yield f"{'program':26s}{'rows':>6s}{'TFLOP':>10s}{'moved':>12s}{'results':>12s}{'temporary':>12s}{'time':>11s}"
+    for call, times in collections.Counter(programs).items():
+        name, time = f"{call.name} x {times}" if times > 1 else call.name, device.seconds(call.flops, call.moved)
+        yield (
+            f"{name:26s}{call.rows:>6d}{call.flops / 1e12:>10.3f}{_size(call.moved):>12s}"
+            f"{_size(call.results):>12s}{_size(call.temporary):>12s} {_time(time):>10s}"
+        )
+    yield ""
 
 
 def plan(job: Job, device: Device, *, together: int | None = None, measure: bool = False) -> Plan:
@@ -240,13 +335,17 @@ def _batch_seconds(plan: Plan, device: Device) -> float:
 def _planned(job: Job, device: Device, together: int, measure: bool, kinds: int | None = None) -> Plan:
     """The plan with so many prompts together, of all kinds of batches or the first few."""
     programs: Sequence[Call] = ()
-    batches, flops, moved, seconds = 0, 0.0, 0.0, 0.0
+    batches, flops, moved, seconds, pairs, scoring = 0, 0.0, 0.0, 0.0, 0, 0.0
     for count, run in itertools.islice(job.batches(together), kinds):
         calls = dry_run(run, device, measure=measure)
         batches += count
         flops += count * sum(call.flops for call in calls)
         moved += count * sum(call.moved for call in calls)
         seconds += count * sum(device.seconds(call.flops, call.moved) for call in calls)
+        for call in calls:
+            if call.name == PAIRS:
+                pairs += count * call.prompts * call.rows
+                scoring += count * device.seconds(call.flops, call.moved)
         programs = max(programs, calls, key=_most)
     peak = job.weights + _most(programs)
     return Plan(
@@ -264,6 +363,8 @@ def _planned(job: Job, device: Device, together: int, measure: bool, kinds: int 
         seconds=seconds,
         programs=programs,
         measured=measure,
+        pairs=pairs,
+        pairs_per_second=pairs / scoring if pairs else 0.0,
     )
 
 
@@ -317,6 +418,8 @@ class _Watcher:
         other = sum(nbytes(leaf) for leaf in jax.tree.leaves(arguments) if self._is_other(leaf))
         results = jax.tree.map(self._zeros, traced.out_info)
         size = sum(nbytes(leaf) for leaf in jax.tree.leaves(results))
+        given = [arguments[index] for index in np.atleast_1d(program.options.get("donate_argnums", ())).astype(int)]
+        donated = sum(nbytes(leaf) for leaf in jax.tree.leaves(given))
         self.calls.append(
             Call(
                 name=name,
@@ -324,7 +427,7 @@ class _Watcher:
                 rows=rows,
                 flops=share * cost.flops,
                 moved=share * cost.moved,
-                results=size,
+                results=max(0.0, size - donated),
                 temporary=temporary,
                 held=sum(self._live.values()) - size + other,
             )
@@ -358,6 +461,12 @@ def _prompts_and_rows(name: str, arguments: tuple[Any, ...], settings: Mapping[s
     if name == "generation":
         rows, prompts = arguments[3].hidden.shape[:2]
         return int(prompts), int(rows)
+    if name == "training step":
+        return math.prod(arguments[1]["weight"].shape), 1
+    if name in ("encoding of pictures", "encoding of captions"):
+        return len(arguments[1]), 1
+    if name == PAIRS:
+        return len(arguments[3]), int(arguments[3].shape[1])
     return 1, 1
 
 

@@ -1,11 +1,22 @@
 """From a name to a CLIP-like model: alias, Hugging Face id, local folder, or OpenCLIP weight file."""
 
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from jaxid.checkpoints import openclip, tensors
-from jaxid.checkpoints.loading import check_dtype, described, find_folder, load_network, parsed
+from jaxid.checkpoints.loading import (
+    DTYPES,
+    abstract_parameters,
+    check_dtype,
+    described,
+    find_folder,
+    load_network,
+    parsed,
+)
 from jaxid.errors import InputError
-from jaxid.families.base import Encoder
+from jaxid.families.base import Encoder, Family
 from jaxid.families.openclip import OpenCLIPImages, kind_of
 from jaxid.families.registry import ENCODERS
 from jaxid.io import without_advice
@@ -15,7 +26,12 @@ from jaxid.prompts.dual import DualProcessor
 
 @without_advice()
 def load_encoder(
-    name: str | Path, *, dtype: str = "float32", architecture: str | None = None, tokenizer: str | Path | None = None
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    architecture: str | None = None,
+    tokenizer: str | Path | None = None,
+    abstract: bool = False,
 ) -> Encoder:
     """Loads a CLIP-like model.
 
@@ -28,6 +44,7 @@ def load_encoder(
             its authors evaluate it as "ViT-B-32", with the exact GELU.
         tokenizer: folder or Hugging Face id of CLIP's tokenizer, for OpenCLIP files; by default the one beside the
             weights, or else that of OpenAI's CLIP.
+        abstract: give the shapes of the parameters in their place, for plans; no tensor is read.
 
     Returns:
         The encoder, its parameters on the default device.
@@ -40,19 +57,21 @@ def load_encoder(
     path = Path(name).expanduser()
     if path.is_file():
         fields = openclip.architecture(architecture, path)
-        return _open_clip(str(name), fields, {}, path, dtype, tokenizer)
+        return _open_clip(str(name), fields, {}, path, dtype, tokenizer, abstract)
     if architecture is not None:
         raise InputError(f"architecture applies to a single weight file only, and {name} is not a file.")
-    folder = find_folder(name, ("open_clip_pytorch_model.bin",))
+    folder = find_folder(name, () if abstract else ("open_clip_pytorch_model.bin",), weights=not abstract)
     if not (folder / "config.json").is_file():
         fields, settings = openclip.read_openclip_config(folder / openclip.CONFIG_FILE)
-        return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer)
+        return _open_clip(str(name), fields, settings, openclip.find_weights(folder), dtype, tokenizer, abstract)
     if tokenizer is not None:
         raise InputError(f"{folder} is in Hugging Face's layout, which brings its own tokenizer; give none.")
     kind, config = described(folder, ENCODERS)
     processor = kind.processor.from_folder(folder, config)
-    files = tensors.TensorFolder(folder)
-    return Encoder(**load_network(kind, config, files, dtype), processor=processor, name=str(name))
+    network = (
+        _shapes(kind, config, dtype) if abstract else load_network(kind, config, tensors.TensorFolder(folder), dtype)
+    )
+    return Encoder(**network, processor=processor, name=str(name))
 
 
 def _open_clip(
@@ -62,6 +81,7 @@ def _open_clip(
     weights: Path,
     dtype: str,
     tokenizer: str | Path | None,
+    abstract: bool,
 ) -> Encoder:
     """A model from OpenCLIP's config and weights; its captions are padded with zeros."""
     kind = ENCODERS[kind_of(fields)]
@@ -69,6 +89,15 @@ def _open_clip(
     words = openclip.load_words(weights.parent, tokenizer, config.text_config.vocab_size)
     processor = DualProcessor(words, OpenCLIPImages(config.vision_config.image_size, settings), config, padding=0)
     processor.check(weights.parent)
+    if abstract:
+        return Encoder(**_shapes(kind, config, dtype), processor=processor, name=name)
     loaded = load_network(kind, config, openclip.open_weights(weights), dtype)
     loaded["fingerprint"] = openclip.fingerprint(loaded["fingerprint"], config, words)
     return Encoder(**loaded, processor=processor, name=name)
+
+
+def _shapes(kind: Family, config: Any, dtype: str) -> dict[str, Any]:
+    """The fields of a model that `load_network` reads, with shapes instead of parameters and without a fingerprint."""
+    definition, leaves = abstract_parameters(kind, config)
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, DTYPES[dtype]) for name, leaf in leaves.items()}
+    return {"parameters": tensors.unflatten(shapes), "definition": definition, "config": config, "fingerprint": ""}

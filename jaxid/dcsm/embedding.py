@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
 from jaxid.halving import Batches, Exhausted, Halving
+from jaxid.interp.programs import program
 from jaxid.io import joined
 from jaxid.kernels.similarity import unit
 from jaxid.pipeline import overlapped
@@ -74,13 +75,13 @@ class Texts:
         return Texts(captions=self.captions[chosen], tokens=self.tokens[chosen], pooled=self.pooled[chosen])
 
 
-@jax.jit
+@program()
 def _image(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> tuple[Float[Array, "N I E"], Float[Array, "N E"]]:
     found = encoder.network().image(pixels)
     return unit(found.tokens.astype(jnp.float32)), unit(found.pooled.astype(jnp.float32))
 
 
-@jax.jit
+@program()
 def _text(
     encoder: Encoder, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]
 ) -> tuple[Float[Array, "N T E"], Float[Array, "N E"]]:

@@ -20,6 +20,7 @@ from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED, place
 from jaxid.errors import CheckpointError, InputError, JaxidError, OutputError
 from jaxid.families.registry import ALIASES, ENCODERS
 from jaxid.halving import Halving
+from jaxid.interp.programs import program
 from jaxid.io import read_json, reading, whole_file
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
@@ -267,8 +268,8 @@ def score_own(
         raise InputError(f"{len(pictures)} pictures need {captions} captions each, and a group 'pair' or 'row'.")
     words, tokens = caption_columns(scorer, texts)
     shape = (len(pictures), captions)
-    own = tokens.reshape(*shape, *tokens.shape[1:]), words.reshape(*shape, -1)
-    scores = np.asarray(_score_own(scorer, pictures.tokens, *own, group))
+    own: Any = pictures.tokens, tokens.reshape(*shape, *tokens.shape[1:]), words.reshape(*shape, -1)
+    scores = np.asarray(_score_own(scorer.network, scorer.vectors, own[0], own[1], own[2], group))
     return _finite(scores, scorer, pictures, texts, lambda row, column: row * captions + column, name)
 
 
@@ -350,18 +351,19 @@ def score_tokens(
     return kernels.score(scorer.network, images, texts, similarity.moments(images, texts, group))
 
 
-@partial(jax.jit, static_argnums=4)
+@program(static_argnums=5)
 def _score_own(
-    scorer: Scorer,
+    network: CNN | MLP,
+    vectors: Float[Array, "W I"],
     images: Float[Array, "N I E"],
     texts: Float[Array, "N C T E"],
     words: Int[Array, "N C T"],
     group: str,
 ) -> Float[Array, "N C"]:
-    images, texts = similarity.with_functional_rows(images, texts, words, scorer.vectors)
+    images, texts = similarity.with_functional_rows(images, texts, words, vectors)
     found = jax.vmap(lambda picture, captions: similarity.moments(picture[None], captions, group))(images, texts)
     own = similarity.Moments(*(value[:, 0] for value in found))
-    return kernels.score_rows(scorer.network, images, texts, own)
+    return kernels.score_rows(network, images, texts, own)
 
 
 def _score_halved(

@@ -189,6 +189,7 @@ def train(
             the encoder gives NaN, or training diverges.
         OutputError: if the folder holds a run with other settings, is in use, or cannot be written to.
         CheckpointError: if its saved states are damaged.
+        OutOfMemoryError: if the device's memory does not suffice for a step.
     """
     check_sets(sets, config)
     settings = settings_of(config) | {"encoder": encoder.name, "fingerprint": encoder.fingerprint}
@@ -237,7 +238,14 @@ def train(
         if started is not None:
             started()
         trained = training.fit(
-            folder, parameters, [stage], columns=COLUMNS, save_every=save_every, progress=progress, log=log
+            folder,
+            parameters,
+            [stage],
+            columns=COLUMNS,
+            save_every=save_every,
+            progress=progress,
+            log=log,
+            advice="use a larger device, or begin anew with a smaller --batch-size",
         )
         found = dataclasses.replace(
             scorer,

@@ -91,14 +91,10 @@ class EvaluateScorers(Command[EvaluationSummary]):
             OutputError: if the folder holds another run, is in use, or cannot be written to.
         """
         ensure_output_folder(self.out)
-        # Captions are reworded later, since the cosine and the scorer are given different wordings.
         bad: list[tuple[str, DataError]] | None = [] if self.skip_bad else None
-        read = benchmarks.read(self.data, self.benchmark or None, rewrite=False, bad=bad)
-        asked = [(name, question) for name, questions in read.items() for question in questions]
-        # Questions about one picture are adjacent, so that it is encoded once.
-        asked.sort(key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
+        asked = self.asked(bad)
         chances = {(name, question.key): 1 / len(question.captions) for name, question in asked}
-        scorers = self._scorers()
+        scorers = self.scorers()
         models, unknown = {}, {}
         skipped = [{"item": item, "reason": str(error)} for item, error in bad or ()]
         for model in self.model:
@@ -122,7 +118,18 @@ class EvaluateScorers(Command[EvaluationSummary]):
         if result.skipped:
             yield f"{len(result.skipped)} skipped; see {self.out / 'summary.json'}"
 
-    def _scorers(self) -> dict[str, Scorer | None]:
+    def asked(self, bad: list[tuple[str, DataError]] | None = None) -> list[Asked]:
+        """All questions; those about one picture are adjacent, so that it is encoded once.
+
+        Args:
+            bad: collects the items that cannot be used; by default, they are errors.
+        """
+        # Captions are reworded later, since the cosine and the scorer are given different wordings.
+        read = benchmarks.read(self.data, self.benchmark or None, rewrite=False, bad=bad)
+        found = [(name, question) for name, questions in read.items() for question in questions]
+        return sorted(found, key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
+
+    def scorers(self) -> dict[str, Scorer | None]:
         """Each encoder's scorer: the given one, or else the one in its folder."""
         given = {path: Scorer.load(path) for path in self.scorer}
         for path, scorer in given.items():
@@ -153,8 +160,8 @@ class EvaluateScorers(Command[EvaluationSummary]):
             settings=settings,
             items=asked,
             key=lambda entry: f"{entry[0]}/{entry[1].key}",
-            read=lambda chunk: self._opened(encoder, scorer, chunk),
-            compute=lambda opened: self._compute(encoder, scorer, opened),
+            read=lambda chunk: self.opened(encoder, scorer, chunk),
+            compute=lambda opened: self.compute(encoder, scorer, opened),
             chunk_size=self.batch_size,
             restart=self.restart,
             skip_bad=self.skip_bad,
@@ -164,7 +171,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
         jobs.write_merged(out, done)
         return done
 
-    def _compute(self, encoder: Encoder, scorer: Scorer | None, opened: "Opened") -> Columns:
+    def compute(self, encoder: Encoder, scorer: Scorer | None, opened: "Opened") -> Columns:
         """Answers to some questions."""
         encoded = embed_images(encoder, opened.pixels)
         answers = evaluate.answered(encoder, encoded, opened.words, scorer, shown=opened.shown, group=self.group)
@@ -176,7 +183,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
         }
         return columns if answers.dcsm is None else {**columns, "dcsm": answers.dcsm}
 
-    def _opened(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> "Opened":
+    def opened(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> "Opened":
         """Questions with their pictures, each of which is opened once."""
         pictures: dict[object, int] = {}
         shown = [pictures.setdefault((question.picture, question.crop), len(pictures)) for _, question in asked]

@@ -3,31 +3,36 @@
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxid import plan as plans
+from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.costs import nbytes
 from jaxid.data.clips import AppearItem, read_appear_folder
 from jaxid.devices import Device
 from jaxid.errors import InputError
 from jaxid.experiments.base import Command, Experiment
+from jaxid.experiments.dcsm_evaluate import Asked, EvaluateScorers
+from jaxid.experiments.finetune_run import Finetune
+from jaxid.experiments.planning_finetune import plan_finetune
 from jaxid.experiments.session import Session, padded
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
-from jaxid.families.base import Model
+from jaxid.families.base import Encoder, Model
 from jaxid.ids.extract import SPATIAL_QUESTION, TEMPORAL_QUESTION, ask
 from jaxid.interp.trace import residuals_at
-from jaxid.plan import Plan
+from jaxid.plan import Plan, TrainingPlan
 
-PLANNED = (Experiment, ExtractIDs, ExtractTemporalIDs)
+PLANNED = (Experiment, ExtractIDs, ExtractTemporalIDs, Finetune, EvaluateScorers)
 """Kinds of commands that can be planned."""
 
 
-def plan(command: Command[Any], device: Device, *, measure: bool = False) -> Plan:
+def plan(command: Command[Any], device: Device, *, measure: bool = False) -> Plan | TrainingPlan:
     """Plans a command, without reading weights or writing anything.
 
     Args:
@@ -41,8 +46,13 @@ def plan(command: Command[Any], device: Device, *, measure: bool = False) -> Pla
     """
     if isinstance(command, ExtractIDs | ExtractTemporalIDs):
         return plans.plan(_Extraction(command), device, together=command.batch_size, measure=measure)
+    if isinstance(command, Finetune):
+        return plan_finetune(command, device, measure=measure)
+    if isinstance(command, EvaluateScorers):
+        found = plans.plan(_Evaluation(command), device, together=command.batch_size, measure=measure)
+        return dataclasses.replace(found, unit="question")
     if not isinstance(command, Experiment):
-        raise InputError(f"a {type(command).__name__} cannot be planned: it is no experiment and no extraction of IDs.")
+        raise InputError(f"a {type(command).__name__} cannot be planned.")
     if command.reference_bugs:
         from jaxid.experiments.reference import with_bugs  # it knows all experiments
 
@@ -116,5 +126,32 @@ class _Extraction:
             residuals_at(self._model, prompts, prompts.word(list(words), beside=names))
 
 
-def _weights(model: Model) -> float:
+class _Evaluation:
+    """The batches of an evaluation of encoders and their scorers on benchmarks."""
+
+    per_item = 1
+
+    def __init__(self, command: EvaluateScorers):
+        self._command, self._asked, self._scorers = command, command.asked(), command.scorers()
+        self._encoders = [load_encoder(name, abstract=True) for name in command.model]
+        self.items = self.most = len(self._asked)
+        self.weights = max(_weights(encoder) for encoder in self._encoders)
+
+    def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
+        """For every encoder, of the batches of the same benchmarks that with most captions."""
+        kinds: dict[frozenset[str], list[Sequence[Asked]]] = {}
+        for start in range(0, self.items, together):
+            asked = self._asked[start : start + together]
+            kinds.setdefault(frozenset(name for name, _ in asked), []).append(asked)
+        for encoder in self._encoders:
+            for alike in kinds.values():
+                most = max(alike, key=lambda asked: sum(len(question.captions) for _, question in asked))
+                yield len(alike), partial(self._run, encoder, most)
+
+    def _run(self, encoder: Encoder, asked: Sequence[Asked]) -> None:
+        scorer = self._scorers[encoder.name]
+        self._command.compute(encoder, scorer, self._command.opened(encoder, scorer, asked))
+
+
+def _weights(model: Model | Encoder) -> float:
     return sum(nbytes(leaf) for leaf in jax.tree.leaves(model.parameters))

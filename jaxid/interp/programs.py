@@ -21,6 +21,7 @@ class Program(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], **options: Any):
         """Compiles a function; the options are those of `jax.jit`."""
+        self.options = options
         self.jitted: Any = jax.jit(function, **options)
         functools.update_wrapper(self, function)
 

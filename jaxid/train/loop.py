@@ -186,7 +186,7 @@ class _Run:
             for stage in self.stages:
                 if done > stage.first + stage.steps or not stage.steps:
                     continue
-                state = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
+                state: Any = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
                 saved = None
                 parameters = self._through(stage, state, max(done, stage.first), states, mesh)
         return jax.device_get(parameters)

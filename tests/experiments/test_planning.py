@@ -259,7 +259,7 @@ def test_the_command(
     ("arguments", "message"),
     [
         (["belief-swap", "--device", "h99"], "'h99' is not known"),
-        (["demo", "--device", "h100"], "plan needs a `jaxid run` or `jaxid ids` command"),
+        (["demo", "--device", "h100"], "plan needs a `jaxid run`, `jaxid ids`"),
         (["nonsense"], "nonsense"),
         (["mirror-swap", "--device", "h100"], "--data"),
     ],

@@ -1,0 +1,117 @@
+"""Plans of fine-tuning: what a run needs on one device, from its own task, stage and step."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checkpoints.tensors import flatten
+from jaxid.costs import nbytes
+from jaxid.data.coco_spatial import ANSWERS
+from jaxid.devices import Device
+from jaxid.experiments.finetune import BATCH, Task, evaluate, resolved, task
+from jaxid.experiments.finetune_run import Finetune, Read
+from jaxid.plan import USABLE, Call, TrainingPlan, dry_run
+from jaxid.train.loop import Batch, Stage, abstract_step
+
+_LOOKED_AT = 8
+"""Steps whose batches are read: their questions may differ in length."""
+
+
+def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -> TrainingPlan:
+    """Plans a run on one device, without reading weights or writing anything.
+
+    Args:
+        command: the run.
+        device: the device.
+        measure: ask XLA's compiler, for this process's device, what memory the programs need.
+
+    Raises:
+        JaxidError: what the command itself raises for its model, its IDs or its data.
+    """
+    model = open_checkpoint(command.model, dtype=command.dtype).abstract()
+    read = command.read()
+    job = task(model, read.training, read.ids, resolved(command, model))
+    stage = job.stage()
+    trained = jax.eval_shape(job.selection.split, model.parameters)
+    weights, copies = _bytes(model.parameters), _bytes(trained)
+    _, state = abstract_step(stage, trained)
+    held = weights + _bytes(state)
+
+    steps = _scaled([(count, _step(stage, trained, batch, device, measure)) for count, batch in _batches(stage)], stage)
+    merged, evaluations = _evaluation(job, read, device, measure)
+    peak = held + max(
+        max(call.memory for _, call in steps), max((merged + call.memory for _, call in evaluations), default=0.0)
+    )
+    fits, sparing = peak <= USABLE * device.memory, None
+    if not fits and stage.sparing is not None:
+        lean = stage._replace(loss=stage.sparing)
+        sparing = held + max(_step(lean, trained, batch, device, measure).memory for _, batch in _batches(lean))
+
+    rounds = command.evaluated
+    every = [*steps, *((rounds * count, call) for count, call in evaluations)]
+    return TrainingPlan(
+        device=device,
+        weights=weights,
+        trained=copies,
+        optimizer=_bytes(state) - copies,
+        steps=stage.steps,
+        small_batches=command.groups,
+        batch_size=command.batch_size,
+        fits=fits,
+        peak=peak,
+        sparing_peak=sparing,
+        evaluations=rounds,
+        evaluation_seconds=sum(count * device.seconds(call.flops, call.moved) for count, call in evaluations),
+        flops=sum(count * call.flops for count, call in every),
+        moved=sum(count * call.moved for count, call in every),
+        seconds=sum(count * device.seconds(call.flops, call.moved) for count, call in every),
+        programs=[
+            max((call for _, call in steps), key=lambda call: call.memory),
+            *(call for _, call in evaluations),
+        ],
+        measured=measure,
+    )
+
+
+def _bytes(tree: Any) -> float:
+    return sum(nbytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _batches(stage: Stage) -> list[tuple[int, Batch]]:
+    """The first steps' batches, one of each shape, and how many have it."""
+    drawn = [stage.batch(step) for step in range(min(_LOOKED_AT, stage.steps))]
+    shapes = [tuple(leaf.shape for leaf in jax.tree.leaves(batch)) for batch in drawn]
+    return [(count, drawn[shapes.index(shape)]) for shape, count in Counter(shapes).items()]
+
+
+def _step(stage: Stage, trained: Any, batch: Batch, device: Device, measure: bool) -> Call:
+    """A step of the stage on a batch."""
+    function, state = abstract_step(stage, trained)
+    (call,) = dry_run(lambda: function(state, dict(batch), dict(stage.constants)), device, measure=measure)
+    return call
+
+
+def _scaled(looked_at: Sequence[tuple[int, Call]], stage: Stage) -> list[tuple[float, Call]]:
+    """The calls with the numbers of times that all of a stage's steps take, if the others are like them."""
+    whole = sum(count for count, _ in looked_at)
+    return [(stage.steps * count / whole, call) for count, call in looked_at]
+
+
+def _evaluation(job: Task, read: Read, device: Device, measure: bool) -> tuple[float, list[tuple[int, Call]]]:
+    """The memory of the tensors that an evaluation puts together, and its programs, with how often each is called."""
+    trained = jax.eval_shape(job.selection.split, job.model.parameters)
+    parameters = jax.eval_shape(job.selection.merge, job.model.parameters, trained)
+    model, found = job.model.with_parameters(parameters), []
+    asked = partial(evaluate, model, template=job.config.template or "{query}")
+    for questions in read.sets.values():
+        for words in ANSWERS.values():
+            own = [item for item in questions if item.relation in words]
+            if own:
+                calls = dry_run(partial(asked, own[:BATCH]), device, measure=measure)
+                found += [(-(-len(own) // BATCH), call) for call in calls]
+    flat = flatten(parameters)
+    return sum(nbytes(flat[path]) for path, _ in job.selection.rows), found
