@@ -69,10 +69,10 @@ def _forward(by_rows: bool, x: Array, stack: Array, index: Array, value: Array) 
     return _product(by_rows, x, stack, index, value), (x, stack, index, value)
 
 
-def _backward(by_rows: bool, kept: tuple[Array, ...], slope: Array) -> tuple[Array | None, ...]:
+def _backward(by_rows: bool, kept: tuple[Any, ...], slope: Array) -> tuple[Array | None, ...]:
     del by_rows
-    x, stack, index, value = kept
-    of_x = _by_platform(slope, stack, index, value, transposed=True)
+    x, stack, index, value = kept  # a known index is NumPy's
+    of_x = _by_platform(slope, stack, jnp.asarray(index), value, transposed=True)
     return of_x, None, None, x.T @ slope
 
 

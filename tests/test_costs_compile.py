@@ -4,6 +4,7 @@
 docs/devices.md.
 """
 
+import jax
 import pytest
 from benchmark_files import Modules
 
@@ -11,13 +12,14 @@ from jaxid.costs import cost_of
 
 pytestmark = pytest.mark.compilers
 
-RATIOS = {"trace": 1.0, "extract": 1.0, "rerun": 0.7, "prefill": 0.2, "decode": 1.0}
+RATIOS = {"trace": 1.0, "extract": 1.0, "rerun": 0.7, "prefill": 0.2, "decode": 1.0, "finetune": 1.0}
 """What is estimated of what XLA allots; of the pass before generation, too little."""
 
 MARGIN = 0.15
 
 
-@pytest.mark.parametrize("work", ["trace", "extract", "rerun", "generate"])
+@pytest.mark.parametrize("work", ["trace", "extract", "rerun", "generate", "finetune"])
+@jax.numpy_dtype_promotion("standard")  # optax is not written for strict promotion
 def test_temporaries_at_full_size(work: str, modules: Modules) -> None:
     programs = modules("accelerator_programs")
     target = programs.target_of("h100", "llava-7b")
