@@ -98,6 +98,35 @@ def _by_platform(
     return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=in_place, default=sliced)
 
 
+def logits(
+    x: Float[Array, "M D"], matrix: Float[Array, "..."], *, transposed: bool = False, implementation: str | None = None
+) -> Float[Array, "M V"]:
+    """The product x @ matrix in float32, which has no gradient.
+
+    For products with 16-bit matrices whose rows are not multiples of 16 bytes, XLA pads the matrix on GPUs: in every
+    call, a copy of the whole vocabulary. The kernel reads it as it is.
+
+    Args:
+        x: the inputs.
+        matrix: the map to the vocabulary, [D, V].
+        transposed: whether it is [V, D].
+        implementation: "kernel" runs the kernel as a JAX program; that of the platform if None.
+    """
+
+    def plain(x: Array, matrix: Array) -> Array:
+        return jnp.einsum("md,vd->mv" if transposed else "md,dv->mv", x, matrix, preferred_element_type=jnp.float32)
+
+    def kernel(x: Array, matrix: Array) -> Array:
+        run = everywhere(transposed, implementation is not None, dtype=jnp.dtype(jnp.float32))
+        return run(x, matrix[None], jnp.zeros((), jnp.int32))
+
+    if implementation is not None:
+        return kernel(x, matrix)
+    if x.dtype != matrix.dtype or not runs(x.dtype, *matrix.shape) or not any(side % 8 for side in matrix.shape):
+        return plain(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cuda=kernel, default=plain)
+
+
 def gated_product(
     x: Float[Array, "*B K"], gate: LayerSlice, up: LayerSlice, activation: Activation
 ) -> Float[Array, "*B N"]:
@@ -284,7 +313,7 @@ def stacked_product(
 
 @functools.cache
 def everywhere(
-    transposed: bool, interpret: bool = False, combine: Callable[..., Array] | None = None
+    transposed: bool, interpret: bool = False, combine: Callable[..., Array] | None = None, dtype: Any = None
 ) -> Callable[..., Array]:
     """The kernel over the devices that hold parts of its operands, and under `jax.vmap`.
 
@@ -292,15 +321,16 @@ def everywhere(
         transposed: as in `stacked_product`.
         interpret: the same.
         combine: the same, of the products with matrices of two stacks.
+        dtype: the same.
     """
     run_here = partial(stacked_product, transposed=transposed, combine=combine, interpret=interpret)
     several = combine is not None
 
     def single(x: Array, stack: Array, index: Array) -> Array:
-        return run_here(x, stack, index)
+        return run_here(x, stack, index, dtype=dtype)
 
     def pair(x: Array, first: Array, second: Array, index: Array) -> Array:
-        return run_here(x, first, second, index)
+        return run_here(x, first, second, index, dtype=dtype)
 
     divided = custom_partitioning(pair if several else single)
 
@@ -316,8 +346,8 @@ def everywhere(
             tokens = None
 
         def run(x: Array, *arrays: Array) -> Array:
-            part = run_here(x, *arrays, dtype=jnp.float32 if summed else None)
-            return jax.lax.psum(part, summed).astype(x.dtype) if summed else part
+            part = run_here(x, *arrays, dtype=jnp.float32 if summed else dtype)
+            return jax.lax.psum(part, summed).astype(dtype or x.dtype) if summed else part
 
         stacks = (PartitionSpec(None, rows, columns),) * (len(operands) - 2)
         inputs = (PartitionSpec(tokens, inner), *stacks, PartitionSpec())
@@ -342,7 +372,9 @@ def everywhere(
             def plain(x: Array, *arrays: Array) -> Array:
                 *stacks, index = arrays
                 found = [jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks]
-                parts = [x @ (matrix.T if transposed else matrix) for matrix in found]
+                parts = [
+                    jnp.matmul(x, matrix.T if transposed else matrix, preferred_element_type=dtype) for matrix in found
+                ]
                 return parts[0] if combine is None else combine(*parts)
 
             return jax.vmap(plain, axes)(x, *arrays), True

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.kernels import rope
+from jaxid.kernels.product import logits
 from jaxid.kernels.rope import Rotation
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
 from jaxid.nn.layers import (
@@ -139,6 +140,13 @@ class Decoder(nnx.Module):
     def unembed_matrix(self) -> Float[Array, "D V"]:
         """The map from the normed residual stream to logits."""
         return self.embedding[...].T if self.config.tie_word_embeddings else self.unembedding[...]
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of normed final hidden states, in float32 and without a gradient."""
+        tied = self.config.tie_word_embeddings
+        matrix = self.embedding[...] if tied else self.unembedding[...]
+        found = logits(hidden.reshape(-1, hidden.shape[-1]), matrix, transposed=tied)
+        return found.reshape(*hidden.shape[:-1], found.shape[-1])
 
     def rotations(
         self, positions: Int[Array, "B T"] | Int[Array, "B A T"], last: Int[Array, "B"] | None = None

@@ -440,10 +440,7 @@ def decode(
     slot_positions = jnp.where(slots < own, shared.first[:, None] + slots, last[:, None] + 1 + slots - own)
 
     def choose(hidden: Array) -> Array:
-        # Made here: outside the loop over tokens, the transpose of a tied embedding would be a copy.
-        unembedding = decoder.unembed_matrix()
-        logits = jnp.einsum("rbd,dv->rbv", hidden, unembedding, preferred_element_type=jnp.float32)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32)
 
     def next_token(token: Array, index: Array, caches: Caches) -> tuple[Array, Caches]:
         """The tokens that follow those with this index, and the caches with the latter added."""

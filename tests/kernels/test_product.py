@@ -265,3 +265,15 @@ def test_decoders_gate_through_it(name: str, interpreted: None) -> None:
     inner = ACTIVATIONS[name](jnp.asarray(exact(x, gate), jnp.float32)) * exact(x, up)
     wanted = exact(jnp.asarray(inner), down)
     np.testing.assert_allclose(np.asarray(run(x, state), np.float32), wanted, atol=0.02 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("implementation", ["kernel", None])
+def test_logits_of_a_vocabulary_of_any_size(implementation: str | None, transposed: bool) -> None:
+    """In float32, from a matrix whose rows are no multiple of 16 bytes; also in mapped rows."""
+    x, matrix = arrays(60, 256, 301)
+    given = matrix[1].T if transposed else matrix[1]
+    run = partial(product.logits, transposed=transposed, implementation=implementation)
+    for found in (run(x, given), jax.vmap(run, (0, None))(x.reshape(3, 20, -1), given).reshape(60, -1)):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact(x, matrix[1]), atol=2e-5)
