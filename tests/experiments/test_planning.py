@@ -19,12 +19,12 @@ from jaxid.data.clips import write_appear_folder
 from jaxid.data.grid import write_grid_folder
 from jaxid.devices import DEVICES, GIB, Device
 from jaxid.errors import OutOfMemoryError
-from jaxid.experiments import session
+from jaxid.experiments import planning, session
 from jaxid.experiments.activation_swap import MirrorSwap
+from jaxid.experiments.base import Command
 from jaxid.experiments.belief_swap import BeliefSwap
 from jaxid.experiments.blank_image import BlankImage
 from jaxid.experiments.occlusion import KINDS, Occlusion
-from jaxid.experiments.planning import plan
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.plan import Plan, dry_run
@@ -42,6 +42,12 @@ def weightless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plans") / "model"
     shutil.copytree(fixtures.folder(CASE), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
+
+
+def plan(command: Command[Any], device: Device, **options: Any) -> Plan:
+    found = planning.plan(command, device, **options)
+    assert isinstance(found, Plan)
+    return found
 
 
 def planned(kind: type[Any], place: Path, weightless: Path, device: Device = H100, **options: Any) -> Plan:
