@@ -45,9 +45,9 @@ def test_commands_exist_and_take_these_options(page: Path) -> None:
         if not names:
             wrong += [line] if " ".join(words) not in GROUPS and "..." not in words else []
             continue
-        asked = (
-            [names[0], " ".join(["run", *words[1:2]])] if names[0] == "plan" else names[:1]
-        )  # a plan takes the command's own
+        asked = names[:1]
+        if names[0] == "plan":  # which takes the command's own
+            asked += [" ".join(["run", *words[1:2]]), " ".join(words[1:3]), *words[1:2]]
         known = set[str]()
         for module, name in (COMMANDS[one].split(":") for one in asked if one in COMMANDS):
             known |= set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
