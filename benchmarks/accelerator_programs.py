@@ -434,7 +434,7 @@ def _dcsm_part(target: Target) -> list[Part]:
         return scoring.score_tokens(scoring.Scorer(**scorer), images, texts, words, "call")
 
     args = jax.tree.map(target.array, (scorer_arrays(config), *arrays))
-    return [Part(name="dcsm", function=score, args=args, shares={"moments.<locals>.of_call": 0.0})]
+    return [Part(name="dcsm", function=score, args=args, shares={"_unless": 0.0})]
 
 
 def _encode_parts(target: Target) -> list[Part]:

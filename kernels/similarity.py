@@ -5,6 +5,7 @@ replaced by fixed vectors. One matrix product does both: a functional word's tok
 additional coordinate, where the picture tokens hold that word's vector.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,6 +82,11 @@ def centred(x: Float[Array, "*B"], axis: int | tuple[int, ...]) -> tuple[Float[A
     return mean + again, rest - again
 
 
+def _unless(rounded: Bool[Array, ""], moments: Callable[[], Any], products: Callable[[], Any]) -> Any:
+    """What follows from second moments, or from the products themselves where that is too imprecise."""
+    return jax.lax.cond(rounded, products, moments)
+
+
 def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: str = "call") -> Moments:
     """Mean and unbiased standard deviation of maps, computing those of one picture at a time, or of a few.
 
@@ -122,7 +128,7 @@ def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: 
     def precise(images: Float[Array, "N I E"], *second: Float[Array, "E E"], together: Any = lambda *_: None) -> Any:
         found = some(images, *second, together=together(*second))
         if second:
-            found = jax.lax.cond(found[-1].any(), lambda: some(images, together=together()), lambda: found)
+            found = _unless(found[-1].any(), lambda: found, lambda: some(images, together=together()))
         return (found[0], *(value.sum(0, keepdims=True) for value in found[1:3])) if group == "call" else found[:3]
 
     def few(*second: Float[Array, "E E"]) -> int:
@@ -139,10 +145,10 @@ def moments(images: Float[Array, "N I E"], texts: Float[Array, "M T E"], group: 
         others, size = (second, text_tokens * (text_means.T @ text_means)), jnp.trace(own)
         terms = jnp.stack([(own * other).sum() for other in others])
         rounded = terms < _RIGHT_ANGLE * size * jnp.stack([jnp.trace(other) for other in others])
-        squares = jax.lax.cond(
+        squares = _unless(
             rounded.any(),
-            lambda: jax.lax.map(lambda one: of_picture(*one)[1], (means, rest), batch_size=few()).sum(),
             lambda: terms.sum() + image_tokens * jnp.square(text_rest @ means[:, 0].T).sum(),
+            lambda: jax.lax.map(lambda one: of_picture(*one)[1], (means, rest), batch_size=few()).sum(),
         )
         lengths = size + image_tokens * jnp.square(means).sum()
         return means[:, 0], squares[None, None], lengths[None]
