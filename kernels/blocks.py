@@ -23,6 +23,9 @@ UNREAD = 1e30
 
 LOG2E = math.log2(math.e)
 
+PROGRAMS = 264
+"""Programs that keep a large GPU busy, two for each of an H100's processors."""
+
 OF_QUERIES, OF_KEYS = ("high", "low", "span"), ("positions", "spans")
 """The arrays of a mask, `jaxid.kernels.masks.Reads`."""
 

@@ -24,6 +24,7 @@ from jaxid.kernels.blocks import (
     LOWEST,
     OF_KEYS,
     OF_QUERIES,
+    PROGRAMS,
     UNREAD,
     Call,
     GridRows,
@@ -40,9 +41,6 @@ from jaxid.kernels.spread import Kernel, spread, varying
 
 _FEW = 128
 """Queries of a head up to which those of all heads that share a key head go through its keys together."""
-
-_PROGRAMS = 264
-"""Programs that keep a large GPU busy, two for each of an H100's processors."""
 
 _MOST_VMEM = 48 * 2**20
 """Of a TPU core's fast memory, for the blocks of a program; every TPU since v5 has more."""
@@ -309,7 +307,7 @@ def _splits(call: Call, programs: int) -> int:
     """How many programs share the keys of the same few queries, which would else leave most of a GPU idle."""
     if not call.triton or call.own_blocks > 1:
         return 1
-    return max(1, min(_PROGRAMS // programs, call.other_blocks // 2))
+    return max(1, min(PROGRAMS // programs, call.other_blocks // 2))
 
 
 def _run_backward(

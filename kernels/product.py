@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxid.kernels.blocks import PROGRAMS
 from jaxid.kernels.stacks import LayerSlice
 
 PRODUCT = "product"
@@ -34,9 +35,6 @@ Activation = Callable[[Array], Array]
 
 _SMALLEST = 256
 """Shortest side of a matrix for which the kernel runs; copying smaller ones costs next to nothing."""
-
-_BLOCKS = 264
-"""Programs that keep a large GPU busy, two for each of an H100's processors; for few tokens, K is split to get them."""
 
 
 def runs(dtype: Any, inputs: int, outputs: int) -> bool:
@@ -209,7 +207,7 @@ def _tiles(tokens: int, inputs: int, outputs: int, matrices: int = 1) -> _Tiles:
     columns = (64 if rows <= 64 else 128) // matrices
     blocks = pl.cdiv(tokens, rows) * pl.cdiv(outputs, columns)
     splits = 1
-    while matrices == 1 and blocks * splits < _BLOCKS and rows <= 64 and splits < 8 and inputs // (2 * splits) >= 512:
+    while matrices == 1 and blocks * splits < PROGRAMS and rows <= 64 and splits < 8 and inputs // (2 * splits) >= 512:
         splits *= 2
     return _Tiles(rows, columns, 64, splits)
 
