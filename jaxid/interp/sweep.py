@@ -24,10 +24,11 @@ _CPU_TOKENS = 2048
 _ACTIVATIONS = 0.45
 """Time to read and write what passes between the products of a layer, as a share of the products' own time.
 
-Counted in LLaVA-1.5-7B's rerun, compiled for an H100: `benchmarks/accelerator.py --targets h100 --models llava-7b
---works rerun` finds 214 GB and 59.8 TFLOP for 768 rows of 192 tokens, each through one layer. Of these bytes, 104 GB
-are weights and 21 GB keys and values of the prompts. The rest is 0.6 MB for the 0.4 GFLOP of a token and layer. Other
-accelerators are assumed to have the same share.
+Counted in LLaVA-1.5-7B's rerun, compiled for an H100 when gate and up were products of their own: 214 GB and 59.8 TFLOP
+for 768 rows of 192 tokens, each through one layer. Of these bytes, 104 GB are weights and 21 GB keys and values of the
+prompts. The rest is 0.6 MB for the 0.4 GFLOP of a token and layer. With the kernel of both products,
+`benchmarks/accelerator.py --targets h100 --models llava-7b --works rerun` finds 195 GB, which would be a share of 0.35;
+other accelerators, which still make them apart, are assumed to have the larger one.
 """
 
 
