@@ -19,7 +19,7 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-DOORS = {"errors", "io", "checks", "stats", "devices", "halving", "pipeline"}
+DOORS = {"errors", "io", "checks", "stats", "devices", "meshes", "halving", "pipeline"}
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "io": {"errors"},
     "checks": {"errors"},
     "devices": {"errors"},
+    "meshes": {"errors"},
     "halving": {"errors"},
     "costs": {"devices"},
     "pipeline": set(),

@@ -1,7 +1,9 @@
 """From a name to a model: alias, Hugging Face id or local folder."""
 
 import dataclasses
+import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxid import zoo
-from jaxid.checkpoints import tensors
+from jaxid import meshes, zoo
+from jaxid.checkpoints import sharding, tensors
 from jaxid.checkpoints.identity import fingerprint
-from jaxid.errors import CheckpointError, InputError
+from jaxid.devices import this
+from jaxid.errors import CheckpointError, InputError, JaxidWarning
 from jaxid.families.base import Family, Model
 from jaxid.families.registry import ALIASES, FAMILIES, family, kind_of
 from jaxid.io import first_line, read_json, reading, redacted, without_advice
@@ -21,6 +25,9 @@ from jaxid.nn.fields import Json, check_fields
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Parameter dtypes by name."""
+
+_ROOM = 0.6
+"""The share of a device's memory that `--mesh auto` gives to parameters; the rest is for recorded passes and rows."""
 
 
 def find_folder(name: str | Path, further: tuple[str, ...] = (), *, weights: bool = True) -> Path:
@@ -108,26 +115,63 @@ class Checkpoint:
         model: the model without parameters and fingerprint; it has a config and prepares prompts.
         kind: its family.
         dtype: of parameters and activations.
+        mesh: the devices that are to share the parameters; None for the default device.
     """
 
     model: Model
     kind: Family
     dtype: str
+    mesh: Mesh | None = None
 
     def abstract(self) -> Model:
         """The model with the shapes of its parameters in their place, for plans."""
         definition, leaves = abstract_parameters(self.kind, self.model.config)
-        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, DTYPES[self.dtype]) for name, leaf in leaves.items()}
+        dtype = DTYPES[self.dtype]
+        if self.mesh is None:
+            shapes = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in leaves.items()}
+        else:
+            shapes = sharding.abstract_arrays(sharding.layout(definition, leaves, self.mesh), leaves, dtype)
         return dataclasses.replace(self.model, definition=definition, parameters=tensors.unflatten(shapes))
 
+    def on(self, mesh: Mesh | None) -> "Checkpoint":
+        """The same checkpoint, to be loaded onto the devices of a mesh.
+
+        Raises:
+            InputError: if the mesh has unknown axes, or divides neither the heads nor the MLPs of the model.
+        """
+        if mesh is None or mesh.size == 1:
+            return dataclasses.replace(self, mesh=None)
+        mesh = meshes.checked(mesh)
+        definition, leaves = abstract_parameters(self.kind, self.model.config)
+        sharding.layout(definition, leaves, mesh)
+        return dataclasses.replace(self, mesh=mesh)
+
+    def axes(self, text: str, devices: int) -> tuple[int, int]:
+        """The sizes of the axes "data" and "model" that a text asks for; `auto` takes all devices.
+
+        Under `auto`, as few devices share a copy of the model as hold its parameters in 60 % of their memory.
+
+        Raises:
+            InputError: for a text that is no mesh, or a model that all devices together do not hold.
+        """
+        if text != "auto":
+            return meshes.sizes(text)
+        device, width = this(), jnp.dtype(DTYPES[self.dtype]).itemsize
+        _, leaves = abstract_parameters(self.kind, self.model.config)
+        needed = width * sum(math.prod(leaf.shape) for leaf in leaves.values())
+        room = math.inf if device.platform == "cpu" else _ROOM * device.memory
+        model = meshes.fewest(needed, room, self.model.config.text_config.num_attention_heads, devices)
+        return devices // model, model
+
     def load(self) -> Model:
-        """The model with its parameters, on the default device.
+        """The model with its parameters, on the default device or the devices of the mesh.
 
         Raises:
             CheckpointError: if the weights are missing, incomplete or corrupt.
         """
         files = tensors.TensorFolder(find_folder(self.model.name))
-        return dataclasses.replace(self.model, **load_network(self.kind, self.model.config, files, self.dtype))
+        found = load_network(self.kind, self.model.config, files, self.dtype, self.mesh)
+        return dataclasses.replace(self.model, **found)
 
 
 @without_advice()
@@ -150,21 +194,30 @@ def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
     return Checkpoint(model=model, kind=kind, dtype=dtype)
 
 
-def load(name: str | Path, *, dtype: str = "float32") -> Model:
-    """Loads a vision-language model.
+def load(name: str | Path, *, dtype: str = "float32", mesh: Mesh | str | None = None) -> Model:
+    """Loads a vision-language model, onto one device or many.
+
+    On a mesh, axis "model" divides heads, MLPs and the vocabulary, and the passes divide prompts, or edits where the
+    prompts do not divide, over axis "data". Each part of a parameter is read from the files straight to its device.
 
     Args:
         name: an alias ("tiny-llava", "llava-7b"), a Hugging Face id, or a folder in Hugging Face layout.
         dtype: of parameters and activations: "float32", "bfloat16" or "float16".
+        mesh: devices with axes "data" and "model": a mesh, a text such as "data=4,model=2", or "auto", which lets as
+            few devices share a copy of the model as hold it; by default one device.
 
     Returns:
-        The model, its parameters on the default device.
+        The model.
 
     Raises:
         CheckpointError: if the folder is missing, foreign, incomplete or corrupt.
-        InputError: for an unknown dtype.
+        InputError: for an unknown dtype, a mesh with more devices than there are, or one that divides neither the heads
+            nor the MLPs of the model.
     """
-    return open_checkpoint(name, dtype=dtype).load()
+    checkpoint = open_checkpoint(name, dtype=dtype)
+    if isinstance(mesh, str):
+        mesh = meshes.mesh(*checkpoint.axes(mesh, jax.device_count()))
+    return checkpoint.on(mesh).load()
 
 
 def check_dtype(dtype: str) -> None:
@@ -193,8 +246,12 @@ def parsed(kind: Family, fields: Json, path: Path) -> Any:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_network(kind: Family, config: Any, files: tensors.Tensors, dtype: str) -> dict[str, Any]:
+def load_network(
+    kind: Family, config: Any, files: tensors.Tensors, dtype: str, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """The fields of a loaded model that come from its config and weights.
+
+    Warns about parameters that the mesh does not divide.
 
     Raises:
         CheckpointError: if the tensors do not fit the config.
@@ -202,8 +259,15 @@ def load_network(kind: Family, config: Any, files: tensors.Tensors, dtype: str) 
     config, renames, unused = as_stored(kind, config, files)
     with reading(files.folder / "config.json", "the config of a network that can be built"):
         definition, abstract = abstract_parameters(kind, config)
+    placed = None
+    if mesh is not None:
+        layout = sharding.layout(definition, abstract, mesh)
+        placed = layout.shardings
+        note = sharding.note(layout, abstract, mesh, jnp.dtype(DTYPES[dtype]).itemsize)
+        if note is not None:
+            warnings.warn(note, JaxidWarning, stacklevel=4)
     parameters, digest = tensors.read_parameters(
-        files, abstract, kind.keys(config), renames=renames, unused=unused, dtype=DTYPES[dtype]
+        files, abstract, kind.keys(config), renames=renames, unused=unused, dtype=DTYPES[dtype], shardings=placed
     )
     mark = fingerprint(files.folder, digest)
     return {"parameters": parameters, "definition": definition, "config": config, "fingerprint": mark}

@@ -312,6 +312,7 @@ def read_parameters(
     renames: Sequence[tuple[str, str]] = (),
     unused: Sequence[str] = (),
     dtype: DTypeLike = np.float32,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Reads a checkpoint into parameters stacked over layers, tensor by tensor.
 
@@ -322,9 +323,10 @@ def read_parameters(
         renames: (pattern, replacement) pairs that bring other spellings of keys to the table's.
         unused: patterns of tensors that hold nothing learned.
         dtype: of the parameters.
+        shardings: where the parameters go, by dotted path; the default device if there are none.
 
     Returns:
-        Nested dictionaries of arrays on the default device, and a digest of every number in the tensors that they were
+        Nested dictionaries of arrays, and a digest of every number in the tensors that they were
         made of, whatever files these are in.
 
     Raises:
@@ -396,7 +398,7 @@ def read_parameters(
         for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
             host = _empty(tuple(abstract[path].shape), dtype)
             seen += _fill(host, plan[path], tensors, pool)
-            leaves[path] = jax.device_put(host)
+            leaves[path] = jax.device_put(host, None if shardings is None else shardings[path])
     spoilt = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.finite})]
     if spoilt:
         raise CheckpointError(

@@ -6,8 +6,10 @@ from typing import Generic, TypeVar
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxid import meshes
 from jaxid.errors import CheckpointError
 from jaxid.nn.decoder_config import ModelConfig
 from jaxid.nn.dual import DualConfig, DualEncoder
@@ -122,6 +124,11 @@ class Loaded:
     processor: object
     name: str
     fingerprint: str
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the parameters; None for a single one, and for traced parameters."""
+        return meshes.of(self.parameters)
 
     def with_parameters(self: LoadedT, parameters: PyTree) -> LoadedT:
         """The same network with other parameters; they belong to no checkpoint, so the fingerprint is empty."""

@@ -2,6 +2,8 @@
 
 A plan of a job runs the job's own code, up to its programs: a watcher sees each with its arguments, whose arrays may be
 abstract, and answers with arrays of the right shapes.
+
+A program whose first array is placed on a mesh is traced with that mesh as JAX's context, see `jaxid.nn.placement`.
 """
 
 import contextlib
@@ -11,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
+
+from jaxid import meshes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +34,9 @@ class Program(Generic[P, R]):
         watcher = _WATCHER.get()
         if watcher is not None:
             return watcher(self, arguments, settings)
-        return self.jitted(*arguments, **settings)
+        mesh = meshes.of(arguments)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return self.jitted(*arguments, **settings)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is as in the compiled function."""
