@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxid.errors import InputError
@@ -77,7 +78,7 @@ def size(given: Mesh | None, axis: str) -> int:
 def of(tree: Any) -> Mesh | None:
     """The mesh over which the first concrete array of a tree is placed; None if it is on a single device."""
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             return None
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
@@ -110,7 +111,7 @@ def whole(given: Mesh | None, tree: Tree) -> Tree:
 
 def put(given: Mesh | None, leaf: Any, spec: PartitionSpec) -> Any:
     """One array on the devices of a mesh; traced and abstract ones are left to the compiler."""
-    if given is None or isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if given is None or isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
         return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.numpy.asarray(leaf)
     sharding = NamedSharding(given, spec)
     if isinstance(leaf, jax.Array) or sharding.is_fully_addressable:

@@ -398,7 +398,7 @@ def read_parameters(
         for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
             host = _empty(tuple(abstract[path].shape), dtype)
             seen += _fill(host, plan[path], tensors, pool)
-            leaves[path] = jax.device_put(host, None if shardings is None else shardings[path])
+            leaves[path] = jax.device_put(host) if shardings is None else jax.device_put(host, shardings[path])
     spoilt = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.finite})]
     if spoilt:
         raise CheckpointError(
