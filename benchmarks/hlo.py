@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from hlo_collectives import Collective, channel, collectives
 from hlo_kernels import convolution, kernel_name, library, read_shares
 from hlo_text import Computation, Instruction, Program, axes_of
 from hlo_text import Shape as Shape
@@ -56,6 +57,7 @@ class Counts:
         unknown_kernels: names of custom calls whose operations do not count.
         faults: what is copied or holds scores: its kind, shape, name and function.
         functions: functions of the source whose loops and conditionals counted as the caller said.
+        collectives: those that run, each with the number of its runs.
     """
 
     flop: float = 0.0
@@ -70,6 +72,7 @@ class Counts:
     unknown_kernels: frozenset[str] = frozenset()
     faults: frozenset[str] = frozenset()
     functions: frozenset[str] = frozenset()
+    collectives: tuple[Collective, ...] = ()
 
     def __add__(self, other: "Counts") -> "Counts":
         """Both programs in turn."""
@@ -81,7 +84,12 @@ class Counts:
     def times(self, runs: float) -> "Counts":
         """A loop's body in all runs; instructions and buffers count once."""
         names = ("flop", "moved", "in_products", "in_moves", "copied")
-        return dataclasses.replace(self, **{name: runs * getattr(self, name) for name in names})
+        own = tuple(one.times(runs) for one in self.collectives)
+        return dataclasses.replace(self, collectives=own, **{name: runs * getattr(self, name) for name in names})
+
+    def sent(self, axis: str) -> float:
+        """Bytes that one device sends in collectives along an axis of the mesh."""
+        return sum(one.sent for one in self.collectives if axis in one.axes)
 
 
 Flags = tuple[bool, ...]
@@ -98,6 +106,7 @@ def count(
     least: int = 512,
     shares: Mapping[str, float] | None = None,
     trips: Mapping[str, float] | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Counts:
     """Counts what a program does.
 
@@ -112,6 +121,7 @@ def count(
         shares: how often a conditional takes its second branch (in JAX, that of a true predicate), by the qualified
             name of the function that calls `jax.lax.cond`.
         trips: how often a loop runs of which the compiler does not know it, by the function that starts it.
+        mesh: sizes of the axes of the mesh whose devices share the program.
     """
     chosen = set(weights)
     reader = _Reader(
@@ -122,6 +132,7 @@ def count(
         least,
         shares or {},
         trips or {},
+        mesh or {},
     )
     parameters = program.computations[program.entry].parameters
     return reader.run(program.entry, [(index in chosen,) * len(one.shapes) for index, one in enumerate(parameters)])[0]
@@ -138,17 +149,23 @@ class _Reader:
     least: int
     shares: Mapping[str, float]
     trips: Mapping[str, float]
+    mesh: Mapping[str, int]
 
     def run(self, name: str, given: Sequence[Flags]) -> tuple[Counts, Flags]:
         """What a computation does in one run, and which of its outputs are weights, from those of its parameters."""
         computation, counts = self.program.computations[name], Counts()
         flags: dict[str, Flags] = {}
+        channels: set[str] = set()
         for instruction in computation.values():
             none = (False,) * max(1, len(instruction.shapes))
             if instruction.opcode == "parameter":
                 flags[instruction.name] = given[int(instruction.inside)]
                 continue
             more, found = self._step(computation, instruction, [flags[one] for one in instruction.operands])
+            own = channel(self.program, instruction)
+            if own is not None and own in channels:
+                more = dataclasses.replace(more, collectives=())
+            channels |= {own} if own is not None else set()
             counts += more
             flags[instruction.name] = found if len(found) == len(none) else none
         return counts, flags[computation.root.name]
@@ -178,6 +195,7 @@ class _Reader:
             score_tensors=len(scores),
             unknown_kernels=frozenset(self._unknown(computation, instruction)),
             faults=frozenset(self._fault("scores", instruction, one) for one in scores),
+            collectives=tuple(collectives(self.program, computation, instruction, self.mesh)),
         )
         if not (moves and any(any(flags) for flags in given)):
             return counts, ()
@@ -265,11 +283,13 @@ def _ended(instruction: Instruction, flags: Flags) -> Flags:
 def _results(instruction: Instruction) -> tuple[Shape, ...]:
     """What an instruction writes: without the scratch of a library, or the operands that an asynchronous start returns.
 
-    A copy's start returns its result first, others their operands.
+    A copy's start returns its result first, that of a sum over devices nothing else, others their operands before it.
     """
     shapes = instruction.shapes
     if instruction.opcode == "copy-start":
         return shapes[:1]
+    if instruction.opcode == "all-reduce-start":
+        return shapes
     if instruction.opcode.endswith("-start"):
         count = len(instruction.operands)
         return shapes[count : count + 1]
