@@ -7,19 +7,21 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Shaped, UInt8
 
-from jaxid.checkpoints.identity import Seen, combined, look
+from jaxid.checkpoints.identity import Seen, combined
+from jaxid.checkpoints.streaming import Row, agreed, pieces, placed, slices
 from jaxid.errors import CheckpointError
 from jaxid.io import first_line, read_json, reading, whole_file
 from jaxid.nn.keys import Key
@@ -33,21 +35,6 @@ _FLOATS = {
     "BF16": ml_dtypes.bfloat16,
 }
 """Number formats of parameters, by their names in safetensors files; those of 8 bits mean nothing without scales."""
-
-_PIECE_BYTES = 1 << 23
-"""What one thread reads at a time: small beside any model, large beside the cost of a call."""
-
-_TILE = 256
-"""Rows and columns that are transposed at a time: 128 KB of bfloat16 stay in a core's own cache."""
-
-_PADDING = 8
-"""Numbers between the rows of a tile: rows a power of two apart would compete for the same lines of that cache."""
-
-_LARGE = 1 << 24
-"""Bytes from which an array gets memory pages of its own."""
-
-_ALIGNMENT = 64
-"""Bytes; on a CPU, JAX takes host memory that begins at such an address over instead of copying it."""
 
 
 def flatten(tree: dict[str, Any]) -> Leaves:
@@ -218,61 +205,13 @@ def _listed(problems: Sequence[str]) -> str:
     return "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
 
 
-def _pieces(array: Shaped[np.ndarray, "..."]) -> Iterator[tuple[Any, ...]]:
-    """Cuts a view of a tensor where its memory is contiguous, in pieces of about `_PIECE_BYTES`."""
-    if array.nbytes <= _PIECE_BYTES:
-        yield (...,)
-        return
-    axis = max(range(array.ndim), key=lambda axis: (array.shape[axis] > 1, array.strides[axis]))
-    length = array.shape[axis]
-    step = max(1, length * _PIECE_BYTES // array.nbytes)
-    for first in range(0, length, step):
-        yield (*[slice(None)] * axis, slice(first, first + step))
-
-
-def _copy(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."]) -> None:
-    """Writes `source`, in any order of axes and number format, to `target`, whose last axis is contiguous."""
-    target, source = target.squeeze(), source.squeeze()
-    if target.dtype == source.dtype:  # NumPy moves bits faster than numbers of a format that is not its own
-        bits = f"u{target.itemsize}"
-        target, source = target.view(bits), source.view(bits)
-    contiguous, last = int(np.argmin(source.strides)) if source.ndim else -1, source.ndim - 1
-    if contiguous == last:
-        target[...] = source
-        return
-    # A transposing copy leaves a cache line after one number: tiles go through a small array that caches hold.
-    target, source = (np.moveaxis(array, (contiguous, last), (-2, -1)) for array in (target, source))
-    held = np.empty((_TILE, _TILE + _PADDING), target.dtype)
-    for outer in np.ndindex(target.shape[:-2]):
-        for row in range(0, target.shape[-2], _TILE):
-            for column in range(0, target.shape[-1], _TILE):
-                tile = (*outer, slice(row, row + _TILE), slice(column, column + _TILE))
-                numbers = source[tile].T
-                transposed = held[: numbers.shape[0], : numbers.shape[1]]
-                transposed[...] = numbers
-                target[tile] = transposed.T
-
-
-def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
-    """An uninitialised array, in memory that JAX can take over."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # In large pages: handing out 4 KB at a time takes the kernel longer than all copies.
-        pages = mmap.mmap(-1, size)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(pages, dtype).reshape(shape)
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
-    return memory[first : first + size].view(dtype).reshape(shape)
-
-
 def same_numbers(tensors: Tensors, one: str, other: str) -> bool:
     """Whether two tensors have the same values, compared piece by piece."""
     first, second = tensors.read(one), tensors.read(other)
     if first.shape != second.shape:
         return False
-    for piece in _pieces(first):
-        parts = first[piece], second[piece]
+    for piece in pieces(first):
+        parts = first[slices(piece)], second[slices(piece)]
         same = np.array_equal(parts[0].astype(np.float64), parts[1].astype(np.float64))
         tensors.release(one, parts[0])
         tensors.release(other, parts[1])
@@ -296,6 +235,12 @@ class _Row(NamedTuple):
     source: str
     name: str
 
+    def view(self, tensors: Tensors) -> Row:
+        """The tensor in the parameter's axes."""
+        seen = Seen(self.source, self.key.part or (0, 1), 0, self.name, digest="", finite=True, fits=True)
+        array = self.key.to_parameter(tensors.read(self.name))
+        return Row(self.index, array, partial(tensors.release, self.name), seen)
+
 
 def published_name(name: str, renames: Sequence[tuple[str, str]]) -> str:
     """A tensor's name in the key table's spelling."""
@@ -312,7 +257,7 @@ def read_parameters(
     renames: Sequence[tuple[str, str]] = (),
     unused: Sequence[str] = (),
     dtype: DTypeLike = np.float32,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Reads a checkpoint into parameters stacked over layers, tensor by tensor.
 
@@ -323,7 +268,8 @@ def read_parameters(
         renames: (pattern, replacement) pairs that bring other spellings of keys to the table's.
         unused: patterns of tensors that hold nothing learned.
         dtype: of the parameters.
-        shardings: where the parameters go, by dotted path; the default device if there are none.
+        shardings: where the parameters go, by dotted path; the default device if there are none. Each process reads
+            what its own devices hold, and its share of the rest for the digest.
 
     Returns:
         Nested dictionaries of arrays, and a digest of every number in the tensors that they were
@@ -396,9 +342,12 @@ def read_parameters(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # Large ones first: where a device copies, little is held twice once most of the memory is taken.
         for path in sorted(plan, key=lambda path: -math.prod(abstract[path].shape)):
-            host = _empty(tuple(abstract[path].shape), dtype)
-            seen += _fill(host, plan[path], tensors, pool)
-            leaves[path] = jax.device_put(host) if shardings is None else jax.device_put(host, shardings[path])
+            rows = [row.view(tensors) for row in plan[path]]
+            place = None if shardings is None else shardings[path]
+            leaves[path], found = placed(tuple(abstract[path].shape), dtype, rows, place, pool)
+            seen += found
+    if shardings:
+        seen = agreed(seen, next(iter(shardings.values())).mesh)
     spoilt = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.finite})]
     if spoilt:
         raise CheckpointError(
@@ -411,32 +360,6 @@ def read_parameters(
             "load it as bfloat16 or float32."
         )
     return unflatten(leaves), combined(seen)
-
-
-def _fill(
-    host: Shaped[np.ndarray, "..."],
-    rows: Sequence[_Row],
-    tensors: Tensors,
-    pool: ThreadPoolExecutor,
-) -> list[Seen]:
-    """Writes the tensors of a parameter to it."""
-
-    def move(target: np.ndarray, source: np.ndarray, row: _Row, index: int) -> Seen:
-        digest, finite = look(source)
-        with np.errstate(over="ignore"):
-            _copy(target, source)
-        tensors.release(row.name, source)
-        fits = target.dtype != np.float16 or bool(np.isfinite(target).all()) or not finite
-        return Seen(row.source, row.key.part or (0, 1), index, row.name, digest, finite, fits)
-
-    moves = []
-    for row in rows:
-        target = host if row.index is None else host[row.index, ...]
-        source = row.key.to_parameter(tensors.read(row.name))
-        moves += [
-            pool.submit(move, target[piece], source[piece], row, index) for index, piece in enumerate(_pieces(source))
-        ]
-    return [one.result() for one in moves]
 
 
 def save_parameters(path: Path, parameters: dict[str, Any], keys: Sequence[Key]) -> None:
