@@ -3,12 +3,12 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxid.errors import InputError
 
@@ -20,8 +20,28 @@ Tree = TypeVar("Tree")
 _SIZE = re.compile(r"\s*(data|model)\s*=\s*([0-9]{1,6})\s*")
 
 
-def sizes(text: str) -> tuple[int, int]:
-    """The sizes of the axes "data" and "model" in a text such as "data=4,model=2"; an axis that is not named has one.
+class Axes(NamedTuple):
+    """The sizes of a mesh's axes.
+
+    Attributes:
+        data: copies of the model, among which prompts and edits are divided.
+        model: devices that share a copy.
+    """
+
+    data: int = 1
+    model: int = 1
+
+    def __str__(self) -> str:
+        """As in a command."""
+        return f"data={self.data},model={self.model}"
+
+
+ONE = Axes()
+"""A single device."""
+
+
+def sizes(text: str) -> Axes:
+    """The axes in a text such as "data=4,model=2"; one that is not named has size 1.
 
     Raises:
         InputError: for any other text.
@@ -32,7 +52,7 @@ def sizes(text: str) -> tuple[int, int]:
         if match is None or match[1] in found or int(match[2]) < 1:
             raise InputError(f"a mesh is given as data=4,model=2, or as auto; not as {text!r}.")
         found[match[1]] = int(match[2])
-    return found.get(DATA, 1), found.get(MODEL, 1)
+    return Axes(found.get(DATA, 1), found.get(MODEL, 1))
 
 
 def mesh(data: int, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -70,7 +90,7 @@ def checked(given: Mesh) -> Mesh:
     return given
 
 
-def size(given: Mesh | None, axis: str) -> int:
+def size(given: Mesh | AbstractMesh | None, axis: str) -> int:
     """The number of devices along an axis of a mesh; one without the axis, or without a mesh."""
     return 1 if given is None else given.shape.get(axis, 1)
 
@@ -140,11 +160,6 @@ def fewest(needed: float, room: float, heads: int, devices: int) -> int:
         f"the parameters take {needed / 1e9:.1f} GB, more than {counts[-1]} devices with {room / 1e9:.1f} GB for them "
         "hold; use more or larger devices, or --dtype bfloat16."
     )
-
-
-def described(given: Mesh) -> str:
-    """A mesh as it is given in a command: data=4,model=2."""
-    return ",".join(f"{axis}={size(given, axis)}" for axis in AXES)
 
 
 def across(given: Mesh) -> int:

@@ -1,29 +1,22 @@
 """Plans: what a job needs on a device, and how many prompts go together, before any weights are read.
 
-A job is planned by its own code. A batch of every kind runs as it will, up to the compiled programs: a watcher
-(`jaxid.interp.programs`) sees every call with the shapes of its arguments, adds up what it costs (`jaxid.costs`), or
-what XLA's compiler says of it, and answers with zeros.
+A job is planned by its own code: a batch of every kind runs as it will, up to the compiled programs (`jaxid.dry_run`).
+On a mesh, figures are for each device. Operations and moved bytes are taken to divide evenly. Memory for parameters is
+that of a device's own parts. All other memory divides over copies of the model only; in fact, keys, values and what is
+inside MLPs also divide over the devices of a copy.
 """
 
 import collections
 import dataclasses
 import itertools
-import math
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import PyTree
-
-from jaxid.costs import cost_of, nbytes
-from jaxid.devices import GIB, Device, supposed
+from jaxid.devices import GIB, Device
+from jaxid.dry_run import PAIRS, RERUNS, TRACES, Call, dry_run
 from jaxid.errors import OutOfMemoryError
-from jaxid.interp.programs import Program, watched
 from jaxid.interp.sweep import bucket
+from jaxid.meshes import ONE, Axes
 
 USABLE = 0.92
 """The share of a device's memory that a plan fills; the rest is for the runtime, fragments and wrong estimates."""
@@ -37,73 +30,21 @@ _BETWEEN = 0.02
 _WORTH = 1.05
 """A smaller batch is preferred if the whole job takes at most so many times as long: a killed run loses less."""
 
-_NAMES = {
-    "_record": "trace",
-    "_residuals": "trace at positions",
-    "_run": "forward",
-    "_resume": "rerun",
-    "_prefill": "rerun before generation",
-    "_decode": "generation",
-    "_answer_log_probs": "answers",
-    "_unembed": "logits",
-    "take_tokens": "choice of tokens",
-    "training_step": "training step",
-    "_image": "encoding of pictures",
-    "_text": "encoding of captions",
-    "_score_own": "scores of pairs",
-}
-"""What tables call the programs."""
-
-_SMALL = 1 << 25
-"""Bytes up to which a result's zeros are made by JAX, like the results of programs that run."""
-
-TRACES = ("trace", "trace at positions", "forward")
-PAIRS = "scores of pairs"
-RERUNS = ("rerun", "rerun before generation")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of a program; memory in bytes.
-
-    Attributes:
-        name: of the program.
-        prompts: prompts of the batch.
-        rows: interventions of a sweep, 1 if there is none.
-        flops: floating-point operations.
-        moved: bytes between memory and chip.
-        results: what it returns, beside what takes the memory of donated arguments.
-        temporary: what it needs meanwhile.
-        held: results of earlier calls that are still in use, and the program's own other arguments.
-    """
-
-    name: str
-    prompts: int
-    rows: int
-    flops: float
-    moved: float
-    results: float
-    temporary: float
-    held: float
-
-    @property
-    def memory(self) -> float:
-        """All that it needs besides the weights."""
-        return self.held + self.results + self.temporary
-
 
 @runtime_checkable
 class Job(Protocol):
     """A job that can be planned.
 
     Attributes:
-        weights: bytes of the model's parameters.
+        weights: bytes of the model's parameters on a device.
+        axes: of the mesh that the job runs on.
         items: number of items.
         per_item: prompts of an item.
         most: the most items that can go together, as so many are of one kind.
     """
 
     weights: float
+    axes: Axes
     items: int
     per_item: int
     most: int
@@ -118,7 +59,8 @@ class Plan:
     """What a job needs on a device; memory in bytes.
 
     Attributes:
-        device: the device.
+        device: the device, or one of those of a mesh.
+        axes: the mesh's axes.
         weights: the model's parameters.
         items: number of items.
         together: prompts that go together.
@@ -139,6 +81,7 @@ class Plan:
     """
 
     device: Device
+    axes: Axes
     weights: float
     items: int
     together: int
@@ -160,6 +103,8 @@ class Plan:
         """A readable table."""
         device = self.device
         yield _peaks(device)
+        if self.axes != ONE:
+            yield f"{'mesh':22s}{self.axes!s:>12s}  figures are for each device"
         yield f"{'weights':22s}{_size(self.weights):>12s}"
         if self.trace_per_prompt:
             yield f"{'trace of a prompt':22s}{_size(self.trace_per_prompt):>12s}"
@@ -322,10 +267,8 @@ def _sizes(job: Job) -> list[int]:
     """The batches to choose from, in prompts: parts of an item, and buckets of items."""
     buckets = [size for size in range(1, MOST + 1) if bucket(size) == size]
     parts = [size for size in buckets if size < job.per_item]
-    most = bucket(job.most)
-    return parts + [
-        size * job.per_item for size in buckets if size <= most and size * job.per_item <= max(MOST, job.per_item)
-    ]
+    least, most = job.axes.data * job.per_item, bucket(-(-job.most // job.axes.data))
+    return parts + [size * least for size in buckets if size <= most and size * least <= max(MOST, least)]
 
 
 def _batch_seconds(plan: Plan, device: Device) -> float:
@@ -337,7 +280,7 @@ def _planned(job: Job, device: Device, together: int, measure: bool, kinds: int 
     programs: Sequence[Call] = ()
     batches, flops, moved, seconds, pairs, scoring = 0, 0.0, 0.0, 0.0, 0, 0.0
     for count, run in itertools.islice(job.batches(together), kinds):
-        calls = dry_run(run, device, measure=measure)
+        calls = dry_run(run, device, axes=job.axes, measure=measure)
         batches += count
         flops += count * sum(call.flops for call in calls)
         moved += count * sum(call.moved for call in calls)
@@ -347,22 +290,25 @@ def _planned(job: Job, device: Device, together: int, measure: bool, kinds: int 
                 pairs += count * call.prompts * call.rows
                 scoring += count * device.seconds(call.flops, call.moved)
         programs = max(programs, calls, key=_most)
-    peak = job.weights + _most(programs)
+    peak, each = job.weights + _most(programs), job.axes.data
     return Plan(
         device=device,
+        axes=job.axes,
         weights=job.weights,
         items=job.items,
         together=together,
         batches=batches,
         fits=peak <= USABLE * device.memory,
         peak=peak,
-        trace_per_prompt=max((_own(call) for call in programs if call.name in TRACES), default=0.0),
-        rerun_per_row=max((_own(call) / call.rows for call in programs if call.name in RERUNS), default=0.0),
+        trace_per_prompt=max((each * _own(call) for call in programs if call.name in TRACES), default=0.0),
+        rerun_per_row=max(
+            (job.axes.data * _own(call) / call.rows for call in programs if call.name in RERUNS), default=0.0
+        ),
         flops=flops,
         moved=moved,
         seconds=seconds,
         programs=programs,
-        measured=measure,
+        measured=measure and job.axes == ONE,
         pairs=pairs,
         pairs_per_second=pairs / scoring if pairs else 0.0,
     )
@@ -375,107 +321,6 @@ def _most(calls: Sequence[Call]) -> float:
 def _own(call: Call) -> float:
     """What a call needs for each prompt."""
     return (call.results + call.temporary) / call.prompts
-
-
-# --- running a job up to its programs --------------------------------------------------------------------------------
-
-
-def dry_run(run: Callable[[], object], device: Device, *, measure: bool = False) -> list[Call]:
-    """The calls of programs in a function, none of which is run.
-
-    Args:
-        run: the function; parameters of models may be abstract.
-        device: for which programs are planned.
-        measure: compile the programs, and take the memory for temporaries from XLA.
-    """
-    watcher = _Watcher(device, measure)
-    with warnings.catch_warnings(), np.errstate(all="ignore"), supposed(device), watched(watcher):
-        warnings.simplefilter("ignore")  # about numbers, which are all 0
-        run()
-    return watcher.calls
-
-
-class _Watcher:
-    """Answers programs with zeros, and notes what they would cost and which results are still in use."""
-
-    def __init__(self, device: Device, measure: bool):
-        self.device, self.measure = device, measure
-        self.calls: list[Call] = []
-        self._live: dict[int, float] = {}
-
-    def __call__(self, program: Program[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any]) -> PyTree:
-        """The results of a call, all 0."""
-        with watched(None):  # programs within this one are parts of it
-            traced = program.trace(*arguments, **settings)
-        cost = cost_of(traced.jaxpr, self.device, trips=settings.get("steps", 1))
-        temporary = cost.temporary
-        if self.measure:
-            found = traced.lower().compile().memory_analysis()
-            temporary = cost.temporary if found is None else float(found.temp_size_in_bytes)
-        name: str = _NAMES.get(program.__name__) or program.__name__.strip("_")
-        prompts, rows = _prompts_and_rows(name, arguments, settings)
-        share = _share(arguments, settings) if name == "rerun" else 1.0
-        other = sum(nbytes(leaf) for leaf in jax.tree.leaves(arguments) if self._is_other(leaf))
-        results = jax.tree.map(self._zeros, traced.out_info)
-        size = sum(nbytes(leaf) for leaf in jax.tree.leaves(results))
-        given = [arguments[index] for index in np.atleast_1d(program.options.get("donate_argnums", ())).astype(int)]
-        donated = sum(nbytes(leaf) for leaf in jax.tree.leaves(given))
-        self.calls.append(
-            Call(
-                name=name,
-                prompts=prompts,
-                rows=rows,
-                flops=share * cost.flops,
-                moved=share * cost.moved,
-                results=max(0.0, size - donated),
-                temporary=temporary,
-                held=sum(self._live.values()) - size + other,
-            )
-        )
-        return results
-
-    def _zeros(self, leaf: Any) -> Any:
-        """Zeros of a result, counted as long as anyone holds them; of large ones, the memory is not touched."""
-        size = nbytes(leaf)
-        array = (jnp if size <= _SMALL else np).zeros(leaf.shape, leaf.dtype)
-        self._live[id(array)] = size
-        weakref.finalize(array, self._live.pop, id(array), None)
-        return array
-
-    def _is_other(self, leaf: Any) -> bool:
-        """Whether an argument is neither a parameter nor a result that is counted."""
-        base = leaf
-        while isinstance(base, np.ndarray) and isinstance(base.base, np.ndarray):
-            base = base.base
-        return not isinstance(leaf, jax.ShapeDtypeStruct) and id(base) not in self._live
-
-
-def _prompts_and_rows(name: str, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Prompts of a call, and rows of its sweep."""
-    if name in TRACES:
-        rows = settings.get("chunk") and arguments[5] is not None and len(jax.tree.leaves(arguments[3])[0])
-        return len(arguments[2].token_ids), int(rows or 1)
-    if name in RERUNS:
-        rows = settings["rows"] if "rows" in settings else len(arguments[4])
-        return len(arguments[2].positions), int(rows)
-    if name == "generation":
-        rows, prompts = arguments[3].hidden.shape[:2]
-        return int(prompts), int(rows)
-    if name == "training step":
-        return math.prod(arguments[1]["weight"].shape), 1
-    if name in ("encoding of pictures", "encoding of captions"):
-        return len(arguments[1]), 1
-    if name == PAIRS:
-        return len(arguments[3]), int(arguments[3].shape[1])
-    return 1, 1
-
-
-def _share(arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> float:
-    """The share of a rerun's blocks that run: a chunk joins where the first of its rows does, padding never."""
-    suffix, start, count = arguments[2], np.asarray(arguments[4]), int(arguments[5])
-    layers, chunk = suffix.residuals.shape[0] - 1, settings["chunk"]
-    firsts = np.sort(np.where(np.arange(len(start)) < count, start, layers))[::chunk]
-    return float((layers - firsts).sum() / (layers * len(firsts)))
 
 
 def _size(count: float) -> str:

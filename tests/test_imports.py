@@ -23,7 +23,7 @@ DOORS = {"errors", "io", "checks", "stats", "devices", "meshes", "halving", "pip
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
-STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots", "plan", "costs"}
+STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots", "plan", "dry_run", "costs"}
 TOP = {*STUDIES, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "interp": {*LOADERS, "checkpoints"},
     "data": {*DOORS, "prompts"},
     "jobs": DOORS,
-    "plan": {*METHODS, "costs"},
+    "dry_run": {*METHODS, "costs"},
+    "plan": {*METHODS, "costs", "dry_run"},
     "plots": DOORS,
     "ids": {*METHODS, "data"},
     "train": METHODS,

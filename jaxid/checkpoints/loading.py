@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxid import meshes, zoo
 from jaxid.checkpoints import sharding, tensors
 from jaxid.checkpoints.identity import fingerprint
-from jaxid.devices import this
+from jaxid.devices import Device, this
 from jaxid.errors import CheckpointError, InputError, JaxidWarning
 from jaxid.families.base import Family, Model
 from jaxid.families.registry import ALIASES, FAMILIES, family, kind_of
@@ -133,12 +133,18 @@ class Checkpoint:
             shapes = sharding.abstract_arrays(sharding.layout(definition, leaves, self.mesh), leaves, dtype)
         return dataclasses.replace(self.model, definition=definition, parameters=tensors.unflatten(shapes))
 
-    def on(self, mesh: Mesh | None) -> "Checkpoint":
+    def on(self, mesh: Mesh | str | None) -> "Checkpoint":
         """The same checkpoint, to be loaded onto the devices of a mesh.
 
+        Args:
+            mesh: the mesh, or a text as `axes` takes it, of all devices that JAX has.
+
         Raises:
-            InputError: if the mesh has unknown axes, or divides neither the heads nor the MLPs of the model.
+            InputError: if the mesh has unknown axes or more devices than there are, or divides neither the heads nor
+                the MLPs of the model.
         """
+        if isinstance(mesh, str):
+            mesh = meshes.mesh(*self.axes(mesh, jax.device_count()))
         if mesh is None or mesh.size == 1:
             return dataclasses.replace(self, mesh=None)
         mesh = meshes.checked(mesh)
@@ -146,22 +152,40 @@ class Checkpoint:
         sharding.layout(definition, leaves, mesh)
         return dataclasses.replace(self, mesh=mesh)
 
-    def axes(self, text: str, devices: int) -> tuple[int, int]:
-        """The sizes of the axes "data" and "model" that a text asks for; `auto` takes all devices.
+    def axes(self, text: str | None, devices: int, device: Device | None = None) -> meshes.Axes:
+        """The axes of the mesh that a text asks for: "data=4,model=2"; one device by default.
 
-        Under `auto`, as few devices share a copy of the model as hold its parameters in 60 % of their memory.
+        Under "auto", as few devices share a copy of the model as hold its parameters in 60 % of their memory, and there
+        are as many copies as there are devices for.
+
+        Args:
+            text: the text.
+            devices: number of devices.
+            device: one of them; by default the one that JAX uses.
 
         Raises:
             InputError: for a text that is no mesh, or a model that all devices together do not hold.
         """
         if text != "auto":
-            return meshes.sizes(text)
-        device, width = this(), jnp.dtype(DTYPES[self.dtype]).itemsize
+            return meshes.ONE if text is None else meshes.sizes(text)
+        device, width = device or this(), jnp.dtype(DTYPES[self.dtype]).itemsize
         _, leaves = abstract_parameters(self.kind, self.model.config)
         needed = width * sum(math.prod(leaf.shape) for leaf in leaves.values())
         room = math.inf if device.platform == "cpu" else _ROOM * device.memory
         model = meshes.fewest(needed, room, self.model.config.text_config.num_attention_heads, devices)
-        return devices // model, model
+        return meshes.Axes(devices // model, model)
+
+    def held(self, axes: meshes.Axes) -> float:
+        """Bytes of the parameters that each device of a mesh with these axes holds.
+
+        Raises:
+            InputError: if it divides neither the heads nor the MLPs of the model.
+        """
+        definition, leaves = abstract_parameters(self.kind, self.model.config)
+        mesh = AbstractMesh(tuple(axes), meshes.AXES)
+        shardings = sharding.layout(definition, leaves, mesh).shardings
+        numbers = sum(math.prod(shardings[name].shard_shape(leaf.shape)) for name, leaf in leaves.items())
+        return float(numbers * jnp.dtype(DTYPES[self.dtype]).itemsize)
 
     def load(self) -> Model:
         """The model with its parameters, on the default device or the devices of the mesh.
@@ -214,10 +238,7 @@ def load(name: str | Path, *, dtype: str = "float32", mesh: Mesh | str | None = 
         InputError: for an unknown dtype, a mesh with more devices than there are, or one that divides neither the heads
             nor the MLPs of the model.
     """
-    checkpoint = open_checkpoint(name, dtype=dtype)
-    if isinstance(mesh, str):
-        mesh = meshes.mesh(*checkpoint.axes(mesh, jax.device_count()))
-    return checkpoint.on(mesh).load()
+    return open_checkpoint(name, dtype=dtype).on(mesh).load()
 
 
 def check_dtype(dtype: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxid import meshes
 from jaxid.errors import InputError
@@ -61,7 +61,7 @@ class Layout:
     whole: Mapping[str, str]
 
 
-def layout(definition: Any, abstract: Mapping[str, Any], mesh: Mesh) -> Layout:
+def layout(definition: Any, abstract: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> Layout:
     """Where the parameters of a network lie on a mesh.
 
     Args:
@@ -105,7 +105,7 @@ def _head_widths(definition: Any, abstract: Mapping[str, Any]) -> Iterator[tuple
             yield ".".join(map(str, path)), module.head_width
 
 
-def note(layout: Layout, abstract: Mapping[str, Any], mesh: Mesh, width: int) -> str | None:
+def note(layout: Layout, abstract: Mapping[str, Any], mesh: Mesh | AbstractMesh, width: int) -> str | None:
     """One line about what is whole on every device although a rule would divide it; None if nothing is.
 
     Args:

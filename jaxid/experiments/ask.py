@@ -25,6 +25,7 @@ class Ask(Command[list[tuple[str, float]]]):
         model: alias, Hugging Face id or folder.
         top: number of answers to print.
         dtype: of parameters and activations.
+        mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one.
     """
 
     picture: Path
@@ -32,10 +33,11 @@ class Ask(Command[list[tuple[str, float]]]):
     model: str = dataclasses.field(default="tiny-llava", kw_only=True)
     top: Count = dataclasses.field(default=5, kw_only=True)
     dtype: Literal["float32", "bfloat16", "float16"] = dataclasses.field(default="float32", kw_only=True)
+    mesh: str | None = dataclasses.field(default=None, kw_only=True)
 
     def run(self) -> list[tuple[str, float]]:
         """The most probable tokens and their probabilities, the largest first."""
-        checkpoint = open_checkpoint(self.model, dtype=self.dtype)
+        checkpoint = open_checkpoint(self.model, dtype=self.dtype).on(self.mesh)
         prompts = checkpoint.model.prepare([self.picture], self.question)  # before the weights, which may take minutes
         loaded = checkpoint.load()
         logits = forward(loaded, prompts).logits[0]

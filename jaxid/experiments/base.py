@@ -137,6 +137,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         model: alias, Hugging Face id or folder.
         batch_size: prompts traced together; chosen from the free memory by default.
         dtype: of parameters and activations.
+        mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one.
         limit: number of items, drawn by the seed; all by default.
         seed: of the sample, and of everything else that is random.
         restart: discard the run in the folder and start again.
@@ -160,6 +161,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     model: str = "tiny-llava"
     batch_size: Count | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: str | None = None
     limit: Count | None = None
     seed: int = 0
     restart: bool = False

@@ -51,6 +51,7 @@ class Demo(Command[dict[str, Any]]):
     Attributes:
         out: folder for report, summary, tables and figures.
         model: tiny-llava, or the folder of a model that was trained like it.
+        mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one.
         seed: seed of the scenes and of the noise.
         accuracy_questions: number of questions of each kind.
         partners: number of objects that each object is paired with to extract IDs.
@@ -64,6 +65,7 @@ class Demo(Command[dict[str, Any]]):
 
     out: Path = Path("demo")
     model: str = "tiny-llava"
+    mesh: str | None = None
     seed: int = 0
     accuracy_questions: Count = 256
     partners: Count = 2
@@ -132,7 +134,7 @@ class _Work:
     def __init__(self, demo: Demo):
         self.demo = demo
         self.summary: dict[str, Any] = {}
-        checkpoint = open_checkpoint(demo.model)
+        checkpoint = open_checkpoint(demo.model).on(demo.mesh)
         rng = np.random.default_rng((55, demo.seed))
         self.items = {axis: evaluation.relation_items(rng, demo.swap_items, axis)[0] for axis in ANSWERS}
         for items in self.items.values():  # errors in questions are raised before the weights are read

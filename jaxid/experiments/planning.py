@@ -23,9 +23,10 @@ from jaxid.experiments.planning_finetune import plan_finetune
 from jaxid.experiments.session import Session, padded
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
-from jaxid.families.base import Encoder, Model
+from jaxid.families.base import Encoder
 from jaxid.ids.extract import SPATIAL_QUESTION, TEMPORAL_QUESTION, ask
 from jaxid.interp.trace import residuals_at
+from jaxid.meshes import ONE
 from jaxid.plan import Plan, TrainingPlan
 
 PLANNED = (Experiment, ExtractIDs, ExtractTemporalIDs, Finetune, EvaluateScorers)
@@ -45,7 +46,7 @@ def plan(command: Command[Any], device: Device, *, measure: bool = False) -> Pla
         JaxidError: what the command itself raises for its model, its IDs or its data.
     """
     if isinstance(command, ExtractIDs | ExtractTemporalIDs):
-        return plans.plan(_Extraction(command), device, together=command.batch_size, measure=measure)
+        return plans.plan(_Extraction(command, device), device, together=command.batch_size, measure=measure)
     if isinstance(command, Finetune):
         return plan_finetune(command, device, measure=measure)
     if isinstance(command, EvaluateScorers):
@@ -74,8 +75,9 @@ class ExperimentJob:
         experiment, self.items = session.experiment, len(session.items)
         self.per_item = experiment.prompts_per_item
         self.most = max(map(len, experiment.groups(session.items)))
+        self.axes = session.axes
         self._model = session.checkpoint.abstract()
-        self.weights = _weights(self._model)
+        self.weights = session.checkpoint.held(session.axes)
 
     def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
         """A batch of every group of items: the last, whose questions are the longest where items are sorted."""
@@ -102,15 +104,17 @@ class _Extraction:
 
     per_item = 1
 
-    def __init__(self, command: ExtractIDs | ExtractTemporalIDs):
-        self._model = open_checkpoint(command.model, dtype=command.dtype).abstract()
+    def __init__(self, command: ExtractIDs | ExtractTemporalIDs, device: Device):
+        checkpoint = open_checkpoint(command.model, dtype=command.dtype)
+        self._model = checkpoint.abstract()
         self._items: Sequence[Any]
         if isinstance(command, ExtractTemporalIDs):
             self._items = read_appear_folder(command.data, bad=[] if command.skip_bad else None)
         else:
             self._items = command.items()
         self.items = self.most = len(self._items)
-        self.weights = _weights(self._model)
+        self.axes = checkpoint.axes(command.mesh, jax.device_count(), device)
+        self.weights = checkpoint.held(self.axes)
 
     def batches(self, together: int) -> Iterable[tuple[int, Callable[[], object]]]:
         """All batches are alike."""
@@ -135,6 +139,7 @@ class _Evaluation:
         self._command, self._asked, self._scorers = command, command.asked(), command.scorers()
         self._encoders = [load_encoder(name, abstract=True) for name in command.model]
         self.items = self.most = len(self._asked)
+        self.axes = ONE
         self.weights = max(_weights(encoder) for encoder in self._encoders)
 
     def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
@@ -153,5 +158,5 @@ class _Evaluation:
         self._command.compute(encoder, scorer, self._command.opened(encoder, scorer, asked))
 
 
-def _weights(model: Model | Encoder) -> float:
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves(model.parameters))
+def _weights(encoder: Encoder) -> float:
+    return sum(nbytes(leaf) for leaf in jax.tree.leaves(encoder.parameters))

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Bool
 
-from jaxid import io, jobs, zoo
+from jaxid import io, jobs, meshes, zoo
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
 from jaxid.devices import Device, free_memory, this
@@ -22,6 +23,7 @@ from jaxid.families.base import Model
 from jaxid.halving import Halving
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
+from jaxid.meshes import ONE
 from jaxid.plan import plan
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Chunk(NamedTuple):
 LARGEST_BATCH = 32
 """The most prompts that are traced together, however much memory there is."""
 
-_NO_SETTINGS = {"out", "batch_size", "restart", "skip_bad", "progress"}
+_NO_SETTINGS = {"out", "mesh", "batch_size", "restart", "skip_bad", "progress"}
 """Options that no row depends on."""
 
 
@@ -81,7 +83,8 @@ class Session:
         template: the user's text.
         case: form of the answer words that is read.
         checkpoint: the model's files.
-        device: the device that the run is for.
+        device: the device that the run is for, or one of those of its mesh.
+        axes: of the mesh.
         halving: number of prompts that are traced together, halved when the device runs out of memory.
         bad: items that cannot be used, with the errors.
         items: all items of the run; set by `begin`.
@@ -113,8 +116,16 @@ class Session:
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
         self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
         self.device = device or this()
+        self.axes = self.checkpoint.axes(experiment.mesh, jax.device_count(), self.device)
+        if experiment.batch_size and experiment.batch_size % self.axes.data:
+            raise InputError(
+                f"--batch-size {experiment.batch_size} does not divide over data={self.axes.data}; give a multiple."
+            )
+        fit = fitting(self.model, experiment.dtype, experiment.rows(self))
+        if self.device.platform == "cpu":  # its devices share their memory
+            fit = max(1, fit // self.axes.data)
         self.halving = Halving(
-            experiment.batch_size or fitting(self.model, experiment.dtype, experiment.rows(self)),
+            experiment.batch_size or fit * self.axes.data,
             unit="prompt",
             per_item=experiment.prompts_per_item,
             advice=f"`jaxid plan {experiment.name}` tells what fits; try --dtype bfloat16 or a larger device",
@@ -212,7 +223,8 @@ class Session:
             # A bad item is met again by the job, which names it or skips it.
             with contextlib.suppress(*jobs.ITEM_ERRORS):
                 self.halving.together = plan(ExperimentJob(self), self.device, measure=True).together
-        self.model = self.checkpoint.load()
+        mesh = None if self.axes == ONE else meshes.mesh(*self.axes)
+        self.model = self.checkpoint.on(mesh).load()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
 

@@ -29,6 +29,7 @@ class Extraction(Command[Result]):
         model: alias, Hugging Face id or folder.
         batch_size: pictures or clips read together.
         dtype: of parameters and activations.
+        mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one.
     """
 
     data: Path
@@ -36,6 +37,7 @@ class Extraction(Command[Result]):
     model: str = "tiny-llava"
     batch_size: Count = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: str | None = None
 
     def check_output(self) -> None:
         """Checks that the IDs can be written.
@@ -97,7 +99,7 @@ class ExtractIDs(Extraction[SpatialExtraction]):
             OutputError: if the file cannot be written.
         """
         self.check_output()
-        items, checkpoint = self.items(), open_checkpoint(self.model, dtype=self.dtype)
+        items, checkpoint = self.items(), open_checkpoint(self.model, dtype=self.dtype).on(self.mesh)
         first = items[0]
         asked = checkpoint.model.prepare([first.picture], SPATIAL_QUESTION.format(a=first.object_a, b=first.object_b))
         asked.word(first.object_b)

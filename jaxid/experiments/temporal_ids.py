@@ -91,7 +91,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
         bad: list[tuple[str, DataError]] = []
         items = read_appear_folder(self.data, bad=bad if self.skip_bad else None)
         misnamed = len(bad)
-        checkpoint = open_checkpoint(self.model, dtype=self.dtype)
+        checkpoint = open_checkpoint(self.model, dtype=self.dtype).on(self.mesh)
         first = next(self.opened(items, []))
         question = TEMPORAL_QUESTION.format(a=first.object_a, b=first.object_b)
         checkpoint.model.prepare([first.video], question).word(first.object_a)

@@ -18,6 +18,7 @@ from jaxid import plan as plans
 from jaxid.data.clips import write_appear_folder
 from jaxid.data.grid import write_grid_folder
 from jaxid.devices import DEVICES, GIB, Device
+from jaxid.dry_run import dry_run
 from jaxid.errors import OutOfMemoryError
 from jaxid.experiments import planning, session
 from jaxid.experiments.activation_swap import MirrorSwap
@@ -27,7 +28,7 @@ from jaxid.experiments.blank_image import BlankImage
 from jaxid.experiments.occlusion import KINDS, Occlusion
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
-from jaxid.plan import Plan, dry_run
+from jaxid.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
 

@@ -17,11 +17,12 @@ from jaxid import cli
 from jaxid import plan as plans
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.dcsm.scoring import Scorer, own_scorer
+from jaxid.dry_run import Call
 from jaxid.experiments.dcsm_evaluate import EvaluateScorers
 from jaxid.experiments.finetune import groups_of, split_pairs
 from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.planning import plan
-from jaxid.plan import Call, Plan, TrainingPlan
+from jaxid.plan import Plan, TrainingPlan
 
 MIB = 2**20
 
