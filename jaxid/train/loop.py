@@ -1,4 +1,4 @@
-"""The training loop: seeded, resumable after a kill, data-parallel over local devices."""
+"""The training loop: seeded, resumable after a kill, on the devices of a mesh."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
+from jaxid import meshes
 from jaxid.errors import InputError, JaxidWarning, OutOfMemoryError
 from jaxid.halving import Exhausted, Halving
 from jaxid.interp.programs import Program, program
@@ -24,6 +25,7 @@ from jaxid.train.folder import append_metrics as append_metrics
 from jaxid.train.folder import begun as begun
 from jaxid.train.folder import check_folder as check_folder
 from jaxid.train.folder import read_metrics as read_metrics
+from jaxid.train.placement import Layout, Placement, complete, placement
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -53,10 +55,10 @@ class Stage(NamedTuple):
         loss: maps parameters and a batch to the loss and further metrics.
         batch: maps the index of a step to its arrays; a pure function, so that a resumed run sees the same data.
         optimizer: turns gradients into updates.
-        whole: names of the arrays that are replicated rather than split over the devices.
+        whole: names of the arrays that every device has whole, rather than a share along their first axis.
         constants: further entries of every batch that no step changes, such as frozen parameters.
-        accumulate: the arrays' first axis counts small batches, whose gradients are computed in turn (on several
-            devices, in parallel) and averaged, so that only one batch has to fit in memory.
+        accumulate: the arrays' first axis counts small batches, whose gradients are computed in turn (on a mesh whose
+            axis "data" divides them, in parallel) and averaged, so that only one batch has to fit in memory.
         sparing: the same loss with less memory, for devices that run out of it.
     """
 
@@ -85,6 +87,8 @@ def fit(
     check: Callable[[int, PyTree], None] | None = None,
     check_every: int = 100,
     advice: str = "use a larger device",
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> PyTree:
     """Trains, or resumes from the last saved step, and returns the parameters. Call it inside `begun`.
 
@@ -109,6 +113,13 @@ def fit(
             that are repeated after a kill, or since the memory did not suffice, are checked again.
         check_every: steps between checks.
         advice: what to do if the memory does not suffice, in half a sentence.
+        mesh: the devices; by default all of them, each with a copy of the parameters. A run may be resumed on another
+            mesh. If they belong to several processes, all of them call this with the same arguments, and the first
+            one writes.
+        layout: where the parameters lie on the mesh, by dotted path; those without an entry are whole on every device.
+
+    Returns:
+        The parameters, in host memory.
 
     Raises:
         CheckpointError: if there are saved states, but none is intact.
@@ -129,8 +140,9 @@ def fit(
         check=check,
         check_every=check_every,
         advice=advice,
+        placement=placement(mesh, layout, parameters),
     )
-    parameters = jax.device_get(parameters)  # the device's memory is for the state
+    parameters = complete(parameters)  # the device's memory is for the state
     while True:
         try:
             return _MEMORY.guarded(partial(run.trained, parameters))
@@ -162,23 +174,19 @@ class _Run:
     check: Callable[[int, PyTree], None] | None
     check_every: int
     advice: str
+    placement: Placement
     spared: bool = False
     step: int = 0
     logged: int = 0
 
     def trained(self, parameters: PyTree) -> PyTree:
         """The parameters after all stages, which begin with these, or are resumed from the last saved step."""
-        mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        same = NamedSharding(mesh, PartitionSpec())
-
-        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same)
 
         def abstract(step: int) -> PyTree:
             for stage in self.stages:
                 if stage.first < step <= stage.first + stage.steps:
                     shapes = jax.eval_shape(partial(_start, stage), parameters)
-                    return jax.tree.map(placed, shapes)
+                    return jax.tree.map(_abstract, shapes, _shardings(stage, self.placement))
             return None
 
         with States(self.folder / "state") as states:
@@ -186,18 +194,17 @@ class _Run:
             for stage in self.stages:
                 if done > stage.first + stage.steps or not stage.steps:
                     continue
-                state: Any = saved if done > stage.first else jax.device_put(_start(stage, parameters), same)
+                state: Any = saved if done > stage.first else _placed_start(stage, parameters, self.placement)
                 saved = None
-                parameters = self._through(stage, state, max(done, stage.first), states, mesh)
-        return jax.device_get(parameters)
+                parameters = self._through(stage, state, max(done, stage.first), states)
+        return complete(parameters)
 
-    def _through(self, stage: Stage, state: State, first: int, states: States, mesh: Mesh) -> PyTree:
+    def _through(self, stage: Stage, state: State, first: int, states: States) -> PyTree:
         """The parameters after a stage, beginning with the state before step `first`."""
         from tqdm import tqdm
 
-        split, same = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-        step_function, end = self._function(stage, mesh.size), stage.first + stage.steps
-        constants = jax.device_put(dict(stage.constants), same)
+        step_function, end = self._function(stage), stage.first + stage.steps
+        constants = self.placement.constants(dict(stage.constants))
         late: Callable[[], None] | None = None
         disable = None if self.progress else True
         with (
@@ -206,11 +213,7 @@ class _Run:
         ):
             for step, batch in drawn:
                 self.step = step
-                whole = stage.accumulate and jax.tree.leaves(dict(batch))[0].shape[0] % mesh.size
-                placed = {
-                    name: jax.device_put(value, same if whole or name in stage.whole else split)
-                    for name, value in batch.items()
-                }
+                placed = self.placement.batch(batch, stage.whole)
                 with jax.profiler.StepTraceAnnotation("compute", step_num=step):
                     try:
                         state, metrics = _MEMORY.guarded(partial(step_function, state, placed, constants))
@@ -218,7 +221,7 @@ class _Run:
                         if not _intact(state):
                             raise
                         self.spare(shortage)
-                        step_function = self._function(stage, mesh.size)
+                        step_function = self._function(stage)
                         state, metrics = step_function(state, placed, constants)
                 if late is not None:  # the numbers of the step before are fetched while this one is computed
                     late()
@@ -237,9 +240,9 @@ class _Run:
                     states.save(now, state)
         return state["parameters"]
 
-    def _function(self, stage: Stage, devices: int) -> Callable[..., tuple[State, Metrics]]:
+    def _function(self, stage: Stage) -> Callable[..., tuple[State, Metrics]]:
         """The step of a stage, with the loss that is to be used."""
-        return _step_function(stage._replace(loss=(self.spared and stage.sparing) or stage.loss), devices)
+        return _step_function(stage._replace(loss=(self.spared and stage.sparing) or stage.loss), self.placement)
 
     def _report(self, stage: Stage, now: int, health: Array, metrics: Metrics | None, bar: "tqdm[Any]") -> None:
         """Checks the numbers of a step, and writes those that are to be recorded."""
@@ -292,6 +295,25 @@ def _intact(state: State) -> bool:
 def _start(stage: Stage, parameters: PyTree) -> State:
     """The initial state of a stage."""
     return {"parameters": parameters, "optimizer": skip_not_finite(stage.optimizer).init(parameters)}
+
+
+def _shardings(stage: Stage, placement: Placement) -> State:
+    """Where the state of a stage lies."""
+    return {"parameters": placement.parameters(), "optimizer": placement.optimizer(skip_not_finite(stage.optimizer))}
+
+
+def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _placed_start(stage: Stage, parameters: PyTree, placement: Placement) -> State:
+    """The initial state of a stage on the devices, none of which ever holds more than its part of it."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        return meshes.put(placement.mesh, leaf, sharding.spec)
+
+    placed = jax.tree.map(put, parameters, placement.parameters())
+    return jax.jit(partial(_start, stage), out_shardings=_shardings(stage, placement))(placed)
 
 
 def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -361,48 +383,99 @@ def adamw(
     )
 
 
-def abstract_step(stage: Stage, parameters: PyTree) -> tuple[Program[..., tuple[State, Metrics]], State]:
-    """A step of a stage on one device, and the shapes of its state, from the shapes of the parameters; for plans."""
-    return _step_function(stage, 1), jax.eval_shape(partial(_start, stage), parameters)
+def abstract_step(
+    stage: Stage, parameters: PyTree, placement: Placement | None = None
+) -> tuple[Program[..., tuple[State, Metrics]], State]:
+    """A step of a stage and the shapes of its state, from the shapes of the parameters; for plans.
+
+    Args:
+        stage: the stage.
+        parameters: their shapes.
+        placement: where the state lies; on one device by default.
+    """
+    state: Any = jax.eval_shape(partial(_start, stage), parameters)
+    if placement is not None:
+        state = jax.tree.map(_abstract, state, _shardings(stage, placement))
+    return _step_function(stage, placement), state
 
 
-def _step_function(stage: Stage, devices: int) -> Program[..., tuple[State, Metrics]]:
-    """A step of a stage, on some devices: maps a state (whose memory it takes), a batch and constants."""
+def _step_function(stage: Stage, placement: Placement | None = None) -> Program[..., tuple[State, Metrics]]:
+    """A step of a stage: maps a state (whose memory it takes), a batch and constants.
 
-    @program(donate_argnums=0)
+    Args:
+        stage: the stage.
+        placement: where state and batches lie; on one device by default.
+    """
+    options = {} if placement is None else {"out_shardings": (_shardings(stage, placement), placement.whole)}
+
+    @program(donate_argnums=0, **options)
     def training_step(state: State, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[State, Metrics]:
         parameters = state["parameters"]
 
-        def gradients(own: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
+        def gradients(parameters: PyTree, own: dict[str, PyTree], constants: dict[str, PyTree]) -> PyTree:
             return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
 
-        found, metrics = _averaged(gradients, batch, devices) if stage.accumulate else gradients(batch)
+        if not stage.accumulate:
+            found, metrics = gradients(parameters, batch, constants)
+        elif placement is not None and placement.divides(batch):
+            found, metrics = _divided_mean(gradients, placement)(parameters, batch, constants)
+        else:
+            count = _count(batch)
+            total = _total(lambda own: gradients(parameters, own, constants), batch)
+            found, metrics = jax.tree.map(lambda leaf: leaf / count, total)
+        if placement is not None:
+            found = jax.lax.with_sharding_constraint(found, placement.divided())
         updates, optimizer_state = skip_not_finite(stage.optimizer).update(found, state["optimizer"], parameters)
+        if placement is not None:
+            updates = jax.lax.with_sharding_constraint(updates, placement.divided())
         parameters = optax.apply_updates(parameters, updates)
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
     return training_step
 
 
-def _averaged(function: Callable[[PyTree], PyTree], batch: dict[str, PyTree], devices: int) -> PyTree:
-    """The mean of a function over the first axis of a batch; each device computes its share sequentially."""
-    count = jax.tree.leaves(batch)[0].shape[0]
-    together = devices if count % devices == 0 else 1
+def _divided_mean(function: Callable[..., tuple[PyTree, Metrics]], placement: Placement) -> Callable[..., Any]:
+    """The means of gradients and metrics over small batches, of which every copy of the parameters takes a share.
 
-    def several(part: PyTree) -> PyTree:
-        if together == 1:
-            return function(jax.tree.map(lambda leaf: leaf[0], part))
-        return jax.tree.map(lambda leaf: leaf.sum(axis=0), jax.vmap(function)(part))
+    Within a share they are added up in turn; the sums then meet once, each device getting the part that it updates.
+    """
+    axes, shardings = placement.axes(), placement.divided()
 
-    if count == together:
-        total = several(batch)
-    else:  # each device's share is contiguous, so those that run in parallel are `count // together` apart
-        rows = jax.tree.map(
-            lambda leaf: leaf.reshape(together, count // together, *leaf.shape[1:]).swapaxes(0, 1), batch
-        )
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(several, jax.tree.map(lambda leaf: leaf[0], rows)),
-        )
-        total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, several(part)), None), zeros, rows)
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    def share(parameters: PyTree, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
+        count = _count(batch) * placement.copies
+        gradients, metrics = _total(lambda own: function(parameters, own, constants), batch)
+
+        def summed(leaf: Array, axis: int) -> Array:
+            if axis < 0:
+                return jax.lax.psum(leaf, meshes.DATA)
+            return jax.lax.psum_scatter(leaf, meshes.DATA, scatter_dimension=axis, tiled=True)
+
+        gradients, metrics = jax.tree.map(summed, gradients, axes), jax.lax.psum(metrics, meshes.DATA)
+        return jax.tree.map(lambda leaf: leaf / count, (gradients, metrics))
+
+    def over_data(sharding: NamedSharding, axis: int) -> PartitionSpec:
+        return PartitionSpec(*(None,) * axis, meshes.DATA) if axis >= 0 else PartitionSpec()
+
+    return jax.shard_map(
+        share,
+        mesh=placement.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(meshes.DATA), PartitionSpec()),
+        out_specs=(jax.tree.map(over_data, shardings, axes), PartitionSpec()),
+        axis_names={meshes.DATA},
+        check_vma=False,
+    )
+
+
+def _count(batch: dict[str, PyTree]) -> int:
+    """The number of small batches."""
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _total(function: Callable[[PyTree], PyTree], batch: dict[str, PyTree]) -> PyTree:
+    """The sum of a function over the first axis of a batch, one after the other."""
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    if _count(batch) == 1:
+        return function(first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
+    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, batch)
+    return total

@@ -1,0 +1,148 @@
+"""Where the state, the gradients and the batches of training lie on a mesh of devices.
+
+Axis "model" divides parameters as the network's layout says, and with them their gradients and the optimizer's copies
+of them. Axis "data" divides batches, and the optimizer's copies and the summed gradients once more (as in ZeRO, arXiv
+1910.02054, stages 1 and 2), along the longest axis of a parameter that it divides.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxid import meshes
+
+Layout = Mapping[str, NamedSharding]
+"""Where parameters lie, by dotted path; those without an entry are whole on every device."""
+
+
+def every_device() -> Mesh:
+    """The mesh on which every device of every process has a copy of the parameters."""
+    return meshes.mesh(jax.device_count())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a run's arrays lie.
+
+    Attributes:
+        mesh: the devices.
+        shapes: the shape of every trained parameter.
+        layout: where they lie.
+    """
+
+    mesh: Mesh
+    shapes: PyTree
+    layout: Layout
+
+    @property
+    def copies(self) -> int:
+        """The number of copies of the parameters, among which batches are divided."""
+        return meshes.size(self.mesh, meshes.DATA)
+
+    @property
+    def whole(self) -> NamedSharding:
+        """On every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def parameters(self) -> PyTree:
+        """The sharding of every parameter."""
+
+        def of(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+            own = self.layout.get(jax.tree_util.keystr(path, simple=True, separator="."))
+            return self.whole if own is None else NamedSharding(self.mesh, own.spec)
+
+        return jax.tree_util.tree_map_with_path(of, self.shapes)
+
+    def axes(self) -> PyTree:
+        """For every parameter the axis along which its optimizer's copies are divided over "data"; -1 for none."""
+        return jax.tree.map(partial(_longest, copies=self.copies), self.shapes, self.parameters())
+
+    def divided(self) -> PyTree:
+        """The sharding of every parameter's gradient and of the optimizer's copies of it."""
+        return jax.tree.map(self._along, self.parameters(), self.axes())
+
+    def _along(self, sharding: NamedSharding, axis: int) -> NamedSharding:
+        if axis < 0:
+            return sharding
+        names = [*sharding.spec, *[None] * (axis + 1 - len(sharding.spec))]
+        names[axis] = meshes.DATA
+        return NamedSharding(self.mesh, PartitionSpec(*names))
+
+    def optimizer(self, optimizer: optax.GradientTransformation) -> PyTree:
+        """The sharding of everything in an optimizer's state: what mirrors a parameter is divided, all else whole."""
+        state = jax.eval_shape(optimizer.init, self.shapes)
+
+        def of(leaf: Any, sharding: NamedSharding, shape: Any) -> NamedSharding:
+            return sharding if leaf.shape == shape.shape else self.whole  # some optimizers summarise parameters
+
+        return optax.tree.map_params(
+            optimizer, of, state, self.divided(), self.shapes, transform_non_params=lambda _: self.whole
+        )
+
+    def batch(self, batch: Mapping[str, PyTree], whole: tuple[str, ...]) -> dict[str, PyTree]:
+        """A batch on the devices, divided along the first axis where it divides.
+
+        Args:
+            batch: arrays that all processes have alike.
+            whole: names of the arrays that every device has whole.
+        """
+        return {
+            name: meshes.whole(self.mesh, value) if name in whole else meshes.divided(self.mesh, value)
+            for name, value in batch.items()
+        }
+
+    def divides(self, batch: Mapping[str, PyTree]) -> bool:
+        """Whether the copies share the first axis of a batch among them."""
+        return self.copies > 1 and jax.tree.leaves(dict(batch))[0].shape[0] % self.copies == 0
+
+    def constants(self, tree: PyTree) -> PyTree:
+        """Arrays that no step changes: those on the mesh stay where they are, others are whole on every device."""
+
+        def of(leaf: Any) -> Any:
+            sharding = getattr(leaf, "sharding", None)
+            there = isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
+            return leaf if there else meshes.put(self.mesh, leaf, PartitionSpec())
+
+        return jax.tree.map(of, tree)
+
+
+def _longest(shape: Any, sharding: NamedSharding, copies: int) -> int:
+    """The longest axis of an array that is not divided yet and that a number divides; -1 if there is none."""
+    names = [*sharding.spec, *[None] * (len(shape.shape) - len(sharding.spec))]
+    found = [
+        axis
+        for axis, (length, name) in enumerate(zip(shape.shape, names, strict=True))
+        if name is None and length and length % copies == 0
+    ]
+    return max(found, key=lambda axis: shape.shape[axis]) if found and copies > 1 else -1
+
+
+def placement(mesh: Mesh | None, layout: Layout | None, parameters: PyTree) -> Placement:
+    """Where a run's arrays lie.
+
+    Args:
+        mesh: the devices; by default all of them, each with a copy of the parameters.
+        layout: where the parameters lie on the mesh; whole on every device by default.
+        parameters: the parameters, or their shapes.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), parameters)
+    return Placement(mesh or every_device(), shapes, layout or {})
+
+
+def complete(tree: PyTree) -> PyTree:
+    """A tree with whole arrays in host memory, of which other processes may hold parts; all processes call it."""
+
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(of, tree)
