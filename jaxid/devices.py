@@ -9,11 +9,30 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxid.errors import InputError
 
 Platform = Literal["cpu", "gpu", "tpu"]
+
+
+class Links(NamedTuple):
+    """A chip's links to other chips of its host or slice.
+
+    Attributes:
+        count: number of links.
+        bandwidth: peak bytes per second of a link in one direction.
+        switched: whether they lead to a switch, and so all of them to every other chip; else to neighbours.
+    """
+
+    count: int
+    bandwidth: float
+    switched: bool
+
+    @property
+    def ring(self) -> float:
+        """Peak bytes per second that a chip sends in a ring of chips: to both neighbours, by one link each."""
+        return self.bandwidth * (self.count if self.switched else min(self.count, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +46,7 @@ class Device:
         bandwidth: peak bytes per second between memory and chip.
         platform: what JAX calls the platform.
         estimated: whether the peaks are estimates, as the maker's are not known.
+        links: to other chips; None for CPUs, whose devices share a memory.
     """
 
     name: str
@@ -35,6 +55,7 @@ class Device:
     bandwidth: float
     platform: Platform
     estimated: bool = False
+    links: Links | None = None
 
     def seconds(self, flops: float, moved: float) -> float:
         """The least time for some operations and some moved bytes, which go on at the same time: the roofline."""
@@ -53,19 +74,31 @@ GIB = 2**30
 _CPU_CORE = {"flops": 80e9, "bandwidth": 5e9}
 """An estimate for one core: 32 operations a cycle at 2.5 GHz, and a core's share of two channels of memory."""
 
+_NVLINK3, _NVLINK4 = Links(12, 25e9, switched=True), Links(18, 25e9, switched=True)
+_PCIE4 = Links(16, 2e9, switched=True)
+_ICI_V5E, _ICI_V5P, _ICI_V6E = (Links(*one, switched=False) for one in ((4, 50e9), (6, 100e9), (4, 112e9)))
+"""What the makers publish: NVLink 600 and 900 GB/s in both directions together, PCIe 4.0 32 GB/s in each; the chips of
+TPU slices 1,600, 4,800 and 3,584 Gbit/s over all links."""
+
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
         # NVIDIA's data sheets; memory is what CUDA reports, after the driver's and the error correction's share.
-        Device(name="h100", memory=84_942_979_072, flops=989.4e12, bandwidth=3.35e12, platform="gpu"),
-        Device(name="h200", memory=int(139.8 * GIB), flops=989.4e12, bandwidth=4.8e12, platform="gpu"),
-        Device(name="a100-40", memory=int(39.4 * GIB), flops=312e12, bandwidth=1.555e12, platform="gpu"),
-        Device(name="a100-80", memory=int(79.1 * GIB), flops=312e12, bandwidth=2.039e12, platform="gpu"),
-        Device(name="rtx4090", memory=int(23.6 * GIB), flops=165.2e12, bandwidth=1.008e12, platform="gpu"),
+        Device(name="h100", memory=84_942_979_072, flops=989.4e12, bandwidth=3.35e12, platform="gpu", links=_NVLINK4),
+        Device(name="h200", memory=int(139.8 * GIB), flops=989.4e12, bandwidth=4.8e12, platform="gpu", links=_NVLINK4),
+        Device(
+            name="a100-40", memory=int(39.4 * GIB), flops=312e12, bandwidth=1.555e12, platform="gpu", links=_NVLINK3
+        ),
+        Device(
+            name="a100-80", memory=int(79.1 * GIB), flops=312e12, bandwidth=2.039e12, platform="gpu", links=_NVLINK3
+        ),
+        Device(
+            name="rtx4090", memory=int(23.6 * GIB), flops=165.2e12, bandwidth=1.008e12, platform="gpu", links=_PCIE4
+        ),
         # Google's documentation of Cloud TPU; memory is what XLA's compiler has for programs.
-        Device(name="v5e", memory=int(15.75 * GIB), flops=197e12, bandwidth=819e9, platform="tpu"),
-        Device(name="v5p", memory=int(95.74 * GIB), flops=459e12, bandwidth=2.765e12, platform="tpu"),
-        Device(name="v6e", memory=int(31.25 * GIB), flops=918e12, bandwidth=1.64e12, platform="tpu"),
+        Device(name="v5e", memory=int(15.75 * GIB), flops=197e12, bandwidth=819e9, platform="tpu", links=_ICI_V5E),
+        Device(name="v5p", memory=int(95.74 * GIB), flops=459e12, bandwidth=2.765e12, platform="tpu", links=_ICI_V5P),
+        Device(name="v6e", memory=int(31.25 * GIB), flops=918e12, bandwidth=1.64e12, platform="tpu", links=_ICI_V6E),
         Device(
             name="cpu",
             memory=16 * GIB,

@@ -87,3 +87,11 @@ def test_systems_that_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(devices.os, "sysconf", unknown)
     assert free_memory() == 4 * GIB
+
+
+def test_links_of_chips() -> None:
+    """A ring has all links to a switch, and two of those to neighbours."""
+    rings = {name: known.links.ring / 1e9 for name, known in DEVICES.items() if known.links is not None}
+    assert (rings["h100"], rings["a100-40"], rings["rtx4090"]) == (450, 300, 32)
+    assert (rings["v5e"], rings["v5p"], rings["v6e"]) == (100, 200, 224)
+    assert {*DEVICES} - {*rings} == {"cpu"}
