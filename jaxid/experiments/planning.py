@@ -76,7 +76,7 @@ class ExperimentJob:
         self.per_item = experiment.prompts_per_item
         self.most = max(map(len, experiment.groups(session.items)))
         self.axes = session.axes
-        self._model = session.checkpoint.abstract()
+        self._model = session.checkpoint.on(None).abstract()
         self.weights = session.checkpoint.held(session.axes)
 
     def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:

@@ -205,6 +205,7 @@ class Session:
             JaxidError: if one of these items cannot be used, unless bad items are skipped.
         """
         experiment = self.experiment
+        self.checkpoint = self.checkpoint.on(None if self.axes == ONE else meshes.mesh(*self.axes))
         self.about(items)
         self.settings = self._described()
         jobs.check(experiment.out, settings=self.settings, items=items, key=_key, restart=experiment.restart)
@@ -223,8 +224,7 @@ class Session:
             # A bad item is met again by the job, which names it or skips it.
             with contextlib.suppress(*jobs.ITEM_ERRORS):
                 self.halving.together = plan(ExperimentJob(self), self.device, measure=True).together
-        mesh = None if self.axes == ONE else meshes.mesh(*self.axes)
-        self.model = self.checkpoint.on(mesh).load()
+        self.model = self.checkpoint.load()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
 

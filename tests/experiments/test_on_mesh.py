@@ -1,0 +1,122 @@
+"""Commands on a mesh of eight devices: the same tables, IDs and answers as on one, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import numpy as np
+import pytest
+from run_data import CASE, columns, experiment
+from run_data import place as place
+
+from jaxid import cli
+from jaxid.data.grid import write_grid_folder
+from jaxid.devices import DEVICES
+from jaxid.errors import InputError
+from jaxid.experiments import planning
+from jaxid.experiments.activation_swap import MirrorSwap
+from jaxid.experiments.ask import Ask
+from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.experiments.spatial_ids import ExtractIDs
+from jaxid.ids.spatial import SpatialIDs
+from jaxid.meshes import Axes
+from jaxid.plan import Plan
+
+pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
+
+MESH = "data=4,model=2"
+BOTH = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (BeliefSwap, {"layers": "0-1", "max_new_tokens": 3}),
+        pytest.param(MirrorSwap, {}, marks=pytest.mark.slow),
+    ],
+)
+
+
+@BOTH
+def test_the_same_table(place: Path, kind: type[Any], options: dict[str, Any]) -> None:
+    for out, mesh in (("one", None), ("mesh", MESH)):
+        experiment(kind, place, f"{kind.__name__}-{out}", mesh=mesh, **options).run()
+    one, many = (columns(place / f"{kind.__name__}-{out}") for out in ("one", "mesh"))
+    assert one.keys() == many.keys()
+    for name, values in one.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(many[name], values, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(many[name], values)
+
+
+def test_a_run_resumes_on_another_mesh(place: Path) -> None:
+    """No row depends on the mesh, so it is none of the settings."""
+    first = experiment(BeliefSwap, place, "resumed", mesh=MESH, layers="1", max_new_tokens=0)
+    first.run()
+    parts = sorted((place / "resumed" / "parts").glob("*.parquet"))
+    before = columns(place / "resumed")
+    parts[1].unlink()
+    summary = experiment(BeliefSwap, place, "resumed", mesh="data=2", layers="1", max_new_tokens=0).run()
+    assert summary.resumed_items == 8
+    for name, values in columns(place / "resumed").items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(values, before[name], atol=1e-4)
+
+
+def test_extraction_and_answers(tmp_path: Path) -> None:
+    data = tmp_path / "grids"
+    write_grid_folder(data, [("star", "fish")], 48)
+    folder, found, answers = str(fixtures.folder(CASE)), [], []
+    picture = next(data.rglob("*.png"))
+    for mesh in (None, MESH):
+        out = tmp_path / f"{mesh}.safetensors"
+        ExtractIDs(data=data, out=out, model=folder, batch_size=16, mesh=mesh).run()
+        found.append(SpatialIDs.load(out))
+        answers.append(dict(Ask(picture=picture, question="Where is the fish?", model=folder, mesh=mesh, top=3).run()))
+    one, many = found
+    assert one.fingerprint == many.fingerprint
+    np.testing.assert_allclose(many.values, one.values, atol=1e-5 * np.abs(one.values).max())
+    assert answers[1] == pytest.approx(answers[0], rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide(place: Path) -> None:
+    with pytest.raises(InputError, match=r"--batch-size 6 does not divide over data=4; give a multiple"):
+        experiment(BeliefSwap, place, "odd", mesh=MESH, batch_size=6).run()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=16", "the mesh data=16,model=1 has 16 devices, but JAX sees 8"),
+        ("model=7", "model=7 divides none of the decoder's"),
+        ("rows=2", "a mesh is given as data=4,model=2, or as auto"),
+    ],
+)
+def test_refused_in_one_line(place: Path, mesh: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--{name}={place / file}" for name, file in (("data", "data"), ("ids", "ids.safetensors"))]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(
+            [
+                "run",
+                "belief-swap",
+                *options,
+                f"--out={place / 'no'}",
+                f"--model={fixtures.folder(CASE)}",
+                f"--mesh={mesh}",
+            ]
+        )
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and error.startswith(f"error: {message}") and "\n" not in error
+
+
+def test_plans(place: Path) -> None:
+    """Figures of each device; a mesh need not be there."""
+    one, many = (
+        planning.plan(
+            experiment(BeliefSwap, place, "no", mesh=mesh, batch_size=None, max_new_tokens=0), DEVICES["h100"]
+        )
+        for mesh in (None, "data=16,model=2")
+    )
+    assert isinstance(one, Plan) and isinstance(many, Plan)
+    assert many.axes == Axes(16, 2) and many.together % 16 == 0
+    assert 0.45 * one.weights < many.weights < one.weights
+    assert "data=16,model=2  figures are for each device" in "\n".join(many.report())
+    assert one.flops / 32 * 0.9 < many.flops < one.flops
