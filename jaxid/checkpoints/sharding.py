@@ -31,11 +31,11 @@ class Rule:
 
 
 RULES = (
-    Rule(r"attention\.(query|key|value)(_bias)?$", -1, "heads"),
-    Rule(r"attention\.out$", -2, "heads"),
+    Rule(r"(attention|pooler)\.(query|key|value)(_bias)?$", -1, "heads"),
+    Rule(r"(attention|pooler)\.out$", -2, "heads"),
     Rule(r"(^|\.)(gate|up|\w+_in)\.(kernel|bias)$", -1, "columns"),
     Rule(r"(^|\.)(down|\w+_out)\.kernel$", -2, "rows"),
-    Rule(r"(^|\.)(decoder|text)\.embedding$", -2, "tokens"),
+    Rule(r"(^|\.)(decoder|text_encoder)\.embedding$", -2, "tokens"),
     Rule(r"(^|\.)unembedding$", -1, "tokens"),
 )
 """The first rule that fits a path counts; parameters that none fits are whole on every device.
@@ -44,8 +44,11 @@ The maps into heads and into MLPs are divided by their outputs, those back by th
 the devices twice, after its attention and after its MLP.
 """
 
-_STACK = re.compile(r"^decoder\.layers\.(attention\.out|mlp\.down\.kernel)$")
-"""Parameters of which some must be divided, or the mesh would save nothing."""
+_STACKS = {
+    "the decoder's": re.compile(r"^decoder\.layers\.(attention\.out|mlp\.down\.kernel)$"),
+    "the encoder's": re.compile(r"^(tower|text_encoder)\.layers\.(attention\.out|down\.kernel)$"),
+}
+"""Parameters of which some must be divided, or the mesh would save nothing; those of the first stack that there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def layout(definition: Any, abstract: Mapping[str, Any], mesh: Mesh | AbstractMe
         mesh: the devices, with axes "data" and "model".
 
     Raises:
-        InputError: if the axis "model" divides neither the decoder's heads nor its MLPs.
+        InputError: if the axis "model" divides neither the heads nor the MLPs of the decoder, or of a CLIP-like model.
     """
     count = meshes.size(mesh, meshes.MODEL)
     widths = dict(_head_widths(definition, abstract))
@@ -87,10 +90,11 @@ def layout(definition: Any, abstract: Mapping[str, Any], mesh: Mesh | AbstractMe
             else:
                 whole[path] = f"{parts} {rule.parts}"
         shardings[path] = NamedSharding(mesh, spec)
-    stack = [path for path in abstract if _STACK.match(path)]
+    found = ((owner, [path for path in abstract if stack.match(path)]) for owner, stack in _STACKS.items())
+    owner, stack = next(((owner, paths) for owner, paths in found if paths), ("", []))
     if stack and all(path in whole for path in stack):
         reasons = ", ".join(dict.fromkeys(whole[path] for path in stack))
-        raise InputError(f"model={count} divides none of the decoder's {reasons}; choose a divisor of them.")
+        raise InputError(f"model={count} divides none of {owner} {reasons}; choose a divisor of them.")
     return Layout(shardings, whole)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -108,14 +108,14 @@ def placed(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays), found
 
 
-def agreed(seen: Sequence[Seen], mesh: Mesh) -> list[Seen]:
-    """What the processes of a mesh found out about each piece together; all of them call this at the same time.
+def agreed(seen: Sequence[Seen], devices: Collection[Any]) -> list[Seen]:
+    """What processes found out about each piece together; all of them call this at the same time.
 
     Args:
         seen: what this one found out; each has the same pieces in the same order.
-        mesh: the devices that they load a model onto.
+        devices: those that they load a model onto.
     """
-    firsts = {device.process_index: device for device in reversed(mesh.devices.ravel().tolist())}
+    firsts = {device.process_index: device for device in sorted(devices, key=lambda device: -device.id)}
     if len(firsts) == 1:
         return list(seen)
     table = np.zeros((1, len(seen), 34), np.uint8)
@@ -160,12 +160,17 @@ def _groups(devices: Mapping[Box, Sequence[Any]], itemsize: int) -> Iterator[lis
     held = 0
     for box, holders in devices.items():
         size = _size(box) * itemsize
-        if group and holders[0].platform != "cpu" and held + size > _HELD_BYTES:
+        if group and not _own_memory(holders[0]) and held + size > _HELD_BYTES:
             yield group
             group, held = [], 0
         group.append(box)
         held += size
     yield group
+
+
+def _own_memory(device: Any) -> bool:
+    """Whether a device takes the host's memory over."""
+    return device.platform == "cpu"
 
 
 def _size(box: Box | None) -> int:
@@ -186,7 +191,7 @@ def _nothing(index: int | None, piece: Box, turn: int) -> bool:
 
 def _share(sharding: NamedSharding, shape: tuple[int, ...]) -> Callable[[int | None, Box, int], bool]:
     """Which digests are this process's to make; every process of the mesh divides them alike."""
-    processes = sorted({device.process_index for device in sharding.mesh.devices.ravel().tolist()})
+    processes = sorted({device.process_index for device in sharding.device_set})
     if len(processes) == 1:
         return _everything
     held = {process: list(_holders(sharding, shape, process)) for process in processes}

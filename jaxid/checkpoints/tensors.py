@@ -347,7 +347,7 @@ def read_parameters(
             leaves[path], found = placed(tuple(abstract[path].shape), dtype, rows, place, pool)
             seen += found
     if shardings:
-        seen = agreed(seen, next(iter(shardings.values())).mesh)
+        seen = agreed(seen, next(iter(shardings.values())).device_set)
     spoilt = [f"tensor {name!r}" for name in sorted({piece.tensor for piece in seen if not piece.finite})]
     if spoilt:
         raise CheckpointError(
