@@ -18,6 +18,7 @@ from gpu_models import Setting, programs, torch_names
 
 from jaxid import devices
 from jaxid.dcsm.scoring import Scorer, score_tokens
+from jaxid.experiments import finetune
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import rerun, residuals_at, trace
 from jaxid.train import loop
@@ -226,9 +227,7 @@ def training(setting: Setting) -> tuple[Noted, Noted]:
 
     inputs = setting.prompts.inputs
     batch = {
-        "inputs": jax.tree.map(
-            first, {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-        ),
+        "inputs": jax.tree.map(first, finetune.arrays_of(inputs)),
         "positions": np.full((1, few, 1), own.tokens - 1, np.int32),
         "labels": labels[None, :, None],
         "word": np.full((1, few), word, np.int32),
@@ -236,7 +235,7 @@ def training(setting: Setting) -> tuple[Noted, Noted]:
         "weight": np.ones((1, few), np.float32),
     }
     state = jax.device_put(loop._start(stage, selection.split(setting.model.parameters)), jax.local_devices()[0])
-    function, held = loop._step_function(stage, 1), {"state": state}
+    function, held = loop._step_function(stage), {"state": state}
 
     def ours() -> float:
         held["state"], metrics = function(held["state"], batch, {"frozen": setting.model.parameters})

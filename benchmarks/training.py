@@ -161,7 +161,7 @@ class JaxidSteps:
         self.constants = jax.device_put(dict(stage.constants))
         trained = task.selection.split(task.model.parameters)
         self.state = training._start(stage, trained)
-        self.step = training._step_function(stage, 1)
+        self.step = training._step_function(stage)
 
     def __call__(self) -> Mapping[str, float]:
         """Runs a step and returns its losses."""

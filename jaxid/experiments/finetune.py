@@ -6,7 +6,7 @@ object's activations, less their mean over the batch, and the universal IDs of i
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal, TypeVar, cast
 
@@ -19,23 +19,21 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid import zoo
 from jaxid.checks import Count, Range, check_finite, check_options
-from jaxid.data.coco_spatial import ANSWERS, SpatialItem
+from jaxid.data.coco_spatial import ANSWERS
 from jaxid.data.grid import GridItem
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import PUBLISHED_SUFFIX
-from jaxid.experiments.relations import RelationBatch, fill, prepare
+from jaxid.experiments.relations import fill
 from jaxid.experiments.session import padded, require_same_model, scaled
 from jaxid.families.base import Model
-from jaxid.halving import Batches, Exhausted, Halving
 from jaxid.ids.spatial import SpatialIDs
-from jaxid.interp.forward import forward
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import Recompute
 from jaxid.nn.network import Network
 from jaxid.nn.sites import Capture, clean
-from jaxid.pipeline import overlapped
 from jaxid.prompts.processor import Prompts
 from jaxid.train.loop import Batch, Metrics, Stage
+from jaxid.train.placement import Layout, complete, placed_as, shardings
 from jaxid.train.trainable import Selection, Trained, choose, for_learning, tensors
 
 QUESTIONS = {
@@ -44,8 +42,8 @@ QUESTIONS = {
 }
 """As in the extraction of IDs, the object whose word is read is second in the pair and first in the question."""
 
-PUBLISHED_LAYER, BATCH = 11, 32
-"""The layer after which activations are compared with IDs, of 32; questions of an evaluation that go together."""
+PUBLISHED_LAYER = 11
+"""The layer after which activations are compared with IDs, of 32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,23 +173,6 @@ def split_pairs(items: Sequence[GridItem], share: float, seed: int) -> tuple[lis
     return sides
 
 
-def spatial_items(items: Sequence[GridItem]) -> list[SpatialItem]:
-    """Every question that grid pictures allow: left/right where columns differ, above/below where rows do."""
-    return [
-        SpatialItem(
-            image_id=row,
-            picture=item.picture,
-            subject=item.object_b,
-            object=item.object_a,
-            relation=words[int(item.cell_b[along] > item.cell_a[along])],
-            row=row,
-        )
-        for row, item in enumerate(items)
-        for along, words in enumerate(ANSWERS.values())
-        if item.cell_a[along] != item.cell_b[along]
-    ]
-
-
 def group_batch(
     model: Model, group: Group, chosen: Sequence[int], ids: SpatialIDs, config: FinetuneConfig
 ) -> dict[str, PyTree]:
@@ -205,7 +186,7 @@ def group_batch(
         config: the run's settings, resolved.
 
     Returns:
-        "inputs": the fields of `Inputs` by name.
+        "inputs": the arrays of `Inputs` by name.
         "positions" and "labels", Int[B, n]: where each token of the answer is read, and its id; -1 past its end.
         "word", Int[B]: position of the second object's word.
         "target", Float[B, D]: ID of that object's cell.
@@ -225,7 +206,7 @@ def group_batch(
     prompts, positions, labels = with_answers(prompts, answers)
     cells = np.array([item.cell_b for item in items])
     return {
-        "inputs": {field.name: getattr(prompts.inputs, field.name) for field in dataclasses.fields(Inputs)},
+        "inputs": arrays_of(prompts.inputs),
         "positions": positions,
         "labels": labels,
         "word": prompts.words([(item.object_b, item.object_a) for item in items])[:, 0],
@@ -264,8 +245,14 @@ def step_batch(model: Model, groups: Sequence[Group], ids: SpatialIDs, config: F
     return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
+def arrays_of(inputs: Inputs) -> dict[str, PyTree]:
+    """The arrays of `Inputs` by name."""
+    fields = dataclasses.fields(inputs)
+    return {field.name: getattr(inputs, field.name) for field in fields if not field.metadata.get("static")}
+
+
 def lengthened(inputs: Mapping[str, PyTree], tokens: int) -> dict[str, PyTree]:
-    """The fields of `Inputs`, padded to a number of tokens."""
+    """The arrays of `Inputs`, padded to a number of tokens."""
     count, length = inputs["token_ids"].shape
 
     def longer(values: np.ndarray, padding: int) -> np.ndarray:
@@ -400,9 +387,19 @@ class Task:
             sparing=None if self.sparing is None else partial(of_trained, self.sparing),
         )
 
+    @property
+    def layout(self) -> Layout:
+        """Where the model's parameters, and with them the trained tensors, lie on its mesh; empty without one."""
+        return shardings(self.model.parameters)
+
+    def initial(self) -> Trained:
+        """The trained tensors that the run begins with, in host memory."""
+        return complete(self.selection.split(self.model.parameters))
+
     def model_with(self, trained: Trained) -> Model:
         """The model with the trained tensors in place."""
-        return self.model.with_parameters(self.selection.merge(self.model.parameters, trained))
+        parameters = self.selection.merge(self.model.parameters, trained)
+        return self.model.with_parameters(placed_as(parameters, self.layout))
 
 
 def select(model: Model, config: FinetuneConfig) -> Selection:
@@ -448,53 +445,3 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         ids=ids,
         sparing=None if config.recompute == "all" else learning(recompute="all"),
     )
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", batch_size: int = BATCH
-) -> tuple[int, int]:
-    """How many questions are answered correctly: the true word is more probable than the other one.
-
-    The probabilities of both forms of a word are added up.
-
-    Args:
-        model: the model.
-        items: questions.
-        template: the user's text.
-        batch_size: questions of one kind that are asked together; fewer where the device's memory does not suffice.
-
-    Returns:
-        Number of correct answers, and number of questions.
-
-    Raises:
-        OutOfMemoryError: if the memory does not suffice for one question.
-    """
-    halving = Halving(batch_size, unit="question", advice="use --dtype bfloat16 or a larger device")
-
-    def read(part: list[SpatialItem]) -> tuple[int, RelationBatch]:
-        return len(part), prepare(model, padded(part, halving.size), template=template, case="both")
-
-    def begun(opened: tuple[int, RelationBatch]) -> Callable[[], int]:
-        count, batch = opened
-        answers = batch.read(forward(model, batch.prompts))
-
-        def right() -> int:
-            found = np.asarray(answers)[:count]
-            check_finite(f"log-probabilities of {model.name}'s answers", found)
-            return int((found.argmax(axis=-1) == batch.truth[:count]).sum())
-
-        return right
-
-    steps, total = Batches(halving, read, begun, sum), 0
-    axes = [[item for item in items if item.relation in words] for words in ANSWERS.values()]
-    parts = [axis[start : start + batch_size] for axis in axes for start in range(0, len(axis), batch_size)]
-    with overlapped(parts, steps.read, steps.compute, lambda _, fetch: fetch()) as results:
-        for part, result in results:
-            try:
-                total += result.result()
-            except Exhausted as shortage:
-                total += steps.again(part, shortage)
-    return total, len(items)

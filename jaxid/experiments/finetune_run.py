@@ -22,11 +22,13 @@ from jaxid.data.files import write_csv
 from jaxid.data.grid import GridItem, read_finetune_folder
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Command, read_spatial_ids, write_config
-from jaxid.experiments.finetune import FinetuneConfig, Task, evaluate, resolved, spatial_items, split_pairs, task
+from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, split_pairs, task
+from jaxid.experiments.finetune_evaluation import evaluate, spatial_items
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.train import loop as training
+from jaxid.train.placement import every_device
 from jaxid.train.trackers import Trackers
 from jaxid.train.trainable import Trained
 
@@ -84,6 +86,8 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         coco: COCO-Spatial folder to evaluate on as well.
         questions: largest number of questions in an evaluation, drawn by the seed.
         dtype: of parameters and activations; trained tensors also have a float32 copy.
+        mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one
+            copy on every device.
         save_every: steps between saves.
         check_every: steps between evaluations.
         record_every: steps between rows of metrics.
@@ -102,6 +106,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
     coco: Path | None = None
     questions: Count = 500
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: str | None = None
     save_every: Count = 100
     check_every: Count = 100
     record_every: Count = 10
@@ -120,6 +125,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         started = time.perf_counter()
         io.ensure_output_folder(self.out)
         checkpoint = open_checkpoint(self.model, dtype=self.dtype)
+        checkpoint = checkpoint.on(every_device() if self.mesh is None else self.mesh)
         config = resolved(self, checkpoint.model)
         read = self.read()
         ids, items, sets = read.ids, read.items, read.sets
@@ -182,7 +188,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
             training.append_metrics(path, CHECKED, row)
 
-        initial = jax.device_get(job.selection.split(job.model.parameters))
+        initial = job.initial()
         if not training.read_metrics(path):
             check(0, initial)
         with trackers as log:
@@ -199,6 +205,8 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 check_every=self.check_every,
                 advice="use a larger device, or begin anew with a smaller --batch-size or --dtype bfloat16; `jaxid "
                 "plan finetune` tells what fits",
+                mesh=job.model.mesh,
+                layout=job.layout,
             )
 
     def _finish(self, job: Task, pictures: int, started: float) -> FinetuneSummary:

@@ -13,7 +13,8 @@ from jaxid.costs import nbytes
 from jaxid.data.coco_spatial import ANSWERS
 from jaxid.devices import Device
 from jaxid.dry_run import Call, dry_run
-from jaxid.experiments.finetune import BATCH, Task, evaluate, resolved, task
+from jaxid.experiments.finetune import Task, resolved, task
+from jaxid.experiments.finetune_evaluation import BATCH, evaluate
 from jaxid.experiments.finetune_run import Finetune, Read
 from jaxid.plan import USABLE, TrainingPlan
 from jaxid.train.loop import Batch, Stage, abstract_step

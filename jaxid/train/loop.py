@@ -415,14 +415,8 @@ def _step_function(stage: Stage, placement: Placement | None = None) -> Program[
         def gradients(parameters: PyTree, own: dict[str, PyTree], constants: dict[str, PyTree]) -> PyTree:
             return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
 
-        if not stage.accumulate:
-            found, metrics = gradients(parameters, batch, constants)
-        elif placement is not None and placement.divides(batch):
-            found, metrics = _divided_mean(gradients, placement)(parameters, batch, constants)
-        else:
-            count = _count(batch)
-            total = _total(lambda own: gradients(parameters, own, constants), batch)
-            found, metrics = jax.tree.map(lambda leaf: leaf / count, total)
+        averaged = _mean(gradients, placement) if stage.accumulate else gradients
+        found, metrics = averaged(parameters, batch, constants)
         if placement is not None:
             found = jax.lax.with_sharding_constraint(found, placement.divided())
         updates, optimizer_state = skip_not_finite(stage.optimizer).update(found, state["optimizer"], parameters)
@@ -434,11 +428,28 @@ def _step_function(stage: Stage, placement: Placement | None = None) -> Program[
     return training_step
 
 
-def _divided_mean(function: Callable[..., tuple[PyTree, Metrics]], placement: Placement) -> Callable[..., Any]:
-    """The means of gradients and metrics over small batches, of which every copy of the parameters takes a share.
+def _mean(function: Callable[..., tuple[PyTree, Metrics]], placement: Placement | None) -> Callable[..., Any]:
+    """The means of gradients and metrics over small batches, which are computed in turn.
 
-    Within a share they are added up in turn; the sums then meet once, each device getting the part that it updates.
+    If the copies of the parameters divide them, every copy takes a share, and adds it up; the sums meet once, each
+    device getting the part that it updates.
+
+    Args:
+        function: maps parameters, a small batch and constants to gradients and metrics.
+        placement: where they lie; on one device by default.
     """
+
+    def together(parameters: PyTree, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
+        if placement is not None and placement.divides(batch):
+            return _shared(function, placement)(parameters, batch, constants)
+        count, total = _count(batch), _total(lambda own: function(parameters, own, constants), batch)
+        return jax.tree.map(lambda leaf: leaf / count, total)
+
+    return together
+
+
+def _shared(function: Callable[..., tuple[PyTree, Metrics]], placement: Placement) -> Callable[..., Any]:
+    """The means of gradients and metrics over small batches that the copies of the parameters divide."""
     axes, shardings = placement.axes(), placement.divided()
 
     def share(parameters: PyTree, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[PyTree, Metrics]:

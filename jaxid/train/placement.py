@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxid import meshes
+from jaxid.checkpoints.tensors import flatten, unflatten
 
 Layout = Mapping[str, NamedSharding]
 """Where parameters lie, by dotted path; those without an entry are whole on every device."""
@@ -135,6 +136,22 @@ def placement(mesh: Mesh | None, layout: Layout | None, parameters: PyTree) -> P
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), parameters)
     return Placement(mesh or every_device(), shapes, layout or {})
+
+
+def shardings(parameters: PyTree) -> Layout:
+    """Where the parameters of a network lie on a mesh, by dotted path; empty if they are on one device."""
+    found = {path: getattr(leaf, "sharding", None) for path, leaf in flatten(parameters).items()}
+    return {path: sharding for path, sharding in found.items() if isinstance(sharding, NamedSharding)}
+
+
+def placed_as(parameters: PyTree, layout: Layout) -> PyTree:
+    """The parameters of a network, placed as a layout says."""
+
+    def of(path: str, leaf: Any) -> Any:
+        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and path in layout
+        return jax.device_put(leaf, layout[path]) if placed else leaf
+
+    return unflatten({path: of(path, leaf) for path, leaf in flatten(parameters).items()})
 
 
 def complete(tree: PyTree) -> PyTree:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from families import CASES
 
+from jaxid import meshes
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.tensors import flatten
 from jaxid.checks import check_values
@@ -30,8 +31,10 @@ from jaxid.experiments.finetune import FinetuneConfig
 from jaxid.experiments.finetune_run import CompareFinetune
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
+from jaxid.interp.programs import program
 from jaxid.nn.layers import Recompute
 from jaxid.train import loop as training
+from jaxid.train.placement import placement
 from jaxid.train.trainable import Selection, choose, for_learning, tensors
 
 CASE = CASES[0]
@@ -254,15 +257,19 @@ def test_accumulated_gradients_are_the_mean() -> None:
     stage, start = task.stage(), task.selection.split(model().parameters)
     batch = stage.batch(0)
 
-    def gradients(own: Any) -> Any:
-        return jax.grad(lambda values: stage.loss(values, {**own, **stage.constants}), has_aux=True)(start)
+    def gradients(values: Any, own: Any, constants: Any) -> Any:
+        return jax.grad(lambda values: stage.loss(values, {**own, **constants}), has_aux=True)(values)
 
     with jax.numpy_dtype_promotion("standard"):
         alone = jax.jit(gradients)
-        single = [alone(jax.tree.map(lambda leaf, row=row: jnp.asarray(leaf[row]), batch)) for row in range(8)]
-        for count, devices in ((8, 8), (8, 4), (5, 8)):
-            part = jax.tree.map(lambda leaf, count=count: jnp.asarray(leaf[:count]), batch)
-            found, metrics = jax.jit(lambda part, devices=devices: training._averaged(gradients, part, devices))(part)
+        rows = [jax.tree.map(lambda leaf, row=row: jnp.asarray(leaf[row]), batch) for row in range(8)]
+        single = [alone(start, row, stage.constants) for row in rows]
+        for count, devices in ((8, 8), (8, 4), (5, 8), (5, 1)):
+            where = placement(meshes.mesh(devices), None, start)
+            part = where.batch(jax.tree.map(lambda leaf, count=count: leaf[:count], batch), ())
+            assert where.divides(part) == (count == 8)
+            mean = program()(training._mean(gradients, where))
+            found, metrics = mean(meshes.whole(where.mesh, start), part, stage.constants)
             expected, means = jax.tree.map(lambda *leaves, count=count: sum(leaves) / count, *single[:count])
             for name, leaf in expected.items():
                 np.testing.assert_allclose(found[name], leaf, atol=1e-5 * float(jnp.abs(leaf).max()) + 1e-8)

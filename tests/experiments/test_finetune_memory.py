@@ -14,7 +14,7 @@ from test_finetune_refused import refused
 
 from jaxid import halving
 from jaxid.errors import OutOfMemoryError
-from jaxid.experiments import finetune
+from jaxid.experiments import finetune, finetune_evaluation
 from jaxid.nn.layers import Recompute
 from jaxid.train import loop as training
 
@@ -108,8 +108,8 @@ def test_a_step_that_never_fits_is_one_line(
 
 
 def test_an_evaluation_asks_fewer_questions_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions, program, given = finetune.spatial_items(items())[:40], finetune.forward, []
-    expected = finetune.evaluate(model(), questions, batch_size=8)
+    questions, program, given = finetune_evaluation.spatial_items(items())[:40], finetune_evaluation.forward, []
+    expected = finetune_evaluation.evaluate(model(), questions, batch_size=8)
 
     def limited(own: Any, prompts: Any) -> Any:
         given.append(len(prompts.inputs.token_ids))
@@ -117,10 +117,10 @@ def test_an_evaluation_asks_fewer_questions_together(monkeypatch: pytest.MonkeyP
             raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
         return program(own, prompts)
 
-    monkeypatch.setattr(finetune, "forward", limited)
+    monkeypatch.setattr(finetune_evaluation, "forward", limited)
     most = 2
     said = warned(monkeypatch, halving)
-    assert finetune.evaluate(model(), questions, batch_size=8) == expected
+    assert finetune_evaluation.evaluate(model(), questions, batch_size=8) == expected
     assert said == [
         "the device's memory did not suffice for 8 questions together; from here on it computes 2 together, and "
         "nothing is lost."
@@ -128,4 +128,4 @@ def test_an_evaluation_asks_fewer_questions_together(monkeypatch: pytest.MonkeyP
     assert max(given) == 8 and given[-1] == 2
     most = 0
     with pytest.raises(OutOfMemoryError, match=r"for one question; use --dtype bfloat16"):
-        finetune.evaluate(model(), questions, batch_size=1)
+        finetune_evaluation.evaluate(model(), questions, batch_size=1)
