@@ -251,20 +251,25 @@ def refuse_other_settings(
     Raises:
         OutputError: naming each setting that differs, with both values.
     """
-
-    def shown(settings: Mapping[str, object], name: str) -> str:
-        return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"
-
-    found = [
-        f"{name.replace('_', ' ')} was {shown(then, name)}, is now {shown(now, name)}"
-        for name in {**then, **now}
-        if (name in then) != (name in now) or then.get(name) != now.get(name)
-    ]
+    found = differences(then, now, "was {}, is now {}")
     if found or further:
         raise OutputError(
             f"{folder} holds a run with other settings: {'; '.join([*found, *further])}. "
             f"Repeat those to resume it, give --restart to begin anew, or another --out."
         )
+
+
+def differences(first: Mapping[str, object], second: Mapping[str, object], words: str) -> list[str]:
+    """What differs between two mappings of JSON types, a text for each name; `words` is such as "was {}, is now {}"."""
+
+    def shown(values: Mapping[str, object], name: str) -> str:
+        return json.dumps(values[name], ensure_ascii=False) if name in values else "not set"
+
+    return [
+        f"{name.replace('_', ' ')} {words.format(shown(first, name), shown(second, name))}"
+        for name in {**first, **second}
+        if (name in first) != (name in second) or first.get(name) != second.get(name)
+    ]
 
 
 def remove_temporary(folder: Path) -> None:

@@ -1,15 +1,38 @@
-"""Long jobs that may be killed at any moment: finished chunks stay on disk, and the job resumes from them."""
+"""Long jobs that may be killed at any moment: finished chunks stay on disk, and the job resumes from them.
 
+Several processes may share a job: process 0 begins it, each computes and stores its part of the chunks, and process 0
+joins them. A shard of a job is a job of its own, on a slice of the items.
+"""
+
+import contextlib
 import dataclasses
-import hashlib
+import importlib.metadata
 import json
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxid import io, pipeline
-from jaxid.errors import DataError, InputError, JaxidError, OutputError, PromptError
+from jaxid.errors import DataError, InputError, JaxidError, OutOfMemoryError, PromptError
 from jaxid.halving import Batches, Exhausted, Halving
+from jaxid.parts import (
+    METADATA,
+    Part,
+    Skipped,
+    all_parts,
+    begin,
+    compared,
+    joint_schema,
+    merged,
+    of_job,
+    one_line,
+    part_name,
+    part_sizes,
+    table_of,
+)
+from jaxid.processes import ALONE, PATIENCE_SECONDS, Team
 
 if TYPE_CHECKING:
     import pyarrow
@@ -19,21 +42,6 @@ Columns = Mapping[str, Any]
 
 ITEM_ERRORS = (InputError, PromptError, DataError)
 """Errors that a single item may cause."""
-
-_METADATA = "jaxid"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """An item that was skipped.
-
-    Attributes:
-        key: the item's.
-        reason: what was wrong with it, one line.
-    """
-
-    key: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +53,14 @@ class Finished:
         skipped: items that were skipped, in their order.
         resumed: how many items were done when the job began, those skipped included.
         settings: as they are stored, in the types that JSON has.
+        notes: what `note` gave in every process.
     """
 
     table: "pyarrow.Table"
     skipped: tuple[Skipped, ...]
     resumed: int
     settings: dict[str, Any]
+    notes: list[Any] = dataclasses.field(default_factory=list)
 
 
 def run(
@@ -68,6 +78,9 @@ def run(
     progress: bool = True,
     unit: str = "item",
     first: str = "",
+    shard: Mapping[str, Any] | None = None,
+    team: Team = ALONE,
+    note: Callable[[], Any] = lambda: None,
 ) -> Finished:
     """Computes the rows of all items, chunk by chunk; resumes the job that the folder holds, if there is one.
 
@@ -93,63 +106,93 @@ def run(
         progress: show a progress bar, on terminals only.
         unit: what the progress bar calls an item.
         first: text of the progress bar until the first chunk is done, such as "compiling".
+        shard: what is stored of the job of which these items are a slice, see `jaxid.shards`.
+        team: the processes that share the job. The settings and items must be those of all of them, and so must the
+            folder. Process 0's chunk size counts.
+        note: called when this process's chunks are done, for `Finished.notes`; gives types that JSON has.
 
     Returns:
-        The rows, and the items that were skipped.
+        The rows, and the items that were skipped; in process 0 only.
 
     Raises:
         InputError: if there are no items, two have one key, the chunk size is not positive, or columns do not fit.
         OutputError: if the folder holds another job, a damaged one, is in use by another process, or cannot be
             written to.
         OutOfMemoryError: if the device's memory does not suffice for a single item.
-        JaxidError: what `read` or `compute` raised, naming the item if it fails alone as well.
+        JaxidError: what `read` or `compute` raised, naming the item if it fails alone as well; or if another process
+            stopped before its items were done.
+        Elsewhere: in processes other than 0, when their items are done.
     """
     from tqdm import tqdm
 
     if chunk_size < 1:
         raise InputError(f"a chunk needs at least one item, not {chunk_size}.")
     keys = _checked_keys(items, key)
-    io.ensure_output_folder(out / "parts")
-    with io.locked(out):
-        stored = _begin(out, settings, keys, chunk_size, restart)
-        parts = _parts(out / "parts", keys, stored["chunk_size"])
-        finished = [part for part in parts if part.path.exists()]
-        pending = [part for part in parts if not part.path.exists()]
+    now = of_job(settings, keys, chunk_size, shard)
+    _require_agreement(team, now)
+    with contextlib.ExitStack() as stack:
+        if team.first:
+            io.ensure_output_folder(out / "parts")
+            stack.enter_context(io.locked(out))
+        stored, missing = _shared(out, now, restart, team, stack)
+        parts = all_parts(out / "parts", keys, stored)
+        left, own = set(missing), set(team.share(missing))
+        finished = [part for index, part in enumerate(parts) if index not in left]
+        pending = [part for index, part in enumerate(parts) if index in own]
         schema = None
-        for part in finished:
-            schema = _joint_schema(schema, part.read()[0], part)
+        for part in finished if team.first else ():
+            schema = joint_schema(schema, part.read()[0], part)
         resumed = sum(len(part.keys) for part in finished)
-        batches = Batches(halving or Halving(stored["chunk_size"], unit=unit), read, compute, io.joined)
+        halving = halving or Halving(stored["chunk_size"], unit=unit)
+        together = team.exchange(halving.together)
+        if team.spans:  # what the processes of a worker compute together has one shape
+            halving.together = min(together)
+        batches, done = Batches(halving, read, compute, io.joined), 0
 
-        def items_of(part: _Part) -> list[Item]:
+        def items_of(part: Part) -> list[Item]:
             return list(items[part.start : part.start + len(part.keys)])
 
-        def store(part: _Part, columns: Columns, skipped: tuple[Skipped, ...] = ()) -> None:
-            nonlocal schema
-            table = _part_table(columns, part)
-            schema = _joint_schema(schema, table, part)
-            part.write(table, skipped)
+        def store(part: Part, columns: Columns, skipped: tuple[Skipped, ...] = ()) -> None:
+            nonlocal schema, done
+            table = table_of(columns, part)
+            schema = joint_schema(schema, table, part)
+            if team.leads:
+                part.write(table, skipped)
+                done += len(part.keys)
             bar.set_description(refresh=False)
-            bar.update(len(part.keys))
+            show()
 
-        def fetch(part: _Part, found: Callable[[], Columns]) -> Exception | None:
+        def show() -> None:
+            others = 0
+            if team.link is not None:
+                team.link.report(done)
+                others = team.link.items()
+            bar.update(resumed + done + others - bar.n)
+
+        def fetch(part: Part, found: Callable[[], Columns]) -> Exception | None:
             columns = found()
             try:
                 store(part, columns)
             except Exception as error:  # no item's fault, whatever its class
                 return error
 
-        hidden = None if progress else True
+        hidden = None if progress and team.first else True
         with (
             tqdm(total=len(keys), initial=resumed, unit=unit, disable=hidden, desc=first if pending else None) as bar,
             pipeline.overlapped(pending, lambda part: batches.read(items_of(part)), batches.compute, fetch) as results,
         ):
             for part, result in results:
+                team.require_first()
                 failed, found = None, None
                 try:
                     try:
                         failed = result.result()
                     except Exhausted as shortage:
+                        if team.spans:
+                            raise OutOfMemoryError(
+                                f"the devices' memory does not suffice for {shortage.size} {halving.unit}s together, "
+                                f"and processes that share a model do not try fewer; give --batch-size: {shortage}."
+                            ) from shortage
                         found = batches.again(items_of(part), shortage), ()
                 except ITEM_ERRORS as error:
                     found = _without_bad(items_of(part), part.keys, error, batches.at_once, skip_bad)
@@ -157,12 +200,29 @@ def run(
                     raise failed
                 if found is not None:
                     store(part, *found)
-        table, skipped = _merged(parts)
-    return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"])
+            notes, stopped = team.finished(note(), show)
+        if stopped:
+            there = sum(len(part.keys) for part in parts if part.path.exists())
+            one, reason = next(iter(stopped.items()))
+            raise JaxidError(
+                f"process {one} stopped before its items were done: {there} of {len(keys)} items are finished; run the "
+                f"same command again ({reason.rstrip('.')})."
+            )
+        if team.link is not None:
+            _await_parts(parts)
+        table, skipped = merged(parts)
+    return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"], notes=notes)
 
 
 def check(
-    out: Path, *, settings: Mapping[str, Any], items: Sequence[Item], key: Callable[[Item], str], restart: bool
+    out: Path,
+    *,
+    settings: Mapping[str, Any],
+    items: Sequence[Item],
+    key: Callable[[Item], str],
+    restart: bool,
+    shard: Mapping[str, Any] | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Raises early the errors that `run` would raise for a folder, before anything slow is done.
 
@@ -172,17 +232,22 @@ def check(
         items: as `run` takes them.
         key: as in `run`.
         restart: as in `run`.
+        shard: as in `run`.
+        team: as in `run`.
 
     Raises:
         InputError: if there are no items, or two have one key.
         OutputError: if the folder holds another job, a damaged one, is in use by another process, or cannot be
             written to.
     """
-    keys = _checked_keys(items, key)
-    io.ensure_output_folder(out)
-    with io.locked(out):
-        if not restart:
-            _compared(out, _described(settings, keys, 0), only=settings)
+    now = of_job(settings, _checked_keys(items, key), 0, shard)
+    _require_agreement(team, now)
+    if team.first:
+        io.ensure_output_folder(out)
+        with io.locked(out):
+            if not restart:
+                compared(out, now, only=settings)
+    team.exchange(None)  # the others wait for what process 0 finds
 
 
 def write_merged(out: Path, finished: Finished) -> Path:
@@ -201,38 +266,7 @@ def write_merged(out: Path, finished: Finished) -> Path:
     io.ensure_output_folder(out)
     with io.locked(out):
         note = {"skipped": [dataclasses.asdict(skipped) for skipped in finished.skipped]}
-        return io.write_table(out / "table.parquet", finished.table, metadata={_METADATA: json.dumps(note)})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """One chunk's place: its items, and the file that holds their rows once they are computed."""
-
-    start: int
-    keys: tuple[str, ...]
-    path: Path
-
-    def write(self, table: "pyarrow.Table", skipped: tuple[Skipped, ...]) -> None:
-        """Stores rows and skipped items in one file, so that one rename makes both durable."""
-        note = {"items": self.keys, "skipped": [dataclasses.asdict(one) for one in skipped]}
-        io.write_table(self.path, table, metadata={_METADATA: json.dumps(note)})
-
-    def read(self) -> tuple["pyarrow.Table", tuple[Skipped, ...]]:
-        """The rows and the skipped items."""
-        try:
-            table = io.read_table(self.path)
-            note = json.loads((table.schema.metadata or {})[_METADATA.encode()])
-            if note["items"] != list(self.keys):
-                raise ValueError("other items")
-            skipped = tuple(Skipped(key=one["key"], reason=one["reason"]) for one in note["skipped"])
-        except (DataError, KeyError, TypeError, ValueError) as error:
-            raise OutputError(
-                f"{self.path} is damaged, or not a part of this run; delete it, and its items are computed again."
-            ) from error
-        return table.replace_schema_metadata(None), skipped
-
-    def __str__(self) -> str:
-        return f"items {self.keys[0]!r} to {self.keys[-1]!r}"
+        return io.write_table(out / "table.parquet", finished.table, metadata={METADATA: json.dumps(note)})
 
 
 def _checked_keys(items: Sequence[Item], key: Callable[[Item], str]) -> list[str]:
@@ -247,81 +281,87 @@ def _checked_keys(items: Sequence[Item], key: Callable[[Item], str]) -> list[str
     return keys
 
 
-def _begin(out: Path, settings: Mapping[str, Any], keys: list[str], chunk_size: int, restart: bool) -> dict[str, Any]:
-    """Writes `settings.json`, or reads and compares the one that is there."""
-    io.remove_temporary(out)
-    if restart:
-        # The settings last: until all parts are gone, they say whose parts these are.
-        for path in [*(out / "parts").glob("*.parquet"), out / "table.parquet", out / "settings.json"]:
-            path.unlink(missing_ok=True)
-    now = _described(settings, keys, chunk_size)
-    then = _compared(out, now)
-    if then is None:
-        io.write_json(out / "settings.json", now)
-    return then or now
+def write_empty(out: Path, *, settings: Mapping[str, Any], shard: Mapping[str, Any], restart: bool) -> None:
+    """Writes the folder of a shard that has no items; it is finished.
+
+    Raises:
+        OutputError: as `run` does.
+    """
+    io.ensure_output_folder(out / "parts")
+    with io.locked(out):
+        begin(out, of_job(settings, [], 1, shard), restart)
 
 
-def _described(settings: Mapping[str, Any], keys: list[str], chunk_size: int) -> dict[str, Any]:
-    """What `settings.json` holds."""
-    # Escaped by JSON, as file names may hold bytes that UTF-8 cannot.
-    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
-    now = {"settings": settings, "chunk_size": chunk_size, "items": {"count": len(keys), "digest": digest}}
-    return json.loads(io.to_json(now))
+def _require_agreement(team: Team, now: Mapping[str, Any]) -> None:
+    """Checks that all processes of a team have the same job and versions.
+
+    Raises:
+        InputError: in all of them, if not.
+    """
+    of_all = team.exchange({**{name: now[name] for name in ("settings", "items")}, "versions": versions()})
+    for process, other in enumerate(of_all):
+        for kind in ("versions", "settings", "items"):
+            if other[kind] != of_all[0][kind]:
+                told = io.differences(of_all[0][kind], other[kind], "is {} in process 0, {} in process " + str(process))
+                raise InputError(f"the processes do not agree on {kind}: {'; '.join(told)}; start all of them alike.")
 
 
-def _compared(out: Path, now: dict[str, Any], only: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The folder's `settings.json`, None if there is none; of its settings, `only` some are compared."""
-    path = out / "settings.json"
-    if not path.exists():
-        if any((out / "parts").glob("*.parquet")):
-            raise OutputError(
-                f"{out} holds parts of a run whose {path.name} is gone; give --restart to begin anew, or another --out."
-            )
-        return None
-    then = _read_settings(path)
-    old = (
-        then["settings"]
-        if only is None
-        else {name: then["settings"][name] for name in only if name in then["settings"]}
-    )
-    count, digest = now["items"]["count"], now["items"]["digest"]
-    further = []
-    if then["items"]["count"] != count:
-        further = [f"items were {then['items']['count']}, are now {count}"]
-    elif then["items"]["digest"] != digest:
-        further = [f"items are {count} as before, but other ones or in another order"]
-    io.refuse_other_settings(out, old, now["settings"], further)
-    return then
+def versions() -> dict[str, str]:
+    """Of the packages that all parts of a job must have been made with."""
+    return {name: importlib.metadata.version(name) for name in ("jaxid-vlm", "jax", "jaxlib")}
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        stored = io.read_json(path, OutputError)
-    except OutputError as error:
-        raise OutputError(
-            f"{_one_line(error)}: it is damaged; give --restart to begin anew, or another --out."
-        ) from error
-    items, size = stored.get("items"), stored.get("chunk_size")
-    whole = (
-        isinstance(items, dict)
-        and isinstance(items.get("count"), int)
-        and isinstance(items.get("digest"), str)
-        and isinstance(stored.get("settings"), dict)
-        and isinstance(size, int)
-        and size >= 1
-    )
-    if not whole:
-        raise OutputError(f"{path} is damaged; give --restart to begin anew, or another --out.")
-    return stored
+def _shared(
+    out: Path, now: dict[str, Any], restart: bool, team: Team, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[int]]:
+    """What `settings.json` holds, and the indices of the parts that are missing, as process 0 finds them.
+
+    Raises:
+        OutputError: as `run` does.
+        JaxidError: in all processes, if one of them does not see the folder of process 0.
+    """
+    begun = None
+    mark = out / f".{uuid.uuid4().hex}.0.tmp"  # removed as `io.remove_temporary` does if this process is killed
+    if team.first:
+        stored = begin(out, now, restart)
+        io.remove_temporary(out / "parts")
+        count = len(part_sizes(stored))
+        names = {path.name for path in (out / "parts").glob("*.parquet")}
+        missing = [index for index in range(count) if part_name(index) not in names]
+        begun = {"stored": stored, "missing": missing, "mark": mark.name}
+        if team.link is not None:
+            io.write_text(mark, "")
+            stack.callback(mark.unlink, missing_ok=True)
+    found = team.exchange(begun)[0]
+    seen = team.exchange(_appears(out / found["mark"]) if team.link is not None else True)
+    if not all(seen):
+        blind = seen.index(False)
+        raise JaxidError(
+            f"process {blind} does not see the files that process 0 writes to {out}; give --out a folder that all "
+            "processes share, or run the items in slices, --shard 1/N to N/N, and join them with jaxid merge."
+        )
+    return found["stored"], found["missing"]
 
 
-def _parts(folder: Path, keys: list[str], chunk_size: int) -> list[_Part]:
-    """All chunks' parts, in order; what a killed process left half written is removed."""
-    io.remove_temporary(folder)
-    return [
-        _Part(start=start, keys=tuple(keys[start : start + chunk_size]), path=folder / f"{index:05d}.parquet")
-        for index, start in enumerate(range(0, len(keys), chunk_size))
-    ]
+def _appears(path: Path, seconds: float = 10.0) -> bool:
+    """Whether a file that another machine wrote is seen here soon; network file systems take a while."""
+    end = time.monotonic() + min(seconds, PATIENCE_SECONDS)
+    while path.name not in _names(path.parent):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _await_parts(parts: list[Part]) -> None:
+    """Waits until the parts of other machines are seen here; those that are not are errors when they are read."""
+    for part in parts:
+        if not _appears(part.path, 60.0):
+            return
 
 
 def _without_bad(
@@ -339,13 +379,13 @@ def _without_bad(
         index, error = next(iter(bad.items()))
         raise bad_item(keys[index], error) from error
     good = [item for index, item in enumerate(chunk) if index not in bad]
-    skipped = tuple(Skipped(key=keys[index], reason=_one_line(error)) for index, error in bad.items())
+    skipped = tuple(Skipped(key=keys[index], reason=one_line(error)) for index, error in bad.items())
     return (computed(good) if good else {}), skipped
 
 
 def bad_item(key: str, error: JaxidError) -> JaxidError:
     """The error of an item, naming it."""
-    return type(error)(f"item {key!r}: {_one_line(error)}; --skip-bad skips such items.")
+    return type(error)(f"item {key!r}: {one_line(error)}; --skip-bad skips such items.")
 
 
 def _bad_items(
@@ -361,36 +401,3 @@ def _bad_items(
             if first_only:
                 break
     return bad
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _part_table(columns: Mapping[str, Any], part: _Part) -> "pyarrow.Table":
-    """The columns as a table; empty ones fit every type, as there is no telling what they would hold."""
-    import pyarrow
-
-    table = io.as_table(columns, part.path)
-    return table if table.num_rows else pyarrow.table({name: pyarrow.nulls(0) for name in table.column_names})
-
-
-def _joint_schema(schema: "pyarrow.Schema | None", table: "pyarrow.Table", part: _Part) -> "pyarrow.Schema":
-    """The columns so far and a part's together, so that parts which do not fit are found before the end."""
-    import pyarrow
-
-    if schema is None:
-        return table.schema
-    try:
-        return pyarrow.unify_schemas([schema, table.schema], promote_options="permissive")
-    except pyarrow.ArrowException as error:
-        raise InputError(f"the columns of {part} do not fit those of other items: {_one_line(error)}.") from error
-
-
-def _merged(parts: list[_Part]) -> tuple["pyarrow.Table", tuple[Skipped, ...]]:
-    """All parts' rows as one table, and all skipped items."""
-    import pyarrow
-
-    contents = [part.read() for part in parts]
-    table = pyarrow.concat_tables([rows for rows, _ in contents], promote_options="permissive")
-    return table, tuple(one for _, skipped in contents for one in skipped)

@@ -19,11 +19,11 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-DOORS = {"errors", "io", "checks", "stats", "devices", "meshes", "halving", "pipeline"}
+DOORS = {"errors", "io", "checks", "stats", "devices", "meshes", "halving", "pipeline", "places", "processes"}
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
-STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "jobs", "plots", "plan", "dry_run", "costs"}
+STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "parts", "jobs", "plots", "plan", "dry_run", "costs"}
 TOP = {*STUDIES, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
@@ -43,7 +43,10 @@ MAY_IMPORT = {
     "checkpoints": LOADERS,
     "interp": {*LOADERS, "checkpoints"},
     "data": {*DOORS, "prompts"},
-    "jobs": DOORS,
+    "places": {"errors", "io"},
+    "processes": {"errors", "io", "meshes", "places"},
+    "parts": {"errors", "io"},
+    "jobs": {*DOORS, "parts"},
     "dry_run": {*METHODS, "costs"},
     "plan": {*METHODS, "costs", "dry_run"},
     "plots": DOORS,
