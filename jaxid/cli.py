@@ -19,6 +19,7 @@ from jaxid import __version__
 from jaxid.checks import check_values
 from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
 from jaxid.io import ensure_output_folder, reading, to_json, write_json
+from jaxid.places import Elsewhere, quieten, relayed, taken
 
 GROUPS = {
     "run": "The published experiments, as jobs that can be stopped and resumed.",
@@ -34,6 +35,7 @@ COMMANDS = {
     "finetune": "jaxid.experiments.finetune_run:Finetune",
     "compare-finetune": "jaxid.experiments.finetune_run:CompareFinetune",
     "plan": "jaxid.cli:plan",
+    "merge": "jaxid.experiments.merge:merge",
     "run belief-swap": "jaxid.experiments.belief_swap:BeliefSwap",
     "run compare": "jaxid.experiments.compare:Compare",
     "run mirror-swap": "jaxid.experiments.activation_swap:MirrorSwap",
@@ -67,11 +69,15 @@ COMMANDS = {
 }
 """Every command, and what it is made from: a dataclass with `run` and `printed`, or a function."""
 
+SHARED = {"finetune", *(path for path in COMMANDS if path.startswith("run "))} - {"run compare"}
+"""The commands that several processes can share."""
+
 SHORT = {
     "demo": "Find the spatial IDs of the model that ships with jaxid, draw them, and show that they are causal.",
     "ask": "Ask a model about a picture.",
     "finetune": "Fine-tune on grid scenes with a loss on spatial IDs.",
     "compare-finetune": "Compare fine-tuning runs with and without the ID loss.",
+    "merge": "Join the folders of a run's shards into one, as if it had been run at once.",
     "plan": "Say what a job needs on a device, which batch it would choose, and the least time it takes.",
 }
 """What `jaxid --help` says of commands that are imported only when they run."""
@@ -106,21 +112,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(tokens: list[str]) -> None:
-    """Runs one command and prints what it reports.
+    """Runs one command and prints what it reports, in one process or in several; then process 0 prints.
 
     Raises:
         JaxidError: from the command.
         CycloptsError: for arguments that do not fit it.
     """
-    command, given = _parsed(tokens)
+    rest, place = (tokens, None) if tokens[:1] == ["plan"] else taken(tokens)
+    if place is None or place.processes == 1:
+        _act(*_parsed(rest))
+        return
+    words = _without_config(rest)[0]
+    if not any(" ".join(words[:count]) in SHARED for count in (1, 2)):
+        raise InputError(
+            f"`jaxid {' '.join(words[:2])}` runs in one process; several share the experiments of `jaxid run`, and "
+            "`jaxid finetune`."
+        )
+    quieten()
+    with relayed() if place.process else contextlib.nullcontext():
+        parsed = _parsed(rest)
+        from jaxid import processes
+
+        with processes.joined(place):
+            _act(*parsed, quiet=place.process > 0)
+
+
+def _act(command: Any, given: Any, *, quiet: bool = False) -> None:
+    """Runs a command, and prints what it reports unless it is to be quiet."""
+    if quiet:
+        warnings.simplefilter("ignore")
     if getattr(command, "__module__", "").startswith("jaxid.") and not isinstance(command, type):
         check_values(command, given.arguments)
-    result: Any = command(*given.args, **given.kwargs)
-    if isinstance(result, str):
-        print(result)
-    elif isinstance(command, type):  # a dataclass of options
-        for line in result.printed(result.run()):
-            print(line)
+    try:
+        result: Any = command(*given.args, **given.kwargs)
+        if isinstance(result, str):
+            lines = [result]
+        else:
+            lines = result.printed(result.run()) if isinstance(command, type) else ()
+    except Elsewhere as done:
+        lines = [str(done)] if str(done) else []
+    for line in () if quiet else lines:
+        print(line)
 
 
 def _parsed(tokens: list[str]) -> tuple[Any, Any]:
@@ -179,7 +211,9 @@ def app(tokens: Sequence[str] = ()) -> App:
         version=f"jaxid {__version__}",
         help="Spatial and temporal IDs of vision-language models, and dense similarity maps of CLIP-like ones, in JAX."
         "\n\nEvery command takes --config FILE (YAML, TOML or JSON), which holds its options by name; every run writes "
-        "the file that repeats it, config.yaml.",
+        "the file that repeats it, config.yaml.\n\nThe experiments of `jaxid run`, and finetune, also run in "
+        "several processes: start each with --coordinator HOST:PORT --processes N --process I, where HOST is the "
+        "machine of process 0; or with --processes auto under Slurm, Open MPI, Kubernetes, torchrun or on a TPU pod.",
         help_format="plaintext",
         config=_config(tokens) if tokens[:1] != ["plan"] else (),
         default_parameter=Parameter(negative_iterable=()),

@@ -6,7 +6,6 @@ joins them. A shard of a job is a job of its own, on a slice of the items.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import time
 import uuid
@@ -31,6 +30,7 @@ from jaxid.parts import (
     part_name,
     part_sizes,
     table_of,
+    versions,
 )
 from jaxid.processes import ALONE, PATIENCE_SECONDS, Team
 
@@ -106,7 +106,7 @@ def run(
         progress: show a progress bar, on terminals only.
         unit: what the progress bar calls an item.
         first: text of the progress bar until the first chunk is done, such as "compiling".
-        shard: what is stored of the job of which these items are a slice, see `jaxid.shards`.
+        shard: what is stored of the job of which these items are a slice, see `jaxid.parts.Shard`.
         team: the processes that share the job. The settings and items must be those of all of them, and so must the
             folder. Process 0's chunk size counts.
         note: called when this process's chunks are done, for `Finished.notes`; gives types that JSON has.
@@ -304,11 +304,6 @@ def _require_agreement(team: Team, now: Mapping[str, Any]) -> None:
             if other[kind] != of_all[0][kind]:
                 told = io.differences(of_all[0][kind], other[kind], "is {} in process 0, {} in process " + str(process))
                 raise InputError(f"the processes do not agree on {kind}: {'; '.join(told)}; start all of them alike.")
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that all parts of a job must have been made with."""
-    return {name: importlib.metadata.version(name) for name in ("jaxid-vlm", "jax", "jaxlib")}
 
 
 def _shared(

@@ -2,17 +2,21 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxid import io
 from jaxid.errors import DataError, InputError, OutputError
 
 if TYPE_CHECKING:
     import pyarrow
+
+Item = TypeVar("Item")
 
 METADATA = "jaxid"
 """The name under which a file's items and skipped items are noted."""
@@ -29,6 +33,43 @@ class Skipped:
 
     key: str
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of several slices of a job's items, which is a job of its own.
+
+    Attributes:
+        index: 1 is the first.
+        of: how many there are.
+    """
+
+    index: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """The shard that a text such as 3/16 names.
+
+        Raises:
+            InputError: if it names none.
+        """
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise InputError(f"--shard is given as 3/16, the third of sixteen, not as {text!r}.")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        """As in a command."""
+        return f"{self.index}/{self.of}"
+
+    def part(self, items: Sequence[Item]) -> list[Item]:
+        """Its items; the shards' numbers of items differ by one at most."""
+        return list(items[len(items) * (self.index - 1) // self.of : len(items) * self.index // self.of])
+
+    def record(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What `settings.json` holds of it: its place among the shards, and all items' number and digest."""
+        return {"index": self.index, "of": self.of, "items": summary_of(keys), "versions": versions()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +89,7 @@ class Part:
         """The rows and the skipped items."""
         try:
             table = io.read_table(self.path)
-            note = json.loads((table.schema.metadata or {})[METADATA.encode()])
+            note = noted(table)
             if note["items"] != list(self.keys):
                 raise ValueError("other items")
             skipped = tuple(Skipped(key=one["key"], reason=one["reason"]) for one in note["skipped"])
@@ -60,6 +101,11 @@ class Part:
 
     def __str__(self) -> str:
         return f"items {self.keys[0]!r} to {self.keys[-1]!r}"
+
+
+def noted(table: "pyarrow.Table") -> Any:
+    """What is noted in a part's file: its items and those that were skipped."""
+    return json.loads((table.schema.metadata or {})[METADATA.encode()])
 
 
 def begin(out: Path, now: dict[str, Any], restart: bool) -> dict[str, Any]:
@@ -81,6 +127,11 @@ def of_job(
     """What `settings.json` holds."""
     now = {"settings": settings, "chunk_size": chunk_size, "items": summary_of(keys)}
     return json.loads(io.to_json(now if shard is None else {**now, "shard": shard}))
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that all parts of a job must have been made with."""
+    return {name: importlib.metadata.version(name) for name in ("jaxid-vlm", "jax", "jaxlib")}
 
 
 def summary_of(keys: Sequence[str]) -> dict[str, Any]:

@@ -129,6 +129,11 @@ for line in sys.stdin.buffer:
 """
 
 
+def quieten() -> None:
+    """Keeps JAX from noting at length what it hears of other processes; to be called before it is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 @contextlib.contextmanager
 def relayed() -> Iterator[None]:
     """Makes one line of the C++ stack with which JAX ends this process when the coordinator dies."""
@@ -144,4 +149,5 @@ def relayed() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
-        relay.wait(10)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            relay.wait(10)

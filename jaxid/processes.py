@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from jaxid import meshes
@@ -62,6 +62,7 @@ def join(place: Place) -> None:
     # for process 0, does not end the others.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending the process
     failed: list[Exception | None] = []
 
     def connect() -> None:
@@ -325,6 +326,40 @@ def leave(error: BaseException | None) -> None:
         failed = None if error is None else " ".join(str(error).split()) or type(error).__name__
         _link.leave(failed)
         _link = None
+
+
+@contextlib.contextmanager
+def joined(place: Place) -> Iterator[None]:
+    """Joins the others, and takes leave of them in the end; see `join` and `leave`."""
+    join(place)
+    failed: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = _explained(error)
+        if failed is error:
+            raise
+        raise failed from error
+    except BaseException as error:
+        failed = error
+        raise
+    finally:
+        leave(failed)
+
+
+def _explained(error: Exception) -> Exception:
+    """The error, or if it came of the end of a process that computes together with this one, one that says so."""
+    import jax
+
+    if _link is None or not _link.bound or not isinstance(error, jax.errors.JaxRuntimeError):
+        return error
+    limit = time.monotonic() + PATIENCE_SECONDS + 5
+    while time.monotonic() < limit:
+        for one in sorted(_link.bound):
+            if (reason := _link.stopped(one)) is not None:
+                return JaxidError(f"process {one} stopped: {reason}")
+        time.sleep(_BEAT_SECONDS / 4)
+    return error
 
 
 # --- workers ---

@@ -20,6 +20,7 @@ from jaxid.experiments.session import Columns, Keyed, Later, Session, padded, pa
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
+from jaxid.parts import Shard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,6 +139,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         batch_size: prompts traced together; chosen from the free memory by default.
         dtype: of parameters and activations.
         mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one.
+        shard: slice of the items that is run on its own, such as 3/16; `jaxid merge` joins the folders.
         limit: number of items, drawn by the seed; all by default.
         seed: of the sample, and of everything else that is random.
         restart: discard the run in the folder and start again.
@@ -162,6 +164,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     batch_size: Count | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mesh: str | None = None
+    shard: str | None = None
     limit: Count | None = None
     seed: int = 0
     restart: bool = False
@@ -181,6 +184,8 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         super().__post_init__()
         if self.template is not None and "{query}" not in self.template:
             raise InputError(f"the template {self.template!r} does not contain {{query}}.")
+        if self.shard is not None:
+            Shard.parse(self.shard)
 
     @abc.abstractmethod
     def items(self, session: Session) -> Sequence[Item]:
@@ -253,6 +258,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
             OutputError: if the folder holds another run, is in use, or cannot be written to.
             CheckpointError: if the model or the IDs cannot be read.
             DataError: if an item cannot be used and bad items are not skipped, or if no item is left.
+            Elsewhere: in processes that share the run with this one, except for process 0; or if a shard has no items.
         """
         if self.reference_bugs:
             from jaxid.experiments.reference import with_bugs  # it knows all experiments
@@ -264,8 +270,18 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         started = time.perf_counter()
         session = Session(self)
         session.begin(self.items(session))
-        write_config(self, self.out)
-        table = session.table()
+        if session.team.first:
+            write_config(self, self.out)
+        return self.finish(session, session.table(), started)
+
+    def finish(self, session: Session, table: Columns, started: float) -> SummaryT:
+        """Writes the summary and the figures of a table.
+
+        Args:
+            session: that of the table.
+            table: the rows.
+            started: `time.perf_counter` when the run began.
+        """
         summary = self.summarise(session, table)
         for name, figure in self.figures(session, table, summary):
             plots.save(figure, self.out / f"{name}.png")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from jaxid import io, jobs, meshes, zoo
+from jaxid import io, jobs, meshes, processes, zoo
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
 from jaxid.devices import Device, free_memory, this
@@ -24,6 +24,8 @@ from jaxid.halving import Halving
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
 from jaxid.meshes import ONE
+from jaxid.parts import Shard
+from jaxid.places import Elsewhere
 from jaxid.plan import plan
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Chunk(NamedTuple):
 LARGEST_BATCH = 32
 """The most prompts that are traced together, however much memory there is."""
 
-_NO_SETTINGS = {"out", "mesh", "batch_size", "restart", "skip_bad", "progress"}
+_NO_SETTINGS = {"out", "mesh", "shard", "batch_size", "restart", "skip_bad", "progress"}
 """Options that no row depends on."""
 
 
@@ -84,10 +86,12 @@ class Session:
         case: form of the answer words that is read.
         checkpoint: the model's files.
         device: the device that the run is for, or one of those of its mesh.
-        axes: of the mesh.
+        axes: of the mesh, which is this process's part of the given one.
+        team: the processes that share the run.
         halving: number of prompts that are traced together, halved when the device runs out of memory.
         bad: items that cannot be used, with the errors.
-        items: all items of the run; set by `begin`.
+        items: all items of the run, also those of other shards; set by `about`.
+        own: those that this run computes.
         index: index of every item, by its key.
     """
 
@@ -116,7 +120,9 @@ class Session:
         self.template = experiment.template or ("{query}" if plain else experiment.published_text)
         self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
         self.device = device or this()
-        self.axes = self.checkpoint.axes(experiment.mesh, jax.device_count(), self.device)
+        whole = self.checkpoint.axes(experiment.mesh, jax.device_count(), self.device)
+        self.team = processes.team(whole)
+        self.axes, self._devices = processes.worker_devices(whole)
         if experiment.batch_size and experiment.batch_size % self.axes.data:
             raise InputError(
                 f"--batch-size {experiment.batch_size} does not divide over data={self.axes.data}; give a multiple."
@@ -195,6 +201,10 @@ class Session:
         """Tells the session its items."""
         self.items = items
         self.index = {item.key: index for index, item in enumerate(items)}
+        self.own, self.shard = items, None
+        if self.experiment.shard is not None:
+            shard = Shard.parse(self.experiment.shard)
+            self.own, self.shard = shard.part(items), shard.record(list(self.index))
 
     def begin(self, items: Sequence[Any]) -> None:
         """Checks the folder and the prompts of one item of each group, then loads the model's weights.
@@ -203,13 +213,19 @@ class Session:
             OutputError: if the folder holds another run, or is in use.
             PromptError: if an answer is not a single token.
             JaxidError: if one of these items cannot be used, unless bad items are skipped.
+            Elsewhere: if the shard has no items.
         """
         experiment = self.experiment
-        self.checkpoint = self.checkpoint.on(None if self.axes == ONE else meshes.mesh(*self.axes))
+        self.checkpoint = self.checkpoint.on(None if self.axes == ONE else meshes.mesh(*self.axes, self._devices))
         self.about(items)
-        self.settings = self._described()
-        jobs.check(experiment.out, settings=self.settings, items=items, key=_key, restart=experiment.restart)
-        for item in [group[0] for group in experiment.groups(items)] if items else ():
+        self.settings = self.described()
+        if self.shard is not None and items and not self.own:
+            if self.team.first:
+                jobs.write_empty(experiment.out, settings=self.settings, shard=self.shard, restart=experiment.restart)
+            raise Elsewhere(f"{experiment.out}: of {len(items)} items, shard {experiment.shard} has none; it is done.")
+        job: dict[str, Any] = {"settings": self.settings, "items": self.own, "key": _key, "restart": experiment.restart}
+        jobs.check(experiment.out, **job, shard=self.shard, team=self.team)
+        for item in [group[0] for group in experiment.groups(self.own)] if items else ():
             try:
                 batches = experiment.asked(experiment.prepare(self, [item]))
             except jobs.ITEM_ERRORS as error:
@@ -228,7 +244,7 @@ class Session:
         if self.ids is not None:
             require_same_model(self.model, self.ids)
 
-    def _described(self) -> dict[str, object]:
+    def described(self) -> dict[str, object]:
         """The settings of the run: every option that rows depend on, as it was resolved."""
         experiment = self.experiment
         found: dict[str, object] = {"experiment": experiment.name}
@@ -289,7 +305,7 @@ class Session:
         done = jobs.run(
             experiment.out,
             settings=self.settings | {"fingerprint": self.model.fingerprint},
-            items=self.items,
+            items=self.own,
             key=_key,
             read=read,
             compute=compute,
@@ -299,6 +315,9 @@ class Session:
             skip_bad=experiment.skip_bad,
             progress=experiment.progress,
             first=f"compiling for batches of {self.batch_size}",
+            shard=self.shard,
+            team=self.team,
+            note=lambda: [words for own in counts.values() for words in own],
         )
         jobs.write_merged(experiment.out, done)
         table = {name: done.table[name].to_numpy(zero_copy_only=False) for name in done.table.column_names}
@@ -307,12 +326,12 @@ class Session:
             raise DataError(f"no item of {experiment.data} could be used: {reason}")
         table, lost = finite_items(table)
         skipped = [*(jobs.Skipped(key=key, reason=str(error)) for key, error in self.bad), *done.skipped]
-        counted = [words for own in counts.values() for words in own]
+        counted = [Words(split, Counter(unknown)) for note in done.notes for split, unknown in note]
         self.facts: dict[str, Any] = {
             "experiment": experiment.name,
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
-            "items": len(self.items) - len(done.skipped) - len(lost),
+            "items": len(self.own) - len(done.skipped) - len(lost),
             "skipped": {"count": len(skipped), "items": [dataclasses.asdict(entry) for entry in skipped]},
             "not_finite": {"count": len(lost), "items": lost},
             "resumed_items": done.resumed,
