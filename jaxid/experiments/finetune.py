@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid import zoo
+from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.checks import Count, Range, check_finite, check_options
 from jaxid.data.coco_spatial import ANSWERS
 from jaxid.data.grid import GridItem
@@ -395,6 +396,12 @@ class Task:
     def initial(self) -> Trained:
         """The trained tensors that the run begins with, in host memory."""
         return complete(self.selection.split(self.model.parameters))
+
+    def finished(self, trained: Trained) -> Model:
+        """The model with the trained tensors in place, all of which are in host memory; all processes call this."""
+        parameters = flatten(self.model_with(trained).parameters)
+        own = {path: complete(parameters[path]) for path, _ in self.selection.rows}
+        return self.model.with_parameters(unflatten({**parameters, **own}))
 
     def model_with(self, trained: Trained) -> Model:
         """The model with the trained tensors in place."""

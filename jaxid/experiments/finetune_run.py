@@ -1,5 +1,6 @@
 """`jaxid finetune` and `jaxid compare-finetune`: train with an ID loss, export the model, and compare runs."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,9 +11,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from jaxid import io, plots
+from jaxid import io, meshes, plots
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, open_checkpoint
 from jaxid.checkpoints.tensors import unflatten
@@ -26,6 +28,7 @@ from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, split_pai
 from jaxid.experiments.finetune_evaluation import evaluate, spatial_items
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
+from jaxid.processes import Elsewhere
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.train import loop as training
 from jaxid.train.placement import every_device
@@ -118,14 +121,18 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
     def run(self) -> FinetuneSummary:
         """Trains, or resumes the run in the folder; evaluates before, during and after, exports and draws.
 
+        Several processes train together, on a mesh of all their devices; the first one writes.
+
         Raises:
             InputError, DataError, CheckpointError, OutputError: naming what cannot be used.
             OutOfMemoryError: if the device's memory does not suffice for a training step or a question.
+            Elsewhere: in processes but the first, when all is trained.
         """
         started = time.perf_counter()
         io.ensure_output_folder(self.out)
         checkpoint = open_checkpoint(self.model, dtype=self.dtype)
-        checkpoint = checkpoint.on(every_device() if self.mesh is None else self.mesh)
+        mesh = self.devices(checkpoint)
+        checkpoint = checkpoint.on(mesh)
         config = resolved(self, checkpoint.model)
         read = self.read()
         ids, items, sets = read.ids, read.items, read.sets
@@ -139,19 +146,25 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             "evaluated": {name: len(questions) for name, questions in sets.items()},
             **settings_of(config),
         }
-        board = self.out / "tensorboard" if self.tensorboard else None
-        trackers = Trackers(settings, wandb=self.wandb, tensorboard=board)
+        first = training.leads()
+        board = self.out / "tensorboard" if self.tensorboard and first else None
+        trackers = Trackers(settings, wandb=self.wandb if first else None, tensorboard=board)
         training.check_folder(self.out, settings, restart=self.restart, part=True)
-        with io.locked(self.out):  # errors are raised before the weights are read
+        with (
+            io.locked(self.out) if first else contextlib.nullcontext()
+        ):  # errors are raised before the weights are read
             task(unloaded(checkpoint), read.training, ids, config).stage().batch(0)
 
         model = checkpoint.load()
         job = task(model, read.training, ids, config)
         settings["fingerprint"] = model.fingerprint
         with training.begun(self.out, settings, restart=self.restart, made=["evaluations.csv"]):
-            write_config(self, self.out)
-            trained = self._train(job, sets, trackers)
-            export(job.model_with(trained), self.out / "model", {path for path, _ in job.selection.rows})
+            if first:
+                write_config(self, self.out)
+            found = job.finished(self._train(job, sets, trackers, mesh))
+            if not first:
+                raise Elsewhere
+            export(found, self.out / "model", {path for path, _ in job.selection.rows})
             return self._finish(job, len(items), started)
 
     def read(self) -> "Read":
@@ -177,7 +190,17 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 sets[name] = [items[row] for row in sorted(rows)]
         return sets
 
-    def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers) -> Trained:
+    def devices(self, checkpoint: Checkpoint) -> Mesh:
+        """The mesh that the run asks for.
+
+        Raises:
+            InputError: for a text that is no mesh, or one that has more devices than there are.
+        """
+        if self.mesh is None:
+            return every_device()
+        return meshes.mesh(*checkpoint.axes(self.mesh, jax.device_count()))
+
+    def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers, mesh: Mesh) -> Trained:
         """Returns the trained tensors; writes metrics and evaluations meanwhile."""
         path = self.out / "evaluations.csv"
 
@@ -186,7 +209,8 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             for name, items in sets.items():
                 right, count = evaluate(job.model_with(trained), items, template=job.config.template or "{query}")
                 row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
-            training.append_metrics(path, CHECKED, row)
+            if training.leads():
+                training.append_metrics(path, CHECKED, row)
 
         initial = job.initial()
         if not training.read_metrics(path):
@@ -205,7 +229,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 check_every=self.check_every,
                 advice="use a larger device, or begin anew with a smaller --batch-size or --dtype bfloat16; `jaxid "
                 "plan finetune` tells what fits",
-                mesh=job.model.mesh,
+                mesh=mesh,
                 layout=job.layout,
             )
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxid import processes
 from jaxid.errors import CheckpointError, JaxidWarning, OutputError
 from jaxid.io import (
     ensure_output_folder,
@@ -45,6 +46,8 @@ def begun(
 ) -> Iterator[None]:
     """Locks a run's folder for this process, and removes files that a killed process left half written.
 
+    Of several processes that train together, all call this; the first one does it while the others wait.
+
     Args:
         folder: folder of the run, created if necessary. Its `run.json` holds the settings.
         settings: every setting that affects the outcome.
@@ -55,20 +58,52 @@ def begun(
         OutputError: if the folder holds a run with other settings, is in use by another process, or cannot be written
             to, or if its `run.json` is damaged or missing.
     """
-    check_folder(folder, settings, restart=restart)
-    with locked(folder):
-        if restart:
-            # The settings go last: until then they tell which run the remaining files belong to.
-            for pattern in ("state", "metrics.csv", *made, "run.json"):
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _compare(folder, settings)  # another process may have written to it since
-        for inner in (folder, *folder.iterdir()):
-            remove_temporary(inner)
-        for half in folder.glob("state/*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
-        write_json(folder / "run.json", settings)
+    with contextlib.ExitStack() as stack:
+        if leads():
+            check_folder(folder, settings, restart=restart)
+            stack.enter_context(locked(folder))
+            _prepare(folder, settings, restart=restart, made=made)
+        meet()
+        if not leads():
+            if not (folder / "run.json").exists():
+                raise OutputError(
+                    f"process {jax.process_index()} does not see what process 0 wrote to {folder}; all processes need "
+                    "one folder that they share."
+                )
+            _compare(folder, settings)
         yield
+
+
+def _prepare(folder: Path, settings: Mapping[str, object], *, restart: bool, made: Sequence[str]) -> None:
+    """Clears a folder that is locked of what does not belong to the run, and writes the settings."""
+    if restart:
+        # The settings go last: until then they tell which run the remaining files belong to.
+        for pattern in ("state", "metrics.csv", *made, "run.json"):
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _compare(folder, settings)  # another process may have written to it since
+    for inner in (folder, *folder.iterdir()):
+        remove_temporary(inner)
+    for half in folder.glob("state/*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(half, ignore_errors=True)
+    write_json(folder / "run.json", settings)
+
+
+def leads() -> bool:
+    """Whether this process writes; of several that train together, the first one does."""
+    return jax.process_index() == 0
+
+
+def agreed(problem: str | None) -> str | None:
+    """The first problem that any of the processes has; all of them call this."""
+    link = processes.link()
+    found = [problem] if link is None else link.exchange(problem)
+    return next((text for text in found if text is not None), None)
+
+
+def meet() -> None:
+    """Waits for the other processes, if there are any."""
+    agreed(None)
 
 
 def check_folder(folder: Path, settings: Mapping[str, object], *, restart: bool = False, part: bool = False) -> None:
@@ -163,7 +198,7 @@ class States:
             except CheckpointError as error:
                 damaged.append((path, first_line(error)))
                 continue
-            for worse, reason in damaged:
+            for worse, reason in damaged if leads() else ():
                 warnings.warn(f"{reason}; training resumes from step {path.name}.", JaxidWarning, stacklevel=2)
                 with self._writing():
                     shutil.rmtree(worse) if worse.is_dir() else worse.unlink()
@@ -181,9 +216,15 @@ class States:
             raise CheckpointError(f"{path} is not a state of this run, which has no such step.")
         if not (path / "default").is_dir():
             raise CheckpointError(f"{path} cannot be read as a training state: its folder `default` is missing.")
-        with reading(path, "a training state"):
-            state = ocp.StandardCheckpointer().restore(path / "default", expected)
-            noted = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"] or {}
+        state, noted, problem = None, {}, None
+        try:
+            with reading(path, "a training state"):
+                state = ocp.StandardCheckpointer().restore(path / "default", expected)
+                noted = read_json(path / "_CHECKPOINT_METADATA")["custom_metadata"] or {}
+        except CheckpointError as error:
+            problem = error
+        if (reason := agreed(None if problem is None else str(problem))) is not None:
+            raise CheckpointError(reason) from problem
         if noted.get("checksum") not in (None, int(_checksum(state))):
             raise CheckpointError(f"{path} is damaged: its checksum is wrong.")
         return state

@@ -12,19 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, PyTree
 
 from jaxid import meshes
-from jaxid.errors import InputError, JaxidWarning, OutOfMemoryError
+from jaxid.errors import InputError, JaxidError, JaxidWarning, OutOfMemoryError
 from jaxid.halving import Exhausted, Halving
 from jaxid.interp.programs import Program, program
+from jaxid.io import first_line
 from jaxid.pipeline import read_ahead
 from jaxid.train.folder import Row, States, metrics_rows
 from jaxid.train.folder import append_metrics as append_metrics
 from jaxid.train.folder import begun as begun
 from jaxid.train.folder import check_folder as check_folder
+from jaxid.train.folder import leads as leads
 from jaxid.train.folder import read_metrics as read_metrics
+from jaxid.train.gradients import mean
 from jaxid.train.placement import Layout, Placement, complete, placement
 
 if TYPE_CHECKING:
@@ -126,6 +129,7 @@ def fit(
         OutputError: if the state or the metrics cannot be written, or the metrics are damaged.
         InputError: if training diverges: too many gradients in a row, or the parameters, are not finite.
         OutOfMemoryError: if the device's memory does not suffice for a step.
+        JaxidError: if another process stopped.
     """
     columns = (*columns, "skipped")
     metrics_rows(folder / "metrics.csv", columns)
@@ -148,6 +152,13 @@ def fit(
             return _MEMORY.guarded(partial(run.trained, parameters))
         except Exhausted as shortage:
             run.spare(shortage)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            raise JaxidError(
+                f"training stopped at step {run.step + 1}, since another process stopped ({first_line(error)}); the "
+                "same command resumes from the last saved step."
+            ) from error
 
 
 _MEMORY = Halving(1, unit="training step")
@@ -206,7 +217,7 @@ class _Run:
         step_function, end = self._function(stage), stage.first + stage.steps
         constants = self.placement.constants(dict(stage.constants))
         late: Callable[[], None] | None = None
-        disable = None if self.progress else True
+        disable = None if self.progress and leads() else True
         with (
             tqdm(total=end, initial=first, unit="step", disable=disable, desc=stage.name) as bar,
             contextlib.closing(batches(stage, first)) as drawn,
@@ -218,7 +229,7 @@ class _Run:
                     try:
                         state, metrics = _MEMORY.guarded(partial(step_function, state, placed, constants))
                     except Exhausted as shortage:
-                        if not _intact(state):
+                        if jax.process_count() > 1 or not _intact(state):
                             raise
                         self.spare(shortage)
                         step_function = self._function(stage)
@@ -247,7 +258,7 @@ class _Run:
     def _report(self, stage: Stage, now: int, health: Array, metrics: Metrics | None, bar: "tqdm[Any]") -> None:
         """Checks the numbers of a step, and writes those that are to be recorded."""
         skipped = _check_health(health, stage, now)
-        if metrics is None:
+        if metrics is None or not leads():
             return
         numbers = {name: round(float(value), 4) for name, value in metrics.items()}
         row: Row = {"step": now, "stage": stage.name, **numbers, "skipped": skipped}
@@ -264,13 +275,15 @@ class _Run:
         Raises:
             OutOfMemoryError: if they are taken already, or there are none.
         """
-        if self.spared or not any(stage.sparing for stage in self.stages):
+        several = jax.process_count() > 1  # which would have to agree
+        if self.spared or several or not any(stage.sparing for stage in self.stages):
             steps = [int(path.name) for path in (self.folder / "state").glob("*") if path.name.isdecimal()]
             saved = f"the same command resumes from step {max(steps)}" if steps else "no step is saved yet"
             even = ", even with --recompute all" if self.spared else ""
+            advice = f"begin anew with --recompute all, or {self.advice}" if several else self.advice
             raise OutOfMemoryError(
                 f"the device's memory does not suffice for training step {self.step + 1}{even}; {saved}; "
-                f"{self.advice}: {shortage}."
+                f"{advice}: {shortage}."
             )
         self.spared = True
         warnings.warn(
@@ -340,7 +353,7 @@ def _check_health(health: Int[Array, "3"], stage: Stage, step: int) -> int:
         raise InputError(
             f"training diverges: after step {step} ({stage.name}) parameters are NaN or infinite; {advice}."
         )
-    if last and skipped:
+    if last and skipped and leads():
         warnings.warn(
             f"{skipped} of the {stage.steps} steps of {stage.name} had a gradient that is NaN or infinite, and were "
             f"skipped.",
@@ -415,7 +428,7 @@ def _step_function(stage: Stage, placement: Placement | None = None) -> Program[
         def gradients(parameters: PyTree, own: dict[str, PyTree], constants: dict[str, PyTree]) -> PyTree:
             return jax.grad(lambda values: stage.loss(values, {**constants, **own}), has_aux=True)(parameters)
 
-        averaged = _mean(gradients, placement) if stage.accumulate else gradients
+        averaged = mean(gradients, placement) if stage.accumulate else gradients
         found, metrics = averaged(parameters, batch, constants)
         if placement is not None:
             found = jax.lax.with_sharding_constraint(found, placement.divided())
@@ -426,67 +439,3 @@ def _step_function(stage: Stage, placement: Placement | None = None) -> Program[
         return {"parameters": parameters, "optimizer": optimizer_state}, metrics
 
     return training_step
-
-
-def _mean(function: Callable[..., tuple[PyTree, Metrics]], placement: Placement | None) -> Callable[..., Any]:
-    """The means of gradients and metrics over small batches, which are computed in turn.
-
-    If the copies of the parameters divide them, every copy takes a share, and adds it up; the sums meet once, each
-    device getting the part that it updates.
-
-    Args:
-        function: maps parameters, a small batch and constants to gradients and metrics.
-        placement: where they lie; on one device by default.
-    """
-
-    def together(parameters: PyTree, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
-        if placement is not None and placement.divides(batch):
-            return _shared(function, placement)(parameters, batch, constants)
-        count, total = _count(batch), _total(lambda own: function(parameters, own, constants), batch)
-        return jax.tree.map(lambda leaf: leaf / count, total)
-
-    return together
-
-
-def _shared(function: Callable[..., tuple[PyTree, Metrics]], placement: Placement) -> Callable[..., Any]:
-    """The means of gradients and metrics over small batches that the copies of the parameters divide."""
-    axes, shardings = placement.axes(), placement.divided()
-
-    def share(parameters: PyTree, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[PyTree, Metrics]:
-        count = _count(batch) * placement.copies
-        gradients, metrics = _total(lambda own: function(parameters, own, constants), batch)
-
-        def summed(leaf: Array, axis: int) -> Array:
-            if axis < 0:
-                return jax.lax.psum(leaf, meshes.DATA)
-            return jax.lax.psum_scatter(leaf, meshes.DATA, scatter_dimension=axis, tiled=True)
-
-        gradients, metrics = jax.tree.map(summed, gradients, axes), jax.lax.psum(metrics, meshes.DATA)
-        return jax.tree.map(lambda leaf: leaf / count, (gradients, metrics))
-
-    def over_data(sharding: NamedSharding, axis: int) -> PartitionSpec:
-        return PartitionSpec(*(None,) * axis, meshes.DATA) if axis >= 0 else PartitionSpec()
-
-    return jax.shard_map(
-        share,
-        mesh=placement.mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(meshes.DATA), PartitionSpec()),
-        out_specs=(jax.tree.map(over_data, shardings, axes), PartitionSpec()),
-        axis_names={meshes.DATA},
-        check_vma=False,
-    )
-
-
-def _count(batch: dict[str, PyTree]) -> int:
-    """The number of small batches."""
-    return jax.tree.leaves(batch)[0].shape[0]
-
-
-def _total(function: Callable[[PyTree], PyTree], batch: dict[str, PyTree]) -> PyTree:
-    """The sum of a function over the first axis of a batch, one after the other."""
-    first = jax.tree.map(lambda leaf: leaf[0], batch)
-    if _count(batch) == 1:
-        return function(first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
-    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, batch)
-    return total

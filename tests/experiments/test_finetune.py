@@ -34,6 +34,7 @@ from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.programs import program
 from jaxid.nn.layers import Recompute
 from jaxid.train import loop as training
+from jaxid.train.gradients import mean
 from jaxid.train.placement import placement
 from jaxid.train.trainable import Selection, choose, for_learning, tensors
 
@@ -268,8 +269,8 @@ def test_accumulated_gradients_are_the_mean() -> None:
             where = placement(meshes.mesh(devices), None, start)
             part = where.batch(jax.tree.map(lambda leaf, count=count: leaf[:count], batch), ())
             assert where.divides(part) == (count == 8)
-            mean = program()(training._mean(gradients, where))
-            found, metrics = mean(meshes.whole(where.mesh, start), part, stage.constants)
+            averaged = program()(mean(gradients, where))
+            found, metrics = averaged(meshes.whole(where.mesh, start), part, stage.constants)
             expected, means = jax.tree.map(lambda *leaves, count=count: sum(leaves) / count, *single[:count])
             for name, leaf in expected.items():
                 np.testing.assert_allclose(found[name], leaf, atol=1e-5 * float(jnp.abs(leaf).max()) + 1e-8)

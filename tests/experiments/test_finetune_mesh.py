@@ -1,0 +1,156 @@
+"""Fine-tuning on a mesh of eight devices: the numbers of one device, and where its state lies."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import fixtures
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_finetune import CASE, QUICK, command, ids, items, write_data
+from test_finetune_refused import refused
+
+from jaxid import meshes
+from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checkpoints.tensors import TensorFolder
+from jaxid.cli import main
+from jaxid.experiments import finetune
+from jaxid.experiments.finetune import FinetuneConfig
+from jaxid.families.base import Model
+from jaxid.train import loop as training
+
+COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
+CONFIG = dataclasses.replace(QUICK, steps=4, groups=4, train="vision-mlp,projector,lm-attention,lm-mlp", budget=1.0)
+ONE, BOTH = meshes.Axes(), meshes.Axes(4, 2)
+
+
+@functools.cache
+def on(axes: meshes.Axes) -> tuple[Mesh, Model]:
+    """The tiny model on a mesh."""
+    mesh = meshes.mesh(*axes)
+    return mesh, open_checkpoint(fixtures.folder(CASE)).on(mesh).load()
+
+
+def fitted(folder: Path, axes: meshes.Axes, config: FinetuneConfig = CONFIG, **further: Any) -> Any:
+    mesh, own = on(axes)
+    task = finetune.task(own, items(), dataclasses.replace(ids(), fingerprint=own.fingerprint), config)
+    options: dict[str, Any] = {"columns": COLUMNS, "save_every": 2, "record_every": 1, "progress": False} | further
+    # optax is not written for strict promotion
+    with jax.numpy_dtype_promotion("standard"), training.begun(folder, {"groups": config.groups}):
+        return training.fit(folder, task.initial(), [task.stage()], mesh=mesh, layout=task.layout, **options)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The run on one device."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, fitted(folder, ONE)
+
+
+def assert_same(folder: Path, found: Any, other: tuple[Path, Any]) -> None:
+    rows, expected = (training.read_metrics(path / "metrics.csv") for path in (folder, other[0]))
+    assert len(rows) == len(expected) > 0
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)  # they are rounded to 1e-4
+    for name, leaf in other[1].items():
+        assert isinstance(found[name], np.ndarray)
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-5 * float(np.abs(leaf).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [meshes.Axes(2, 2), meshes.Axes(8, 1)], ids=str)
+def test_the_numbers_of_one_device(axes: meshes.Axes, one: tuple[Path, Any], tmp_path: Path) -> None:
+    """Four small batches, which the copies share, or of which every copy computes all (eight copies)."""
+    assert_same(tmp_path, fitted(tmp_path, axes), one)
+
+
+def test_where_the_state_lies(one: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = training._step_function, []
+
+    def noted(*arguments: Any) -> Any:
+        step = made(*arguments)
+
+        def function(state: Any, *others: Any) -> Any:
+            found = step(state, *others)
+            seen.append([jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state, found[0], found[1])])
+            return found
+
+        return function
+
+    monkeypatch.setattr(training, "_step_function", noted)
+    assert_same(tmp_path, fitted(tmp_path, BOTH), one)
+    mesh, own = on(BOTH)
+    layout, shapes = finetune.shardings(own.parameters), one[1]
+    expected = {
+        "decoder.layers.mlp.up.kernel": (P(None, None, "model"), P(None, "data", "model")),
+        "decoder.layers.mlp.down.kernel": (P(None, "model", None), P(None, "model", "data")),
+        "decoder.layers.attention.query": (P(None, None, "model"), P(None, "data", "model")),
+        "decoder.layers.attention.out": (P(None, "model", None), P(None, "model", "data")),
+    }
+    assert len(seen) == CONFIG.steps
+    for given, state, metrics in seen:
+        assert jax.tree.leaves(given) == jax.tree.leaves(state)  # nothing is placed or compiled anew
+        assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(metrics))
+        adam = state["optimizer"].inner_state[1][0]
+        for name, leaf in shapes.items():
+            parameter, mean, square = state["parameters"][name], adam.mu[name], adam.nu[name]
+            assert parameter.is_equivalent_to(layout[name], leaf.ndim) and mean == square
+            shares = [leaf.size // np.prod(place.shard_shape(leaf.shape)) for place in (parameter, mean)]
+            assert shares[1] == 4 * shares[0] or name == "projector_in.bias", name  # whose one axis is taken
+        for name, (parameter, mean) in expected.items():
+            assert state["parameters"][name].is_equivalent_to(NamedSharding(mesh, parameter), 3), name
+            assert adam.mu[name].is_equivalent_to(NamedSharding(mesh, mean), 3), name
+        assert adam.count.is_fully_replicated
+
+
+class Stopped(BaseException):
+    """As good as a kill: nothing catches it."""
+
+
+def test_a_run_resumes_on_another_mesh(one: tuple[Path, Any], tmp_path: Path) -> None:
+    def stop(step: int, _: Any) -> None:
+        if step == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fitted(tmp_path, BOTH, check=stop, check_every=1)
+    steps: list[int] = []
+    found = fitted(tmp_path, meshes.Axes(2, 2), log=lambda row: steps.append(row["step"]))
+    assert steps == [3, 4]
+    assert_same(tmp_path, found, one)
+
+
+def test_the_command_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It leaves what the one on a single device does."""
+    folder = write_data(tmp_path)
+    for out, mesh in (("one", "data=1"), ("mesh", "data=2,model=2")):
+        with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+            main(command(folder, out, "--mesh", mesh, "--steps", "2"))
+        assert ended.value.code == 0, capsys.readouterr().err
+    ours, theirs = (TensorFolder(folder / out / "model") for out in ("mesh", "one"))
+    start = TensorFolder(fixtures.folder(CASE))
+    moved = 0
+    for name in theirs.entries:
+        expected = np.asarray(theirs.read(name))
+        np.testing.assert_allclose(ours.read(name), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+        moved += not np.array_equal(expected, start.read(name))
+    assert moved
+    tables = [training.read_metrics(folder / out / "evaluations.csv") for out in ("mesh", "one")]
+    assert tables[0] == tables[1] and [row["step"] for row in tables[0]] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "line"),
+    [
+        ("data=16", r"error: the mesh data=16,model=1 has 16 devices, but JAX sees 8; choose smaller axes, or"),
+        ("model=7", r"error: model=7 divides none of the decoder's"),
+        ("heads=2", r"error: a mesh is given as data=4,model=2, or as auto; not as 'heads=2'."),
+    ],
+)
+def test_a_mesh_that_cannot_be(mesh: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_data(tmp_path)
+    assert refused(capsys, command(folder, "run", "--mesh", mesh)).startswith(line)
+    assert not (folder / "run" / "run.json").exists()
