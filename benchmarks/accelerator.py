@@ -17,8 +17,10 @@ from pathlib import Path
 
 import accelerator_ideal
 import accelerator_programs as programs
+import accelerator_scaling as scaling
 import accelerator_targets as targets
 import hlo
+import hlo_collectives
 import jax
 from accelerator_scores import axes_of_keys
 
@@ -55,6 +57,11 @@ FIGURES = (
     "weight_copies",
     "copied_gb",
     "score_tensors",
+    "collective_gb_model",
+    "collective_gb_data",
+    "collectives",
+    "collectives_per_block",
+    "collective_ms",
     "roofline_ms",
     "ideal_ms",
     "bound_ratio",
@@ -77,6 +84,10 @@ SHOWN = {
     "bytes_ratio": ".2f",
     "weight_copies": "d",
     "score_tensors": "d",
+    "collective_gb_model": ".2f",
+    "collective_gb_data": ".2f",
+    "collectives_per_block": "d",
+    "collective_ms": ".2f",
     "roofline_ms": ".2f",
     "ideal_ms": ".2f",
     "bound_ratio": ".2f",
@@ -89,6 +100,9 @@ QUICK_TARGETS = {"llava-7b": ("h100", "v5e"), "gemma-12b": ("h100", "v5e"), prog
 
 QUICK_WORKS = ("trace", "rerun", "extract", "generate", "dcsm")
 
+QUICK_MESH = ("h100-2x2", "llava-7b", "rerun")
+"""Two copies of the model on two GPUs each."""
+
 _WEIGHTS = re.compile(r"""op_name="(parameters|state\\?\[\\?'parameters|constants|scorer|encoder)""")
 
 Figures = dict[str, float]
@@ -100,7 +114,8 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
     started = time.perf_counter()
     compiled = target.compile(part.function, *part.args, **part.options)
     seconds = time.perf_counter() - started
-    memory, counts = compiled.memory_analysis(), counted(compiled.as_text(), part, alias, target.chips)
+    memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    counts = counted(program, part, alias, target)
     unknown = counts.unknown_loops + counts.unknown_branches
     absent = {*part.shares, *part.trips} - counts.functions
     for text in (
@@ -110,8 +125,9 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
         *sorted(counts.faults),
     ):
         print(f"  {target.name}/{alias}/{part.name}: {text}", flush=True)
+    sent, links = sum(one.sent for one in counts.collectives), target.device.links
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    device, least = target.device, ideal.on(target.chips)
+    device, least = target.device, ideal.on(target.model)
     return with_ratios(
         {
             "chips": target.chips,
@@ -128,6 +144,13 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
             "weight_copies": counts.weight_copies,
             "copied_gb": counts.copied / 1e9,
             "score_tensors": counts.score_tensors,
+            "collective_gb_model": counts.sent("model") / 1e9,
+            "collective_gb_data": counts.sent("data") / 1e9,
+            "collectives": sum(one.runs for one in counts.collectives),
+            "collectives_per_block": hlo_collectives.in_one_step(
+                program, target.mesh.shape, axis="model", skipped=part.trips
+            ),
+            "collective_ms": 1e3 * sent / links.ring if links else 0.0,
             "roofline_ms": 1e3 * device.seconds(counts.flop, counts.moved),
             "ideal_ms": 1e3 * least.seconds(device),
             "compile_s": seconds,
@@ -136,15 +159,22 @@ def figures(part: programs.Part, target: targets.Target, ideal: accelerator_idea
     )
 
 
-def counted(text: str, part: programs.Part, alias: str, chips: int) -> hlo.Counts:
+def counted(program: hlo.Program, part: programs.Part, alias: str, target: targets.Target) -> hlo.Counts:
     """What a compiled program does."""
-    program = hlo.parse(text)
     entry = program.computations[program.entry].parameters
     weights = [index for index, parameter in enumerate(entry) if _WEIGHTS.search(parameter.rest)]
     if not weights:
         raise RuntimeError(f"no parameter of {alias}/{part.name} is a weight: {entry[0].rest:.100}")
-    keys, widths = axes_of_keys(alias, part.name, chips)
-    return hlo.count(program, weights=weights, keys=keys, widths=widths, shares=part.shares, trips=part.trips)
+    keys, widths = axes_of_keys(alias, part.name, target.model)
+    return hlo.count(
+        program,
+        weights=weights,
+        keys=keys,
+        widths=widths,
+        shares=part.shares,
+        trips=part.trips,
+        mesh=target.mesh.shape,
+    )
 
 
 def with_ratios(found: Figures) -> Figures:
@@ -163,12 +193,19 @@ def together(several: Sequence[Figures]) -> Figures:
     most = max(several, key=lambda one: one["arguments_gb"] + one["temporary_gb"])
     memory = {name: most[name] for name in ("chips", "arguments_gb", "temporary_gb", "output_gb")}
     sums = {name: sum(one[name] for one in several) for name in FIGURES if not name.endswith("_ratio")}
-    return with_ratios({**sums, **memory, "fits": min(one["fits"] for one in several)})
+    per_block = max(one["collectives_per_block"] for one in several)
+    return with_ratios(
+        {**sums, **memory, "fits": min(one["fits"] for one in several), "collectives_per_block": per_block}
+    )
 
 
 def measure(name: str, alias: str, work: str) -> dict[str, Figures]:
-    """Figures of a work, and of its programs if there are several, by name."""
-    target = programs.target_of(name, alias)
+    """Figures of a work on the chips of a name, and of its programs if there are several, by name."""
+    return measure_on(programs.target_of(name, alias), alias, work)
+
+
+def measure_on(target: targets.Target, alias: str, work: str) -> dict[str, Figures]:
+    """Figures of a work on some chips."""
     own = None if alias == programs.ENCODER else programs.geometry(alias)
     parts, least = programs.parts(alias, work, target), accelerator_ideal.ideals(own, work)
     found = {part.name: figures(part, target, ideal, alias) for part, ideal in zip(parts, least, strict=True)}
@@ -202,8 +239,12 @@ def bounds(found: Mapping[str, float]) -> list[tuple[str, float, float]]:
             limit = RATIOS.get(work)
         elif figure == "flop_ratio" and work in ("trace", "rerun", "extract", "decode"):
             limit = FLOP_RATIO
-        elif figure in ("weight_copies", "score_tensors") and work in ("trace", "rerun"):
+        elif figure in ("weight_copies", "score_tensors", "collective_gb_data") and work in ("trace", "rerun"):
             limit = 0.0
+        elif figure == "collective_ms" and (name, alias, work) == QUICK_MESH:
+            limit = found[f"{name}/{alias}/{work}/roofline_ms"] * (1 / scaling.LEAST["model"] - 1)
+        elif figure == "collectives_per_block" and work in ("trace", "rerun", "extract", "decode"):
+            limit = 2.0
         elif figure == "temporary_gb" and name == "h100" and work == "trace":
             limit = LARGE_TRACE_GB.get(alias, TRACE_GB)
         elif figure == "temporary_gb" and name == "h100" and work == "rerun":
@@ -265,12 +306,13 @@ def combinations(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     quick = options.quick
     works = chosen(options.works, programs.WORKS, QUICK_WORKS if quick else programs.WORKS)
     models = chosen(options.models, programs.MODELS, QUICK_TARGETS if quick else programs.MODELS)
-    names = chosen(options.targets, targets.TARGETS, ("h100", "v5e", "v5p"))
+    names = ["h100", "v5e", "v5p"] if options.targets is None else options.targets.split(",")
     wanted = []
     for alias in models:
         own = QUICK_TARGETS[alias] if quick and options.targets is None and alias in QUICK_TARGETS else names
         wanted += [(name, alias, work) for name in own for work in works if programs.does(alias, work)]
-    return wanted
+    everything = quick and options.targets is None and options.models is None and options.works is None
+    return [QUICK_MESH, *wanted] if everything else wanted
 
 
 def measured(wanted: Sequence[tuple[str, str, str]], jobs: int) -> Iterator[tuple[str, dict[str, Figures] | str]]:
@@ -279,10 +321,50 @@ def measured(wanted: Sequence[tuple[str, str, str]], jobs: int) -> Iterator[tupl
         yield from ((f"{name}/{alias}", attempt(name, alias, work)) for name, alias, work in wanted)
         return
     # Programs for TPUs take longest to compile, and so come first.
-    order = sorted(wanted, key=lambda one: targets.DEVICES[one[0]].platform != "tpu")
+    order = sorted(wanted, key=lambda one: targets.DEVICES[targets.named(one[0])[0]].platform != "tpu")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), compile_anew) as pool:
         running = {pool.submit(attempt, *one): "/".join(one[:2]) for one in order}
         yield from ((running[done], done.result()) for done in as_completed(running))
+
+
+def scaling_cases(options: argparse.Namespace) -> list[scaling.Case]:
+    """Cases of the chosen accelerators and models."""
+    names = chosen(options.targets, [case.name for case in scaling.CASES], [case.name for case in scaling.CASES])
+    models = chosen(options.models, [case.alias for case in scaling.CASES], [case.alias for case in scaling.CASES])
+    return [case for case in scaling.CASES if case.name in names and case.alias in models]
+
+
+def scale(folder: Path, cases: Sequence[scaling.Case], *, resume: bool) -> int:
+    """Compiles sweeps for more and more devices; returns 1 if one does not compile.
+
+    What is compiled is kept in `scaling_works.json`, from which a resumed run goes on.
+    """
+    path = folder / "scaling_works.json"
+    known: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if resume and path.exists() else {}
+    rows: dict[str, Figures] = {}
+    failures: list[str] = []
+
+    def measure_once(target: targets.Target, alias: str, work: str) -> dict[str, Figures]:
+        name = f"{target.name}-{target.data}x{target.model}/{alias}/{work}"
+        if name not in known:
+            known[name] = measure_on(target, alias, work)
+            path.write_text(json.dumps(known, indent=1))
+        return known[name]
+
+    def failed(row: str, error: Exception) -> None:
+        failures.append(row)
+        print(f"{row}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}", flush=True)
+
+    print(scaling.HEADER, "\n", flush=True)
+    for found in scaling.scaled(cases, measure_once, failed):
+        rows |= found
+        row, own = [*found.items()][-1]
+        print(f"{row}: bound {own['bound_ms']:.4g} ms, efficiency {own['efficiency']:.1%}", flush=True)
+        scaling.write(folder, rows)
+    print(f"\n{scaling.table(rows)}\n")
+    for key, value, least in scaling.bounds(rows):
+        print(f"{'reached' if value >= least else 'MISSED '}  {key} = {value:.3g} (aim: {least:.2g})")
+    return int(bool(failures))
 
 
 def compile_anew() -> None:
@@ -302,18 +384,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles, counts, writes; returns 1 if a bound is missed in quick mode, or a program does not compile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--targets", help=f"some of {', '.join(targets.TARGETS)}; h100,v5e,v5p by default")
+    parser.add_argument(
+        "--targets",
+        help=f"some of {', '.join(targets.TARGETS)}, or v5e-8 and so on for so many chips; h100,v5e,v5p by default",
+    )
     parser.add_argument("--models", help="short names of published models; all by default")
     parser.add_argument("--works", help=f"some of {', '.join(programs.WORKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="two models and the scorer; fails if a bound is missed")
+    parser.add_argument("--scaling", action="store_true", help="sweeps on more and more devices, into scaling.json")
     parser.add_argument("--resume", action="store_true", help="keep what the folder holds, and add what is missing")
     parser.add_argument("--jobs", type=int, help="programs that are compiled at a time; 1 by default, 2 in quick mode")
     options = parser.parse_args(arguments)
-    wanted = combinations(options)
-    for name in dict.fromkeys(name for name, _, _ in wanted):
+    cases, wanted = scaling_cases(options) if options.scaling else [], combinations(options)
+    names = [case.name for case in cases] or [targets.named(name)[0] for name, _, _ in wanted]
+    for name in dict.fromkeys(names):
         if problem := targets.missing(name):
             raise SystemExit(problem)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.scaling:
+        return scale(options.out, cases, resume=options.resume)
     path, failed, started = options.out / "accelerator.json", 0, time.perf_counter()
     found: dict[str, float] = json.loads(path.read_text()) if options.resume and path.exists() else {}
     wanted = [one for one in wanted if f"{'/'.join(one)}/compile_s" not in found]

@@ -4,22 +4,25 @@ The functions of the library run on shapes alone (`jax.eval_shape`), and what th
 noted. So the programs, their chunks and their arguments are those of a real run, for prompts of the lengths below.
 """
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from accelerator_targets import Target, split_axis, target
+from accelerator_notes import Call, noted
+from accelerator_targets import Target, target
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import PyTree
 from published_configs import CONFIGS
 
 import jaxid
+from jaxid import meshes
+from jaxid.checkpoints import sharding
 from jaxid.checkpoints.loading import abstract_parameters
 from jaxid.checkpoints.tensors import Leaves, unflatten
 from jaxid.dcsm import embedding, scoring
@@ -30,7 +33,7 @@ from jaxid.families.llava_video import LlavaVideoConfig, clip_rows
 from jaxid.families.mllama import MllamaConfig
 from jaxid.families.qwen_vl import QwenVLConfig
 from jaxid.families.registry import family
-from jaxid.interp import forward, generate, sweep, trace
+from jaxid.interp import generate, trace
 from jaxid.nn.inputs import Inputs
 from jaxid.prompts.processor import Prompts
 from jaxid.train import loop
@@ -111,17 +114,17 @@ class Geometry:
         """Length of a prompt, T."""
         return -(-(BEFORE + self.image_tokens + AFTER) // 8) * 8
 
-    @property
-    def weights(self) -> int:
-        """Bytes of the parameters."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
-
-    @property
-    def needed(self) -> int:
-        """Bytes for the weights, two traces and two gigabytes of temporaries: what a slice of chips must hold."""
+    def needed(self, target: Target) -> float:
+        """Bytes that each of some chips needs: its weights, its part of two traces, two gigabytes of temporaries."""
+        mesh: Any = AbstractMesh((target.data, target.model), meshes.AXES)
+        found = sharding.layout(self.definition, self.leaves, mesh).shardings
+        weights = sum(
+            math.prod(found[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize for path, leaf in self.leaves.items()
+        )
         text = self.text
-        keys = text.num_hidden_layers * PROMPTS * self.tokens * text.num_key_value_heads * text.head_dim
-        return self.weights + 2 * 4 * keys + 2 * 10**9
+        heads = -(-text.num_key_value_heads // target.model)
+        keys = text.num_hidden_layers * PROMPTS * self.tokens * heads * text.head_dim
+        return weights + 2 * 4 * keys + 2 * 10**9
 
     def prompts(self, count: int = PROMPTS) -> Prompts:
         """Prompts of these lengths; only their shapes and positions matter."""
@@ -132,7 +135,9 @@ class Geometry:
         rows[:, BEFORE:start] = 0 if cross else np.arange(count * self.image_tokens).reshape(count, -1)
         share = count / PROMPTS
         pictures = (round(self.pictures[0] * share), *self.pictures[1:])
-        extras = {name: value[: round(len(value) * share)] for name, value in self.extras.items()}
+        extras = {
+            name: np.resize(value, (round(len(value) * share), *value.shape[1:])) for name, value in self.extras.items()
+        }
         turned = np.tile(positions[:, None], (1, 3, 1)) if isinstance(self.config, QwenVLConfig) else None
         inputs = Inputs(
             token_ids=positions,
@@ -201,79 +206,56 @@ def _pictures(config: Any) -> tuple[tuple[int, ...], Mapping[str, np.ndarray], i
 
 def target_of(name: str, alias: str) -> Target:
     """The chips on which a model runs."""
-    return target(name, 0 if alias == ENCODER else geometry(alias).needed)
+    return target(name, (lambda chips: 0.0) if alias == ENCODER else geometry(alias).needed)
 
 
 # --- what the library hands to its programs -------------------------------------------------------------------------
 
-Call = tuple[Any, tuple[PyTree, ...], dict[str, PyTree]]
 
-_NOTED = (
-    (trace, ("_record", "_residuals", "_resume")),
-    (generate, ("_prefill", "_decode")),
-    (forward, ("_answer_log_probs",)),
-)
+def _calls(own: Geometry, target: Target, run: Callable[[Model, Prompts], Any]) -> dict[str, Call]:
+    """The programs that some use of the model calls, by name, with shapes for arrays as they lie on the chips."""
+    found = sharding.layout(own.definition, own.leaves, target.mesh).shardings
+    count = PROMPTS * target.data
+    with noted(target) as notes:
+        parameters = unflatten(dict(own.leaves))
+        jax.eval_shape(lambda parameters: run(own.model(parameters), own.prompts(count)), parameters)
 
-
-@contextlib.contextmanager
-def noted(device: Any) -> Iterator[dict[str, Call]]:
-    """Within it, calls of the library's jitted functions are noted by name, and chunks are those of a device."""
-    calls: dict[str, Call] = {}
-
-    def note(name: str, function: Any) -> Callable[..., Any]:
-        def called(*args: PyTree, **options: PyTree) -> Any:
-            if name in calls:
-                raise RuntimeError(f"{name} is called twice, and would be counted once")
-            calls[name] = (function, args, options)
-            return function(*args, **options)
-
-        return called
-
-    with contextlib.ExitStack() as stack:
-        for module, names in _NOTED:
-            for name in names:
-                function = note(name, getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, function))
-        stack.enter_context(mock.patch.object(jax, "default_backend", lambda: device.platform))
-        stack.enter_context(mock.patch.object(sweep, "this", lambda: device))
-        yield calls
-
-
-def _abstract(call: Call, own: Geometry, target: Target) -> Call:
-    """A noted call with shapes for arrays, split over the chips."""
-    function, args, options = call
+    def spec(name: str, leaf: Any) -> PartitionSpec:
+        if name in found:
+            return found[name].spec
+        if id(leaf) in notes.placed:
+            return notes.placed[id(leaf)][1]
+        return _spec(leaf.shape, own, count) if id(leaf) in notes.results else PartitionSpec()
 
     def place(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):
             return leaf
-        shape = jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
-        name = jax.tree_util.keystr(path[1:], simple=True, separator=".")
-        if name in own.leaves:
-            return target.array(shape, split_axis(name, shape.shape, target))
-        return target.array(shape, _head_axis(shape.shape, own, target))
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return target.placed(jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), spec(name, leaf))
 
-    static = [isinstance(one, type(own.definition)) for one in args]
-    placed = tuple(
-        one if fixed else jax.tree_util.tree_map_with_path(lambda path, leaf: place((None, *path), leaf), one)
-        for one, fixed in zip(args, static, strict=True)
-    )
-    return function, placed, dict(options)
+    def placed(call: Call) -> Call:
+        function, args, options = call
+        static = [isinstance(one, type(own.definition)) for one in args]
+        args = (
+            one if fixed else jax.tree_util.tree_map_with_path(place, one)
+            for one, fixed in zip(args, static, strict=True)
+        )
+        return function, tuple(args), dict(options)
 
-
-def _head_axis(shape: tuple[int, ...], own: Geometry, target: Target) -> int | None:
-    """The axis of heads of recorded keys and values, which the chips share."""
-    heads, width = own.text.num_key_value_heads, own.text.head_dim
-    if len(shape) < 5 or shape[-1] != width or not target.divides(heads):
-        return None
-    return max((axis for axis in range(1, len(shape) - 1) if shape[axis] == heads), default=None)
+    return {name: placed(call) for name, call in notes.calls.items()}
 
 
-def _calls(own: Geometry, target: Target, run: Callable[[Model, Prompts], Any]) -> dict[str, Call]:
-    """The programs that some use of the model calls, by name."""
-    with noted(target.device) as calls:
-        parameters = unflatten(dict(own.leaves))
-        jax.eval_shape(lambda parameters: run(own.model(parameters), own.prompts()), parameters)
-        return {name: _abstract(call, own, target) for name, call in calls.items()}
+def _spec(shape: tuple[int, ...], own: Geometry, prompts: int) -> PartitionSpec:
+    """Where results of programs lie that are arguments of others: prompts over "data", recorded heads over "model".
+
+    Keys and values have their axes of prompts, heads, tokens and numbers last; residual streams those of prompts,
+    tokens and numbers.
+    """
+    if len(shape) >= 5 and shape[-1] == own.text.head_dim:
+        return PartitionSpec(*[None] * (len(shape) - 4), meshes.DATA, meshes.MODEL)
+    axes = [axis for axis, length in enumerate(shape) if length == prompts]
+    axis = min(1, len(shape) - 2) if shape[-1:] == (own.text.hidden_size,) else min(axes, default=None)
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, meshes.DATA)
 
 
 # --- works ----------------------------------------------------------------------------------------------------------
@@ -284,8 +266,8 @@ def edited_layers(own: Geometry, count: int) -> np.ndarray:
     return np.arange(count) * own.text.num_hidden_layers // count
 
 
-def _edits(own: Geometry, count: int) -> Any:
-    positions = np.full(PROMPTS, own.tokens - SUFFIX)
+def _edits(own: Geometry, prompts: Prompts, count: int) -> Any:
+    positions = np.full(len(prompts), own.tokens - SUFFIX)
     vectors = np.zeros((count, own.text.hidden_size), np.float32)
     return jaxid.add(edited_layers(own, count), positions, vectors)
 
@@ -328,7 +310,7 @@ def _part(name: str, call: Call, shares: Mapping[str, float], trips: Mapping[str
 
 def _rerun(own: Geometry, target: Target) -> dict[str, Call]:
     def run(model: Model, prompts: Prompts) -> Any:
-        return trace.rerun(model, trace.trace(model, prompts), _edits(own, EDITS)).logprobs(np.arange(2))
+        return trace.rerun(model, trace.trace(model, prompts), _edits(own, prompts, EDITS)).logprobs(np.arange(2))
 
     return _calls(own, target, run)
 
@@ -346,7 +328,7 @@ def _answers_part(own: Geometry, target: Target) -> list[Part]:
 
 def _generate_parts(own: Geometry, target: Target) -> list[Part]:
     def run(model: Model, prompts: Prompts) -> Any:
-        recorded, edits = trace.trace(model, prompts), _edits(own, GENERATED)
+        recorded, edits = trace.trace(model, prompts), _edits(own, prompts, GENERATED)
         return generate.generate(model, recorded, edits, max_new_tokens=NEW_TOKENS).tokens
 
     calls, shares = _calls(own, target, run), decoder_shares(own)
@@ -358,7 +340,7 @@ def _generate_parts(own: Geometry, target: Target) -> list[Part]:
 
 def _extract_part(own: Geometry, target: Target) -> list[Part]:
     def run(model: Model, prompts: Prompts) -> Any:
-        return trace.residuals_at(model, prompts, np.full((PROMPTS, 1), own.tokens - SUFFIX))
+        return trace.residuals_at(model, prompts, np.full((len(prompts), 1), own.tokens - SUFFIX))
 
     return [_part("extract", _calls(own, target, run)["_residuals"], shares_of(own))]
 
@@ -377,7 +359,7 @@ def _finetune_part(own: Geometry, target: Target) -> list[Part]:
     task = finetune_task(own)
     stage, inputs = task.stage(), own.prompts(TRAINED).inputs
     batch = {
-        "inputs": {field.name: getattr(inputs, field.name) for field in dataclasses.fields(Inputs)},
+        "inputs": finetune.arrays_of(inputs),
         "positions": inputs.last[:, None],
         "labels": inputs.last[:, None],
         "word": inputs.last,
@@ -386,15 +368,13 @@ def _finetune_part(own: Geometry, target: Target) -> list[Part]:
     }
     batch = jax.tree.map(lambda leaf: np.broadcast_to(leaf[None], (1, *leaf.shape)), batch)
 
-    def place(leaf: Any, path: str = "") -> jax.ShapeDtypeStruct:
-        return target.array(leaf, split_axis(path, leaf.shape, target) if path in own.leaves else None)
-
+    layout = sharding.layout(own.definition, own.leaves, target.mesh).shardings
     parameters = jax.eval_shape(task.selection.split, task.model.parameters)
     state = jax.eval_shape(lambda parameters: loop._start(stage, parameters), parameters)
-    frozen = unflatten({path: place(leaf, path) for path, leaf in own.leaves.items()})
-    args = (jax.tree.map(place, state), jax.tree.map(place, batch), {"frozen": frozen})
+    frozen = unflatten({path: target.placed(leaf, layout[path].spec) for path, leaf in own.leaves.items()})
+    args = (jax.tree.map(target.array, state), jax.tree.map(target.array, batch), {"frozen": frozen})
     shares = {**shares_of(own), "apply_if_finite.<locals>.update": 1.0}
-    return [Part(name="finetune", function=loop._step_function(stage, 1), args=args, shares=shares)]
+    return [Part(name="finetune", function=loop._step_function(stage), args=args, shares=shares)]
 
 
 def encoder_geometry() -> tuple[Any, Any, Leaves]:

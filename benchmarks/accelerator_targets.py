@@ -1,18 +1,19 @@
 """Accelerators that programs are compiled for without being there: compilers, meshes and placement of arrays."""
 
+import contextlib
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jaxid import meshes
 from jaxid.devices import DEVICES, Device
 
 # Before JAX looks for devices: it is to use none, and libtpu is to ask no server where it runs, and to need no lock.
@@ -73,10 +74,16 @@ _GPUS: Mapping[str, Mapping[str, object]] = {
 }
 
 _TPUS: Mapping[str, Mapping[int, str]] = {
-    "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"},
-    "v5p": {1: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2"},
+    "v5e": {1: "v5e:2x2", 2: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8"},
+    "v5p": {1: "v5p:2x2x1", 2: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2", 64: "v5p:4x4x4"},
 }
-"""Slices by the number of their chips; of the smallest one a single chip may be used."""
+"""Slices by the number of their chips; of the smallest one, single chips and pairs may be used."""
+
+_MOST = 16
+"""The most chips that share a copy of a model, where their number is not given."""
+
+_HOST = 8
+"""GPUs of a host."""
 
 TARGETS = (*_GPUS, *_TPUS)
 """Names of the accelerators, as in `jaxid.devices`."""
@@ -88,8 +95,6 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "tpu": {},
 }
 
-Axes = tuple[str | None, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -97,47 +102,71 @@ class Target:
 
     Attributes:
         device: one chip.
-        chips: number of them.
+        model: number of chips that share a copy of the model.
+        data: number of copies, among which prompts are divided.
     """
 
     device: Device
-    chips: int = 1
+    model: int = 1
+    data: int = 1
 
     @property
     def name(self) -> str:
         """Name of the accelerator."""
         return self.device.name
 
+    @property
+    def chips(self) -> int:
+        """Number of all chips."""
+        return self.data * self.model
+
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The chips, along one axis "model"."""
-        return Mesh(np.array(devices(self.name, self.chips)[: self.chips]), ("model",))
+        """The chips, as the library arranges them."""
+        return meshes.mesh(self.data, self.model, devices(self.name, self.chips))
+
+    @property
+    def shared(self) -> Mesh | None:
+        """The mesh as the library knows it: None for a single chip."""
+        return self.mesh if self.chips > 1 else None
 
     def array(self, leaf: Any, axis: int | None = None) -> jax.ShapeDtypeStruct:
-        """An array's shape on the chips: split along an axis, or the same on all of them."""
-        spec = [None] * len(leaf.shape)
-        if axis is not None and self.chips > 1:
-            spec[axis] = "model"  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, PartitionSpec(*spec)))
+        """An array's shape on the chips: split along an axis over "model", or the same on all of them."""
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, meshes.MODEL)
+        return self.placed(leaf, spec)
 
-    def divides(self, length: int) -> bool:
-        """Whether the chips can share an axis of this length."""
-        return self.chips > 1 and length % self.chips == 0
+    def placed(self, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        """An array's shape on the chips."""
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """Within it, programs are traced as on these chips, see `jaxid.interp.programs`."""
+        return contextlib.nullcontext() if self.shared is None else jax.set_mesh(self.mesh)
+
+    def traced(self) -> contextlib.AbstractContextManager[object]:
+        """The same within another trace, which no longer allows a mesh of devices."""
+        mesh = self.shared
+        return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
     def compile(self, function: Any, *args: PyTree, **options: PyTree) -> Any:
         """A jitted function, compiled for these chips."""
-        lowered = function.lower(*args, **options)
+        with self.context():
+            lowered = function.lower(*args, **options)
         return lowered.compile(compiler_options=dict(_OPTIONS[self.device.platform]))
 
 
 @functools.cache
 def devices(name: str, chips: int) -> list[Any]:
-    """Chips of one kind that share a host; they need not be there."""
+    """Chips of one kind, at least so many; they need not be there."""
     device = DEVICES[name]
     if device.platform == "gpu":
         text = _GPU.format(**_GPUS[name], memory=device.memory, bandwidth=int(device.bandwidth))
+        hosts = -(-chips // _HOST)
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name=name, topology=f"1x1x{chips}", target_config=text
+            platform="cuda",
+            topology_name=name,
+            topology=f"{hosts}x1x{min(chips, _HOST)}",
+            target_config=text,
         )
     else:
         found = topologies.get_topology_desc(platform="tpu", topology_name=_TPUS[name][chips])
@@ -156,27 +185,31 @@ def missing(name: str) -> str | None:
     return None
 
 
-def target(name: str, needed: float) -> Target:
-    """The fewest chips with room for a number of bytes; one GPU in any case."""
-    device = DEVICES[name]
+def named(name: str) -> tuple[str, int, int | None]:
+    """The accelerator of a name such as v5e, v5e-8 or v5e-2x4, the copies of the model, and the chips that share one.
+
+    The number of these is None where the name does not say it.
+    """
+    known = next((one for one in TARGETS if name == one or name.startswith(f"{one}-")), "")
+    count = re.fullmatch(r"(?:-(?:(\d+)x)?(\d+))?", name.removeprefix(known))
+    if not known or count is None:
+        raise SystemExit(f"{name!r} is not one of {', '.join(TARGETS)}, or one with a number of chips, such as v5e-8")
+    return known, int(count[1] or 1), int(count[2]) if count[2] else None
+
+
+def target(name: str, needed: Callable[[Target], float]) -> Target:
+    """The chips of a name.
+
+    Args:
+        name: see `named`. Where it says no number, the fewest TPUs with room share a copy of the model, and one GPU in
+            any case.
+        needed: bytes that each of some chips needs.
+    """
+    known, data, model = named(name)
+    device = DEVICES[known]
+    if model is not None:
+        return Target(device, model, data)
     if device.platform == "gpu":
         return Target(device)
-    counts = [chips for chips in _TPUS[name] if chips * device.memory >= needed]
-    return Target(device, min(counts, default=max(_TPUS[name])))
-
-
-def split_axis(path: str, shape: tuple[int, ...], target: Target) -> int | None:
-    """The axis along which the chips share a parameter: the outputs of maps into heads and MLPs, the inputs of others.
-
-    So a block needs two sums over the chips, after its attention and after its MLP.
-    """
-    if len(shape) < 2 or math.prod(shape) < 1_000_000:
-        return None
-    inward = path.endswith((".out", ".down.kernel"))
-    if path.endswith("embedding"):  # rows of the table; the columns of the map to the vocabulary
-        axes = [0] if not path.endswith("unembedding") else [len(shape) - 1]
-    elif len(shape) == 4:  # heads are an axis of their own
-        axes = [1] if inward else [2]
-    else:
-        axes = [len(shape) - 2] if inward else [len(shape) - 1]
-    return next((axis for axis in axes if target.divides(shape[axis])), None)
+    several = [Target(device, chips) for chips in _TPUS[known] if chips <= _MOST]
+    return next((one for one in several if needed(one) <= device.memory), several[-1])

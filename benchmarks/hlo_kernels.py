@@ -78,8 +78,11 @@ KERNELS: Mapping[str, Kernel] = {
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """The name of a custom call's kernel: that which Pallas' call was given, else that of its target."""
-    named = re.search(r"(\w+)/pallas_call\"", instruction.rest)
+    """The name of a custom call's kernel: that which Pallas' call was given, else that of its target.
+
+    Where a kernel was divided among devices, the name of the call is lost, and only the kernel tells.
+    """
+    named = re.search(r"(\w+)/pallas_call\"", instruction.rest) or re.search(r', name = "(\w+)"', instruction.rest)
     return named[1] if named else instruction.target
 
 
