@@ -215,7 +215,8 @@ def test_pictures_and_captions_are_encoded_in_halves(monkeypatch: pytest.MonkeyP
 
         return program
 
-    monkeypatch.setattr(embedding, "_TOGETHER", Halving(8, unit="input"))
+    halving = Halving(8, unit="input")
+    monkeypatch.setattr(embedding, "_together", lambda copies: halving)
     for name in programs:
         monkeypatch.setattr(embedding, name, limited(name))
     with pytest.warns(JaxidWarning, match="did not suffice for 8 inputs together"):

@@ -1,9 +1,9 @@
 """Pictures and captions in a CLIP-like model's joint space: every token, and pooled."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxid import meshes
 from jaxid.errors import InputError
 from jaxid.families.base import Encoder
 from jaxid.halving import Batches, Exhausted, Halving
 from jaxid.interp.programs import program
 from jaxid.io import joined
 from jaxid.kernels.similarity import unit
+from jaxid.meshes import DATA
+from jaxid.nn.dual import Encoded
+from jaxid.nn.placement import placed
 from jaxid.pipeline import overlapped
 from jaxid.prompts.dual import Captions
 from jaxid.prompts.pictures import Picture
@@ -25,12 +29,16 @@ TEXT_TOKENS = 30
 """Caption tokens of a map, T, as published."""
 
 BATCH = 32
-"""Pictures or captions encoded at a time, unless the device's memory does not suffice."""
+"""Pictures or captions encoded at a time by each copy of the model, unless the device's memory does not suffice."""
 
 READERS = min(8, os.cpu_count() or 1)
 """Batches that are opened at a time: encoders are small and fast, and so are the pixels that they take."""
 
-_TOGETHER = Halving(BATCH, unit="input", advice="use a smaller model or a larger device")
+
+@functools.cache
+def _together(copies: int) -> Halving:
+    """How many inputs a number of copies of a model encode at a time."""
+    return Halving(BATCH * copies, unit="input", advice="use a smaller model or a larger device")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,16 +85,21 @@ class Texts:
 
 @program()
 def _image(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> tuple[Float[Array, "N I E"], Float[Array, "N E"]]:
-    found = encoder.network().image(pixels)
-    return unit(found.tokens.astype(jnp.float32)), unit(found.pooled.astype(jnp.float32))
+    found = encoder.network().image(placed(pixels, (DATA, None, None, None)))
+    return _units(found)
 
 
 @program()
 def _text(
     encoder: Encoder, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]
 ) -> tuple[Float[Array, "N T E"], Float[Array, "N E"]]:
-    found = encoder.network().text(token_ids, valid)
-    return unit(found.tokens.astype(jnp.float32)), unit(found.pooled.astype(jnp.float32))
+    return _units(encoder.network().text(token_ids, valid))
+
+
+def _units(found: Encoded) -> tuple[Float[Array, "N S E"], Float[Array, "N E"]]:
+    """Vectors of length one in float32, divided over the copies of the model as their pictures or captions are."""
+    tokens, pooled = (unit(value.astype(jnp.float32)) for value in found)
+    return placed(tokens, (DATA, None, None)), placed(pooled, (DATA, None))
 
 
 def embed_pixels(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I E"]:
@@ -124,7 +137,7 @@ def embed_images(
             return (pictures[rows].astype(_dtype(encoder)),)
         return (encoder.processor.pixels([pictures[row] for row in rows]).astype(_dtype(encoder)),)
 
-    tokens, pooled = _in_batches(partial(_image, encoder), len(pictures), pixels, progress=progress)
+    tokens, pooled = _in_batches(_image, encoder, len(pictures), pixels, progress=progress)
     return Pictures(tokens=tokens, pooled=pooled)
 
 
@@ -140,14 +153,13 @@ def embed_texts(encoder: Encoder, captions: Sequence[str] | Captions, length: in
         InputError: if there are none, one is blank, or the encoder does not take that many tokens.
     """
     batch = captions if isinstance(captions, Captions) else encoder.processor.captions(captions, length)
-    tokens, pooled = _in_batches(
-        partial(_text, encoder), len(batch), lambda rows: (batch.token_ids[rows], batch.valid[rows])
-    )
+    tokens, pooled = _in_batches(_text, encoder, len(batch), lambda rows: (batch.token_ids[rows], batch.valid[rows]))
     return Texts(captions=batch.cut(length), tokens=tokens[:, :length], pooled=pooled)
 
 
 def _in_batches(
     run: Callable[..., Any],
+    encoder: Encoder,
     count: int,
     arrays: Callable[[list[int]], tuple[np.ndarray, ...]],
     *,
@@ -156,20 +168,26 @@ def _in_batches(
     """Runs a program in batches, padded to a power of two so that few programs are compiled.
 
     Args:
-        run: the program; all its results have an axis of rows in front.
+        run: the program; all its results have an axis of rows in front, which the copies of the model divide.
+        encoder: the model, its first argument.
         count: number of rows.
         arrays: reads some rows; called in background threads.
         progress: show a progress bar, on terminals only.
     """
     from tqdm import tqdm
 
+    mesh = encoder.mesh
+    copies = meshes.size(mesh, DATA)
+
     def begun(own: tuple[np.ndarray, ...]) -> Callable[[], dict[str, np.ndarray]]:
         rows = len(own[0])
-        missing = (1 << (rows - 1).bit_length()) - rows
-        found = run(*(np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in own))
+        most = copies * (1 << (-(-rows // copies) - 1).bit_length())
+        filled = tuple(np.concatenate([array, np.repeat(array[-1:], most - rows, axis=0)]) for array in own)
+        found = run(encoder, *(filled if mesh is None else meshes.divided(mesh, filled)))
         return lambda: {str(index): value[:rows] for index, value in enumerate(jax.device_get(found))}
 
-    steps, size, parts = Batches(_TOGETHER, arrays, begun, joined), _TOGETHER.size, []
+    halving = _together(copies)
+    steps, size, parts = Batches(halving, arrays, begun, joined), halving.size, []
     chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     with (
         tqdm(total=count, unit="picture", disable=None if progress else True) as bar,

@@ -132,6 +132,7 @@ def answered(
             len(own) // len(rows),
             group=group,
             name=lambda at, rows=rows: f"question {rows[at]}",
+            mesh=encoder.mesh,
         )
         dcsm[rows] = _first_is_best(scores)
     return Answers(cosine, dcsm)

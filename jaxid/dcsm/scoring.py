@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxid import meshes
 from jaxid.checkpoints.loading import find_folder
 from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Pictures, Texts
@@ -25,6 +26,7 @@ from jaxid.io import read_json, reading, whole_file
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
 from jaxid.kernels.scorer import CNN, MLP
+from jaxid.meshes import DATA
 
 KINDS = {"cnn": CNN, "mlp": MLP}
 """Kinds of scorers by name."""
@@ -225,7 +227,8 @@ def score(
         pictures: encoded.
         texts: encoded.
         group: what maps are standardised over.
-        mesh: splits the pictures over the devices of its axis "data".
+        mesh: its axis "data" divides the pictures, whatever their number; by default the mesh on which the scorer is,
+            if there is one.
 
     Raises:
         InputError: for an unknown group, maps of another size than the scorer's, or scores that are not finite: it
@@ -233,6 +236,7 @@ def score(
     """
     check_fit(scorer, pictures.tokens.shape[1], texts.tokens.shape[1], group)
     words, tokens = caption_columns(scorer, texts)
+    mesh = mesh or meshes.of(scorer)
     if mesh is not None:
         scores = _score_sharded(scorer, pictures.tokens, tokens, words, group, mesh)
     else:
@@ -248,6 +252,7 @@ def score_own(
     *,
     group: str = "row",
     name: Callable[[int], str] = "picture {}".format,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "N C"]:
     """Scores of every picture with its own captions, C adjacent ones for each picture.
 
@@ -258,6 +263,7 @@ def score_own(
         captions: of each picture, C.
         group: "pair" or "row": a picture's maps with its captions, which is one call as published.
         name: how messages call a picture, by its index.
+        mesh: as in `score`.
 
     Raises:
         InputError: for an unknown group, maps of another size, a number of texts that is not N * C, or scores that are
@@ -269,7 +275,13 @@ def score_own(
     words, tokens = caption_columns(scorer, texts)
     shape = (len(pictures), captions)
     own: Any = pictures.tokens, tokens.reshape(*shape, *tokens.shape[1:]), words.reshape(*shape, -1)
-    scores = np.asarray(_score_own(scorer.network, scorer.vectors, own[0], own[1], own[2], group))
+    given: Any = scorer.network, scorer.vectors
+    mesh = mesh or meshes.of(scorer)
+    if mesh is not None:
+        gap = -len(pictures) % meshes.size(mesh, DATA)
+        filled = [np.concatenate([array, np.repeat(array[-1:], gap, axis=0)]) for array in own]
+        given, own = meshes.whole(mesh, given), meshes.divided(mesh, filled)
+    scores = np.asarray(_score_own(*given, *own, group))[: len(pictures)]
     return _finite(scores, scorer, pictures, texts, lambda row, column: row * captions + column, name)
 
 
@@ -360,10 +372,18 @@ def _score_own(
     words: Int[Array, "N C T"],
     group: str,
 ) -> Float[Array, "N C"]:
-    images, texts = similarity.with_functional_rows(images, texts, words, vectors)
-    found = jax.vmap(lambda picture, captions: similarity.moments(picture[None], captions, group))(images, texts)
-    own = similarity.Moments(*(value[:, 0] for value in found))
-    return kernels.score_rows(network, images, texts, own)
+    def scores(network: CNN | MLP, vectors: Array, images: Array, texts: Array, words: Array) -> Float[Array, "n C"]:
+        images, texts = similarity.with_functional_rows(images, texts, words, vectors)
+        found = jax.vmap(lambda picture, captions: similarity.moments(picture[None], captions, group))(images, texts)
+        own = similarity.Moments(*(value[:, 0] for value in found))
+        return kernels.score_rows(network, images, texts, own)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        whole, split = PartitionSpec(), _by_rows(mesh)
+        specs = (whole, whole, split, split, split)
+        scores = jax.shard_map(scores, in_specs=specs, out_specs=split, check_vma=False)
+    return scores(network, vectors, images, texts, words)
 
 
 def _score_halved(
@@ -409,13 +429,18 @@ def _score_sharded(
 ) -> Float[np.ndarray, "N M"]:
     """Scores with the pictures split over devices, which share only the moments for standardising."""
     left, right, found = _prepared(scorer, images, texts, words, group)
-    count, gap = len(images), -len(images) % mesh.shape["data"]
+    count, gap = len(images), -len(images) % meshes.size(mesh, DATA)
     left = jnp.pad(left, ((0, gap), (0, 0), (0, 0)))
     spread = similarity.Moments(*(jnp.pad(value, ((0, gap), (0, 0)), constant_values=1) for value in found))
-    split, whole = PartitionSpec("data"), PartitionSpec()
+    split, whole = _by_rows(mesh), PartitionSpec()
     left, spread = jax.device_put((left, spread), NamedSharding(mesh, split))
     network, right = jax.device_put((scorer.network, right), NamedSharding(mesh, whole))
     tiles = jax.shard_map(
         kernels.score, mesh=mesh, in_specs=(whole, split, whole, split), out_specs=split, check_vma=False
     )
     return np.asarray(jax.jit(tiles)(network, left, right, spread))[:count]
+
+
+def _by_rows(mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Pictures over axis "data", if the mesh has it."""
+    return PartitionSpec(DATA) if DATA in mesh.axis_names else PartitionSpec()

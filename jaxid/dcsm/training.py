@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxid import meshes
 from jaxid.checks import Count, Range, check_finite, check_options
 from jaxid.dcsm import augment
 from jaxid.dcsm.datasets import Item
@@ -26,6 +27,7 @@ from jaxid.families.base import Encoder
 from jaxid.io import write_json
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
+from jaxid.nn.placement import placed
 from jaxid.prompts.pictures import Picture
 from jaxid.train import loop as training
 from jaxid.train.loop import Batch, Metrics, Stage
@@ -175,7 +177,7 @@ def train(
 
     Args:
         folder: of the run.
-        encoder: the frozen model.
+        encoder: the frozen model. The devices of its mesh share the training; those of all, if it is on one.
         sets: data sets by name; within a set, either all items have an opposite picture or none has.
         config: the run's settings; a folder begun with other settings, another encoder or other data is refused.
         save_every: steps between saves.
@@ -232,7 +234,9 @@ def train(
         loss=lambda parameters, batch: loss(parameters, batch, scorer, list(sets), config, encoder, per_epoch),
         batch=batch,
         optimizer=optax.adam(config.learning_rate),
-        whole=tuple(batch(0)),
+        # Every picture meets every caption: devices share the pictures.
+        whole=tuple(name for name in batch(0) if not name.endswith(".images")),
+        constants={"encoder": encoder.parameters} if config.augment else {},
     )
     with training.begun(folder, settings, restart=restart, made=(SCORER_FILE, "metrics.json")):
         if started is not None:
@@ -246,6 +250,7 @@ def train(
             progress=progress,
             log=log,
             advice="use a larger device, or begin anew with a smaller --batch-size",
+            mesh=encoder.mesh,
         )
         found = dataclasses.replace(
             scorer,
@@ -259,7 +264,7 @@ def train(
 
 def loss(
     parameters: PyTree,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     scorer: Scorer,
     sets: Sequence[str],
     config: TrainingConfig,
@@ -270,7 +275,7 @@ def loss(
 
     Args:
         parameters: "network", and "vectors" if they are learned.
-        batch: arrays of `train`'s batches.
+        batch: arrays of `train`'s batches; and "encoder", its parameters, if they are not those of `encoder`.
         scorer: kind of network, and the vectors if they are not learned.
         sets: names of the data sets.
         config: the run's settings.
@@ -278,6 +283,7 @@ def loss(
         per_epoch: steps of an epoch.
     """
     network = type(scorer.network)(**parameters["network"])
+    encoder = dataclasses.replace(encoder, parameters=batch.get("encoder", encoder.parameters))
     vectors = parameters.get("vectors", scorer.vectors)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), batch["step"])
     total, hits = jnp.zeros(()), jnp.zeros(())
@@ -292,6 +298,7 @@ def loss(
             rows = jax.random.permutation(first, len(images))
             columns = jax.random.permutation(second, len(texts))
             left, right = similarity.with_functional_rows(images[rows], texts[columns], words[columns], vectors)
+            left = placed(left, (meshes.DATA, None, None))
             maps = similarity.standardise(similarity.similarity_maps(left, right))
             flat = maps.reshape(-1, *maps.shape[2:])
             scores = kernels.apply(network, flat, third, config.dropout).reshape(maps.shape[:2])

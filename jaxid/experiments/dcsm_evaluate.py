@@ -62,6 +62,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
         rewrite: reword captions as the published evaluation does.
         group: maps that are standardised together: those of a question, as published, or none.
         batch_size: questions answered together.
+        mesh: devices that share the work, such as data=8; auto takes all of them; one device by default.
         restart: discard the run that the folder holds, and begin anew.
         skip_bad: skip rows and pictures that cannot be used, and list them.
         progress: show progress bars, on terminals.
@@ -77,6 +78,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
     rewrite: bool = True
     group: Literal["row", "pair"] = "row"
     batch_size: Count = 64
+    mesh: str | None = None
     restart: bool = False
     skip_bad: bool = False
     progress: bool = True
@@ -98,7 +100,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
         models, unknown = {}, {}
         skipped = [{"item": item, "reason": str(error)} for item, error in bad or ()]
         for model in self.model:
-            encoder = load_encoder(model)
+            encoder = load_encoder(model, mesh=self.mesh)
             done = self._answered(encoder, scorers[model], asked)
             columns = done.table.to_pydict()
             keys = zip(columns["benchmark"], columns["question"], strict=True)

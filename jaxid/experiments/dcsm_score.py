@@ -44,6 +44,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         model: alias, Hugging Face id, folder, or OpenCLIP file.
         scorer: a scorer, .safetensors or the authors' .pt; the model's own by default.
         group: maps that are standardised together: all maps of the call, as published; a picture's maps; or none.
+        mesh: devices that share the work, such as data=8; auto takes all of them; one device by default.
         out: figure of the maps, .png.
     """
 
@@ -54,6 +55,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
     model: str = "tiny-clip"
     scorer: Path | None = None
     group: Literal["call", "row", "pair"] = "call"
+    mesh: str | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -80,10 +82,11 @@ class ScoreCaptions(Command[list[CaptionScore]]):
             ensure_output_folder(self.out.parent)
         open_picture(self.picture)
         scorer = find_scorer(self.model, self.scorer)
-        encoder = load_encoder(self.model)
+        encoder = load_encoder(self.model, mesh=self.mesh)
         pictures = embed_images(encoder, [self.picture])
         texts = embed_texts(encoder, self.captions, scorer.map_shape[1])
-        scores, cosine = score(scorer, pictures, texts, group=self.group)[0], pictures.pooled[0] @ texts.pooled.T
+        scores = score(scorer, pictures, texts, group=self.group, mesh=encoder.mesh)[0]
+        cosine = pictures.pooled[0] @ texts.pooled.T
         check_finite("the cosine of picture and captions", cosine)
         if self.out is not None:
             over = "each map alone" if self.group == "pair" else "all these captions"

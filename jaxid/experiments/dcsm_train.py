@@ -43,6 +43,8 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
         out: folder of the run. A run that it holds is resumed if its settings agree.
         model: alias, Hugging Face id, folder, or OpenCLIP file.
         words: file of functional words, one a line, used instead of `vocabulary`; `jaxid dcsm words` writes one.
+        mesh: devices that share the work, such as data=8; auto takes all of them. By default what is encoded once is
+            encoded on one device, and all of them train.
         save_every: steps between saves.
         restart: discard the run that the folder holds, and begin anew.
         wandb: project of Weights & Biases to log to.
@@ -56,6 +58,7 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
     out: Path
     model: str = "tiny-clip"
     words: Path | None = None
+    mesh: str | None = None
     save_every: Count = 100
     restart: bool = False
     wandb: str | None = None
@@ -83,7 +86,7 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
 
             check_torch(f"Writing {self.torch_file}")
             ensure_output_folder(self.torch_file.parent)
-        encoder = load_encoder(self.model)
+        encoder = load_encoder(self.model, mesh=self.mesh)
         with Trackers(training.settings_of(config) | {"model": self.model}, wandb=self.wandb) as log:
             scorer = training.train(
                 self.out,

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from jaxid import plan as plans
-from jaxid.checkpoints.encoders import load_encoder
+from jaxid.checkpoints import encoders
 from jaxid.checkpoints.loading import open_checkpoint
-from jaxid.costs import nbytes
 from jaxid.data.clips import AppearItem, read_appear_folder
 from jaxid.devices import Device
 from jaxid.errors import InputError
@@ -26,7 +25,6 @@ from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Encoder
 from jaxid.ids.extract import SPATIAL_QUESTION, TEMPORAL_QUESTION, ask
 from jaxid.interp.trace import residuals_at
-from jaxid.meshes import ONE
 from jaxid.plan import Plan, TrainingPlan
 
 PLANNED = (Experiment, ExtractIDs, ExtractTemporalIDs, Finetune, EvaluateScorers)
@@ -137,10 +135,10 @@ class _Evaluation:
 
     def __init__(self, command: EvaluateScorers):
         self._command, self._asked, self._scorers = command, command.asked(), command.scorers()
-        self._encoders = [load_encoder(name, abstract=True) for name in command.model]
+        self._encoders = [encoders.load_encoder(name, abstract=True) for name in command.model]
         self.items = self.most = len(self._asked)
-        self.axes = ONE
-        self.weights = max(_weights(encoder) for encoder in self._encoders)
+        self.axes = encoders.axes(command.mesh, jax.device_count())
+        self.weights = max(encoders.held(encoder, self.axes) for encoder in self._encoders)
 
     def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
         """For every encoder, of the batches of the same benchmarks that with most captions."""
@@ -156,7 +154,3 @@ class _Evaluation:
     def _run(self, encoder: Encoder, asked: Sequence[Asked]) -> None:
         scorer = self._scorers[encoder.name]
         self._command.compute(encoder, scorer, self._command.opened(encoder, scorer, asked))
-
-
-def _weights(encoder: Encoder) -> float:
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves(encoder.parameters))
