@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from jaxid import io, meshes, plots
+from jaxid import io, plots
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, open_checkpoint
 from jaxid.checkpoints.tensors import unflatten
@@ -28,10 +28,10 @@ from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, split_pai
 from jaxid.experiments.finetune_evaluation import evaluate, spatial_items
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
-from jaxid.processes import Elsewhere
+from jaxid.places import Elsewhere
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.train import loop as training
-from jaxid.train.placement import every_device
+from jaxid.train.placement import every_device, shared
 from jaxid.train.trackers import Trackers
 from jaxid.train.trainable import Trained
 
@@ -194,11 +194,12 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         """The mesh that the run asks for.
 
         Raises:
-            InputError: for a text that is no mesh, or one that has more devices than there are.
+            InputError: for a text that is no mesh, or one that has more devices than there are, or not equally many of
+                each process.
         """
         if self.mesh is None:
             return every_device()
-        return meshes.mesh(*checkpoint.axes(self.mesh, jax.device_count()))
+        return shared(checkpoint.axes(self.mesh, jax.device_count()))
 
     def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers, mesh: Mesh) -> Trained:
         """Returns the trained tensors; writes metrics and evaluations meanwhile."""

@@ -59,7 +59,8 @@ def _shared(function: Callable[..., Found], placement: Placement) -> Callable[..
         mesh=placement.mesh,
         in_specs=(PartitionSpec(), PartitionSpec(meshes.DATA), PartitionSpec()),
         out_specs=(jax.tree.map(over_data, shardings, axes), PartitionSpec()),
-        axis_names={meshes.DATA},
+        # Axes of one device belong to it too: where all do, kernels need no division by XLA.
+        axis_names={name for name, size in placement.mesh.shape.items() if name == meshes.DATA or size == 1},
         check_vma=False,
     )
 

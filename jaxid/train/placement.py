@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from jaxid import meshes
 from jaxid.checkpoints.tensors import flatten, unflatten
+from jaxid.errors import InputError
 
 Layout = Mapping[str, NamedSharding]
 """Where parameters lie, by dotted path; those without an entry are whole on every device."""
@@ -27,6 +28,26 @@ Layout = Mapping[str, NamedSharding]
 def every_device() -> Mesh:
     """The mesh on which every device of every process has a copy of the parameters."""
     return meshes.mesh(jax.device_count())
+
+
+def shared(axes: meshes.Axes) -> Mesh:
+    """A mesh of as many devices of every process.
+
+    Raises:
+        InputError: if the processes do not divide it, or one of them has fewer devices.
+    """
+    count, wanted = jax.process_count(), axes.data * axes.model
+    own: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        own.setdefault(device.process_index, []).append(device)
+    fewest = min(len(devices) for devices in own.values())
+    if count > 1 and (wanted % count or wanted > count * fewest):
+        raise InputError(
+            f"the mesh {axes} has {wanted} devices, which are to be an equal number of each of the {count} processes, "
+            f"at most {fewest}; choose other axes."
+        )
+    chosen = [device for process in sorted(own) for device in own[process][: max(wanted // count, 1)]]
+    return meshes.mesh(*axes, chosen if count > 1 else None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
