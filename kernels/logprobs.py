@@ -16,6 +16,7 @@ def log_probs(
     token_ids: Int[Array, "*ids"],
     *,
     block: int = 8192,
+    parts: int = 1,
 ) -> Float[Array, "*result"]:
     """Log-softmax over the vocabulary at chosen entries, in float32.
 
@@ -28,6 +29,7 @@ def log_probs(
         token_ids: entries to read: [n], the same for every row, or [*batch, n]. An id outside the vocabulary gives
             NaN.
         block: vocabulary entries in a block; a vocabulary no larger than this is not divided.
+        parts: number of devices that divide the vocabulary, if it divides: each sums over its own entries.
 
     Returns:
         Log-probabilities, float32 [*batch, n].
@@ -39,7 +41,11 @@ def log_probs(
     chosen_columns = jnp.take(unembedding, token_ids, axis=1)  # [D, n] or [D, *batch, n]
     pattern = "...d,dn->...n" if token_ids.ndim == 1 else "...d,d...n->...n"
     chosen = _contract(pattern, hidden, chosen_columns)
-    return chosen - _log_normaliser(hidden, unembedding, block)[..., None]
+    if parts == 1 or unembedding.shape[1] % parts:
+        return chosen - _log_normaliser(hidden, unembedding, block)[..., None]
+    own = unembedding.reshape(unembedding.shape[0], parts, -1)
+    normalisers = jax.vmap(lambda matrix: _log_normaliser(hidden, matrix, block), in_axes=1, out_axes=-1)(own)
+    return chosen - jax.nn.logsumexp(normalisers, axis=-1, keepdims=True)
 
 
 def _log_normaliser(

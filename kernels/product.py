@@ -6,6 +6,8 @@ through a kernel that adds the layer's offset itself, and so does the gradient w
 with respect to the matrix belongs to the slice, of which a scan makes the gradient of the stack.
 
 The two products that a gated MLP begins with are one kernel there, so that what they make is never in memory apart.
+
+Inputs may have several axes before the last. Where devices divide one of them, they must not be joined outside.
 """
 
 import functools
@@ -21,10 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxid.kernels.blocks import PROGRAMS
+from jaxid.kernels.spread import HEADS_AXIS
 from jaxid.kernels.stacks import LayerSlice
 
 PRODUCT = "product"
@@ -37,12 +40,36 @@ _SMALLEST = 256
 """Shortest side of a matrix for which the kernel runs; copying smaller ones costs next to nothing."""
 
 
+def prompts_divided() -> bool:
+    """Whether the mesh of the context divides prompts among devices, by any of its axes but that of heads.
+
+    Rows of several prompts then cannot be joined to one axis: their shares do not lie side by side in it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return False
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and name != HEADS_AXIS and kind == AxisType.Auto for name, size, kind in axes)
+
+
+def partly_divided() -> bool:
+    """Whether a `jax.shard_map` divides this code over some axes of the mesh, and leaves others to XLA.
+
+    JAX's `custom_partitioning` cannot express such shardings, so kernels do not run there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return False
+    kinds = {kind for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if size > 1}
+    return {AxisType.Auto, AxisType.Manual} <= kinds
+
+
 def runs(dtype: Any, inputs: int, outputs: int) -> bool:
     """Whether GPUs read a matrix of this type and shape out of its stack."""
     return jnp.dtype(dtype).itemsize == 2 and min(inputs, outputs) >= _SMALLEST
 
 
-def product(x: Float[Array, "M K"], matrix: LayerSlice, *, by_rows: bool = False) -> Float[Array, "M N"]:
+def product(x: Float[Array, "*M K"], matrix: LayerSlice, *, by_rows: bool = False) -> Float[Array, "*M N"]:
     """The matrix product x @ matrix, in the dtype of x.
 
     Args:
@@ -71,7 +98,7 @@ def _backward(by_rows: bool, kept: tuple[Any, ...], slope: Array) -> tuple[Array
     del by_rows
     x, stack, index, value = kept  # a known index is NumPy's
     of_x = _by_platform(slope, stack, jnp.asarray(index), value, transposed=True)
-    return of_x, None, None, x.T @ slope
+    return of_x, None, None, x.reshape(-1, x.shape[-1]).T @ slope.reshape(-1, slope.shape[-1])
 
 
 _product.defvjp(_forward, _backward)
@@ -85,20 +112,21 @@ def _by_platform(
         return x @ (value.T if transposed else value)
 
     def stacked(x: Array, stack: Array, index: Array, value: Array) -> Array:
-        del value
-        return everywhere(transposed)(x, stack, index)
+        if partly_divided():
+            return sliced(x, stack, index, value)
+        return everywhere(transposed, axes=x.ndim - 1)(x, stack, index)
 
     def in_place(x: Array, stack: Array, index: Array, value: Array) -> Array:
         # A slice made here becomes part of the product, one made outside a loop over products is a copy.
         result = sliced(x, stack, index, jax.lax.dynamic_index_in_dim(stack, index, keepdims=False))
-        return with_layout_constraint(result, Layout((0, 1))) if by_rows else result
+        return with_layout_constraint(result, Layout(tuple(range(result.ndim)))) if by_rows else result
 
     return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=in_place, default=sliced)
 
 
 def logits(
-    x: Float[Array, "M D"], matrix: Float[Array, "..."], *, transposed: bool = False, implementation: str | None = None
-) -> Float[Array, "M V"]:
+    x: Float[Array, "*M D"], matrix: Float[Array, "..."], *, transposed: bool = False, implementation: str | None = None
+) -> Float[Array, "*M V"]:
     """The product x @ matrix in float32, which has no gradient.
 
     For products with 16-bit matrices whose rows are not multiples of 16 bytes, XLA pads the matrix on GPUs: in every
@@ -112,17 +140,19 @@ def logits(
     """
 
     def plain(x: Array, matrix: Array) -> Array:
-        return jnp.einsum("md,vd->mv" if transposed else "md,dv->mv", x, matrix, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...d,vd->...v" if transposed else "...d,dv->...v", x, matrix, preferred_element_type=jnp.float32
+        )
 
     def kernel(x: Array, matrix: Array) -> Array:
-        run = everywhere(transposed, implementation is not None, dtype=jnp.dtype(jnp.float32))
+        run = everywhere(transposed, implementation is not None, dtype=jnp.dtype(jnp.float32), axes=x.ndim - 1)
         return run(x, matrix[None], jnp.zeros((), jnp.int32))
 
     if implementation is not None:
         return kernel(x, matrix)
     if x.dtype != matrix.dtype or not runs(x.dtype, *matrix.shape) or not any(side % 8 for side in matrix.shape):
         return plain(x, matrix)
-    return jax.lax.platform_dependent(x, matrix, cuda=kernel, default=plain)
+    return jax.lax.platform_dependent(x, matrix, cuda=plain if partly_divided() else kernel, default=plain)
 
 
 def gated_product(
@@ -141,7 +171,7 @@ def gated_product(
 
 
 def _apart(activation: Activation, x: Array, gate: LayerSlice, up: LayerSlice) -> Array:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if prompts_divided() else x.reshape(-1, x.shape[-1])
     products = (checkpoint_name(product(flat, matrix), PRODUCT) for matrix in (gate, up))
     first, second = (found.reshape(*x.shape[:-1], found.shape[-1]) for found in products)
     return activation(first) * second
@@ -172,9 +202,9 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 def _gated_by_platform(activation: Activation, *operands: Array) -> Array:
     def together(x: Array, gates: Array, ups: Array, index: Array, gate: Array, up: Array) -> Array:
-        del gate, up
-        found = everywhere(False, combine=_gating(activation))(x.reshape(-1, x.shape[-1]), gates, ups, index)
-        return found.reshape(*x.shape[:-1], found.shape[-1])
+        if partly_divided():
+            return apart(x, gates, ups, index, gate, up)
+        return everywhere(False, combine=_gating(activation), axes=x.ndim - 1)(x, gates, ups, index)
 
     def apart(x: Array, gates: Array, ups: Array, index: Array, gate: Array, up: Array) -> Array:
         return _apart(activation, x, LayerSlice(gates, index, gate), LayerSlice(ups, index, up))
@@ -311,7 +341,11 @@ def stacked_product(
 
 @functools.cache
 def everywhere(
-    transposed: bool, interpret: bool = False, combine: Callable[..., Array] | None = None, dtype: Any = None
+    transposed: bool,
+    interpret: bool = False,
+    combine: Callable[..., Array] | None = None,
+    dtype: Any = None,
+    axes: int = 1,
 ) -> Callable[..., Array]:
     """The kernel over the devices that hold parts of its operands, and under `jax.vmap`.
 
@@ -320,9 +354,14 @@ def everywhere(
         interpret: the same.
         combine: the same, of the products with matrices of two stacks.
         dtype: the same.
+        axes: number of axes of the input before the last, which every device joins for itself.
     """
-    run_here = partial(stacked_product, transposed=transposed, combine=combine, interpret=interpret)
     several = combine is not None
+
+    def run_here(x: Array, *arrays: Array, dtype: Any) -> Array:
+        flat = x.reshape(-1, x.shape[-1])
+        options: dict[str, Any] = {"transposed": transposed, "combine": combine, "interpret": interpret}
+        return stacked_product(flat, *arrays, dtype=dtype, **options).reshape(*x.shape[:-1], -1)
 
     def single(x: Array, stack: Array, index: Array) -> Array:
         return run_here(x, stack, index, dtype=dtype)
@@ -335,37 +374,37 @@ def everywhere(
     def partition(mesh: Any, operands: Sequence[Any], outputs: Any) -> Any:
         """The matrix stays where it is, and the tokens come to it."""
         del outputs
-        tokens, (rows, columns) = _axes(operands[0])[0], _axes(operands[1])[1:]
+        tokens, (rows, columns) = list(_axes(operands[0])[:-1]), _axes(operands[1])[1:]
         inner, outer = (columns, rows) if transposed else (rows, columns)
         if several:  # sums over devices would have to come before
             inner, rows = None, None
         summed = tuple(_names(inner))
-        if _names(tokens) & (_names(inner) | _names(outer)):
-            tokens = None
+        tokens = [None if _names(axis) & (_names(inner) | _names(outer)) else axis for axis in tokens]
 
         def run(x: Array, *arrays: Array) -> Array:
             part = run_here(x, *arrays, dtype=jnp.float32 if summed else dtype)
             return jax.lax.psum(part, summed).astype(dtype or x.dtype) if summed else part
 
         stacks = (PartitionSpec(None, rows, columns),) * (len(operands) - 2)
-        inputs = (PartitionSpec(tokens, inner), *stacks, PartitionSpec())
-        result = NamedSharding(mesh, PartitionSpec(tokens, outer))
+        inputs = (PartitionSpec(*tokens, inner), *stacks, PartitionSpec())
+        result = NamedSharding(mesh, PartitionSpec(*tokens, outer))
         return mesh, run, result, tuple(NamedSharding(mesh, spec) for spec in inputs)
 
     matrices = ", ".join(["l n k" if transposed else "l k n"] * (2 if several else 1))
     whole, summed = (("k", "l"), ()) if several else (("l",), ("k",))
+    tokens = " ".join(f"m{axis}" for axis in range(axes))
     divided.def_partition(
         partition=partition,
-        sharding_rule=f"m k, {matrices}, -> m n",
+        sharding_rule=f"{tokens} k, {matrices}, -> {tokens} n",
         need_replication_factors=whole,
         reduction_factors=summed,
     )
     mapped = custom_vmap(divided)
 
     @mapped.def_vmap
-    def fold(size: int, batched: Sequence[bool], x: Array, *arrays: Array) -> tuple[Array, bool]:
+    def fold(_: int, batched: Sequence[bool], x: Array, *arrays: Array) -> tuple[Array, bool]:
         if any(batched[1:]):  # other matrices for every row
-            axes = tuple(0 if here else None for here in batched)
+            mapped_axes = tuple(0 if here else None for here in batched)
 
             def plain(x: Array, *arrays: Array) -> Array:
                 *stacks, index = arrays
@@ -375,9 +414,8 @@ def everywhere(
                 ]
                 return parts[0] if combine is None else combine(*parts)
 
-            return jax.vmap(plain, axes)(x, *arrays), True
-        found = mapped(x.reshape(-1, x.shape[-1]), *arrays)
-        return found.reshape(size, -1, found.shape[-1]), True
+            return jax.vmap(plain, mapped_axes)(x, *arrays), True
+        return everywhere(transposed, interpret, combine, dtype, axes + 1)(x, *arrays), True
 
     return mapped
 

@@ -20,7 +20,7 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-_HEADS_AXIS = "model"
+HEADS_AXIS = "model"
 """The axis of a mesh that divides heads; the others divide prompts."""
 
 
@@ -96,7 +96,7 @@ def _placed(kernel: Kernel, mesh: Mesh, free: Sequence[str], operands: Sequence[
     sizes = kernel.sizes(operands)
     owners: dict[str, tuple[str, ...]] = dict.fromkeys("vbk", ())
     for axis in free:
-        for letter in ("k",) if axis == _HEADS_AXIS else ("b", "v"):
+        for letter in ("k",) if axis == HEADS_AXIS else ("b", "v"):
             if sizes.get(letter, 1) % (math.prod(mesh.shape[name] for name in owners[letter]) * mesh.shape[axis]) == 0:
                 owners[letter] += (axis,)
                 break

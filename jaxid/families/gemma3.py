@@ -120,9 +120,9 @@ class Gemma3Processor(Processor):
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as arrays, and their tokens between marks and blank lines."""
-        pixels, tokens, extras = super().encode(pictures, members)
+        encoded = super().encode(pictures, members)
         text = f"\n\n{self.placeholder}{self.image_token * self.config.image_tokens}{self.end}\n\n"
-        return Encoded(pixels, tuple(own._replace(text=text) for own in tokens), extras)
+        return encoded._replace(tokens=tuple(own._replace(text=text) for own in encoded.tokens))
 
 
 FAMILY = Family(

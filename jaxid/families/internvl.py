@@ -18,7 +18,7 @@ from jaxid.nn.keys import LANGUAGE_MODEL, ROTARY, Key, attention_keys, encoder_b
 from jaxid.nn.layers import ACTIVATIONS, LayerNorm, Linear
 from jaxid.nn.network import Network
 from jaxid.nn.vision import VisionConfig, VisionTower, patch_key, state_indices
-from jaxid.prompts.base import Encoded, PictureTokens, bucketed, processed
+from jaxid.prompts.base import Encoded, PictureTokens, apart, bucketed, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
 
@@ -184,23 +184,35 @@ class InternVLProcessor(Processor):
         return tiles * self.config.image_tokens
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
-        """Pictures as tiles, padded with tiles of zeros so that few programs are compiled."""
-        del members
+        """Pictures as tiles, padded with tiles of zeros so that few programs are compiled.
+
+        Where prompts have pictures of their own, and those of each one fit into its share of the tiles, the padding
+        follows every prompt's; otherwise it follows all of them, and devices cannot divide the pictures.
+        """
         opened = [self.open(picture) for picture in pictures]
         # Like the published processor, this cuts pictures whatever the image processor's own setting is.
         found = processed(self.image_processor, opened, crop_to_patches=True)
         pixels, counts = np.asarray(found["pixel_values"], np.float32), np.asarray(found["num_patches"])
-        extra = bucketed(len(pixels)) - len(pixels)
-        own, ends = self.config.image_tokens, np.cumsum(counts)
+        total, own = bucketed(len(pixels)), self.config.image_tokens
+        places, share = np.arange(len(pixels)), total // len(members)
+        tiles = np.array([counts[list(some)].sum() for some in members])
+        alone = apart(members) and int(tiles.max()) <= share
+        if alone:
+            total = share * len(members)
+            places = np.concatenate([row * share + np.arange(count) for row, count in enumerate(tiles)])
+        padded = np.zeros((total, *pixels.shape[1:]), np.float32)
+        padded[places] = pixels
+        ends = np.cumsum(counts)
         begin = getattr(self.tokenizer, "start_image_token", "<img>")
         close = getattr(self.tokenizer, "end_image_token", "</img>")
         tokens = tuple(
             PictureTokens(
-                f"{begin}{self.placeholder * int(own * count)}{close}", np.arange((end - count) * own, end * own)
+                f"{begin}{self.placeholder * int(own * count)}{close}",
+                (places[end - count : end, None] * own + np.arange(own)).ravel(),
             )
             for count, end in zip(counts, ends, strict=True)
         )
-        return Encoded(np.pad(pixels, [(0, extra), (0, 0), (0, 0), (0, 0)]), tokens)
+        return Encoded(padded, tokens, apart=alone)
 
 
 FAMILY = Family(

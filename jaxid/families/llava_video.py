@@ -26,10 +26,12 @@ from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.keys import Key, linear, prefixed
 from jaxid.nn.layers import normal
+from jaxid.nn.network import of_own
 from jaxid.nn.vision import state_indices, vision_config, vision_keys
 from jaxid.prompts.base import (
     SMALL,
     Encoded,
+    apart,
     ImageProcessor,
     PictureTokens,
     Shown,
@@ -222,12 +224,20 @@ class LlavaVideo(Llava):
         if frames is None or len(frames) < len(squares):
             parts.append(flat)
         if frames is not None:
-            pooled = self.pooled(jnp.take(squares, jnp.asarray(frames), axis=0))
-            parts.append(pooled.reshape(-1, flat.shape[-1]))
+            shown = squares if len(frames) == len(squares) else jnp.take(squares, jnp.asarray(frames), axis=0)
+            parts.append(self.pooled(shown).reshape(-1, flat.shape[-1]))
         if "taps" in extras:
             mixed = jnp.take(flat, jnp.asarray(extras["taps"]), axis=0).astype(jnp.float32)
             parts.append(jnp.einsum("rk,rkd->rd", jnp.asarray(extras["weights"]), mixed).astype(flat.dtype))
         return jnp.concatenate(parts)
+
+    def pictured(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """The token at every position that a picture or clip has; clips of equal length can be divided."""
+        if not inputs.apart:
+            return super().pictured(inputs)
+        newline = self.newline[...]
+        found = of_own(self.pooled(self.image_features(self.pixels(inputs))), inputs.image_rows, shared=1)
+        return jnp.where((inputs.image_rows == 0)[..., None], newline.astype(found.dtype), found)
 
     def pooled(self, squares: Float[Array, "M I D"]) -> Float[Array, "M P D"]:
         """Frames at half their resolution."""
@@ -286,7 +296,6 @@ class LlavaVideoProcessor(Processor):
         Raises:
             InputError: for a picture, or for a frame that cannot be opened.
         """
-        del members
         side, frames, tokens, first = self.config.frame_side, [], [], 1
         for clip in pictures:
             if not isinstance(clip, Clip):
@@ -298,7 +307,8 @@ class LlavaVideoProcessor(Processor):
             tokens.append(PictureTokens(self.placeholder * len(rows), rows))
             first += len(clip.frames) * side * side
         pixels = np.concatenate(frames)
-        return Encoded(pixels, tuple(tokens), {"frames": np.arange(len(pixels), dtype=np.int32)})
+        alone = apart(members) and len(set(map(len, frames))) == 1
+        return Encoded(pixels, tuple(tokens), {"frames": np.arange(len(pixels), dtype=np.int32)}, alone)
 
     def frames(self, clip: Clip, processor: ImageProcessor) -> Float[np.ndarray, "M C Y X"]:
         """The pixels that an image processor makes of a clip's frames."""
@@ -410,7 +420,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
             room = ((0, bucketed(mixed) - mixed), (0, 0))
             extras["taps"] = np.pad(np.concatenate(mixes), room).astype(np.int32)
             extras["weights"] = np.pad(np.concatenate(weights), room)
-        return Encoded(pixels, tuple(tokens), extras)
+        return Encoded(pixels, tuple(tokens), extras, not count and apart(members) and len(set(map(len, frames))) == 1)
 
     def _cut(
         self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]

@@ -23,7 +23,7 @@ from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, run_blocks
 from jaxid.nn.views import Memory
 from jaxid.nn.vision import VisionConfig, embedded, patch_key, patches
-from jaxid.prompts.base import Encoded, PictureTokens, Shown, processed
+from jaxid.prompts.base import Encoded, PictureTokens, Shown, apart, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
 
@@ -245,8 +245,10 @@ class Mllama(Network):
         if inputs.pixels is None:
             return None
         features, shown = self.features(inputs), inputs.extras["shown"]
-        states = features[jnp.maximum(shown, 0)]
-        states = states.reshape(states.shape[0], -1, states.shape[-1])
+        tile_count = inputs.extras["tile_count"]
+        if not inputs.apart:
+            features, tile_count = (array[jnp.maximum(shown, 0)] for array in (features, tile_count))
+        states = features.reshape(shown.shape[0], -1, features.shape[-1])
         pictured = (inputs.token_ids == self.config.image_token_index) & inputs.valid
         starts = pictured & ~jnp.pad(pictured, ((0, 0), (1, 0)))[:, :-1]
         count, run = (jnp.cumsum(marks, axis=1, dtype=jnp.int32) for marks in (pictured, starts))
@@ -256,7 +258,7 @@ class Mllama(Network):
         )
         seen = (pictures < count[:, :, None]) & (run[:, :, None] == own_run[:, None]) & (shown >= 0)[:, None]
         tiles = jnp.arange(self.config.vision_config.max_num_tiles)
-        real = (tiles < inputs.extras["tile_count"][jnp.maximum(shown, 0)][:, :, None]) & (shown >= 0)[:, :, None]
+        real = (tiles < tile_count.reshape(shown.shape)[:, :, None]) & (shown >= 0)[:, :, None]
         rows = seen.any(axis=2)
         # A key's position is the index of its picture; keys of tiles that do not exist come after all of them.
         tokens, beyond = self.config.vision_config.tile_tokens, masks.NEVER - 1
@@ -294,7 +296,7 @@ class MllamaProcessor(Processor):
             "shown": shown,
         }
         tokens = tuple(PictureTokens(self.placeholder, np.zeros(1, np.int32)) for _ in pictures)
-        return Encoded(np.asarray(found["pixel_values"], np.float32)[:, 0], tokens, extras)
+        return Encoded(np.asarray(found["pixel_values"], np.float32)[:, 0], tokens, extras, apart(members))
 
     def image_rows(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown

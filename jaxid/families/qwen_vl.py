@@ -21,7 +21,7 @@ from jaxid.nn.keys import ROTARY, Key, encoder_block, fused_attention_keys, laye
 from jaxid.nn.layers import BOOKKEEPING, Layer, LayerNorm, Linear, RMSNorm, flat_product, normal, stacked
 from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, BlockConfig, Read, run_blocks
-from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, bucketed, processed
+from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, apart, bucketed, processed
 from jaxid.prompts.pictures import Clip, Picture, PILImage
 from jaxid.prompts.processor import Processor
 
@@ -305,7 +305,6 @@ class QwenVLProcessor(Processor):
 
     def encode(self, pictures: Sequence[Picture | Clip], members: Sequence[Sequence[int]]) -> Encoded:
         """Pictures as rows of patches, all padded to the same length."""
-        del members
         vision = self.config.vision_config
         side, window = vision.spatial_merge_size, vision.window_side
         together = side * side
@@ -329,7 +328,7 @@ class QwenVLProcessor(Processor):
             first += count
         flat = (len(pictures), most * together)
         extras = {"patch_positions": positions.reshape(*flat, 2), "patch_valid": valid.reshape(flat)}
-        return Encoded(pixels.reshape(*flat, -1), tuple(tokens), extras)
+        return Encoded(pixels.reshape(*flat, -1), tuple(tokens), extras, apart(members))
 
     def rope_positions(
         self, token_ids: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"], shown: Shown

@@ -10,12 +10,16 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxid import meshes
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.interventions import Edit, VectorEdit, as_intervention, check_layers, parts_of
 from jaxid.interp.programs import program
+from jaxid.interp.spreading import by_prompts, dealt, in_order, inputs_of, of_prompts, over_rows, with_model
 from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.kernels.logprobs import log_probs
+from jaxid.meshes import DATA, MODEL
+from jaxid.nn import placement
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.network import Network
 from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, SiteFunction, as_integers, as_positions, clean
@@ -55,7 +59,7 @@ class Output:
         ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
         if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():
             raise InputError(f"answers must be token ids from 0 to {entries - 1}, not {ids.tolist()}.")
-        return self._read(_answer_log_probs, jnp.asarray(ids))
+        return self._read(_answer_log_probs, meshes.whole(self.model.mesh, ids))
 
     def _read(self, function: Callable[..., Array], *arguments: Array) -> Float[Array, "*S B _"]:
         sweep = Sweep(self.hidden.shape[:-2])
@@ -71,12 +75,15 @@ def _matrix(definition: nnx.GraphDef[Network], parameters: PyTree) -> Float[Arra
 def _unembed(
     definition: nnx.GraphDef[Network], parameters: PyTree, hidden: Float[Array, "*S B D"]
 ) -> Float[Array, "*S B V"]:
-    return jnp.einsum("...d,dv->...v", hidden, _matrix(definition, parameters), preferred_element_type=jnp.float32)
+    matrix = _matrix(definition, parameters)
+    found = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    return placement.result(found, (DATA, None))
 
 
 @program(static_argnums=0)
 def _answer_log_probs(definition: nnx.GraphDef[Network], parameters: PyTree, hidden: Array, ids: Array) -> Array:
-    return log_probs(hidden, _matrix(definition, parameters), ids)
+    found = log_probs(hidden, _matrix(definition, parameters), ids, parts=placement.axis_size(MODEL))
+    return placement.result(found, (DATA, None))
 
 
 def _pass(
@@ -85,7 +92,8 @@ def _pass(
     network = nnx.merge(definition, nnx.State(parameters))
     output = network(inputs, intervention, capture)
     last = jnp.take_along_axis(output.hidden, inputs.last[:, None, None], axis=1)[:, 0]
-    return last, output.captured
+    captured = {name: placement.placed(value, (DATA, None, None)) for name, value in output.captured.items()}
+    return placement.placed(last, (DATA, None)), captured
 
 
 @program(static_argnames=("definition", "chunk"))
@@ -102,6 +110,41 @@ def _run(
     """A single pass; with `count`, the passes of R rows in chunks, of which only the first `count` are needed."""
     if count is None:
         return _pass(definition, parameters, inputs, intervention, capture)
+    return _sweep(definition, parameters, inputs, intervention, capture, count, chunk)
+
+
+@program(static_argnames=("definition", "chunk"))
+def _run_rows(
+    definition: nnx.GraphDef[Network],
+    parameters: PyTree,
+    inputs: Inputs,
+    intervention: PyTree,
+    capture: Capture,
+    count: Int[Array, ""],
+    *,
+    chunk: int,
+) -> tuple[tuple[Array, dict[str, Array]], Array]:
+    """`_run` with its rows divided over "data"; the results and the order in which they come."""
+    rows, parts = jax.tree.leaves(intervention)[0].shape[0], placement.axis_size(DATA)
+    order = dealt(jnp.arange(rows), parts)
+
+    def run(shared: PyTree, edits: tuple[PyTree, Array]) -> PyTree:
+        own, wanted = edits
+        return _sweep(definition, *shared[:2], own, shared[2], wanted.sum(), chunk)
+
+    edits = jax.tree.map(lambda leaf: leaf[order], intervention)
+    return over_rows(run, (parameters, inputs, capture), (edits, order < count)), order
+
+
+def _sweep(
+    definition: nnx.GraphDef[Network],
+    parameters: PyTree,
+    inputs: Inputs,
+    intervention: PyTree,
+    capture: Capture,
+    count: Int[Array, ""],
+    chunk: int,
+) -> tuple[Array, dict[str, Array]]:
     rows = jax.tree.leaves(intervention)[0].shape[0]
     chunks = -(-rows // chunk)
     row = (jnp.arange(chunks * chunk) % rows).reshape(chunks, chunk)
@@ -126,6 +169,8 @@ def forward(
 ) -> Output:
     """Runs a model on prompts, all interventions of a sweep in one call.
 
+    On a mesh, prompts are divided over "data"; where they do not divide, a sweep's interventions are.
+
     Args:
         model: the model.
         prompts: B prompts.
@@ -148,13 +193,23 @@ def forward(
     intervention = as_intervention(intervention)
     check(model, prompts, intervention)
     positions = None if capture.positions is None else checked_positions(prompts, capture.positions)
-    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    sweep, wanted = Sweep(intervention.sweep_shape), Capture(capture.sites, positions)
-    chunk = rows_together(sweep.rows, inputs.token_ids.size) if chunk is None else min(chunk, sweep.rows)
-    count = jnp.asarray(sweep.count) if sweep.shape else None
-    edits = sweep.flat(intervention) if sweep.shape else intervention
-    found = _run(model.definition, model.parameters, inputs, edits, wanted, count, chunk=chunk)
-    hidden, captured = sweep.unflat(found) if sweep.shape else found
+    inputs, mesh = inputs_of(model, prompts), model.mesh
+    parts, shared = meshes.size(mesh, meshes.DATA), by_prompts(mesh, len(prompts))
+    sweep = Sweep(intervention.sweep_shape, 1 if shared or not intervention.sweep_shape else parts)
+    wanted = Capture(capture.sites, positions if positions is None else of_prompts(mesh, positions, len(prompts)))
+    tokens = inputs.token_ids.size // (parts if shared else 1)
+    chunk = rows_together(sweep.own, tokens) if chunk is None else min(chunk, sweep.own)
+    intervention = with_model(mesh, intervention)
+    arguments = (model.definition, model.parameters, inputs)
+    if not sweep.shape:
+        hidden, captured = _run(*arguments, intervention, wanted, None, chunk=chunk)
+    else:
+        edits, count = sweep.flat(intervention), meshes.whole(mesh, np.asarray(sweep.count))
+        if sweep.parts > 1:
+            found = in_order(*_run_rows(*arguments, edits, wanted, count, chunk=chunk))
+        else:
+            found = _run(*arguments, edits, wanted, count, chunk=chunk)
+        hidden, captured = sweep.unflat(found)
     return Output(
         hidden=hidden,
         captured={name: nan_outside(prompts, positions, value) for name, value in captured.items()},

@@ -10,14 +10,17 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
+from jaxid import meshes
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check
 from jaxid.interp.interventions import as_intervention
 from jaxid.interp.programs import program
+from jaxid.interp.spreading import of_prompts, with_model
 from jaxid.interp.sweep import Sweep, bucket
 from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
-from jaxid.nn import passes
+from jaxid.meshes import DATA
+from jaxid.nn import passes, placement
 from jaxid.nn.network import Network
 from jaxid.nn.sites import AnyArray, Clean, SiteFunction, clean
 from jaxid.prompts.processor import Prompts
@@ -52,7 +55,8 @@ def _prefill(
     definition: nnx.GraphDef[Network], parameters: PyTree, suffix: passes.Suffix, edits: PyTree, *, rows: int
 ) -> passes.Start:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return passes.prefill(decoder, suffix, edits, rows)
+    start = passes.prefill(decoder, suffix, edits, rows)
+    return start._replace(hidden=placement.result(start.hidden, (DATA, None)))
 
 
 @program(static_argnames=("definition", "steps"))
@@ -69,7 +73,8 @@ def _decode(
     steps: int,
 ) -> tuple[Array, Array]:
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
-    return passes.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
+    tokens, lengths = passes.decode(decoder, prefix, start, last, last_rope, stop_ids, edits, steps=steps)
+    return placement.result(tokens, (DATA, None)), placement.result(lengths, (DATA,))
 
 
 def generate(
@@ -85,7 +90,7 @@ def generate(
 
     Rows share the keys and values of their prompt up to the first edited token, and stop when all have ended. An
     intervention that acts on a picture, or does not say where it begins to act, costs a full pass for every row (see
-    `rerun`).
+    `rerun`). On a mesh, prompts are divided over "data"; where they do not divide, every device writes all rows.
 
     Args:
         model: the model.
@@ -113,6 +118,7 @@ def generate(
     if recorded is not None:
         check_trace(model, recorded, intervention)
     check(model, batch, intervention, max_new_tokens if every_step else 0)
+    intervention, mesh = with_model(model.mesh, intervention), model.mesh
     leading, reach = intervention.sweep_shape, intervention.reach
     if recorded is None and reach is not None:
         recorded = record(model, batch)
@@ -120,9 +126,10 @@ def generate(
     known = None if unedited or reach is None or recorded is None else plan(recorded, reach.position)
     count = math.prod(leading)
     edits = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), intervention)
-    stop_ids = jnp.asarray(np.array(model.processor.stop_ids, np.int32))
-    last, turned = jnp.asarray(batch.last()), batch.inputs.rope_positions
-    last_rope = None if turned is None else jnp.asarray(turned[np.arange(len(batch)), :, batch.last()])
+    stop_ids = meshes.whole(mesh, np.array(model.processor.stop_ids, np.int32))
+    turned = batch.inputs.rope_positions
+    last_rope = None if turned is None else turned[np.arange(len(batch)), :, batch.last()]
+    last, last_rope = of_prompts(mesh, (batch.last(), last_rope), len(batch))
 
     def write(prefix: passes.Shared, start: passes.Start, edits: PyTree) -> tuple[Array, Array, Array]:
         acting = edits if every_step else None
@@ -139,16 +146,16 @@ def generate(
         if known is not None and recorded is not None:
             some = rows.flat(some)
             start = _prefill(model.definition, model.parameters, suffix_of(recorded, known), some, rows=rows.rows)
-            own = jnp.asarray(known.first)
-            before = jnp.arange(recorded.keys.shape[3]) < own[:, None]
+            before = np.arange(recorded.keys.shape[3]) < known.first[:, None]
+            own, before = of_prompts(mesh, (known.first, before), len(batch))
             shared = passes.Shared(recorded.keys, recorded.values, before, own, recorded.memory)
             parts.append(rows.unflat(write(shared, start, some)))
             continue
         single = jax.tree.map(lambda leaf: leaf[0], some)
         whole = recorded if unedited and recorded is not None else record(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
-        none = jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype)
-        start = passes.Start(whole.hidden[None], none, none, jnp.zeros((prompts_, 0), bool))
+        none = meshes.whole(mesh, jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype))
+        start = passes.Start(whole.hidden[None], none, none, meshes.whole(mesh, np.zeros((prompts_, 0), bool)))
         prefix = passes.Shared(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))
     hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from jaxid import meshes
 
@@ -35,12 +36,22 @@ class Program(Generic[P, R]):
         if watcher is not None:
             return watcher(self, arguments, settings)
         mesh = meshes.of(arguments)
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with _within(mesh):
             return self.jitted(*arguments, **settings)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is as in the compiled function."""
         return getattr(self.jitted, name)
+
+
+def _within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The mesh as JAX's context; while a user's own program is traced or differentiated, only its shape."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    try:
+        return jax.set_mesh(mesh)
+    except ValueError:  # not while something is traced
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 Watcher = Callable[[Program[..., Any], tuple[Any, ...], dict[str, Any]], Any]

@@ -82,9 +82,11 @@ class Sweep:
 
     Attributes:
         shape: lengths of the sweep axes.
+        parts: number of devices, or groups of them, that divide the rows.
     """
 
     shape: tuple[int, ...]
+    parts: int = 1
 
     @property
     def count(self) -> int:
@@ -94,7 +96,12 @@ class Sweep:
     @property
     def rows(self) -> int:
         """Number of rows with padding."""
-        return bucket(self.count)
+        return self.parts * self.own
+
+    @property
+    def own(self) -> int:
+        """Number of rows of each of the parts, with padding."""
+        return bucket(-(-self.count // self.parts))
 
     def flat(self, tree: Tree) -> Tree:
         """Arrays [S..., ...] as [R, ...]; the padding repeats the first row."""

@@ -14,13 +14,16 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxid import meshes
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check, checked_positions, forward, nan_outside
 from jaxid.interp.interventions import Replace, as_intervention, check_layers, earliest, replace
 from jaxid.interp.programs import Program, program
+from jaxid.interp.spreading import by_prompts, dealt, in_order, inputs_of, of_prompts, over_rows, with_model
 from jaxid.interp.sweep import Sweep, rows_together
-from jaxid.nn import passes
+from jaxid.meshes import DATA
+from jaxid.nn import passes, placement
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import take_tokens
 from jaxid.nn.network import Network
@@ -85,7 +88,8 @@ class Trace:
                 f"position {wanted[wanted < start].flat[0]} is not among the text tokens after the picture that "
                 "a trace records; use jaxid.forward with capture=."
             )
-        return nan_outside(self.prompts, wanted, take_tokens(self.residuals, jnp.asarray(wanted - start)))
+        recorded = of_prompts(self.model.mesh, wanted - start, len(start))
+        return nan_outside(self.prompts, wanted, _tokens(self.residuals, recorded))
 
 
 def swap(source: Trace, layer: object, positions: object) -> Replace:
@@ -122,7 +126,7 @@ def _record(
     definition: nnx.GraphDef[Network], parameters: PyTree, inputs: Inputs, suffix: Array, intervention: SiteFunction
 ) -> passes.Record:
     network = nnx.merge(definition, nnx.State(parameters))
-    return passes.record(
+    found = passes.record(
         network.decoder,
         network.embed(inputs),
         inputs.positions,
@@ -133,6 +137,7 @@ def _record(
         rope_positions=inputs.rope_positions,
         memory=network.memory(inputs),
     )
+    return found._replace(hidden=placement.result(found.hidden, (DATA, None)))
 
 
 @program(static_argnums=0)
@@ -150,9 +155,10 @@ def residuals_at(model: Model, prompts: Prompts, positions: object) -> Float[Arr
         InputError: for a position that a prompt does not have; traced ones give NaN.
     """
     wanted = checked_positions(prompts, positions)
-    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    inside = jnp.clip(wanted, 0, prompts.inputs.token_ids.shape[1] - 1)
-    return nan_outside(prompts, wanted, _residuals(model.definition, model.parameters, inputs, inside))
+    inside = wanted.clip(0, prompts.inputs.token_ids.shape[1] - 1)
+    inside = of_prompts(model.mesh, inside, len(prompts))
+    found = _residuals(model.definition, model.parameters, inputs_of(model, prompts), inside)
+    return nan_outside(prompts, wanted, found)
 
 
 def trace(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -> Trace:
@@ -180,8 +186,9 @@ def record(model: Model, prompts: Prompts, intervention: SiteFunction = clean) -
     start = prompts.text_start()
     tokens = prompts.inputs.token_ids.shape[1]
     suffix = np.minimum(start[:, None] + np.arange(tokens - start.min()), tokens - 1)
-    inputs = jax.tree.map(jnp.asarray, prompts.inputs)
-    record = _record(model.definition, model.parameters, inputs, jnp.asarray(suffix), intervention)
+    inputs, suffix = inputs_of(model, prompts), of_prompts(model.mesh, suffix, len(prompts))
+    intervention = with_model(model.mesh, intervention)
+    record = _record(model.definition, model.parameters, inputs, suffix, intervention)
     return Trace(
         hidden=record.hidden,
         keys=record.keys,
@@ -224,18 +231,20 @@ def plan(trace: Trace, position: Int[np.ndarray, "Br"]) -> Plan | None:
 
 def suffix_of(trace: Trace, plan: Plan, other: Trace | None = None, swapped: Array | None = None) -> passes.Suffix:
     """The part of a trace that a plan asks for; with the keys and values of another trace beside its own."""
+    mesh, batch = trace.model.mesh, len(trace.prompts)
     positions = plan.first[:, None] + np.arange(plan.length)
     recorded = np.minimum(positions - trace.prompts.text_start()[:, None], trace.residuals.shape[2] - 1)
     within = np.minimum(positions, trace.prompts.offsets.shape[1] - 1)
     turned = trace.prompts.inputs.rope_positions
+    turned = None if turned is None else np.take_along_axis(turned, within[:, None], axis=2)
     return passes.Suffix(
-        residuals=_tokens(trace.residuals, jnp.asarray(recorded)),
-        positions=jnp.asarray(within),
-        rope_positions=None if turned is None else jnp.asarray(np.take_along_axis(turned, within[:, None], axis=2)),
-        last=jnp.asarray(trace.prompts.last() - plan.first),
+        residuals=_tokens(trace.residuals, of_prompts(mesh, recorded, batch)),
+        positions=of_prompts(mesh, within, batch),
+        rope_positions=of_prompts(mesh, turned, batch),
+        last=of_prompts(mesh, trace.prompts.last() - plan.first, batch),
         prefix_keys=trace.keys,
         prefix_values=trace.values,
-        prefix_mask=jnp.asarray(np.arange(plan.prefix) < plan.first[:, None]),
+        prefix_mask=of_prompts(mesh, np.arange(plan.prefix) < plan.first[:, None], batch),
         memory=trace.memory,
         other_memory=None if other is None else other.memory,
         other_keys=None if other is None else other.keys,
@@ -261,7 +270,35 @@ def _resume(
     decoder = nnx.merge(definition, nnx.State(parameters)).decoder
     # Padding never joins.
     start = jnp.where(jnp.arange(start.shape[0]) < count, start, decoder.config.num_hidden_layers)
-    return passes.resume(decoder, suffix, edits, start, chunk=chunk)
+    return placement.result(passes.resume(decoder, suffix, edits, start, chunk=chunk), (DATA, None))
+
+
+@program(static_argnames=("definition", "chunk"))
+def _resume_rows(
+    definition: nnx.GraphDef[Network],
+    parameters: PyTree,
+    suffix: passes.Suffix,
+    edits: PyTree,
+    start: Array,
+    count: Array,
+    *,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """`_resume` with its rows divided over "data"; the results and the order in which they come.
+
+    Devices take the rows one after another in the order of their first layers, so that all have as much to do.
+    """
+
+    def run(shared: tuple[PyTree, passes.Suffix], rows: tuple[PyTree, Array, Array | None]) -> Array:
+        (parameters, suffix), (edits, start, swapped) = shared, rows
+        decoder = nnx.merge(definition, nnx.State(parameters)).decoder
+        return passes.resume(decoder, suffix._replace(swapped=swapped), edits, start, chunk=chunk)
+
+    layers = suffix.residuals.shape[0] - 1
+    start = jnp.where(jnp.arange(start.shape[0]) < count, start, layers)
+    order = dealt(jnp.argsort(start), placement.axis_size(DATA))
+    rows = jax.tree.map(lambda leaf: leaf[order], (edits, start, suffix.swapped))
+    return over_rows(run, (parameters, suffix._replace(swapped=None)), rows), order
 
 
 def rerun(
@@ -278,6 +315,9 @@ def rerun(
     All interventions of a sweep run in one call, whatever their layers, as rows that share each prompt's prefix.
     Exact: equal to the full pass up to rounding. One compiled program serves all layers, positions that begin alike,
     and numbers of rows that share a bucket (see `jaxid.interp.sweep`).
+
+    On a mesh, prompts are divided over "data"; where they do not divide, a sweep's interventions are. Nothing crosses
+    "data" either way, but for the results of interventions, which every device gets at the end.
 
     An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
     that acts on a picture's tokens or before them, falls back to a full pass. Your own callables can say it in an
@@ -330,7 +370,10 @@ def rerun(
         if pictures_of is not None:
             raise InputError("beside `pictures_of`, only edits of text tokens at known positions can be rerun.")
         return forward(model, trace.prompts, intervention)
-    sweep, tokens = Sweep(leading), len(trace.prompts) * planned.length
+    mesh, batch = model.mesh, len(trace.prompts)
+    parts, shared = meshes.size(mesh, meshes.DATA), by_prompts(mesh, batch)
+    sweep = Sweep(leading, 1 if shared else parts)
+    tokens = batch * planned.length // (parts if shared else 1)
     start = reach.layer if isinstance(reach.layer, Tracer) else np.asarray(reach.layer)
     start = start.clip(0, model.num_layers).astype(np.int32)  # traced ones may lie outside
     own, other, swapped = trace, None, None
@@ -341,16 +384,17 @@ def rerun(
                 trace, keys=pictures_of.keys, values=pictures_of.values, memory=pictures_of.memory
             )
         else:
-            other, swapped = pictures_of, sweep.flat(jnp.asarray(last_own))
-    hidden = _resume(
+            other, swapped = pictures_of, sweep.flat(meshes.whole(mesh, last_own))
+    arguments = (
         model.definition,
         model.parameters,
         suffix_of(own, planned, other, swapped),
-        sweep.flat(intervention),
-        sweep.flat(jnp.broadcast_to(start, leading)),
-        jnp.asarray(sweep.count),
-        chunk=rows_together(sweep.rows, tokens) if chunk is None else min(chunk, sweep.rows),
+        sweep.flat(with_model(mesh, intervention)),
+        sweep.flat(meshes.whole(mesh, jnp.broadcast_to(start, leading))),
+        meshes.whole(mesh, np.asarray(sweep.count)),
     )
+    chunk = rows_together(sweep.own, tokens) if chunk is None else min(chunk, sweep.own)
+    hidden = in_order(*_resume_rows(*arguments, chunk=chunk)) if sweep.parts > 1 else _resume(*arguments, chunk=chunk)
     return Output(hidden=sweep.unflat(hidden), captured={}, model=model)
 
 

@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.kernels import rope
-from jaxid.kernels.product import logits
+from jaxid.kernels.product import logits, prompts_divided
 from jaxid.kernels.rope import Rotation
+from jaxid.nn import placement
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
 from jaxid.nn.layers import (
     Layer,
@@ -77,7 +78,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the network to every token."""
-        return self.down(gated(x, self.gate, self.up, self.activation))
+        hidden = placement.placed(gated(x, self.gate, self.up, self.activation), (None, placement.MODEL))
+        return self.down(hidden)
 
 
 class DecoderBlock(Stackable):
@@ -101,12 +103,13 @@ class DecoderBlock(Stackable):
         x = tap("resid_pre", x)
         with jax.named_scope("attention"):
             added, stored = self.attention(layer, self.attention_norm(x), view, keep)
+            added = placement.stream(added)
             if self.config.post_norms:
                 added = self.attention_post_norm(added)
             x = kept(x, keep) + tap("attn_out", added)
         x = tap("resid_mid", x)
         with jax.named_scope("mlp"):
-            added = self.mlp(self.mlp_norm(x))
+            added = placement.stream(self.mlp(self.mlp_norm(x)))
             if self.config.post_norms:
                 added = self.mlp_post_norm(added)
             x = x + tap("mlp_out", added)
@@ -130,9 +133,9 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.unembedding = normal(rngs, (config.hidden_size, config.vocab_size), config.hidden_size**-0.5)
 
-    def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, token_ids: Int[Array, "*R B T"]) -> Float[Array, "*R B T D"]:
         """Embeddings of the tokens."""
-        found = jnp.take(self.embedding[...], token_ids, axis=0)
+        found = placement.stream(jnp.take(self.embedding[...], token_ids, axis=0))
         scale = self.config.embedding_scale
         # The scale is rounded first, as in the published models.
         return found if scale == 1.0 else found * jnp.asarray(scale, found.dtype)
@@ -145,8 +148,8 @@ class Decoder(nnx.Module):
         """Logits of normed final hidden states, in float32 and without a gradient."""
         tied = self.config.tie_word_embeddings
         matrix = self.embedding[...] if tied else self.unembedding[...]
-        found = logits(hidden.reshape(-1, hidden.shape[-1]), matrix, transposed=tied)
-        return found.reshape(*hidden.shape[:-1], found.shape[-1])
+        flat = hidden if prompts_divided() else hidden.reshape(-1, hidden.shape[-1])
+        return logits(flat, matrix, transposed=tied).reshape(*hidden.shape[:-1], -1)
 
     def rotations(
         self, positions: Int[Array, "B T"] | Int[Array, "B A T"], last: Int[Array, "B"] | None = None

@@ -26,6 +26,8 @@ class Inputs:
         image_rows: index of each token among the pictures' flattened tokens, or -1.
         rope_positions: positions along A axes, for families whose rotary embedding does not use `positions`.
         extras: other arrays that the family's network reads, by name.
+        apart: whether every prompt has an equal share of the pixels and of the arrays in `extras` to itself, in the
+            prompts' order: prompts and pictures can then be divided together.
     """
 
     token_ids: Int[AnyArray, "B T"]
@@ -36,3 +38,4 @@ class Inputs:
     image_rows: Int[AnyArray, "B T"]
     rope_positions: Int[AnyArray, "B A T"] | None = None
     extras: Mapping[str, AnyArray] = dataclasses.field(default_factory=dict)
+    apart: bool = dataclasses.field(default=False, metadata={"static": True})

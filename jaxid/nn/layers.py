@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
-from jaxid.kernels.product import PRODUCT, gated_product, product
+from jaxid.kernels.product import PRODUCT, gated_product, product, prompts_divided
 from jaxid.kernels.product import runs as reads_stack
 from jaxid.kernels.stacks import LayerSlice
+from jaxid.nn import placement
 from jaxid.nn.fields import check_types
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -205,15 +206,23 @@ class Projections(nnx.Module):
         return self._heads(x, self.query, self.query_bias), *self.remembered(source)
 
     def remembered(self, source: Float[Array, "*B T C"]) -> tuple[Float[Array, "*B T K E"], Float[Array, "*B T K E"]]:
-        """Keys and values of the tokens `source`."""
-        return self._heads(source, self.key, self.key_bias), self._heads(source, self.value, self.value_bias)
+        """Keys and values of the tokens `source`; as many heads as `placement.kept_heads` says."""
+        heads = self.query.get_value().shape[-1] // self.head_width
+
+        def kept(x: Float[Array, "*B T K E"]) -> Float[Array, "*B T K E"]:
+            copies = placement.kept_heads(heads, x.shape[-2]) // x.shape[-2]
+            return x if copies == 1 else placement.heads(jnp.repeat(x, copies, axis=-2))
+
+        return kept(self._heads(source, self.key, self.key_bias)), kept(
+            self._heads(source, self.value, self.value_bias)
+        )
 
     def _heads(self, x: Float[Array, "*B T D"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "*B T H E"]:
-        return split_heads(_affine(x, kernel, bias, by_rows=True), self.head_width)
+        return placement.heads(split_heads(_affine(x, kernel, bias, by_rows=True), self.head_width))
 
     def from_heads(self, mixed: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
         """What attention adds to the tokens, from what their queries read."""
-        return _affine(join_heads(mixed), self.out, self.out_bias)
+        return _affine(join_heads(placement.heads(mixed)), self.out, self.out_bias)
 
 
 def _affine(
@@ -228,14 +237,15 @@ def flat_product(
 ) -> Float[Array, "*B outputs"]:
     """A linear map of the last axis as one product of two matrices, whatever other axes there are.
 
-    XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients.
+    XLA's CPU back end takes twice as long for [B, T, D] @ [D, F], especially for its gradients. Where devices divide
+    prompts, the axes stay: rows of several prompts, joined with them, could not be divided.
 
     Args:
         x: the inputs.
         kernel: the matrix.
         by_rows: as in `jaxid.kernels.product.product`.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if prompts_divided() else x.reshape(-1, x.shape[-1])
     y = product(flat, kernel, by_rows=by_rows) if isinstance(kernel, LayerSlice) else flat @ kernel
     return checkpoint_name(y, PRODUCT).reshape(*x.shape[:-1], kernel.shape[1])
 

@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxid.kernels import masks
 from jaxid.kernels.masks import Reads
+from jaxid.nn import placement
 from jaxid.nn.decoder import Decoder
 from jaxid.nn.inputs import Inputs
+from jaxid.nn.layers import take_tokens
 from jaxid.nn.passes import DecoderOutput, forward
 from jaxid.nn.sites import Capture, SiteFunction
 from jaxid.nn.views import Memory
@@ -44,10 +46,15 @@ class Network(nnx.Module):
         pictured = inputs.image_rows >= 0
         # The image token itself may have no row in the embedding.
         text = self.decoder.embed(jnp.where(pictured, 0, inputs.token_ids))
-        features = self.features(inputs).astype(text.dtype)
-        flat = features.reshape(-1, features.shape[-1])
-        pictures = jnp.take(flat, jnp.maximum(inputs.image_rows, 0), axis=0)
-        return jnp.where(pictured[..., None], pictures, text)
+        pictures = self.pictured(inputs).astype(text.dtype)
+        return placement.stream(jnp.where(pictured[..., None], pictures, text))
+
+    def pictured(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """The picture's token at every position that has one; any at the others."""
+        features = self.features(inputs)
+        if inputs.apart:
+            return of_own(features, inputs.image_rows)
+        return jnp.take(features.reshape(-1, features.shape[-1]), jnp.maximum(inputs.image_rows, 0), axis=0)
 
     def reads(self, inputs: Inputs) -> Reads:
         """Which tokens each token reads: earlier ones except padding, in some models also those of its picture."""
@@ -78,3 +85,19 @@ class Network(nnx.Module):
             wanted=wanted,
             last=inputs.last,
         )
+
+
+def of_own(features: Float[Array, "... D"], rows: Int[Array, "B T"], shared: int = 0) -> Float[Array, "B T D"]:
+    """Tokens of pictures, of which every prompt has an equal share to itself.
+
+    Devices that divide the prompts read their own pictures only.
+
+    Args:
+        features: tokens of all pictures, in the prompts' order.
+        rows: index of every token among them with all leading axes flattened.
+        shared: number by which the indices of the first picture's tokens are larger.
+    """
+    batch = rows.shape[0]
+    own = features.reshape(batch, -1, features.shape[-1])
+    first = shared + jnp.arange(batch)[:, None] * own.shape[1]
+    return take_tokens(own, jnp.clip(rows - first, 0, own.shape[1] - 1))

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.kernels.masks import Reads
+from jaxid.meshes import DATA, MODEL
+from jaxid.nn import placement
 from jaxid.nn.decoder import Decoder, DecoderBlock, Tap, kept
 from jaxid.nn.layers import Layer, by_index, recomputed, scan_stack, take_tokens
 from jaxid.nn.sites import DECODER_SITES, Capture, Site, SiteFunction, clean
@@ -153,10 +155,12 @@ def record(
 
     x = intervention(Site("embed", jnp.asarray(-1), positions), embeddings)
     config, (batch, tokens, width) = decoder.config, x.shape
-    layers, heads = config.num_hidden_layers, (config.num_key_value_heads, tokens, config.head_dim)
+    kept = placement.kept_heads(config.num_attention_heads, config.num_key_value_heads)
+    layers, heads = config.num_hidden_layers, (kept, tokens, config.head_dim)
     # Each layer writes to where its values stay: stacking them afterwards would take their memory twice.
     shapes = ((layers + 1, batch, suffix.shape[1], width), *[(layers, batch, *heads)] * 2)
-    empty = tuple(jnp.zeros(shape, x.dtype) for shape in shapes)
+    places = ((None, DATA, None, None), *[(None, DATA, MODEL, None, None)] * 2)
+    empty = tuple(placement.placed(jnp.zeros(shape, x.dtype), axes) for shape, axes in zip(shapes, places, strict=True))
     (x, (residuals, keys, values)), _ = _stack(decoder, step, (x, empty), suffix)
     end = jnp.argmax(suffix == last[:, None], axis=1)[:, None]
     return Record(
@@ -313,7 +317,7 @@ def resume(
 
     def enter(edit: SiteFunction, first: Array) -> Array:
         """What a row starts from: the recorded values, edited between the layer before and its first."""
-        x, positions = suffix.residuals[first], suffix.positions
+        x, positions = placement.stream(suffix.residuals[first]), suffix.positions
         embedded = edit(Site("embed", jnp.asarray(-1), positions), x)
         # A traced edit may name any layer; one that does not exist must have no effect.
         return jnp.where(first > 0, edit(Site("resid_post", first - 1, positions), x), embedded)
@@ -396,7 +400,7 @@ def prefill(decoder: Decoder, suffix: Suffix, edits: SiteFunction, rows: int) ->
     def step(x: Array, layer: Array) -> tuple[Array, tuple[Array, Array]]:
         return decoder.step(decoder.block(layer), layer, x, view, _tap(edit, layer, suffix.positions))
 
-    x = jnp.broadcast_to(recorded, (rows, *recorded.shape))
+    x = placement.stream(jnp.broadcast_to(recorded, (rows, *recorded.shape)))
     x = edit(Site("embed", jnp.asarray(-1), suffix.positions), x)
     x, (keys, values) = jax.lax.scan(step, x, jnp.arange(decoder.config.num_hidden_layers))
     hidden = decoder.norm(take_tokens(x, suffix.last[:, None])[:, :, 0])
@@ -456,7 +460,7 @@ def decode(
             view = decoder.view(cache, memory)
             return decoder.step(decoder.block(layer), layer, x, view, _tap(edit, layer, positions)), None
 
-        embedded = decoder.embed(token.reshape(rows * batch, 1)).reshape(rows, batch, 1, -1)
+        embedded = decoder.embed(token[:, :, None])
         x = edit(Site("embed", jnp.asarray(-1), positions), embedded)
         (x, caches), _ = jax.lax.scan(step, (x, caches), jnp.arange(decoder.config.num_hidden_layers))
         return choose(decoder.norm(x[:, :, 0])), caches
@@ -480,6 +484,7 @@ def decode(
     index, token = jnp.asarray(0, jnp.int32), choose(start.hidden)
     tokens, lengths = jnp.full((rows, batch, steps), filler, jnp.int32), jnp.zeros((rows, batch), jnp.int32)
     first = written(tokens, index, token, lengths, jnp.zeros((rows, batch), bool))
-    caches = (jnp.pad(start.keys, room), jnp.pad(start.values, room))
+    places = (DATA, MODEL, None, None)
+    caches = tuple(placement.placed(jnp.pad(part, room), places) for part in (start.keys, start.values))
     _, _, tokens, lengths, *_ = jax.lax.while_loop(more, advance, (index, token, *first, caches))
     return tokens, lengths

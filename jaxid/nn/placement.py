@@ -3,11 +3,14 @@
 A program is traced with its mesh as JAX's own context (`jax.set_mesh`); without one, nothing is placed.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
+
+from jaxid.meshes import DATA, MODEL
 
 _UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
@@ -21,7 +24,7 @@ def axis_size(name: str) -> int:
     return mesh.shape[name] if kind == AxisType.Auto else 1
 
 
-def placed(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
+def placed(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:
     """A value whose axes are divided over axes of the mesh, as far as their lengths allow.
 
     Args:
@@ -38,3 +41,35 @@ def placed(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "
     ]
     leading = (_UNCONSTRAINED,) * (x.ndim - len(axes))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*leading, *names))
+
+
+def result(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:
+    """As `placed`; of the axes that come before, too, every device has all."""
+    return placed(x, (*(None,) * (x.ndim - len(axes)), *axes))
+
+
+def stream(x: Float[Array, "*R B T D"]) -> Float[Array, "*R B T D"]:
+    """The residual stream, or what is added to it: prompts divided, every number of a token on its devices.
+
+    What a block's attention and MLP add is summed over the devices that share the model here, and nowhere else.
+    """
+    return placed(x, (DATA, None, None))
+
+
+def heads(x: Float[Array, "*R T H E"]) -> Float[Array, "*R T H E"]:
+    """Queries, keys or values, or what queries read, divided by heads."""
+    return placed(x, (None, MODEL, None))
+
+
+def kept_heads(heads: int, kv_heads: int) -> int:
+    """How many heads of keys and values are kept where devices share the query heads.
+
+    Every device has those that its own queries read. Where there are fewer than devices, or they do not divide,
+    several devices have the same one, and it is kept as often.
+
+    Args:
+        heads: number of query heads, H.
+        kv_heads: number of heads of keys and values, K.
+    """
+    parts = axis_size(MODEL)
+    return math.lcm(kv_heads, parts) if heads % parts == 0 else kv_heads

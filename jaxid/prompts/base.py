@@ -43,11 +43,21 @@ class Encoded(NamedTuple):
         pixels: the pictures in the family's layout.
         tokens: what each picture becomes in a prompt.
         extras: further arrays that the network reads, by name.
+        apart: as in `Inputs`.
     """
 
     pixels: Float[np.ndarray, "N ..."]
     tokens: tuple[PictureTokens, ...]
     extras: Mapping[str, np.ndarray] = {}
+    apart: bool = False
+
+
+def apart(members: Sequence[Sequence[int]]) -> bool:
+    """Whether all prompts show equally many pictures, each its own, in the prompts' order."""
+    each = len(members[0])
+    return each > 0 and all(
+        list(own) == list(range(row * each, (row + 1) * each)) for row, own in enumerate(members)
+    )
 
 
 SMALL = np.full((24, 25, 3), 200, np.uint8)
@@ -257,11 +267,10 @@ class PictureReader:
         Raises:
             InputError: for a picture that cannot be opened, or that the family cannot read.
         """
-        del members
         count, text = self.config.image_tokens, self.placeholder * self.config.image_tokens
         rows = np.arange(len(pictures) * count).reshape(len(pictures), count)
         pixels = pixel_values(self.image_processor, [self.open(picture) for picture in pictures])
-        return Encoded(pixels, tuple(PictureTokens(text, own) for own in rows))
+        return Encoded(pixels, tuple(PictureTokens(text, own) for own in rows), apart=apart(members))
 
     def rope_positions(
         self,

@@ -375,6 +375,7 @@ class Processor(PictureReader):
                 image_rows=self.image_rows(token_ids, valid, shown),
                 rope_positions=self.rope_positions(token_ids, valid, shown),
                 extras=encoded.extras if encoded else {},
+                apart=encoded is not None and encoded.apart,
             ),
             questions=tuple(asked),
             texts=tuple(texts),
