@@ -53,7 +53,7 @@ class Finished:
         skipped: items that were skipped, in their order.
         resumed: how many items were done when the job began, those skipped included.
         settings: as they are stored, in the types that JSON has.
-        notes: what `note` gave in every process.
+        notes: what `note` gave in every process that stored parts.
     """
 
     table: "pyarrow.Table"
@@ -200,9 +200,9 @@ def run(
                     raise failed
                 if found is not None:
                     store(part, *found)
-            notes, stopped = team.finished(note(), show)
-        if stopped:
-            there = sum(len(part.keys) for part in parts if part.path.exists())
+            notes, stopped = team.finished(note() if team.leads else None, show)
+        there = sum(len(part.keys) for part in parts if part.path.exists()) if stopped else len(keys)
+        if there < len(keys):
             one, reason = next(iter(stopped.items()))
             raise JaxidError(
                 f"process {one} stopped before its items were done: {there} of {len(keys)} items are finished; run the "
@@ -211,7 +211,8 @@ def run(
         if team.link is not None:
             _await_parts(parts)
         table, skipped = merged(parts)
-    return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"], notes=notes)
+    told = [one for one in notes if one is not None]
+    return Finished(table=table, skipped=skipped, resumed=resumed, settings=stored["settings"], notes=told)
 
 
 def check(

@@ -131,7 +131,8 @@ for line in sys.stdin.buffer:
 
 def quieten() -> None:
     """Keeps JAX from noting at length what it hears of other processes; to be called before it is imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # which is what JAX sets, here or in a parent process
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 @contextlib.contextmanager

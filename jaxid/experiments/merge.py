@@ -101,7 +101,8 @@ def merge(*folders: Path, out: Path) -> str:
             shutil.copyfile(file, made / "parts" / parts.part_name(index))
         whole = {name: value for name, value in full.stored.items() if name != "shard"}
         io.write_json(made / "settings.json", {**whole, "items": stored["shard"]["items"], "chunks": chunks})
-        summary = _summarised(dataclasses.replace(experiment, out=made, mesh=None), full, shards, started)
+        here = dataclasses.replace(experiment, out=made, mesh=None, progress=False)
+        summary = _summarised(here, full, shards, started)
         write_config(dataclasses.replace(experiment, out=out), made)
         made.replace(out)
     except OSError as error:
@@ -212,7 +213,7 @@ def _rebuilt(folder: _Folder) -> Experiment[Any, Any, Any]:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
         hints = typing.get_type_hints(kind)
         typed = {name: _typed(value, hints[name]) for name, value in options.items()}
-        experiment = kind(**{**typed, "shard": None, "restart": False, "progress": False})
+        experiment = kind(**{**typed, "shard": None, "restart": False})
     return with_bugs(experiment) if experiment.reference_bugs else experiment
 
 
