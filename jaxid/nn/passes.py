@@ -339,16 +339,16 @@ def resume(
             after, _ = decoder.step(block, layer, x, view, tap, keep)
             return jnp.where((first <= layer)[:, None, None, None], after, waiting)
 
-        return jax.lax.cond((first <= layer).any(), go, lambda x: waiting, x)
+        return placement.stream(jax.lax.cond((first <= layer).any(), go, lambda x: waiting, placement.stream(x)))
 
     def through(x: Array, layer: Array) -> tuple[Array, None]:
         def run(x: Array) -> Array:
             block, views = decoder.block(layer), at(layer)
             return jax.lax.map(lambda chunk: advance(block, layer, views, chunk), (x, edits, first, swapped))
 
-        return jax.lax.cond((first <= layer).any(), run, lambda x: x, x), None
+        return placement.stream(jax.lax.cond((first <= layer).any(), run, lambda x: x, x)), None
 
-    x = jax.lax.map(lambda chunk: jax.vmap(enter)(*chunk), (edits, first))
+    x = placement.stream(jax.lax.map(lambda chunk: jax.vmap(enter)(*chunk), (edits, first)))
     x, _ = jax.lax.scan(through, x, jnp.arange(count - 1))
     final, views, last = decoder.block(count - 1), at(count - 1), suffix.last[:, None]
     x = jax.lax.map(lambda chunk: advance(final, count - 1, views, chunk, last), (x, edits, first, swapped))
