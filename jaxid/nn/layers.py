@@ -209,13 +209,12 @@ class Projections(nnx.Module):
         """Keys and values of the tokens `source`; as many heads as `placement.kept_heads` says."""
         heads = self.query.get_value().shape[-1] // self.head_width
 
-        def kept(x: Float[Array, "*B T K E"]) -> Float[Array, "*B T K E"]:
+        def kept(x: Array) -> Array:
             copies = placement.kept_heads(heads, x.shape[-2]) // x.shape[-2]
             return x if copies == 1 else placement.heads(jnp.repeat(x, copies, axis=-2))
 
-        return kept(self._heads(source, self.key, self.key_bias)), kept(
-            self._heads(source, self.value, self.value_bias)
-        )
+        key, value = self._heads(source, self.key, self.key_bias), self._heads(source, self.value, self.value_bias)
+        return kept(key), kept(value)
 
     def _heads(self, x: Float[Array, "*B T D"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "*B T H E"]:
         return placement.heads(split_heads(_affine(x, kernel, bias, by_rows=True), self.head_width))
