@@ -6,7 +6,7 @@ import shutil
 import time
 import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,18 @@ class _Folder:
     def name(self) -> str:
         return f"{self.path} (shard {self.shard['index']}/{self.shard['of']})"
 
-    def files(self) -> Iterator[Path]:
+    def files(self) -> list[Path]:
         """The parts' files, in order.
 
         Raises:
             OutputError: if one is missing.
         """
-        for index, _ in enumerate(parts.part_sizes(self.stored)):
-            path = self.path / "parts" / parts.part_name(index)
-            if not path.exists():
-                count = sum(parts.part_sizes(self.stored)[index:])
-                raise OutputError(f"{self.name} is not finished: {count} items or fewer are missing; resume it first.")
-            yield path
+        sizes = parts.part_sizes(self.stored)
+        found = [self.path / "parts" / parts.part_name(index) for index in range(len(sizes))]
+        missing = sum(size for path, size in zip(found, sizes, strict=True) if not path.exists())
+        if missing:
+            raise OutputError(f"{self.name} is not finished: {missing} items are missing; resume it first.")
+        return found
 
 
 def merge(*folders: Path, out: Path) -> str:
@@ -177,7 +177,7 @@ def _fitting(folders: Sequence[_Folder]) -> list[_Folder]:
         found[index] = folder
     if missing := [f"{index}/{count}" for index in range(1, count + 1) if index not in found]:
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise InputError(f"of {count} shards, {len(missing)} are missing: {listed}.")
+        raise InputError(f"shards are missing, {len(missing)} of {count}: {listed}.")
     return [found[index] for index in range(1, count + 1)]
 
 
