@@ -241,18 +241,23 @@ def test_bounds(capsys: pytest.CaptureFixture[str]) -> None:
         "h100/gemma-12b/extract/flop_ratio": 1.15,
         "h100/clip-b16/dcsm/bound_ratio": 1.4,
         "v5e-8/gemma-12b/rerun/collective_gb_data": 0.1,
+        "h100-2x2/llava-7b/rerun/roofline_ms": 40.0,
+        "h100-2x2/llava-7b/rerun/collective_ms": 18.0,
+        "h100-2x2/llava-7b/rerun/bound_ratio": 1.45,
+        "h100-2x2/llava-7b/trace/collective_ms": 18.0,
         "v5e-8/gemma-12b/rerun/collective_gb_model": 0.1,
         "v5e-8/gemma-12b/decode/collectives_per_block": 2,
         "v5e-8/gemma-12b/generate/collectives_per_block": 3,
     }
-    assert accelerator.report(found) == 4
+    assert accelerator.report(found) == 5
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "6 bounds passed, 4 missed" and len(lines) == 11
+    assert lines[-1] == "7 bounds passed, 5 missed" and len(lines) == 13
     assert [line.split()[1] for line in lines if line.startswith("MISSED")] == [
         "h100/llava-7b/trace/temporary_gb",
         "h100/gemma-12b/trace/weight_copies",
         "h100/gemma-12b/decode/bound_ratio",
         "v5e-8/gemma-12b/rerun/collective_gb_data",
+        "h100-2x2/llava-7b/rerun/collective_ms",
     ]
 
 
