@@ -14,17 +14,22 @@ import optax
 import pytest
 from encoders import ENCODER_CASES, EncoderCase
 from jax.sharding import PartitionSpec
+from test_dcsm_runs import main_ok
 from test_dcsm_training import QUICK, items
 
 from jaxid import meshes
 from jaxid.checkpoints import sharding
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.tensors import flatten
+from jaxid.data.files import save_picture
 from jaxid.dcsm import embedding, training
 from jaxid.dcsm.embedding import embed_images, embed_texts
 from jaxid.dcsm.evaluate import answer
 from jaxid.dcsm.scoring import Scorer, score, score_own
 from jaxid.errors import InputError
+from jaxid.experiments.dcsm_evaluate import EvaluateScorers
+from jaxid.experiments.dcsm_score import ScoreCaptions
+from jaxid.experiments.dcsm_train import TrainScorer
 from jaxid.families.base import Encoder
 from jaxid.kernels.similarity import GROUPS
 from jaxid.train.loop import read_metrics
@@ -210,3 +215,41 @@ def test_pictures_of_training_are_divided(tmp_path: Path, monkeypatch: pytest.Mo
         assert array.sharding.spec == (PartitionSpec("data") if name.endswith("images") else PartitionSpec()), name
     given, own = flatten(seen["constants"]["encoder"]), flatten(encoder.parameters)
     assert all(given[path] is own[path] for path in own)
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_scored_on_a_mesh(tmp_path: Path) -> None:
+    save_picture(tmp_path / "scene.png", pictures()[0])
+    command = ScoreCaptions(picture=tmp_path / "scene.png", captions=("a star above a fish", "a fish", "a key"))
+    for one, many in zip(command.run(), dataclasses.replace(command, mesh="data=2").run(), strict=True):
+        assert one.caption == many.caption
+        np.testing.assert_allclose([many.score, many.cosine], [one.score, one.cosine], atol=EXACT)
+
+
+@pytest.mark.slow
+def test_an_evaluation_may_be_resumed_on_another_mesh(tmp_path: Path) -> None:
+    main_ok(["dcsm", "data", "--out", str(tmp_path / "data"), "--count", "12"])
+    command = EvaluateScorers(
+        data=tmp_path / "data" / "evaluation", out=tmp_path / "one", benchmark=("ncd",), batch_size=4, progress=False
+    )
+    alone = command.run()
+    there = dataclasses.replace(command, out=tmp_path / "many", mesh="data=4")
+    assert there.run().models == alone.models
+    parts = sorted((tmp_path / "one").glob("models/*/parts/*.parquet"))
+    kept = [path.stat().st_mtime_ns for path in parts[1:]]
+    parts[0].unlink()
+    assert dataclasses.replace(command, mesh="auto").run().models == alone.models
+    assert [path.stat().st_mtime_ns for path in parts[1:]] == kept and parts[0].is_file() and kept
+
+
+@pytest.mark.slow
+def test_a_scorer_is_trained_on_a_mesh(tmp_path: Path) -> None:
+    main_ok(["dcsm", "data", "--out", str(tmp_path / "data"), "--count", "12"])
+    command = TrainScorer(
+        data=tmp_path / "data", out=tmp_path / "run", mesh="data=2", epochs=1, kind="mlp", progress=False
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        found = command.run()
+    assert found.rows and (tmp_path / "run" / "scorer.safetensors").is_file()

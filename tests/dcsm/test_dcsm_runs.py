@@ -215,6 +215,8 @@ def test_seeds_that_are_none(command: str, seed: str, tmp_path: Path, capsys: py
         (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),
         (["score", "PICTURE", "a star", "--group", "all"], "all"),
         (["score", "PICTURE", "a star", "--scorer", "nowhere.safetensors"], "nowhere.safetensors is missing"),
+        (["score", "PICTURE", "a star", "--mesh", "depth=2"], "a mesh is given as data=4,model=2, or as auto; not as"),
+        (["score", "PICTURE", "a star", "--mesh", "data=99"], "has 99 devices, but JAX sees 8"),
         (["train", "--data", "EMPTY", "--out", "OUT"], "holds no data set"),
         (["eval", "--data", "EMPTY", "--out", "OUT"], "holds no evaluation set"),
         (["eval", "--data", "EMPTY", "--out", "OUT", "--benchmark", "imagenet"], "imagenet"),
