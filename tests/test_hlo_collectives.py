@@ -141,3 +141,6 @@ def test_layers_of_a_compiled_stack() -> None:
     assert counts.sent("data") == 4 * 16 * 4  # a half of the prompts, once
     assert found_in.in_one_step(program, MESH, axis="model") == 2
     assert found_in.in_one_step(program, MESH, axis="data") == 0
+    loops = [one for inner in program.computations.values() for one in inner.values() if one.opcode == "while"]
+    named = {program.function(loop) for loop in loops}
+    assert found_in.in_one_step(program, MESH, axis="model", skipped=named) == 0
