@@ -148,6 +148,7 @@ class Geometry:
             image_rows=rows,
             rope_positions=turned,
             extras=extras,
+            apart=True,
         )
         texts = ("",) * count
         places = np.zeros((count, tokens, 2), np.int32)
