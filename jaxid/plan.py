@@ -124,7 +124,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a training run needs on one device; memory in bytes.
+    """What a training run needs on a device; memory in bytes.
 
     Attributes:
         device: the device.
@@ -144,6 +144,7 @@ class TrainingPlan:
         seconds: the least time for the whole run.
         programs: the calls of a step, and of a batch of an evaluation.
         measured: whether XLA's compiler told the programs' memory; else it is estimated.
+        axes: of the mesh that the run takes; figures are for each of its devices.
     """
 
     device: Device
@@ -163,11 +164,14 @@ class TrainingPlan:
     seconds: float
     programs: Sequence[Call]
     measured: bool
+    axes: Axes = ONE
 
     def report(self) -> Iterator[str]:
         """A readable table."""
         device = self.device
         yield _peaks(device)
+        if self.axes != ONE:
+            yield f"{'mesh':22s}{self.axes!s:>12s}  figures are for each device"
         yield f"{'weights':22s}{_size(self.weights):>12s}"
         yield f"{'trained tensors':22s}{_size(self.trained):>12s}  float32 copies"
         yield f"{'optimizer':22s}{_size(self.optimizer):>12s}"

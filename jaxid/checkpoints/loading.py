@@ -152,7 +152,9 @@ class Checkpoint:
         sharding.layout(definition, leaves, mesh)
         return dataclasses.replace(self, mesh=mesh)
 
-    def axes(self, text: str | None, devices: int, device: Device | None = None) -> meshes.Axes:
+    def axes(
+        self, text: str | None, devices: int, device: Device | None = None, *, further: float = 0.0
+    ) -> meshes.Axes:
         """The axes of the mesh that a text asks for: "data=4,model=2"; one device by default.
 
         Under "auto", as few devices share a copy of the model as hold its parameters in 60 % of their memory, and there
@@ -162,6 +164,7 @@ class Checkpoint:
             text: the text.
             devices: number of devices.
             device: one of them; by default the one that JAX uses.
+            further: bytes that a copy's devices divide besides the parameters.
 
         Raises:
             InputError: for a text that is no mesh, or a model that all devices together do not hold.
@@ -170,7 +173,7 @@ class Checkpoint:
             return meshes.ONE if text is None else meshes.sizes(text)
         device, width = device or this(), jnp.dtype(DTYPES[self.dtype]).itemsize
         _, leaves = abstract_parameters(self.kind, self.model.config)
-        needed = width * sum(math.prod(leaf.shape) for leaf in leaves.values())
+        needed = further + width * sum(math.prod(leaf.shape) for leaf in leaves.values())
         room = math.inf if device.platform == "cpu" else _ROOM * device.memory
         model = meshes.fewest(needed, room, self.model.config.text_config.num_attention_heads, devices)
         return meshes.Axes(devices // model, model)

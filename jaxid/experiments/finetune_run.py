@@ -19,15 +19,18 @@ from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, open_checkpoint
 from jaxid.checkpoints.tensors import unflatten
 from jaxid.checks import Count, check_finite, check_seed
+from jaxid.costs import nbytes
 from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
 from jaxid.data.files import write_csv
 from jaxid.data.grid import GridItem, read_finetune_folder
+from jaxid.devices import Device
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Command, read_spatial_ids, write_config
-from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, split_pairs, task
+from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, select, split_pairs, task
 from jaxid.experiments.finetune_evaluation import evaluate, spatial_items
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
+from jaxid.meshes import Axes
 from jaxid.places import Elsewhere
 from jaxid.stats import confidence_interval, mean_interval
 from jaxid.train import loop as training
@@ -197,9 +200,17 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             InputError: for a text that is no mesh, or one that has more devices than there are, or not equally many of
                 each process.
         """
-        if self.mesh is None:
-            return every_device()
-        return shared(checkpoint.axes(self.mesh, jax.device_count()))
+        return every_device() if self.mesh is None else shared(self.axes(checkpoint, jax.device_count()))
+
+    def axes(self, checkpoint: Checkpoint, devices: int, device: Device | None = None) -> Axes:
+        """The axes of the mesh, as `Checkpoint.axes`; under "auto" there is room for what training adds, too."""
+        further = 0.0
+        if self.mesh == "auto":
+            model = unloaded(checkpoint)
+            trained = jax.eval_shape(select(model, resolved(self, model)).split, model.parameters)
+            # A copy in float32, the optimizer's two, and a gradient.
+            further = 4.0 * sum(nbytes(leaf) for leaf in trained.values())
+        return checkpoint.axes(self.mesh, devices, device, further=further)
 
     def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers, mesh: Mesh) -> Trained:
         """Returns the trained tensors; writes metrics and evaluations meanwhile."""

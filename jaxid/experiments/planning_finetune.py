@@ -1,13 +1,21 @@
-"""Plans of fine-tuning: what a run needs on one device, from its own task, stage and step."""
+"""Plans of fine-tuning: what a run needs on a device, from its own task, stage and step.
 
+On a mesh, axis "model" is taken to divide the work and the state of a step, but not its temporaries; "data" divides the
+optimizer's state, and the small batches if their number is a multiple of it.
+"""
+
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
-from jaxid.checkpoints.loading import open_checkpoint
+from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, open_checkpoint
+from jaxid.checkpoints.sharding import layout
 from jaxid.checkpoints.tensors import flatten
 from jaxid.costs import nbytes
 from jaxid.data.coco_spatial import ANSWERS
@@ -16,35 +24,42 @@ from jaxid.dry_run import Call, dry_run
 from jaxid.experiments.finetune import Task, resolved, task
 from jaxid.experiments.finetune_evaluation import BATCH, evaluate
 from jaxid.experiments.finetune_run import Finetune, Read
+from jaxid.meshes import AXES, ONE, Axes
 from jaxid.plan import USABLE, TrainingPlan
 from jaxid.train.loop import Batch, Stage, abstract_step
+from jaxid.train.placement import placement
 
 _LOOKED_AT = 8
 """Steps whose batches are read: their questions may differ in length."""
 
 
 def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -> TrainingPlan:
-    """Plans a run on one device, without reading weights or writing anything.
+    """Plans a run, without reading weights or writing anything.
 
     Args:
-        command: the run.
-        device: the device.
+        command: the run; without a mesh it is planned for one device.
+        device: the device, or one of those of the mesh.
         measure: ask XLA's compiler, for this process's device, what memory the programs need.
 
     Raises:
         JaxidError: what the command itself raises for its model, its IDs or its data.
     """
-    model = open_checkpoint(command.model, dtype=command.dtype).abstract()
+    checkpoint = open_checkpoint(command.model, dtype=command.dtype)
+    axes = command.axes(checkpoint, jax.device_count(), device)
+    model, measure = checkpoint.abstract(), measure and axes == ONE
     read = command.read()
     job = task(model, read.training, read.ids, resolved(command, model))
     stage = job.stage()
     trained = jax.eval_shape(job.selection.split, model.parameters)
-    weights, copies = _bytes(model.parameters), _bytes(trained)
-    _, state = abstract_step(stage, trained)
-    held = weights + _bytes(state)
+    weights, (copies, state) = checkpoint.held(axes), _state(checkpoint, stage, trained, axes)
+    held = weights + copies + state
 
-    steps = _scaled([(count, _step(stage, trained, batch, device, measure)) for count, batch in _batches(stage)], stage)
-    merged, evaluations = _evaluation(job, read, device, measure)
+    shares = axes.model * (axes.data if command.groups % axes.data == 0 else 1)
+    steps = _scaled(
+        [(count, _share(_step(stage, trained, batch, device, measure), shares)) for count, batch in _batches(stage)],
+        stage,
+    )
+    merged, evaluations = _evaluation(job, read, device, axes, measure)
     peak = held + max(
         max(call.memory for _, call in steps), max((merged + call.memory for _, call in evaluations), default=0.0)
     )
@@ -59,7 +74,7 @@ def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -
         device=device,
         weights=weights,
         trained=copies,
-        optimizer=_bytes(state) - copies,
+        optimizer=state,
         steps=stage.steps,
         small_batches=command.groups,
         batch_size=command.batch_size,
@@ -76,11 +91,28 @@ def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -
             *(call for _, call in evaluations),
         ],
         measured=measure,
+        axes=axes,
     )
 
 
-def _bytes(tree: Any) -> float:
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves(tree))
+def _state(checkpoint: Checkpoint, stage: Stage, trained: Any, axes: Axes) -> tuple[float, float]:
+    """Bytes of the trained tensors and of the optimizer's state that a device holds."""
+    _, state = abstract_step(stage, trained)
+    mesh = AbstractMesh(tuple(axes), AXES)
+    definition, leaves = abstract_parameters(checkpoint.kind, checkpoint.model.config)
+    where = placement(mesh, layout(definition, leaves, mesh).shardings, trained).state(stage.optimizer)
+    return _shares(state["parameters"], where["parameters"]), _shares(state["optimizer"], where["optimizer"])
+
+
+def _shares(tree: Any, shardings: Any) -> float:
+    """Bytes of the parts of arrays that a device holds."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * float(leaf.dtype.itemsize) for leaf, place in pairs)
+
+
+def _share(call: Call, shares: int) -> Call:
+    """A call whose work devices share."""
+    return dataclasses.replace(call, flops=call.flops / shares, moved=call.moved / shares)
 
 
 def _batches(stage: Stage) -> list[tuple[int, Batch]]:
@@ -103,7 +135,9 @@ def _scaled(looked_at: Sequence[tuple[int, Call]], stage: Stage) -> list[tuple[f
     return [(stage.steps * count / whole, call) for count, call in looked_at]
 
 
-def _evaluation(job: Task, read: Read, device: Device, measure: bool) -> tuple[float, list[tuple[int, Call]]]:
+def _evaluation(
+    job: Task, read: Read, device: Device, axes: Axes, measure: bool
+) -> tuple[float, list[tuple[int, Call]]]:
     """The memory of the tensors that an evaluation puts together, and its programs, with how often each is called."""
     trained = jax.eval_shape(job.selection.split, job.model.parameters)
     parameters = jax.eval_shape(job.selection.merge, job.model.parameters, trained)
@@ -113,7 +147,7 @@ def _evaluation(job: Task, read: Read, device: Device, measure: bool) -> tuple[f
         for words in ANSWERS.values():
             own = [item for item in questions if item.relation in words]
             if own:
-                calls = dry_run(partial(asked, own[:BATCH]), device, measure=measure)
+                calls = dry_run(partial(asked, own[:BATCH]), device, axes=axes, measure=measure)
                 found += [(-(-len(own) // BATCH), call) for call in calls]
     flat = flatten(parameters)
-    return sum(nbytes(flat[path]) for path, _ in job.selection.rows), found
+    return sum(nbytes(flat[path]) for path, _ in job.selection.rows) / axes.model, found

@@ -32,7 +32,7 @@ def placed(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array,
         axes: for each of its last axes the mesh's axis, or None if every device has all of it. What comes before them
             is left to XLA.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:  # no mesh, or `jax.shard_map` over all of it
         return x
     lengths = x.shape[x.ndim - len(axes) :]
     names = [

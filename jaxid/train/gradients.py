@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxid import meshes
@@ -37,11 +37,22 @@ def mean(function: Callable[..., Found], placement: Placement | None) -> Callabl
 
 def _shared(function: Callable[..., Found], placement: Placement) -> Callable[..., Any]:
     """The means of gradients and metrics over small batches that the copies of the parameters divide."""
-    axes, shardings = placement.axes(), placement.divided()
+    specs = jax.tree.map(lambda sharding: sharding.spec, placement.parameters())
+    # Axes of one device belong to it too: where all do, kernels need no division by XLA.
+    manual = {name for name, size in placement.mesh.shape.items() if name == meshes.DATA or size == 1}
+    if manual == set(placement.mesh.axis_names):
+        axes = placement.axes()
+    else:  # XLA would first gather over "model" what is to be scattered over "data"
+        axes = jax.tree.map(lambda _: -1, specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
     def share(parameters: PyTree, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> Found:
         count = _count(batch) * placement.copies
-        gradients, metrics = _total(lambda own: function(parameters, own, constants), batch)
+
+        def placed(own: PyTree) -> Found:
+            gradients, metrics = function(parameters, own, constants)
+            return jax.lax.with_sharding_constraint(gradients, specs), metrics
+
+        gradients, metrics = _total(placed, batch)
 
         def summed(leaf: Array, axis: int) -> Array:
             if axis < 0:
@@ -51,16 +62,15 @@ def _shared(function: Callable[..., Found], placement: Placement) -> Callable[..
         gradients, metrics = jax.tree.map(summed, gradients, axes), jax.lax.psum(metrics, meshes.DATA)
         return jax.tree.map(lambda leaf: leaf / count, (gradients, metrics))
 
-    def over_data(sharding: NamedSharding, axis: int) -> PartitionSpec:
+    def over_data(axis: int) -> PartitionSpec:
         return PartitionSpec(*(None,) * axis, meshes.DATA) if axis >= 0 else PartitionSpec()
 
     return jax.shard_map(
         share,
         mesh=placement.mesh,
         in_specs=(PartitionSpec(), PartitionSpec(meshes.DATA), PartitionSpec()),
-        out_specs=(jax.tree.map(over_data, shardings, axes), PartitionSpec()),
-        # Axes of one device belong to it too: where all do, kernels need no division by XLA.
-        axis_names={name for name, size in placement.mesh.shape.items() if name == meshes.DATA or size == 1},
+        out_specs=(jax.tree.map(over_data, axes), PartitionSpec()),
+        axis_names=manual,
         check_vma=False,
     )
 

@@ -28,7 +28,7 @@ from jaxid.train.folder import check_folder as check_folder
 from jaxid.train.folder import leads as leads
 from jaxid.train.folder import read_metrics as read_metrics
 from jaxid.train.gradients import mean
-from jaxid.train.placement import Layout, Placement, complete, placement
+from jaxid.train.placement import Layout, Placement, complete, placement, skip_not_finite
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -197,7 +197,7 @@ class _Run:
             for stage in self.stages:
                 if stage.first < step <= stage.first + stage.steps:
                     shapes = jax.eval_shape(partial(_start, stage), parameters)
-                    return jax.tree.map(_abstract, shapes, _shardings(stage, self.placement))
+                    return jax.tree.map(_abstract, shapes, self.placement.state(stage.optimizer))
             return None
 
         with States(self.folder / "state") as states:
@@ -310,11 +310,6 @@ def _start(stage: Stage, parameters: PyTree) -> State:
     return {"parameters": parameters, "optimizer": skip_not_finite(stage.optimizer).init(parameters)}
 
 
-def _shardings(stage: Stage, placement: Placement) -> State:
-    """Where the state of a stage lies."""
-    return {"parameters": placement.parameters(), "optimizer": placement.optimizer(skip_not_finite(stage.optimizer))}
-
-
 def _abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -323,16 +318,10 @@ def _placed_start(stage: Stage, parameters: PyTree, placement: Placement) -> Sta
     """The initial state of a stage on the devices, none of which ever holds more than its part of it."""
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        return meshes.put(placement.mesh, leaf, sharding.spec)
+        return meshes.put(placement.devices, leaf, sharding.spec)
 
     placed = jax.tree.map(put, parameters, placement.parameters())
-    return jax.jit(partial(_start, stage), out_shardings=_shardings(stage, placement))(placed)
-
-
-def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer that skips, and counts, steps whose gradient is not finite."""
-    # After this many skipped steps in a row, optax would apply updates that are not finite.
-    return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
+    return jax.jit(partial(_start, stage), out_shardings=placement.state(stage.optimizer))(placed)
 
 
 def _check_health(health: Int[Array, "3"], stage: Stage, step: int) -> int:
@@ -408,7 +397,7 @@ def abstract_step(
     """
     state: Any = jax.eval_shape(partial(_start, stage), parameters)
     if placement is not None:
-        state = jax.tree.map(_abstract, state, _shardings(stage, placement))
+        state = jax.tree.map(_abstract, state, placement.state(stage.optimizer))
     return _step_function(stage, placement), state
 
 
@@ -419,7 +408,7 @@ def _step_function(stage: Stage, placement: Placement | None = None) -> Program[
         stage: the stage.
         placement: where state and batches lie; on one device by default.
     """
-    options = {} if placement is None else {"out_shardings": (_shardings(stage, placement), placement.whole)}
+    options = {} if placement is None else {"out_shardings": (placement.state(stage.optimizer), placement.whole)}
 
     @program(donate_argnums=0, **options)
     def training_step(state: State, batch: dict[str, PyTree], constants: dict[str, PyTree]) -> tuple[State, Metrics]:

@@ -8,13 +8,15 @@ of them. Axis "data" divides batches, and the optimizer's copies and the summed 
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxid import meshes
@@ -55,14 +57,19 @@ class Placement:
     """Where a run's arrays lie.
 
     Attributes:
-        mesh: the devices.
+        mesh: the devices; an abstract mesh serves plans.
         shapes: the shape of every trained parameter.
         layout: where they lie.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     shapes: PyTree
     layout: Layout
+
+    @property
+    def devices(self) -> Mesh:
+        """The mesh, of real devices."""
+        return cast(Mesh, self.mesh)
 
     @property
     def copies(self) -> int:
@@ -98,16 +105,18 @@ class Placement:
         names[axis] = meshes.DATA
         return NamedSharding(self.mesh, PartitionSpec(*names))
 
-    def optimizer(self, optimizer: optax.GradientTransformation) -> PyTree:
-        """The sharding of everything in an optimizer's state: what mirrors a parameter is divided, all else whole."""
+    def state(self, optimizer: optax.GradientTransformation) -> dict[str, PyTree]:
+        """The shardings of "parameters" and "optimizer", its state: what mirrors a parameter is divided, else whole."""
+        optimizer = skip_not_finite(optimizer)
         state = jax.eval_shape(optimizer.init, self.shapes)
 
         def of(leaf: Any, sharding: NamedSharding, shape: Any) -> NamedSharding:
             return sharding if leaf.shape == shape.shape else self.whole  # some optimizers summarise parameters
 
-        return optax.tree.map_params(
+        found = optax.tree.map_params(
             optimizer, of, state, self.divided(), self.shapes, transform_non_params=lambda _: self.whole
         )
+        return {"parameters": self.parameters(), "optimizer": found}
 
     def batch(self, batch: Mapping[str, PyTree], whole: tuple[str, ...]) -> dict[str, PyTree]:
         """A batch on the devices, divided along the first axis where it divides.
@@ -117,7 +126,7 @@ class Placement:
             whole: names of the arrays that every device has whole.
         """
         return {
-            name: meshes.whole(self.mesh, value) if name in whole else meshes.divided(self.mesh, value)
+            name: meshes.whole(self.devices, value) if name in whole else meshes.divided(self.devices, value)
             for name, value in batch.items()
         }
 
@@ -131,9 +140,15 @@ class Placement:
         def of(leaf: Any) -> Any:
             sharding = getattr(leaf, "sharding", None)
             there = isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
-            return leaf if there else meshes.put(self.mesh, leaf, PartitionSpec())
+            return leaf if there else meshes.put(self.devices, leaf, PartitionSpec())
 
         return jax.tree.map(of, tree)
+
+
+def skip_not_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that skips, and counts, steps whose gradient is not finite."""
+    # After this many skipped steps in a row, optax would apply updates that are not finite.
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=int(jnp.iinfo(jnp.int32).max))
 
 
 def _longest(shape: Any, sharding: NamedSharding, copies: int) -> int:
@@ -147,7 +162,7 @@ def _longest(shape: Any, sharding: NamedSharding, copies: int) -> int:
     return max(found, key=lambda axis: shape.shape[axis]) if found and copies > 1 else -1
 
 
-def placement(mesh: Mesh | None, layout: Layout | None, parameters: PyTree) -> Placement:
+def placement(mesh: Mesh | AbstractMesh | None, layout: Layout | None, parameters: PyTree) -> Placement:
     """Where a run's arrays lie.
 
     Args:
@@ -169,7 +184,7 @@ def placed_as(parameters: PyTree, layout: Layout) -> PyTree:
     """The parameters of a network, placed as a layout says."""
 
     def of(path: str, leaf: Any) -> Any:
-        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and path in layout
+        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and path in layout
         return jax.device_put(leaf, layout[path]) if placed else leaf
 
     return unflatten({path: of(path, leaf) for path, leaf in flatten(parameters).items()})

@@ -13,16 +13,20 @@ import pytest
 from test_finetune import CASE, command, items, model, write_data
 from test_planning import CPU, H100, MARGIN, run, small
 
-from jaxid import cli
+from jaxid import cli, meshes
 from jaxid import plan as plans
 from jaxid.checkpoints.encoders import load_encoder
+from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.dcsm.scoring import Scorer, own_scorer
 from jaxid.dry_run import Call
 from jaxid.experiments.dcsm_evaluate import EvaluateScorers
-from jaxid.experiments.finetune import groups_of, split_pairs
+from jaxid.experiments.finetune import groups_of, resolved, split_pairs, task
 from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.planning import plan
+from jaxid.meshes import Axes
 from jaxid.plan import Plan, TrainingPlan
+from jaxid.train import loop
+from jaxid.train.placement import placement
 
 MIB = 2**20
 
@@ -61,6 +65,26 @@ def finetune_plan(command: Finetune, device: Any = H100, **options: Any) -> Trai
     found = plan(command, device, **options)
     assert isinstance(found, TrainingPlan)
     return found
+
+
+def test_a_plan_on_a_mesh_is_what_its_devices_hold(data: Path) -> None:
+    command, axes = finetune(data, mesh="data=4,model=2", groups=4, train="lm-mlp,projector", budget=1.0), Axes(4, 2)
+    found, alone = finetune_plan(command), finetune_plan(dataclasses.replace(command, mesh=None))
+    own = open_checkpoint(fixtures.folder(CASE)).on(meshes.mesh(*axes)).load()
+    read = command.read()
+    job = task(own, read.training, dataclasses.replace(read.ids, fingerprint=own.fingerprint), resolved(command, own))
+    initial = job.initial()
+    where = placement(own.mesh, job.layout, initial)
+    state = loop._placed_start(job.stage(), initial, where)
+
+    def held(tree: Any) -> int:
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert found.axes == axes and "data=4,model=2" in "\n".join(found.report())
+    assert found.weights == held(own.parameters) < alone.weights
+    assert found.trained == held(state["parameters"]) < 0.7 * alone.trained
+    assert found.optimizer == held(state["optimizer"]) < 0.2 * alone.optimizer
+    assert found.peak < alone.peak and found.flops == pytest.approx(alone.flops / 8)
 
 
 def step(data: Path, **changed: Any) -> Call:
@@ -145,6 +169,14 @@ def test_an_evaluation_is_planned_without_weights(benchmarks: Path, tmp_path: Pa
     assert found.pairs_per_second > 0 and scores.prompts * scores.rows <= 8 * 4
     more = plan(dataclasses.replace(made, batch_size=16), H100)
     assert isinstance(more, Plan) and more.peak > found.peak and more.batches == 3
+
+
+def test_an_evaluation_is_planned_for_a_mesh(benchmarks: Path, tmp_path: Path) -> None:
+    made = EvaluateScorers(data=benchmarks, out=tmp_path, batch_size=8)
+    alone, found = plan(made, H100), plan(dataclasses.replace(made, mesh="data=2,model=2"), H100)
+    assert 0.5 * alone.weights < found.weights < alone.weights  # its 3 heads are not divided, its MLPs are
+    for ours, theirs in zip(found.programs, alone.programs, strict=True):
+        assert ours.name == theirs.name and abs(ours.flops - theirs.flops / 4) < 1e-6 * theirs.flops
 
 
 def test_a_scorer_counts_as_what_it_computes(benchmarks: Path, tmp_path: Path) -> None:
