@@ -12,9 +12,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxid.devices import GIB, Device
+import numpy as np
+
+from jaxid.devices import GIB, Device, free_memory
 from jaxid.dry_run import PAIRS, RERUNS, TRACES, Call, dry_run
 from jaxid.errors import OutOfMemoryError
+from jaxid.families.base import Model
 from jaxid.interp.sweep import bucket
 from jaxid.meshes import ONE, Axes
 
@@ -23,6 +26,9 @@ USABLE = 0.92
 
 MOST = 256
 """The most prompts that go together: their pictures wait on the host, and a killed run loses a batch."""
+
+LARGEST_BATCH = 32
+"""The most prompts that are traced together, however much memory there is."""
 
 _BETWEEN = 0.02
 """Seconds that a batch takes besides its programs: an estimate for reading arguments, dispatching and fetching."""
@@ -234,6 +240,32 @@ def plan(job: Job, device: Device, *, together: int | None = None, measure: bool
         OutOfMemoryError: if the weights do not fit, and a batch is to be chosen.
     """
     return _planned(job, device, together, measure) if together else _chosen(job, device, measure)
+
+
+def fitting(model: Model, dtype: str, rows: int, copies: int, device: Device) -> int:
+    """A batch that fits without asking a plan: prompts with some interventions each, in a quarter of the free memory.
+
+    Args:
+        model: the model; its parameters may be missing.
+        dtype: of parameters and activations.
+        rows: interventions of a prompt that run together.
+        copies: copies of the model, each on a device of its own.
+        device: one of these.
+
+    Returns:
+        A multiple of the copies.
+    """
+    text = model.config.text_config
+    width = np.dtype(np.float32).itemsize if dtype == "float32" else 2
+    tokens = model.processor.usual_tokens + 64
+    trace_numbers = 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim
+    row_numbers = rows * 24 * text.hidden_size * 6
+    scores = 2 * text.num_attention_heads * tokens * tokens
+    fit = free_memory() // 4 // (width * (trace_numbers + row_numbers) + 4 * scores)
+    most = LARGEST_BATCH * copies
+    if device.platform == "cpu":  # its devices share their memory
+        fit, most = fit // copies, LARGEST_BATCH
+    return int(np.clip(fit, 1, max(1, most // copies))) * copies
 
 
 def _chosen(job: Job, device: Device, measure: bool) -> Plan:

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from jaxid import io, jobs, meshes, processes, zoo
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
-from jaxid.devices import Device, free_memory, this
+from jaxid.devices import Device, this
 from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
 from jaxid.experiments.relations import Case, RelationBatch, answer_forms
 from jaxid.families.base import Model
@@ -26,7 +26,7 @@ from jaxid.ids.temporal import TemporalIDs
 from jaxid.meshes import ONE
 from jaxid.parts import Shard
 from jaxid.places import Elsewhere
-from jaxid.plan import plan
+from jaxid.plan import fitting, plan
 
 if TYPE_CHECKING:
     from jaxid.experiments.base import Experiment
@@ -65,9 +65,6 @@ class Chunk(NamedTuple):
     groups: list[tuple[list[Any], Any]]
     words: list[Words]
 
-
-LARGEST_BATCH = 32
-"""The most prompts that are traced together, however much memory there is."""
 
 _NO_SETTINGS = {"out", "mesh", "shard", "batch_size", "restart", "skip_bad", "progress"}
 """Options that no row depends on."""
@@ -127,11 +124,9 @@ class Session:
             raise InputError(
                 f"--batch-size {experiment.batch_size} does not divide over data={self.axes.data}; give a multiple."
             )
-        fit = fitting(self.model, experiment.dtype, experiment.rows(self))
-        if self.device.platform == "cpu":  # its devices share their memory
-            fit = max(1, fit // self.axes.data)
+        fit = fitting(self.model, experiment.dtype, experiment.rows(self), self.axes.data, self.device)
         self.halving = Halving(
-            experiment.batch_size or fit * self.axes.data,
+            experiment.batch_size or fit,
             unit="prompt",
             per_item=experiment.prompts_per_item,
             advice=f"`jaxid plan {experiment.name}` tells what fits; try --dtype bfloat16 or a larger device",
@@ -240,6 +235,10 @@ class Session:
             # A bad item is met again by the job, which names it or skips it.
             with contextlib.suppress(*jobs.ITEM_ERRORS):
                 self.halving.together = plan(ExperimentJob(self), self.device, measure=True).together
+        if experiment.batch_size is None and self.team.workers > 1:  # so that none of them is idle
+            each = -(-len(self.own) // self.team.workers)
+            most = -(-each // self.axes.data) * self.axes.data
+            self.halving.together = min(self.halving.together, most * self.halving.per_item)
         self.model = self.checkpoint.load()
         if self.ids is not None:
             require_same_model(self.model, self.ids)
@@ -340,17 +339,6 @@ class Session:
             "settings": done.settings,
         }
         return table
-
-
-def fitting(model: Model, dtype: str, rows: int) -> int:
-    """How many prompts, with that many interventions each, fit in a quarter of the free memory."""
-    text = model.config.text_config
-    width = np.dtype(np.float32).itemsize if dtype == "float32" else 2
-    tokens = model.processor.usual_tokens + 64
-    trace_numbers = 2 * text.num_hidden_layers * tokens * text.num_key_value_heads * text.head_dim
-    row_numbers = rows * 24 * text.hidden_size * 6
-    scores = 2 * text.num_attention_heads * tokens * tokens
-    return int(np.clip(free_memory() // 4 // (width * (trace_numbers + row_numbers) + 4 * scores), 1, LARGEST_BATCH))
 
 
 def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:

@@ -182,7 +182,7 @@ def test_a_cpu_keeps_its_choice(place: Path, weightless: Path) -> None:
     made = experiment(
         BeliefSwap, place, "nothing", model=str(weightless), batch_size=None, layers="1", max_new_tokens=0
     )
-    expected = session.fitting(fixtures.model(CASE), "float32", 2)
+    expected = plans.fitting(fixtures.model(CASE), "float32", 2, 1, CPU)
     assert plan(made, CPU).together == expected == 32
 
 
