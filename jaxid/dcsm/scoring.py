@@ -275,13 +275,13 @@ def score_own(
     words, tokens = caption_columns(scorer, texts)
     shape = (len(pictures), captions)
     own: Any = pictures.tokens, tokens.reshape(*shape, *tokens.shape[1:]), words.reshape(*shape, -1)
-    given: Any = scorer.network, scorer.vectors
+    network, vectors = scorer.network, scorer.vectors
     mesh = mesh or meshes.of(scorer)
     if mesh is not None:
         gap = -len(pictures) % meshes.size(mesh, DATA)
         filled = [np.concatenate([array, np.repeat(array[-1:], gap, axis=0)]) for array in own]
-        given, own = meshes.whole(mesh, given), meshes.divided(mesh, filled)
-    scores = np.asarray(_score_own(*given, *own, group))[: len(pictures)]
+        (network, vectors), own = meshes.whole(mesh, (network, vectors)), meshes.divided(mesh, filled)
+    scores = np.asarray(_score_own(network, vectors, own[0], own[1], own[2], group))[: len(pictures)]
     return _finite(scores, scorer, pictures, texts, lambda row, column: row * captions + column, name)
 
 

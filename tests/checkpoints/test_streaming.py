@@ -128,7 +128,8 @@ def test_replicas_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(streaming, "look", lambda part: (looked.append(part.size), look(part))[1])
     numbers = sum(int(np.prod(shape)) for shape in SHAPES.values())
     for axes in ((1, 1), (4, 2), (2, 4)):
-        copied.clear(), looked.clear()
+        copied.clear()
+        looked.clear()
         read_parameters(files, abstract(), KEYS, shardings=places(*axes))
         assert sum(copied) == sum(looked) == numbers
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from benchmark_files import Modules
 from encoders import ENCODER_CASES, EncoderCase
 from jax.sharding import PartitionSpec
 from test_dcsm_runs import main_ok
@@ -31,7 +32,7 @@ from jaxid.experiments.dcsm_evaluate import EvaluateScorers
 from jaxid.experiments.dcsm_score import ScoreCaptions
 from jaxid.experiments.dcsm_train import TrainScorer
 from jaxid.families.base import Encoder
-from jaxid.kernels.similarity import GROUPS
+from jaxid.interp import programs
 from jaxid.train.loop import read_metrics
 
 CASE = ENCODER_CASES[0]
@@ -86,7 +87,40 @@ def test_encoders_on_a_mesh(case: EncoderCase, monkeypatch: pytest.MonkeyPatch) 
     for tokens, pooled in made:  # of 3 pictures and 5 captions
         assert len(tokens) in (4, 8)
         for value in (tokens, pooled):
-            assert value.sharding.is_equivalent_to(jax.NamedSharding(found.mesh, PartitionSpec("data")), value.ndim)
+            assert value.sharding.is_equivalent_to(
+                jax.NamedSharding(meshes.mesh(4, 2), PartitionSpec("data")), value.ndim
+            )
+
+
+@pytest.mark.parametrize(
+    "case", [CASE, pytest.param(ENCODER_CASES[2], marks=pytest.mark.slow)], ids=lambda case: case.name
+)
+def test_little_crosses_devices(case: EncoderCase, modules: Modules) -> None:
+    """Two sums over "model" in every block, and nothing over "data"."""
+    text, collectives = modules("hlo_text"), modules("hlo_collectives")
+    sizes, found = {"data": 4, "model": 2}, {}
+
+    def compiled(program: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        with jax.set_mesh(meshes.mesh(**sizes)):
+            parsed = text.parse(program.jitted.lower(*arguments, **settings).compile().as_text())
+        for axis in sizes:
+            found[program.__name__, axis] = collectives.in_one_step(parsed, sizes, axis=axis)
+        crossing = [
+            one
+            for computation in parsed.computations.values()
+            for instruction in computation.values()
+            if instruction.opcode != "fusion"
+            for one in collectives.collectives(parsed, computation, instruction, sizes)
+        ]
+        assert crossing and all(one.axes == ("model",) for one in crossing)
+        with programs.watched(None):
+            return program(*arguments, **settings)
+
+    encoder = on_mesh(case, "data=4,model=2")
+    with programs.watched(compiled):
+        embed_images(encoder, pictures())
+        embed_texts(encoder, CAPTIONS, LENGTH)
+    assert found == {(name, axis): 2 * (axis == "model") for name in ("_image", "_text") for axis in sizes}
 
 
 def test_auto_gives_every_device_a_copy() -> None:
@@ -126,8 +160,17 @@ def test_meshes_that_do_not_fit() -> None:
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", [(8, 1), (4, 2), (1, 2)], ids=str)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    ("group", "axes"),
+    [
+        ("call", (8, 1)),
+        ("row", (4, 2)),
+        ("pair", (4, 1)),
+        pytest.param("row", (1, 2), marks=pytest.mark.slow),
+        pytest.param("pair", (8, 1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_scores_on_a_mesh(group: str, axes: tuple[int, int]) -> None:
     scorer, mesh = Scorer.init(jax.random.key(1), 17, LENGTH), meshes.mesh(*axes)
     images = embed_images(encoders.encoder(CASE), pictures())
