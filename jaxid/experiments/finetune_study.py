@@ -37,6 +37,8 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
         pairs: number of ordered pairs of objects that are drawn, each at all 240 placements.
         questions: number of questions in an evaluation.
         check_every: steps between evaluations.
+        mesh: devices that share the model and the work of a run, such as data=4,model=2; auto takes all of them. By
+            default one copy on every device.
         restart: discard the study that the folder holds, and begin anew.
         progress: show progress bars, on terminals.
         steps: optimiser steps of each run.
@@ -54,6 +56,7 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
     pairs: Annotated[int, Range(2, _PAIRS)] = 20
     questions: Count = 400
     check_every: Count = 75
+    mesh: str | None = None
     restart: bool = False
     progress: bool = True
     steps: Count = 300
@@ -96,6 +99,7 @@ class FinetuneStudy(FinetuneConfig, Command[Comparison]):
             coco=self.out / "coco",
             questions=self.questions,
             check_every=self.check_every,
+            mesh=self.mesh,
             progress=self.progress,
         ).run()
 

@@ -16,10 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, PyTree
 
 from jaxid import meshes
-from jaxid.errors import InputError, JaxidError, JaxidWarning, OutOfMemoryError
+from jaxid.errors import InputError, JaxidWarning, OutOfMemoryError
 from jaxid.halving import Exhausted, Halving
 from jaxid.interp.programs import Program, program
-from jaxid.io import first_line
 from jaxid.pipeline import read_ahead
 from jaxid.train.folder import Row, States, metrics_rows
 from jaxid.train.folder import append_metrics as append_metrics
@@ -129,7 +128,6 @@ def fit(
         OutputError: if the state or the metrics cannot be written, or the metrics are damaged.
         InputError: if training diverges: too many gradients in a row, or the parameters, are not finite.
         OutOfMemoryError: if the device's memory does not suffice for a step.
-        JaxidError: if another process stopped.
     """
     columns = (*columns, "skipped")
     metrics_rows(folder / "metrics.csv", columns)
@@ -152,13 +150,6 @@ def fit(
             return _MEMORY.guarded(partial(run.trained, parameters))
         except Exhausted as shortage:
             run.spare(shortage)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            raise JaxidError(
-                f"training stopped at step {run.step + 1}, since another process stopped ({first_line(error)}); the "
-                "same command resumes from the last saved step."
-            ) from error
 
 
 _MEMORY = Halving(1, unit="training step")

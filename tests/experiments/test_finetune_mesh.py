@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_finetune import CASE, QUICK, command, ids, items, write_data
+from test_finetune import CASE, QUICK, SCRIPT, command, ids, items, write_data
 from test_finetune_refused import refused
+from test_training_processes import free_port
 
 from jaxid import meshes
 from jaxid.checkpoints.loading import open_checkpoint
@@ -123,6 +128,17 @@ def test_a_run_resumes_on_another_mesh(one: tuple[Path, Any], tmp_path: Path) ->
     assert_same(tmp_path, found, one)
 
 
+def assert_same_export(found: Path, expected: Path) -> None:
+    """Exported models that differ from the one they began with, but not from each other."""
+    ours, theirs, start = (TensorFolder(folder) for folder in (found, expected, fixtures.folder(CASE)))
+    moved = 0
+    for name in theirs.entries:
+        values = np.asarray(theirs.read(name))
+        np.testing.assert_allclose(ours.read(name), values, rtol=0, atol=1e-5 * float(np.abs(values).max()))
+        moved += not np.array_equal(values, start.read(name))
+    assert moved
+
+
 def test_the_command_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It leaves what the one on a single device does."""
     folder = write_data(tmp_path)
@@ -130,16 +146,56 @@ def test_the_command_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
             main(command(folder, out, "--mesh", mesh, "--steps", "2"))
         assert ended.value.code == 0, capsys.readouterr().err
-    ours, theirs = (TensorFolder(folder / out / "model") for out in ("mesh", "one"))
-    start = TensorFolder(fixtures.folder(CASE))
-    moved = 0
-    for name in theirs.entries:
-        expected = np.asarray(theirs.read(name))
-        np.testing.assert_allclose(ours.read(name), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
-        moved += not np.array_equal(expected, start.read(name))
-    assert moved
+    assert_same_export(folder / "mesh" / "model", folder / "one" / "model")
     tables = [training.read_metrics(folder / out / "evaluations.csv") for out in ("mesh", "one")]
     assert tables[0] == tables[1] and [row["step"] for row in tables[0]] == [0, 2]
+
+
+def begin(folder: Path, out: str, process: int, port: int) -> subprocess.Popen[bytes]:
+    """One of two processes with four devices each."""
+    place = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
+    further = ["--mesh", "data=4,model=2", "--groups", "4", "--record-every", "1", *place]
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *command(folder, out, *further)],
+        env=os.environ | environment | {"JAXID_PATIENCE_SECONDS": "10"},
+        stderr=(folder / f"errors-{process}.txt").open("w"),
+        stdout=(folder / f"output-{process}.txt").open("w"),
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_and_the_end_of_one(tmp_path: Path) -> None:
+    """The command in two processes leaves what it does in one, also if one is killed and one process resumes."""
+    folder = write_data(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+        main(command(folder, "one", "--mesh", "data=1", "--groups", "4", "--record-every", "1"))
+    assert ended.value.code == 0
+    for out, death in (("two", False), ("killed", True)):
+        port = free_port()
+        begun = [begin(folder, out, process, port) for process in range(2)]
+        if death:
+            while not any(path.name == "2" for path in (folder / out).glob("state/*")):
+                assert all(process.poll() is None for process in begun)
+                time.sleep(0.01)
+            begun[1].kill()
+        codes = [process.wait(180) for process in begun]
+        errors = (folder / "errors-0.txt").read_text()
+        if death:
+            lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+            assert codes == [2, -9] and len(lines) == 1 and lines[0].startswith("error: process 1 stopped: "), errors
+            with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+                main(command(folder, out, "--mesh", "data=2,model=2", "--groups", "4", "--record-every", "1"))
+            assert ended.value.code == 0
+        else:
+            assert codes == [0, 0], errors
+            assert "parameters trained" in (folder / "output-0.txt").read_text()
+            assert not (folder / "output-1.txt").read_text()
+        assert_same_export(folder / out / "model", folder / "one" / "model")
+        for name in ("metrics", "evaluations"):
+            rows = [training.read_metrics(folder / run / f"{name}.csv") for run in (out, "one")]
+            for ours, theirs in zip(*rows, strict=True):
+                assert ours == pytest.approx(theirs, abs=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ def test_a_plan_on_a_mesh_is_what_its_devices_hold(data: Path) -> None:
     assert found.weights == held(own.parameters) < alone.weights
     assert found.trained == held(state["parameters"]) < 0.7 * alone.trained
     assert found.optimizer == held(state["optimizer"]) < 0.2 * alone.optimizer
+    checkpoint, cards = open_checkpoint(str(data / "model")), dataclasses.replace(command, mesh="auto")
+    room = int(1.2 * (alone.weights + alone.trained) / 0.6)  # not for the optimizer's copies
+    tight = dataclasses.replace(H100, memory=room)
+    assert cards.axes(checkpoint, 8, tight) == Axes(4, 2) and cards.axes(checkpoint, 8, H100) == Axes(8, 1)
     assert found.peak < alone.peak and found.flops == pytest.approx(alone.flops / 8)
 
 
