@@ -13,7 +13,8 @@ from jaxid.io import reporting
 JOIN_SECONDS = float(os.environ.get("JAXID_JOIN_SECONDS", "300"))
 """How long a process waits for the others to start."""
 
-_OPTIONS = ("--coordinator", "--processes", "--process")
+OPTIONS = ("--coordinator", "--processes", "--process")
+"""Options that every command which several processes share takes besides its own."""
 
 
 class Elsewhere(Exception):
@@ -48,7 +49,7 @@ def taken(tokens: Sequence[str]) -> tuple[list[str], Place | None]:
     remaining = iter(tokens)
     for token in remaining:
         name, equals, value = token.partition("=")
-        if name not in _OPTIONS:
+        if name not in OPTIONS:
             rest.append(token)
             continue
         text = value if equals else next(remaining, None)
@@ -59,13 +60,13 @@ def taken(tokens: Sequence[str]) -> tuple[list[str], Place | None]:
         return rest, None
     if given == {"--processes": "auto"}:
         return rest, recognised()
-    missing = [name for name in _OPTIONS if name not in given]
+    missing = [name for name in OPTIONS if name not in given]
     if missing or given["--processes"] == "auto":
         raise InputError(
             "several processes need --coordinator HOST:PORT, --processes N and --process I together, or --processes "
             f"auto alone{f'; {missing[0]} is missing' if missing else ''}."
         )
-    count, index = (_natural(name, given[name]) for name in _OPTIONS[1:])
+    count, index = (_natural(name, given[name]) for name in OPTIONS[1:])
     if not 0 <= index < count:
         raise InputError(f"--process {index} is out of range: of {count} processes, the last has index {count - 1}.")
     address(given["--coordinator"])
@@ -137,18 +138,27 @@ def quieten() -> None:
 
 @contextlib.contextmanager
 def relayed() -> Iterator[None]:
-    """Makes one line of the C++ stack with which JAX ends this process when the coordinator dies."""
+    """Lets nothing of this process be seen but errors, for processes other than 0.
+
+    What libraries print to its standard output is dropped, and the C++ stack with which JAX ends it when the
+    coordinator dies becomes one line.
+    """
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     relay = subprocess.Popen([sys.executable, "-I", "-S", "-c", _RELAY], stdin=subprocess.PIPE, close_fds=True)
     assert relay.stdin is not None
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
     os.dup2(relay.stdin.fileno(), 2)
     relay.stdin.close()
     try:
         yield
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
         with contextlib.suppress(subprocess.TimeoutExpired):
             relay.wait(10)

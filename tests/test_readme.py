@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxid.cli import COMMANDS, GROUPS
+from jaxid.places import OPTIONS
 
 pytestmark = pytest.mark.optimized
 
@@ -51,7 +52,7 @@ def test_commands_exist_and_take_these_options(page: Path) -> None:
         known = set[str]()
         for module, name in (COMMANDS[one].split(":") for one in asked if one in COMMANDS):
             known |= set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-        options = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--config"}
+        options = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--config", *OPTIONS}
         wrong += [line for option in options if option[2:].replace("-", "_") not in known]
     assert wrong == []
 
