@@ -168,8 +168,8 @@ def this() -> Device:
     limit = statistics(found).get("bytes_limit")
     if found.platform == "cpu":
         cores = os.cpu_count() or 1
-        peaks = {name: cores * value for name, value in _CPU_CORE.items()}
-        return Device(name="cpu", memory=int(limit or _installed()), platform="cpu", estimated=True, **peaks)
+        flops, bandwidth = (cores * _CPU_CORE[name] for name in ("flops", "bandwidth"))
+        return dataclasses.replace(DEVICES["cpu"], memory=int(limit or _installed()), flops=flops, bandwidth=bandwidth)
     platform: Platform = "tpu" if found.platform == "tpu" else "gpu"
     name = next((name for pattern, name in _KINDS if re.search(pattern, found.device_kind)), None)
     known = DEVICES[name or _UNKNOWN[platform]]
