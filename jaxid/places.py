@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ class Place:
         coordinator: host and port of process 0.
         processes: how many there are.
         process: the index of this one.
-        local_devices: indices of the devices that it uses, where several processes share a machine.
+        local_devices: indices of the devices that it uses, where several processes share a machine; all by default.
     """
 
     coordinator: str
@@ -100,7 +101,7 @@ def recognised(environment: Mapping[str, str] = os.environ) -> Place:
     if all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         rank, size, port = (_natural(name, environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         local = environment.get("LOCAL_RANK")
-        own = None if local is None else [_natural("LOCAL_RANK", local)]
+        own = None if local is None or environment.get("LOCAL_WORLD_SIZE") == "1" else [_natural("LOCAL_RANK", local)]
         return Place(f"{environment['MASTER_ADDR']}:{port + 1}", size, rank, own)  # torchrun listens at the port itself
     with reporting("--processes auto: the cluster could not be recognised", InputError):
         from jax._src.clusters import ClusterEnv
@@ -113,7 +114,20 @@ def recognised(environment: Mapping[str, str] = os.environ) -> Place:
             "--processes auto recognises Slurm, Open MPI, TPU pods, Kubernetes and torchrun, and finds none of them; "
             "give --coordinator, --processes and --process."
         )
-    return Place(coordinator, count, index, None if local_devices is None else list(local_devices))
+    # JAX gives a process a single device, which is right only where others share its machine.
+    alone = local_devices is None or _alone(environment)
+    return Place(coordinator, count, index, None if alone else list(local_devices))
+
+
+def _alone(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm or Open MPI started a single process on this machine."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    counts: list[int] = []
+    for count, times in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = environment.get("SLURM_NODEID", "")
+    return node.isdigit() and int(node) < len(counts) and counts[int(node)] == 1
 
 
 _RELAY = r"""

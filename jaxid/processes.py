@@ -72,6 +72,7 @@ def join(place: Place) -> None:
                 place.processes,
                 place.process,
                 place.local_devices,
+                "deactivate",  # of the detection of clusters, which `jaxid.places` did
                 # JAX ends the process at its own time-out, with a C++ stack: ours comes first.
                 initialization_timeout=int(2 * JOIN_SECONDS) + 60,
                 heartbeat_timeout_seconds=max(10, int(PATIENCE_SECONDS)),

@@ -249,6 +249,12 @@ def test_torchrun_and_slurm_are_recognised(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     assert taken(["--processes", "auto"])[1] == Place("gpu07:61440", 6, 5, [1])
+    # A process that is alone on its machine uses all of its devices.
+    assert recognised(torchrun | {"LOCAL_WORLD_SIZE": "1"}).local_devices is None
+    for node, tasks, own in (("1", "1(x4)", None), ("2", "2(x2),1", None), ("1", "2(x2),1", [1]), ("0", "8", [1])):
+        monkeypatch.setenv("SLURM_NODEID", node)
+        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+        assert taken(["--processes", "auto"])[1] == Place("gpu07:61440", 6, 5, own)
 
 
 def test_alone_a_process_has_everything() -> None:
