@@ -69,15 +69,18 @@ def runs(dtype: Any, inputs: int, outputs: int) -> bool:
     return jnp.dtype(dtype).itemsize == 2 and min(inputs, outputs) >= _SMALLEST
 
 
-def product(x: Float[Array, "*M K"], matrix: LayerSlice, *, by_rows: bool = False) -> Float[Array, "*M N"]:
+def product(
+    x: Float[Array, "*M K"], matrix: LayerSlice, *, by_rows: bool | PartitionSpec = False
+) -> Float[Array, "*M N"]:
     """The matrix product x @ matrix, in the dtype of x.
 
     Args:
         x: the inputs.
         matrix: the matrix.
         by_rows: whether TPUs write the result row by row. Where heads come first afterwards, XLA would rather transpose
-            the matrix of every layer than the result. Elsewhere it is to choose: it does not divide a result whose
-            layout is set among devices, and reads matrices column by column if their rows do not fill its tiles.
+            the matrix of every layer than the result. Elsewhere it is to choose: it reads matrices column by column if
+            their rows do not fill its tiles. On a mesh, how devices divide the result: XLA does not find that out where
+            a layout is set.
     """
     if x.dtype != matrix.dtype or not runs(x.dtype, *matrix.shape):
         return x @ matrix.value
@@ -86,15 +89,17 @@ def product(x: Float[Array, "*M K"], matrix: LayerSlice, *, by_rows: bool = Fals
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(by_rows: bool, x: Array, stack: Array, index: Array, value: Array) -> Array:
+def _product(by_rows: bool | PartitionSpec, x: Array, stack: Array, index: Array, value: Array) -> Array:
     return _by_platform(x, stack, index, value, transposed=False, by_rows=by_rows)
 
 
-def _forward(by_rows: bool, x: Array, stack: Array, index: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+def _forward(
+    by_rows: bool | PartitionSpec, x: Array, stack: Array, index: Array, value: Array
+) -> tuple[Array, tuple[Array, ...]]:
     return _product(by_rows, x, stack, index, value), (x, stack, index, value)
 
 
-def _backward(by_rows: bool, kept: tuple[Any, ...], slope: Array) -> tuple[Array | None, ...]:
+def _backward(by_rows: bool | PartitionSpec, kept: tuple[Any, ...], slope: Array) -> tuple[Array | None, ...]:
     del by_rows
     x, stack, index, value = kept  # a known index is NumPy's
     of_x = _by_platform(slope, stack, jnp.asarray(index), value, transposed=True)
@@ -105,7 +110,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _by_platform(
-    x: Array, stack: Array, index: Array, value: Array, *, transposed: bool, by_rows: bool = False
+    x: Array, stack: Array, index: Array, value: Array, *, transposed: bool, by_rows: bool | PartitionSpec = False
 ) -> Array:
     def sliced(x: Array, stack: Array, index: Array, value: Array) -> Array:
         del stack, index
@@ -119,9 +124,25 @@ def _by_platform(
     def in_place(x: Array, stack: Array, index: Array, value: Array) -> Array:
         # A slice made here becomes part of the product, one made outside a loop over products is a copy.
         result = sliced(x, stack, index, jax.lax.dynamic_index_in_dim(stack, index, keepdims=False))
-        return with_layout_constraint(result, Layout(tuple(range(result.ndim)))) if by_rows else result
+        return _in_rows(result, by_rows) if by_rows is not False else result
 
     return jax.lax.platform_dependent(x, stack, index, value, cuda=stacked, tpu=in_place, default=sliced)
+
+
+def _in_rows(x: Array, divided: bool | PartitionSpec) -> Array:
+    """An array that is written row by row, on every device for itself."""
+
+    def here(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    if not isinstance(divided, PartitionSpec):
+        return here(x)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name for name, kind in kinds if kind == AxisType.Auto}
+    if not free:
+        return here(x)
+    return jax.shard_map(here, in_specs=divided, out_specs=divided, axis_names=free, check_vma=False)(x)
 
 
 def logits(

@@ -204,27 +204,3 @@ def test_one_program_for_any_layer_place_and_strength(case: Case) -> None:
         programs = (jaxid.interp.forward._run, jaxid.interp.trace._resume)
         sizes.append([getattr(program, "_cache_size")() for program in programs])  # noqa: B009 - not in jax.jit's type
     assert sizes[0] == sizes[1] == sizes[2]
-
-
-def test_sharded_is_unsharded(case: Case) -> None:
-    """Parameters over two devices along their widest even axis, prompts over two along the batch."""
-    model, prompts = fixtures.model(case), fixtures.prompts(case)
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    def spread(leaf: Any) -> Any:
-        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % 2 == 0]
-        widest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
-        names = ["model" if axis == widest else None for axis in range(leaf.ndim)]
-        return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*names)))
-
-    sharded = dataclasses.replace(model, parameters=jax.tree.map(spread, model.parameters))
-    by_prompt = jax.NamedSharding(mesh, jax.P("data"))
-    inputs = dataclasses.replace(
-        prompts.inputs,
-        token_ids=jax.device_put(prompts.inputs.token_ids, by_prompt),
-        image_rows=jax.device_put(prompts.inputs.image_rows, by_prompt),
-    )
-    spread_prompts = dataclasses.replace(prompts, inputs=inputs)
-    found = forward(sharded, spread_prompts)
-    assert len(found.hidden.sharding.device_set) == 4
-    assert distance(found.logits, forward(model, prompts).logits) < EXACT

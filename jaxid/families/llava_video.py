@@ -31,11 +31,11 @@ from jaxid.nn.vision import state_indices, vision_config, vision_keys
 from jaxid.prompts.base import (
     SMALL,
     Encoded,
-    apart,
     ImageProcessor,
     PictureTokens,
     Shown,
     Tokenizer,
+    apart,
     bucketed,
     check_settings,
     load_image_processor,

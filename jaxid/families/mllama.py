@@ -14,6 +14,7 @@ from jaxid.families.base import Checkpoint, Family, hidden_states, sections
 from jaxid.families.mllama_decoder import MllamaDecoder, mllama_decoder_keys
 from jaxid.kernels import attention, masks
 from jaxid.kernels.masks import Reads
+from jaxid.nn import placement
 from jaxid.nn.decoder_config import ModelConfig, decoder_config, unembedding_key
 from jaxid.nn.fields import Json
 from jaxid.nn.inputs import Inputs
@@ -244,7 +245,8 @@ class Mllama(Network):
         """
         if inputs.pixels is None:
             return None
-        features, shown = self.features(inputs), inputs.extras["shown"]
+        with placement.undivided(not inputs.apart):
+            features, shown = self.features(inputs), inputs.extras["shown"]
         tile_count = inputs.extras["tile_count"]
         if not inputs.apart:
             features, tile_count = (array[jnp.maximum(shown, 0)] for array in (features, tile_count))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxid.errors import CheckpointError
@@ -217,7 +218,8 @@ class Projections(nnx.Module):
         return kept(key), kept(value)
 
     def _heads(self, x: Float[Array, "*B T D"], kernel: nnx.Param, bias: nnx.Param | None) -> Float[Array, "*B T H E"]:
-        return placement.heads(split_heads(_affine(x, kernel, bias, by_rows=True), self.head_width))
+        by_rows = placement.rows_of_heads(x, kernel.get_value().shape[-1] // self.head_width)
+        return placement.heads(split_heads(_affine(x, kernel, bias, by_rows=by_rows), self.head_width))
 
     def from_heads(self, mixed: Float[Array, "*B S H E"]) -> Float[Array, "*B S D"]:
         """What attention adds to the tokens, from what their queries read."""
@@ -225,14 +227,17 @@ class Projections(nnx.Module):
 
 
 def _affine(
-    x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None, *, by_rows: bool = False
+    x: Float[Array, "*B inputs"], kernel: nnx.Param, bias: nnx.Param | None, *, by_rows: bool | PartitionSpec = False
 ) -> Float[Array, "..."]:
     y = flat_product(x, kernel.get_value(), by_rows=by_rows)
     return y if bias is None else y + bias[...]
 
 
 def flat_product(
-    x: Float[Array, "*B inputs"], kernel: Float[Array, "inputs outputs"] | LayerSlice, *, by_rows: bool = False
+    x: Float[Array, "*B inputs"],
+    kernel: Float[Array, "inputs outputs"] | LayerSlice,
+    *,
+    by_rows: bool | PartitionSpec = False,
 ) -> Float[Array, "*B outputs"]:
     """A linear map of the last axis as one product of two matrices, whatever other axes there are.
 

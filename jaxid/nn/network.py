@@ -51,7 +51,8 @@ class Network(nnx.Module):
 
     def pictured(self, inputs: Inputs) -> Float[Array, "B T D"]:
         """The picture's token at every position that has one; any at the others."""
-        features = self.features(inputs)
+        with placement.undivided(not inputs.apart):
+            features = self.features(inputs)
         if inputs.apart:
             return of_own(features, inputs.image_rows)
         return jnp.take(features.reshape(-1, features.shape[-1]), jnp.maximum(inputs.image_rows, 0), axis=0)

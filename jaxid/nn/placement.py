@@ -3,16 +3,21 @@
 A program is traced with its mesh as JAX's own context (`jax.set_mesh`); without one, nothing is placed.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from jaxid.kernels.product import prompts_divided
 from jaxid.meshes import DATA, MODEL
 
 _UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
+
+_WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
 
 
 def axis_size(name: str) -> int:
@@ -46,6 +51,28 @@ def placed(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array,
 def result(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:
     """As `placed`; of the axes that come before, too, every device has all."""
     return placed(x, (*(None,) * (x.ndim - len(axes)), *axes))
+
+
+@contextlib.contextmanager
+def undivided(whole: bool) -> Iterator[None]:
+    """Within it, every device has all pictures, if `whole` says so; otherwise those of its own prompts."""
+    token = _WHOLE.set(whole)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def rows_of_heads(x: Shaped[Array, "*B T D"], heads: int) -> bool | PartitionSpec:
+    """How devices divide the product that maps tokens into heads, as `jaxid.kernels.product.product` takes it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return True
+    model = MODEL if axis_size(MODEL) > 1 and heads % axis_size(MODEL) == 0 else None
+    if not prompts_divided():  # all axes but the last are one
+        return PartitionSpec(None, model)
+    data = None if _WHOLE.get() or x.shape[-3] % axis_size(DATA) else DATA
+    return PartitionSpec(*(None,) * (x.ndim - 3), data, None, model)
 
 
 def stream(x: Float[Array, "*R B T D"]) -> Float[Array, "*R B T D"]:

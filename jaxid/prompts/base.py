@@ -55,9 +55,7 @@ class Encoded(NamedTuple):
 def apart(members: Sequence[Sequence[int]]) -> bool:
     """Whether all prompts show equally many pictures, each its own, in the prompts' order."""
     each = len(members[0])
-    return each > 0 and all(
-        list(own) == list(range(row * each, (row + 1) * each)) for row, own in enumerate(members)
-    )
+    return each > 0 and all(list(own) == list(range(row * each, (row + 1) * each)) for row, own in enumerate(members))
 
 
 SMALL = np.full((24, 25, 3), 200, np.uint8)
