@@ -28,7 +28,7 @@ MESH = "data=4,model=2"
 BOTH = pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (BeliefSwap, {"layers": "0-1", "max_new_tokens": 3}),
+        (BeliefSwap, {"layers": "0-1", "max_new_tokens": 0}),
         pytest.param(MirrorSwap, {}, marks=pytest.mark.slow),
     ],
 )
@@ -63,7 +63,7 @@ def test_a_run_resumes_on_another_mesh(place: Path) -> None:
 
 def test_extraction_and_answers(tmp_path: Path) -> None:
     data = tmp_path / "grids"
-    write_grid_folder(data, [("star", "fish")], 48)
+    write_grid_folder(data, [("star", "fish")], picture_size=48, object_sizes=[12])
     folder, found, answers = str(fixtures.folder(CASE)), [], []
     picture = next(data.rglob("*.png"))
     for mesh in (None, MESH):
