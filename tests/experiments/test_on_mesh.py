@@ -73,7 +73,7 @@ def test_extraction_and_answers(tmp_path: Path) -> None:
         answers.append(dict(Ask(picture=picture, question="Where is the fish?", model=folder, mesh=mesh, top=3).run()))
     one, many = found
     assert one.fingerprint == many.fingerprint
-    np.testing.assert_allclose(many.values, one.values, atol=1e-6)  # differences of activations of size one
+    np.testing.assert_allclose(many.values, one.values, atol=5e-6)  # differences of activations of size one
     assert answers[1] == pytest.approx(answers[0], rel=1e-4)
 
 
