@@ -179,7 +179,7 @@ def test_two_processes_and_the_end_of_one(tmp_path: Path) -> None:
                 assert all(process.poll() is None for process in begun)
                 time.sleep(0.01)
             begun[1].kill()
-        codes = [process.wait(180) for process in begun]
+        codes = [process.wait(400) for process in begun]
         errors = (folder / "errors-0.txt").read_text()
         if death:
             lines = [line for line in errors.splitlines() if line.startswith("error: ")]
