@@ -52,11 +52,16 @@ def pictures() -> list[np.ndarray]:
 
 
 def results(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[Any]:
-    """Collects what programs of `embedding` return."""
+    """Collects what programs of `embedding` return, after the first of their arrays."""
     found: list[Any] = []
 
     def kept(run: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arrays: (found.append(run(*arrays)), found[-1])[1]
+        def called(encoder: Encoder, *arrays: Any) -> Any:
+            made = run(encoder, *arrays)
+            found.append((arrays[0], *made))
+            return made
+
+        return called
 
     for name in names:
         monkeypatch.setattr(embedding, name, kept(getattr(embedding, name)))
@@ -84,9 +89,9 @@ def test_encoders_on_a_mesh(case: EncoderCase, monkeypatch: pytest.MonkeyPatch) 
     for ours, theirs in zip(sharded, (images, texts), strict=True):
         np.testing.assert_allclose(ours.tokens, theirs.tokens, atol=EXACT)
         np.testing.assert_allclose(ours.pooled, theirs.pooled, atol=EXACT)
-    for tokens, pooled in made:  # of 3 pictures and 5 captions
+    for given, tokens, pooled in made:  # of 3 pictures and 5 captions
         assert len(tokens) in (4, 8)
-        for value in (tokens, pooled):
+        for value in (given, tokens, pooled):
             assert value.sharding.is_equivalent_to(
                 jax.NamedSharding(meshes.mesh(4, 2), PartitionSpec("data")), value.ndim
             )
@@ -140,7 +145,7 @@ def test_batches_grow_with_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.MonkeyPatch.context() as patched:
             made = results(patched, "_image")
             embed_images(model, shown)
-        lengths.append([len(tokens) for tokens, _ in made])
+        lengths.append([len(tokens) for _, tokens, _ in made])
     assert lengths == [[2] * 10 + [1], [16, 8]]
 
 
