@@ -38,7 +38,8 @@ the peak of bfloat16, also those of float32. `accelerator_ideal.py` says what is
 
 Not seen: the insides of kernels of cuBLAS, cuDNN, Triton and Mosaic (they count with their operands and outputs, and
 with all scores, masked ones included); what autotuning would choose, which is off here, as are Triton's products; what
-the caches save; and the time of collectives, launches and the host."""
+the caches save; the latency of collectives, whose time follows from what is sent alone and is not in the roofline; and
+the time of launches and the host."""
 
 FIGURES = (
     "chips",
