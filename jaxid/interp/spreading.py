@@ -44,9 +44,14 @@ def inputs_of(model: Model, prompts: Prompts) -> Inputs:
     return dataclasses.replace(found, pixels=pictures(mesh, inputs.pixels), extras=pictures(mesh, dict(inputs.extras)))
 
 
-def of_prompts(mesh: Mesh | None, tree: Tree, prompts: int, axis: int = 0) -> Tree:
+def of_prompts(mesh: Mesh | None, tree: PyTree, prompts: int, axis: int = 0) -> Any:
     """Arrays with an axis of prompts, which is divided as in `inputs_of`."""
     return meshes.divided(mesh, tree, axis) if by_prompts(mesh, prompts) else meshes.whole(mesh, tree)
+
+
+def everywhere(mesh: Mesh | None, tree: PyTree) -> Any:
+    """Arrays that every device has whole."""
+    return meshes.whole(mesh, tree)
 
 
 def with_model(mesh: Mesh | None, tree: Tree) -> Tree:

@@ -485,6 +485,6 @@ def decode(
     tokens, lengths = jnp.full((rows, batch, steps), filler, jnp.int32), jnp.zeros((rows, batch), jnp.int32)
     first = written(tokens, index, token, lengths, jnp.zeros((rows, batch), bool))
     places = (DATA, MODEL, None, None)
-    caches = tuple(placement.placed(jnp.pad(part, room), places) for part in (start.keys, start.values))
-    _, _, tokens, lengths, *_ = jax.lax.while_loop(more, advance, (index, token, *first, caches))
+    keys, values = (placement.placed(jnp.pad(part, room), places) for part in (start.keys, start.values))
+    _, _, tokens, lengths, *_ = jax.lax.while_loop(more, advance, (index, token, *first, (keys, values)))
     return tokens, lengths
