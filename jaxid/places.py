@@ -115,8 +115,8 @@ def recognised(environment: Mapping[str, str] = os.environ) -> Place:
             "give --coordinator, --processes and --process."
         )
     # JAX gives a process a single device, which is right only where others share its machine.
-    alone = local_devices is None or _alone(environment)
-    return Place(coordinator, count, index, None if alone else list(local_devices))
+    own = None if local_devices is None or _alone(environment) else list(local_devices)
+    return Place(coordinator, count, index, own)
 
 
 def _alone(environment: Mapping[str, str]) -> bool:
