@@ -261,7 +261,9 @@ def check_collectives(case: Case, modules: Modules) -> None:
 
     def compiled(program: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
         mesh = meshes.of(arguments)
-        assert mesh == model.mesh
+        if mesh is None:  # a program within another
+            with programs.watched(None):
+                return program(*arguments, **settings)
         with jax.set_mesh(mesh):
             made = program.jitted.lower(*arguments, **settings).compile()
         parsed = text.parse(made.as_text())
