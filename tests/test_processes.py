@@ -115,6 +115,7 @@ def test_a_process_is_killed(tmp_path: Path) -> None:
     require_whole(tmp_path)
 
 
+@pytest.mark.slow
 def test_process_0_is_killed(tmp_path: Path) -> None:
     running = started(tmp_path, 2, pause=0.05)
     while not {0, 30} <= done(tmp_path):
@@ -166,6 +167,7 @@ def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
     assert told[0].endswith("run the items in slices, --shard 1/N to N/N, and join them with jaxid merge.")
 
 
+@pytest.mark.slow
 def test_a_bad_item_of_either_process(tmp_path: Path) -> None:
     bad = {"bad": 40, "pause": 0.01}
     running = started(tmp_path, 2, **bad)
@@ -182,6 +184,7 @@ def test_a_bad_item_of_either_process(tmp_path: Path) -> None:
     assert all_told(other) == [f"error: {line}\n", f"error: process 0 stopped: {line}\n"]
 
 
+@pytest.mark.slow
 def test_nobody_answers(tmp_path: Path) -> None:
     place = f"127.0.0.1:{joint_job.port()}"
     begun = time.monotonic()

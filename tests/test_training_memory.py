@@ -35,8 +35,8 @@ def failing(
     """From the call of this number on, steps with such a stage run out of memory; returns the names of the losses."""
     made, given = training._step_function, []
 
-    def limited(stage: Stage, devices: int) -> Any:
-        step = made(stage, devices)
+    def limited(stage: Stage, placement: Any) -> Any:
+        step = made(stage, placement)
 
         def function(state: Any, *arguments: Any) -> Any:
             given.append(getattr(stage.loss, "__name__", ""))

@@ -113,6 +113,7 @@ def assert_same(folder: Path, alone: Path) -> None:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5 * np.abs(theirs[name]).max())
 
 
+@pytest.mark.slow
 def test_a_process_is_killed_and_the_run_resumes_with_parameters_across_processes(alone: Path, tmp_path: Path) -> None:
     folder, start = tmp_path / "run", time.monotonic()
     (code, line), (killed, _) = ran(folder, 2, 4, 2, death=5)
@@ -125,6 +126,7 @@ def test_a_process_is_killed_and_the_run_resumes_with_parameters_across_processe
     assert_same(folder, alone)
 
 
+@pytest.mark.slow
 def test_settings_that_differ_between_processes(tmp_path: Path) -> None:
     (_, first), (code, second) = ran(tmp_path / "run", 2, 8, 1, seeds=(3, 4))
     assert code != 0 and "seed" in second and "\n" not in second, second

@@ -41,8 +41,8 @@ def fits_only_if_recomputed(monkeypatch: pytest.MonkeyPatch, at: int) -> list[st
     """From a step on, only blocks of which everything is recomputed find the memory; returns what steps recompute."""
     made, given = training._step_function, []
 
-    def limited(stage: Any, devices: int) -> Any:
-        step, (definition,) = made(stage, devices), stage.loss.args
+    def limited(stage: Any, placement: Any) -> Any:
+        step, (definition,) = made(stage, placement), stage.loss.args
         sparing = any(learning.recompute == "all" for learning in learnings(definition))
 
         def function(*arguments: Any) -> Any:
@@ -85,8 +85,8 @@ def test_a_step_that_never_fits_is_one_line(
 ) -> None:
     folder, made = write_data(tmp_path), training._step_function
 
-    def limited(stage: Any, devices: int) -> Any:
-        step = made(stage, devices)
+    def limited(stage: Any, placement: Any) -> Any:
+        step = made(stage, placement)
 
         def function(state: Any, *arguments: Any) -> Any:
             found = step(state, *arguments)

@@ -66,7 +66,7 @@ def assert_same(folder: Path, found: Any, other: tuple[Path, Any]) -> None:
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-5 * float(np.abs(leaf).max()), err_msg=name)
 
 
-@pytest.mark.parametrize("axes", [meshes.Axes(2, 2), meshes.Axes(8, 1)], ids=str)
+@pytest.mark.parametrize("axes", [meshes.Axes(2, 2), pytest.param(meshes.Axes(8, 1), marks=pytest.mark.slow)], ids=str)
 def test_the_numbers_of_one_device(axes: meshes.Axes, one: tuple[Path, Any], tmp_path: Path) -> None:
     """Four small batches, which the copies share, or of which every copy computes all (eight copies)."""
     assert_same(tmp_path, fitted(tmp_path, axes), one)
@@ -115,6 +115,7 @@ class Stopped(BaseException):
     """As good as a kill: nothing catches it."""
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(one: tuple[Path, Any], tmp_path: Path) -> None:
     def stop(step: int, _: Any) -> None:
         if step == 3:
@@ -139,6 +140,7 @@ def assert_same_export(found: Path, expected: Path) -> None:
     assert moved
 
 
+@pytest.mark.slow
 def test_the_command_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It leaves what the one on a single device does."""
     folder = write_data(tmp_path)

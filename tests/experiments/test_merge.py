@@ -48,6 +48,7 @@ def by_item(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values[order] for name, values in table.items()}
 
 
+@pytest.mark.slow
 def test_a_run_in_shards_is_the_run(whole: Path, shards: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     out = whole.parent / "joined"
     assert command("merge", shards[2], shards[0], shards[1], "--out", out) == 0
@@ -82,6 +83,7 @@ def assert_close(one: Any, other: Any) -> None:
         assert other == (pytest.approx(one, abs=1e-5) if isinstance(one, float) else one)
 
 
+@pytest.mark.slow
 def test_the_runs_own_command_finds_the_result_finished(
     whole: Path, shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +118,13 @@ def test_a_shard_without_items_is_finished(place: Path, capsys: pytest.CaptureFi
     )
 
 
+@pytest.mark.slow
 def test_another_shard_does_not_resume(place: Path, shards: list[Path]) -> None:
     with pytest.raises(Exception, match=r"holds a run with other settings: shard was 1/3, is now 2/3\."):
         experiment(BeliefSwap, place, shards[0].name, shard="2/3", **OPTIONS).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -140,6 +144,7 @@ def test_shards_that_are_not_all_there(
     assert not out.exists() and not list(whole.parent.glob(".refused*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,6 +167,7 @@ def test_shards_that_do_not_belong_together(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_shards_that_are_not_finished_or_damaged(
     shards: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def test_the_same_table(place: Path, kind: type[Any], options: dict[str, Any]) -
             np.testing.assert_array_equal(many[name], values)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(place: Path) -> None:
     """No row depends on the mesh, so it is none of the settings."""
     first = experiment(BeliefSwap, place, "resumed", mesh=MESH, layers="1", max_new_tokens=0)
@@ -61,6 +62,7 @@ def test_a_run_resumes_on_another_mesh(place: Path) -> None:
             np.testing.assert_allclose(values, before[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_extraction_and_answers(tmp_path: Path) -> None:
     data = tmp_path / "grids"
     write_grid_folder(data, [("star", "fish")], picture_size=48, object_sizes=[12])

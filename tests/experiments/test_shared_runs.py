@@ -68,6 +68,7 @@ def assert_same_table(out: Path, alone: Path) -> None:
             np.testing.assert_array_equal(many[name], values)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_table_of_one(place: Path, alone: Path) -> None:
     out = place / "two"
     first, second = ended(begin(place, "two", 2, "--mesh", "data=8"))
