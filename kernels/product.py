@@ -403,8 +403,9 @@ def everywhere(
         tokens = [None if _names(axis) & (_names(inner) | _names(outer)) else axis for axis in tokens]
 
         def run(x: Array, *arrays: Array) -> Array:
-            part = run_here(x, *arrays, dtype=jnp.float32 if summed else dtype)
-            return jax.lax.psum(part, summed).astype(dtype or x.dtype) if summed else part
+            part = run_here(x, *arrays, dtype=dtype)
+            # In the dtype of the result, as XLA's own products: float32 would send twice the bytes.
+            return jax.lax.psum(part, summed) if summed else part
 
         stacks = (PartitionSpec(None, rows, columns),) * (len(operands) - 2)
         inputs = (PartitionSpec(*tokens, inner), *stacks, PartitionSpec())
