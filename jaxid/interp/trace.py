@@ -39,7 +39,8 @@ class Trace:
 
     Attributes:
         hidden: normed final hidden state at the last position, Float[B, D].
-        keys: keys of every layer and token, Float[L, B, K, T, E].
+        keys: keys of every layer and token, Float[L, B, K, T, E]. On a mesh whose axis "model" has more devices than
+            there are such heads, they are padded: each device keeps a copy of the one that its queries read.
         values: values of every layer and token, of the same shape.
         residuals: residual stream of the tokens after the picture (all tokens if there is none): the embeddings, then
             the output of every layer, Float[L + 1, B, S, D].
