@@ -158,12 +158,13 @@ def begin(folder: Path, out: str, process: int, port: int) -> subprocess.Popen[b
     place = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
     further = ["--mesh", "data=4,model=2", "--groups", "4", "--record-every", "1", *place]
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *command(folder, out, *further)],
-        env=os.environ | environment | {"JAXID_PATIENCE_SECONDS": "10"},
-        stderr=(folder / f"errors-{process}.txt").open("w"),
-        stdout=(folder / f"output-{process}.txt").open("w"),
-    )
+    with (folder / f"errors-{process}.txt").open("w") as errors, (folder / f"output-{process}.txt").open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *command(folder, out, *further)],
+            env=os.environ | environment | {"JAXID_PATIENCE_SECONDS": "10"},
+            stderr=errors,
+            stdout=output,
+        )
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_the_same_table(place: Path, kind: type[Any], options: dict[str, Any]) -
     assert one.keys() == many.keys()
     for name, values in one.items():
         if values.dtype.kind == "f":
-            np.testing.assert_allclose(many[name], values, atol=1e-4)
+            np.testing.assert_allclose(many[name], values, rtol=1e-3, atol=1e-4)  # some are ratios of small numbers
         else:
             np.testing.assert_array_equal(many[name], values)
 

@@ -139,5 +139,5 @@ def test_a_mesh_that_does_not_divide_among_processes(place: Path) -> None:
         (["--limit", "0"], "limit"),
     ):
         for code, _, lines in ended(begin(place, "refused", 2, *options)):
-            assert (code, len(lines)) == (2, "", 1), lines
+            assert (code, len(lines)) == (2, 1), lines
             assert lines[0].startswith("error: ") and message in lines[0]
