@@ -1,6 +1,6 @@
-"""What crosses devices in the passes as they are compiled for eight H100.
+"""What crosses devices in the passes as they are compiled for eight H100 and for eight chips of v5e.
 
-No device is needed, but the compilers are: `pip install -e ".[gpu-compile]" && pytest -m compilers`.
+No device is needed, but the compilers are: `pip install -e ".[gpu-compile,tpu-compile]" && pytest -m compilers`.
 """
 
 import json
@@ -37,8 +37,7 @@ PROGRAM = """
 
 
 @pytest.mark.compilers
-@pytest.mark.parametrize("kv_heads", [8, 2])
-@pytest.mark.parametrize("device", ["h100"])
+@pytest.mark.parametrize(("device", "kv_heads"), [("h100", 8), ("h100", 2), ("v5e", 8)])
 def test_little_crosses_accelerators(device: str, kv_heads: int) -> None:
     """Two sums over "model" in every block, of the tower too, and over "data" only whether all rows have ended."""
     code = textwrap.dedent(PROGRAM)
@@ -48,7 +47,7 @@ def test_little_crosses_accelerators(device: str, kv_heads: int) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found = {name: (block, across) for name, block, across in map(json.loads, run.stdout.splitlines())}
     assert set(found) == {"trace", "rerun", "prefill", "decode", "extract"}
-    assert {name: across for name, (_, across) in found.items() if across and max(across) > 1} == {}
+    assert all(max(across) <= 4 for _, across in found.values() if across)  # one truth value, of 4 bytes on TPU
     assert {name: across for name, (_, across) in found.items() if across}.keys() <= {"decode"}
     # A step of decoding also embeds the token and chooses the next one.
     assert {name: block for name, (block, _) in found.items() if name != "decode"} == dict.fromkeys(
