@@ -19,7 +19,7 @@ from families import EACH, Case, over
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import load
 from jaxid.checkpoints.tensors import flatten, published_name
-from jaxid.experiments.finetune import FinetuneConfig, loss, optimizer
+from jaxid.experiments.finetune import FinetuneConfig, arrays_of, loss, optimizer
 from jaxid.families.registry import family, kind_of
 from jaxid.interp.forward import forward
 from jaxid.train.trainable import Selection, Trained, choose, for_learning, tensors
@@ -36,7 +36,7 @@ def batch(case: Case) -> dict[str, Any]:
     model, prompts = fixtures.model(case), fixtures.prompts(case)
     rng = np.random.default_rng(3)
     return {
-        "inputs": vars(fixtures.device_inputs(prompts)),
+        "inputs": arrays_of(fixtures.device_inputs(prompts)),
         "positions": jnp.asarray(prompts.last()[:, None]),
         "labels": jnp.asarray(rng.integers(5, 20, (2, 1)), jnp.int32),
         "word": jnp.asarray(prompts.word("fish")),
