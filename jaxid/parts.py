@@ -189,7 +189,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         and isinstance(size, int)
         and size >= 1
         and all(isinstance(chunk, int) for chunk in stored.get("chunks", ()))
-        and sum(part_sizes(stored)) == items["count"]
+        and sum(stored.get("chunks", ())) in (0, items["count"])
     )
     if not whole:
         raise OutputError(f"{path} is damaged; give --restart to begin anew, or another --out.")

@@ -178,7 +178,7 @@ def test_rows_are_divided_where_prompts_do_not(name: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(module, "over_rows", watched)
     found = Passes(model, prompts_of(case, 3))
     check_equal(found, "trace", "forward", "rerun")
-    assert seen and set(seen) == {4}  # as many rows as devices, one of them padding or all in use
+    assert seen and set(seen) == {4 * -(-model.num_layers // 4)}  # as many rows on every device, some of them padding
     check_places(found.trace.keys, model, None, None, "model")
     for given in (found.forward.hidden, found.rerun.hidden):
         check_places(given, model)
@@ -245,15 +245,16 @@ DATA_FREE = ("_record", "_resume", "_run", "_residuals", "_prefill", "_answer_lo
 @over((), among=("gemma3", "llava-plain", "mllama", "qwen2.5-vl-windows", "video-grid"))
 @pytest.mark.slow
 def test_little_crosses_devices_in_any_family(case: Case, modules: Modules) -> None:
-    check_collectives(case, modules)
+    """Passes over whole prompts attend head by head on CPUs, for which XLA gathers heads: their blocks do not count."""
+    check_collectives(case, modules, whole=case.name == "llava-plain")
 
 
 def test_little_crosses_devices(modules: Modules) -> None:
     """Two sums over "model" in every block, and nothing over "data"."""
-    check_collectives(CASES["llava-plain"], modules)
+    check_collectives(CASES["llava-plain"], modules, whole=True)
 
 
-def check_collectives(case: Case, modules: Modules) -> None:
+def check_collectives(case: Case, modules: Modules, *, whole: bool) -> None:
     """Compiles the programs of all passes and counts their collectives."""
     text, collectives = modules("hlo_text"), modules("hlo_collectives")
     model, prompts = model_on(case, "data=4,model=2"), prompts_of(case, PROMPTS)
@@ -275,7 +276,11 @@ def check_collectives(case: Case, modules: Modules) -> None:
             for one in collectives.collectives(parsed, computation, instruction, sizes)
         ]
         per_block = collectives.in_one_step(parsed, sizes, axis="model")
-        found[program.__name__] = per_block, [one for one in crossing if "data" in one.axes]
+        # Head by head is how CPUs attend, and XLA gathers some heads for it; accelerators run kernels.
+        found[program.__name__] = (
+            per_block,
+            [one for one in crossing if "data" in one.axes and not one.function.startswith("_headwise")],
+        )
         with programs.watched(None):
             return program(*arguments, **settings)
 
@@ -285,5 +290,6 @@ def check_collectives(case: Case, modules: Modules) -> None:
     across = {name: crossing for name, (_, crossing) in found.items() if crossing}
     assert set(across) <= {"_decode"}
     assert all(one.size <= 1 for one in across.get("_decode", []))  # whether all rows have ended
-    blocks = {name: found[name][0] for name in ("_record", "_resume", "_residuals", "_prefill")}
+    counted = ("_resume", "_prefill", *(("_record", "_residuals") if whole else ()))
+    blocks = {name: found[name][0] for name in counted}
     assert blocks == dict.fromkeys(blocks, 2)
