@@ -24,6 +24,8 @@ import hlo_collectives
 import jax
 from accelerator_scores import axes_of_keys
 
+from jaxid.io import write_json, write_text
+
 HEADER = f"""Programs compiled by XLA for devices that are not here; nothing was run.
 
 {programs.LENGTHS}
@@ -288,15 +290,9 @@ def table(found: Mapping[str, float]) -> str:
 
 
 def write(folder: Path, found: Mapping[str, float]) -> None:
-    """Writes both files, each as a whole."""
-    versions = f"jax {jax.__version__}"
-    for name, text in (
-        ("accelerator.json", json.dumps(found, indent=1) + "\n"),
-        ("accelerator.md", f"{HEADER}\n\nCompiled with {versions}.\n\n{table(found)}\n"),
-    ):
-        temporary = folder / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+    """Writes both files."""
+    write_json(folder / "accelerator.json", found)
+    write_text(folder / "accelerator.md", f"{HEADER}\n\nCompiled with jax {jax.__version__}.\n\n{table(found)}\n")
 
 
 def chosen(text: str | None, known: Iterable[str], default: Iterable[str]) -> list[str]:

@@ -4,12 +4,13 @@ A sweep is a trace and its rerun. Of each program, the time that its operations 
 device (the roofline), and after it the time in which the device sends its part of all collectives.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import accelerator_targets as targets
+
+from jaxid.io import write_json, write_text
 
 HEADER = """A sweep (a trace and its rerun) on more and more devices, by its programs as compiled; nothing was run.
 
@@ -60,21 +61,6 @@ CASES = (
     Case("v5e", "llava-7b", "model", (2, 4)),
     Case("v5e", "llava-13b", "model", (4, 8)),
 )
-FIGURES = (
-    "devices",
-    "fits",
-    "tflop",
-    "hbm_gb",
-    "collective_gb_model",
-    "collective_gb_data",
-    "collectives",
-    "roofline_ms",
-    "collective_ms",
-    "bound_ms",
-    "ideal_ms",
-    "efficiency",
-)
-
 SHOWN = {
     "devices": "d",
     "fits": "d",
@@ -91,6 +77,17 @@ SHOWN = {
 }
 """The table's columns and their format."""
 
+ADDED = (
+    "tflop",
+    "hbm_gb",
+    "collective_gb_model",
+    "collective_gb_data",
+    "collectives",
+    "roofline_ms",
+    "collective_ms",
+)
+"""Figures that are those of a sweep's programs, added up."""
+
 LEAST = {"data": 0.9, "model": 0.7}
 """The efficiency that is aimed at, by the axis that grows; along model, of up to four devices."""
 
@@ -101,16 +98,7 @@ Figures = dict[str, float]
 def sweep(target: targets.Target, alias: str, measure: Measure) -> Figures:
     """What a device does in a sweep, without a comparison."""
     found = [measure(target, alias, work)[work] for work in WORKS]
-    names = (
-        "tflop",
-        "hbm_gb",
-        "collective_gb_model",
-        "collective_gb_data",
-        "collectives",
-        "roofline_ms",
-        "collective_ms",
-    )
-    total = {name: sum(one[name] for one in found) for name in names}
+    total = {name: sum(one[name] for one in found) for name in ADDED}
     return {
         **total,
         "devices": target.chips,
@@ -128,7 +116,7 @@ def compared(found: Mapping[int, Figures], axis: str) -> dict[int, Figures]:
     for size, one in found.items():
         ideal = whole if axis == "data" else whole / size
         own = {**one, "ideal_ms": ideal, "efficiency": ideal / one["bound_ms"]}
-        results[size] = {name: float(f"{own[name]:.6g}") for name in FIGURES}
+        results[size] = {name: float(f"{own[name]:.6g}") for name in SHOWN}
     return results
 
 
@@ -177,12 +165,7 @@ def table(found: Mapping[str, Figures]) -> str:
 
 
 def write(folder: Path, found: Mapping[str, Figures]) -> None:
-    """Writes both files, each as a whole."""
+    """Writes both files."""
     flat = {f"{row}/{name}": value for row, own in found.items() for name, value in own.items()}
-    for name, text in (
-        ("scaling.json", json.dumps(flat, indent=1) + "\n"),
-        ("scaling.md", f"{HEADER}\n\n{table(found)}\n"),
-    ):
-        temporary = folder / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+    write_json(folder / "scaling.json", flat)
+    write_text(folder / "scaling.md", f"{HEADER}\n\n{table(found)}\n")

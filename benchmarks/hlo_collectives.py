@@ -96,6 +96,17 @@ def collectives(
     yield Collective(kind, axes_of_groups(groups, mesh), devices, size, instruction.name, function)
 
 
+def of_program(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
+    """All collectives in a program's text, each once, however often it runs; `mesh` as in `collectives`."""
+    return [
+        one
+        for computation in program.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode != "fusion"  # what it calls is a computation of its own
+        for one in collectives(program, computation, instruction, mesh)
+    ]
+
+
 def channel(program: Program, instruction: Instruction) -> str | None:
     """The channel of a fusion's first collective: of the fusions into which one is cut, only the first counts."""
     if instruction.opcode != "fusion":

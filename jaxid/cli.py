@@ -35,7 +35,7 @@ COMMANDS = {
     "finetune": "jaxid.experiments.finetune_run:Finetune",
     "compare-finetune": "jaxid.experiments.finetune_run:CompareFinetune",
     "plan": "jaxid.cli:plan",
-    "merge": "jaxid.experiments.merge:merge",
+    "merge": "jaxid.cli:merge",
     "run belief-swap": "jaxid.experiments.belief_swap:BeliefSwap",
     "run compare": "jaxid.experiments.compare:Compare",
     "run mirror-swap": "jaxid.experiments.activation_swap:MirrorSwap",
@@ -198,6 +198,36 @@ def plan(
     if save is not None:
         write_json(save, found)
     return to_json(found) if json else "\n".join(found.report())
+
+
+def merge(*folders: Path, out: Path) -> str:
+    """Join the folders of a run's shards into one, as if it had been run at once.
+
+    The folder then holds table, summary and figures, and the run's own command resumes it as finished. No weights are
+    read.
+
+    Args:
+        folders: of all shards, in any order.
+        out: folder for the result; a new one.
+    """
+    from jaxid.experiments import merge as shards
+
+    return "\n".join(shards.merge(folders, out, _configured))
+
+
+def _configured(name: str, file: Path) -> Any:
+    """An experiment with the options in a file.
+
+    Raises:
+        OutputError: for an experiment that there is not, or a file that does not hold its options.
+    """
+    if f"run {name}" not in COMMANDS:
+        raise OutputError(f"{file.parent} is of an experiment {name!r}, which jaxid does not have.")
+    try:
+        command, given = _parsed(["run", name, "--config", str(file)])
+        return command(*given.args, **given.kwargs)
+    except (InputError, CycloptsError) as error:
+        raise OutputError(f"{file} does not hold the options of {name}: {' '.join(str(error).split())}") from error
 
 
 def app(tokens: Sequence[str] = ()) -> App:

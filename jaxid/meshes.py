@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,8 +14,6 @@ from jaxid.errors import InputError
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
-
-Tree = TypeVar("Tree")
 
 _SIZE = re.compile(r"\s*(data|model)\s*=\s*([0-9]{1,6})\s*")
 
@@ -108,7 +106,7 @@ def of(tree: Any) -> Mesh | None:
     return None
 
 
-def divided(given: Mesh | None, tree: Tree, axis: int = 0) -> Tree:
+def divided(given: Mesh | None, tree: Any, axis: int = 0) -> Any:
     """Arrays on the devices of a mesh, divided along one of their axes over "data".
 
     Arrays whose axis does not divide, and those without that axis, are whole on every device. Without a mesh, arrays go
@@ -124,7 +122,7 @@ def divided(given: Mesh | None, tree: Tree, axis: int = 0) -> Tree:
     return jax.tree.map(placed, tree)
 
 
-def whole(given: Mesh | None, tree: Tree) -> Tree:
+def whole(given: Mesh | None, tree: Any) -> Any:
     """Arrays that every device of a mesh holds whole; without a mesh, arrays on the default device."""
     return jax.tree.map(lambda leaf: put(given, leaf, PartitionSpec()), tree)
 
@@ -160,12 +158,6 @@ def fewest(needed: float, room: float, heads: int, devices: int) -> int:
         f"the parameters take {needed / 1e9:.1f} GB, more than {counts[-1]} devices with {room / 1e9:.1f} GB for them "
         "hold; use more or larger devices, or --dtype bfloat16."
     )
-
-
-def across(given: Mesh) -> int:
-    """The number of processes whose devices share one copy of the model."""
-    group = given.devices.reshape(-1, size(given, MODEL))[0]
-    return len({device.process_index for device in group.tolist()})
 
 
 def local(data: int, model: int, processes: int) -> tuple[int, int]:

@@ -96,7 +96,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     # On CPUs, attention runs over prompts in a loop, which devices do not share.
     assert found[f"{one}/tflop"] < found[f"{four}/tflop"] < 2 * found[f"{one}/tflop"]
     assert found["h100/llava-7b/model/data=1,model=2/collectives"] > 0
-    assert {key.rpartition("/")[2] for key in found} == {*scaling.FIGURES}
+    assert {key.rpartition("/")[2] for key in found} == {*scaling.SHOWN}
     assert "h100/llava-7b/data/data=4,model=1/efficiency" in capsys.readouterr().out
 
     def never(*args: object) -> None:

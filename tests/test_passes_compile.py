@@ -27,10 +27,7 @@ PROGRAM = """
     for work in ("trace", "rerun", "generate", "extract"):
         for part in accelerator_programs._OF_MODELS[work](accelerator_programs.geometry("llava-7b", fields), target):
             parsed = hlo_text.parse(target.compile(part.function, *part.args, **part.options).as_text())
-            found = [one for computation in parsed.computations.values() for instruction in computation.values()
-                if instruction.opcode != "fusion"
-                for one in hlo_collectives.collectives(parsed, computation, instruction, sizes)]
-            across = [one.size for one in found if "data" in one.axes]
+            across = [one.size for one in hlo_collectives.of_program(parsed, sizes) if "data" in one.axes]
             block = hlo_collectives.in_one_step(parsed, sizes, axis="model")
             print(json.dumps([part.name, block, across]), flush=True)
 """

@@ -268,13 +268,7 @@ def check_collectives(case: Case, modules: Modules, *, whole: bool) -> None:
         with jax.set_mesh(mesh):
             made = program.jitted.lower(*arguments, **settings).compile()
         parsed = text.parse(made.as_text())
-        crossing = [
-            one
-            for computation in parsed.computations.values()
-            for instruction in computation.values()
-            if instruction.opcode != "fusion"
-            for one in collectives.collectives(parsed, computation, instruction, sizes)
-        ]
+        crossing = collectives.of_program(parsed, sizes)
         per_block = collectives.in_one_step(parsed, sizes, axis="model")
         # Head by head is how CPUs attend, and XLA gathers some heads for it; accelerators run kernels.
         found[program.__name__] = (

@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 from jaxid.checkpoints.identity import Seen, look
 
 Box = tuple[tuple[int, int], ...]
-"""A part of an array: the first index along each axis, and the one behind the last."""
+"""A box of an array: the start and stop index along each axis."""
 
 _PIECE_BYTES = 1 << 23
 """What one thread reads at a time: small beside any model, large beside the cost of a call."""

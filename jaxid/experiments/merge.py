@@ -4,41 +4,19 @@ import dataclasses
 import os
 import shutil
 import time
-import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxid import io, parts
 from jaxid.errors import DataError, InputError, OutputError
-from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap
 from jaxid.experiments.base import Experiment, Summary, write_config
-from jaxid.experiments.belief_swap import BeliefSwap
-from jaxid.experiments.blank_image import BlankImage
-from jaxid.experiments.depth import Depth
-from jaxid.experiments.deviation import Deviation
-from jaxid.experiments.occlusion import Occlusion
 from jaxid.experiments.reference import with_bugs
 from jaxid.experiments.session import Session
-from jaxid.experiments.steer_picture import SteerPicture
-from jaxid.experiments.steering import Steer
-from jaxid.experiments.temporal import TemporalSteer, TemporalSwap
 
-EXPERIMENTS: tuple[type[Experiment[Any, Any, Any]], ...] = (
-    AttributeSwap,
-    BeliefSwap,
-    BlankImage,
-    Depth,
-    Deviation,
-    MirrorSwap,
-    Occlusion,
-    Steer,
-    SteerPicture,
-    TemporalSteer,
-    TemporalSwap,
-)
-"""Those whose shards can be joined."""
+Configured = Callable[[str, Path], Experiment[Any, Any, Any]]
+"""The experiment of a name with the options in a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +48,20 @@ class _Folder:
         return found
 
 
-def merge(*folders: Path, out: Path) -> str:
-    """Join the folders of a run's shards into one, as if it had been run at once.
-
-    The folder then holds table, summary and figures, and the run's own command resumes it as finished. No weights are
-    read.
+def merge(folders: Sequence[Path], out: Path, configured: Configured) -> list[str]:
+    """Writes the folder that a run would have made that was not divided; no weights are read.
 
     Args:
-        folders: of all shards, in any order.
+        folders: those of all shards, in any order.
         out: folder for the result; a new one.
+        configured: makes the experiment of a shard's `config.yaml`.
+
+    Returns:
+        The run's report, and the path of its summary.
+
+    Raises:
+        InputError: if the shards do not belong together, or are not all there.
+        OutputError: if one is damaged or not finished, or the folder exists or cannot be written.
     """
     started = time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -92,7 +75,9 @@ def merge(*folders: Path, out: Path) -> str:
     keys = [key for file in files for key in _keys(file)]
     if parts.summary_of(keys) != stored["shard"]["items"]:
         raise OutputError("the shards' parts do not hold the items of the whole run; run the shards anew.")
-    experiment = _rebuilt(full)
+    experiment = configured(str(full.stored["settings"].get("experiment")), full.path / "config.yaml")
+    experiment = dataclasses.replace(experiment, shard=None, restart=False)
+    experiment = with_bugs(experiment) if experiment.reference_bugs else experiment
     io.ensure_output_folder(out.parent)
     made = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
@@ -109,7 +94,7 @@ def merge(*folders: Path, out: Path) -> str:
         raise OutputError(f"cannot write {out}: {error.strerror}; free some space or choose another place.") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return "\n".join([*experiment.report(summary), str(out / "summary.json")])
+    return [*experiment.report(summary), str(out / "summary.json")]
 
 
 def _summarised(
@@ -195,34 +180,3 @@ def _keys(file: Path) -> list[str]:
         return parts.noted(io.read_table(file))["items"]
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{file} is damaged; delete it, and resume its shard first.") from error
-
-
-def _rebuilt(folder: _Folder) -> Experiment[Any, Any, Any]:
-    """The experiment of a shard, without its being one, from its `config.yaml`.
-
-    Raises:
-        OutputError: if the file is missing or damaged, or names other options.
-    """
-    import yaml
-
-    path, name = folder.path / "config.yaml", folder.stored["settings"].get("experiment")
-    kind = next((kind for kind in EXPERIMENTS if kind.name == name), None)
-    if kind is None:
-        raise OutputError(f"{folder.name} is of an experiment {name!r}, which jaxid does not have.")
-    with io.reading(path, "the options of a run", OutputError):
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-        hints = typing.get_type_hints(kind)
-        typed = {name: _typed(value, hints[name]) for name, value in options.items()}
-        experiment = kind(**{**typed, "shard": None, "restart": False})
-    return with_bugs(experiment) if experiment.reference_bugs else experiment
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """A value of a YAML file as an option's type has it."""
-    kinds = {hint, *typing.get_args(hint)}
-    if isinstance(value, list):
-        inner = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), str)
-        return tuple(_typed(one, inner) for one in value)
-    if isinstance(value, str) and Path in kinds:
-        return Path(value)
-    return float(value) if float in kinds and isinstance(value, int) and not isinstance(value, bool) else value

@@ -15,7 +15,7 @@ from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.interventions import Edit, VectorEdit, as_intervention, check_layers, parts_of
 from jaxid.interp.programs import program
-from jaxid.interp.spreading import by_prompts, dealt, everywhere, in_order, inputs_of, of_prompts, over_rows, with_model
+from jaxid.interp.spreading import by_prompts, dealt, in_order, inputs_of, of_prompts, over_rows, with_model
 from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.kernels.logprobs import log_probs
 from jaxid.meshes import DATA, MODEL
@@ -59,7 +59,7 @@ class Output:
         ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
         if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():
             raise InputError(f"answers must be token ids from 0 to {entries - 1}, not {ids.tolist()}.")
-        return self._read(_answer_log_probs, everywhere(self.model.mesh, ids))
+        return self._read(_answer_log_probs, meshes.whole(self.model.mesh, ids))
 
     def _read(self, function: Callable[..., Array], *arguments: Array) -> Float[Array, "*S B _"]:
         sweep = Sweep(self.hidden.shape[:-2])
@@ -204,7 +204,7 @@ def forward(
     if not sweep.shape:
         hidden, captured = _run(*arguments, intervention, wanted, None, chunk=chunk)
     else:
-        edits, count = sweep.flat(intervention), everywhere(mesh, np.asarray(sweep.count))
+        edits, count = sweep.flat(intervention), meshes.whole(mesh, np.asarray(sweep.count))
         if sweep.parts > 1:
             found = in_order(*_run_rows(*arguments, edits, wanted, count, chunk=chunk))
         else:

@@ -10,12 +10,13 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
+from jaxid import meshes
 from jaxid.errors import InputError
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check
 from jaxid.interp.interventions import as_intervention
 from jaxid.interp.programs import program
-from jaxid.interp.spreading import everywhere, of_prompts, with_model
+from jaxid.interp.spreading import of_prompts, with_model
 from jaxid.interp.sweep import Sweep, bucket
 from jaxid.interp.trace import Trace, check_trace, plan, record, suffix_of
 from jaxid.meshes import DATA
@@ -125,7 +126,7 @@ def generate(
     known = None if unedited or reach is None or recorded is None else plan(recorded, reach.position)
     count = math.prod(leading)
     edits = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), intervention)
-    stop_ids = everywhere(mesh, np.array(model.processor.stop_ids, np.int32))
+    stop_ids = meshes.whole(mesh, np.array(model.processor.stop_ids, np.int32))
     turned = batch.inputs.rope_positions
     last_rope = None if turned is None else turned[np.arange(len(batch)), :, batch.last()]
     last, last_rope = of_prompts(mesh, (batch.last(), last_rope), len(batch))
@@ -153,8 +154,8 @@ def generate(
         single = jax.tree.map(lambda leaf: leaf[0], some)
         whole = recorded if unedited and recorded is not None else record(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
-        none = everywhere(mesh, jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype))
-        start = passes.Start(whole.hidden[None], none, none, everywhere(mesh, np.zeros((prompts_, 0), bool)))
+        none = meshes.whole(mesh, jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype))
+        start = passes.Start(whole.hidden[None], none, none, meshes.whole(mesh, np.zeros((prompts_, 0), bool)))
         prefix = passes.Shared(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))
     hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))

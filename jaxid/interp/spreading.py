@@ -49,11 +49,6 @@ def of_prompts(mesh: Mesh | None, tree: PyTree, prompts: int, axis: int = 0) -> 
     return meshes.divided(mesh, tree, axis) if by_prompts(mesh, prompts) else meshes.whole(mesh, tree)
 
 
-def everywhere(mesh: Mesh | None, tree: PyTree) -> Any:
-    """Arrays that every device has whole."""
-    return meshes.whole(mesh, tree)
-
-
 def with_model(mesh: Mesh | None, tree: Tree) -> Tree:
     """Arrays of any shape, such as an intervention's, on a mesh; every device gets all of those that lie elsewhere."""
 

@@ -20,7 +20,7 @@ from jaxid.families.base import Model
 from jaxid.interp.forward import Output, check, checked_positions, forward, nan_outside
 from jaxid.interp.interventions import Replace, as_intervention, check_layers, earliest, replace
 from jaxid.interp.programs import Program, program
-from jaxid.interp.spreading import by_prompts, dealt, everywhere, in_order, inputs_of, of_prompts, over_rows, with_model
+from jaxid.interp.spreading import by_prompts, dealt, in_order, inputs_of, of_prompts, over_rows, with_model
 from jaxid.interp.sweep import Sweep, rows_together
 from jaxid.meshes import DATA
 from jaxid.nn import passes, placement
@@ -385,14 +385,14 @@ def rerun(
                 trace, keys=pictures_of.keys, values=pictures_of.values, memory=pictures_of.memory
             )
         else:
-            other, swapped = pictures_of, sweep.flat(everywhere(mesh, last_own))
+            other, swapped = pictures_of, sweep.flat(meshes.whole(mesh, last_own))
     arguments = (
         model.definition,
         model.parameters,
         suffix_of(own, planned, other, swapped),
         sweep.flat(with_model(mesh, intervention)),
-        sweep.flat(everywhere(mesh, jnp.broadcast_to(start, leading))),
-        everywhere(mesh, np.asarray(sweep.count)),
+        sweep.flat(meshes.whole(mesh, jnp.broadcast_to(start, leading))),
+        meshes.whole(mesh, np.asarray(sweep.count)),
     )
     chunk = rows_together(sweep.own, tokens) if chunk is None else min(chunk, sweep.own)
     hidden = in_order(*_resume_rows(*arguments, chunk=chunk)) if sweep.parts > 1 else _resume(*arguments, chunk=chunk)

@@ -110,13 +110,7 @@ def test_little_crosses_devices(case: EncoderCase, modules: Modules) -> None:
             parsed = text.parse(program.jitted.lower(*arguments, **settings).compile().as_text())
         for axis in sizes:
             found[program.__name__, axis] = collectives.in_one_step(parsed, sizes, axis=axis)
-        crossing = [
-            one
-            for computation in parsed.computations.values()
-            for instruction in computation.values()
-            if instruction.opcode != "fusion"
-            for one in collectives.collectives(parsed, computation, instruction, sizes)
-        ]
+        crossing = collectives.of_program(parsed, sizes)
         assert crossing and all(one.axes == ("model",) for one in crossing)
         with programs.watched(None):
             return program(*arguments, **settings)

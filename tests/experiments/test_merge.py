@@ -1,6 +1,7 @@
 """Shards of a run: each is run on its own, together they are the run, and nothing is joined that does not belong."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,6 @@ from jaxid import cli
 from jaxid.errors import InputError
 from jaxid.experiments.base import Experiment
 from jaxid.experiments.belief_swap import BeliefSwap
-from jaxid.experiments.merge import EXPERIMENTS
 from jaxid.io import read_json, write_json
 from jaxid.parts import Shard
 from jaxid.places import Elsewhere
@@ -195,11 +195,25 @@ def test_shards_are_even_and_whole() -> None:
         assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
-def test_every_experiment_can_be_joined() -> None:
-    import importlib
-
-    targets = [target.split(":") for path, target in cli.COMMANDS.items() if path.startswith("run ")]
-    kinds = [getattr(importlib.import_module(module), name) for module, name in targets]
-    assert {kind for kind in kinds if issubclass(kind, Experiment)} == set(EXPERIMENTS)
-    for kind in EXPERIMENTS:
+@pytest.mark.parametrize("path", [path for path in cli.COMMANDS if path.startswith("run ")])
+def test_every_experiment_can_be_joined(path: str) -> None:
+    """The name that a run notes in its settings is that of its command."""
+    module, name = cli.COMMANDS[path].split(":")
+    kind = getattr(importlib.import_module(module), name)
+    if issubclass(kind, Experiment):
+        assert f"run {kind.name}" == path
         assert {"shard", "mesh", "restart", "progress"} <= {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.slow
+def test_options_that_are_damaged(shards: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, config = shards[0], (shards[0] / "config.yaml").read_text()
+    for text, message in (
+        ("- a\n", "config.yaml"),
+        (f"{config}unknown: 3\n", "does not hold the options of belief-swap"),
+        (None, "config.yaml: the file does not exist."),
+    ):
+        copy = shutil.copytree(first, tmp_path / "copy")
+        (copy / "config.yaml").unlink() if text is None else (copy / "config.yaml").write_text(text)
+        assert message in refused(capsys, "merge", copy, *shards[1:], "--out", tmp_path / "out")
+        shutil.rmtree(copy)

@@ -9,7 +9,7 @@ import pytest
 from run_data import CASE, columns, experiment
 from run_data import place as place
 
-from jaxid import cli
+from jaxid import cli, processes
 from jaxid.data.grid import write_grid_folder
 from jaxid.devices import DEVICES
 from jaxid.errors import InputError
@@ -17,10 +17,12 @@ from jaxid.experiments import planning
 from jaxid.experiments.activation_swap import MirrorSwap
 from jaxid.experiments.ask import Ask
 from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.experiments.session import Session
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.meshes import Axes
 from jaxid.plan import Plan
+from jaxid.processes import Team
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
 
@@ -82,6 +84,17 @@ def test_extraction_and_answers(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide(place: Path) -> None:
     with pytest.raises(InputError, match=r"--batch-size 6 does not divide over data=4; give a multiple"):
         experiment(BeliefSwap, place, "odd", mesh=MESH, batch_size=6).run()
+
+
+def test_no_worker_is_idle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve items of three workers are in three chunks at least, and each divides over the worker's devices."""
+    monkeypatch.setattr(processes, "team", lambda *_: Team(worker=1, workers=3))
+    for mesh, size in ((None, 4), ("data=8", 8)):
+        run = experiment(BeliefSwap, place, f"shared-{mesh}", mesh=mesh, batch_size=None, max_new_tokens=0)
+        session = Session(run)
+        before = session.batch_size
+        session.begin(run.items(session))
+        assert session.batch_size == size <= before
 
 
 @pytest.mark.parametrize(

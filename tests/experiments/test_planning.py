@@ -183,6 +183,8 @@ def test_a_cpu_keeps_its_choice(place: Path, weightless: Path) -> None:
         BeliefSwap, place, "nothing", model=str(weightless), batch_size=None, layers="1", max_new_tokens=0
     )
     expected = plans.fitting(fixtures.model(CASE), "float32", 2, 1, CPU)
+    several = [plans.fitting(fixtures.model(CASE), "float32", 2, 4, device) for device in (CPU, H100)]
+    assert several == [expected // 4 * 4, expected * 4]  # a CPU's devices share its memory
     assert plan(made, CPU).together == expected == 32
 
 
