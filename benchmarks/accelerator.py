@@ -340,7 +340,7 @@ def scaling_cases(options: argparse.Namespace) -> list[scaling.Case]:
 def scale(folder: Path, cases: Sequence[scaling.Case], *, resume: bool) -> int:
     """Compiles sweeps for more and more devices; returns 1 if one does not compile.
 
-    What is compiled is kept in `scaling_works.json`, from which a resumed run goes on.
+    What is compiled is kept in `scaling_works.json`, from which `--resume` continues.
     """
     path = folder / "scaling_works.json"
     known: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if resume and path.exists() else {}

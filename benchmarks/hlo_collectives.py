@@ -62,7 +62,7 @@ class Collective:
         return self.runs * self.size * _SHARES[self.kind](self.devices)
 
     def times(self, runs: float) -> "Collective":
-        """As often as that."""
+        """The same collective, run that many times as often."""
         return dataclasses.replace(self, runs=runs * self.runs)
 
 
@@ -150,7 +150,7 @@ def groups_of(instruction: Instruction, devices: int) -> Groups:
 
 
 def _along(mesh: re.Match[str]) -> Groups:
-    """Groups along some axes of a mesh that the compiler has made up for a collective."""
+    """Groups along some axes of a mesh that the compiler chose for a collective."""
     sizes = {name: int(size) for name, size in _NAMED.findall(mesh[1])}
     names, chosen = [*sizes], re.findall(r"'([^']+)'", mesh[4])
     if set(chosen) - set(names):

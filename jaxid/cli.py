@@ -138,7 +138,7 @@ def run(tokens: list[str]) -> None:
 
 
 def _act(command: Any, given: Any, *, quiet: bool = False) -> None:
-    """Runs a command, and prints what it reports unless it is to be quiet."""
+    """Runs a command, and prints what it reports unless `quiet`."""
     if quiet:
         warnings.simplefilter("ignore")
     if getattr(command, "__module__", "").startswith("jaxid.") and not isinstance(command, type):

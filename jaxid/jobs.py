@@ -304,7 +304,9 @@ def _require_agreement(team: Team, now: Mapping[str, Any]) -> None:
         for kind in ("versions", "settings", "items"):
             if other[kind] != of_all[0][kind]:
                 told = io.differences(of_all[0][kind], other[kind], "is {} in process 0, {} in process " + str(process))
-                raise InputError(f"the processes do not agree on {kind}: {'; '.join(told)}; start all of them alike.")
+                raise InputError(
+                    f"the processes do not agree on {kind}: {'; '.join(told)}; start all of them with the same options."
+                )
 
 
 def _shared(

@@ -1,4 +1,4 @@
-"""Meshes of devices: axis "data" divides prompts and edits, axis "model" heads, MLPs and vocabularies."""
+"""Meshes of devices: prompts and edits are sharded over "data", heads, MLPs and vocabularies over "model"."""
 
 import math
 import re
@@ -22,8 +22,8 @@ class Axes(NamedTuple):
     """The sizes of a mesh's axes.
 
     Attributes:
-        data: copies of the model, among which prompts and edits are divided.
-        model: devices that share a copy.
+        data: replicas of the model, among which prompts and edits are sharded.
+        model: devices that share a replica.
     """
 
     data: int = 1
@@ -54,11 +54,11 @@ def sizes(text: str) -> Axes:
 
 
 def mesh(data: int, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the first devices, those of one copy of the model side by side.
+    """A mesh of the first devices, those of one replica of the model adjacent.
 
     Args:
-        data: number of copies of the model, among which prompts and edits are divided.
-        model: number of devices that share a copy.
+        data: number of replicas of the model, among which prompts and edits are sharded.
+        model: number of devices that share a replica.
         devices: by default all that JAX has.
 
     Raises:
@@ -82,7 +82,7 @@ def checked(given: Mesh) -> Mesh:
     """
     unknown = [name for name in given.axis_names if name not in AXES]
     if unknown:
-        raise InputError(f"the mesh has an axis {unknown[0]!r}; jaxid divides over {' and '.join(AXES)}.")
+        raise InputError(f"the mesh has an axis {unknown[0]!r}; jaxid shards over {' and '.join(AXES)}.")
     if any(kind != AxisType.Auto for kind in given.axis_types):
         raise InputError("the mesh's axes are to be of type Auto: jax.make_mesh(..., axis_types=(AxisType.Auto, ...)).")
     return given
@@ -106,11 +106,11 @@ def of(tree: Any) -> Mesh | None:
     return None
 
 
-def divided(given: Mesh | None, tree: Any, axis: int = 0) -> Any:
-    """Arrays on the devices of a mesh, divided along one of their axes over "data".
+def sharded(given: Mesh | None, tree: Any, axis: int = 0) -> Any:
+    """Arrays on the devices of a mesh, with one of their axes sharded over "data".
 
-    Arrays whose axis does not divide, and those without that axis, are whole on every device. Without a mesh, arrays go
-    to the default device.
+    Arrays without that axis, and those whose axis is not a multiple of "data", are replicated. Without a mesh, arrays
+    go to the default device.
     """
     parts = size(given, DATA)
 
@@ -122,8 +122,8 @@ def divided(given: Mesh | None, tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def whole(given: Mesh | None, tree: Any) -> Any:
-    """Arrays that every device of a mesh holds whole; without a mesh, arrays on the default device."""
+def replicated(given: Mesh | None, tree: Any) -> Any:
+    """Arrays replicated over a mesh; without a mesh, arrays on the default device."""
     return jax.tree.map(lambda leaf: put(given, leaf, PartitionSpec()), tree)
 
 

@@ -1,4 +1,4 @@
-"""Several processes that work on one command: how they find each other, and what they tell each other.
+"""Several processes that run one command: how they connect, and what they exchange.
 
 `join` connects a process with `jax.distributed`. After that JAX sees the devices of all processes, and they exchange
 short texts through the store of its coordinator, process 0. Every process writes there once a second that it lives;
@@ -27,11 +27,11 @@ from jaxid.io import reporting
 from jaxid.places import JOIN_SECONDS, Elsewhere, Place, address
 
 PATIENCE_SECONDS = float(os.environ.get("JAXID_PATIENCE_SECONDS", "60"))
-"""How long a process may be silent before the others take it for dead."""
+"""Seconds of silence after which a process is considered dead."""
 
 _BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 1.0
-"""Left to the other processes to take leave of the coordinator, which ends with process 0."""
+"""Seconds that process 0, which runs the coordinator, gives the others to disconnect."""
 
 _PREFIX = "jaxid"
 
@@ -103,7 +103,7 @@ def join(place: Place) -> None:
 
 
 def _state() -> Any:
-    """JAX's connection with the other processes, of which it has no public form."""
+    """JAX's connection with the other processes, which has no public API."""
     from jax._src.distributed import global_state
 
     return global_state
@@ -151,8 +151,7 @@ class Link:
     Attributes:
         process: the index of this process.
         processes: how many there are.
-        bound: those without which this one cannot go on, as they compute together; this process ends if one of them
-            stops.
+        bound: those with which this one computes in lockstep; it ends if one of them stops.
     """
 
     def __init__(self, process: int, processes: int, client: Any):
@@ -205,9 +204,9 @@ class Link:
         self._own["items"] = items
 
     def leave(self, failed: str | None) -> None:
-        """Takes leave of the others, with the reason if something failed; process 0 waits for those still at work.
+        """Disconnects from the others, with the reason if something failed; process 0 waits for those still running.
 
-        After this, no function of this class may be called.
+        No method may be called after this one.
         """
         self._own |= {"failed": failed, "left": True}
         self._ended.set()
@@ -269,7 +268,7 @@ class Link:
         return self._others.get(process, {}).get("left", False)
 
     def stopped(self, process: int) -> str | None:
-        """Why a process stopped before it was done; None if it is at work or done."""
+        """Why a process stopped early; None if it is running or done."""
         state = self._others.get(process, {})
         if state.get("failed") is not None:
             return state["failed"]
@@ -321,7 +320,7 @@ def link() -> Link | None:
 
 
 def leave(error: BaseException | None) -> None:
-    """Takes leave of the other processes, if there are any, and tells them what failed."""
+    """Disconnects from the other processes, if there are any, and tells them what failed."""
     global _link
     if _link is not None:
         failed = None if error is None else " ".join(str(error).split()) or type(error).__name__
@@ -331,7 +330,7 @@ def leave(error: BaseException | None) -> None:
 
 @contextlib.contextmanager
 def joined(place: Place) -> Iterator[None]:
-    """Joins the others, and takes leave of them in the end; see `join` and `leave`."""
+    """Joins the others, and leaves them at the end; see `join` and `leave`."""
     join(place)
     failed: BaseException | None = None
     try:

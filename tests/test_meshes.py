@@ -57,7 +57,7 @@ def test_own_meshes() -> None:
     own = checkpoint.on(Mesh(devices[:2], ("model",))).mesh
     assert own is not None and own.shape == {"model": 2}
     assert checkpoint.on(Mesh(devices[:1], ("model",))).mesh is None
-    with pytest.raises(InputError, match=r"the mesh has an axis 'rows'; jaxid divides over data and model"):
+    with pytest.raises(InputError, match=r"the mesh has an axis 'rows'; jaxid shards over data and model"):
         checkpoint.on(Mesh(devices[:2], ("rows",)))
     explicit = Mesh(devices[:2], ("data",), axis_types=(AxisType.Explicit,))
     with pytest.raises(InputError, match=r"type Auto"):
@@ -66,14 +66,14 @@ def test_own_meshes() -> None:
 
 def test_arrays_are_divided_where_they_divide() -> None:
     mesh = meshes.mesh(4, 2)
-    found: Any = meshes.divided(mesh, (np.arange(8), np.ones((3, 4)), np.float32(1)))
+    found: Any = meshes.sharded(mesh, (np.arange(8), np.ones((3, 4)), np.float32(1)))
     even, odd, _ = found
     assert [one.sharding.spec for one in found] == [PartitionSpec("data"), PartitionSpec(), PartitionSpec()]
-    inner: Any = meshes.divided(mesh, np.ones((3, 4)), axis=1)
+    inner: Any = meshes.sharded(mesh, np.ones((3, 4)), axis=1)
     assert inner.sharding.spec == PartitionSpec(None, "data")
     assert meshes.of((even, odd)) == mesh and meshes.of(np.ones(2)) is None and meshes.of(jax.numpy.ones(2)) is None
     assert jax.jit(lambda x: jax.numpy.asarray(meshes.of(x) is None))(even)
-    assert meshes.of(meshes.divided(None, np.arange(8))) is None
+    assert meshes.of(meshes.sharded(None, np.arange(8))) is None
 
 
 @pytest.mark.parametrize(

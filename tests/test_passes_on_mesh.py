@@ -201,7 +201,7 @@ def test_rows_are_dealt_by_their_first_layers() -> None:
     ],
 )
 def test_heads_that_devices_do_not_divide(name: str, text: str, heads: int, divided: bool) -> None:
-    """Of keys and values, every device keeps those that its queries read; or attention is whole on every device."""
+    """Every device keeps the keys and values that its queries read; or attention is replicated."""
     case = CASES[name]
     model = model_on(case, text)
     found = Passes(model, prompts_of(case, 2))

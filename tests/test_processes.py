@@ -154,10 +154,10 @@ def failing(folder: Path, *each: Mapping[str, object], outs: Sequence[str] = ("j
 def test_other_settings_and_versions(tmp_path: Path) -> None:
     told = failing(tmp_path, {}, {"model": "other"})
     differ = 'settings: model is "none" in process 0, "other" in process 1'
-    assert told == [f"the processes do not agree on {differ}; start all of them alike."] * 2
+    assert told == [f"the processes do not agree on {differ}; start all of them with the same options."] * 2
     assert not (tmp_path / "job").exists()
     told = failing(tmp_path, {}, {"jax": "0.1.2"})
-    assert len(set(told)) == 1 and told[0].endswith('"0.1.2" in process 1; start all of them alike.')
+    assert len(set(told)) == 1 and told[0].endswith('"0.1.2" in process 1; start all of them with the same options.')
     assert not (tmp_path / "job").exists()
 
 

@@ -224,8 +224,9 @@ def open_checkpoint(name: str | Path, *, dtype: str = "float32") -> Checkpoint:
 def load(name: str | Path, *, dtype: str = "float32", mesh: Mesh | str | None = None) -> Model:
     """Loads a vision-language model, onto one device or many.
 
-    On a mesh, axis "model" divides heads, MLPs and the vocabulary, and the passes divide prompts, or edits where the
-    prompts do not divide, over axis "data". Each part of a parameter is read from the files straight to its device.
+    On a mesh, heads, MLPs and the vocabulary are sharded over axis "model". The passes shard prompts over axis "data",
+    or edits if the number of prompts is not a multiple of it. Every shard of a parameter is read straight to its
+    device.
 
     Args:
         name: an alias ("tiny-llava", "llava-7b"), a Hugging Face id, or a folder in Hugging Face layout.

@@ -1,4 +1,4 @@
-"""How parameters are divided among devices: one table of rules for the networks of all families."""
+"""Sharding rules for parameters: one table for the networks of all families."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from jaxid.nn.layers import Projections
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What is divided over the mesh's axis "model".
+    """An axis of parameters that is sharded over the mesh's axis "model".
 
     Attributes:
         pattern: of the parameter's dotted path.
@@ -38,7 +38,7 @@ RULES = (
     Rule(r"(^|\.)(decoder|text_encoder)\.embedding$", -2, "tokens"),
     Rule(r"(^|\.)unembedding$", -1, "tokens"),
 )
-"""The first rule that fits a path counts; parameters that none fits are whole on every device.
+"""The first rule that fits a path counts; parameters that none fits are replicated on every device.
 
 The maps into heads and into MLPs are divided by their outputs, those back by their inputs: a block then adds up over
 the devices twice, after its attention and after its MLP.
@@ -53,11 +53,11 @@ _STACKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the parameters of a network lie on a mesh.
+    """The shardings of a network's parameters.
 
     Attributes:
         shardings: by dotted path.
-        whole: what could have been divided and was not, with the reason, by dotted path.
+        whole: what a rule would shard but is replicated, with the reason, by dotted path.
     """
 
     shardings: Mapping[str, NamedSharding]
@@ -65,7 +65,7 @@ class Layout:
 
 
 def layout(definition: Any, abstract: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> Layout:
-    """Where the parameters of a network lie on a mesh.
+    """The shardings of a network's parameters.
 
     Args:
         definition: the network's structure.
@@ -110,7 +110,7 @@ def _head_widths(definition: Any, abstract: Mapping[str, Any]) -> Iterator[tuple
 
 
 def note(layout: Layout, abstract: Mapping[str, Any], mesh: Mesh | AbstractMesh, width: int) -> str | None:
-    """One line about what is whole on every device although a rule would divide it; None if nothing is.
+    """One line about what is replicated although a rule would shard it; None if nothing is.
 
     Args:
         layout: where the parameters lie.
@@ -128,9 +128,7 @@ def note(layout: Layout, abstract: Mapping[str, Any], mesh: Mesh | AbstractMesh,
     texts = [f"{'/'.join(names)} of {room}" for room, names in kinds.items()]
     size = sum(math.prod(abstract[path].shape) for path in layout.whole) * width
     count = meshes.size(mesh, meshes.MODEL)
-    return (
-        f"model={count} does not divide {', '.join(texts)}; every device holds them whole ({size / 1e9:.2f} GB each)."
-    )
+    return f"model={count} does not divide {', '.join(texts)}; they are replicated ({size / 1e9:.2f} GB each)."
 
 
 def abstract_arrays(layout: Layout, abstract: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -97,7 +97,7 @@ def _text(
 
 
 def _units(found: Encoded) -> tuple[Float[Array, "N S E"], Float[Array, "N E"]]:
-    """Vectors of length one in float32, divided over the copies of the model as their pictures or captions are."""
+    """Vectors of length one in float32, sharded over the copies of the model as their pictures or captions are."""
     tokens, pooled = (unit(value.astype(jnp.float32)) for value in found)
     return placed(tokens, (DATA, None, None)), placed(pooled, (DATA, None))
 
@@ -183,7 +183,7 @@ def _in_batches(
         rows = len(own[0])
         most = copies * (1 << (-(-rows // copies) - 1).bit_length())
         filled = tuple(np.concatenate([array, np.repeat(array[-1:], most - rows, axis=0)]) for array in own)
-        found = run(encoder, *(filled if mesh is None else meshes.divided(mesh, filled)))
+        found = run(encoder, *(filled if mesh is None else meshes.sharded(mesh, filled)))
         return lambda: {str(index): value[:rows] for index, value in enumerate(jax.device_get(found))}
 
     halving = _together(copies)

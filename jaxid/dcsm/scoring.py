@@ -280,7 +280,7 @@ def score_own(
     if mesh is not None:
         gap = -len(pictures) % meshes.size(mesh, DATA)
         filled = [np.concatenate([array, np.repeat(array[-1:], gap, axis=0)]) for array in own]
-        (network, vectors), own = meshes.whole(mesh, (network, vectors)), meshes.divided(mesh, filled)
+        (network, vectors), own = meshes.replicated(mesh, (network, vectors)), meshes.sharded(mesh, filled)
     scores = np.asarray(_score_own(network, vectors, own[0], own[1], own[2], group))[: len(pictures)]
     return _finite(scores, scorer, pictures, texts, lambda row, column: row * captions + column, name)
 

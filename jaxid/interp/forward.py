@@ -59,7 +59,7 @@ class Output:
         ids, entries = as_integers("answers", answers), self.model.config.text_config.vocab_size
         if not isinstance(ids, Tracer) and not ((ids >= 0) & (ids < entries)).all():
             raise InputError(f"answers must be token ids from 0 to {entries - 1}, not {ids.tolist()}.")
-        return self._read(_answer_log_probs, meshes.whole(self.model.mesh, ids))
+        return self._read(_answer_log_probs, meshes.replicated(self.model.mesh, ids))
 
     def _read(self, function: Callable[..., Array], *arguments: Array) -> Float[Array, "*S B _"]:
         sweep = Sweep(self.hidden.shape[:-2])
@@ -124,7 +124,7 @@ def _run_rows(
     *,
     chunk: int,
 ) -> tuple[tuple[Array, dict[str, Array]], Array]:
-    """`_run` with its rows divided over "data"; the results and the order in which they come."""
+    """`_run` with its rows sharded over "data"; the results and the order in which they come."""
     rows, parts = jax.tree.leaves(intervention)[0].shape[0], placement.axis_size(DATA)
     order = dealt(jnp.arange(rows), parts)
 
@@ -169,7 +169,7 @@ def forward(
 ) -> Output:
     """Runs a model on prompts, all interventions of a sweep in one call.
 
-    On a mesh, prompts are divided over "data"; where they do not divide, a sweep's interventions are.
+    On a mesh, prompts are sharded over "data"; where they do not divide, a sweep's interventions are.
 
     Args:
         model: the model.
@@ -204,7 +204,7 @@ def forward(
     if not sweep.shape:
         hidden, captured = _run(*arguments, intervention, wanted, None, chunk=chunk)
     else:
-        edits, count = sweep.flat(intervention), meshes.whole(mesh, np.asarray(sweep.count))
+        edits, count = sweep.flat(intervention), meshes.replicated(mesh, np.asarray(sweep.count))
         if sweep.parts > 1:
             found = in_order(*_run_rows(*arguments, edits, wanted, count, chunk=chunk))
         else:

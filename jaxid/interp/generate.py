@@ -90,7 +90,8 @@ def generate(
 
     Rows share the keys and values of their prompt up to the first edited token, and stop when all have ended. An
     intervention that acts on a picture, or does not say where it begins to act, costs a full pass for every row (see
-    `rerun`). On a mesh, prompts are divided over "data"; where they do not divide, every device writes all rows.
+    `rerun`). On a mesh, prompts are sharded over "data" if their number is a multiple of it; otherwise all
+    rows are replicated.
 
     Args:
         model: the model.
@@ -126,7 +127,7 @@ def generate(
     known = None if unedited or reach is None or recorded is None else plan(recorded, reach.position)
     count = math.prod(leading)
     edits = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(leading) :]), intervention)
-    stop_ids = meshes.whole(mesh, np.array(model.processor.stop_ids, np.int32))
+    stop_ids = meshes.replicated(mesh, np.array(model.processor.stop_ids, np.int32))
     turned = batch.inputs.rope_positions
     last_rope = None if turned is None else turned[np.arange(len(batch)), :, batch.last()]
     last, last_rope = of_prompts(mesh, (batch.last(), last_rope), len(batch))
@@ -154,8 +155,8 @@ def generate(
         single = jax.tree.map(lambda leaf: leaf[0], some)
         whole = recorded if unedited and recorded is not None else record(model, batch, single)
         blocks, prompts_, kv_heads, tokens, head_width = whole.keys.shape
-        none = meshes.whole(mesh, jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype))
-        start = passes.Start(whole.hidden[None], none, none, meshes.whole(mesh, np.zeros((prompts_, 0), bool)))
+        none = meshes.replicated(mesh, jnp.zeros((blocks, 1, prompts_, kv_heads, 0, head_width), whole.keys.dtype))
+        start = passes.Start(whole.hidden[None], none, none, meshes.replicated(mesh, np.zeros((prompts_, 0), bool)))
         prefix = passes.Shared(whole.keys, whole.values, jnp.arange(tokens) <= last[:, None], last + 1, whole.memory)
         parts.append(write(prefix, start, some))
     hidden, tokens, lengths = (jnp.concatenate(part) for part in zip(*parts, strict=True))

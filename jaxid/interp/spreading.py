@@ -1,6 +1,6 @@
-"""How the work of a pass is spread over a mesh: prompts over "data" where they divide, otherwise rows of a sweep.
+"""How a pass is sharded over a mesh: prompts over "data" if their number allows it, otherwise rows of a sweep.
 
-Every pass takes its arrays from here, so that all of them agree where a prompt's values lie.
+Every pass places its arrays here, so that all of them shard prompts alike.
 """
 
 import dataclasses
@@ -26,27 +26,27 @@ Tree = TypeVar("Tree")
 
 
 def by_prompts(mesh: Mesh | None, prompts: int) -> bool:
-    """Whether the devices along "data" divide the prompts."""
+    """Whether the number of prompts is a multiple of axis "data"."""
     return prompts % meshes.size(mesh, DATA) == 0
 
 
 def inputs_of(model: Model, prompts: Prompts) -> Inputs:
     """The arrays of prompts on the devices of a model.
 
-    Prompts are divided over "data", and so are their pictures where every prompt has an equal share to itself
+    Prompts are sharded over "data", and so are their pictures where every prompt has an equal share to itself
     (`Inputs.apart`). Pictures that prompts share, or of which they have unequal numbers of tiles or squares, are whole
     on every device, which then encodes all of them. So is everything if the prompts do not divide.
     """
     mesh, inputs = model.mesh, prompts.inputs
-    place = meshes.divided if by_prompts(mesh, len(prompts)) else meshes.whole
-    pictures = place if inputs.apart else meshes.whole
+    place = meshes.sharded if by_prompts(mesh, len(prompts)) else meshes.replicated
+    pictures = place if inputs.apart else meshes.replicated
     found = place(mesh, dataclasses.replace(inputs, pixels=None, extras={}))
     return dataclasses.replace(found, pixels=pictures(mesh, inputs.pixels), extras=pictures(mesh, dict(inputs.extras)))
 
 
 def of_prompts(mesh: Mesh | None, tree: PyTree, prompts: int, axis: int = 0) -> Any:
     """Arrays with an axis of prompts, which is divided as in `inputs_of`."""
-    return meshes.divided(mesh, tree, axis) if by_prompts(mesh, prompts) else meshes.whole(mesh, tree)
+    return meshes.sharded(mesh, tree, axis) if by_prompts(mesh, prompts) else meshes.replicated(mesh, tree)
 
 
 def with_model(mesh: Mesh | None, tree: Tree) -> Tree:
@@ -56,7 +56,7 @@ def with_model(mesh: Mesh | None, tree: Tree) -> Tree:
         if mesh is None or isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or meshes.of(leaf) == mesh:
             return leaf
         spans = len({device.process_index for device in mesh.devices.flat}) > 1
-        return meshes.whole(mesh, np.asarray(leaf) if spans else leaf)
+        return meshes.replicated(mesh, np.asarray(leaf) if spans else leaf)
 
     return jax.tree.map(moved, tree)
 
@@ -69,7 +69,7 @@ def dealt(order: Int[Array, "R"], parts: int) -> Int[Array, "R"]:
 def over_rows(run: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree) -> PyTree:
     """Runs a function of shared arrays and of rows on every device along "data" for its own rows.
 
-    Only inside of a program. What is divided over "model" stays so.
+    Only inside of a program. What is sharded over "model" stays so.
     """
     split = jax.shard_map(
         run,
@@ -83,6 +83,6 @@ def over_rows(run: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree) -
 
 @program()
 def in_order(found: PyTree, order: Int[Array, "R"]) -> PyTree:
-    """Results of rows in the order of the rows themselves, whole on every device; `order` is that in which they ran."""
+    """Results of rows, replicated and in the order of the rows; `order` is the order in which they ran."""
     back = jnp.argsort(order)
     return jax.tree.map(lambda leaf: placement.result(leaf[back], ()), found)

@@ -285,7 +285,7 @@ def _resume_rows(
     *,
     chunk: int,
 ) -> tuple[Array, Array]:
-    """`_resume` with its rows divided over "data"; the results and the order in which they come.
+    """`_resume` with its rows sharded over "data"; the results and the order in which they come.
 
     Devices take the rows one after another in the order of their first layers, so that all have as much to do.
     """
@@ -317,7 +317,7 @@ def rerun(
     Exact: equal to the full pass up to rounding. One compiled program serves all layers, positions that begin alike,
     and numbers of rows that share a bucket (see `jaxid.interp.sweep`).
 
-    On a mesh, prompts are divided over "data"; where they do not divide, a sweep's interventions are. Nothing crosses
+    On a mesh, prompts are sharded over "data"; where they do not divide, a sweep's interventions are. Nothing crosses
     "data" either way, but for the results of interventions, which every device gets at the end.
 
     An intervention that does not say where it begins to act (a plain function, an edit whose positions are traced), or
@@ -385,14 +385,14 @@ def rerun(
                 trace, keys=pictures_of.keys, values=pictures_of.values, memory=pictures_of.memory
             )
         else:
-            other, swapped = pictures_of, sweep.flat(meshes.whole(mesh, last_own))
+            other, swapped = pictures_of, sweep.flat(meshes.replicated(mesh, last_own))
     arguments = (
         model.definition,
         model.parameters,
         suffix_of(own, planned, other, swapped),
         sweep.flat(with_model(mesh, intervention)),
-        sweep.flat(meshes.whole(mesh, jnp.broadcast_to(start, leading))),
-        meshes.whole(mesh, np.asarray(sweep.count)),
+        sweep.flat(meshes.replicated(mesh, jnp.broadcast_to(start, leading))),
+        meshes.replicated(mesh, np.asarray(sweep.count)),
     )
     chunk = rows_together(sweep.own, tokens) if chunk is None else min(chunk, sweep.own)
     hidden = in_order(*_resume_rows(*arguments, chunk=chunk)) if sweep.parts > 1 else _resume(*arguments, chunk=chunk)

@@ -1,6 +1,6 @@
-"""Where the values inside a network lie on a mesh of devices, as far as XLA should not choose.
+"""Sharding constraints on values inside a network, where XLA should not choose.
 
-A program is traced with its mesh as JAX's own context (`jax.set_mesh`); without one, nothing is placed.
+A program is traced with its mesh as JAX's own context (`jax.set_mesh`); without one, nothing is constrained.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ def axis_size(name: str) -> int:
 
 
 def placed(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:
-    """A value whose axes are divided over axes of the mesh, as far as their lengths allow.
+    """A value with its axes sharded over axes of the mesh, if their lengths are multiples.
 
     Args:
         x: the value.
-        axes: for each of its last axes the mesh's axis, or None if every device has all of it. What comes before them
-            is left to XLA.
+        axes: the mesh's axis for each of its last axes, or None for a replicated one. XLA chooses for the axes before
+            them.
     """
     if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:  # no mesh, or `jax.shard_map` over all of it
         return x
@@ -49,7 +49,7 @@ def placed(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array,
 
 
 def result(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:
-    """As `placed`; of the axes that come before, too, every device has all."""
+    """Like `placed`, with all axes before them replicated."""
     return placed(x, (*(None,) * (x.ndim - len(axes)), *axes))
 
 

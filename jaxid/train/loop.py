@@ -118,7 +118,7 @@ def fit(
         mesh: the devices; by default all of them, each with a copy of the parameters. A run may be resumed on another
             mesh. If they belong to several processes, all of them call this with the same arguments, and the first
             one writes.
-        layout: where the parameters lie on the mesh, by dotted path; those without an entry are whole on every device.
+        layout: where the parameters lie on the mesh, by dotted path; those without an entry are replicated.
 
     Returns:
         The parameters, in host memory.

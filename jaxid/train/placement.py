@@ -24,7 +24,7 @@ from jaxid.checkpoints.tensors import flatten, unflatten
 from jaxid.errors import InputError
 
 Layout = Mapping[str, NamedSharding]
-"""Where parameters lie, by dotted path; those without an entry are whole on every device."""
+"""Where parameters lie, by dotted path; those without an entry are replicated on every device."""
 
 
 def every_device() -> Mesh:
@@ -91,7 +91,7 @@ class Placement:
         return jax.tree_util.tree_map_with_path(of, self.shapes)
 
     def axes(self) -> PyTree:
-        """For every parameter the axis along which its optimizer's copies are divided over "data"; -1 for none."""
+        """For every parameter the axis along which its optimizer's copies are sharded over "data"; -1 for none."""
         return jax.tree.map(partial(_longest, copies=self.copies), self.shapes, self.parameters())
 
     def divided(self) -> PyTree:
@@ -126,7 +126,7 @@ class Placement:
             whole: names of the arrays that every device has whole.
         """
         return {
-            name: meshes.whole(self.devices, value) if name in whole else meshes.divided(self.devices, value)
+            name: meshes.replicated(self.devices, value) if name in whole else meshes.sharded(self.devices, value)
             for name, value in batch.items()
         }
 
@@ -135,7 +135,7 @@ class Placement:
         return self.copies > 1 and jax.tree.leaves(dict(batch))[0].shape[0] % self.copies == 0
 
     def constants(self, tree: PyTree) -> PyTree:
-        """Arrays that no step changes: those on the mesh stay where they are, others are whole on every device."""
+        """Arrays that no step changes: those on the mesh stay where they are, others are replicated on every device."""
 
         def of(leaf: Any) -> Any:
             sharding = getattr(leaf, "sharding", None)
@@ -167,7 +167,7 @@ def placement(mesh: Mesh | AbstractMesh | None, layout: Layout | None, parameter
 
     Args:
         mesh: the devices; by default all of them, each with a copy of the parameters.
-        layout: where the parameters lie on the mesh; whole on every device by default.
+        layout: where the parameters lie on the mesh; replicated on every device by default.
         parameters: the parameters, or their shapes.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), parameters)

@@ -175,7 +175,7 @@ def test_scores_on_a_mesh(group: str, axes: tuple[int, int]) -> None:
     images = embed_images(encoders.encoder(CASE), pictures())
     texts = embed_texts(encoders.encoder(CASE), CAPTIONS, LENGTH)
     there = dataclasses.replace(
-        scorer, network=meshes.whole(mesh, scorer.network), vectors=meshes.whole(mesh, scorer.vectors)
+        scorer, network=meshes.replicated(mesh, scorer.network), vectors=meshes.replicated(mesh, scorer.vectors)
     )
     alone = score(scorer, images, texts, group=group)
     for found in (score(scorer, images, texts, group=group, mesh=mesh), score(there, images, texts, group=group)):

@@ -270,7 +270,7 @@ def test_accumulated_gradients_are_the_mean() -> None:
             part = where.batch(jax.tree.map(lambda leaf, count=count: leaf[:count], batch), ())
             assert where.divides(part) == (count == 8)
             averaged = program()(mean(gradients, where))
-            found, metrics = averaged(meshes.whole(meshes.mesh(devices), start), part, stage.constants)
+            found, metrics = averaged(meshes.replicated(meshes.mesh(devices), start), part, stage.constants)
             expected, means = jax.tree.map(lambda *leaves, count=count: sum(leaves) / count, *single[:count])
             for name, leaf in expected.items():
                 np.testing.assert_allclose(found[name], leaf, atol=1e-5 * float(jnp.abs(leaf).max()) + 1e-8)
