@@ -125,11 +125,19 @@ def placed_ids(
     return _divide(centred, places.counts[..., None, None]), places.counts
 
 
-def axes(universal: Float[Array, "*batch X Y D"]) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
+def axes(
+    universal: Float[Array, "*batch X Y D"], *, equal_pairs: bool = False
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch D"]]:
     """Spatial axes: the mean step to the right and the mean step down.
 
     The x axis is the mean over rows and over pairs of columns x1 < x2 of U(x2, y) - U(x1, y); the y axis
     the same down the rows ([ID] arXiv 2601.12626, spatial axes).
+
+    Args:
+        universal: IDs of a grid.
+        equal_pairs: whether the mean also counts, for every column x1 but the last, the pair of x1 with itself, whose
+            difference is zero, as in the published code. On a 4 x 4 grid these are 3 of 9 pairs, so the axes are 2/3 as
+            long; their directions are the same.
 
     Returns:
         The x axis (rightwards) and the y axis (downwards).
@@ -140,7 +148,7 @@ def axes(universal: Float[Array, "*batch X Y D"]) -> tuple[Float[Array, "*batch 
         # In the sum over pairs, line i is added once for each line before it and subtracted once for each after.
         length = lines.shape[-2]
         weights = 2.0 * jnp.arange(length, dtype=jnp.float32) - (length - 1)
-        pairs = length * (length - 1) / 2
+        pairs = length * (length - 1) / 2 + (length - 1 if equal_pairs else 0)
         return jnp.einsum("...nd,n->...d", lines, weights / pairs, precision=_HIGHEST)
 
     return mean_step(universal.mean(axis=-2)), mean_step(universal.mean(axis=-3))
@@ -272,18 +280,15 @@ def bilinear(
         x: distance from the left edge in cells, 0 to X: on a 4 x 4 grid, four times the fraction of the width.
         y: distance from the upper edge in cells, 0 to Y.
         half_cell: whether a cell's ID belongs to its centre, so that (x + 0.5, y + 0.5) gives exactly U(x, y). If
-            false it belongs to the cell's upper left corner, half a cell off, as in the published code.
+            false it belongs to the cell's upper left corner, half a cell off, as in the published code, which also
+            loses weight in the last column and row: where the next cell would be outside the grid, the weight of the
+            next cell replaces that of the last one instead of being added to it.
 
     Returns:
-        IDs, float32 [*batch, *points, D]. Places beyond the outermost IDs get the nearest.
+        IDs, float32 [*batch, *points, D]. Places beyond the outermost IDs get the nearest, if `half_cell` is true.
     """
-    offset = 0.5 if half_cell else 0.0
-
-    def weights(places: Float[Array, "..."], length: int) -> Float[Array, "P N"]:
-        places = jnp.clip(places.astype(jnp.float32).reshape(-1, 1) - offset, 0.0, length - 1.0)
-        return jnp.maximum(0.0, 1.0 - jnp.abs(places - jnp.arange(length, dtype=jnp.float32)[None]))
-
     columns, rows = universal.shape[-3:-1]
+    weights = _centred_weights if half_cell else _cornered_weights
     mixed = jnp.einsum(
         "...xyd,px,py->...pd",
         universal.astype(jnp.float32),
@@ -292,6 +297,25 @@ def bilinear(
         precision=_HIGHEST,
     )
     return mixed.reshape(*universal.shape[:-3], *x.shape, universal.shape[-1])
+
+
+def _centred_weights(places: Float[Array, "..."], length: int) -> Float[Array, "P N"]:
+    """Weights of the cells of a line at places along it; a cell's place is its centre."""
+    places = jnp.clip(places.astype(jnp.float32).reshape(-1, 1) - 0.5, 0.0, length - 1.0)
+    return jnp.maximum(0.0, 1.0 - jnp.abs(places - jnp.arange(length, dtype=jnp.float32)[None]))
+
+
+def _cornered_weights(places: Float[Array, "..."], length: int) -> Float[Array, "P N"]:
+    """Weights of the published code, whose cells have their place at the corner.
+
+    The code keeps the four products of a column's and a row's weight in a table with the cells as keys. Keys of the
+    next column or row are written after those of the one before, and are limited to the last one. So where the two are
+    the same, the next one's weight is kept, for columns and rows independently.
+    """
+    places = places.astype(jnp.float32).reshape(-1, 1)
+    first, cells = jnp.floor(places), jnp.arange(length, dtype=jnp.float32)[None]
+    share = places - first
+    return jnp.where(cells == jnp.minimum(first + 1, length - 1), share, jnp.where(cells == first, 1 - share, 0.0))
 
 
 def _divide(total: Float[Array, "..."], count: Float[Array, "..."] | Int[Array, "..."]) -> Float[Array, "..."]:

@@ -96,7 +96,8 @@ class SpatialIDs(IDs):
             layer: Layer or layers.
             box: (x, y, width, height) of the box, or many boxes; x, y is the upper left corner.
             image_size: Width and height of the image, in the same unit; 1 if boxes are shares of them.
-            half_cell: False reproduces the published mapping, half a cell off (`kernels.probing.bilinear`).
+            half_cell: False reproduces the published mapping, half a cell off and with weights lost in the last column
+                and row (`kernels.probing.bilinear`).
 
         Returns:
             IDs [*layers, *boxes, D].
@@ -119,9 +120,13 @@ class SpatialIDs(IDs):
         y = (boxes[..., 1] + boxes[..., 3] / 2) * (rows / height)
         return probing.bilinear(take(self.universal, layers), x, y, half_cell=half_cell)
 
-    def axes(self) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
-        """The x axis (rightwards) and the y axis (downwards) of each layer's universal IDs."""
-        return probing.axes(self.universal)
+    def axes(self, equal_pairs: bool = False) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
+        """The x axis (rightwards) and the y axis (downwards) of each layer's universal IDs.
+
+        Args:
+            equal_pairs: True reproduces the published axes, 2/3 as long (`kernels.probing.axes`).
+        """
+        return probing.axes(self.universal, equal_pairs=equal_pairs)
 
     def plane(self) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
         """Orthonormal directions (u, v) of each layer's plane of axes."""

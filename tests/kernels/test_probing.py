@@ -1,5 +1,8 @@
 """`kernels.probing` on planted geometry."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,17 +128,28 @@ def test_axes_recover_planted_steps():
     np.testing.assert_allclose(probing.axes_cosine(x_axis, y_axis), 0.0, atol=1e-6)
 
 
-def test_axes_equal_the_loop_over_pairs():
+@pytest.mark.parametrize("equal_pairs", [False, True])
+def test_axes_equal_the_loop_over_pairs(equal_pairs: bool):
     grid = np.asarray(_random_grid())
     x_steps, y_steps = [], []
-    for low in range(4):
-        for high in range(low + 1, 4):
+    for low in range(3):
+        for high in range(low if equal_pairs else low + 1, 4):
             for line in range(4):
                 x_steps.append(grid[high, line] - grid[low, line])
                 y_steps.append(grid[line, high] - grid[line, low])
-    x_axis, y_axis = probing.axes(jnp.asarray(grid))
+    assert len(x_steps) == 4 * (9 if equal_pairs else 6)
+    x_axis, y_axis = probing.axes(jnp.asarray(grid), equal_pairs=equal_pairs)
     np.testing.assert_allclose(x_axis, np.mean(x_steps, axis=0), atol=1e-6)
     np.testing.assert_allclose(y_axis, np.mean(y_steps, axis=0), atol=1e-6)
+
+
+def test_axes_with_equal_pairs_are_two_thirds_as_long_in_the_same_plane():
+    grid = _random_grid(2)
+    whole, shorter = probing.axes(grid), probing.axes(grid, equal_pairs=True)
+    for one, other in zip(whole, shorter, strict=True):
+        np.testing.assert_allclose(other, one * 2 / 3, atol=1e-6)
+    for one, other in zip(probing.plane(*whole), probing.plane(*shorter), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-6)
 
 
 def test_plane_is_orthonormal_with_u_along_x():
@@ -258,22 +272,39 @@ def test_bilinear_at_cell_centres_and_between():
     np.testing.assert_allclose(corners, grid[jnp.array([0, 3, 0]), jnp.array([0, 3, 3])], atol=1e-6)
 
 
-def test_bilinear_reproduces_the_published_floor_mapping():
+def _published_place(grid: np.ndarray, fx: float, fy: float) -> np.ndarray:
+    """The four weights in a dict keyed by clamped cells, where a later weight replaces an earlier one."""
+    x0, y0 = math.floor(fx), math.floor(fy)
+    x1, y1 = min(x0 + 1, 3), min(y0 + 1, 3)
+    right, down = fx - x0, fy - y0
+    weights = {(x0, y0): (1 - right) * (1 - down)}
+    weights[x1, y0] = right * (1 - down)
+    weights[x0, y1] = (1 - right) * down
+    weights[x1, y1] = right * down
+    mixed = np.zeros(grid.shape[-1])
+    for (x, y), weight in weights.items():
+        if x < 4 and y < 4:
+            mixed += weight * grid[x, y]
+    return mixed
+
+
+def test_bilinear_reproduces_the_published_mapping():
     grid = np.asarray(_random_grid())
-    places = np.random.default_rng(4).uniform(0, 4, size=(20, 2)).astype(np.float32)
-    expected = []
-    for fx, fy in places:
-        x0, y0 = int(np.floor(fx)), int(np.floor(fy))
-        x1, y1 = min(int(np.ceil(fx)), 3), min(int(np.ceil(fy)), 3)
-        right, down = fx - x0, fy - y0
-        expected.append(
-            (1 - right) * (1 - down) * grid[x0, y0]
-            + right * (1 - down) * grid[x1, y0]
-            + (1 - right) * down * grid[x0, y1]
-            + right * down * grid[x1, y1]
-        )
-    result = probing.bilinear(jnp.asarray(grid), jnp.asarray(places[:, 0]), jnp.asarray(places[:, 1]), half_cell=False)
-    np.testing.assert_allclose(result, expected, atol=1e-5)
+    places = np.random.default_rng(4).uniform(0, 4, size=(40, 2))
+    places[:3] = [[3.2, 1.2], [1.5, 3.75], [2, 3]]
+    assert (places >= 3).all(axis=1).any() and (places < 3).all(axis=1).any()
+    x, y = jnp.asarray(places.T, jnp.float32)
+    result = jax.jit(partial(probing.bilinear, half_cell=False))(jnp.asarray(grid), x, y)
+    np.testing.assert_allclose(result, [_published_place(grid, *place) for place in places], atol=1e-5)
+    # Beyond three quarters of the picture, a fifth of the mix is left, or of what is left of it.
+    np.testing.assert_allclose(result[0], 0.2 * (0.8 * grid[3, 1] + 0.2 * grid[3, 2]), atol=1e-5)
+    corner = probing.bilinear(jnp.asarray(grid), jnp.array(3.2), jnp.array(3.2), half_cell=False)
+    np.testing.assert_allclose(corner, 0.2 * 0.2 * grid[3, 3], atol=1e-5)
+    # The corner of a cell has its ID, except in the last row, where nothing is left.
+    np.testing.assert_allclose(result[2], 0 * grid[2, 3], atol=1e-6)
+    # By default nothing is lost: the place is between the centres of columns 2 and 3, rows 0 and 1.
+    mixed = np.einsum("x,y,xyd->d", [0.3, 0.7], [0.3, 0.7], grid[2:, :2])
+    np.testing.assert_allclose(probing.bilinear(jnp.asarray(grid), x[:1], y[:1])[0], mixed, atol=1e-5)
 
 
 def test_bfloat16_ids_give_float32_geometry():
