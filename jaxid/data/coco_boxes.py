@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -64,36 +64,58 @@ class Instances:
     path: Path
     coco: "pycocotools.coco.COCO"
 
-    def boxes(self, item: SpatialItem, name: str) -> Float[np.ndarray, "M 4"]:
-        """Boxes of a category's instances in an item's picture, in the file's order; crowds are skipped.
+    def boxes(self, item: SpatialItem, name: str, *, crowds: bool = False) -> Float[np.ndarray, "M 4"]:
+        """Boxes of a category's instances in an item's picture, in the file's order.
+
+        The category is the one of exactly this name, in upper or lower case: a "teddy bear" is no "bear".
+
+        Args:
+            item: the item.
+            name: the category's name.
+            crowds: whether boxes of crowds are among them.
 
         Raises:
             DataError: if the file lacks the picture, the category or an instance of it, or has a malformed box.
         """
-        where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
-        if item.image_id not in self.coco.imgs:
-            raise DataError(f"{where}: the file does not list this picture. Give the instances file of these pictures.")
-        known = [
-            category for category, entry in self.coco.cats.items() if str(entry.get("name")).lower() == name.lower()
-        ]
+        where, found = self._where(item), self._annotations(item)
+        known = [category for category, known in self._names() if known == name.lower()]
         if not known:
             raise DataError(f"{where}: the file has no category {name!r}; add it, or correct the caption.")
-        own = [entry for entry in self.coco.imgToAnns.get(item.image_id, []) if entry.get("category_id") in known]
-        single = [entry for entry in own if not entry.get("iscrowd")]
-        if not single:
-            found = "only a crowd" if own else "no box"
-            raise DataError(f"{where}: there is {found} for the object {name!r}; add its box, or remove the item.")
-        return np.array([_box(entry, name, where) for entry in single], np.float64)
+        own = [entry for entry in found if entry.get("category_id") in known]
+        chosen = own if crowds else [entry for entry in own if not entry.get("iscrowd")]
+        if not chosen:
+            what = "only a crowd" if own else "no box"
+            raise DataError(f"{where}: there is {what} for the object {name!r}; add its box, or remove the item.")
+        return np.array([_box(entry, name, where) for entry in chosen], np.float64)
 
-    def locate(self, item: SpatialItem) -> PlacedItem:
+    def first_box(self, item: SpatialItem, name: str) -> Float[np.ndarray, "1 4"]:
+        """Box of the first annotation whose category's name contains a name, as the published code chooses it.
+
+        That of a "bear" may be a teddy bear's, or a crowd's.
+
+        Raises:
+            DataError: if the file lacks the picture or such an annotation, or its box is malformed.
+        """
+        where = self._where(item)
+        known = [category for category, known in self._names() if name.lower() in known]
+        for entry in self._annotations(item):
+            if entry.get("category_id") in known:
+                return np.array([_box(entry, name, where)], np.float64)
+        raise DataError(f"{where}: there is no box for the object {name!r}; add its box, or remove the item.")
+
+    def locate(self, item: SpatialItem, boxes: "Boxes | None" = None) -> PlacedItem:
         """The item with the boxes of its objects; of several instances, the pair that fits the relation best.
+
+        Args:
+            item: the item.
+            boxes: the boxes from which each object's is chosen; all instances of its category by default.
 
         Raises:
             DataError: if an object has no box, a box is malformed or outside the picture, or the picture cannot be
                 read or its size differs from the file's. The message names the file and the item.
         """
-        where = f"{self.path}, picture {item.image_id} of item {item.key!r}"
-        subjects, objects = (self.boxes(item, name) for name in (item.subject, item.object))
+        where, boxes = self._where(item), Instances.boxes if boxes is None else boxes
+        subjects, objects = (boxes(self, item, name) for name in (item.subject, item.object))
         entry, picture = self.coco.imgs[item.image_id], stored(item.picture, DataError)
         stated = (entry.get("width"), entry.get("height"))
         both = upright_boxes(np.concatenate([subjects, objects]), picture, where, stated)
@@ -103,6 +125,30 @@ class Instances:
         )
         first, second = best_pair(subjects, objects, item.relation)
         return PlacedItem(item=item, boxes=np.stack([subjects[first], objects[second]]), size=picture.upright)
+
+    def _where(self, item: SpatialItem) -> str:
+        """What begins the messages of errors about an item."""
+        return f"{self.path}, picture {item.image_id} of item {item.key!r}"
+
+    def _names(self) -> list[tuple[object, str]]:
+        """The categories and their names, in lower case."""
+        return [(category, str(entry.get("name")).lower()) for category, entry in self.coco.cats.items()]
+
+    def _annotations(self, item: SpatialItem) -> list[Mapping[str, Any]]:
+        """The annotations of an item's picture, in the file's order.
+
+        Raises:
+            DataError: if the file lacks the picture.
+        """
+        if item.image_id not in self.coco.imgs:
+            raise DataError(
+                f"{self._where(item)}: the file does not list this picture. Give the instances file of these pictures."
+            )
+        return self.coco.imgToAnns.get(item.image_id, [])
+
+
+Boxes = Callable[[Instances, SpatialItem, str], Float[np.ndarray, "M 4"]]
+"""The boxes of an object of an item, by its name, from which one is chosen."""
 
 
 def find_instances(folder: str | Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxid.data.coco_boxes import best_pair, find_instances, read_instances, upright_boxes
+from jaxid.data.coco_boxes import Instances, best_pair, find_instances, read_instances, upright_boxes
 from jaxid.data.coco_spatial import SpatialItem, write_coco_spatial
 from jaxid.data.scenes import sample_free
 from jaxid.errors import DataError, InputError
@@ -70,6 +70,50 @@ def test_boxes_that_contradict_their_relation_are_seen(tmp_path: Path) -> None:
         relation: instances.locate(item(relation=relation)).against_relation for relation in ("left", "right", "below")
     }
     assert found == {"left": False, "right": False, "below": True}
+
+
+def bears() -> dict[str, Any]:
+    """A teddy bear, a bear, another bear further to the left, and before them all a crowd of bears."""
+    whole = content()
+    whole["categories"] = [{"id": 1, "name": "bear"}, {"id": 2, "name": "teddy bear"}]
+    entries = [(1, [1, 2, 3, 4], 1), (2, [5, 6, 3, 4], 0), (1, [30, 6, 3, 4], 0), (1, [20, 6, 3, 4], 0)]
+    whole["annotations"] = [
+        {"id": row, "image_id": 7, "category_id": category, "bbox": box, "iscrowd": crowd}
+        for row, (category, box, crowd) in enumerate(entries)
+    ]
+    return whole
+
+
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_a_bear_is_no_teddy_bear(tmp_path: Path, reversed_: bool) -> None:
+    whole = bears()
+    whole["categories"] = whole["categories"][:: -1 if reversed_ else 1]
+    whole["annotations"] = whole["annotations"][:: -1 if reversed_ else 1]
+    instances = read_instances(written(tmp_path, whole))
+    for subject, other in (("bear", "teddy bear"), ("Bear", "Teddy Bear")):
+        asked = item(subject=subject, object=other, relation="right")
+        np.testing.assert_array_equal(instances.locate(asked).boxes, [[30, 6, 3, 4], [5, 6, 3, 4]])
+        asked = item(subject=other, object=subject, relation="left")
+        np.testing.assert_array_equal(instances.locate(asked).boxes, [[5, 6, 3, 4], [30, 6, 3, 4]])
+    named = [*instances.boxes(asked, "bear").tolist()]
+    assert sorted(named) == [[20, 6, 3, 4], [30, 6, 3, 4]]
+    assert sorted(instances.boxes(asked, "bear", crowds=True).tolist()) == [[1, 2, 3, 4], *sorted(named)]
+    with pytest.raises(DataError, match="no category 'bears'"):
+        instances.boxes(asked, "bears")
+
+
+def test_the_published_box_is_that_of_the_first_category_that_contains_the_name(tmp_path: Path) -> None:
+    whole = bears()
+    for crowd, expected in (([], [5, 6, 3, 4]), (whole["annotations"][:1], [1, 2, 3, 4])):
+        instances = read_instances(written(tmp_path, whole | {"annotations": crowd + whole["annotations"][1:]}))
+        asked = item(subject="bear", object="Teddy", relation="right")
+        placed = instances.locate(asked, Instances.first_box)
+        np.testing.assert_array_equal(placed.boxes, [expected, [5, 6, 3, 4]])
+    for name in ("bears", "cat"):
+        with pytest.raises(DataError, match=f"no box for the object '{name}'"):
+            instances.locate(item(subject=name, object="bear"), Instances.first_box)
+    with pytest.raises(DataError, match="does not list this picture"):
+        instances.locate(item(image_id=8, subject="bear", object="bear"), Instances.first_box)
 
 
 def test_choice_needs_instances_and_a_relation() -> None:
