@@ -17,15 +17,21 @@ Item = TypeVar("Item")
 Row = TypeVar("Row")
 
 
-def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X 3"]) -> None:
+def save_picture(path: str | Path, picture: UInt8[np.ndarray, "Y X C"], *, compression: int = 6) -> None:
     """Writes a PNG or JPEG (quality 95) file atomically; the name's ending says which.
+
+    Args:
+        path: the file.
+        picture: in RGB; for a PNG file, also in RGBA.
+        compression: of a PNG file, 0 to 9; less is faster, and the file somewhat larger.
 
     Raises:
         OutputError: The name ends in neither `.png` nor `.jpg`, or the file cannot be written.
     """
     from PIL import Image
 
-    kinds = {".png": ("PNG", {}), ".jpg": ("JPEG", {"quality": 95}), ".jpeg": ("JPEG", {"quality": 95})}
+    jpeg = ("JPEG", {"quality": 95})
+    kinds = {".png": ("PNG", {"compress_level": compression}), ".jpg": jpeg, ".jpeg": jpeg}
     if Path(path).suffix.lower() not in kinds:
         raise OutputError(f"{path} cannot be written: a picture's name must end in .png or .jpg.")
     kind, options = kinds[Path(path).suffix.lower()]

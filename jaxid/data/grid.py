@@ -7,15 +7,18 @@ row counted downwards.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
+from jaxtyping import UInt8
 
-from jaxid.data.files import save_picture
+from jaxid.data import folders
+from jaxid.data.cutouts import Cutout, Pasting
 from jaxid.data.objects import OBJECTS, check_pairs
-from jaxid.data.scenes import GRID, render, sample_grid
+from jaxid.data.scenes import GRID, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
 from jaxid.prompts.pictures import Picture
 
@@ -41,6 +44,19 @@ class GridItem:
     cell_a: Cell
     cell_b: Cell
     size: int  # side of both objects, in pixels of the published 224-pixel cell
+    about: Literal["a", "b"] = "b"  # the subject of questions
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The subject of questions about the picture, and the other object."""
+        names = (self.object_a, self.object_b)
+        return names if self.about == "a" else names[::-1]
+
+    @property
+    def key(self) -> str:
+        """The names, the subject's cell and the size."""
+        x, y = self.cell_a if self.about == "a" else self.cell_b
+        return f"{'-'.join(self.names)}-{x}_{y}-{self.size}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,13 +69,21 @@ class FinetuneItem:
     cell_b: Cell
 
 
-def placements() -> list[tuple[Cell, Cell]]:
+def placements(*, same_row: bool = True, same_column: bool = True) -> list[tuple[Cell, Cell]]:
     """All 240 ordered placements of two objects in different cells.
+
+    Args:
+        same_row: include those of two objects in one row.
+        same_column: include those of two objects in one column.
 
     Returns:
         ((column, row) of the first object, (column, row) of the second), the first object's cell varying slowest.
     """
-    return list(itertools.permutations([(x, y) for y in range(GRID) for x in range(GRID)], 2))
+    return [
+        (a, b)
+        for a, b in itertools.permutations([(x, y) for y in range(GRID) for x in range(GRID)], 2)
+        if (same_column or a[0] != b[0]) and (same_row or a[1] != b[1])
+    ]
 
 
 class Drawing(TypedDict, total=False):
@@ -70,34 +94,22 @@ class Drawing(TypedDict, total=False):
     jitter_angle: float
 
 
-def write_grid_folder(
-    folder: str | Path,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    seed: int = 0,
-    picture_size: int = GRID * CELL_SIZE,
-    object_sizes: Sequence[int] = OBJECT_SIZES,
-    cells: Sequence[tuple[Cell, Cell]] | None = None,
-    **drawing: Unpack[Drawing],
-) -> list[GridItem]:
-    """Draws every placement of every pair at every size as `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
+class Writing(TypedDict, total=False):
+    """How a folder is written, as in `folders.draw_folder`."""
 
-    Args:
-        folder: where the pair folders are made.
-        pairs: ordered pairs of different names from `OBJECTS`.
-        seed: chooses colours, backgrounds and jitter; the same seed writes the same pictures.
-        picture_size: side of the square pictures, in pixels.
-        object_sizes: sides of the objects, in pixels of the published 224-pixel cell.
-        cells: draw only these placements (cell of A, cell of B), such as `NEAR_FAR`.
-        drawing: `backgrounds` (white by default, the paper's transparent setting), `jitter_size` and `jitter_angle`.
+    restart: bool
+    progress: bool
 
-    Returns:
-        The items written.
 
-    Raises:
-        InputError: if a pair is not two different drawn objects, or `cells` are not placements on the grid.
-        OutputError: if a picture cannot be written.
-    """
+class _Drawn(NamedTuple):
+    """The layout of a folder: the path of a picture by what it shows and the size of the objects."""
+
+    path: Callable[[FinetuneItem, int], Path]
+    placed: Sequence[tuple[Cell, Cell]]
+    sizes: Sequence[int]
+
+
+def _grid(sizes: Sequence[int], cells: Sequence[tuple[Cell, Cell]] | None) -> _Drawn:
     placed = placements()
     if cells is not None:
         strange = [pair for pair in cells if pair not in placed]
@@ -107,9 +119,48 @@ def write_grid_folder(
 
     def path(item: FinetuneItem, size: int) -> Path:
         (ax, ay), (bx, by) = item.cell_a, item.cell_b
-        return Path(folder) / f"{item.object_a}_{item.object_b}" / f"{ax}_{ay}" / f"{bx}_{by}_{size}.png"
+        return Path(f"{item.object_a}_{item.object_b}", f"{ax}_{ay}", f"{bx}_{by}_{size}.png")
 
-    return _draw(path, pairs, placed, object_sizes, seed, picture_size, drawing)
+    return _Drawn(path, placed, list(dict.fromkeys(sizes)))
+
+
+def _finetune(cells: Sequence[tuple[Cell, Cell]] | None = None) -> _Drawn:
+    return _Drawn(lambda item, size: Path(finetune_name(item)), _grid((), cells).placed, (CELL_SIZE,))
+
+
+def write_grid_folder(
+    folder: str | Path,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    seed: int = 0,
+    picture_size: int = GRID * CELL_SIZE,
+    object_sizes: Sequence[int] = OBJECT_SIZES,
+    cells: Sequence[tuple[Cell, Cell]] | None = None,
+    writing: Writing | None = None,
+    **drawing: Unpack[Drawing],
+) -> list[GridItem]:
+    """Draws every placement of every pair at every size as `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
+
+    Pictures that are there are kept, so that drawing resumes after a kill.
+
+    Args:
+        folder: where the pair folders are made.
+        pairs: ordered pairs of different names from `OBJECTS`.
+        seed: chooses colours, backgrounds and jitter; the same seed writes the same pictures.
+        picture_size: side of the square pictures, in pixels.
+        object_sizes: sides of the objects, in pixels of the published 224-pixel cell.
+        cells: draw only these placements (cell of A, cell of B), such as `NEAR_FAR`.
+        writing: `restart` and `progress` of `folders.draw_folder`.
+        drawing: `backgrounds` (white by default), `jitter_size` and `jitter_angle`.
+
+    Returns:
+        The items written.
+
+    Raises:
+        InputError: if a pair is not two different drawn objects, or `cells` are not placements on the grid.
+        OutputError: if a picture cannot be written, or the folder holds pictures drawn in another way.
+    """
+    return _draw(folder, _grid(object_sizes, cells), pairs, seed, picture_size, drawing, writing)
 
 
 def write_finetune_folder(
@@ -118,64 +169,169 @@ def write_finetune_folder(
     *,
     seed: int = 0,
     picture_size: int = GRID * CELL_SIZE,
+    cells: Sequence[tuple[Cell, Cell]] | None = None,
+    writing: Writing | None = None,
     **drawing: Unpack[Drawing],
 ) -> list[GridItem]:
     """Draws every placement of every pair as a fine-tuning set, `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`.
 
     Arguments and errors as in `write_grid_folder`.
     """
+    return _draw(folder, _finetune(cells), pairs, seed, picture_size, drawing, writing)
 
-    def path(item: FinetuneItem, size: int) -> Path:
-        return Path(folder) / finetune_name(item)
 
-    return _draw(path, pairs, placements(), (CELL_SIZE,), seed, picture_size, drawing)
+def paste_grid_folder(
+    folder: str | Path,
+    objects: Mapping[str, Cutout],
+    pairs: Sequence[tuple[str, str]] | None,
+    pasting: Pasting,
+    *,
+    object_sizes: Sequence[int] = OBJECT_SIZES,
+    cells: Sequence[tuple[Cell, Cell]] | None = None,
+    writing: Writing | None = None,
+) -> list[GridItem]:
+    """Pastes pictures of objects on the grid, every placement of every pair at every size.
+
+    Args:
+        folder: where the pair folders are made, `{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png`.
+        objects: pictures of objects by their names, as from `cutouts.read_cutouts`.
+        pairs: ordered pairs of names; by default all of them.
+        pasting: how they are pasted.
+        object_sizes: sides of the objects, in pixels of the published 224-pixel cell.
+        cells: draw only these placements (cell of A, cell of B).
+        writing: `restart` and `progress` of `folders.draw_folder`.
+
+    Returns:
+        The items written.
+
+    Raises:
+        InputError: if a pair is not two different objects, or `cells` are not placements on the grid.
+        OutputError: if a picture cannot be written, or the folder holds pictures drawn in another way.
+    """
+    return _paste(folder, _grid(object_sizes, cells), objects, pairs, pasting, writing)
+
+
+def paste_finetune_folder(
+    folder: str | Path,
+    objects: Mapping[str, Cutout],
+    pairs: Sequence[tuple[str, str]] | None,
+    pasting: Pasting,
+    *,
+    cells: Sequence[tuple[Cell, Cell]] | None = None,
+    writing: Writing | None = None,
+) -> list[GridItem]:
+    """Pastes pictures of objects on the grid as a fine-tuning set, `{A}_{ax}-{ay}_{B}_{bx}-{by}.png`.
+
+    Arguments and errors as in `paste_grid_folder`.
+    """
+    return _paste(folder, _finetune(cells), objects, pairs, pasting, writing)
 
 
 def _draw(
-    path: Callable[[FinetuneItem, int], Path],
+    folder: str | Path,
+    drawn: _Drawn,
     pairs: Sequence[tuple[str, str]],
-    placed: Sequence[tuple[Cell, Cell]],
-    sizes: Sequence[int],
     seed: int,
     picture_size: int,
     drawing: Drawing,
+    writing: Writing | None,
 ) -> list[GridItem]:
-    """Draws the placements of every pair at every size to the files that `path` names."""
+    """Draws the placements of every pair at every size."""
     check_pairs(pairs)
     options: Drawing = {"backgrounds": ("white",), **drawing}
-    cells_a, cells_b = np.asarray(placed).reshape(-1, 2, 2).swapaxes(0, 1)
-    items = []
+    cells_a, cells_b = np.asarray(drawn.placed).reshape(-1, 2, 2).swapaxes(0, 1)
+    painted, settings = [], {}
     for index, (name_a, name_b) in enumerate(pairs):
         rng = np.random.default_rng((seed, index))
-        first, second = (np.full(len(placed), OBJECTS.index(name)) for name in (name_a, name_b))
-        for size in sizes:
+        first, second = (np.full(len(drawn.placed), OBJECTS.index(name)) for name in (name_a, name_b))
+        # The pictures of a pair are drawn from one stream of random numbers, on which all of these have an influence.
+        settings[f"{name_a}_{name_b}"] = {
+            "seed": seed,
+            "place_among_the_pairs": index,
+            "picture_size": picture_size,
+            "object_sizes": list(drawn.sizes),
+            "placements": " ".join(f"{ax}{ay}-{bx}{by}" for (ax, ay), (bx, by) in drawn.placed),
+            **options,
+        }
+        for size in drawn.sizes:
             scenes = sample_grid(rng, first, cells_a, second, cells_b, scale=size / CELL_SIZE, **options)
-            for row, (cell_a, cell_b) in enumerate(placed):
+            for row, (cell_a, cell_b) in enumerate(drawn.placed):
                 item = FinetuneItem(object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b)
                 # One picture at a time: all 240 of the published size together would take gigabytes.
-                picture = path(item, size)
-                save_picture(picture, render(scenes[row : row + 1], picture_size)[0])
-                items.append(GridItem(picture=picture, size=size, **dataclasses.asdict(item)))
-    return items
+                painted.append((item, size, partial(_rendered, scenes, row, picture_size)))
+    return _write(folder, drawn, painted, settings, writing)
+
+
+def _rendered(scenes: Scenes, row: int, size: int) -> UInt8[np.ndarray, "Y X 3"]:
+    return render(scenes[row : row + 1], size)[0]
+
+
+def _paste(
+    folder: str | Path,
+    drawn: _Drawn,
+    objects: Mapping[str, Cutout],
+    pairs: Sequence[tuple[str, str]] | None,
+    pasting: Pasting,
+    writing: Writing | None,
+) -> list[GridItem]:
+    """Pastes the placements of every pair at every size."""
+    pairs = list(itertools.permutations(objects, 2)) if pairs is None else pairs
+    check_pairs(pairs, tuple(objects))
+    painted, settings = [], {}
+    for name_a, name_b in pairs:
+        first, second = objects[name_a], objects[name_b]
+        settings[f"{name_a}_{name_b}"] = pasting.settings(first, second)
+        for size in drawn.sizes:
+            side = size * pasting.picture_size / (GRID * CELL_SIZE)
+            for cell_a, cell_b in drawn.placed:
+                item = FinetuneItem(object_a=name_a, object_b=name_b, cell_a=cell_a, cell_b=cell_b)
+                painted.append((item, size, partial(pasting.draw, first, cell_a, second, cell_b, side)))
+    return _write(folder, drawn, painted, settings, writing)
+
+
+def _write(
+    folder: str | Path,
+    drawn: _Drawn,
+    painted: Sequence[tuple[FinetuneItem, int, Callable[[], UInt8[np.ndarray, "Y X C"]]]],
+    settings: Mapping[str, Mapping[str, object]],
+    writing: Writing | None,
+) -> list[GridItem]:
+    """Writes the pictures that are not there yet.
+
+    Raises:
+        InputError: if two of them would have one name.
+    """
+    drawings = [
+        folders.Drawing(path=drawn.path(item, size), pair=f"{item.object_a}_{item.object_b}", paint=paint)
+        for item, size, paint in painted
+    ]
+    if len({drawing.path for drawing in drawings}) < len(drawings):
+        raise InputError("a pair is given twice; give each ordered pair once.")
+    folders.draw_folder(folder, drawings, settings=settings, **(writing or {}))
+    return [
+        GridItem(picture=Path(folder) / drawing.path, size=size, **dataclasses.asdict(item))
+        for (item, size, _), drawing in zip(painted, drawings, strict=True)
+    ]
 
 
 _GRID_FILE = re.compile(
-    r"(?P<a>[^_/]+)_(?P<b>[^_/]+)/(?P<ax>[0-3])_(?P<ay>[0-3])/(?P<bx>[0-3])_(?P<by>[0-3])_(?P<size>[1-9][0-9]*)\.png"
+    r"(?P<pair>[^/]+_[^/]+)/(?P<ax>[0-3])_(?P<ay>[0-3])/(?P<bx>[0-3])_(?P<by>[0-3])_(?P<size>[1-9][0-9]*)\.png"
 )
 
 
-def _parsed(match: re.Match[str], where: str) -> FinetuneItem:
+def _parsed(match: re.Match[str], names: tuple[str, str], where: str) -> FinetuneItem:
     """What a file's name says, or a DataError if it puts both objects in one cell."""
     ax, ay, bx, by = (int(match[name]) for name in ("ax", "ay", "bx", "by"))
     if (ax, ay) == (bx, by):
         raise DataError(f"{where} puts both objects in cell {(ax, ay)}: the two cells must differ.")
-    return FinetuneItem(object_a=match["a"], object_b=match["b"], cell_a=(ax, ay), cell_b=(bx, by))
+    return FinetuneItem(object_a=names[0], object_b=names[1], cell_a=(ax, ay), cell_b=(bx, by))
 
 
 def read_grid_folder(folder: str | Path) -> list[GridItem]:
     """Lists the pictures of a grid folder, sorted by pair, cells and size (largest first).
 
-    Hidden files and folders are skipped. Object names may contain spaces but no underscores.
+    Hidden files and folders are skipped. Object names may contain spaces. If they contain underscores, these are read
+    as spaces, and the pair's folder must be split in only one way into names that other folders hold too.
 
     Raises:
         DataError: if the folder is missing or empty, or something in it does not fit
@@ -185,31 +341,85 @@ def read_grid_folder(folder: str | Path) -> list[GridItem]:
     expected = "{A}_{B}/{ax}_{ay}/{bx}_{by}_{size}.png with cells 0..3"
     if not folder.is_dir():
         raise DataError(f"the grid folder {folder} does not exist; give the folder that holds the {{A}}_{{B}} folders.")
-    items = []
+    found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() or any(part.startswith(".") for part in name.parts):
+        if any(part.startswith(".") for part in name.parts) or path.is_dir():
             continue
         match = _GRID_FILE.fullmatch(name.as_posix())
         if match is None:
             raise DataError(f"{path} does not fit a grid folder: expected {folder}/{expected}. Remove or rename it.")
-        item = _parsed(match, str(path))
-        items.append(GridItem(picture=path, size=int(match["size"]), **dataclasses.asdict(item)))
-    if not items:
+        found.append((path, match))
+    if not found:
         raise DataError(f"the grid folder {folder} holds no pictures: expected {expected}.")
+    names = _names_of(folder, dict.fromkeys(match["pair"] for _, match in found))
+    items = [
+        GridItem(
+            picture=path,
+            size=int(match["size"]),
+            **dataclasses.asdict(_parsed(match, names[match["pair"]], str(path))),
+        )
+        for path, match in found
+    ]
     return sorted(items, key=lambda item: (item.object_a, item.object_b, item.cell_a, item.cell_b, -item.size))
 
 
-def near_far_items(folder: str | Path) -> list[GridItem]:
-    """The pictures of a grid folder with an object at each end of the top row, in the largest size only.
+def _names_of(folder: Path, pairs: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The two names in the name of each pair's folder, with spaces for underscores.
 
     Raises:
-        DataError: if the folder holds no such picture, or is not a grid folder.
+        DataError: for a folder whose names cannot be told apart.
     """
-    items = [item for item in read_grid_folder(folder) if (item.cell_a, item.cell_b) in NEAR_FAR]
+    ways = {}
+    for pair in pairs:
+        parts = pair.split("_")
+        split = [("_".join(parts[:end]), "_".join(parts[end:])) for end in range(1, len(parts))]
+        ways[pair] = [(a, b) for a, b in split if a.strip("_ ") and b.strip("_ ") and a != b]
+    certain = {name for own in ways.values() if len(own) == 1 for name in own[0]}
+    names = {}
+    for pair, own in ways.items():
+        reverse = [(a, b) for a, b in own if f"{b}_{a}" in ways]
+        known = [(a, b) for a, b in own if {a, b} <= certain]
+        chosen = next((way for way in (own, reverse, known) if len(way) == 1), None)
+        if chosen is None:
+            reason = "does not name two objects" if not own else "can be split into two names in several ways"
+            raise DataError(
+                f"{folder / pair} {reason}: expected {{A}}_{{B}}. Rename it, with spaces within names, such as 'fire "
+                "truck_dog'."
+            )
+        ((a, b),) = chosen
+        names[pair] = (a.replace("_", " "), b.replace("_", " "))
+    return names
+
+
+def near_far_items(folder: str | Path) -> list[GridItem]:
+    """The pictures with an object at each end of the top row.
+
+    In the published folder all pictures are side by side, `{A}_0-0_{B}_3-0.png` or `{A}_3-0_{B}_0-0.png`, and questions
+    are about A. Pictures of other placements, and mirrored ones (`MIRROR...`), are passed over, as published. Of a grid
+    folder, the largest pictures are taken, and questions are about B.
+
+    Raises:
+        DataError: if the folder holds no such picture, or is neither a grid folder nor a flat one.
+    """
+    folder = Path(folder)
+    flat = [path for path in _pictures_in(folder) if not path.name.startswith("MIRROR")]
+    if flat:
+        items = [
+            GridItem(picture=path, size=CELL_SIZE, about="a", **dataclasses.asdict(parse_finetune_name(path.name)))
+            for path in flat
+        ]
+    else:
+        items = read_grid_folder(folder)
+    items = [item for item in items if (item.cell_a, item.cell_b) in NEAR_FAR]
     if not items:
         raise DataError(f"{folder} holds no picture with objects at 0_0 and 3_0, as near/far questions need.")
-    return _largest(items)
+    return items if flat else _largest(items)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    """The PNG files that lie in a folder itself, sorted by name."""
+    return sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))
 
 
 def _largest(items: Sequence[GridItem]) -> list[GridItem]:
@@ -253,7 +463,7 @@ def parse_finetune_name(name: str) -> FinetuneItem:
             f"{name!r} does not name a fine-tuning picture: expected {{A}}_{{ax}}-{{ay}}_{{B}}_{{bx}}-{{by}}.png "
             "with cells 0..3 and names without underscores, as in 'teapot_0-1_polar bear_3-2.png'."
         )
-    return _parsed(match, repr(name))
+    return _parsed(match, (match["a"], match["b"]), repr(name))
 
 
 def read_finetune_folder(folder: str | Path) -> list[GridItem]:
@@ -263,7 +473,7 @@ def read_finetune_folder(folder: str | Path) -> list[GridItem]:
         DataError: if the folder is missing or empty, or holds a picture with another kind of name.
     """
     folder = Path(folder)
-    found = sorted(path for path in folder.glob("*.png") if not path.name.startswith("."))
+    found = _pictures_in(folder)
     if not found:
         return _largest(read_grid_folder(folder))
     return [

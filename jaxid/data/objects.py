@@ -126,11 +126,11 @@ OBJECTS: tuple[str, ...] = tuple(_SHAPES)
 """Names of the drawn objects; `Scenes.objects` holds indices into this tuple."""
 
 
-def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Raises an InputError unless every pair consists of two different names from `OBJECTS`."""
+def check_pairs(pairs: Sequence[tuple[str, str]], names: Sequence[str] = OBJECTS) -> None:
+    """Raises an InputError unless every pair consists of two different ones of the names."""
     for pair in pairs:
-        if len(set(pair)) != 2 or not set(pair) <= set(OBJECTS):
-            raise InputError(f"a pair must be two different names out of {', '.join(OBJECTS)}; got {pair!r}.")
+        if len(set(pair)) != 2 or not set(pair) <= set(names):
+            raise InputError(f"a pair must be two different names out of {', '.join(names)}; got {pair!r}.")
 
 
 def _lattice(reach: float, size: int) -> Points:

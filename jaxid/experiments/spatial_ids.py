@@ -79,9 +79,16 @@ class SpatialExtraction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractIDs(Extraction[SpatialExtraction]):
-    """Extract spatial IDs from grid pictures in the published layout, or a fine-tuning set (Figures 3 and 5)."""
+    """Extract spatial IDs from grid pictures in the published layout, or a fine-tuning set (Figures 3 and 5).
+
+    Attributes:
+        reference_bugs: reproduce the bugs of the published code, which drops the alpha channel of pictures: what is
+            transparent is not white but has its stored colour, usually black.
+    """
 
     name: ClassVar[str] = "ids extract"
+
+    reference_bugs: bool = False
 
     def items(self) -> list[GridItem]:
         """The pictures, in either layout.
@@ -98,6 +105,13 @@ class ExtractIDs(Extraction[SpatialExtraction]):
             DataError: if the folder holds no such pictures, or the model's activations are not finite.
             OutputError: if the file cannot be written.
         """
+        if self.reference_bugs:
+            from jaxid.experiments.reference import with_bugs  # it knows all experiments
+
+            return with_bugs(self)._run()
+        return self._run()
+
+    def _run(self) -> SpatialExtraction:
         self.check_output()
         items, checkpoint = self.items(), open_checkpoint(self.model, dtype=self.dtype).on(self.mesh)
         first = items[0]

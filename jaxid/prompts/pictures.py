@@ -107,6 +107,35 @@ _ORIENTATION, _BITS, _PHOTOMETRIC, _WIDTH, _HEIGHT = 274, 258, 262, 256, 257
 """Tags of EXIF and TIFF."""
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutAlpha(os.PathLike[str]):
+    """A picture file whose alpha channel is dropped: transparent pixels show their stored colours, not white.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: str | os.PathLike[str]
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return os.fspath(self.path)
+
+
+def open_with_alpha(path: str | os.PathLike[str]) -> PILImage:
+    """A picture file as an RGBA image with eight bits per channel, read and rotated as by `open_picture`.
+
+    Raises:
+        InputError: as from `open_picture`.
+    """
+    with _file(path, InputError) as file:
+        _scale_transparency(file)
+        file.load()
+        return _upright(_rgba(file), _orientation(file))
+
+
 def open_picture(image: Picture) -> PILImage:
     """A picture as an RGB PIL image with eight bits per channel.
 
@@ -116,7 +145,8 @@ def open_picture(image: Picture) -> PILImage:
     - 16 bits become 8: grey values are divided by 257 and rounded, colours keep their upper byte. Floating-point values
       must be between 0 and 1. 32-bit integers are refused, since their range is unknown, unless Pillow read them from a
       PGM file.
-    - Transparent parts are shown on white, whether given by an alpha channel, a palette or a transparent colour.
+    - Transparent parts are shown on white, whether given by an alpha channel, a palette or a transparent colour; of a
+      file given as `WithoutAlpha`, in their stored colours.
     - Palettes, CMYK, YCbCr, Lab and other modes are converted to RGB by Pillow; colour profiles are not applied.
     - The first frame of an animation, or the first of several pages, is read.
 
@@ -131,6 +161,8 @@ def open_picture(image: Picture) -> PILImage:
     """
     from PIL import Image
 
+    if isinstance(image, WithoutAlpha):
+        return open_with_alpha(image.path).convert("RGB")
     if isinstance(image, str | os.PathLike):
         with _file(image, InputError) as file:
             _scale_transparency(file)
@@ -217,14 +249,24 @@ def _rgb(image: PILImage) -> PILImage:
     """The image in RGB with transparent parts on white, as in transformers."""
     from PIL import Image
 
-    if image.mode[0] in "IF":
-        image = _eight_bits(image)
-    elif image.mode in ("La", "RGBa"):  # premultiplied; Pillow converts these to LA and RGBA only
-        image = image.convert(image.mode.upper())
+    image = _eight_bits_each(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _rgba(image: PILImage) -> PILImage:
+    return _eight_bits_each(image).convert("RGBA")
+
+
+def _eight_bits_each(image: PILImage) -> PILImage:
+    """The image in a mode with eight bits per channel, whose colours are not multiplied by its alpha channel."""
+    if image.mode[0] in "IF":
+        return _eight_bits(image)
+    if image.mode in ("La", "RGBa"):  # Pillow converts these to LA and RGBA only
+        return image.convert(image.mode.upper())
+    return image
 
 
 def _eight_bits(image: PILImage) -> PILImage:
