@@ -16,7 +16,8 @@ def centre_and_spread(
     Args:
         values: the sample.
         axis: the axis of the sample.
-        robust: the median and the quartiles; else the mean and one standard deviation to each side.
+        robust: the median and the quartiles; else the mean and one unbiased standard deviation to each side (0 of a
+            single value).
 
     Returns:
         Centre, lower and upper bound, without that axis.
@@ -24,7 +25,7 @@ def centre_and_spread(
     if robust:
         low, centre, high = np.quantile(values, [0.25, 0.5, 0.75], axis=axis)
         return centre, low, high
-    mean, deviation = np.mean(values, axis=axis), np.std(values, axis=axis)
+    mean, deviation = np.mean(values, axis=axis), np.std(values, axis=axis, ddof=min(1, values.shape[axis] - 1))
     return mean, mean - deviation, mean + deviation
 
 

@@ -45,5 +45,5 @@ def test_centre_and_spread() -> None:
     values = np.array([[1.0, 2.0, 3.0, 4.0, 10.0]])
     assert [float(part[0]) for part in centre_and_spread(values, 1)] == [3.0, 2.0, 4.0]
     assert [float(part[0]) for part in centre_and_spread(values, 1, robust=False)] == pytest.approx(
-        [4.0, 4.0 - 10**0.5, 4.0 + 10**0.5]
+        [4.0, 4.0 - 12.5**0.5, 4.0 + 12.5**0.5]
     )

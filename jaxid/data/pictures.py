@@ -1,7 +1,9 @@
 """Altered pictures for activation swaps: mirrored, or recoloured by a rainbow ([ID] arXiv 2601.12626, Figure 4)."""
 
+from collections.abc import Callable
+
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 CYCLES = (0.8, 2.5)
 """Least and most cycles of the rainbow across the picture."""
@@ -18,10 +20,31 @@ def mirrored(picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
     return np.ascontiguousarray(picture[:, ::-1])
 
 
-def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "Y X 3"]:
+Blend = Callable[[Float[np.ndarray, "Y X"], Float[np.ndarray, "Y X"]], Float[np.ndarray, "Y X"]]
+"""Blends a picture's hues with the rainbow's; all from 0 to 1."""
+
+
+def shorter_way(hue: Float[np.ndarray, "Y X"], rainbow: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "Y X"]:
+    """Hues blended along the shorter arc of the colour circle."""
+    return (hue + MIX * ((rainbow - hue + 0.5) % 1.0 - 0.5)) % 1.0
+
+
+def linear(hue: Float[np.ndarray, "Y X"], rainbow: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "Y X"]:
+    """Hues blended as numbers, as published: two reds at 0.02 and 0.98 become a green."""
+    return (1 - MIX) * hue + MIX * rainbow
+
+
+def recoloured(
+    picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator, blend: Blend = shorter_way
+) -> UInt8[np.ndarray, "Y X 3"]:
     """The picture in the hues of a rainbow of random direction, number of cycles and phase.
 
-    Hues are blended along the shorter arc of the colour circle. Lightness is kept, and grey pixels stay grey.
+    Lightness is kept, and grey pixels stay grey.
+
+    Args:
+        picture: the picture.
+        rng: draws the rainbow.
+        blend: how hues are blended.
     """
     from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 
@@ -33,6 +56,5 @@ def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) ->
     along /= abs(np.cos(angle)) + abs(np.sin(angle))
     rainbow = (cycles * along + phase) % 1.0
     hue, saturation, value = np.moveaxis(rgb_to_hsv(picture / 255.0), -1, 0)  # 0 to 1 each
-    way = (rainbow - hue + 0.5) % 1.0 - 0.5
-    mixed = np.stack([(hue + MIX * way) % 1.0, np.minimum(SATURATION * saturation, 1.0), value], axis=-1)
+    mixed = np.stack([blend(hue, rainbow), np.minimum(SATURATION * saturation, 1.0), value], axis=-1)
     return np.rint(255 * hsv_to_rgb(mixed)).astype(np.uint8)

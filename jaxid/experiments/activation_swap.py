@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 
 from jaxid import plots
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.data.pictures import mirrored, recoloured
+from jaxid.data.pictures import Blend, mirrored, recoloured, shorter_way
 from jaxid.errors import DataError
 from jaxid.experiments.base import Summary, WithLayers
+from jaxid.experiments.published import RAW
 from jaxid.experiments.relations import RelationBatch, prepare
 from jaxid.experiments.session import Columns, Keyed, Later, Session, as_array, on_host, spread
 from jaxid.families.base import Model
-from jaxid.interp.trace import rerun, swap, trace
+from jaxid.interp.interventions import replace
+from jaxid.interp.trace import rerun, residuals_at, swap, trace
 from jaxid.io import tidy
 from jaxid.nn.sites import AnyArray
 from jaxid.prompts.pictures import open_picture
@@ -81,6 +83,7 @@ def swap_activations(
     intervened: Prompts,
     *,
     words: Int[np.ndarray, "B P"] | None = None,
+    text: Int[np.ndarray, "B Q"] | None = None,
     layers: Sequence[int] | None = None,
     chunk: int | None = None,
     fetch: bool = True,
@@ -92,6 +95,7 @@ def swap_activations(
         batch: prepared questions about the control pictures or clips.
         intervened: the same questions about the changed ones, for example mirrored.
         words: positions of the words that are swapped; those of subject and object by default.
+        text: positions of the text tokens that are swapped; all after the picture by default.
         layers: decoder layers after which values are swapped; all by default.
         chunk: edits that run side by side.
         fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
@@ -102,8 +106,12 @@ def swap_activations(
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
     recorded, changed = trace(model, batch.prompts), trace(model, intervened)
     outputs = [rerun(model, recorded, pictures_of=changed, after=chosen, chunk=chunk)]
-    for positions in ("text", batch.words[:, :2] if words is None else words):
-        outputs.append(rerun(model, recorded, swap(changed, chosen, positions), chunk=chunk))
+    for positions in ("text" if text is None else text, batch.words[:, :2] if words is None else words):
+        if isinstance(positions, str) or (positions >= intervened.text_start()[:, None]).all():
+            edit = swap(changed, chosen, positions)
+        else:  # traces hold no activations of the picture
+            edit = replace(chosen, positions, residuals_at(model, intervened, positions)[1:][chosen])
+        outputs.append(rerun(model, recorded, edit, chunk=chunk))
     found = Patched(
         control=batch.read(recorded),
         intervened=batch.read(changed),
@@ -125,7 +133,7 @@ class Scores:
         score_median: medians.
         score_quartiles: lower and upper quartiles.
         score_mean: means, as published.
-        score_std: standard deviations, as published.
+        score_std: standard deviations (unbiased), as published.
     """
 
     score_items: int
@@ -212,6 +220,10 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
         """Positions of the words that are swapped."""
         return self.asked(batch)[0].words[:, :2]
 
+    def text(self, batch: Pair[Batch]) -> Int[np.ndarray, "B Q"] | None:
+        """Positions of the text that is swapped; None for all after the picture."""
+        return None
+
     def scores(self, found: Patched) -> Float[np.ndarray, "P L B 2"]:
         """How far the swaps carry the answers."""
         return np.stack(list(found.scores.values()))
@@ -223,7 +235,7 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
     def compute(self, session: Session, items: Sequence[Item], batch: Pair[Batch]) -> Later:
         """A row for each token set, layer, item and answer word."""
         asked = self.asked(batch)[0]
-        options = {"words": self.words(batch), "layers": session.layers}
+        options = {"words": self.words(batch), "text": self.text(batch), "layers": session.layers}
         found = swap_activations(session.model, asked, batch.changed, **options, fetch=False)
         return partial(self.rows_of, session, items, asked.answers, found)
 
@@ -293,6 +305,8 @@ def scores_of(table: Columns) -> dict[str, Float[np.ndarray, "L B 2"]]:
 class PictureSwap(ActivationSwap[SpatialItem, RelationBatch, SwapSummary]):
     """Left/right questions about pictures and changed ones; 100 items are drawn by default, as published."""
 
+    published_text: ClassVar[str] = RAW
+
     def items(self, session: Session) -> list[SpatialItem]:
         """Questions of left and right."""
         items = session.spatial_items("horizontal")
@@ -300,7 +314,7 @@ class PictureSwap(ActivationSwap[SpatialItem, RelationBatch, SwapSummary]):
 
     def questions(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
         """The published questions."""
-        return prepare(session.model, items, template=session.template, case=session.case)
+        return prepare(session.model, items, prompt=session.prompt, case=session.case)
 
     def asked(self, batch: Pair[RelationBatch]) -> list[RelationBatch]:
         """The questions about the pictures."""
@@ -317,7 +331,7 @@ class PictureSwap(ActivationSwap[SpatialItem, RelationBatch, SwapSummary]):
     def changed(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Prompts:
         """The questions about changed pictures."""
         pictures = [self.change(item, np.asarray(open_picture(item.picture))) for item in items]
-        return session.model.prepare(pictures, list(batch.prompts.questions))
+        return session.model.prepare(pictures, list(batch.prompts.questions), raw=batch.prompts.raw)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +352,8 @@ class AttributeSwap(PictureSwap):
 
     name: ClassVar[str] = "attribute-swap"
     changed_to: ClassVar[str] = "the recoloured picture"
+    blend: ClassVar[Blend] = staticmethod(shorter_way)
 
     def change(self, item: SpatialItem, picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
         """The picture in the hues of a rainbow, the item's own."""
-        return recoloured(picture, np.random.default_rng((self.seed, zlib.crc32(item.key.encode()))))
+        return recoloured(picture, np.random.default_rng((self.seed, zlib.crc32(item.key.encode()))), self.blend)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypedDict, TypeVar
 
 from jaxid import io, plots
 from jaxid.checks import Count, check_options
-from jaxid.errors import InputError
-from jaxid.experiments.relations import RelationBatch
+from jaxid.experiments.published import QUOTED, check_prompt
+from jaxid.experiments.relations import Case, RelationBatch
 from jaxid.experiments.session import Columns, Keyed, Later, Session, padded, parse_layers
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item", bound=Keyed)
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
-
-PUBLISHED_SUFFIX = '{query} Answer "{first}" or "{second}" only.'
-"""The belief swap's questions ([ID] arXiv 2601.12626, belief steering)."""
-
-PUBLISHED_TEMPLATE = "QUESTION: {query}Answer {First} or {Second}. ANSWER:"
-"""The steering questions ([ID] arXiv 2601.12626, arbitrary steering)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,15 +139,20 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         restart: discard the run in the folder and start again.
         skip_bad: skip items that cannot be used, and list them.
         reference_bugs: reproduce the bugs of the published code.
-        template: the user's text, with {query}, {first}, {second}, {First}, {Second}; the published one by default.
+        prompt: published, plain (the query alone), or your own text with {query}, {first}, {second}, {First}, {Second};
+            one that begins with <image> is sent without the chat template. Shipped models are asked plain questions by
+            default, others the published ones.
         case: form of the answer words that is read: lower, capital, both (their probabilities are added), or the one
-            that the published code reads for the model's family.
+            that the published code reads for the model's family; both by default, with the bugs the published one.
         split_words: what to do with a word of several tokens: read it at its last one, or refuse it.
         progress: show progress bars, on terminals.
     """
 
     name: ClassVar[str]
-    published_text: ClassVar[str] = PUBLISHED_SUFFIX
+    published_text: ClassVar[str] = QUOTED
+    """The published prompt, as the option takes it."""
+    published_case: ClassVar[Case] = "published"
+    """The form of the answer words that is read with the reference bugs."""
     reporting: ClassVar[frozenset[str]] = frozenset()
     """Options that the summary and the figures depend on, but not the rows."""
     prompts_per_item: ClassVar[int] = 1
@@ -170,8 +169,8 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     restart: bool = False
     skip_bad: bool = False
     reference_bugs: bool = False
-    template: str | None = None
-    case: Literal["lower", "capital", "both", "published"] = "both"
+    prompt: str | None = None
+    case: Literal["lower", "capital", "both", "published"] | None = None
     split_words: Literal["last", "refuse"] = "last"
     progress: bool = True
 
@@ -182,8 +181,7 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
             InputError: for an option out of its range.
         """
         super().__post_init__()
-        if self.template is not None and "{query}" not in self.template:
-            raise InputError(f"the template {self.template!r} does not contain {{query}}.")
+        check_prompt(self.prompt)
         if self.shard is not None:
             Shard.parse(self.shard)
 

@@ -15,7 +15,7 @@ from jaxid.checks import Range
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.compare import CONDITIONS, Rates, draw_best, draw_layers, rates
-from jaxid.experiments.relations import RelationBatch, answer_of, prepare
+from jaxid.experiments.relations import RelationBatch, answer_of, prepare, verdicts
 from jaxid.experiments.session import (
     Columns,
     Later,
@@ -207,7 +207,8 @@ class BeliefSwap(
     """
 
     name: ClassVar[str] = "belief-swap"
-    same_items: ClassVar[bool] = False
+    as_published: ClassVar[bool] = False
+    """How items are counted; see `compare.rates`."""
     norms: ClassVar[Norms] = staticmethod(word_norms)
 
     max_new_tokens: Annotated[int, Range(0)] = 250
@@ -233,7 +234,7 @@ class BeliefSwap(
 
     def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
         """The published questions."""
-        return prepare(session.model, items, template=session.template, case=session.case)
+        return prepare(session.model, items, prompt=session.prompt, case=session.case)
 
     def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Later:
         """A row for each item, condition and layer."""
@@ -253,7 +254,7 @@ class BeliefSwap(
 
     def summarise(self, session: Session, table: Columns) -> BeliefSwapSummary:
         """Shares by condition and layer."""
-        found = rates(table, session.layers, seed=self.seed, same_items=self.same_items)
+        found = rates(table, session.layers, seed=self.seed, as_published=self.as_published)
         return BeliefSwapSummary(**session.facts, **vars(found))
 
     def figures(self, session: Session, table: Columns, summary: BeliefSwapSummary) -> Iterator[tuple[str, Figure]]:
@@ -298,12 +299,8 @@ def table_of(found: Swapped, items: Sequence[SpatialItem], answers: Sequence[str
         "control_correct": spread(control[rows, truth], shape, 0),
         "control_wrong": spread(control[rows, 1 - truth], shape, 0),
         "swapped": swapped.ravel(),
-        "control_verdict": spread(_verdicts(answered, truth), shape, 0),
-        "verdict": _verdicts(chosen, truth[:, None, None]).ravel(),
+        "control_verdict": spread(verdicts(answered, truth), shape, 0),
+        "verdict": verdicts(chosen, truth[:, None, None]).ravel(),
         "control_text": spread(control_texts.astype(str), shape, 0),
         "text": texts.ravel().astype(str),
     }
-
-
-def _verdicts(answers: Int[np.ndarray, "..."], truth: Int[np.ndarray, "..."]) -> np.ndarray:
-    return np.where(answers < 0, "nonsense", np.where(answers == truth, "correct", "wrong"))

@@ -69,7 +69,7 @@ def place_words(batch: RelationBatch, recorded: Trace, ids: SpatialIDs) -> Float
 
     A deviation is an activation less the one in the same question without a picture, as in Figure 8 a.
     """
-    text = recorded.model.prepare(None, list(batch.prompts.questions))
+    text = recorded.model.prepare(None, list(batch.prompts.questions), raw=batch.prompts.raw)
     alone = residuals_at(recorded.model, text, text.words(batch.names)[:, :2])
     added = recorded.at(batch.words[:, :2]).astype(jnp.float32) - alone.astype(jnp.float32)
     return ids.plane_coordinates(added[1:])
@@ -155,7 +155,7 @@ class BlankImage(
             return [dataclasses.replace(one.item, picture=new) for one, new in zip(items, pictures, strict=True)]
 
         return {
-            kind: prepare(session.model, shown(kind), template=session.template, case=session.case) for kind in PICTURES
+            kind: prepare(session.model, shown(kind), prompt=session.prompt, case=session.case) for kind in PICTURES
         }
 
     def asked(self, batch: Mapping[str, RelationBatch]) -> list[RelationBatch]:

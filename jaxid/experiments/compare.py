@@ -55,7 +55,7 @@ class Rates:
     Attributes:
         answered_items: number of these items.
         unanswered_items: number of other items.
-        accuracy: of the control run.
+        accuracy: of the control run, over answered items; as published, over all.
         accuracy_interval: its interval.
         layers: ascending.
         swapped: beliefs swapped, by condition and layer.
@@ -85,7 +85,7 @@ class Rates:
     selection: dict[str, str | list[str]]
 
 
-def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: bool = False) -> Rates:
+def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, as_published: bool = False) -> Rates:
     """Shares of a run's table: swapped beliefs and accuracies by condition and layer, the best layers, verdicts.
 
     The best layers are chosen on the items of one half of the pictures, drawn by the seed, and reported on the others.
@@ -95,7 +95,8 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
         table: a row for each item, condition and layer.
         layers: ascending.
         seed: of the halves.
-        same_items: choose and report on all items, as published.
+        as_published: choose and report the best layers on all items; noise is reported on unanswered items too, and
+            unanswered items count as wrong in accuracies.
 
     Raises:
         DataError: if no item was answered with one of the two words.
@@ -103,18 +104,25 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
     axes = {"condition": CONDITIONS, "layer": layers, "item": list(dict.fromkeys(table["item"].tolist()))}
     swapped, verdict = as_array(table, "swapped", axes), as_array(table, "verdict", axes)  # [C, L, B]
     control, axis, pictures = (as_array(table, name, axes)[0, 0] for name in ("control_verdict", "axis", "image_id"))
-    used = control != "nonsense"
+    used, whole = control != "nonsense", np.ones(len(control), bool)
     count, right = int(used.sum()), int((control == "correct").sum())
     if not count:
         raise DataError("no item was answered with exactly one of the two words; look at control_text in the table.")
+    asked = len(used) if as_published else count  # the items that accuracies are of
+
+    def counted(items: np.ndarray) -> list[tuple[str, np.ndarray, int]]:
+        """How many of the chosen items are swapped by layer, and how many there are, for each condition."""
+        found = []
+        for name, own in zip(CONDITIONS, swapped, strict=True):
+            chosen = items if as_published and name == "noise" else items & used
+            found.append((name, own[:, chosen].sum(axis=-1), int(chosen.sum())))
+        return found
 
     def shares(items: np.ndarray) -> dict[str, list[float]]:
-        return dict(zip(CONDITIONS, swapped[:, :, items].mean(axis=-1).tolist(), strict=True))
+        return {name: (hits / many).tolist() for name, hits, many in counted(items)}
 
     def intervals(items: np.ndarray) -> dict[str, list[tuple[float, float]]]:
-        hits, many = swapped[:, :, items].sum(axis=-1).tolist(), int(items.sum())
-        found = [[confidence_interval(one, many) for one in of_layers] for of_layers in hits]
-        return dict(zip(CONDITIONS, found, strict=True))
+        return {name: [confidence_interval(int(one), many) for one in hits] for name, hits, many in counted(items)}
 
     verdicts = {
         name: [
@@ -122,12 +130,13 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
         ]
         for name, of_layers in zip(CONDITIONS, verdict, strict=True)
     }
-    drops = [right / count - own["correct"] for own in verdicts["belief"]]
-    by_axis = {name: used & (axis == name) for name in dict.fromkeys(axis[used].tolist())}
-    choosing, reporting = _halves(pictures, used, seed, same_items)
+    drops = [(right - count * own["correct"]) / asked for own in verdicts["belief"]]
+    by_axis = {name: axis == name for name in dict.fromkeys(axis[used].tolist())}
+    choosing, reporting = _halves(pictures, used, seed, as_published)
     best = np.argsort(shares(choosing)["belief"], kind="stable")[::-1][:BEST]
     picked = [np.array(of_layers)[best] for of_layers in shares(reporting).values()]
-    reported, chosen_on = int(reporting.sum()), "same items" if choosing is reporting else "other items"
+    (_, _, reported), (_, _, noisy) = counted(reporting)
+    chosen_on = "same items" if choosing is reporting else "other items"
     belief, noise = (float(own.mean()) for own in picked)
     at_best = Best(
         layers=[int(layers[row]) for row in best],
@@ -136,7 +145,7 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
         belief_interval=confidence_interval(round(belief * reported), reported),
         noise=noise,
         noise_std=float(picked[1].std()),
-        noise_interval=confidence_interval(round(noise * reported), reported),
+        noise_interval=confidence_interval(round(noise * noisy), noisy),
         items=reported,
         chosen_on=chosen_on,
     )
@@ -144,11 +153,11 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
     return Rates(
         answered_items=count,
         unanswered_items=len(used) - count,
-        accuracy=right / count,
-        accuracy_interval=confidence_interval(right, count),
+        accuracy=right / asked,
+        accuracy_interval=confidence_interval(right, asked),
         layers=list(layers),
-        swapped=shares(used),
-        swapped_interval=intervals(used),
+        swapped=shares(whole),
+        swapped_interval=intervals(whole),
         swapped_by_axis={name: shares(items) for name, items in by_axis.items()},
         swapped_by_axis_interval={name: intervals(items) for name, items in by_axis.items()},
         verdicts=verdicts,
@@ -157,18 +166,21 @@ def rates(table: Columns, layers: Sequence[int], *, seed: int = 0, same_items: b
         best=at_best,
         selection={
             "chosen_on": chosen_on,
-            "choosing": keys[choosing].tolist(),
-            "reporting": keys[reporting].tolist(),
+            "choosing": keys[choosing & used].tolist(),
+            "reporting": keys[reporting & used].tolist(),
         },
     )
 
 
 def _halves(pictures: np.ndarray, used: np.ndarray, seed: int, same_items: bool) -> tuple[np.ndarray, np.ndarray]:
     """Items that layers are chosen on, and items that are reported; all items for both if either would be empty."""
+    if same_items:
+        every = np.ones(len(used), bool)
+        return every, every
     different = np.unique(pictures[used])
     order = np.random.default_rng((seed, 2)).permutation(len(different))
     choosing = used & np.isin(pictures, different[order[: len(different) // 2]])
-    return (used, used) if same_items or not choosing.any() else (choosing, used & ~choosing)
+    return (used, used) if not choosing.any() else (choosing, used & ~choosing)
 
 
 def draw_layers(found: Rates, strength: float, about: plots.About) -> Figure:

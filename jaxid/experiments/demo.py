@@ -29,7 +29,7 @@ from jaxid.experiments.base import Command, write_config
 from jaxid.experiments.belief_swap import Swapped, swap_beliefs
 from jaxid.experiments.compare import CONDITIONS
 from jaxid.experiments.demo_report import render
-from jaxid.experiments.relations import answer_forms, prepare
+from jaxid.experiments.relations import prepare
 from jaxid.experiments.session import Columns, spread
 from jaxid.experiments.steering import CELLS, steer_to_cells
 from jaxid.ids.extract import centred_words, extract_spatial
@@ -139,7 +139,7 @@ class _Work:
         self.items = {axis: evaluation.relation_items(rng, demo.swap_items, axis)[0] for axis in ANSWERS}
         for items in self.items.values():  # errors in questions are raised before the weights are read
             asked = prepare(checkpoint.model, items[:4])
-            answer_forms(checkpoint.model.processor, asked.answers, asked.case)
+            asked.forms(checkpoint.model.processor)
         self.model = checkpoint.load()
         self.layers = list(range(self.model.num_layers))
         self.batches = {axis: prepare(self.model, items) for axis, items in self.items.items()}
@@ -311,7 +311,7 @@ class _Work:
         """Activations of the mirrored pictures replace those of the control run."""
         batch, words = self.batches["horizontal"], ANSWERS["horizontal"]
         pictures = [mirrored(np.asarray(item.picture)) for item in self.items["horizontal"]]
-        scores = swap_activations(self.model, batch, self.model.prepare(pictures, list(batch.prompts.questions))).scores
+        scores = swap_activations(self.model, batch, self.model.prepare(pictures, list(batch.prompts.questions), raw=batch.prompts.raw)).scores
         axes = {"tokens": list(scores), "layer": self.layers, "item": range(len(pictures)), "word": words}
         self.table("mirror_swap", tidy(np.stack(list(scores.values())), axes, name="score"))
         self.figure("mirror_swap", plots.swap_scores(scores, words, robust=True, about=self.about()))

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from jaxid import plots
 from jaxid.experiments.base import Summary
+from jaxid.experiments.published import RAW_CAPITALS
 from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.session import Columns, Later, Session, rows_where
 from jaxid.experiments.steering import KINDS, Kind, Question, ToCells, about_items, ask
@@ -55,6 +56,7 @@ class Depth(ToCells[Batches, DepthSummary]):
     """
 
     name: ClassVar[str] = "depth"
+    published_text: ClassVar[str] = RAW_CAPITALS.replace("{query}", "{query} ")
     panels: ClassVar[tuple[str, str]] = ("height", "depth")
     """The questions whose changes the figure shows as height and as depth."""
 

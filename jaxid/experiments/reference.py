@@ -6,20 +6,32 @@ Nothing else knows of them: an experiment's own steps are what the paper says, a
 import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxid.errors import InputError
-from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap, Patched
+from jaxid.data.coco_boxes import Instances
+from jaxid.data.grid import GridItem
+from jaxid.data.pictures import linear
+from jaxid.errors import DataError, InputError
+from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap, Pair, Patched
 from jaxid.experiments.base import Command
 from jaxid.experiments.belief_swap import BeliefSwap
+from jaxid.experiments.dcsm_evaluate import EvaluateScorers
+from jaxid.experiments.dcsm_train import TrainScorer
 from jaxid.experiments.depth import Depth
 from jaxid.experiments.deviation import Deviation
+from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.occlusion import Occluded, Occlusion
+from jaxid.experiments.reference_dcsm import PublishedEvaluation
+from jaxid.experiments.reference_dcsm_training import TrainingAsPublished
+from jaxid.experiments.reference_diagnosis import answer_inside, blurred_crops, with_crowds, with_random_places
+from jaxid.experiments.reference_finetune import FinetuneAsPublished
 from jaxid.experiments.relations import RelationBatch
+from jaxid.experiments.session import Columns, rows_where
+from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.steer_picture import SteerPicture
 from jaxid.experiments.steering import Steer, Steered
 from jaxid.experiments.temporal import TemporalSteer, TemporalSwap
@@ -32,6 +44,7 @@ from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation
 from jaxid.interp.trace import Trace
 from jaxid.nn.sites import AnyArray, Capture
+from jaxid.prompts.pictures import WithoutAlpha
 
 CommandT = TypeVar("CommandT", bound=Command[Any])
 
@@ -65,30 +78,37 @@ def occurrence_norms(
 def last_clips(batches: Iterable[IDBatch], **options: Any) -> TemporalIDs:
     """Temporal IDs without any mean: the last clip of an object and frame counts alone, and nothing is subtracted.
 
+    Clips count in the order of reading, and within a clip its first object before the second.
+
     Arguments and errors as in `accumulate_temporal_ids`, whose place it takes in `extract_temporal`.
     """
-    last: dict[tuple[int, int], np.ndarray] = {}
+    last: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def noted() -> Iterator[IDBatch]:
+        read = 0
         for batch in batches:
             yield batch  # it is checked before the next one is asked for
-            for row in np.flatnonzero(np.asarray(batch.pair_index) != -1):
-                key = int(batch.object_index[row]), int(batch.own_index[row])
-                last[key] = np.asarray(batch.activations[row], np.float32)
+            pair = np.asarray(batch.pair_index)
+            order = read + np.arange(len(pair)) if batch.order is None else np.asarray(batch.order)
+            read += len(pair)
+            for row in np.flatnonzero(pair != -1):
+                key, when = (int(batch.object_index[row]), int(batch.own_index[row])), int(order[row])
+                if key not in last or last[key][0] < when:
+                    last[key] = when, np.asarray(batch.activations[row], np.float32)
 
     ids = accumulate_temporal_ids(noted(), **options)
     values = np.zeros((len(ids.values) + 1, *ids.values.shape[1:]), np.float32)
     counts = np.zeros_like(ids.counts)
-    for (row, frame), activation in last.items():
+    for (row, frame), (_, activation) in last.items():
         values[:, row, frame], counts[row, frame] = activation, 1
     return dataclasses.replace(ids, values=values[1:], embeddings=values[0], counts=counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BeliefSwap(BeliefSwap):
-    """Norms over all occurrences of a word; the best layers are chosen on the items that are reported."""
+    """Norms over all occurrences of a word, and items are counted as published (`compare.rates`)."""
 
-    same_items = True
+    as_published = True
     norms = staticmethod(occurrence_norms)
 
     def __post_init__(self) -> None:
@@ -108,11 +128,18 @@ class ScoresAsPublished:
 
 
 class _MirrorSwap(ScoresAsPublished, MirrorSwap):
-    """See `ScoresAsPublished`."""
+    """See `ScoresAsPublished`; and the text begins two tokens early, with the last two of the picture."""
+
+    def text(self, batch: Pair[RelationBatch]) -> Int[np.ndarray, "B Q"]:
+        prompts = batch.questions.prompts
+        early = prompts.text_start()[:, None] - np.array([2, 1], np.int32)
+        return np.concatenate([early, prompts.text_tokens()], axis=1)
 
 
 class _AttributeSwap(ScoresAsPublished, AttributeSwap):
-    """See `ScoresAsPublished`."""
+    """See `ScoresAsPublished`; and hues are blended as numbers, not along the colour circle."""
+
+    blend = staticmethod(linear)
 
 
 class _Negated:
@@ -122,60 +149,133 @@ class _Negated:
         return -found.change
 
 
-class _Misplaced(_Negated):
-    """Beside a steering experiment: the same; and IDs read one layer earlier are added, one token late.
+class _Late:
+    """Beside a steering experiment: IDs are added one layer later than where they were read.
 
     The code counts as Hugging Face's hidden states do, where 0 is the embeddings, which hold no place.
     """
 
-    def read_ids(self) -> SpatialIDs:
+    def read_ids(self) -> Any:
         ids = super().read_ids()  # pyright: ignore[reportAttributeAccessIssue] - of the experiment beside it
         values = np.concatenate([np.zeros_like(ids.values[:1]), ids.values[:-1]])
         return dataclasses.replace(ids, values=values)
+
+
+class _Misplaced(_Negated, _Late):
+    """Beside a steering experiment: the same, and IDs are added one token late."""
 
     def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
         return batch.words[:, :words] + 1
 
 
 class _Steer(_Misplaced, Steer):
-    """See `_Misplaced`."""
+    """See `_Misplaced`; and there is a figure for the items of each original answer."""
+
+    split = True
 
 
-class _SteerPicture(_Misplaced, SteerPicture):
-    """See `_Misplaced`."""
+class _SteerPicture(_Negated, SteerPicture):
+    """See `_Negated`; and the object that is named second gets the subject's vector."""
+
+    def positions(self, batch: RelationBatch, words: int = 2) -> Int[np.ndarray, "B W"]:
+        return batch.words[:, words - 1 :: -1]
 
 
 class _Depth(_Misplaced, Depth):
-    """See `_Misplaced`; the figure's two questions have each other's names."""
+    """See `_Misplaced`; cells of the first column alone, and the figure's two questions have each other's names."""
 
+    columns = (0,)
     panels = ("depth", "height")
 
 
 class _Deviation(Deviation):
-    """Ground-truth IDs are half a cell off."""
+    """Ground-truth IDs are half a cell off, and those of the last column and row lose weight.
+
+    They are of the first box whose category contains the name. The answer that the model writes is judged, in which a
+    word may be a part of another. The published axes are shorter than ours, but span the same plane.
+    """
 
     true_ids = staticmethod(partial(SpatialIDs.at_box, half_cell=False))
+    object_boxes = staticmethod(Instances.first_box)
+    said = staticmethod(answer_inside)
+    default_new_tokens = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens == 0:
+            raise InputError("the published code judges the answers that are written: set max_new_tokens.")
 
 
 class _Occlusion(Occlusion):
-    """The first random blur is not compared, the fifth one is."""
+    """Boxes are rounded and blurred by themselves; places elsewhere repeat each other where there is little room.
+
+    The first random blur is not compared, the fifth one is. Items are grouped by the verdicts of the deviation run, if
+    one is given.
+    """
+
+    published_case = "capital"
+    object_boxes = staticmethod(with_crowds)
+    with_boxes = staticmethod(with_random_places)
+    blur = staticmethod(blurred_crops)
 
     def sensitivity(self, found: Occluded) -> Float[AnyArray, "B"]:
         return found.sensitivity(1, 4)
 
+    def compared(self, table: Columns) -> Columns:
+        rows = super().compared(table)
+        if self.deviation is None:
+            return rows
+        found = self.deviations()
+        verdicts = dict(zip(found["item"].tolist(), found["verdict"].tolist(), strict=True))
+        own = np.array([verdicts.get(key, "nonsense") for key in rows["item"].tolist()])
+        if (own == "nonsense").all():
+            raise DataError(f"{self.deviation} holds no answer about any of these items; give the run about them.")
+        return rows_where(rows | {"correct": own == "correct"}, own != "nonsense")
 
-class _TemporalSwap(ScoresAsPublished, TemporalSwap):
-    """See `ScoresAsPublished`."""
+
+class _QwenAnswers:
+    """Beside an experiment on the order of scenes: with the published prompt, fixed tokens of Qwen2's are read.
+
+    Models whose vocabulary ends before these tokens are read at the answer words.
+    """
+
+    qwen_ids: ClassVar[tuple[int, int]]
+
+    def answer_ids_of(self, model: Model) -> tuple[int, int] | None:
+        return self.qwen_ids if model.config.text_config.vocab_size > max(self.qwen_ids) else None
 
 
-class _TemporalSteer(_Negated, TemporalSteer):
-    """See `_Negated`."""
+class _Finetune(FinetuneAsPublished, Finetune):
+    """See `FinetuneAsPublished`."""
+
+
+class _TemporalSwap(_QwenAnswers, ScoresAsPublished, TemporalSwap):
+    """See `ScoresAsPublished` and `_QwenAnswers`."""
+
+    qwen_ids = (24885, 46893)
+
+
+class _TemporalSteer(_QwenAnswers, _Late, TemporalSteer):
+    """See `_Late` and `_QwenAnswers`."""
+
+    qwen_ids = (10227, 6025)
+
+
+class _ExtractIDs(ExtractIDs):
+    """The alpha channel of pictures is dropped: what is transparent has its stored colour, usually black."""
+
+    def items(self) -> list[GridItem]:
+        return [dataclasses.replace(item, picture=WithoutAlpha(item.picture)) for item in super().items()]
 
 
 class _ExtractTemporalIDs(ExtractTemporalIDs):
     """IDs are those of `last_clips`."""
 
     accumulate = staticmethod(last_clips)
+
+
+class _TrainScorer(TrainingAsPublished, TrainScorer):
+    """See `TrainingAsPublished`."""
 
 
 _VARIANTS: dict[type[Command[Any]], type[Command[Any]]] = {
@@ -187,9 +287,13 @@ _VARIANTS: dict[type[Command[Any]], type[Command[Any]]] = {
     Depth: _Depth,
     Deviation: _Deviation,
     Occlusion: _Occlusion,
+    Finetune: _Finetune,
     TemporalSwap: _TemporalSwap,
     TemporalSteer: _TemporalSteer,
+    ExtractIDs: _ExtractIDs,
     ExtractTemporalIDs: _ExtractTemporalIDs,
+    EvaluateScorers: PublishedEvaluation,
+    TrainScorer: _TrainScorer,
 }
 
 

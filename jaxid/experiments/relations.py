@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxid.data.coco_spatial import ANSWERS, SpatialItem, axis_of
 from jaxid.errors import InputError, PromptError
+from jaxid.experiments.published import fill, is_raw
 from jaxid.families.base import Model
 from jaxid.interp.forward import Output
 from jaxid.interp.trace import Trace
@@ -17,8 +19,11 @@ from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor, Prompts
 from jaxid.prompts.words import word_spans
 
-Case = Literal["lower", "capital", "both"]
-"""The form of an answer word that is read: "lower" (left), "capital" (Left), or "both" (the sum of the two)."""
+Case = Literal["lower", "capital", "both", "published"]
+"""The form of an answer word that is read: "lower" (left), "capital" (Left), "both" (their probabilities are added), or
+"published" (the form that the published code reads for the model's family; of two, the more probable one)."""
+
+_FORMS = {"lower": (str.lower,), "capital": (str.capitalize,), "both": (str.lower, str.capitalize)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class RelationBatch:
         axis: the axis of the picture that is asked about or steered along, "horizontal" or "vertical".
         answers: the two answer words.
         case: the form of them that is read.
+        answer_ids: tokens that are read instead of the answer words.
     """
 
     prompts: Prompts
@@ -42,6 +48,14 @@ class RelationBatch:
     axis: str
     answers: list[str]
     case: Case = "lower"
+    answer_ids: tuple[int, int] | None = None
+
+    def forms(self, processor: Processor) -> list[Int[np.ndarray, "n"]]:
+        """Token ids of the answers in every form that is read; see `answer_forms`."""
+        if self.answer_ids is not None:
+            return [np.array(self.answer_ids, np.int32)]
+        after = self.prompts.questions[0] if self.prompts.raw else None
+        return answer_forms(processor, self.answers, self.case, after)
 
     def read(self, output: Output | Trace) -> Float[Array, "*S B n"]:
         """Log-probabilities of the two answers as the next token.
@@ -49,23 +63,41 @@ class RelationBatch:
         Raises:
             PromptError: if a word in the wanted form is not a single token.
         """
-        found = [output.logprobs(ids) for ids in answer_forms(output.model.processor, self.answers, self.case)]
-        return found[0] if len(found) == 1 else jnp.logaddexp(*found)
+        found = jnp.stack([output.logprobs(ids) for ids in self.forms(output.model.processor)])
+        return found.max(axis=0) if self.case == "published" else jax.nn.logsumexp(found, axis=0)
 
 
-def answer_forms(processor: Processor, answers: Sequence[str], case: Case) -> list[Int[np.ndarray, "n"]]:
+def answer_forms(
+    processor: Processor, answers: Sequence[str], case: Case, after: str | None = None
+) -> list[Int[np.ndarray, "n"]]:
     """Token ids of answer words in every form that is read. Forms with a word of several tokens are skipped.
+
+    Args:
+        processor: the model's processor.
+        answers: the answer words.
+        case: the forms; the published ones are always those after the generation prompt, in lower case if the
+            vocabulary lacks the family's own.
+        after: the end of a raw prompt. If a space ends it, an answer's token may hold that space or follow it, and both
+            forms are read.
 
     Raises:
         PromptError: if no form is left.
     """
-    forms = {"lower": (str.lower,), "capital": (str.capitalize,), "both": (str.lower, str.capitalize)}
-    found, errors = [], []
-    for form in forms[case]:
+    if case == "published":
         try:
-            found.append(processor.answer_ids([form(word) for word in answers]))
-        except PromptError as error:
-            errors.append(error)
+            return answer_forms(processor, answers, processor.case)
+        except PromptError:
+            return answer_forms(processor, answers, "lower")
+    found, errors = [], []
+    for form in _FORMS[case]:
+        for spaced in (True, False) if after and after.endswith(" ") else (True,):
+            try:
+                ids = processor.answer_ids([form(word) for word in answers], after=after, spaced=spaced)
+            except PromptError as error:
+                errors.append(error)
+                continue
+            if not any((ids == known).any() for known in found):
+                found.append(ids)
     if not found:
         raise errors[0]
     return found
@@ -77,18 +109,21 @@ def answer_of(text: str, words: Sequence[str]) -> int:
     return found[0] if len(found) == 1 else -1
 
 
+def verdicts(answers: Int[np.ndarray, "..."], truth: Int[np.ndarray, "..."]) -> np.ndarray:
+    """Whether answers, as indices from `answer_of`, are "correct" or "wrong"; "nonsense" is no answer."""
+    return np.where(answers < 0, "nonsense", np.where(answers == truth, "correct", "wrong"))
+
+
 def prepare(
-    model: Model, items: Sequence[SpatialItem], *, suffix: str = "", case: Case = "lower", template: str = "{query}"
+    model: Model, items: Sequence[SpatialItem], *, prompt: str = "{query}", case: Case = "lower"
 ) -> RelationBatch:
     """Prepares COCO-Spatial items of one axis.
 
     Args:
         model: the model.
         items: at least one, all of the same axis.
-        suffix: added to every question, such as ' Answer "left" or "right" only.'. {first} and {second} are replaced by
-            the answer words, {First} and {Second} by their capitalised forms.
+        prompt: the user's text, such as '{query} Answer "{first}" or "{second}" only.'; see `fill`.
         case: the form of the answer words that is read.
-        template: the user's text, with the placeholder {query} and those of the suffix.
 
     Raises:
         InputError: if there are no items, or items of both axes.
@@ -102,27 +137,14 @@ def prepare(
     return prepare_questions(
         model,
         [item.picture for item in items],
-        [fill(template, item.query, answers) + fill(suffix, item.query, answers) for item in items],
+        [fill(prompt, item.query, answers) for item in items],
         [(item.subject, item.object) for item in items],
         axis=axis,
         answers=answers,
         truth=[answers.index(item.relation) for item in items],
         case=case,
+        raw=is_raw(prompt),
     )
-
-
-def fill(template: str, query: str, answers: Sequence[str]) -> str:
-    """Fills in the query and the answer words; see `prepare`."""
-    first, second = answers
-    for mark, text in (
-        ("{query}", query),
-        ("{first}", first),
-        ("{second}", second),
-        ("{First}", first.capitalize()),
-        ("{Second}", second.capitalize()),
-    ):
-        template = template.replace(mark, text)
-    return template
 
 
 def prepare_questions(
@@ -135,6 +157,7 @@ def prepare_questions(
     answers: Sequence[str],
     truth: Sequence[int],
     case: Case = "lower",
+    raw: bool = False,
 ) -> RelationBatch:
     """Prepares questions about named objects, and finds where each name first occurs in its question.
 
@@ -149,12 +172,13 @@ def prepare_questions(
         answers: the two answer words.
         truth: index of the true answer, -1 if unknown.
         case: the form of the answer words that is read.
+        raw: whether prompts are pictures and questions alone, without the chat template.
 
     Raises:
         PromptError: if a question does not contain a name.
         InputError: if two objects of a question have the same name.
     """
-    prompts = model.prepare(list(pictures), list(questions))
+    prompts = model.prepare(list(pictures), list(questions), raw=raw)
     return RelationBatch(
         prompts=prompts,
         words=prompts.words(names),

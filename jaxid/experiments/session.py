@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from jaxid import io, jobs, meshes, processes, zoo
+from jaxid import io, jobs, meshes, processes
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
 from jaxid.devices import Device, this
 from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
-from jaxid.experiments.relations import Case, RelationBatch, answer_forms
+from jaxid.experiments.published import resolved
+from jaxid.experiments.relations import Case, RelationBatch
 from jaxid.families.base import Model
 from jaxid.halving import Halving
 from jaxid.ids.spatial import SpatialIDs
@@ -79,7 +80,7 @@ class Session:
         model: the model; its parameters are missing until `begin` has read them.
         ids: the IDs, if the experiment needs any.
         layers: the chosen layers, ascending.
-        template: the user's text.
+        prompt: the user's text, with a place for the {query}.
         case: form of the answer words that is read.
         checkpoint: the model's files.
         device: the device that the run is for, or one of those of its mesh.
@@ -112,10 +113,8 @@ class Session:
         if self.ids is not None:
             require_same_model(self.model, self.ids)
         self.layers = experiment.chosen_layers(self.model)
-        # Shipped models were trained on plain questions only.
-        plain = experiment.model in zoo.SHIPPED
-        self.template = experiment.template or ("{query}" if plain else experiment.published_text)
-        self.case: Case = self.model.processor.case if experiment.case == "published" else experiment.case
+        self.prompt = resolved(experiment.prompt, experiment.model, experiment.published_text)
+        self.case: Case = experiment.case or (experiment.published_case if experiment.reference_bugs else "both")
         self.device = device or this()
         whole = self.checkpoint.axes(experiment.mesh, jax.device_count(), self.device)
         self.team = processes.team(whole)
@@ -228,7 +227,7 @@ class Session:
                     continue
                 raise jobs.bad_item(item.key, error) from error
             for batch in batches:
-                answer_forms(self.model.processor, batch.answers, batch.case)
+                batch.forms(self.model.processor)
         if experiment.batch_size is None and self.device.platform != "cpu":
             from jaxid.experiments.planning import ExperimentJob
 
@@ -253,7 +252,7 @@ class Session:
                 found[field.name] = str(value.resolve()) if isinstance(value, Path) else value
         if self.ids is not None:
             found["ids_digest"] = io.digest(Path(str(found["ids"])))
-        return found | {"template": self.template, "case": self.case, "layers": self.layers}
+        return found | {"prompt": self.prompt, "case": self.case, "layers": self.layers}
 
     def words_in(self, batch: RelationBatch, count: int) -> Words:
         """Counts split and unknown words in a batch's first `count` questions.

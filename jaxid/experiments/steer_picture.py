@@ -16,7 +16,8 @@ from jaxid.checks import Count
 from jaxid.data.grid import GRID
 from jaxid.errors import InputError
 from jaxid.experiments.base import Summary, WithSpatialIDs
-from jaxid.experiments.relations import RelationBatch, fill
+from jaxid.experiments.published import RAW, fill
+from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.session import Columns, Later, Session, parse_layers, require_same_model, scaled, spread
 from jaxid.experiments.steering import KINDS, Question, Steered, Steering, ask, steer
 from jaxid.families.base import Model
@@ -133,6 +134,7 @@ class SteerPicture(
     """
 
     name: ClassVar[str] = "steer-picture"
+    published_text: ClassVar[str] = RAW
 
     # There is a picture instead of a data set.
     data: Annotated[None, Parameter(parse=False)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -209,7 +211,7 @@ class SteerPicture(
         kind, (own, other) = KINDS[self.relation], parse_cells(self.cells)
         return SteerPictureSummary(
             **session.facts,
-            question=fill(session.template, kind.text.format(self.subject, self.object), kind.answers),
+            question=fill(session.prompt, kind.text.format(self.subject, self.object), kind.answers),
             words=list(kind.answers),
             control=table["control"][:2],
             layers=session.layers,

@@ -16,8 +16,9 @@ from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.data.grid import GRID, near_far_items
 from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError
-from jaxid.experiments.base import PUBLISHED_TEMPLATE, Summary, WithLayers, WithSpatialIDs, WithStrength
-from jaxid.experiments.relations import RelationBatch, fill, prepare_questions
+from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.published import RAW_CAPITALS, fill, is_raw
+from jaxid.experiments.relations import RelationBatch, prepare_questions
 from jaxid.experiments.session import (
     Columns,
     Keyed,
@@ -91,6 +92,7 @@ def steer_to_cells(
     layers: Sequence[int],
     strength: float = 5.0,
     positions: Int[np.ndarray, "B"] | None = None,
+    columns: Sequence[int] = range(GRID),
     fetch: bool = True,
 ) -> Steered:
     """Steers the subject to each cell, at each layer.
@@ -102,16 +104,17 @@ def steer_to_cells(
         layers: layers after which the vectors are added.
         strength: factor of the vectors, which are not rescaled; m of the published procedure.
         positions: positions where the vectors are added; the subject's word by default.
+        columns: columns of the cells; all by default.
         fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Returns:
-        Log-probabilities; `steered` is Float[L, 4, 4, B, 2].
+        Log-probabilities; `steered` is Float[L, X, Y, B, 2].
 
     Raises:
         InputError: if the IDs are of another model, or a layer is out of range.
     """
     require_same_model(model, ids)
-    vectors = cell_vectors(ids, batch.axis, layers)
+    vectors = cell_vectors(ids, batch.axis, layers)[:, np.asarray(columns)]
     sweep = np.broadcast_to(np.asarray(layers)[:, None, None], vectors.shape[:3])
     positions = batch.words[:, 0] if positions is None else positions
     return steer(model, batch, add(sweep, positions, vectors, strength), fetch=fetch)
@@ -138,7 +141,7 @@ KINDS = {
     "left-right": Kind("Is the {0} to the left or right of the {1}?", ANSWERS["horizontal"], "horizontal"),
     "above-below": Kind("Is the {0} above or below the {1}?", ANSWERS["vertical"], "vertical"),
     "near-far": Kind("Is the {0} near or far from the {1}?", ("near", "far"), "horizontal"),
-    "between": Kind("Is the {0} in between the {1} and the {2}?", ("yes", "no"), "vertical"),
+    "between": Kind("Is the {0} in between {1} and {2}?", ("yes", "no"), "vertical"),
 }
 
 
@@ -158,15 +161,17 @@ def about_items(items: Sequence[SpatialItem]) -> list[Question]:
 
 def ask(session: Session, kind: Kind, questions: Sequence[Question]) -> RelationBatch:
     """The prompts of questions of one kind."""
+    prompt = session.prompt
     return prepare_questions(
         session.model,
         [question.picture for question in questions],
-        [fill(session.template, kind.text.format(*question.names), kind.answers) for question in questions],
+        [fill(prompt, kind.text.format(*question.names), kind.answers) for question in questions],
         [question.names for question in questions],
         axis=kind.axis,
         answers=kind.answers,
         truth=[-1] * len(questions),
         case=session.case,
+        raw=is_raw(prompt),
     )
 
 
@@ -181,7 +186,7 @@ SummaryT = TypeVar("SummaryT", bound=Summary)
 class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, SummaryT]):
     """Base class of experiments that steer words: a row for each layer, swept value, item and answer."""
 
-    published_text: ClassVar[str] = PUBLISHED_TEMPLATE
+    published_text: ClassVar[str] = RAW_CAPITALS
 
     def default_layers(self, model: Model) -> Sequence[int]:
         """Layers at the same depths as the published ones."""
@@ -221,18 +226,24 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
 
     def changes(self, session: Session, table: Columns, answers: Sequence[str]) -> Float[np.ndarray, "L *S B 2"]:
         """Changes of log-probability in a table in which all items have the same answers."""
+        return as_array(table, "change", self.sweep_axes(session, table, answers))
+
+    def sweep_axes(self, session: Session, table: Columns, answers: Sequence[str]) -> dict[str, Sequence[object]]:
+        """The axes of a table's rows, as `as_array` takes them."""
         items = list(dict.fromkeys(table["item"].tolist()))
-        axes = {"layer": session.layers, **self.swept(session), "item": items, "word": answers}
-        return as_array(table, "change", axes)
+        return {"layer": session.layers, **self.swept(session), "item": items, "word": answers}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batch, SummaryT]):
     """Base class of experiments that steer the subject to every cell."""
 
+    columns: ClassVar[Sequence[int]] = CELLS["x"]
+    """Columns of the cells."""
+
     def swept(self, session: Session) -> Mapping[str, Sequence[object]]:
         """Every cell."""
-        return CELLS
+        return CELLS | {"x": self.columns}
 
     def steered(self, session: Session, batch: RelationBatch) -> Steered:
         """The answers with the subject at every cell, on the device."""
@@ -243,6 +254,7 @@ class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batc
             layers=session.layers,
             strength=self.strength,
             positions=self.positions(batch)[:, 0],
+            columns=self.columns,
             fetch=False,
         )
 
@@ -256,12 +268,16 @@ class SteerSummary(Summary):
         words: the answers.
         change: mean change of their log-probabilities by layer, cell (x, y) and word.
         change_interval: half-widths of the means' 95 % intervals.
+        answered: number of items to which each answer was the more probable one without steering.
+        change_of_answered: mean changes of these items, by answer; None of no items.
     """
 
     layers: list[int]
     words: list[str]
     change: Float[np.ndarray, "L X Y 2"]
     change_interval: Float[np.ndarray, "L X Y 2"]
+    answered: dict[str, int]
+    change_of_answered: dict[str, Float[np.ndarray, "L X Y 2"] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +290,8 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
     """
 
     name: ClassVar[str] = "steer"
+    split: ClassVar[bool] = False
+    """Whether there is a figure for the items of each original answer, instead of one for all."""
 
     relation: Literal["left-right", "above-below", "near-far", "between"] = "left-right"
 
@@ -284,12 +302,7 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
             return about_items(session.spatial_items(kind.axis))
         if self.relation == "near-far":
             questions = [
-                Question(
-                    key=f"{item.object_b}-{item.object_a}-{item.cell_b[0]}_{item.cell_b[1]}-{item.size:g}",
-                    picture=item.picture,
-                    names=(item.object_b, item.object_a),
-                )
-                for item in near_far_items(self.data)
+                Question(key=item.key, picture=item.picture, names=item.names) for item in near_far_items(self.data)
             ]
         else:
             items = read_three_objects(self.data, bad=session.bad_rows())
@@ -310,25 +323,34 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
         """Mean changes by layer and cell."""
         words = list(KINDS[self.relation].answers)
         found = self.changes(session, table, words)
+        control = as_array(table, "control", self.sweep_axes(session, table, words))[0, 0, 0]
+        groups = {word: control.argmax(axis=-1) == index for index, word in enumerate(words)}
         return SteerSummary(
             **session.facts,
             layers=session.layers,
             words=words,
             change=found.mean(axis=-2),
             change_interval=mean_interval(found, axis=-2),
+            answered={word: int(own.sum()) for word, own in groups.items()},
+            change_of_answered={
+                word: found[..., own, :].mean(axis=-2) if own.any() else None for word, own in groups.items()
+            },
         )
 
     def figures(self, session: Session, table: Columns, summary: SteerSummary) -> Iterator[tuple[str, Figure]]:
         """The mean over layers, cell by cell."""
         several = "mean of layers" if len(summary.layers) > 1 else "layer"
         asked = KINDS[self.relation].text.format("subject", "object", "other")
-        figure = plots.steering_maps(
-            summary.change.mean(axis=0),
-            summary.words,
-            f"{asked}\n{summary.model}, {several} {', '.join(map(str, summary.layers))}",
-            about=summary.about(self.strength, plots.means_note(summary.change_interval)),
-        )
-        yield f"steering_{self.relation.replace('-', '_')}", figure
+        title = f"{asked}\n{summary.model}, {several} {', '.join(map(str, summary.layers))}"
+        name = f"steering_{self.relation.replace('-', '_')}"
+        if not self.split:
+            about = summary.about(self.strength, plots.means_note(summary.change_interval))
+            yield name, plots.steering_maps(summary.change.mean(axis=0), summary.words, title, about=about)
+            return
+        for word, change in summary.change_of_answered.items():
+            if change is not None:
+                about = summary.about(self.strength, f"originally answered “{word}”", summary.answered[word])
+                yield f"{name}_{word}", plots.steering_maps(change.mean(axis=0), summary.words, title, about=about)
 
     def report(self, summary: SteerSummary) -> Iterator[str]:
         """The change of the difference of log-probabilities, laid out as the grid."""

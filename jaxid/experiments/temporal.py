@@ -1,10 +1,10 @@
 """Time in video models: swap reversed clips in, and steer scenes to frames ([ID] arXiv 2601.12626, Figure 10)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from jaxid import plots
 from jaxid.data.clips import OrderItem, read_mvbench
 from jaxid.data.videos import with_times
+from jaxid.errors import PromptError
 from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, Pair, SwapSummary
 from jaxid.experiments.base import Experiment, Summary
-from jaxid.experiments.relations import Case, RelationBatch, fill
+from jaxid.experiments.published import fill, is_raw
+from jaxid.experiments.relations import Case, RelationBatch
 from jaxid.experiments.session import Columns, Later, Session, as_array, require_same_model, rows_where
 from jaxid.experiments.steering import Batch, Steered, Steering, SummaryT, steer
 from jaxid.families.base import Model
@@ -24,8 +26,12 @@ from jaxid.ids.temporal import TemporalIDs, rank_correlation
 from jaxid.interp.interventions import add
 from jaxid.prompts.pictures import Clip
 from jaxid.prompts.processor import Prompts
+from jaxid.prompts.words import shown, word_spans
 
 ANSWERS = ("before", "after")
+
+IN_ONE_WORD = "{query} Answer in one word."
+"""The published prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +56,44 @@ class OrderBatch:
         return np.concatenate([self.first, self.second], axis=1)
 
 
-def prepare(model: Model, items: Sequence[OrderItem], *, template: str = "{query}", case: Case = "both") -> OrderBatch:
+class Wording(NamedTuple):
+    """How the order of two scenes is asked about.
+
+    Attributes:
+        answers: the words for a scene named first that happens first, and for one that happens last.
+        reworded: the query of a manifest in these words.
+    """
+
+    answers: tuple[str, str] = ANSWERS
+    reworded: Callable[[str], str] = str
+
+
+AS_IT_IS = Wording()
+
+
+def earlier_or_later(query: str) -> str:
+    """A query of the published manifest in the words of the published temporal swap, which lose two spaces."""
+    return query.replace(" before or after the ", "earlier or later than ")
+
+
+def prepare(
+    model: Model,
+    items: Sequence[OrderItem],
+    *,
+    prompt: str = "{query}",
+    case: Case = "both",
+    wording: Wording = AS_IT_IS,
+    answer_ids: tuple[int, int] | None = None,
+) -> OrderBatch:
     """Prepares questions about clips, and locates the scenes' words in each question.
 
     Args:
         model: the model.
         items: the questions; the clip of a repeated item is read once.
-        template: the user's text after the times, with a place for the {query}.
+        prompt: the user's text after the times, with a place for the {query}.
         case: which form of the answer words is read.
+        wording: the words of the questions and answers.
+        answer_ids: tokens that are read instead of the answer words.
 
     Raises:
         DataError: if a video is unreadable or too short.
@@ -65,25 +101,53 @@ def prepare(model: Model, items: Sequence[OrderItem], *, template: str = "{query
     """
     opened = {key: item.open() for key, item in {id(item): item for item in items}.items()}
     clips = [opened[id(item)] for item in items]
-    texts = [with_times(clip, fill(template, item.query, ANSWERS)) for clip, item in zip(clips, items, strict=True)]
-    prompts = model.prepare(clips, texts)
+    answers, reworded = wording
+    asked = [fill(prompt, reworded(item.query), answers) for item in items]
+    texts = [with_times(clip, text) for clip, text in zip(clips, asked, strict=True)]
+    prompts = model.prepare(clips, texts, raw=is_raw(prompt))
     scenes = [(item.scene1, item.scene2) for item in items]
-    first, second = (prompts.word_tokens(column, beside=scenes, occurrence=0) for column in zip(*scenes, strict=True))
-    asked = RelationBatch(
+    if reworded is str:
+        first, second = (
+            prompts.word_tokens(column, beside=scenes, occurrence=0) for column in zip(*scenes, strict=True)
+        )
+    else:  # a scene's words may not stand apart from the next word
+        spans = [_spans(item, reworded(item.query), text) for item, text in zip(items, prompts.questions, strict=True)]
+        first, second = (prompts.tokens_in(column) for column in zip(*spans, strict=True))
+    relation = RelationBatch(
         prompts=prompts,
         words=np.stack([first[:, -1], second[:, -1]], axis=1),
         names=scenes,
         truth=np.array([ANSWERS.index(item.answer) for item in items]),
         axis="time",
-        answers=list(ANSWERS),
+        answers=list(answers),
         case=case,
+        answer_ids=answer_ids,
     )
-    return OrderBatch(asked=asked, clips=clips, first=first, second=second)
+    return OrderBatch(asked=relation, clips=clips, first=first, second=second)
+
+
+def _spans(item: OrderItem, reworded: str, question: str) -> list[tuple[int, int]]:
+    """Where the words of both scenes stand in a question whose query is reworded.
+
+    Raises:
+        PromptError: if the query does not contain them as whole words.
+    """
+    scenes = (item.scene1, item.scene2)
+    found = word_spans(item.query, scenes)
+    for scene, spans in zip(scenes, found, strict=True):
+        if not spans:
+            raise PromptError(f"the query {shown(item.query)} does not hold the words {scene!r}.")
+    start, longer = question.index(reworded), len(reworded) - len(item.query)
+    first, second = (own[0] for own in found)
+    moved = {first: start, second: start}
+    moved[max(first, second)] += longer  # only the words between the scenes change
+    return [(begin + moved[begin, end], end + moved[begin, end]) for begin, end in (first, second)]
 
 
 def reversed_prompts(model: Model, batch: OrderBatch) -> Prompts:
     """The same questions about the reversed clips; the times in the text stay as they are."""
-    return model.prepare([clip.reversed() for clip in batch.clips], list(batch.asked.prompts.questions))
+    prompts = batch.asked.prompts
+    return model.prepare([clip.reversed() for clip in batch.clips], list(prompts.questions), raw=prompts.raw)
 
 
 def frame_vectors(ids: TemporalIDs, layers: Sequence[int]) -> Float[Array, "L F D"]:
@@ -126,8 +190,8 @@ class AboutOrder(Experiment[OrderItem, Batch, SummaryT]):
         data: folder with manifest.csv (or .json, .jsonl), or the manifest itself.
     """
 
-    published_text: ClassVar[str] = "{query}"
-
+    published_text: ClassVar[str] = IN_ONE_WORD
+    published_wording: ClassVar[Wording] = AS_IT_IS
     data: Path
     model: str = "tiny-video"
 
@@ -137,7 +201,19 @@ class AboutOrder(Experiment[OrderItem, Batch, SummaryT]):
 
     def questions(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
         """The questions about the clips."""
-        return prepare(session.model, items, template=session.template, case=session.case)
+        published = session.prompt == self.published_text
+        return prepare(
+            session.model,
+            items,
+            prompt=session.prompt,
+            case=session.case,
+            wording=self.published_wording if published else AS_IT_IS,
+            answer_ids=self.answer_ids_of(session.model) if published else None,
+        )
+
+    def answer_ids_of(self, model: Model) -> tuple[int, int] | None:
+        """Tokens that are read with the published prompt, instead of the answer words."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +237,7 @@ class TemporalSwap(
 
     name: ClassVar[str] = "temporal-swap"
     changed_to: ClassVar[str] = "the clip played backwards"
+    published_wording: ClassVar[Wording] = Wording(("earlier", "later"), earlier_or_later)
 
     def changed(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Prompts:
         """The questions about reversed clips."""
@@ -182,7 +259,7 @@ class TemporalSwap(
         """Scores by token set, layer and word; and the accuracies."""
         # Control and intervened run are repeated for every token set and layer.
         rows = rows_where(table, (table["tokens"] == TOKEN_SETS[0]) & (table["layer"] == session.layers[0]))
-        axes = {"item": list(dict.fromkeys(rows["item"].tolist())), "word": ANSWERS}
+        axes = {name: list(dict.fromkeys(rows[name].tolist())) for name in ("item", "word")}
         truth = rows["answer"][:: len(ANSWERS)]
 
         def accuracy(run: str) -> float:

@@ -157,10 +157,16 @@ class Model(Loaded):
         return self.config.text_config.hidden_size
 
     def prepare(
-        self, images: Pictures, questions: str | Sequence[str], *, chat: bool = True, pad_to_multiple: int = 8
+        self,
+        images: Pictures,
+        questions: str | Sequence[str],
+        *,
+        chat: bool = True,
+        raw: bool = False,
+        pad_to_multiple: int = 8,
     ) -> Prompts:
         """Pictures and questions as `Prompts`; see `jaxid.prompts.processor.Processor.prepare`."""
-        return self.processor.prepare(images, questions, chat=chat, pad_to_multiple=pad_to_multiple)
+        return self.processor.prepare(images, questions, chat=chat, raw=raw, pad_to_multiple=pad_to_multiple)
 
 
 class Encoder(Loaded):

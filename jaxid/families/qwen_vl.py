@@ -266,6 +266,7 @@ class QwenVLProcessor(Processor):
 
     config: QwenVLConfig
 
+    frame = ("<|vision_start|>", "<|vision_end|>")
     most_size = 2**24  # of a picture in pixels
 
     @property

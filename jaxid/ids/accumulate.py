@@ -30,6 +30,7 @@ class IDBatch(NamedTuple):
         own_index: Place of the object: its cell y * 4 + x in a picture, or the index of its frame in a clip.
         other_index: Place of its partner.
         size_index: Index of the object's size.
+        order: Order in which the words were read, among all batches; nothing but the published code depends on it.
     """
 
     activations: Float[Array, "B L+1 D"] | Float[np.ndarray, "B L+1 D"]
@@ -38,6 +39,7 @@ class IDBatch(NamedTuple):
     own_index: Int[np.ndarray, "B"]
     other_index: Int[np.ndarray, "B"]
     size_index: Int[np.ndarray, "B"] | None = None  # None: there is one size
+    order: Int[np.ndarray, "B"] | None = None  # None: that of the rows
 
 
 def accumulate(

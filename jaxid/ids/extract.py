@@ -181,6 +181,7 @@ def _batches(
                 "own_index": np.array(own),
                 "other_index": np.array(other),
                 "size_index": np.array(size),
+                "order": len(read[0]) * np.arange(len(names)) + role,
             }
             found.append((prompts.word(list(name), beside=list(names)), indices))
         return prompts, found
@@ -195,6 +196,7 @@ def _batches(
     def join(parts: list[list[IDBatch]]) -> list[IDBatch]:
         return [made for part in parts for made in part]
 
+    first = following = 0  # in the order of reading
     steps, lists = Batches(halving, opened, begun, join), contextlib.closing(drawn_ahead(items, batch_size))
     with lists as inputs, overlapped(inputs, steps.read, steps.compute, lambda _, fetch: fetch()) as results:
         for batch, result in results:
@@ -202,7 +204,10 @@ def _batches(
                 made = result.result()
             except Exhausted as shortage:
                 made = steps.again(batch, shortage)
-            yield from made
+            for one in made:
+                first = following if one.order[0] == 0 else first
+                following = first + int(one.order[-1]) + 1
+                yield one._replace(order=first + one.order)
 
 
 def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:

@@ -188,7 +188,8 @@ class PictureReader:
         image_token_id: id of the token that pictures replace.
         placeholder: what the chat template writes for a picture.
         template: chat template for checkpoints without one that places pictures.
-        case: how the family writes answers.
+        frame: what stands before and after a picture's tokens in a prompt without the chat template.
+        case: the form of answer words that the published code reads; of both, it takes the more probable one.
         tokenizer_of: `model_type` of the language model whose tokenizer is used, where transformers does not know the
             checkpoint's own `model_type`.
         most_size: the largest side, in pixels, that settings may ask for.
@@ -197,6 +198,7 @@ class PictureReader:
 
     template: str | None = None
     tokenizer_of: str | None = None
+    frame: tuple[str, str] = ("", "")
     case: Literal["lower", "capital", "both"] = "lower"
     most_size: int = 4096
     trial: tuple[Picture | Clip, ...] = (SMALL,)

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxid.errors import CheckpointError, InputError, PromptError
-from jaxid.io import read_json, reading, reporting
+from jaxid.io import reading, reporting
 from jaxid.nn.decoder_config import ModelConfig
 from jaxid.nn.inputs import Inputs
-from jaxid.prompts import templates, words
-from jaxid.prompts.base import PictureReader, Tokenizer
+from jaxid.prompts import files, templates, words
+from jaxid.prompts.base import PictureReader
 from jaxid.prompts.pictures import Picture, Pictures
 from jaxid.prompts.words import shown
 
@@ -33,6 +33,7 @@ class Prompts:
         spans: first and last + 1 character of the question in the text, Int[B, 2].
         offsets: first and last + 1 character of every token in the text, Int[B, T, 2].
         unknown: the words of each question that are not in the vocabulary, length B.
+        raw: whether the prompts are the pictures and the questions alone, without the chat template.
     """
 
     inputs: Inputs
@@ -41,6 +42,7 @@ class Prompts:
     spans: Int[np.ndarray, "B 2"]
     offsets: Int[np.ndarray, "B T 2"]
     unknown: tuple[tuple[str, ...], ...] = ()
+    raw: bool = False
 
     def __len__(self) -> int:
         """Number of prompts, B."""
@@ -92,9 +94,7 @@ class Prompts:
         self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
     ) -> Int[np.ndarray, "B P"]:
         """Positions of all sub-tokens of a word, see `word`; rows are padded with their last position."""
-        rows = self._word_tokens(word, beside, occurrence)
-        longest = max(len(row) for row in rows)
-        return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32)
+        return _padded(self._word_tokens(word, beside, occurrence))
 
     def _word_tokens(
         self, word: str | Sequence[str], beside: Sequence[Sequence[str]], occurrence: int | None
@@ -123,13 +123,35 @@ class Prompts:
                 )
             if not 0 <= (occurrence or 0) < len(spans):
                 raise PromptError(f"prompt {row} ({question}) has no occurrence {occurrence} of {word!r}.")
-            first, end = (edge + int(self.spans[row, 0]) for edge in spans[occurrence or 0])
-            starts, ends = self.offsets[row, :, 0], self.offsets[row, :, 1]
-            tokens = np.flatnonzero((starts < end) & (ends > first) & (ends > starts))
-            if not len(tokens):
+            found.append(self._tokens_in(row, spans[occurrence or 0]))
+            if not found[-1]:
                 raise PromptError(f"prompt {row} ({question}): the tokenizer makes no token of the word {word!r}.")
-            found.append([int(token) for token in tokens])
         return found
+
+    def _tokens_in(self, row: int, span: tuple[int, int]) -> list[int]:
+        """Positions of the tokens that share a character with a part of a question."""
+        first, end = (edge + int(self.spans[row, 0]) for edge in span)
+        starts, ends = self.offsets[row, :, 0], self.offsets[row, :, 1]
+        return np.flatnonzero((starts < end) & (ends > first) & (ends > starts)).tolist()
+
+    def tokens_in(self, spans: Sequence[tuple[int, int]]) -> Int[np.ndarray, "B P"]:
+        """Positions of all tokens that share a character with a part of each question.
+
+        Args:
+            spans: first and last + 1 character of the part in each question.
+
+        Returns:
+            Int[B, P], rows padded with their last position.
+
+        Raises:
+            PromptError: if the tokenizer makes no token of a part.
+        """
+        rows = [self._tokens_in(row, span) for row, span in enumerate(spans)]
+        for row, tokens in enumerate(rows):
+            if not tokens:
+                part = self.questions[row][slice(*spans[row])]
+                raise PromptError(f"prompt {row}: the tokenizer makes no token of {shown(part)}.")
+        return _padded(rows)
 
     def image_tokens(self) -> Int[np.ndarray, "B I"]:
         """Positions of the pictures' tokens.
@@ -156,8 +178,7 @@ class Prompts:
         lengths = {len(row) for row in rows}
         if 0 in lengths or (equal and len(lengths) > 1):
             raise PromptError(f"the prompts contain {sorted(lengths)} {what}; take them in groups of equal size.")
-        longest = max(lengths)
-        return np.array([np.append(row, [row[-1]] * (longest - len(row))) for row in rows], np.int32)
+        return _padded([row.tolist() for row in rows])
 
     def last(self) -> Int[np.ndarray, "B"]:
         """Position of the last token, where the answer is read."""
@@ -230,7 +251,7 @@ class Processor(PictureReader):
         # For a `model_type` that transformers does not know, it would read the config.json and warn about it.
         known = {"config": AutoConfig.for_model(cls.tokenizer_of)} if cls.tokenizer_of else {}
         # For one that it knows, it would split words as that model does even if the folder has only tokenizer.json.
-        if known and _takes_any(folder):
+        if known and files.takes_any(folder):
             tokenizer = words.read_tokenizer(folder, PreTrainedTokenizerFast)
         else:
             tokenizer = words.read_tokenizer(folder, options=known)
@@ -244,8 +265,8 @@ class Processor(PictureReader):
             )
         found = cls(tokenizer, image_processor, config)
         found.check(folder)
-        tokenizer.chat_template = _chat_template(folder, found)
-        found.stop_ids = _stop_ids(folder, tokenizer, config)
+        tokenizer.chat_template = files.chat_template(folder, tokenizer, found)
+        found.stop_ids = files.stop_ids(folder, tokenizer, config)
         return found
 
     @functools.cached_property
@@ -261,24 +282,31 @@ class Processor(PictureReader):
         """
         return self.encode(images, [[index] for index in range(len(images))]).pixels
 
-    def render(self, question: str, *, pictures: Sequence[str] = (), chat: bool = True) -> tuple[str, int]:
+    def render(
+        self, question: str, *, pictures: Sequence[str] = (), chat: bool = True, raw: bool = False
+    ) -> tuple[str, int]:
         """The prompt's text including the pictures' tokens, and the index of the question's first character in it.
 
         Args:
             question: the user's text.
             pictures: the text of each picture's tokens.
             chat: end with the generation prompt.
+            raw: see `prepare`.
 
         Raises:
             PromptError: for an empty question, or one that the template changes.
         """
         words.check_text(question, "the question", (), PromptError)
-        question, placeholder = question.strip(), self.placeholder
-        if not question:
+        question, placeholder = question if raw else question.strip(), self.placeholder
+        if not question.strip():
             raise PromptError("the question is empty.")
         if placeholder in question:
             raise PromptError(f"the question {shown(question)} contains the image token {placeholder!r}; remove it.")
         words.check_text(question, "the question", self.specials, PromptError)
+        if raw:
+            begin, end = self.frame
+            before = "".join(f"{begin}{text}{end}" for text in pictures)
+            return before + question, len(before)
         rendered, start = templates.render(
             self.tokenizer.chat_template,
             question,
@@ -306,6 +334,7 @@ class Processor(PictureReader):
         questions: str | Sequence[str],
         *,
         chat: bool = True,
+        raw: bool = False,
         pad_to_multiple: int = 8,
     ) -> Prompts:
         """Builds a batch of prompts.
@@ -315,6 +344,8 @@ class Processor(PictureReader):
                 several pictures takes a sequence of them.
             questions: one question per prompt, or a single one for all pictures.
             chat: end with the generation prompt ("ASSISTANT:"); False ends at the question's last word.
+            raw: a prompt is its pictures and the question exactly as given, without the chat template. A space at the
+                end of the question stays.
             pad_to_multiple: prompts are padded to a multiple of this length, so that few programs are compiled.
 
         Returns:
@@ -344,7 +375,7 @@ class Processor(PictureReader):
 
         texts, starts = [], []
         for question, some in zip(asked, shown, strict=True):
-            text, start = self.render(question, pictures=[picture.text for picture in some], chat=chat)
+            text, start = self.render(question, pictures=[picture.text for picture in some], chat=chat, raw=raw)
             texts.append(text)
             starts.append(start)
         tokens = self._tokenized(texts)
@@ -356,7 +387,7 @@ class Processor(PictureReader):
             token_ids[row, : len(ids)] = ids
             offsets[row, : len(ids)] = tokens["offset_mapping"][row]
         valid = np.arange(total) < np.array(lengths)[:, None]
-        asked = [question.strip() for question in asked]
+        asked = asked if raw else [question.strip() for question in asked]
         spans = [(start, start + len(question)) for start, question in zip(starts, asked, strict=True)]
         unknown = tuple(
             words.unknown(question, ids, np.array(edges).reshape(-1, 2) - start, self.tokenizer.unk_token_id)
@@ -382,15 +413,21 @@ class Processor(PictureReader):
             spans=np.array(spans, np.int32),
             offsets=offsets,
             unknown=unknown,
+            raw=raw,
         )
 
-    def answer_tokens(self, words: Sequence[str]) -> list[list[int]]:
+    def answer_tokens(self, words: Sequence[str], *, after: str | None = None) -> list[list[int]]:
         """Ids of the tokens of each answer, right after the generation prompt.
+
+        Args:
+            words: the answers.
+            after: the end of a raw prompt, which the answers follow instead; spaces at its end are one with those
+                before the answers.
 
         Raises:
             PromptError: for a word that would change the prompt's tokens, or is not in the vocabulary.
         """
-        text, _ = self.render("?")
+        text = self.render("?")[0] if after is None else after.rstrip(" ")
         head = self._tokenized([text])["input_ids"][0]
         # After a line break or a special token, a word follows directly; after "ASSISTANT:", a space comes first.
         specials = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
@@ -406,14 +443,54 @@ class Processor(PictureReader):
             found.append(tail)
         return found
 
-    def answer_ids(self, words: Sequence[str]) -> Int[np.ndarray, "n"]:
+    def reply_tokens(self, words: Sequence[str]) -> list[list[int]]:
+        """Ids of all tokens that follow the generation prompt if the assistant replies with a word.
+
+        Unlike `answer_tokens`, they include what the chat template writes after a reply.
+
+        Raises:
+            PromptError: if the template does not begin a reply as the generation prompt does.
+        """
+        text, variables = self.render("?")[0], self.tokenizer.special_tokens_map
+        head = self._tokenized([text])["input_ids"][0]
+        found = []
+        for word in words:
+            whole, _ = templates.render(
+                self.tokenizer.chat_template,
+                "?",
+                placeholder=self.placeholder,
+                pictures=0,
+                chat=False,
+                variables=variables,
+                reply=word,
+            )
+            ids = list(self._tokenized([whole])["input_ids"][0])
+            if not whole.startswith(text) or ids[: len(head)] != list(head) or len(ids) == len(head):
+                raise PromptError(f"the chat template does not write the reply {word!r} after the generation prompt.")
+            found.append(ids[len(head) :])
+        return found
+
+    def answer_ids(
+        self, words: Sequence[str], *, after: str | None = None, spaced: bool = True
+    ) -> Int[np.ndarray, "n"]:
         """Id of the token that is each answer, right after the generation prompt.
+
+        Args:
+            words: the answers.
+            after: the end of a raw prompt, which the answers follow instead.
+            spaced: whether the token stands for the space before the answer, too. If not, the space is a token of its
+                own at the end of the raw prompt.
 
         Raises:
             PromptError: for a word of several tokens, or two words with the same token.
         """
+        if spaced:
+            tails = self.answer_tokens(words, after=after)
+        else:
+            whole = self.tokenizer.get_vocab()
+            tails = [[whole[word]] if word in whole else [] for word in words]
         ids = []
-        for word, tail in zip(words, self.answer_tokens(words), strict=True):
+        for word, tail in zip(words, tails, strict=True):
             if len(tail) != 1:
                 raise PromptError(f"the answer {word!r} is not a single token after the prompt: {tail}.")
             ids.append(tail[0])
@@ -426,49 +503,10 @@ class Processor(PictureReader):
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def _takes_any(folder: Path) -> bool:
-    """Whether a folder names the tokenizer class that reads tokenizer.json only."""
-    named = read_json(folder / "tokenizer_config.json", missing={}).get("tokenizer_class")
-    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
-
-
-def _chat_template(folder: Path, processor: Processor) -> str:
-    """The template of the processor, or else of the family, or else of the tokenizer."""
-    path, tokenizer = folder / "chat_template.json", processor.tokenizer
-    fields = read_json(path, missing={})
-    template = fields.get("chat_template") if path.exists() else processor.template or tokenizer.chat_template
-    if template is None and not path.exists():
-        raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or chat_template.json).")
-    where = path if path.exists() else folder / "chat_template.jinja"
-    return templates.check(
-        template,
-        str(where if where.exists() else folder),
-        placeholder=processor.placeholder,
-        variables=tokenizer.special_tokens_map,
-    )
-
-
-def _stop_ids(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-    """Tokens that end an answer, from the files that Hugging Face's `generate` reads, or else the tokenizer's own.
-
-    Raises:
-        CheckpointError: for a value that is neither a token of the vocabulary nor a list of them.
-    """
-    size = max(len(tokenizer), config.text_config.vocab_size)
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        fields = read_json(path, missing={})
-        for part in (fields, fields.get("text_config")):
-            ids = part.get("eos_token_id") if isinstance(part, dict) else None
-            if ids is None:
-                continue
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(token) is int and 0 <= token < size for token in ids):
-                raise CheckpointError(
-                    f"{path} has eos_token_id {shown(str(ids))}; it must be a token from 0 to {size - 1}, or a list."
-                )
-            return tuple(ids)
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+def _padded(rows: Sequence[list[int]]) -> Int[np.ndarray, "B P"]:
+    """Rows of positions, those that are shorter padded with their last one."""
+    longest = max(len(row) for row in rows)
+    return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32)
 
 
 def _several(images: object) -> TypeGuard[Sequence[Any]]:

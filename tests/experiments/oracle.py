@@ -47,7 +47,7 @@ def batch(axis: str) -> RelationBatch:
     suffix = " Above or below?" if axis == "vertical" else ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownWordsWarning)  # of the tiny vocabulary
-        return relations.prepare(fixtures.model(CASE), items(axis), suffix=suffix)
+        return relations.prepare(fixtures.model(CASE), items(axis), prompt="{query}" + suffix)
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def experiment(kind: type[Any], place: Path, out: str | Path, **changed: Any) ->
         "ids": place / "ids.safetensors",
         "out": place / out,
         "batch_size": 4,
-        "template": "{query}",
+        "prompt": "{query}",
         "progress": False,
     }
     names = {field.name for field in dataclasses.fields(kind)}

@@ -38,6 +38,7 @@ pytestmark = [
 
 CASE = CASES[0]
 BOXES = np.random.default_rng(3).uniform(0.05, 0.45, (4, 2, 4))
+BOXES[1] = [[0.79, 0.29, 0.02, 0.02], [0.7, 0.72, 0.2, 0.2]]  # beyond 3/4 of the width, and of both sides
 ITEMS = 10
 
 
@@ -58,10 +59,14 @@ def found(axis: str, bugs: bool = False) -> Deviations:
 def true_id(layer: int, box: np.ndarray, bug: bool, universal: np.ndarray) -> np.ndarray:
     """The bilinear mix of the four cells around a box's centre, by floors and ceilings."""
     places = 4 * (box[:2] + box[2:] / 2) - (0 if bug else 0.5)
-    x, y = np.clip(places, 0, 3)
+    x, y = places if bug else np.clip(places, 0, 3)
     (x0, y0), (x1, y1) = (int(x), int(y)), (min(int(x) + 1, 3), min(int(y) + 1, 3))
     right, down = x - x0, y - y0
     cells = universal[layer]
+    if bug:  # the four weights have the cells as keys; of two weights of the same cell, the later one counts
+        keys = [(x0, y0), (x1, y0), (x0, y1), (x1, y1)]
+        weights = [(1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down]
+        return np.sum([weight * cells[key] for key, weight in dict(zip(keys, weights, strict=True)).items()], axis=0)
     upper = (1 - right) * cells[x0, y0] + right * cells[x1, y0]
     lower = (1 - right) * cells[x0, y1] + right * cells[x1, y1]
     return (1 - down) * upper + down * lower
@@ -233,7 +238,7 @@ def test_table_holds_what_the_experiment_computes(place: Path) -> None:
 
 def test_summary_is_of_the_table(place: Path) -> None:
     summary, table = whole(place), columns(place / "out")
-    assert summary.layer == 1  # as deep as layer 12 of 32
+    assert summary.layer == 1  # as deep as layer 11 of 32
     chosen = (table["layer"] == 1) & (table["role"] == "subject")
     margin, correct, item = (table[name][chosen] for name in ("margin", "correct", "item"))
     assert summary.accuracy == pytest.approx(correct.mean()) and 0 < correct.sum() < ITEMS
@@ -306,7 +311,7 @@ def test_bad_boxes_are_named_or_skipped(place: Path, tmp_path: Path, kind: str) 
 @pytest.mark.usefixtures("no_figures")
 def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments: list[Any] = ["run", "deviation", "--model", fixtures.folder(CASE), "--ids", place / "ids.safetensors"]
-    arguments += ["--template", "{query}", "--out", tmp_path / "out", "--limit", "3", "--batch-size", "4"]
+    arguments += ["--prompt", "{query}", "--out", tmp_path / "out", "--limit", "3", "--batch-size", "4"]
     capsys.readouterr()
     assert "no coco_qa_two_obj.json" in refused(capsys, *arguments, "--data", tmp_path)
     assert "layer 9 is out of range" in refused(capsys, *arguments, "--data", place / "data", "--layer", "9")
@@ -326,10 +331,10 @@ def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("name", "layers", "expected"),
     [
-        ("llava-7b", 32, 12),
-        ("llava-hf/llava-1.5-7b-hf", 32, 12),
-        ("llama-11b", 40, 14),
-        ("mine", 28, round(12 * 28 / 32)),
+        ("llava-7b", 32, 11),  # hidden state 12 is the output of block 11
+        ("llava-hf/llava-1.5-7b-hf", 32, 11),
+        ("llama-11b", 40, 13),
+        ("mine", 28, round(11 * 28 / 32)),
     ],
 )
 def test_default_layers_are_the_published_ones(name: str, layers: int, expected: int) -> None:

@@ -266,7 +266,8 @@ def test_margins_of_a_deviation_run(place: Path, tmp_path: Path) -> None:
     of = dict(zip(keys, sensitivity, strict=True))
     margins = [-of[key] if (layer, role) == (1, "subject") else 0.0 for key, layer, role in rows]
     names, layers, roles = zip(*rows, strict=True)
-    write_table(tmp_path / "dev" / "table.parquet", {"item": names, "layer": layers, "role": roles, "margin": margins})
+    table = {"item": names, "layer": layers, "role": roles, "margin": margins, "verdict": ["correct"] * len(rows)}
+    write_table(tmp_path / "dev" / "table.parquet", table)
     shutil.copytree(place / "out", tmp_path / "out")
     summary = run(place, tmp_path / "out", deviation=tmp_path / "dev")
     assert summary.margins is not None
@@ -280,7 +281,7 @@ def test_margins_of_a_deviation_run(place: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_figures")
 def test_one_line_of_a_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments: list[Any] = ["run", "occlusion", "--model", fixtures.folder(CASE), "--data", place / "data"]
-    arguments += ["--template", "{query}", "--out", tmp_path / "out", "--limit", "2", "--batch-size", "24"]
+    arguments += ["--prompt", "{query}", "--out", tmp_path / "out", "--limit", "2", "--batch-size", "24"]
     capsys.readouterr()
     assert "radius must be" in refused(capsys, *arguments, "--radius", "0")
     assert "no finished deviation run" in refused(capsys, *arguments, "--deviation", tmp_path)

@@ -157,7 +157,7 @@ def test_a_run_without_a_finite_number_is_an_error(
     place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poisoned(monkeypatch, steering, "steer_to_cells", slice(None))
-    arguments = ["--data", place / "data", "--ids", place / "ids.safetensors", "--template", "{query}"]
+    arguments = ["--data", place / "data", "--ids", place / "ids.safetensors", "--prompt", "{query}"]
     assert (
         command("run", "steer", *arguments, "--model", fixtures.folder(CASE), "--out", tmp_path, "--layers", "1") == 2
     )

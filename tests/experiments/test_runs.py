@@ -116,7 +116,7 @@ def test_reference_norms_count_every_occurrence(place: Path) -> None:
     """The published norm is over the word's tokens in prompt and answer together; the vectors are longer by that."""
     model = fixtures.model(CASE)
     items = oracle.items("horizontal")
-    batch = prepare(model, items, template="{query} {query}")  # every word stands twice
+    batch = prepare(model, items, prompt="{query} {query}")  # every word stands twice
     recorded = trace(model, batch.prompts)
     written = generate(model, recorded, max_new_tokens=2)
     norms = np.asarray(occurrence_norms(model, batch, recorded, written))[1]
@@ -253,7 +253,7 @@ def test_options_that_cannot_be(place: Path, capsys: pytest.CaptureFixture[str])
     for changed, named in (
         ({"limit": 0}, "limit"),
         ({"batch_size": 0}, "batch_size"),
-        ({"template": "no place"}, "query"),
+        ({"prompt": "no place"}, "query"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
     ):
         with pytest.raises(InputError, match=named):

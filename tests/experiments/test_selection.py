@@ -78,14 +78,14 @@ def test_without_differences_between_layers_the_best_are_no_better_than_the_rate
     for seed in range(12):
         found = table(40, rate=0.3, seed=seed)
         honest.append(compare.rates(found, LAYERS, seed=seed).best.belief)
-        published.append(compare.rates(found, LAYERS, seed=seed, same_items=True).best.belief)
+        published.append(compare.rates(found, LAYERS, seed=seed, as_published=True).best.belief)
     assert np.mean(honest) == pytest.approx(0.3, abs=0.04)
     assert np.mean(published) > 0.36
 
 
 def test_the_published_way_uses_all_items_and_says_so() -> None:
     found = table(12)
-    summary = compare.rates(found, LAYERS, same_items=True)
+    summary = compare.rates(found, LAYERS, as_published=True)
     values = shares(found, set(found["item"]), "belief")
     assert summary.best.belief == pytest.approx(np.sort(values)[-3:].mean())
     assert (summary.best.items, summary.selection["chosen_on"]) == (12, "same items")
@@ -114,7 +114,7 @@ def test_comparison_says_whose_layers_were_chosen_on_the_same_items(
     lines = drawn(monkeypatch)
     folders = []
     for name, same in (("new", False), ("published", True), ("third", True)):
-        summary = vars(compare.rates(table(40), LAYERS, same_items=same))
+        summary = vars(compare.rates(table(40), LAYERS, as_published=same))
         (tmp_path / name).mkdir()
         io.write_json(tmp_path / name / "summary.json", summary | {"model": name, "settings": {"strength": 5.0}})
         folders.append(tmp_path / name)
@@ -147,7 +147,7 @@ def test_summary_and_figure_of_a_swap_are_the_same_numbers() -> None:
                 np.testing.assert_allclose(curve, getattr(np, centre)(values[..., word], axis=1))
                 np.testing.assert_allclose(curve, getattr(summary, f"score_{centre}")[name][:, word])
     for name, values in kept.items():
-        np.testing.assert_allclose(summary.score_std[name], values.std(axis=1))
+        np.testing.assert_allclose(summary.score_std[name], values.std(axis=1, ddof=1))
         quartiles = np.quantile(values, [0.25, 0.75], axis=1)
         np.testing.assert_allclose(summary.score_quartiles[name], np.moveaxis(quartiles, 0, -1))
 

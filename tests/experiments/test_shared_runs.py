@@ -25,7 +25,7 @@ MAIN = "from jaxid.cli import main; main()"
 def begin(place: Path, out: str, count: int, *options: str, batch: int = 4) -> list[subprocess.Popen[str]]:
     """Several processes of a belief swap, as a user starts them."""
     words = ["run", "belief-swap", "--model", fixtures.folder(CASE), "--data", place / "data", "--out", place / out]
-    words += ["--ids", place / "ids.safetensors", "--template", "{query}", "--layers", "0-1", "--max-new-tokens", "0"]
+    words += ["--ids", place / "ids.safetensors", "--prompt", "{query}", "--layers", "0-1", "--max-new-tokens", "0"]
     words += ["--batch-size", str(batch), *options]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAXID_PATIENCE_SECONDS": "6", "JAXID_JOIN_SECONDS": "120"}

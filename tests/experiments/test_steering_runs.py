@@ -77,7 +77,7 @@ def test_three_objects_and_near_far_need_their_data(place: Path) -> None:
 def test_single_picture(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = next((place / "data" / "val2017").glob("*.jpg"))
     arguments = ["run", "steer-picture", "--picture", picture, "--subject", "star", "--object", "fish"]
-    arguments += ["--model", fixtures.folder(CASE), "--template", "{query}"]
+    arguments += ["--model", fixtures.folder(CASE), "--prompt", "{query}"]
     arguments += ["--ids", place / "ids.safetensors", "--out", place / "single"]
     assert command(*arguments, "--layers", "0-1", "--cells", "0,0:3,1") == 0
     printed = capsys.readouterr().out.splitlines()
