@@ -205,9 +205,10 @@ def _batches(
             except Exhausted as shortage:
                 made = steps.again(batch, shortage)
             for one in made:
-                first = following if one.order[0] == 0 else first
-                following = first + int(one.order[-1]) + 1
-                yield one._replace(order=first + one.order)
+                order = np.asarray(one.order)
+                first = following if order[0] == 0 else first
+                following = first + int(order[-1]) + 1
+                yield one._replace(order=first + order)
 
 
 def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
