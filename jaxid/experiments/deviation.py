@@ -8,7 +8,7 @@ Figure 8 a).
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import ClassVar, TypedDict
+from typing import Annotated, ClassVar, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from jaxid import plots
-from jaxid.data.coco_boxes import PlacedItem, find_instances, read_instances
+from jaxid.checks import Range
+from jaxid.data.coco_boxes import Boxes, Instances, PlacedItem, find_instances, read_instances
 from jaxid.errors import InputError
 from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs
-from jaxid.experiments.relations import RelationBatch, prepare
+from jaxid.experiments.relations import RelationBatch, answer_of, prepare, verdicts
 from jaxid.experiments.session import (
     Columns,
     Later,
@@ -38,6 +39,7 @@ from jaxid.families.base import Model
 from jaxid.families.registry import published
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.forward import forward
+from jaxid.interp.generate import generate
 from jaxid.interp.trace import residuals_at
 from jaxid.io import tidy, write_json
 from jaxid.kernels import probing
@@ -53,6 +55,9 @@ class Deviations:
 
     Attributes:
         control: log-probabilities of the two answers.
+        said: index of the answer that the model gave: the word that it wrote, -1 if it wrote neither or both; or the
+            more probable one, if nothing was generated.
+        texts: what it wrote; empty strings if nothing was generated.
         truth: index of the true answer.
         words: coordinates of the words' deviations by layer, item, object (subject first) and direction (x, y).
         places: coordinates of the ground-truth IDs.
@@ -61,6 +66,8 @@ class Deviations:
     """
 
     control: Float[AnyArray, "B 2"]
+    said: Int[AnyArray, "B"]
+    texts: np.ndarray
     truth: Int[np.ndarray, "B"]
     words: Float[AnyArray, "L B 2 2"]
     places: Float[AnyArray, "L B 2 2"]
@@ -69,9 +76,8 @@ class Deviations:
 
     @property
     def correct(self) -> Bool[AnyArray, "B"]:
-        """Whether the true answer is more probable than the other one."""
-        rows = np.arange(len(self.truth))
-        return self.control[rows, self.truth] > self.control[rows, 1 - self.truth]
+        """Whether the model gave the true answer."""
+        return self.said == self.truth
 
     @property
     def gaps(self) -> Float[AnyArray, "L B"]:
@@ -122,6 +128,8 @@ def measure_deviations(
     *,
     layers: Sequence[int] | None = None,
     true_ids: TrueIDs = SpatialIDs.at_box,
+    max_new_tokens: int = 0,
+    said: Callable[[str, Sequence[str]], int] = answer_of,
     fetch: bool = True,
 ) -> Deviations:
     """Deviations and ground truth of every item: all layers from one pass with pictures and one without.
@@ -133,6 +141,9 @@ def measure_deviations(
         boxes: (x, y, width, height) of subject and object, as shares of the picture's width and height.
         layers: layers after which activations are read; all by default.
         true_ids: makes the ground-truth IDs; the IDs of the boxes' centres by default.
+        max_new_tokens: if above 0, answers of at most so many tokens are generated, and judged in place of the more
+            probable word.
+        said: finds the index of the answer word in such a text, -1 if it holds neither word or both.
         fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
 
     Raises:
@@ -145,12 +156,19 @@ def measure_deviations(
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
     truths = true_ids(ids, chosen, boxes)
     shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(batch.words[:, :2])))
-    text = model.prepare(None, list(batch.prompts.questions))
+    text = model.prepare(None, list(batch.prompts.questions), raw=batch.prompts.raw)
     alone = residuals_at(model, text, text.words(batch.names))[1:]
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)
     u, v = (direction[chosen] for direction in ids.plane())
+    control, texts = batch.read(shown), np.full(count, "", object)
+    answers = jnp.where(control[:, 1] > control[:, 0], 1, 0)
+    if max_new_tokens:
+        texts = generate(model, batch.prompts, max_new_tokens=max_new_tokens).texts
+        answers = np.array([said(text, batch.answers) for text in texts])
     found = Deviations(
-        control=batch.read(shown),
+        control=control,
+        said=answers,
+        texts=texts,
         truth=batch.truth,
         words=probing.plane_coordinates(deviations[chosen], u, v),
         places=probing.plane_coordinates(truths, u, v),
@@ -173,11 +191,11 @@ class Half(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Separation:
-    """How well margins at a layer tell right from wrong answers.
+    """How well margins at a layer tell right from wrong answers; items without an answer are in no group.
 
     Attributes:
         layer: the layer.
-        accuracy: over all items.
+        accuracy: over all items; one without an answer counts as wrong.
         margin: margins of "right" and "wrong" answers.
         mann_whitney: rank test of the two.
         halves: the "easy" half, with larger margins, and the "hard" one.
@@ -195,11 +213,13 @@ class DeviationSummary(Separation, Summary):
     """Summary of a deviation run: the separation at the reported layer, and further ones.
 
     Attributes:
+        answered_items: items whose answer is exactly one of the two words.
         by_axis: separation of the items of each axis, at the reported layer.
         by_layer: separation at every layer.
         boxes_against_relation: items whose boxes contradict the relation in their caption.
     """
 
+    answered_items: int
     by_axis: dict[str, Separation]
     by_layer: list[Separation]
     boxes_against_relation: list[str]
@@ -213,13 +233,20 @@ class Deviation(
 
     Attributes:
         layer: the layer that is reported; the published one, or one as deep, by default.
+        max_new_tokens: length of the answers that are generated and judged; 0 judges by the more probable of the two
+            words. By default 0, with the reference bugs 250 as published.
     """
 
     name: ClassVar[str] = "deviation"
+    published_text: ClassVar[str] = "{query} Answer {first} or {second} only."
     reporting: ClassVar[frozenset[str]] = frozenset({"layer"})
     true_ids: ClassVar[TrueIDs] = staticmethod(SpatialIDs.at_box)
+    object_boxes: ClassVar[Boxes] = staticmethod(Instances.boxes)
+    said: ClassVar[Callable[[str, Sequence[str]], int]] = staticmethod(answer_of)
+    default_new_tokens: ClassVar[int] = 0
 
     layer: int | None = None
+    max_new_tokens: Annotated[int, Range(0)] | None = None
 
     def chosen_layer(self, model: Model) -> int:
         """The layer that is reported.
@@ -230,7 +257,7 @@ class Deviation(
         if self.layer is not None:
             return parse_layers(str(self.layer), model, ())[0]
         found = published(self.model).deviation
-        return scaled([12], model.num_layers)[0] if found is None else found
+        return scaled([11], model.num_layers)[0] if found is None else found
 
     def chosen_layers(self, model: Model) -> list[int]:
         """The given layers, and the one that is reported."""
@@ -238,7 +265,7 @@ class Deviation(
 
     def items(self, session: Session) -> list[PlacedItem]:
         """Questions of both axes, and the boxes of their objects."""
-        return placed_items(session)
+        return placed_items(session, self.object_boxes)
 
     def groups(self, items: Sequence[PlacedItem]) -> list[list[PlacedItem]]:
         """The items of each axis."""
@@ -246,13 +273,21 @@ class Deviation(
 
     def prepare(self, session: Session, items: Sequence[PlacedItem]) -> RelationBatch:
         """The published questions."""
-        return prepare(session.model, [placed.item for placed in items], template=session.template, case=session.case)
+        return prepare(session.model, [placed.item for placed in items], prompt=session.prompt, case=session.case)
 
     def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Later:
         """A row for each layer, item and object."""
         shares = np.stack([placed.shares for placed in padded(items, len(batch.prompts))])
         found = measure_deviations(
-            session.model, batch, session.ids, shares, layers=session.layers, true_ids=self.true_ids, fetch=False
+            session.model,
+            batch,
+            session.ids,
+            shares,
+            layers=session.layers,
+            true_ids=self.true_ids,
+            max_new_tokens=self.default_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
+            said=self.said,
+            fetch=False,
         )
         return partial(self.rows_of, session, items, found)
 
@@ -278,6 +313,8 @@ class Deviation(
             "control_correct": spread(found.control[rows, truth], shape, 1),
             "control_wrong": spread(found.control[rows, 1 - truth], shape, 1),
             "correct": spread(found.correct[:count], shape, 1),
+            "verdict": spread(verdicts(found.said[:count], truth), shape, 1),
+            "text": spread(found.texts[:count].astype(str), shape, 1),
             "gap": spread(found.gaps[:, :count], shape, 0, 1),
             "true_gap": spread(found.true_gaps[:, :count], shape, 0, 1),
             "margin": spread(found.margins[:, :count], shape, 0, 1),
@@ -286,18 +323,19 @@ class Deviation(
     def summarise(self, session: Session, table: Columns) -> DeviationSummary:
         """Separations by margin; writes the items of each half to `easy.json` and `hard.json`."""
         layer = self.chosen_layer(session.model)
-        rows = rows_at(table, layer)
+        rows = answered(rows_at(table, layer))
         halves = easy(rows["margin"])
         for name, chosen in (("easy", halves), ("hard", ~halves)):
             write_json(self.out / f"{name}.json", rows["item"][chosen].tolist())
         by_layer = [separation(table, k) for k in session.layers]
-        used = set(rows["item"].tolist())
+        used = set(table["item"].tolist())
         return DeviationSummary(
             **session.facts,
             **vars(by_layer[session.layers.index(layer)]),
+            answered_items=len(rows["item"]),
             by_axis={
                 axis: separation(rows_where(table, table["axis"] == axis), layer)
-                for axis in dict.fromkeys(rows["axis"].tolist())
+                for axis in dict.fromkeys(rows_at(table, layer)["axis"].tolist())
             },
             by_layer=by_layer,
             boxes_against_relation=[one.key for one in session.items if one.against_relation and one.key in used],
@@ -305,11 +343,13 @@ class Deviation(
 
     def figures(self, session: Session, table: Columns, summary: DeviationSummary) -> Iterator[tuple[str, Figure]]:
         """Margins at the reported layer; for two items or more also accuracies by layer."""
-        rows, tested = rows_at(table, summary.layer), summary.mann_whitney
+        rows, tested = answered(rows_at(table, summary.layer)), summary.mann_whitney
+        if not len(rows["item"]):
+            return
         note = ""
         if tested["auc"] is not None:
             note = f"AUC {tested['auc']:.2f}, Mann-Whitney U p = {tested['p_two_sided']:.2g}"
-        about = summary.about()
+        about = summary.about(items=summary.answered_items)
         yield (
             "deviation",
             plots.margin_histogram(
@@ -335,6 +375,8 @@ class Deviation(
         """How well margins tell right from wrong answers."""
         parts = [f"{summary.items} items, {summary.accuracy:.1%} answered correctly; layer {summary.layer}"]
         tested = summary.mann_whitney
+        if summary.answered_items < summary.items:
+            parts.append(f"{summary.items - summary.answered_items} without an answer")
         if tested["auc"] is None:
             parts.append("nothing to compare, as all answers are right or all are wrong")
         else:
@@ -349,14 +391,18 @@ class Deviation(
         yield ", ".join(parts) + summary.skipped_note
 
 
-def placed_items(session: Session) -> list[PlacedItem]:
+def placed_items(session: Session, boxes: Boxes = Instances.boxes) -> list[PlacedItem]:
     """The run's COCO-Spatial items with their boxes, from the instances file of the data folder.
+
+    Args:
+        session: the run.
+        boxes: as in `Instances.locate`.
 
     Raises:
         DataError: if an item's objects cannot be located, unless bad items are skipped; or if no item is left.
     """
-    items = session.spatial_items()
-    return session.usable(items, lambda item: item.key, read_instances(find_instances(session.experiment.data)).locate)
+    items, instances = session.spatial_items(), read_instances(find_instances(session.experiment.data))
+    return session.usable(items, lambda item: item.key, lambda item: instances.locate(item, boxes))
 
 
 def rows_at(table: Columns, layer: int) -> Columns:
@@ -364,15 +410,21 @@ def rows_at(table: Columns, layer: int) -> Columns:
     return rows_where(table, (table["layer"] == layer) & (table["role"] == "subject"))
 
 
+def answered(rows: Columns) -> Columns:
+    """The rows of items whose answer is exactly one of the two words."""
+    return rows_where(rows, rows["verdict"] != "nonsense")
+
+
 def separation(table: Columns, layer: int) -> Separation:
     """How well the margins in a table tell right from wrong answers at a layer."""
-    rows = rows_at(table, layer)
+    whole = rows_at(table, layer)
+    rows = answered(whole)
     margins, correct = rows["margin"], rows["correct"].astype(bool)
     halves = easy(margins)
     groups = {"right": margins[correct], "wrong": margins[~correct]}
     return Separation(
         layer=layer,
-        accuracy=float(correct.mean()),
+        accuracy=float(whole["correct"].mean()),
         margin={name: moments(values) for name, values in groups.items()},
         mann_whitney=rank_test(groups["right"], groups["wrong"]),
         halves={name: _half(correct[chosen]) for name, chosen in (("easy", halves), ("hard", ~halves))},

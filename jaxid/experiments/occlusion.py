@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypedDict
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from jaxid import plots
-from jaxid.data.coco_boxes import PlacedItem
+from jaxid.data.coco_boxes import Boxes, Instances, PlacedItem
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Experiment, Summary
@@ -118,14 +118,19 @@ def blurred(
     return copies
 
 
+Blur = Callable[[UInt8[np.ndarray, "Y X 3"], Int[np.ndarray, "M 4"], float], list[UInt8[np.ndarray, "Y X 3"]]]
+"""Makes copies of a picture with one box blurred in each, from picture, boxes and radius."""
+
+
 def variants(
     picture: UInt8[np.ndarray, "Y X 3"],
     subject: Int[np.ndarray, "4"],
     elsewhere: Int[np.ndarray, "N 4"],
     radius: float = RADIUS,
+    blur: Blur = blurred,
 ) -> list[UInt8[np.ndarray, "Y X 3"]]:
     """The picture, the picture with the subject blurred, and the picture with each of the other boxes blurred."""
-    return [picture, *blurred(picture, np.concatenate([subject[None], elsewhere]), radius)]
+    return [picture, *blur(picture, np.concatenate([subject[None], elsewhere]), radius)]
 
 
 def ask(
@@ -133,7 +138,7 @@ def ask(
     items: Sequence[SpatialItem],
     pictures: Sequence[Sequence[UInt8[np.ndarray, "Y X 3"]]],
     *,
-    template: str = "{query}",
+    prompt: str = "{query}",
     case: Case = "lower",
     together: int | None = None,
 ) -> list[RelationBatch]:
@@ -143,7 +148,7 @@ def ask(
         model: the model.
         items: items of one axis.
         pictures: each item's variants, as many as `KINDS` has.
-        template: the user's text with a place for the {query}.
+        prompt: the user's text with a place for the {query}.
         case: which form of the answer words is read.
         together: size of a batch, to which the last one is padded; all prompts by default.
 
@@ -162,7 +167,7 @@ def ask(
     ]
     size = len(shown) if together is None else together
     parts = [padded(shown[start : start + size], size) for start in range(0, len(shown), size)]
-    batches = [prepare(model, part, template=template, case=case) for part in parts]
+    batches = [prepare(model, part, prompt=prompt, case=case) for part in parts]
     # No activation at a word is read, so the words need not be located or counted.
     return [dataclasses.replace(batch, names=[()] * size, words=batch.words[:, :0]) for batch in batches]
 
@@ -226,10 +231,10 @@ class OcclusionItem(PlacedItem):
     objects: Int[np.ndarray, "2 4"]
     elsewhere: Int[np.ndarray, "N 4"]
 
-    def pictures(self, radius: float) -> list[UInt8[np.ndarray, "Y X 3"]]:
+    def pictures(self, radius: float, blur: Blur = blurred) -> list[UInt8[np.ndarray, "Y X 3"]]:
         """The variants that the model is shown."""
         picture = np.asarray(open_picture(self.item.picture))
-        return variants(picture, self.objects[0], self.elsewhere, radius)
+        return variants(picture, self.objects[0], self.elsewhere, radius, blur)
 
 
 def with_boxes(placed: PlacedItem, seed: int) -> OcclusionItem:
@@ -294,6 +299,10 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
     """
 
     name: ClassVar[str] = "occlusion"
+    published_text: ClassVar[str] = "{query} Answer {First} or {Second}."
+    object_boxes: ClassVar[Boxes] = staticmethod(Instances.boxes)
+    with_boxes: ClassVar[Callable[[PlacedItem, int], OcclusionItem]] = staticmethod(with_boxes)
+    blur: ClassVar[Blur] = staticmethod(blurred)
     reporting: ClassVar[frozenset[str]] = frozenset({"deviation"})
     prompts_per_item: ClassVar[int] = len(KINDS)
 
@@ -312,9 +321,11 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
 
     def items(self, session: Session) -> list[OcclusionItem]:
         """Questions of both axes, and the boxes to blur."""
-        self.margins()  # a folder without a finished run is refused at once
+        self.deviations()  # a folder without a finished run is refused at once
         return session.usable(
-            placed_items(session), lambda placed: placed.key, lambda placed: with_boxes(placed, self.seed)
+            placed_items(session, self.object_boxes),
+            lambda placed: placed.key,
+            lambda placed: self.with_boxes(placed, self.seed),
         )
 
     def groups(self, items: Sequence[OcclusionItem]) -> list[list[OcclusionItem]]:
@@ -326,8 +337,8 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
         return ask(
             session.model,
             [one.item for one in items],
-            [one.pictures(self.radius) for one in items],
-            template=session.template,
+            [one.pictures(self.radius, self.blur) for one in items],
+            prompt=session.prompt,
             case=session.case,
             together=min(session.prompts_together, len(items) * len(KINDS)),
         )
@@ -363,35 +374,38 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
             "random_drop": spread(found.random_drop[:count], shape, 0),
         }
 
-    def margins(self) -> dict[str, float]:
-        """Margins of the given deviation run at its reported layer, by item; empty if none is given.
+    def deviations(self) -> Columns:
+        """Items, margins and verdicts of the given deviation run, at its reported layer; empty if none is given.
 
         Raises:
             DataError: if the folder holds no finished deviation run.
         """
-        folder = self.deviation
+        folder, names = self.deviation, ("layer", "role", "item", "margin", "verdict")
         if folder is None:
-            return {}
+            return {name: np.zeros(0) for name in names}
         try:
             with reading(folder, "a deviation run", DataError):
                 summary = read_json(folder / "summary.json", DataError)
                 if summary["experiment"] != "deviation":
                     raise ValueError(f"it is of a run of {summary['experiment']}")
                 table = read_table(folder / "table.parquet")
-                names = ("layer", "role", "item", "margin")
-                rows = rows_at({name: table[name].to_numpy(zero_copy_only=False) for name in names}, summary["layer"])
-                return dict(zip(rows["item"].tolist(), rows["margin"].astype(float).tolist(), strict=True))
+                return rows_at({name: table[name].to_numpy(zero_copy_only=False) for name in names}, summary["layer"])
         except JaxidError as error:
             raise DataError(f"{folder} holds no finished deviation run: {error}") from error
 
     def own_margins(self, rows: Columns) -> Float[np.ndarray, "B"]:
         """The margin of each item, NaN where the deviation run has none."""
-        margins = self.margins()
+        found = self.deviations()
+        margins = dict(zip(found["item"].tolist(), found["margin"].astype(float).tolist(), strict=True))
         return np.array([margins.get(key, np.nan) for key in rows["item"].tolist()])
+
+    def compared(self, table: Columns) -> Columns:
+        """A row for each item that is compared, with whether it is among those answered right."""
+        return rows_where(table, table["variant"] == 0)
 
     def summarise(self, session: Session, table: Columns) -> OcclusionSummary:
         """Accuracy by kind of variant, and the effect of blurs on items answered right and wrong."""
-        rows = rows_where(table, table["variant"] == 0)
+        rows = self.compared(table)
         correct, sensitivity = rows["correct"].astype(bool), rows["sensitivity"]
         still = table["logp_correct"] > table["logp_wrong"]
         kinds = {kind: float(still[table["kind"] == kind].mean()) for kind in dict.fromkeys(KINDS)}
@@ -417,8 +431,8 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
 
     def figures(self, session: Session, table: Columns, summary: OcclusionSummary) -> Iterator[tuple[str, Figure]]:
         """The effect of blurs on all items, and on the most sensitive one."""
-        rows = rows_where(table, table["variant"] == 0)
-        about = summary.about(note=f"blurred by {self.radius:g} pixels")
+        rows = self.compared(table)
+        about = summary.about(items=len(rows["item"]), note=f"blurred by {self.radius:g} pixels")
         margins, found, note = self.own_margins(rows), summary.margins, ""
         if found is not None and found["spearman"] is not None:
             note = f"rank correlation {found['spearman']:+.2f}, p = {found['p']:.2g}"
@@ -437,7 +451,7 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
         one = session.items[session.index[summary.example]]
         item, own = one.item, table["item"] == summary.example
         figure = plots.occlusion_example(
-            one.pictures(self.radius),
+            one.pictures(self.radius, self.blur),
             one.objects[0],
             one.objects[1],
             one.elsewhere,

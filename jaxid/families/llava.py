@@ -142,7 +142,7 @@ FAMILY = Family(
     renames=RENAMES,
     unused=UNUSED,
     checkpoints={
-        "llava-7b": Checkpoint("llava-hf/llava-1.5-7b-hf", belief_swap=hidden_states(8, 20), deviation=12),
+        "llava-7b": Checkpoint("llava-hf/llava-1.5-7b-hf", belief_swap=hidden_states(8, 20), deviation=11),
         "llava-13b": Checkpoint("llava-hf/llava-1.5-13b-hf", belief_swap=hidden_states(10, 20)),
     },
 )

@@ -325,7 +325,7 @@ FAMILY = Family(
     unused=ROTARY,
     checkpoints={
         "llama-11b": Checkpoint(
-            "meta-llama/Llama-3.2-11B-Vision-Instruct", belief_swap=hidden_states(10, 20), deviation=14
+            "meta-llama/Llama-3.2-11B-Vision-Instruct", belief_swap=hidden_states(10, 20), deviation=13
         ),
         "llava-cot": Checkpoint("Xkev/Llama-3.2V-11B-cot"),
     },
