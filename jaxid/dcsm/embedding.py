@@ -96,6 +96,20 @@ def _text(
     return _units(encoder.network().text(token_ids, valid))
 
 
+@program()
+def _image_class(encoder: Encoder, pixels: Float[Array, "N C Y X"]) -> tuple[Float[Array, "N D"]]:
+    states = encoder.network().image_states(placed(pixels, (DATA, None, None, None)))
+    return (placed(unit(states[:, 0].astype(jnp.float32)), (DATA, None)),)
+
+
+@program()
+def _text_class(
+    encoder: Encoder, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]
+) -> tuple[Float[Array, "N D"]]:
+    states = encoder.network().text_states(token_ids, valid)
+    return (placed(unit(states[:, 0].astype(jnp.float32)), (DATA, None)),)
+
+
 def _units(found: Encoded) -> tuple[Float[Array, "N S E"], Float[Array, "N E"]]:
     """Vectors of length one in float32, sharded over the copies of the model as their pictures or captions are."""
     tokens, pooled = (unit(value.astype(jnp.float32)) for value in found)
@@ -139,6 +153,23 @@ def embed_images(
 
     tokens, pooled = _in_batches(_image, encoder, len(pictures), pixels, progress=progress)
     return Pictures(tokens=tokens, pooled=pooled)
+
+
+def embed_class_tokens(
+    encoder: Encoder, pixels: Float[np.ndarray, "N C Y X"], captions: Captions
+) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "M D"]]:
+    """Unit vectors of the first tokens of pictures and captions, not projected into the joint space.
+
+    Args:
+        encoder: a model whose towers have the same width.
+        pixels: as `encoder.processor.pixels` makes them.
+        captions: as `encoder.processor.captions` makes them.
+    """
+    shown = pixels.astype(_dtype(encoder))
+    (left,) = _in_batches(_image_class, encoder, len(shown), lambda rows: (shown[rows],))
+    ids, valid = captions.token_ids, captions.valid
+    (right,) = _in_batches(_text_class, encoder, len(captions), lambda rows: (ids[rows], valid[rows]))
+    return left, right
 
 
 def embed_texts(encoder: Encoder, captions: Sequence[str] | Captions, length: int = TEXT_TOKENS) -> Texts:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +15,9 @@ from jaxid import jobs, plots
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checks import Count
 from jaxid.data.files import write_csv
-from jaxid.dcsm import benchmarks, evaluate
+from jaxid.dcsm import benchmarks, evaluate, orders
 from jaxid.dcsm.benchmarks import Question
-from jaxid.dcsm.embedding import embed_images
+from jaxid.dcsm.embedding import Pictures, Texts, embed_images
 from jaxid.dcsm.scoring import Scorer, own_scorer
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import Command, write_config
@@ -39,7 +39,9 @@ class EvaluationSummary:
     """Summary of an evaluation.
 
     Attributes:
-        models: accuracy with its 95 % interval, number of questions, and chance, by encoder, method and benchmark.
+        models: accuracy with its 95 % interval, number of questions, and chance, by encoder, method and benchmark; and
+            by kinds of questions, and of pairs and sets of questions, where a benchmark has them, see
+            `jaxid.dcsm.evaluate.summary`.
         skipped: items that could not be used, and the reasons.
         unknown_words: words that are missing in an encoder's vocabulary, and in how many questions they occur.
     """
@@ -60,6 +62,10 @@ class EvaluateScorers(Command[EvaluationSummary]):
         scorer: scorers, each used for the encoder that it was trained with; an encoder's own by default.
         benchmark: names of benchmarks; all that the folder holds by default.
         rewrite: reword captions as the published evaluation does.
+        seed: of the wrong word orders that are drawn for captions of COCO-Order and Flickr30k-Order.
+        reference_bugs: reproduce the bugs of the published code: if captions share the highest score, the first one is
+            chosen; BLIP compares class tokens that are not projected; SigLIP's captions are padded to the longest of
+            their question alone.
         group: maps that are standardised together: those of a question, as published, or none.
         batch_size: questions answered together.
         mesh: devices that share the work, such as data=8; auto takes all of them; one device by default.
@@ -76,6 +82,8 @@ class EvaluateScorers(Command[EvaluationSummary]):
     scorer: tuple[Path, ...] = ()
     benchmark: tuple[str, ...] = ()
     rewrite: bool = True
+    seed: int = 0
+    reference_bugs: bool = False
     group: Literal["row", "pair"] = "row"
     batch_size: Count = 64
     mesh: str | None = None
@@ -92,6 +100,13 @@ class EvaluateScorers(Command[EvaluationSummary]):
             CheckpointError: if a scorer or an encoder cannot.
             OutputError: if the folder holds another run, is in use, or cannot be written to.
         """
+        if self.reference_bugs:
+            from jaxid.experiments.reference import with_bugs  # it knows all experiments
+
+            return with_bugs(self)._run()
+        return self._run()
+
+    def _run(self) -> EvaluationSummary:
         ensure_output_folder(self.out)
         bad: list[tuple[str, DataError]] | None = [] if self.skip_bad else None
         asked = self.asked(bad)
@@ -127,7 +142,7 @@ class EvaluateScorers(Command[EvaluationSummary]):
             bad: collects the items that cannot be used; by default, they are errors.
         """
         # Captions are reworded later, since the cosine and the scorer are given different wordings.
-        read = benchmarks.read(self.data, self.benchmark or None, rewrite=False, bad=bad)
+        read = benchmarks.read(self.data, self.benchmark or None, rewrite=False, bad=bad, seed=self.seed)
         found = [(name, question) for name, questions in read.items() for question in questions]
         return sorted(found, key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
 
@@ -156,6 +171,9 @@ class EvaluateScorers(Command[EvaluationSummary]):
             "scorer": None if scorer is None else _digest(scorer),
             "rewrite": self.rewrite,
             "group": self.group,
+            "seed": self.seed,
+            "tagged_words": any(name in benchmarks.ORDERS for name, _ in asked) and orders.tagger() is not None,
+            "reference_bugs": self.reference_bugs,
         }
         done = jobs.run(
             out,
@@ -175,15 +193,32 @@ class EvaluateScorers(Command[EvaluationSummary]):
 
     def compute(self, encoder: Encoder, scorer: Scorer | None, opened: "Opened") -> Columns:
         """Answers to some questions."""
-        encoded = embed_images(encoder, opened.pixels)
-        answers = evaluate.answered(encoder, encoded, opened.words, scorer, shown=opened.shown, group=self.group)
+        words, shown, encoded = opened.words, opened.shown, embed_images(encoder, opened.pixels)
+        texts, told = evaluate.embedded(encoder, words)
         columns: Columns = {
             "model": [encoder.name] * len(opened.asked),
             "benchmark": [name for name, _ in opened.asked],
             "question": [question.key for _, question in opened.asked],
-            "cosine": answers.cosine,
+            "kind": [question.kind for _, question in opened.asked],
+            "scene": [question.scene for _, question in opened.asked],
         }
-        return columns if answers.dcsm is None else {**columns, "dcsm": answers.dcsm}
+        scores = {"cosine": self.cosines(encoder, opened, encoded, texts)}
+        if scorer is not None:
+            options: Any = {"group": self.group, "mesh": encoder.mesh}
+            scores["dcsm"] = evaluate.map_scores(scorer, encoded, told, words, shown, **options)
+        return {
+            **columns,
+            **{method: self.correct(found) for method, found in scores.items()},
+            **{name: column for method, found in scores.items() for name, column in _columns(method, found)},
+        }
+
+    correct: ClassVar[Callable[[evaluate.Scores], np.ndarray]] = staticmethod(evaluate.is_highest)
+    """Which questions are answered correctly."""
+
+    def cosines(self, encoder: Encoder, opened: "Opened", pictures: Pictures, captions: Texts) -> evaluate.Scores:
+        """Cosines of pooled vectors, for every question."""
+        del encoder
+        return evaluate.cosines(pictures.pooled, captions.pooled, opened.words, opened.shown)
 
     def opened(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> "Opened":
         """Questions with their pictures, each of which is opened once."""
@@ -221,6 +256,22 @@ class Opened:
     words: evaluate.Wording
 
 
+def _told(entry: Mapping[str, Any]) -> str:
+    """The accuracy of a benchmark in words."""
+    told = "{accuracy:.4f} ({low:.3f} to {high:.3f}, n = {questions})".format(**entry)
+    for name in ("pair", "set"):
+        if f"{name}s" in entry:
+            told += f"; {name}s {entry[f'{name}_accuracy']:.4f} (n = {entry[f'{name}s']})"
+    return told
+
+
+def _columns(method: str, scores: evaluate.Scores) -> Iterator[tuple[str, Float[np.ndarray, "N"]]]:
+    """Columns of scores: of the correct caption, `{method}_0`, and of the others; NaN where a question has fewer."""
+    for index in range(max(len(own) for own in scores)):
+        values = [own[index] if index < len(own) else np.nan for own in scores]
+        yield f"{method}_{index}", np.array(values, np.float32)
+
+
 def _digest(scorer: Scorer) -> str:
     digest = hashlib.sha256(f"{scorer.vocabulary} {scorer.placement}".encode())
     for leaf in jax.tree.leaves(scorer):
@@ -229,24 +280,35 @@ def _digest(scorer: Scorer) -> str:
 
 
 def _write_tables(out: Path, models: Results) -> None:
-    """Writes `table.csv`, `table.md` and the figure: a row for each model and method, a column for each benchmark."""
+    """Writes `table.csv`, `table.md` and the figure: a row for each model and method, a column for each benchmark.
+
+    Accuracies by kinds of questions, if there are several, go to `kinds.csv`, a row each.
+    """
     rows = [(model, METHODS[method], found) for model, methods in models.items() for method, found in methods.items()]
     columns = list(dict.fromkeys(name for _, _, found in rows for name in found))
     known = {name: [found[name] for _, _, found in rows if name in found] for name in columns}
     chances = [known[name][0]["chance"] for name in columns]
-    parts = ("accuracy", "low", "high", "questions", "chance")
-
-    names = (name if part == "accuracy" else f"{name} {part}" for name in columns for part in parts)
-    table = [["model", "method", *names]]
+    parts = ("accuracy", "low", "high", "questions")
+    cells = [(name, part) for name in columns for part in known[name][0] if part != "kinds"]
+    heads = [name if part == "accuracy" else f"{name} {part.replace('_', ' ')}" for name, part in cells]
+    table = [["model", "method", *heads]]
     for model, method, found in rows:
-        numbers = (f"{found[name][part]:.6g}" if name in found else "" for name in columns for part in parts)
+        numbers = (f"{found[name][part]:.6g}" if name in found else "" for name, part in cells)
         table.append([model, method, *numbers])
     write_csv(out / "table.csv", table)
 
+    kinds = [
+        [model, method, name, kind, *(f"{entry[part]:.6g}" for part in parts)]
+        for model, method, found in rows
+        for name, own in found.items()
+        for kind, entry in own.get("kinds", {}).items()
+    ]
+    if kinds:
+        write_csv(out / "kinds.csv", [["model", "method", "benchmark", "kind", *parts], *kinds])
+
     lines = [["model", "method", *columns], ["---"] * (2 + len(columns))]
-    told = "{accuracy:.4f} ({low:.3f} to {high:.3f}, n = {questions})"
     for model, method, found in rows:
-        lines.append([model, method, *(told.format(**found[name]) if name in found else "" for name in columns)])
+        lines.append([model, method, *(_told(found[name]) if name in found else "" for name in columns)])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     guesses = ", ".join(f"{name} {chance:.3g}" for name, chance in zip(columns, chances, strict=True))
     note = f"Shares of correct answers, 95 % Wilson intervals, n questions. Chance: {guesses}."

@@ -119,7 +119,7 @@ class Siglip(DualEncoder):
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
         """Pictures in the joint space; each patch as if the pooling head saw it alone."""
-        states = self.tower.post_norm(self.tower(pixels, [-1])[0])
+        states = self.image_states(pixels)
         return Encoded(self.head.each(states), self.head(states))
 
     def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:

@@ -55,13 +55,21 @@ class DualEncoder(nnx.Module):
 
     def image(self, pixels: Float[Array, "N C Y X"]) -> Encoded:
         """Pictures in the joint space."""
-        tokens = self.image_projection(self.tower.post_norm(self.tower(pixels, [-1])[0]))
+        tokens = self.image_projection(self.image_states(pixels))
         return Encoded(tokens, tokens[:, 0])
+
+    def image_states(self, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N I D"]:
+        """Tokens of pictures after the tower's last norm, before any projection."""
+        return self.tower.post_norm(self.tower(pixels, [-1])[0])
 
     def text(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Encoded:
         """Captions in the joint space; padding comes last."""
-        tokens = self.text_projection(self.text_encoder.normed(self.text_encoder(token_ids, valid, [-1])[0]))
+        tokens = self.text_projection(self.text_states(token_ids, valid))
         return Encoded(tokens, self.pooled(tokens, token_ids))
+
+    def text_states(self, token_ids: Int[Array, "N T"], valid: Bool[Array, "N T"]) -> Float[Array, "N T D"]:
+        """Tokens of captions after the encoder's last norm, before any projection."""
+        return self.text_encoder.normed(self.text_encoder(token_ids, valid, [-1])[0])
 
     def pooled(self, tokens: Float[Array, "N T E"], token_ids: Int[Array, "N T"]) -> Float[Array, "N E"]:
         """The vector by which captions are compared with pictures."""

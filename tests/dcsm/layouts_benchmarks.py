@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 CLEVR = "file_name,pos,neg_0,neg_1,neg_2,neg_3"
-NEGBENCH = "correct_answer,caption_0,caption_1,caption_2,caption_3,correct_answer_template,image_path"
+NEGBENCH = "caption_0,caption_1,caption_2,caption_3,correct_answer_template,image_path"
 NEGBENCH_FOLDER = "NegBench/evaluation data/images"
 
 NEGATIONS = ("This image features a dog", "There is no dog", "A dog, but no cat", "A cat; no, a dog")
@@ -61,9 +61,17 @@ def attribution(**fields: object) -> dict[str, object]:
     return {"image_path": "2370.jpg", **box, **captions, "attributes": ["white", "open"], **fields}
 
 
-def vg_attribution(folder: Path) -> None:
+def aro(folder: Path) -> None:
+    """All four sets."""
     save(folder / "visual_genome_attribution.json", [attribution()])
+    captions = {"true_caption": "the man is behind the top", "false_caption": "the top is behind the man"}
+    save(folder / "visual_genome_relation.json", [attribution(**captions, relation_name="behind")])
     picture(folder / "VG_100K" / "2370.jpg")
+    options = ["a cat on top of a dog", "a dog on top of a cat", "of a cat dog on top a"]
+    named = {"coco_karpathy_test": "val2014/COCO_val2014_1.jpg", "flickr30k_test": "flickr30k-images/1.jpg"}
+    for file, name in named.items():
+        save(folder / f"{file}.json", [{"image": name, "caption_options": options}])
+        picture(folder / name)
 
 
 def whatsup(folder: Path) -> None:
@@ -99,10 +107,10 @@ def spatial(folder: Path) -> None:
 def negbench(folder: Path) -> None:
     name = "mcq_llama3.1_rephrased.csv"
     coco = [
-        (0, *NEGATIONS, "positive", "/data/coco/images/val2017/000000000139.jpg"),
-        (2, *NEGATIONS, "hybrid", "/data/coco/images/val2017/000000000285.jpg"),
+        (*NEGATIONS, "positive", "/data/coco/images/val2017/000000000139.jpg"),
+        (*NEGATIONS[2:], *NEGATIONS[:2], "hybrid", "/data/coco/images/val2017/000000000285.jpg"),
     ]
-    voc = [(1, *NEGATIONS, "negative", "data/VOCtest/JPEGImages/000001.jpg")]
+    voc = [(*NEGATIONS[1:], NEGATIONS[0], "negative", "data/VOCtest/JPEGImages/000001.jpg")]
     table(folder / NEGBENCH_FOLDER / f"COCO_val_{name}", NEGBENCH, coco, encoding="utf-8-sig")
     table(folder / NEGBENCH_FOLDER / f"VOC2007_{name}", NEGBENCH, voc)
     for place in ("val2017/000000000139.jpg", "val2017/000000000285.jpg", "VOC2007/JPEGImages/000001.jpg"):
@@ -111,7 +119,7 @@ def negbench(folder: Path) -> None:
 
 def everything(folder: Path) -> None:
     """Writes every set."""
-    for write in (clevr_bind, ncd, vg_attribution, whatsup, spatial, negbench):
+    for write in (clevr_bind, ncd, aro, whatsup, spatial, negbench):
         write(folder)
 
 

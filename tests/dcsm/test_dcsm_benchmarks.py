@@ -28,6 +28,7 @@ PICTURES = {
         "NCD_colorful_composite_squares/red_apple_yellow_banana.png",
     ],
     "vg-attribution": ["VG_100K/2370.jpg"],
+    "vg-relation": ["VG_100K/2370.jpg"],
     "whatsup-a": ["controlled_images/mug_on_armchair.jpeg", "controlled_images/mug_left_of_armchair.jpeg"],
     "whatsup-b": ["controlled_clevr/mug_in-front_of_armchair.jpeg", "controlled_clevr/mug_left_of_armchair.jpeg"],
     "coco-spatial-one": ["val2017/000000000139.jpg", "val2017/000000000139.jpg"],
@@ -36,6 +37,8 @@ PICTURES = {
     "vg-spatial-two": ["vg_images/61.jpg"],
     "negbench-coco": ["val2017/000000000139.jpg", "val2017/000000000285.jpg"],
     "negbench-voc": ["VOC2007/JPEGImages/000001.jpg"],
+    "coco-order": ["val2014/COCO_val2014_1.jpg"],
+    "flickr30k-order": ["flickr30k-images/1.jpg"],
 }
 
 # Name of the set, row -> captions as files hold them, and as the published scorer sees them.
@@ -60,7 +63,15 @@ CAPTIONS: dict[tuple[str, int], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     ("vg-attribution", 0): (
         ("the white top and the open door", "the open top and the white door"),
-        ("An image of the white above and the open door", "An image of the open above and the white door"),
+        ("An image of the white top and the open door", "An image of the open top and the white door"),
+    ),
+    ("vg-relation", 0): (
+        ("the man is behind the top", "the top is behind the man"),
+        ("the man is behind the top", "the top is behind the man"),
+    ),
+    ("coco-order", 0): (
+        ("a cat on top of a dog", "a dog on top of a cat", "of a cat dog on top a"),
+        ("a cat on top of a dog", "a dog on top of a cat", "of a cat dog on top a"),
     ),
     ("whatsup-a", 0): (
         (
@@ -103,12 +114,12 @@ CAPTIONS: dict[tuple[str, int], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("A photo of a cat above a dog", "A photo of a cat below a dog"),
     ),
     ("negbench-coco", 1): (
-        ("A dog, but no cat", "This image features a dog", "There is no dog", "A cat; no, a dog"),
-        ("A dog, but no cat", "This image features a dog", "There is no dog", "A cat; no, a dog"),
+        ("A dog, but no cat", "A cat; no, a dog", "This image features a dog", "There is no dog"),
+        ("A dog, but no cat", "A cat; no, a dog", "This image features a dog", "There is no dog"),
     ),
     ("negbench-voc", 0): (
-        ("There is no dog", "This image features a dog", "A dog, but no cat", "A cat; no, a dog"),
-        ("There is no dog", "This image features a dog", "A dog, but no cat", "A cat; no, a dog"),
+        ("There is no dog", "A dog, but no cat", "A cat; no, a dog", "This image features a dog"),
+        ("There is no dog", "A dog, but no cat", "A cat; no, a dog", "This image features a dog"),
     ),
 }
 
@@ -153,7 +164,14 @@ def test_words_are_changed_where_they_begin() -> None:
     caption = "A laptop and a stop sign"
     assert published_caption("whatsup-b", caption) == f"An image of {caption}"
     assert published_caption("coco-spatial-one", "top shelf") == "top shelf"
-    assert published_caption("vg-attribution", "top shelf") == "An image of above shelf"  # after the prefix
+    assert published_caption("whatsup-a", "top star on a bottom") == "An image of top star above a below"
+    assert published_caption("clevr-bind-val", "top cube") == "An image of a top cube"
+
+
+def test_captions_of_aro_are_not_reworded() -> None:
+    assert published_caption("vg-attribution", "top star and the moon") == "An image of top star and the moon"
+    for name in ("vg-relation", "coco-order", "flickr30k-order"):
+        assert published_caption(name, "a cat on top of a dog behind a bus") == "a cat on top of a dog behind a bus"
 
 
 def test_only_the_sets_asked_for_are_read(folder: Path) -> None:
@@ -313,9 +331,11 @@ def test_broken_files(folder: Path, name: str, file: str, content: bytes, messag
 
 MUG = {"image_path": "data/controlled_images/mug_on_armchair.jpeg", "caption_options": ["A mug on a cup", "A mug"]}
 CUBES = ["CLEVR_gen_000000.png", "red cube", "blue cube", "red sphere", "gray cube", "red cylinder"]
-MCQ = [0, *layouts.NEGATIONS, "positive", "000000000139.jpg"]
+MCQ = [*layouts.NEGATIONS, "positive", "000000000139.jpg"]
+NUMBERED = f"{layouts.NEGBENCH},correct_answer"
 CAT = [61, "A cat behind a dog", "A dog behind a cat"]
 BOX = layouts.attribution()
+ORDERED: Any = {"image": "val2014/COCO_val2014_1.jpg", "caption_options": ["a cat and a dog", "a dog and a cat"]}
 
 # Name of the set, its file, a good row, a bad one, and what is said about it.
 BAD = [
@@ -352,10 +372,21 @@ BAD = [
     ("vg-spatial-two", "vg_qa_two_obj.json", CAT, layouts.changed(CAT, 0, "6x"), "'id'"),
     ("vg-spatial-two", "vg_qa_two_obj.json", CAT, layouts.changed(CAT, 2, None), "'wrong'"),
     ("coco-spatial-two", "coco_qa_two_obj.json", [285, "A", "B"], [7, "A", "B"], r"val2017/000000000007\.jpg"),
-    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 0, 4), "'correct_answer' is 4"),
-    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 0, ""), "'correct_answer' does not hold an integer"),
-    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 3, ""), "'caption_2'"),
-    ("negbench-coco", COCO, MCQ, MCQ[:6], "'image_path'"),
+    ("negbench-coco", COCO, [*MCQ, 0], [*MCQ, 4], "'correct_answer' is 4"),
+    ("negbench-coco", COCO, [*MCQ, 0], [*MCQ, ""], "'correct_answer' does not hold an integer"),
+    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 2, ""), "'caption_2'"),
+    ("negbench-coco", COCO, MCQ, layouts.changed(MCQ, 4, ""), "'correct_answer_template'"),
+    ("negbench-coco", COCO, MCQ, MCQ[:5], "'image_path'"),
+    ("vg-relation", "visual_genome_relation.json", BOX, layouts.changed(BOX, "bbox_h", -1), "'bbox_h'.*4 x -1"),
+    ("coco-order", "coco_karpathy_test.json", ORDERED, {"image": ORDERED["image"]}, "'caption' is not a list of one"),
+    (
+        "flickr30k-order",
+        "flickr30k_test.json",
+        ORDERED,
+        layouts.changed(ORDERED, "caption_options", ["a"]),
+        "'caption_opt.*two or",
+    ),
+    ("flickr30k-order", "flickr30k_test.json", ORDERED, layouts.changed(ORDERED, "image", "no.jpg"), r"no\.jpg"),
 ]
 
 
@@ -363,7 +394,8 @@ BAD = [
 def test_bad_rows_are_named_or_skipped(folder: Path, name: str, file: str, good: Any, bad: Any, message: str) -> None:
     rows = [good, bad, good]
     if file.endswith(".csv"):
-        layouts.table(folder / file, layouts.NEGBENCH if file == COCO else layouts.CLEVR, rows)
+        header = {5: layouts.CLEVR, 6: layouts.CLEVR if file != COCO else layouts.NEGBENCH, 7: NUMBERED}[len(good)]
+        layouts.table(folder / file, header, rows)
     else:
         layouts.save(folder / file, rows)
     with pytest.raises(DataError, match=rf"row 1: .*{message}") as caught:

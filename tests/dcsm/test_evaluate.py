@@ -12,7 +12,6 @@ import torch
 from benchmark_files import importable
 from encoders import ENCODER_CASES, encoder, reference
 
-from jaxid.checkpoints.scorer_files import write_authors_scorer
 from jaxid.dcsm import evaluate
 from jaxid.dcsm.evaluate import answer, summary
 from jaxid.dcsm.scoring import Scorer
@@ -42,15 +41,14 @@ def scorer() -> Scorer:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def published() -> Any:
     """Scores of one question by the published procedure: pooled cosine, and the scorer of maps."""
     with importable() as load:
         module = load("published_dcsm")
-    path = tmp_path_factory.mktemp("authors") / "scorer.pt"
-    write_authors_scorer(path, scorer().network, np.asarray(scorer().vectors))
-    saved, network = torch.load(path, weights_only=True), module.ScorerCNN(17, LENGTH)
-    network.load_state_dict(saved["scorer"])
-    theirs = module.Scorer(network=network.eval(), vectors=saved["functional"], placement="replace")
+    network = module.ScorerCNN(17, LENGTH).eval()
+    module.set_weights(network, scorer().network._asdict())
+    vectors = torch.from_numpy(np.array(scorer().vectors))
+    theirs = module.Scorer(network=network, vectors=vectors, placement="replace")
 
     def scores(picture: int, captions: Sequence[str], *, alone: bool = False) -> tuple[np.ndarray, np.ndarray]:
         processor, model = encoder(CASE).processor, reference(CASE)
