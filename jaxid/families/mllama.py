@@ -24,7 +24,7 @@ from jaxid.nn.network import Network
 from jaxid.nn.transformer import Block, run_blocks
 from jaxid.nn.views import Memory
 from jaxid.nn.vision import VisionConfig, embedded, patch_key, patches
-from jaxid.prompts.base import Encoded, PictureTokens, Shown, apart, processed
+from jaxid.prompts.base import Encoded, ImageProcessor, PictureTokens, Shown, Tokenizer, apart, processed
 from jaxid.prompts.pictures import Clip, Picture
 from jaxid.prompts.processor import Processor
 
@@ -279,6 +279,12 @@ class MllamaProcessor(Processor):
     config: MllamaConfig
 
     case = "both"
+
+    def __init__(self, tokenizer: Tokenizer, image_processor: ImageProcessor, config: MllamaConfig):
+        """Takes loaded parts and the network's config."""
+        super().__init__(tokenizer, image_processor, config)
+        # Hugging Face's processor begins a text without a chat template anew after its picture.
+        self.frame = ("", tokenizer.bos_token or "")
 
     @property
     def usual_tokens(self) -> int:
