@@ -4,9 +4,8 @@ Straightforward code on Hugging Face's `CLIPModel` that follows the description 
 picture and a caption has its own map, all maps of a call are in memory together, and nothing is reused between
 questions. Shapes: N pictures, M captions, I image tokens, T text tokens, E joint width, W functional words.
 
-Where the description is incomplete, this file decides: dropout follows every hidden layer of the CNN but not its
-output, with PyTorch's default rate; functional words are processed in the order of the caption; those beyond the last
-text token are skipped. The augmentation of training pictures is not included.
+Where the description is incomplete, this file decides: functional words beyond the last text token are skipped. The
+augmentation of training pictures is not included.
 """
 
 import dataclasses
@@ -101,14 +100,15 @@ def functional_vectors(count: int, I: int, generator: torch.Generator) -> Float[
 def functional_places(caption: str, words: Sequence[str] = FUNCTIONAL_WORDS) -> list[tuple[int, int]]:
     """Functional words of a caption as pairs: (index in `words`, index among the caption's words).
 
-    The caption is split at single spaces, and words have to match exactly. Only the first occurrence counts.
+    The caption is split at single spaces, and words have to match exactly. Only the first occurrence counts. Words come
+    in the order of the vocabulary.
 
     Args:
         caption: the text.
         words: the functional vocabulary.
     """
     spoken = caption.split(" ")
-    return sorted(((words.index(word), spoken.index(word)) for word in set(spoken) & set(words)), key=lambda at: at[1])
+    return [(number, spoken.index(word)) for number, word in enumerate(words) if word in spoken]
 
 
 def place_functional(
@@ -121,7 +121,8 @@ def place_functional(
     """Puts the vectors of functional words into the maps.
 
     This keeps the bugs of the published code. The index of a word in the caption is used as the index of a token,
-    although the tokens begin with a start token and a word may have several tokens. "insert" shifts all later columns.
+    although the tokens begin with a start token and a word may have several tokens. "insert" shifts all later columns,
+    one word after another in the order of the vocabulary, so that words inserted later shift those inserted before.
 
     Args:
         S: the maps.
@@ -155,23 +156,24 @@ class ScorerCNN(nn.Module):
     Args:
         I: image tokens.
         T: text tokens.
-        dropout: dropout rate after each hidden layer during training.
+        dropout: rate during training, of whole channels after the convolutions, of numbers after the hidden layer, and
+            of the score itself.
     """
 
-    def __init__(self, I: int, T: int = TEXT_TOKENS, dropout: float = 0.5) -> None:  # noqa: E741
+    def __init__(self, I: int, T: int = TEXT_TOKENS, dropout: float = 0.0) -> None:  # noqa: E741
         super().__init__()
         self.conv1 = nn.Conv2d(1, 4, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(4, 4, kernel_size=3, padding=1)
         self.fc1 = nn.Linear(4 * I * T, 128)
         self.fc2 = nn.Linear(128, 1)
-        self.dropout = nn.Dropout(dropout)
+        self.channels, self.numbers = nn.Dropout2d(dropout), nn.Dropout(dropout)
 
     def forward(self, S: Float[Tensor, "B 1 I T"]) -> Float[Tensor, "B"]:
         """One score for each map."""
-        hidden = self.dropout(torch.relu(self.conv1(S)))
-        hidden = self.dropout(torch.relu(self.conv2(hidden)))
-        hidden = self.dropout(torch.relu(self.fc1(hidden.flatten(1))))
-        return self.fc2(hidden).squeeze(-1)
+        hidden = self.channels(torch.relu(self.conv1(S)))
+        hidden = self.channels(torch.relu(self.conv2(hidden)))
+        hidden = self.numbers(torch.relu(self.fc1(hidden.flatten(1))))
+        return self.numbers(self.fc2(hidden)).squeeze(-1)
 
 
 class ScorerMLP(nn.Module):
@@ -389,32 +391,40 @@ def evaluate(model: CLIPModel, processor: Processor, scorer: Scorer, questions: 
 
 
 def save_checkpoint(path: Path, scorer: Scorer) -> None:
-    """Writes the network's parameters ("scorer") and the functional vectors ("functional") to a `.pt` file.
+    """Writes a scorer under the published keys, without an encoder, a tokenizer or the state of an optimizer.
 
     Args:
         path: the file.
-        scorer: the scorer, whose placement and vocabulary are not saved.
+        scorer: the scorer, whose placement is not saved.
     """
-    torch.save({"scorer": scorer.network.state_dict(), "functional": scorer.vectors}, path)
+    held = {
+        "epoch": 0,
+        "model_state_dict": scorer.network.state_dict(),
+        "external_logic_token_embeddings": nn.Embedding.from_pretrained(scorer.vectors, freeze=False),
+        "learned_lookup": None if scorer.words == FUNCTIONAL_WORDS else list(scorer.words),
+    }
+    torch.save(held, path)
 
 
-def load_checkpoint(path: Path, placement: Placement = "replace", words: tuple[str, ...] = FUNCTIONAL_WORDS) -> Scorer:
-    """Reads what `save_checkpoint` wrote, ready for evaluation.
+def load_checkpoint(path: Path, placement: Placement = "replace") -> Scorer:
+    """Reads a published checkpoint as the published evaluation does, with the words that it names.
+
+    The vectors are a pickled module, so the file must be trusted.
 
     Args:
         path: the file.
         placement: code path that puts the vectors into maps.
-        words: the functional vocabulary, in the order of the vectors.
 
     Raises:
         ValueError: if the file's number of vectors differs from the number of words.
     """
-    held = torch.load(path, weights_only=True)
-    parameters, vectors = held["scorer"], held["functional"]
+    held = torch.load(path, weights_only=False)
+    parameters = held["model_state_dict"]
+    words = FUNCTIONAL_WORDS if held["learned_lookup"] is None else tuple(held["learned_lookup"])
+    every = torch.arange(held["external_logic_token_embeddings"].num_embeddings)
+    vectors = held["external_logic_token_embeddings"](every).detach()  # called, as the published code does
     if len(vectors) != len(words):
-        raise ValueError(
-            f"{path} contains {len(vectors)} functional vectors for {len(words)} words: pass those it was saved with"
-        )
+        raise ValueError(f"{path} contains {len(vectors)} functional vectors for {len(words)} words")
     tokens, inputs = vectors.shape[1], parameters["fc1.weight"].shape[1]
     if "conv1.weight" in parameters:
         network = ScorerCNN(tokens, inputs // (4 * tokens))

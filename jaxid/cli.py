@@ -53,6 +53,7 @@ COMMANDS = {
     "dcsm score": "jaxid.experiments.dcsm_score:ScoreCaptions",
     "dcsm train": "jaxid.experiments.dcsm_train:TrainScorer",
     "dcsm eval": "jaxid.experiments.dcsm_evaluate:EvaluateScorers",
+    "dcsm export": "jaxid.experiments.dcsm_export:ExportScorer",
     "dcsm geometry": "jaxid.experiments.dcsm_geometry:AttainableMargins",
     "dcsm words": "jaxid.experiments.dcsm_words:FindWords",
     "dcsm data": "jaxid.zoo.tiny_dcsm:draw",

@@ -44,10 +44,11 @@ def apply(
     Args:
         network: the scorer.
         maps: standardised maps.
-        key: random key of the dropout after every hidden layer of a CNN; nothing is dropped without one.
-        rate: probability that a number is dropped.
+        key: random key of a CNN's dropout: of channels after the convolutions, of numbers after the hidden layer, and
+            of the score. Nothing is dropped without one, and nothing in an MLP.
+        rate: probability that a channel or a number is dropped.
     """
-    keys = () if key is None or not rate else (key,)
+    keys = () if key is None or not rate or isinstance(network, MLP) else (key,)
 
     def flat(network: Network, maps: Array, *keys: Array) -> Array:
         padded = jnp.pad(maps, ((0, 0), (BORDER, BORDER), (0, 1)))
@@ -57,15 +58,22 @@ def apply(
     def plain(network: Network, maps: Array, *keys: Array) -> Array:
         if isinstance(network, MLP):
             return large_tiles.perceptron(network, maps)
-        return banded.scores(network, maps, partial(_dropped, key=keys[0] if keys else None, rate=rate))
+        return banded.scores(network, maps, partial(_dropped, key=keys[0], rate=rate) if keys else lambda x, _: x)
 
-    return jax.lax.platform_dependent(network, maps, *keys, cpu=flat, default=plain)
+    scores = jax.lax.platform_dependent(network, maps, *keys, cpu=flat, default=plain)
+    return scores * _kept(keys[0], 3, rate, len(maps)) if keys else scores
 
 
-def _dropped(x: Float[Array, "*B"], layer: int, key: Array | None, rate: float) -> Float[Array, "*B"]:
-    if key is None:
-        return x
-    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape), x / (1 - rate), 0)
+def _kept(key: Array, layer: int, rate: float, *shape: int) -> Float[Array, "*S"]:
+    """Factors of a layer's channels or numbers, 0 where they are dropped; the first axis is that of maps."""
+    return jnp.where(jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, shape), 1 / (1 - rate), 0.0)
+
+
+def _dropped(x: Float[Array, "B *J"], layer: int, key: Array, rate: float) -> Float[Array, "B *J"]:
+    """The output of a layer of `banded.scores`; after a convolution, channels are the fastest part of its last axis."""
+    if x.ndim == 2:
+        return x * _kept(key, layer, rate, *x.shape)
+    return x * jnp.tile(_kept(key, layer, rate, len(x), CHANNELS), x.shape[2] // CHANNELS)[:, None]
 
 
 # --- pictures x captions -------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ def _head(
     key: Array | None = None,
     rate: float = 0.0,
 ) -> Float[Array, "B"]:
-    """Scores of standardised maps, flat and padded as in `apply`, pairs last; with dropout if there is a key."""
+    """Scores of standardised maps, flat and padded as in `apply`, pairs last; with dropout inside if there is a key."""
     if isinstance(network, MLP):
         hidden = jax.nn.relu(weights @ maps + network.fc1_bias[:, None])
         hidden = jax.nn.relu(network.fc2 @ hidden + network.fc2_bias[:, None])
@@ -210,11 +218,18 @@ def _head(
     inside = jnp.asarray(_inside(image_tokens, text_tokens)[start : start + length], maps.dtype)
     flat = maps[start - around : start + length + around].reshape(1, -1)
     x = correlate(flat, network.conv1[:, None], stride, pairs) + network.conv1_bias[:, None]
-    x = _dropped(jax.nn.relu(x) * jnp.repeat(inside, pairs), 0, key, rate)
-    x = correlate(x, network.conv2, stride, pairs) + network.conv2_bias[:, None]
-    x = _dropped(jax.nn.relu(x), 1, key, rate).reshape(-1, pairs)
-    hidden = _dropped(jax.nn.relu(weights @ x + network.fc1_bias[:, None]), 2, key, rate)
+    x = jax.nn.relu(x) * jnp.repeat(inside, pairs)
+    x = x if key is None else _without_channels(x, _kept(key, 0, rate, pairs, len(x)))
+    x = jax.nn.relu(correlate(x, network.conv2, stride, pairs) + network.conv2_bias[:, None])
+    x = x if key is None else _without_channels(x, _kept(key, 1, rate, pairs, len(x)))
+    hidden = jax.nn.relu(weights @ x.reshape(-1, pairs) + network.fc1_bias[:, None])
+    hidden = hidden if key is None else hidden * _kept(key, 2, rate, pairs, len(hidden)).T
     return network.fc2 @ hidden + network.fc2_bias
+
+
+def _without_channels(x: Float[Array, "C S"], kept: Float[Array, "p C"]) -> Float[Array, "C S"]:
+    """Flat maps, pairs fastest, each times its pair's factor of the channel."""
+    return (x.reshape(len(x), -1, len(kept)) * kept.T[:, None]).reshape(x.shape)
 
 
 def correlate(x: Float[Array, "K S"], kernel: Float[Array, "C K 3 3"], stride: int, pairs: int) -> Float[Array, "C s"]:

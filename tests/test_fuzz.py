@@ -196,7 +196,7 @@ def grid_folder(place: Path) -> None:
 
 
 def negation_file(place: Path) -> None:
-    row = {"image_1": "a.png", "image_2": "b.png", "object_1": "cat", "object_2": "owl"}
+    row = {"img1_path": "a.png", "img2_path": "b.png", "img1_obj": ["cat", "kitten"], "img2_obj": ["owl", "bird"]}
     (place / "negation.json").write_text(json.dumps([row, row]))
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(place / name)

@@ -4,16 +4,18 @@
 | --- | --- | --- |
 | spatial | `star_above_fish.png`; relations above, below, leftof, rightof | `CUTMIX_star_above_fish.png` |
 | attributes | `red_star_blue_fish.png`, or `small_star_big_fish.png` | `MIRROR_red_star_blue_fish.png` |
-| negation | a JSON list of rows with two pictures and the name of what each shows | the row's other picture |
+| negation | a JSON list of rows with two pictures and two names of what each shows | the row's other picture |
 | COCO | COCO-Spatial's rows [id, right caption, wrong caption] | none |
 
 Every item has its caption in two versions. Names of several words are joined by hyphens or further underscores.
-Further pictures of the same things have a number after a full stop, as in `star_above_fish.2.png`.
+Further pictures of the same things have a number after a full stop, as in `star_above_fish.2.png`. Captions are the
+published ones: "A picture of a star above a fish", "A picture of a red star and a blue fish", "An image of a cat but no
+a house"; names that begin with a vowel get "an".
 """
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,11 @@ NEGATIONS = ("and not", "but no", "without")
 """Words between what a picture shows and what is missing in it."""
 
 _SPATIAL = re.compile(rf"(?P<first>.+)_(?P<relation>{'|'.join(RELATIONS)})_(?P<second>.+)")
-_PREFIX = "An image of "
+Named = Callable[[str], str]
+"""Gives a name its article."""
+
+Negated = Callable[[int, int, int], str]
+"""One of `NEGATIONS`, given the row, the version, and 0 for the picture's caption or 1 for its opposite's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,8 +68,18 @@ def named(stem: str) -> str:
     return re.sub(r"\.[0-9]+$", "", stem)
 
 
-def read_spatial(folder: str | Path) -> list[Item]:
+def alternating(row: int, version: int, side: int) -> str:
+    """Negations that change from row to row and from version to version; an item's two captions share them."""
+    del side
+    return NEGATIONS[(row + version) % len(NEGATIONS)]
+
+
+def read_spatial(folder: str | Path, named_as: Named = article) -> list[Item]:
     """Reads pictures of two objects and the relation of the first to the second.
+
+    Args:
+        folder: of the pictures.
+        named_as: gives a name its article.
 
     Raises:
         DataError: for a name in another form, a missing opposite, or a folder without pictures.
@@ -73,25 +89,29 @@ def read_spatial(folder: str | Path) -> list[Item]:
         match = _SPATIAL.fullmatch(named(path.stem))
         if match is None:
             raise DataError(f"{path}: the name must be A_{{{'|'.join(RELATIONS)}}}_B, such as star_above_fish.")
-        first, second = article(_words(match["first"])), article(_words(match["second"]))
+        first, second = named_as(_words(match["first"])), named_as(_words(match["second"]))
         how, inverse = RELATIONS[match["relation"]], RELATIONS[INVERSE[match["relation"]]]
         items.append(
             Item(
                 key=path.stem,
                 picture=path,
                 opposite=opposite,
-                captions=(f"{_PREFIX}{first} {how} {second}", f"{_PREFIX}{second} {inverse} {first}"),
-                opposite_captions=(f"{_PREFIX}{second} {how} {first}", f"{_PREFIX}{first} {inverse} {second}"),
+                captions=_versions(f"{first} {how} {second}", f"{second} {inverse} {first}"),
+                opposite_captions=_versions(f"{second} {how} {first}", f"{first} {inverse} {second}"),
             )
         )
     return items
 
 
-def read_attributes(folder: str | Path) -> list[Item]:
+def read_attributes(folder: str | Path, named_as: Named = article) -> list[Item]:
     """Reads pictures of two objects, each with an attribute: a colour, or small and big.
 
     A name has four parts. In longer names the first part is an attribute, and so is the part that other names of the
     folder use as an attribute.
+
+    Args:
+        folder: of the pictures.
+        named_as: gives a name its article.
 
     Raises:
         DataError: for an ambiguous name, a missing opposite, or a folder without pictures.
@@ -106,55 +126,76 @@ def read_attributes(folder: str | Path) -> list[Item]:
             raise DataError(f"{path}: the name must be c1_A_c2_B, such as red_star_blue_fish, with c2 an attribute.")
         cut = places[0]
         attributes, names = (parts[0], parts[cut]), (_words("_".join(parts[1:cut])), _words("_".join(parts[cut + 1 :])))
-        own = [article(f"{attribute} {name}") for attribute, name in zip(attributes, names, strict=True)]
-        other = [article(f"{attribute} {name}") for attribute, name in zip(attributes[::-1], names, strict=True)]
+        own = [named_as(f"{attribute} {name}") for attribute, name in zip(attributes, names, strict=True)]
+        other = [named_as(f"{attribute} {name}") for attribute, name in zip(attributes[::-1], names, strict=True)]
         items.append(
             Item(
                 key=path.stem,
                 picture=path,
                 opposite=opposite,
-                captions=(f"{_PREFIX}{own[0]} and {own[1]}", f"{_PREFIX}{own[1]} and {own[0]}"),
-                opposite_captions=(f"{_PREFIX}{other[0]} and {other[1]}", f"{_PREFIX}{other[1]} and {other[0]}"),
+                captions=_versions(f"{own[0]} and {own[1]}", f"{own[1]} and {own[0]}"),
+                opposite_captions=_versions(f"{other[0]} and {other[1]}", f"{other[1]} and {other[0]}"),
             )
         )
     return items
 
 
-def read_negation(path: str | Path) -> list[Item]:
+def read_negation(
+    path: str | Path, named_as: Named = article, negation: Negated = alternating, folder: str | Path | None = None
+) -> list[Item]:
     """Reads pairs of pictures of one thing each, which is missing in the other picture.
 
-    The file lists rows {"image_1", "image_2", "object_1", "object_2"}, with pictures relative to the file's folder. The
-    two versions of a caption use two of `NEGATIONS`, which change from row to row.
+    The file lists rows {"img1_path", "img2_path", "img1_obj", "img2_obj"}: two pictures, and two names of what each
+    shows, one for each version of the captions.
+
+    Args:
+        path: the file.
+        named_as: gives a name its article.
+        negation: the words between the thing that is there and the thing that is missing.
+        folder: what the paths of pictures are relative to; the file's own folder by default.
 
     Raises:
         DataError: for a file that is not such a list, a row without a field, or a missing picture.
     """
     path = Path(path)
+    folder = path.parent if folder is None else Path(folder)
     items = []
     for index, row in enumerate(read_json(path, DataError, expected=list)):
         where = f"{path}, row {index}"
-        fields = ("image_1", "image_2", "object_1", "object_2")
-        values = [row.get(name) if isinstance(row, dict) else None for name in fields]
-        missing = [
-            name for name, value in zip(fields, values, strict=True) if not isinstance(value, str) or not value.strip()
-        ]
+        row = row if isinstance(row, dict) else {}
+        pictures = [row.get(name) for name in ("img1_path", "img2_path")]
+        names = [_two_names(row.get(name)) for name in ("img1_obj", "img2_obj")]
+        missing = [f"img{k + 1}_path" for k, value in enumerate(pictures) if not isinstance(value, str) or not value]
+        missing += [f"img{k + 1}_obj" for k, value in enumerate(names) if not value]
         if missing:
-            raise DataError(f"{where} lacks {', '.join(missing)}; each must be a string.")
-        pictures = [existing(path.parent, row[name], where) for name in ("image_1", "image_2")]
-        here, there = row["object_1"].strip(), row["object_2"].strip()
-        words = [NEGATIONS[(index + shift) % len(NEGATIONS)] for shift in range(2)]
+            raise DataError(f"{where} lacks {', '.join(missing)}; paths must be texts, and names lists of two texts.")
+        found = [existing(folder, str(value).replace("\\", "/"), where) for value in pictures]
+        shown = [
+            tuple(
+                f"An image of {named_as(here[version])} {negation(index, version, side)} {named_as(there[version])}"
+                for version in range(2)
+            )
+            for side, (here, there) in enumerate((names, names[::-1]))
+        ]
         items.append(
             Item(
                 key=f"{path.stem}-{index}",
-                picture=pictures[0],
-                opposite=pictures[1],
-                captions=(negated(here, words[0], there), negated(here, words[1], there)),
-                opposite_captions=(negated(there, words[0], here), negated(there, words[1], here)),
+                picture=found[0],
+                opposite=found[1],
+                captions=(shown[0][0], shown[0][1]),
+                opposite_captions=(shown[1][0], shown[1][1]),
             )
         )
     if not items:
         raise DataError(f"{path} lists no rows.")
     return items
+
+
+def _two_names(value: object) -> list[str]:
+    """Two names of a thing, or nothing."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(one, str) and one.strip() for one in value):
+        return []
+    return [one.strip() for one in value]
 
 
 def read_coco(folder: str | Path) -> list[Item]:
@@ -185,33 +226,59 @@ def read_coco(folder: str | Path) -> list[Item]:
     return items
 
 
-def read_sets(folder: str | Path) -> dict[str, list[Item]]:
-    """Reads the data sets in a folder: `spatial/`, `attributes/`, `sizes/`, `negation.json`, and COCO-Spatial's layout.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Names of the data sets in a folder.
+
+    Attributes:
+        spatial: folder of `A_above_B` pictures.
+        attributes: folder of `c1_A_c2_B` pictures.
+        sizes: folder of `small_A_big_B` pictures, which belong to the attributes.
+        negation: file of the negation set's rows.
+    """
+
+    spatial: str = "spatial"
+    attributes: str = "attributes"
+    sizes: str = "sizes"
+    negation: str = "negation.json"
+
+
+def read_sets(
+    folder: str | Path, layout: Layout | None = None, named_as: Named = article, negation: Negated = alternating
+) -> dict[str, list[Item]]:
+    """Reads the data sets in a folder, those of `layout` and COCO-Spatial's rows.
+
+    Args:
+        folder: holds the sets.
+        layout: their names.
+        named_as: gives a name its article.
+        negation: the words between a thing that is there and one that is missing.
 
     Raises:
-        DataError: if there are none, or one is not in its layout.
+        DataError: if there are none, one whose name is not the default does not exist, or one is not in its layout.
     """
-    folder = Path(folder)
+    folder, names, default = Path(folder), layout or Layout(), Layout()
+    present = {}
+    for field in dataclasses.fields(Layout):
+        path = folder / getattr(names, field.name)
+        present[field.name] = path.is_file() if field.name == "negation" else path.is_dir()
+        if not present[field.name] and getattr(names, field.name) != getattr(default, field.name):
+            raise DataError(f"{path}, the data set {field.name!r}, does not exist.")
     found: dict[str, list[Item]] = {}
-    if (folder / "spatial").is_dir():
-        found["spatial"] = read_spatial(folder / "spatial")
-    for name in ("attributes", "sizes"):  # published as one set
-        if (folder / name).is_dir():
-            found["attributes"] = [*found.get("attributes", []), *read_attributes(folder / name)]
-    if (folder / "negation.json").is_file():
-        found["negation"] = read_negation(folder / "negation.json")
+    if present["spatial"]:
+        found["spatial"] = read_spatial(folder / names.spatial, named_as)
+    for kind in ("attributes", "sizes"):  # published as one set
+        if present[kind]:
+            own = read_attributes(folder / getattr(names, kind), named_as)
+            found["attributes"] = [*found.get("attributes", []), *own]
+    if present["negation"]:
+        found["negation"] = read_negation(folder / names.negation, named_as, negation, folder)
     if (folder / coco_spatial.CAPTIONS_FILE).is_file():
         found["coco"] = read_coco(folder)
     if not found:
-        raise DataError(
-            f"{folder} holds no data set: spatial/, attributes/, sizes/, negation.json or {coco_spatial.CAPTIONS_FILE}."
-        )
+        listed = f"{names.spatial}/, {names.attributes}/, {names.sizes}/, {names.negation}"
+        raise DataError(f"{folder} holds no data set: {listed} or {coco_spatial.CAPTIONS_FILE}.")
     return found
-
-
-def negated(here: str, words: str, missing: str) -> str:
-    """The caption of a picture that shows one thing and lacks another."""
-    return f"{_PREFIX}{article(here)} {words} {missing if words == 'but no' else article(missing)}"
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -254,7 +321,8 @@ def write_negation(
         names = [f"{path.stem}_{index:05d}_{side}.png" for side in (1, 2)]
         for name, picture in zip(names, (first, second), strict=True):
             save_picture(path.parent / name, picture)
-        listed.append({"image_1": names[0], "image_2": names[1], "object_1": here, "object_2": there})
+        row = {"img1_path": names[0], "img2_path": names[1], "img1_obj": [here, here], "img2_obj": [there, there]}
+        listed.append(row)
     write_json(path, listed)
 
 
@@ -276,6 +344,12 @@ def _pairs(folder: Path, prefix: str) -> list[tuple[Path, Path]]:
     if not pairs:
         raise DataError(f"{folder} holds no pictures ({', '.join(ENDINGS)}).")
     return pairs
+
+
+def _versions(*shown: str) -> tuple[str, str]:
+    """Both versions of a caption, from what follows its beginning."""
+    first, second = (f"A picture of {text}" for text in shown)
+    return first, second
 
 
 def _words(part: str) -> str:

@@ -16,7 +16,8 @@ PUBLISHED = ("above", "below", "left", "right", "small", "big", "not", "no", "wi
 Placement = Literal["token", "replace", "insert"]
 """Where a functional word's column is put. "token": at the word's first token. The two published code paths put it at
 the token whose index is the word's index among the caption's words, split at spaces; the start token and words of
-several tokens shift it. "replace" overwrites that column, "insert" moves it and all later columns to the right."""
+several tokens shift it. "replace" overwrites that column, "insert" moves it and all later columns to the right,
+word after word in the order of the vocabulary, so that one insertion can move the column of another."""
 
 PLACEMENTS = get_args(Placement)
 
@@ -77,10 +78,9 @@ def place(captions: Captions, vocabulary: Sequence[str], placement: str = "token
 
 
 def _columns(captions: Captions, row: int, vocabulary: Sequence[str], placement: str) -> list[tuple[int, int | None]]:
-    """The functional words of a caption with their columns, in the caption's order."""
+    """The functional words of a caption with their columns; as published, in the order of the vocabulary."""
     caption = captions.texts[row]
     if placement == "token":
         return [(index, captions.token_at(row, start, stop)) for index, start, stop in find(caption, vocabulary)]
     split = caption.split(" ")
-    found = sorted((split.index(word), index) for index, word in enumerate(vocabulary) if word in split)
-    return [(index, column) for column, index in found]
+    return [(index, split.index(word)) for index, word in enumerate(vocabulary) if word in split]

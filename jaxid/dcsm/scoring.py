@@ -34,6 +34,8 @@ KINDS = {"cnn": CNN, "mlp": MLP}
 SCORER_FILE = "scorer.safetensors"
 """Name of a training run's scorer, and of the scorer in a model's folder."""
 
+_TORCH = (".pt", ".pth")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Scorer:
@@ -116,6 +118,22 @@ class Scorer:
                 {**arrays, "vectors": np.asarray(self.vectors)}, temporary, metadata={"scorer": json.dumps(described)}
             )
 
+    def export(self, path: str | Path) -> None:
+        """Writes a `.pt` file with the keys of the authors' checkpoints, which their loader takes; needs PyTorch.
+
+        Such a file does not say where columns are put: the published evaluation replaces, the published demo inserts.
+
+        Raises:
+            CheckpointError: if torch is not installed.
+            OutputError: if it cannot be written.
+        """
+        from jaxid.checkpoints.scorer_files import write_authors_scorer
+
+        if Path(path).suffix not in _TORCH:
+            raise OutputError(f"{path} cannot be written: the name of such a file must end in .pt.")
+        words = None if self.vocabulary == PUBLISHED else self.vocabulary
+        write_authors_scorer(path, self.network, np.asarray(self.vectors), words)
+
     @classmethod
     def load(cls, path: str | Path) -> "Scorer":
         """Reads a `.safetensors` file that `save` wrote, or a `.pt` file in the authors' layout.
@@ -123,12 +141,18 @@ class Scorer:
         Raises:
             CheckpointError: if the file is missing, damaged, or no scorer.
         """
-        if Path(path).suffix in (".pt", ".pth"):
+        if Path(path).suffix in _TORCH:
             from jaxid.checkpoints.scorer_files import read_authors_scorer
 
-            network, vectors = read_authors_scorer(path)
-            found = cls(network=network, vectors=jnp.asarray(vectors), placement="replace")
-            _check_arrays(found, f"{path} tells no words, so that the published list is taken", CheckpointError)
+            network, vectors, words = read_authors_scorer(path)
+            network, vectors = jax.tree.map(jnp.asarray, (network, vectors))
+            vocabulary = PUBLISHED if words is None else words
+            what = f"{path} names no words, so that the published list is taken" if words is None else str(path)
+            try:
+                found = cls(network=network, vectors=vectors, vocabulary=vocabulary, placement="replace")
+            except InputError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+            _check_arrays(found, what, CheckpointError)
             return found
         from safetensors import safe_open
 

@@ -43,10 +43,10 @@ class TrainingConfig:
 
     Attributes:
         kind: of scorer.
-        epochs: passes over the largest data set; 26 as published.
+        epochs: passes over the smallest data set, in whole batches; 26 as published.
         batch_size: items of each data set per step.
         learning_rate: of Adam; 1e-3, 1e-4 and 1e-5 as published.
-        dropout: after the CNN's hidden layers.
+        dropout: of the CNN's channels after its convolutions, of its hidden layer and of its score; 0 as published.
         augment: distort, rotate and sprinkle pictures at every step, instead of encoding them once.
         learn_vectors: train the functional vectors too.
         vocabulary: functional words.
@@ -59,7 +59,7 @@ class TrainingConfig:
     epochs: Count = 26
     batch_size: Annotated[int, Range(2)] = 8
     learning_rate: float = 1e-3
-    dropout: Annotated[float, Range(0, 0.99)] = 0.5
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0
     augment: bool = True
     learn_vectors: bool = False
     vocabulary: tuple[str, ...] = PUBLISHED
@@ -102,6 +102,22 @@ def item_rows(count: int, step: int, size: int, seed: tuple[int, ...]) -> Int[np
     passes, rows = np.divmod(np.arange(step * size, (step + 1) * size), count)
     orders = {one: np.random.default_rng((*seed, one)).permutation(count) for one in set(passes.tolist())}
     return np.array([orders[one][row] for one, row in zip(passes.tolist(), rows.tolist(), strict=True)])
+
+
+def own_orders(counts: Sequence[int], step: int, size: int, seed: int) -> list[Int[np.ndarray, "B"]]:
+    """Rows of each data set in a step: every set goes through all its items, at its own pace.
+
+    Args:
+        counts: number of items of each set.
+        step: the step.
+        size: items of a set in a step.
+        seed: of the orders.
+    """
+    return [item_rows(count, step, size, (seed, index)) for index, count in enumerate(counts)]
+
+
+Orders = Callable[[Sequence[int], int, int, int], list[Int[np.ndarray, "B"]]]
+"""The form of `own_orders`."""
 
 
 class Table:
@@ -172,6 +188,7 @@ def train(
     progress: bool = True,
     log: Callable[[dict[str, Any]], None] | None = None,
     started: Callable[[], object] | None = None,
+    orders: Orders = own_orders,
 ) -> Scorer:
     """Trains a scorer, or resumes from the last saved step; writes `scorer.safetensors` beside state and metrics.
 
@@ -185,6 +202,7 @@ def train(
         progress: show progress bars, on terminals.
         log: also receives every row of metrics.
         started: called once, before the first step, when the folder is known to be this run's.
+        orders: which items a step has.
 
     Raises:
         InputError: if there are no data sets, or one has fewer items than a batch or only some opposite pictures; or if
@@ -195,7 +213,8 @@ def train(
     """
     check_sets(sets, config)
     settings = settings_of(config) | {"encoder": encoder.name, "fingerprint": encoder.fingerprint}
-    settings["items"] = {name: len(items) for name, items in sets.items()}
+    counts = [len(items) for items in sets.values()]
+    settings |= {"items": dict(zip(sets, counts, strict=True)), "reference_bugs": orders is not own_orders}
     training.check_folder(folder, settings, restart=restart)
     key = jax.random.key(config.seed)
     image_tokens = jax.eval_shape(lambda: encoder.network().image(_blank(encoder))).tokens.shape[1]
@@ -209,13 +228,12 @@ def train(
         encoder=encoder.name,
     )
     table = Table(encoder, scorer, list(sets.values()), pictures=not config.augment, progress=progress)
-    longest = max(len(items) for items in sets.values())
-    per_epoch = -(-longest // config.batch_size)
+    per_epoch = min(counts) // config.batch_size
 
     def batch(step: int) -> Batch:
         arrays: dict[str, np.ndarray] = {"step": np.asarray(step, np.int32)}
-        for index, (name, items) in enumerate(sets.items()):
-            chosen = item_rows(len(items), step, config.batch_size, (config.seed, index))
+        rows = orders(counts, step, config.batch_size, config.seed)
+        for index, (name, chosen) in enumerate(zip(sets, rows, strict=True)):
             pictures, captions = table.batch(index, chosen.tolist())
             if table.images is None:
                 shown = encoder.processor.pixels([table.paths[row] for row in pictures])

@@ -11,7 +11,7 @@ from jaxid import plots
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
-from jaxid.dcsm.placement import place
+from jaxid.dcsm.placement import Placement, place
 from jaxid.dcsm.scoring import Scorer, find_scorer, score
 from jaxid.errors import InputError, OutputError
 from jaxid.experiments.base import Command
@@ -43,6 +43,8 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         captions: the captions.
         model: alias, Hugging Face id, folder, or OpenCLIP file.
         scorer: a scorer, .safetensors or the authors' .pt; the model's own by default.
+        placement: where columns of functional words are put: token, replace or insert; as in training by default, and
+            replace with a .pt file, which does not tell.
         group: maps that are standardised together: all maps of the call, as published; a picture's maps; or none.
         mesh: devices that share the work, such as data=8; auto takes all of them; one device by default.
         out: figure of the maps, .png.
@@ -54,6 +56,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
     captions: tuple[str, ...] = dataclasses.field(kw_only=False)
     model: str = "tiny-clip"
     scorer: Path | None = None
+    placement: Placement | None = None
     group: Literal["call", "row", "pair"] = "call"
     mesh: str | None = None
     out: Path | None = None
@@ -82,6 +85,8 @@ class ScoreCaptions(Command[list[CaptionScore]]):
             ensure_output_folder(self.out.parent)
         open_picture(self.picture)
         scorer = find_scorer(self.model, self.scorer)
+        if self.placement is not None:
+            scorer = dataclasses.replace(scorer, placement=self.placement)
         encoder = load_encoder(self.model, mesh=self.mesh)
         pictures = embed_images(encoder, [self.picture])
         texts = embed_texts(encoder, self.captions, scorer.map_shape[1])

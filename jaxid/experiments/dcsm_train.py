@@ -11,10 +11,10 @@ from jaxid import plots
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checks import Count
 from jaxid.dcsm import training
-from jaxid.dcsm.datasets import read_sets
+from jaxid.dcsm.datasets import Item, Layout, read_sets
 from jaxid.dcsm.functional_words import read_lines
 from jaxid.dcsm.scoring import SCORER_FILE
-from jaxid.dcsm.training import TrainingConfig
+from jaxid.dcsm.training import Orders, TrainingConfig
 from jaxid.errors import DataError
 from jaxid.experiments.base import Command, write_config
 from jaxid.io import ensure_output_folder, read_json
@@ -39,9 +39,13 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
     """Train a scorer over a frozen encoder.
 
     Attributes:
-        data: folder with spatial/, attributes/, negation.json, or COCO-Spatial.
+        data: folder with spatial/, attributes/, sizes/, negation.json, or COCO-Spatial.
         out: folder of the run. A run that it holds is resumed if its settings agree.
         model: alias, Hugging Face id, folder, or OpenCLIP file.
+        spatial: folder of pictures A_above_B in the data.
+        attributes: folder of pictures c1_A_c2_B in the data.
+        sizes: folder of pictures small_A_big_B in the data; they join the attributes.
+        negation: file of pairs of pictures in the data; its paths are relative to the data.
         words: file of functional words, one a line, used instead of `vocabulary`; `jaxid dcsm words` writes one.
         mesh: devices that share the work, such as data=8; auto takes all of them. By default what is encoded once is
             encoded on one device, and all of them train.
@@ -49,6 +53,7 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
         restart: discard the run that the folder holds, and begin anew.
         wandb: project of Weights & Biases to log to.
         torch_file: also write the scorer in the authors' layout, .pt.
+        reference_bugs: choose items and word captions as the published code does.
         progress: show progress bars, on terminals.
     """
 
@@ -57,13 +62,30 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
     data: Path
     out: Path
     model: str = "tiny-clip"
+    spatial: str = Layout.spatial
+    attributes: str = Layout.attributes
+    sizes: str = Layout.sizes
+    negation: str = Layout.negation
     words: Path | None = None
     mesh: str | None = None
     save_every: Count = 100
     restart: bool = False
     wandb: str | None = None
     torch_file: Path | None = None
+    reference_bugs: bool = False
     progress: bool = True
+
+    orders: ClassVar[Orders] = staticmethod(training.own_orders)
+    """Which items a step has."""
+
+    def read_sets(self) -> dict[str, list[Item]]:
+        """The data sets, with their captions."""
+        return read_sets(self.data, self.layout)
+
+    @property
+    def layout(self) -> Layout:
+        """The data sets' names."""
+        return Layout(spatial=self.spatial, attributes=self.attributes, sizes=self.sizes, negation=self.negation)
 
     def run(self) -> TrainingSummary:
         """Trains, or resumes the run in the folder; writes the scorer with metrics and their curves.
@@ -74,11 +96,18 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
             OutputError: if the folder holds another run, is in use, or cannot be written to.
             CheckpointError: if the encoder cannot be read.
         """
+        if self.reference_bugs:
+            from jaxid.experiments.reference import with_bugs  # it knows all experiments
+
+            return with_bugs(self)._run()
+        return self._run()
+
+    def _run(self) -> TrainingSummary:
         config = self
         if self.words is not None:
             lines = dict.fromkeys(line.lower() for line in read_lines(self.words))
             config = dataclasses.replace(self, vocabulary=tuple(lines))
-        sets = read_sets(self.data)
+        sets = self.read_sets()
         training.check_sets(sets, config)
         ensure_output_folder(self.out)
         if self.torch_file is not None:
@@ -98,11 +127,10 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
                 progress=self.progress,
                 log=log,
                 started=lambda: write_config(self, self.out),
+                orders=self.orders,
             )
         if self.torch_file is not None:
-            from jaxid.checkpoints.scorer_files import write_authors_scorer
-
-            write_authors_scorer(self.torch_file, scorer.network, np.asarray(scorer.vectors))
+            scorer.export(self.torch_file)
         metrics = read_json(self.out / "metrics.json", DataError, expected=list)
         if metrics:
             columns = {name: np.array([row[name] for row in metrics]) for name in ("epoch", "loss", "accuracy")}

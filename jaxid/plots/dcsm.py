@@ -138,7 +138,7 @@ def training_curves(
         axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.set_ylim(0, 1 if values is accuracy else None)
-        axes.set_xlim(0, 1.02 * float(epoch.max()))
+        axes.set_xlim(0, 1.02 * float(epoch.max()) or 1)
     means = f"dark: running means of {window} records" if window > 1 else ""
     return captioned(figure, about, f"{len(epoch)} records, each of one batch", means, lost)
 

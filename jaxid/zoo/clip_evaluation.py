@@ -73,7 +73,7 @@ def scorer_size(config: training.TrainingConfig, steps: int | None) -> tuple[tra
     if steps is None:
         return config, SCENES
     scenes = min(SCENES, steps * config.batch_size)
-    epochs = steps // -(-scenes // config.batch_size)
+    epochs = steps // (scenes // config.batch_size)
     return dataclasses.replace(config, epochs=min(config.epochs, epochs)), scenes
 
 

@@ -64,9 +64,10 @@ def their_scores(network: torch.nn.Module) -> np.ndarray:
 def test_written_and_read_again(tmp_path: Path, kind: str) -> None:
     network = KINDS[kind][0](jax.random.key(1), IMAGE_TOKENS, TEXT_TOKENS)
     write_authors_scorer(tmp_path / "scorer.pt", network, vectors())
-    again, rows = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
+    again, rows, words = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
     same(again, network)
     np.testing.assert_array_equal(rows, vectors())
+    assert words is None
     assert [path.name for path in tmp_path.iterdir()] == ["scorer.pt"]
 
 
@@ -75,7 +76,7 @@ def test_what_pytorch_saved_scores_alike(published: Any, tmp_path: Path, kind: s
     theirs = their_network(published, kind)
     rows = torch.from_numpy(vectors())
     published.save_checkpoint(tmp_path / "scorer.pt", published.Scorer(network=theirs, vectors=rows))
-    ours, read = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
+    ours, read, _ = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
     assert isinstance(ours, KINDS[kind][2])
     np.testing.assert_array_equal(read, vectors())
     expected = their_scores(theirs)
@@ -86,8 +87,9 @@ def test_what_pytorch_saved_scores_alike(published: Any, tmp_path: Path, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_pytorch_reads_what_is_written_here(published: Any, tmp_path: Path, kind: str) -> None:
     network = KINDS[kind][0](jax.random.key(5), IMAGE_TOKENS, TEXT_TOKENS)
-    write_authors_scorer(tmp_path / "scorer.pt", network, vectors())
-    theirs = published.load_checkpoint(tmp_path / "scorer.pt", words=("above", "not", "no"))
+    write_authors_scorer(tmp_path / "scorer.pt", network, vectors(), ("above", "not", "no"))
+    theirs = published.load_checkpoint(tmp_path / "scorer.pt")
+    assert theirs.words == ("above", "not", "no")
     np.testing.assert_array_equal(theirs.vectors.numpy(), vectors())
     np.testing.assert_allclose(their_scores(theirs.network), our_scores(network), rtol=0, atol=1e-5)
 
@@ -112,7 +114,7 @@ def test_names_of_all_kinds(
 ) -> None:
     theirs = their_network(published, kind)
     torch.save(laid_out(dict(theirs.state_dict()), torch.from_numpy(vectors())), tmp_path / "scorer.pt")
-    ours, rows = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
+    ours, rows, _ = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
     np.testing.assert_array_equal(rows, vectors())
     np.testing.assert_allclose(our_scores(ours), their_scores(theirs), rtol=0, atol=1e-5)
 
@@ -122,16 +124,17 @@ def test_other_precisions_become_float32(published: Any, tmp_path: Path) -> None
     halved = {name: value.bfloat16() for name, value in theirs.state_dict().items()}
     rows = torch.from_numpy(vectors()).double()
     torch.save({"scorer": halved, "functional": rows}, tmp_path / "scorer.pt")
-    ours, read = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
+    ours, read, _ = read_authors_scorer(tmp_path / "scorer.pt", TEXT_TOKENS)
     assert {np.asarray(value).dtype for value in (*ours, read)} == {np.dtype("float32")}
     theirs.load_state_dict(halved)
     np.testing.assert_allclose(our_scores(ours), their_scores(theirs), rtol=0, atol=1e-5)
 
 
-def test_thirty_text_tokens_unless_told(tmp_path: Path) -> None:
-    network = init_mlp(jax.random.key(1), IMAGE_TOKENS, 30)
+@pytest.mark.parametrize("text_tokens", [30, 20])
+def test_text_tokens_follow_from_the_sizes(tmp_path: Path, text_tokens: int) -> None:
+    network = init_mlp(jax.random.key(1), IMAGE_TOKENS, text_tokens)
     write_authors_scorer(tmp_path / "scorer.pt", network, vectors())
-    same(read_authors_scorer(tmp_path / "scorer.pt")[0], network)
+    same(read_authors_scorer(tmp_path / "scorer.pt").network, network)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -242,10 +245,11 @@ def test_layers_of_other_shapes_are_named(tmp_path: Path, kind: str, layer: str,
 
     network = {"cnn": init_cnn, "mlp": init_mlp}[kind](jax.random.key(0), 5, 30)
     write_authors_scorer(tmp_path / "scorer.pt", network, np.ones((2, 5), np.float32))
-    saved = torch.load(tmp_path / "scorer.pt", weights_only=True)
-    torch.save({**saved, "scorer": {**saved["scorer"], layer: torch.ones(shape)}}, tmp_path / "other.pt")
+    saved = torch.load(tmp_path / "scorer.pt", weights_only=False)
+    layers = saved["model_state_dict"]
+    torch.save({**saved, "model_state_dict": {**layers, layer: torch.ones(shape)}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=layer.replace(".", r"\.") + " has the shape"):
         read_authors_scorer(tmp_path / "other.pt")
-    torch.save({**saved, "ema": saved["scorer"]}, tmp_path / "two.pt")
+    torch.save({"net": layers, "ema": layers, "functional": torch.ones(2, 5)}, tmp_path / "two.pt")
     with pytest.raises(CheckpointError, match="twice, again as ema"):
         read_authors_scorer(tmp_path / "two.pt")

@@ -1,6 +1,8 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from jaxid.data.coco_spatial import read_coco_spatial
 from jaxid.dcsm import datasets
 from jaxid.dcsm.datasets import Item
 from jaxid.errors import DataError, OutputError
+from jaxid.experiments.dcsm_train import TrainScorer
+from jaxid.experiments.reference import with_bugs
 
 
 def picture(value: int) -> np.ndarray:
@@ -32,7 +36,8 @@ def write_rows(path: Path, *rows: object) -> Path:
 
 
 def row(**changes: object) -> dict[str, object]:
-    return {"image_1": "a.png", "image_2": "b.png", "object_1": "cat", "object_2": "owl"} | changes
+    names = {"img1_obj": ["cat", "kitten"], "img2_obj": ["house", "hut"]}
+    return {"img1_path": "a.png", "img2_path": "b.png", **names} | changes
 
 
 def coco_folder(folder: Path, *rows: list[object]) -> Path:
@@ -66,8 +71,8 @@ def test_spatial(tmp_path: Path, relation: str, captions: tuple[str, str], oppos
     assert (Path(str(item.picture)).name, Path(str(item.opposite)).name) == (f"{name}.png", f"CUTMIX_{name}.png")
     np.testing.assert_array_equal(np.asarray(Image.open(str(item.picture))), picture(10))
     np.testing.assert_array_equal(np.asarray(Image.open(str(item.opposite))), picture(20))
-    assert item.captions == tuple(f"An image of {text}" for text in captions)
-    assert item.opposite_captions == tuple(f"An image of {text}" for text in opposite_captions)
+    assert item.captions == tuple(f"A picture of {text}" for text in captions)
+    assert item.opposite_captions == tuple(f"A picture of {text}" for text in opposite_captions)
 
 
 def test_attributes(tmp_path: Path) -> None:
@@ -80,28 +85,28 @@ def test_attributes(tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(np.asarray(Image.open(str(sizes.opposite))), picture(51))
     assert colours.captions == (
-        "An image of a red star and an orange egg",
-        "An image of an orange egg and a red star",
+        "A picture of a red star and an orange egg",
+        "A picture of an orange egg and a red star",
     )
     assert colours.opposite_captions == (
-        "An image of an orange star and a red egg",
-        "An image of a red egg and an orange star",
+        "A picture of an orange star and a red egg",
+        "A picture of a red egg and an orange star",
     )
-    assert sizes.captions[0] == "An image of a small star and a big egg"
-    assert sizes.opposite_captions[1] == "An image of a small egg and a big star"
+    assert sizes.captions[0] == "A picture of a small star and a big egg"
+    assert sizes.opposite_captions[1] == "A picture of a small egg and a big star"
 
 
 def test_names_of_several_words(tmp_path: Path) -> None:
     folder = touch(tmp_path / "spatial", "fire_truck_leftof_teddy-bear.jpg", "CUTMIX_fire_truck_leftof_teddy-bear.jpg")
     assert datasets.read_spatial(folder)[0].captions == (
-        "An image of a fire truck to the left of a teddy bear",
-        "An image of a teddy bear to the right of a fire truck",
+        "A picture of a fire truck to the left of a teddy bear",
+        "A picture of a teddy bear to the right of a fire truck",
     )
     names = ("red_fire_truck_blue_teddy_bear.png", "blue_egg_red_star.png")
     folder = touch(tmp_path / "attributes", *names, *(f"MIRROR_{name}" for name in names))
     assert [item.captions[0] for item in datasets.read_attributes(folder)] == [
-        "An image of a blue egg and a red star",
-        "An image of a red fire truck and a blue teddy bear",
+        "A picture of a blue egg and a red star",
+        "A picture of a red fire truck and a blue teddy bear",
     ]
 
 
@@ -120,17 +125,76 @@ def test_negation(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(Image.open(str(item.picture))), picture(number))
         np.testing.assert_array_equal(np.asarray(Image.open(str(item.opposite))), picture(100 + number))
     assert len({item.key for item in items}) == 4
-    assert items[0].captions == ("An image of a cat and not an owl", "An image of a cat but no owl")
-    assert items[0].opposite_captions == ("An image of an owl and not a cat", "An image of an owl but no cat")
-    assert items[1].captions == ("An image of an egg but no fire truck", "An image of an egg without a fire truck")
+    assert items[0].captions == ("An image of a cat and not an owl", "An image of a cat but no an owl")
+    assert items[0].opposite_captions == ("An image of an owl and not a cat", "An image of an owl but no a cat")
+    assert items[1].captions == ("An image of an egg but no a fire truck", "An image of an egg without a fire truck")
     assert items[2].captions == ("An image of a star without a cat", "An image of a star and not a cat")
     assert items[3].captions[0] == "An image of an owl and not a star"
 
 
-def test_negation_pictures_lie_beside_the_file(tmp_path: Path) -> None:
+def test_each_version_has_its_own_names(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    (item,) = datasets.read_negation(write_rows(tmp_path / "rows.json", row()))
+    assert item.captions == ("An image of a cat and not a house", "An image of a kitten but no a hut")
+    assert item.opposite_captions == ("An image of a house and not a cat", "An image of a hut but no a kitten")
+
+
+def test_negation_pictures_lie_in_the_data_folder(tmp_path: Path) -> None:
     touch(tmp_path / "set" / "deep", "a.png", "b.png")
-    path = write_rows(tmp_path / "set" / "rows.json", row(image_1="deep/a.png", image_2="deep/b.png", more=1))
+    paths = {"img1_path": "deep/a.png", "img2_path": "deep\\b.png"}  # as Windows writes them
+    path = write_rows(tmp_path / "set" / "rows.json", row(**paths, more=1))
     assert datasets.read_negation(path)[0].opposite == tmp_path / "set" / "deep" / "b.png"
+    (tmp_path / "lists").mkdir()
+    path = write_rows(tmp_path / "lists" / "rows.json", row(**paths))
+    sets = datasets.read_sets(tmp_path / "set", datasets.Layout(negation="../lists/rows.json"))
+    assert sets["negation"][0].picture == tmp_path / "set" / "deep" / "a.png"
+
+
+def test_sets_have_the_names_that_are_given(tmp_path: Path) -> None:
+    touch(tmp_path / "relations_bg", "star_above_egg.png", "CUTMIX_star_above_egg.png")
+    touch(tmp_path / "overlay_bg", "red_star_blue_egg.png", "MIRROR_red_star_blue_egg.png")
+    touch(tmp_path / "smallbig_bg", "small_star_big_egg.png", "MIRROR_small_star_big_egg.png")
+    layout = datasets.Layout(spatial="relations_bg", attributes="overlay_bg", sizes="smallbig_bg")
+    sets = datasets.read_sets(tmp_path, layout)
+    assert {name: [item.key for item in items] for name, items in sets.items()} == {
+        "spatial": ["star_above_egg"],
+        "attributes": ["red_star_blue_egg", "small_star_big_egg"],
+    }
+    with pytest.raises(DataError, match=r"smallbg, the data set 'sizes', does not exist"):
+        datasets.read_sets(tmp_path, datasets.Layout(spatial="relations_bg", sizes="smallbg"))
+    with pytest.raises(DataError, match=r"holds no data set: spatial/, attributes/, sizes/, negation\.json or coco"):
+        datasets.read_sets(tmp_path)
+
+
+def test_captions_of_the_published_code(tmp_path: Path) -> None:
+    """ "a" stands before vowels too, and every caption draws its negation by itself."""
+    for name in ("orange_above_egg", "red_owl_orange_star"):
+        prefix = "CUTMIX" if "above" in name else "MIRROR"
+        touch(tmp_path / ("spatial" if "above" in name else "attributes"), f"{name}.png", f"{prefix}_{name}.png")
+    touch(tmp_path, "a.png", "b.png")
+    write_rows(tmp_path / "negation.json", *[row(img1_obj=["owl", "eagle"]) for _ in range(40)])
+    command = TrainScorer(data=tmp_path, out=tmp_path / "out")
+    plain, found = command.read_sets(), cast(TrainScorer, with_bugs(command)).read_sets()
+    assert found["spatial"][0].captions == (
+        "A picture of a orange above a egg",
+        "A picture of a egg below a orange",
+    )
+    assert plain["spatial"][0].captions[0] == "A picture of an orange above an egg"
+    assert found["attributes"][0].opposite_captions == (
+        "A picture of a orange owl and a red star",
+        "A picture of a red star and a orange owl",
+    )
+    seen = set()
+    for item in found["negation"]:
+        for version, (here, there) in enumerate((("owl", "house"), ("eagle", "hut"))):
+            own = [re.fullmatch(rf"An image of a {here} (.+) a {there}", item.captions[version])]
+            own += [re.fullmatch(rf"An image of a {there} (.+) a {here}", item.opposite_captions[version])]
+            words = tuple(match[1] if match else "" for match in own)
+            assert set(words) <= {"and not", "but no", "without"}
+            seen.add((version, *words))
+    assert len(seen) == 18  # all combinations come
+    assert plain["negation"][4].captions[0] == "An image of an owl but no a house"
+    assert plain["negation"][4].opposite_captions[0] == "An image of a house but no an owl"
 
 
 def test_coco_has_no_opposites(tmp_path: Path) -> None:
@@ -206,9 +270,11 @@ def test_refuses_a_picture_without_its_opposite(tmp_path: Path) -> None:
     ("rows", "said"),
     [
         ([], "lists no rows"),
-        ([row(), row(object_2=" ")], "row 1 lacks object_2"),
-        ([["a.png", "b.png", "cat", "owl"]], "row 0 lacks image_1, image_2, object_1, object_2"),
-        ([row(), row(), row(image_2="gone.png")], r"row 2: .*gone\.png does not exist"),
+        ([row(), row(img2_obj=["owl", " "])], "row 1 lacks img2_obj"),
+        ([row(img1_obj="cat")], "row 0 lacks img1_obj; .* lists of two texts"),
+        ([row(img1_path=5)], "row 0 lacks img1_path; paths must be texts"),
+        ([["a.png", "b.png", "cat", "owl"]], "row 0 lacks img1_path, img2_path, img1_obj, img2_obj"),
+        ([row(), row(), row(img2_path="gone.png")], r"row 2: .*gone\.png does not exist"),
     ],
 )
 def test_refuses_negation_rows(tmp_path: Path, rows: list[object], said: str) -> None:

@@ -61,6 +61,38 @@ def test_training_goes_through_files(drawn: Path, tmp_path: Path, capsys: pytest
         main_ok(["dcsm", "score", str(picture), *captions, "--scorer", str(scorer)])
         found.append([line.split()[-2:] for line in capsys.readouterr().out.splitlines()[1:]])
     assert len(found[0]) == 2 and len(found[1]) == 2
+    main_ok(["dcsm", "export", str(out), "--out", str(tmp_path / "again.pt")])
+    told = capsys.readouterr().out
+    assert "11 functional words\n" in told and "at their own tokens" in told
+    assert Scorer.load(tmp_path / "again.pt").placement == "replace"
+    main_ok(["dcsm", "score", str(picture), *captions, "--scorer", str(tmp_path / "again.pt"), "--placement", "token"])
+    assert [line.split()[-2:] for line in capsys.readouterr().out.splitlines()[1:]] == found[0]
+    arguments = ["--data", str(drawn / "evaluation"), "--out", str(tmp_path / "eval"), "--benchmark", "ncd"]
+    main_ok(["dcsm", "eval", *arguments, "--scorer", str(tmp_path / "again.pt")])
+    assert capsys.readouterr().out.count("| tiny-clip | ") == 2  # cosine and dense maps
+    assert "must end in .pt" in refused(["dcsm", "export", str(out), "--out", str(tmp_path / "scorer.bin")], capsys)
+
+
+def test_published_training_is_another_one(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sets under other names, too: the options name them."""
+    import shutil
+
+    data = shutil.copytree(drawn, tmp_path / "data")
+    (data / "spatial").rename(data / "relations_withbg")
+    (data / "negation.json").rename(data / "pairs.json")
+    options = ["--epochs", "1", "--no-augment", "--kind", "mlp", "--placement", "insert"]
+    options += ["--spatial", "relations_withbg", "--negation", "pairs.json"]
+    saved = []
+    for bugs in ([], ["--reference-bugs"]):
+        out = tmp_path / f"run{len(saved)}"
+        main_ok(["dcsm", "train", "--data", str(data), "--out", str(out), *options, *bugs])
+        assert "items of spatial, attributes, negation" in capsys.readouterr().out
+        saved.append(Scorer.load(out / "scorer.safetensors"))
+    assert not np.array_equal(saved[0].network.fc1, saved[1].network.fc1)
+    arguments = ["dcsm", "train", "--data", str(data), "--out", str(tmp_path / "run1"), *options]
+    assert "reference bugs was true, is now false" in refused(arguments, capsys)
+    arguments[arguments.index("relations_withbg")] = "nothing"
+    assert "nothing, the data set 'spatial', does not exist" in refused(arguments, capsys)
 
 
 def test_six_captions_of_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from jaxid.dcsm.datasets import Item
 from jaxid.dcsm.scoring import Scorer
 from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import InputError, OutputError
+from jaxid.experiments.reference_dcsm_training import common_order
 from jaxid.train import loop
 
 CASE = ENCODER_CASES[0]
@@ -123,6 +124,34 @@ def test_every_pass_takes_every_item_once() -> None:
     for turn in range(6):
         assert sorted(rows[7 * turn : 7 * turn + 7]) == list(range(7))
     assert len({tuple(rows[7 * turn : 7 * turn + 7]) for turn in range(6)}) > 1
+
+
+def test_an_epoch_ends_with_the_smallest_set(tmp_path: Path) -> None:
+    """Five items and three make one batch of two in an epoch; dropout is off unless asked for."""
+    assert TrainingConfig().dropout == 0
+    trained(tmp_path, dataclasses.replace(QUICK, epochs=3))
+    assert [row["step"] for row in loop.read_metrics(tmp_path / "metrics.csv")][-1] == 3
+
+
+def test_the_published_order_cuts_sets_to_the_smallest() -> None:
+    """Epochs of 5 // 2 steps: the same five items of each set, in one order for all; the rest is never seen."""
+    counts = [9, 5, 12]
+    epochs = [[common_order(counts, 2 * epoch + step, 2, 7) for step in range(2)] for epoch in range(60)]
+    seen = [{int(row) for epoch in epochs for step in epoch for row in step[index]} for index in range(3)]
+    assert [len(rows) for rows in seen] == [5, 5, 5] and seen[1] == set(range(5))
+    partners = {tuple(int(rows[place]) for rows in step) for epoch in epochs for step in epoch for place in range(2)}
+    assert len(partners) == 5  # items of different sets always come together
+    for epoch in epochs:
+        assert len({int(row) for step in epoch for row in step[0]}) == 4  # none twice; one of five is left over
+    assert len({tuple(np.concatenate([step[0] for step in epoch]).tolist()) for epoch in epochs}) > 30
+    ours = [training.own_orders(counts, step, 2, 7) for step in range(12)]
+    assert [len({int(row) for step in ours for row in step[index]}) for index in range(3)] == counts
+
+
+def test_a_run_of_the_published_order_is_another_run(tmp_path: Path) -> None:
+    trained(tmp_path, orders=common_order)
+    with pytest.raises(OutputError, match="reference bugs was true, is now false"):
+        trained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,33 @@ def test_columns_are_the_published_ones(
     np.testing.assert_array_equal(np.where((words >= 0)[:, None], rows, kept), expected)
 
 
+def test_a_later_word_of_the_vocabulary_moves_an_earlier_one(processor: DualProcessor) -> None:
+    columns = columns_of(place(tokenised(processor, "a star not above a fish"), PUBLISHED, "insert"), 0)
+    assert columns == {2: PUBLISHED.index("not"), 4: PUBLISHED.index("above")}
+    replaced = columns_of(place(tokenised(processor, "a star not above a fish"), PUBLISHED, "replace"), 0)
+    assert replaced == {2: PUBLISHED.index("not"), 3: PUBLISHED.index("above")}
+
+
+@settings(deadline=None, max_examples=80)
+@given(words=st.lists(st.sampled_from([*PUBLISHED, "a", "egg"]), min_size=1, max_size=24))
+def test_insertion_written_out(processor: DualProcessor, words: list[str]) -> None:
+    """A list of columns into which functional words are inserted one by one, and which is cut at the window."""
+    expected: list[str | int] = list(range(WINDOW))
+    for word in ("above", "below", "left", "right", "small", "big", "not", "no", "without", "but", "absent"):
+        if word in words:
+            expected.insert(words.index(word), word)
+    found = place(tokenised(processor, " ".join(words)), PUBLISHED, "insert")
+    ours = [
+        PUBLISHED[word] if word >= 0 else source
+        for word, source in zip(found.words[0].tolist(), found.sources[0].tolist(), strict=True)
+    ]
+    assert ours == expected[:WINDOW]
+
+
 def test_inserted_columns_push_the_last_ones_out(processor: DualProcessor) -> None:
     words, sources = place(tokenised(processor, "no star but egg"), PUBLISHED, "insert")
     kept = sources[0][words[0] < 0].tolist()
-    assert columns_of(Columns(words, sources), 0) == {0: PUBLISHED.index("no"), 2: PUBLISHED.index("but")}
+    assert columns_of(Columns(words, sources), 0) == {0: PUBLISHED.index("no"), 2: PUBLISHED.index("but")}, "no first"
     assert kept == list(range(WINDOW - 2))
 
 

@@ -17,7 +17,7 @@ from encoders import ENCODER_CASES, encoder, reference
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxid.checkpoints.scorer_files import read_authors_scorer, write_authors_scorer
+from jaxid.checkpoints.scorer_files import write_authors_scorer
 from jaxid.dcsm.embedding import Pictures, Texts, embed_images, embed_texts
 from jaxid.dcsm.evaluate import answer, summary
 from jaxid.dcsm.placement import find, place
@@ -56,10 +56,7 @@ def test_scores_are_the_published_ones(
     monkeypatch.setattr(published, "TEXT_TOKENS", LENGTH)
     scorer, own = a_scorer(placement), encoder(CASE)
     write_authors_scorer(tmp_path / "scorer.pt", scorer.network, np.asarray(scorer.vectors))
-    saved = torch.load(tmp_path / "scorer.pt", weights_only=True)
-    network = published.ScorerCNN(17, LENGTH)
-    network.load_state_dict(saved["scorer"])
-    theirs = published.Scorer(network=network.eval(), vectors=saved["functional"], placement=placement)
+    theirs = published.load_checkpoint(tmp_path / "scorer.pt", placement)
     texts = own.processor.captions(CAPTIONS, LENGTH)
     ids, mask = torch.tensor(texts.token_ids).long(), torch.tensor(texts.valid).long()
     with torch.no_grad():
@@ -68,8 +65,7 @@ def test_scores_are_the_published_ones(
         expected = published.score_pairs(theirs, left, right, CAPTIONS).numpy()
     ours = score(scorer, *sides())
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-    read, vectors = read_authors_scorer(tmp_path / "scorer.pt", LENGTH)
-    again = dataclasses.replace(scorer, network=jax.tree.map(jnp.asarray, read), vectors=jnp.asarray(vectors))
+    again = dataclasses.replace(Scorer.load(tmp_path / "scorer.pt"), placement=placement)
     np.testing.assert_array_equal(score(again, *sides()), ours)
 
 
@@ -99,9 +95,9 @@ def test_placement_of_columns() -> None:
     assert words[0].tolist() == [-1, -1, -1, -1, 1, 0, -1, -1, -1, -1] and (words[1] == -1).all()
     replaced = place(captions, vocabulary, "replace")
     assert np.flatnonzero(replaced.words[0] >= 0).tolist() == [3, 4] and replaced.sources[0].tolist() == list(range(10))
-    inserted = place(captions, vocabulary, "insert")
-    assert inserted.words[0].tolist() == [-1, -1, -1, 1, 0, -1, -1, -1, -1, -1]
-    assert inserted.sources[0].tolist()[5:] == [3, 4, 5, 6, 7]
+    inserted = place(captions, vocabulary, "insert")  # "no" at 4, then "above" at 3, which moves it
+    assert inserted.words[0].tolist() == [-1, -1, -1, 1, -1, 0, -1, -1, -1, -1]
+    assert inserted.sources[0].tolist()[4:5] == [3] and inserted.sources[0].tolist()[6:] == [4, 5, 6, 7]
     with pytest.raises(InputError, match="'left' is not one of token"):
         place(captions, vocabulary, "left")
 
@@ -231,8 +227,8 @@ def test_the_authors_layout(kind: str, tmp_path: Path) -> None:
     again = Scorer.load(tmp_path / "scorer.pt")
     assert again.placement == "replace"
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(scorer))
-    saved = torch.load(tmp_path / "scorer.pt", weights_only=True)
-    del saved["scorer"]["fc2.bias"]
+    saved = torch.load(tmp_path / "scorer.pt", weights_only=False)
+    del saved["model_state_dict"]["fc2.bias"]
     torch.save(saved, tmp_path / "broken.pt")
     with pytest.raises(CheckpointError, match=r"missing fc2\.bias"):
         Scorer.load(tmp_path / "broken.pt")

@@ -134,6 +134,48 @@ def test_dropout_is_scaled_and_repeatable() -> None:
     np.testing.assert_allclose(drawn.mean(axis=0), scorer.apply(ones, maps), rtol=0.1, atol=0.01)
 
 
+def test_dropout_is_of_channels_of_numbers_and_of_the_score() -> None:
+    """A network that tells from its score what was dropped, against PyTorch's layers as published."""
+    identity = np.zeros((4, 4, 3, 3), np.float32)
+    identity[range(4), range(4), 1, 1] = 1
+    wide = np.zeros((128, 4, IMAGE_TOKENS, TEXT_TOKENS), np.float32)
+    wide[range(4), range(4)] = 1 / (IMAGE_TOKENS * TEXT_TOKENS)  # the mean of each channel
+    sums = np.zeros(128, np.float32)
+    sums[:4] = 1, 10, 100, 1000
+    zeros = {"conv1_bias": np.zeros(4), "conv2_bias": np.zeros(4), "fc1_bias": np.zeros(128), "fc2_bias": np.array(0.0)}
+    layers = {"conv1": np.tile(identity[:1, 0], (4, 1, 1)), "conv2": identity, "fc1": wide, "fc2": sums}
+    found = scorer.CNN(**{name: jnp.asarray(value, jnp.float32) for name, value in (layers | zeros).items()})
+    count, kept = 4000, 0.5
+
+    def drawn(key: Any) -> Any:
+        return scorer.apply(found, jnp.ones((count, IMAGE_TOKENS, TEXT_TOKENS)), key, 1 - kept)
+
+    ours = np.asarray(jax.jit(drawn)(jax.random.key(3)))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        channels, numbers = torch.nn.Dropout2d(1 - kept), torch.nn.Dropout(1 - kept)
+        x = torch.ones(count, 4, IMAGE_TOKENS, TEXT_TOKENS)  # four copies of the map, as the first convolution makes
+        hidden = numbers(channels(channels(x)).mean((2, 3))) @ torch.tensor([1.0, 10, 100, 1000])
+        theirs = numbers(hidden).numpy()
+    scale = kept**-4  # what is kept was scaled up in every layer
+    digits = [np.round(scores / scale).astype(int) for scores in (ours, theirs)]
+    for scores, read in zip((ours, theirs), digits, strict=True):
+        np.testing.assert_allclose(scores, read * scale, rtol=1e-5)  # channels are there or not, nothing between
+        assert set("".join(map(str, read.tolist()))) == {"0", "1"}
+    assert abs(np.mean([read == 0 for read in digits[0]]) - np.mean([read == 0 for read in digits[1]])) < 0.04
+    for place in (1, 10, 100, 1000):
+        shares = [np.mean(read // place % 10) for read in digits]
+        np.testing.assert_allclose(shares, kept**4, atol=0.02)
+
+
+def test_other_platforms_drop_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, key = jax.random.normal(jax.random.key(5), (6, IMAGE_TOKENS, TEXT_TOKENS)), jax.random.key(1)
+    here = scorer.apply(network("cnn"), maps, key, 0.4)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
+    np.testing.assert_allclose(scorer.apply(network("cnn"), maps, key, 0.4), here, atol=1e-5)
+    assert not np.allclose(here, scorer.apply(network("cnn"), maps))
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_pairs() -> None:
     found = network("cnn")
