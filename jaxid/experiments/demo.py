@@ -19,7 +19,7 @@ from jaxid import io, plots
 from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.checks import Count, check_finite
 from jaxid.data import scenes as drawn
-from jaxid.data.coco_spatial import ANSWERS
+from jaxid.data.coco_spatial import ANSWERS, query
 from jaxid.data.grid import CELL_SIZE, GridItem, placements
 from jaxid.data.objects import OBJECTS
 from jaxid.data.pictures import mirrored
@@ -262,11 +262,12 @@ class _Work:
         }
 
     def _draw_plane(self) -> None:
-        name = "star" if "star" in self.ids.objects else self.ids.objects[0]
+        name, other = sorted(self.ids.objects, key=lambda known: known != "star")[:2]
+        centred = [centred_words(self.model, query(name, other, pair[0]), pair) for pair in ANSWERS.values()]
         words = [word for pair in ANSWERS.values() for word in pair]
         cells, places = (
             np.asarray(self.ids.plane_coordinates(values))[self.best_layer]
-            for values in (self.ids.for_object(name), jnp.asarray(centred_words(self.model, words)))
+            for values in (self.ids.for_object(name), jnp.asarray(np.concatenate(centred, axis=1)))
         )
         about = self.about(len(placements()) * self.demo.partners, unit="pictures")
         points = dict(zip(words, places, strict=True))

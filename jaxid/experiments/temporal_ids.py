@@ -35,7 +35,7 @@ class TemporalExtraction:
         rank_correlation: Spearman's rank correlation of an ID's coordinate with its frame, by layer.
         share_of_variance: share of the IDs' variance along the line, by layer.
         coordinates: coordinates of the IDs by layer and frame; 0 is the earliest, 1 the latest.
-        words: coordinates of "before" and "after" read without a clip, less their mean, by layer.
+        words: coordinates of "before" and "after" in the question without a clip, less their mean, by layer.
         best_layer: the layer with the highest rank correlation.
     """
 
@@ -106,7 +106,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
         )
         check_finite(f"the IDs of {self.model} in {self.dtype}", np.asarray(ids.values), DataError)
         ids.save(self.out)
-        line, centred = ids.line(), centred_words(model, ANSWERS)
+        line, centred = ids.line(), centred_words(model, question, ANSWERS)
         found = TemporalExtraction(
             model=model.name,
             fingerprint=model.fingerprint,

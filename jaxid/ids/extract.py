@@ -211,8 +211,21 @@ def _batches(
                 yield one._replace(order=first + order)
 
 
-def centred_words(model: Model, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
-    """Activations of words without a picture, after every layer, minus their mean (Figure 5)."""
-    prompts = model.prepare(None, list(words))
-    states = activations_at(model, prompts, prompts.word(list(words)))[:, 1:].astype(np.float32).swapaxes(0, 1)
+def centred_words(model: Model, question: str, words: Sequence[str]) -> Float[np.ndarray, "L W D"]:
+    """Activations of words in a question that is asked without a picture, after every layer, minus the words' mean.
+
+    They show where the words for places and times are among the IDs ([ID] arXiv 2601.12626, Figures 5 and 10 b). A
+    word by itself would be read in another context than the objects' words.
+
+    Args:
+        model: the model.
+        question: the question.
+        words: words that it contains.
+
+    Raises:
+        PromptError: if the question does not hold a word.
+    """
+    prompts = model.prepare(None, [question])
+    states = residuals_at(model, prompts, prompts.words([tuple(words)]))[1:, 0]
+    states = np.asarray(states).astype(np.float32)
     return states - states.mean(axis=1, keepdims=True)

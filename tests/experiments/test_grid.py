@@ -120,6 +120,23 @@ def test_other_questions_are_asked_as_given(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == [(*expected, expected[0])]
 
 
+def test_words_are_read_in_the_question_without_picture() -> None:
+    """Figures 5 and 10 b: not the words by themselves, and less their mean."""
+    model, question = fixtures.model(oracle.CASE), "Is the star to the left or right of the fish?"
+    found = extract.centred_words(model, question, ["left", "right"])
+    prompts = model.prepare(None, [question])
+    states = fixtures.record(oracle.CASE, prompts)["resid_post"][:, 0]
+    token_ids = np.asarray(prompts.inputs.token_ids)[0].tolist()
+    read = states[:, [token_ids.index(VOCABULARY.index(word)) for word in ("left", "right")]]
+    np.testing.assert_allclose(found, read - read.mean(axis=1, keepdims=True), atol=1e-4)
+    alone = model.prepare(None, ["left", "right"])
+    bare = fixtures.record(oracle.CASE, alone)["resid_post"]
+    bare = np.stack([bare[:, row, at] for row, at in enumerate(alone.word(["left", "right"]))], axis=1)
+    assert np.abs(found - (bare - bare.mean(axis=1, keepdims=True))).max() > 0.01
+    with pytest.raises(PromptError, match="'above'"):
+        extract.centred_words(model, question, ["left", "above"])
+
+
 def test_what_was_not_announced_is_refused() -> None:
     model = fixtures.model(oracle.CASE)
     with pytest.raises(InputError, match="was not announced"):
