@@ -1,7 +1,8 @@
 """Functional words of captions, found by a language model, or by rules without a network.
 
-Three steps of the model, one request each: every caption is simplified; its functional words are marked <LIKE THIS>;
-the list of all marked words is cleaned. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
+The model takes three steps. It is shown some captions at once, and says of each in a few words what distinguishes it
+from the others. In what it said, it marks functional words <LIKE THIS>, and prefers those that it marked before. At
+last it cleans the list of all marked words. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
 """
 
 import asyncio
@@ -15,8 +16,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,20 +29,25 @@ from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, reading, write_text
 
+Read = TypeVar("Read")
+
 SIMPLIFY = (
-    "Rewrite the image caption below as one short plain sentence. Keep every object, every attribute, every relation "
-    "between objects and every negation, and keep their words. Answer with the sentence alone.\n\nCaption: {caption}"
+    "Below are image captions as a JSON list. What distinguishes each of them from the others? Rewrite every caption "
+    "as the shortest phrase that still says so, and leave out what the others say too. Put attributes before their "
+    "object (a purple dog), negations before what is missing (a chicken but no butterfly), and a relation between its "
+    "two objects (a bug above a bench). Answer with a JSON list of {count} texts alone, in the same order."
+    "\n\nCaptions: {captions}"
 )
 MARK = (
     "Functional words are those that say how the things in a picture relate, differ in size, or are missing: "
-    "positions, sizes, negations. Names of things, colours and verbs of action are not functional. Repeat the caption "
-    "below word by word and put every functional word in angle brackets and capitals, <LIKE THIS>. Answer with the "
-    "caption alone.\n\nCaption: {caption}"
+    "positions, numbers, sizes, negations. Names of things, colours and verbs are not functional. Repeat the caption "
+    "below word by word and put every functional word in angle brackets and capitals, <LIKE THIS>. If a word of this "
+    "list says the same, put that word there instead: {known}. Answer with the caption alone.\n\nCaption: {caption}"
 )
 CLEAN = (
-    "Below is a list of words that were marked in image captions as functional: words for positions, sizes and "
-    "negations. Drop those that are none, and of several spellings of one word keep the usual one. Answer with a JSON "
-    "list of strings alone.\n\n{words}"
+    "Below is a list of words that were marked in image captions as functional: words for positions, numbers, sizes "
+    "and negations. Drop those that are none, and of several spellings of one word keep the usual one. Answer with a "
+    "JSON list of strings alone.\n\n{words}"
 )
 
 RULES = (
@@ -54,6 +61,8 @@ RULES = (
 
 _MOST_BYTES = 8 * 2**20
 """The longest answer that is accepted."""
+
+_MARK = r"<([^<>]+)>"
 
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """HTTP status codes after which a request is repeated."""
@@ -77,7 +86,7 @@ class Found(NamedTuple):
     """Functional words of some captions.
 
     Attributes:
-        captions: simplified by the model, or as they were.
+        captions: reworded by the model, or as they were.
         vocabulary: lower case, in the order in which they first appear; a given vocabulary comes first, spellings that
             only the model's clean list has come last.
     """
@@ -104,6 +113,7 @@ def by_model(
     ask: Callable[[str], str],
     vocabulary: Sequence[str] = (),
     *,
+    together: int = 16,
     progress: bool = False,
 ) -> Found:
     """Functional words of captions according to a language model.
@@ -112,6 +122,7 @@ def by_model(
         captions: the texts.
         ask: gives the answer to a prompt, such as `Endpoint(...)`.
         vocabulary: words to begin with.
+        together: captions that the model sees at once, and tells from one another; neighbours in the order given.
         progress: show a progress bar, on terminals only.
 
     Raises:
@@ -119,45 +130,72 @@ def by_model(
     """
     from tqdm import tqdm
 
-    simple, marked = [], {}
-    for index, caption in enumerate(tqdm(captions, unit="caption", disable=None if progress else True)):
-        prompt = SIMPLIFY.format(caption=caption)
-        simplified = _line(ask(prompt)).strip('"')
-        if not simplified:
-            _forget(ask, prompt)
-            raise DataError(f"step 1 (simplify) gave an empty answer for caption {index}: {caption!r}.")
-        simple.append(simplified)
-        answer = ask(MARK.format(caption=simplified))
-        marked |= {_line(word).lower(): None for word in re.findall(r"<([^<>]+)>", answer) if word.strip()}
-    words = dict.fromkeys(word.lower() for word in vocabulary)
+    words, marked, reworded = dict.fromkeys(word.lower() for word in vocabulary), dict[str, None](), list[str]()
+    with tqdm(total=len(captions), unit="caption", disable=None if progress else True) as bar:
+        for first in range(0, len(captions), together):
+            shown = list(captions[first : first + together])
+            prompt = SIMPLIFY.format(captions=json.dumps(shown, ensure_ascii=False), count=len(shown))
+            step = f"step 1 (simplify, captions {first} to {first + len(shown) - 1})"
+            for caption in _asked(ask, prompt, partial(_simplified, step=step, count=len(shown))):
+                known = json.dumps([word.upper() for word in words | marked], ensure_ascii=False)
+                prompt = MARK.format(caption=caption, known=known)
+                step = f"step 2 (mark, caption {len(reworded)})"
+                answer = _asked(ask, prompt, partial(_marked, step=step))
+                marked |= {_line(word).lower(): None for word in re.findall(_MARK, answer) if word.strip()}
+                reworded.append(_line(re.sub(_MARK, lambda match: match[1].lower(), answer)))
+                bar.update()
     if marked:
         prompt = CLEAN.format(words=json.dumps(list(marked), ensure_ascii=False))
-        try:
-            cleaned = _cleaned(ask(prompt))
-        except DataError:
-            _forget(ask, prompt)
-            raise
+        cleaned = _asked(ask, prompt, _cleaned)
         order = {word: index for index, word in enumerate(marked)}
         words |= dict.fromkeys(sorted(cleaned, key=lambda word: order.get(word, len(order))))
-    return Found(tuple(simple), tuple(words))
+    return Found(tuple(reworded), tuple(words))
 
 
-def _forget(ask: Callable[[str], str], prompt: str) -> None:
-    """Forgets cached answers, so that the next run asks again."""
-    if isinstance(ask, Endpoint):
-        ask.forget(prompt)
+def _asked(ask: Callable[[str], str], prompt: str, read: Callable[[str], Read]) -> Read:
+    """What is read in the answer to a prompt; an answer that cannot be read is forgotten, so that it is asked again."""
+    try:
+        return read(ask(prompt))
+    except DataError:
+        if isinstance(ask, Endpoint):
+            ask.forget(prompt)
+        raise
+
+
+def _simplified(answer: str, step: str, count: int) -> list[str]:
+    """A caption for each that was shown."""
+    texts = [_line(text) for text in _listed(answer, step)]
+    if len(texts) != count or not all(texts):
+        raise DataError(
+            f"{step} gave {sum(map(bool, texts))} texts for {count} captions: {answer[:80]!r}. Show the model fewer "
+            "captions at once."
+        )
+    return texts
+
+
+def _marked(answer: str, step: str) -> str:
+    """A caption with marks, in one line."""
+    text = _line(answer).strip('"')
+    if not re.sub("[<>]", "", text).strip() or not _is_unicode(text):
+        raise DataError(f"{step} gave an empty answer: {answer[:80]!r}.")
+    return text
 
 
 def _cleaned(answer: str) -> list[str]:
-    """The JSON list in an answer, which may be in a code block."""
+    """The words of the clean list."""
+    return [_line(word).lower() for word in _listed(answer, "step 3 (clean)") if word.strip()]
+
+
+def _listed(answer: str, step: str) -> list[str]:
+    """The JSON list of texts in an answer, which may be in a code block."""
     start, stop = answer.find("["), answer.rfind("]")
     try:
-        words = json.loads(answer[start : stop + 1]) if start >= 0 else None
+        texts = json.loads(answer[start : stop + 1]) if start >= 0 else None
     except (ValueError, RecursionError):
-        words = None
-    if not isinstance(words, list) or not all(isinstance(word, str) and _is_unicode(word) for word in words):
-        raise DataError(f"step 3 (clean) did not give a JSON list of words: {answer[:80]!r}.")
-    return [_line(word).lower() for word in words if word.strip()]
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) and _is_unicode(text) for text in texts):
+        raise DataError(f"{step} did not give a JSON list of texts: {answer[:80]!r}.")
+    return texts
 
 
 def _line(text: str) -> str:

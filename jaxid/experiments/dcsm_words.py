@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from jaxid.checks import Count
 from jaxid.dcsm.functional_words import Endpoint, Found, by_model, by_rules, read_lines
 from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.experiments.base import Command, write_config
@@ -22,6 +23,7 @@ class FindWords(Command[Found]):
         llm: name of the endpoint's language model.
         key_variable: environment variable that holds the key; empty for none.
         keep: start with the published functional words.
+        together: captions that the language model sees at once, to say what distinguishes each from the others.
         progress: show a progress bar, on terminals.
     """
 
@@ -33,6 +35,7 @@ class FindWords(Command[Found]):
     llm: str = "gpt-4o-mini"
     key_variable: str = "OPENAI_API_KEY"
     keep: bool = True
+    together: Count = 16
     progress: bool = True
 
     def run(self) -> Found:
@@ -48,7 +51,10 @@ class FindWords(Command[Found]):
             ask = Endpoint(self.base_url, self.llm, self.out / "answers", key_variable=self.key_variable or None)
         ensure_output_folder(self.out)
         write_config(self, self.out)
-        found = by_rules(lines, known) if ask is None else by_model(lines, ask, known, progress=self.progress)
+        if ask is None:
+            found = by_rules(lines, known)
+        else:
+            found = by_model(lines, ask, known, together=self.together, progress=self.progress)
         marked = [_marked(caption, found.vocabulary) for caption in found.captions]
         for name, texts in (("words", found.vocabulary), ("captions", found.captions), ("marked", marked)):
             write_text(self.out / f"{name}.txt", "\n".join(texts) + "\n")

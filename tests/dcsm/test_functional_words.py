@@ -28,6 +28,7 @@ class Stub(http.server.ThreadingHTTPServer):
     statuses: list[int]
     prompts: list[str]
     keys: list[str | None]
+    simple: str = ""
     clean: str = '```json\n["Behind", "no"]\n```'
     retry_after: str = "7"
     redirect: str | None = None
@@ -73,10 +74,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(self.server.stream)
                     time.sleep(self.server.pause)
             return
+        assert body["temperature"] == 0
         prompt = body["messages"][0]["content"]
         self.server.prompts.append(prompt)
         caption = prompt.rsplit("Caption: ", 1)[-1]
-        if prompt.startswith("Rewrite"):
+        if "distinguishes" in prompt:
+            answer = self.server.simple or prompt.rsplit("Captions: ", 1)[-1].lower()
+        elif prompt.startswith("Rewrite"):
             answer = f'"{caption.lower()}"'
         elif "angle brackets" in prompt:
             answer = caption.replace("behind", "<BEHIND>").replace("no ", "<NO> ").replace("red", "<RED>")
@@ -129,10 +133,47 @@ def test_three_steps_and_no_second_request(stub: Stub, tmp_path: Path, monkeypat
     found = by_model(CAPTIONS, ask, ("above",))
     assert found.captions == ("a red cat behind a dog", "no birds")
     assert found.vocabulary == ("above", "behind", "no")
-    assert len(stub.prompts) == 5 and stub.prompts[-1].endswith(json.dumps(["red", "behind", "no"]))
+    assert len(stub.prompts) == 4 and stub.prompts[-1].endswith(json.dumps(["red", "behind", "no"]))
+    assert stub.prompts[0].endswith(json.dumps(CAPTIONS)) and "list of 2 texts" in stub.prompts[0]
+    assert '["ABOVE"]' in stub.prompts[1] and '["ABOVE", "RED", "BEHIND"]' in stub.prompts[2]
     assert set(stub.keys) == {"Bearer sk-very-secret"}
-    assert by_model(CAPTIONS, ask, ("above",)) == found and len(stub.prompts) == 5
+    assert by_model(CAPTIONS, ask, ("above",)) == found and len(stub.prompts) == 4
     assert all("secret" not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_captions_are_told_from_those_shown_with_them(stub: Stub, tmp_path: Path) -> None:
+    captions = [f"cat {number}" for number in range(5)]
+    ask = endpoint(stub, tmp_path, key_variable=None)
+    assert by_model(captions, ask, together=2).captions == tuple(captions)
+    shown = [json.loads(prompt.rsplit("Captions: ", 1)[1]) for prompt in stub.prompts if "distinguishes" in prompt]
+    assert shown == [captions[:2], captions[2:4], captions[4:]]
+
+
+def test_a_known_word_takes_the_place_of_another(tmp_path: Path) -> None:
+    """A caption is what the model made of it, with known words where it marked others."""
+    answers = iter(
+        ['```json\n["man close to a puppy", "two cats"]\n```', "Man <NEAR> a puppy", '"<TWO> cats"', '["near", "two"]']
+    )
+    found = by_model(["A man sits close to a puppy.", "Here are two cats"], lambda prompt: next(answers), ("near",))
+    assert found.captions == ("Man near a puppy", "two cats") and found.vocabulary == ("near", "two")
+    assert [find(caption, found.vocabulary)[0][0] for caption in found.captions] == [0, 1]
+
+
+@pytest.mark.parametrize("simple", ["sorry", '["one"]', '["one", " "]', '["a", "b", "c"]', '{"0": "a"}', '["a", 5]'])
+def test_every_caption_gets_a_text(stub: Stub, tmp_path: Path, simple: str) -> None:
+    stub.simple = simple
+    ask = endpoint(stub, tmp_path, key_variable=None)
+    with pytest.raises(DataError, match=r"step 1 \(simplify, captions 0 to 1\)"):
+        by_model(CAPTIONS, ask)
+    assert not list(tmp_path.iterdir())
+    stub.simple = ""
+    assert by_model(CAPTIONS, ask).captions == ("a red cat behind a dog", "no birds")
+
+
+def test_an_empty_mark_is_named() -> None:
+    answers = iter(['["a", "b"]', "a", " <> "])
+    with pytest.raises(DataError, match=r"step 2 \(mark, caption 1\) gave an empty answer"):
+        by_model(CAPTIONS, lambda prompt: next(answers))
 
 
 def test_it_tries_again_and_gives_up(stub: Stub, tmp_path: Path) -> None:
@@ -208,7 +249,7 @@ def test_a_bad_answer_is_not_kept(stub: Stub, tmp_path: Path) -> None:
         by_model(CAPTIONS, ask)
     stub.clean = '["no", "beyond", "behind"]'
     assert by_model(CAPTIONS, ask, ("Above",)).vocabulary == ("above", "behind", "no", "beyond")
-    assert len(stub.prompts) == 6  # the good answers were kept
+    assert len(stub.prompts) == 4 + 3  # the good answer of step 1 was kept; another vocabulary marks anew
 
 
 @settings(max_examples=60, deadline=None)
@@ -287,7 +328,7 @@ def test_a_damaged_answer_is_asked_for_again(stub: Stub, tmp_path: Path, damage:
     found = by_model(CAPTIONS, ask)
     kept = sorted(tmp_path.iterdir())
     kept[0].write_bytes(damage)
-    assert by_model(CAPTIONS, ask) == found and len(stub.prompts) == 6
+    assert by_model(CAPTIONS, ask) == found and len(stub.prompts) == 5
     assert sorted(tmp_path.iterdir()) == kept and "answer" in json.loads(kept[0].read_text())
 
 
