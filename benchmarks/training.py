@@ -140,7 +140,7 @@ def make_task(model: "Model", pictures: int, *, recompute: Recompute) -> "Task":
         batch_size=pictures,
         id_layer=11 * layers // 32,
         recompute=recompute,
-        template="{query}",
+        prompt="plain",
         case="lower",
     )
     return task(model, items, ids, config)

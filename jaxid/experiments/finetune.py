@@ -6,9 +6,9 @@ object's activations, less their mean over the batch, and the universal IDs of i
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Literal, TypeVar, cast
+from typing import Annotated, ClassVar, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +23,34 @@ from jaxid.checks import Count, Range, check_finite, check_options
 from jaxid.data.coco_spatial import ANSWERS
 from jaxid.data.grid import GridItem
 from jaxid.errors import DataError, InputError
-from jaxid.experiments.base import PUBLISHED_SUFFIX
-from jaxid.experiments.relations import fill
-from jaxid.experiments.session import padded, require_same_model, scaled
+from jaxid.experiments.finetune_data import (
+    Group,
+    Question,
+    arrays_of,
+    groups_by,
+    lengthened,
+    placed,
+    questions_of,
+    split_pairs,
+    text_of,
+    with_answers,
+)
+from jaxid.experiments.finetune_evaluation import by_probability
+from jaxid.experiments.published import PICTURE, check_prompt, is_raw
+from jaxid.experiments.session import padded, require_same_model
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.nn.inputs import Inputs
 from jaxid.nn.layers import Recompute
 from jaxid.nn.network import Network
 from jaxid.nn.sites import Capture, clean
-from jaxid.prompts.processor import Prompts
+from jaxid.prompts.processor import Processor, Prompts
 from jaxid.train.loop import Batch, Metrics, Stage
 from jaxid.train.placement import Layout, complete, placed_as, shardings
-from jaxid.train.trainable import Selection, Trained, choose, for_learning, tensors
+from jaxid.train.trainable import Selection, Tensor, Trained, choose, for_learning, tensors
 
-QUESTIONS = {
-    "horizontal": "Is the {b} to the left or right of the {a}?",
-    "vertical": "Is the {b} above or below the {a}?",
-}
-"""As in the extraction of IDs, the object whose word is read is second in the pair and first in the question."""
-
-PUBLISHED_LAYER = 11
-"""The layer after which activations are compared with IDs, of 32."""
+PUBLISHED_LAYER, PUBLISHED_LAYERS = 10, 28
+"""The layer after which activations are compared with IDs, Hugging Face's hidden state 11; of Qwen2-VL-2B's layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +59,11 @@ class FinetuneConfig:
 
     Attributes:
         steps: optimiser steps.
-        groups: small batches whose gradients a step averages.
-        batch_size: pictures of a small batch, which differ only in the second object's cell.
+        groups: small batches whose gradients a step averages; 2 by default, with the bugs 1.
+        batch_size: most questions in a small batch; their pictures differ only in the second object's cell.
         id_weight: weight of the ID loss; 0 trains on answers alone.
-        id_layer: decoder layer after which the second object's word is compared with its ID; as deep as 11 of 32 by
-            default.
+        id_layer: decoder layer after which the second object's word is compared with its ID; as deep as 10 of 28 by
+            default, with the bugs always 10.
         learning_rate: peak of the learning rate.
         weight_decay: of AdamW, on all trained tensors.
         warmup: share of the steps in which the learning rate ascends.
@@ -68,15 +74,21 @@ class FinetuneConfig:
         budget: share of all parameters that may be trained.
         recompute: what the backward pass recomputes: nothing, all but products with weights (cheap), or whole blocks.
         held_out: share of the object pairs that training never sees.
-        template: the user's text, with {query}, {first}, {second}, {First}, {Second}; the published one by default.
-        case: form of the answer that is trained; the one that the published code reads for the model's family by
-            default.
+        prompt: published, plain (the query alone), or your own text with {query}, {first}, {second}, {First}, {Second}.
+            Shipped models are asked plain questions by default, others the published ones.
+        case: form of the answer that is trained; by default the one that the published code reads for the model's
+            family, with the bugs lower.
         seed: of held-out pairs, the order of the data and random tensors.
+        reference_bugs: reproduce the conventions and bugs of the published code.
     """
 
+    default_groups: ClassVar[int] = 2
+    answered = staticmethod(by_probability)
+    """How an evaluation reads answers."""
+
     steps: Count = 800
-    groups: Count = 2
-    batch_size: Count = 12
+    groups: Count | None = None
+    batch_size: Count = 16
     id_weight: Annotated[float, Range(0)] = 1.0
     id_layer: Annotated[int, Range(0)] | None = None
     learning_rate: float = 5e-5
@@ -89,9 +101,10 @@ class FinetuneConfig:
     budget: Annotated[float, Range(0, 1)] = 0.3
     recompute: Recompute = "cheap"
     held_out: Annotated[float, Range(0)] = 0.15
-    template: str | None = None
+    prompt: str | None = None
     case: Literal["lower", "capital"] | None = None
     seed: int = 0
+    reference_bugs: bool = False
 
     def __post_init__(self) -> None:
         """Checks what does not need the model.
@@ -108,83 +121,99 @@ class FinetuneConfig:
         for name in ("warmup", "held_out"):
             if not getattr(self, name) < 1:
                 raise InputError(f"{name} is a share below 1, not {getattr(self, name)}.")
-        if self.template is not None and "{query}" not in self.template:
-            raise InputError(f"the template {self.template!r} does not contain {{query}}.")
+        check_prompt(self.prompt)
+        if is_raw(self.prompt or ""):
+            raise InputError(f"fine-tuning asks in the chat template: leave out {PICTURE} of the prompt.")
+
+    def default_layer(self, model: Model) -> int:
+        """The layer of the ID loss."""
+        return min(model.num_layers - 1, round(PUBLISHED_LAYER * model.num_layers / PUBLISHED_LAYERS))
+
+    def default_case(self, model: Model) -> Literal["lower", "capital"]:
+        """The form of the answer; shipped models only know lower-case ones."""
+        return "capital" if model.processor.case == "capital" and model.name not in zoo.SHIPPED else "lower"
+
+    def split(self, items: Sequence[GridItem]) -> tuple[list[GridItem], list[GridItem]]:
+        """Training items, and items of held-out pairs of objects."""
+        return split_pairs(items, self.held_out, self.seed)
+
+    def grouped(self, items: Sequence[GridItem]) -> list[Group]:
+        """Groups of two or more questions about the same axis, pair and cell of the first object."""
+        groups = groups_by(questions_of(items), lambda question: (*placed(question), question.axis))
+        return [group for group in groups if len(group) > 1]
+
+    def drawn(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """The small batches of a step; a pure function of seed and step, so that a resumed run sees the same."""
+        rng, count, found = np.random.default_rng((self.seed, step)), self.groups or self.default_groups, []
+        for row in rng.choice(len(groups), count, replace=len(groups) < count):
+            order = rng.permutation(len(groups[row]))[: self.batch_size]
+            found.append(tuple(groups[row][index] for index in order))
+        return found
+
+    def word(self, prompts: Prompts, names: Sequence[tuple[str, str]]) -> Int[np.ndarray, "B"]:
+        """Position of the second object's word, whose activations the ID loss compares."""
+        return prompts.words(names)[:, 1]
+
+    def answer_tokens(self, processor: Processor, words: Sequence[str]) -> list[list[int]]:
+        """The tokens that are trained, for each answer word."""
+        return processor.answer_tokens(words)
+
+    def may_train(self, tensor: Tensor) -> bool:
+        """Whether selectors may choose a tensor."""
+        return True
+
+    def learning_rates(self) -> optax.Schedule:
+        """The learning rate of a step, counted from 0: a linear warm-up, then the schedule."""
+        warmup = math.ceil(self.warmup * self.steps)
+        peak = self.learning_rate
+        return self.after(optax.linear_schedule(peak / max(1, warmup), peak, warmup - 1), warmup)
+
+    def after(self, ascending: optax.Schedule, warmup: int) -> optax.Schedule:
+        """A warm-up of so many steps, then the schedule."""
+        peak, rest = self.learning_rate, max(1, self.steps - warmup)
+        schedules = {
+            "linear": optax.linear_schedule(peak, 0.0, rest),
+            "cosine": optax.cosine_decay_schedule(peak, rest),
+            "constant": optax.constant_schedule(peak),
+        }
+        return optax.join_schedules([ascending, schedules[self.schedule]], [warmup])
 
 
 Config = TypeVar("Config", bound=FinetuneConfig)
 
 
 def resolved(config: Config, model: Model) -> Config:
-    """The settings with the model's layer, template and case where none are given.
+    """The settings with the model's layer, prompt and case, and the number of groups, where none are given.
 
     Raises:
         InputError: if the model lacks the layer.
     """
-    shipped = model.name in zoo.SHIPPED  # shipped models only know plain questions and lower-case answers
-    (deep,) = scaled((PUBLISHED_LAYER,), model.num_layers)
-    layer = deep if config.id_layer is None else config.id_layer
+    layer = config.default_layer(model) if config.id_layer is None else config.id_layer
     if layer >= model.num_layers:
         raise InputError(f"id_layer {layer} is out of range: {model.name} has layers 0..{model.num_layers - 1}.")
-    capital = model.processor.case == "capital" and not shipped
     return dataclasses.replace(
         config,
+        groups=config.groups or config.default_groups,
         id_layer=layer,
-        template=config.template or ("{query}" if shipped else PUBLISHED_SUFFIX),
-        case=config.case or ("capital" if capital else "lower"),
+        prompt=config.prompt or ("plain" if model.name in zoo.SHIPPED else "published"),
+        case=config.case or config.default_case(model),
     )
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- batches ---------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    """Pictures that differ only in the second object's cell, and the axis that they are asked about."""
-
-    axis: str
-    items: tuple[GridItem, ...]
-
-
-def groups_of(items: Sequence[GridItem]) -> list[Group]:
-    """All groups of two or more pictures: same pair, same cell of the first object, a true answer along the axis."""
-    found: dict[tuple[str, tuple[int, int], str, str], list[GridItem]] = {}
-    for item in items:
-        for along, axis in enumerate(QUESTIONS):
-            if item.cell_a[along] != item.cell_b[along]:
-                found.setdefault((item.object_a, item.cell_a, item.object_b, axis), []).append(item)
-    return [Group(axis=key[3], items=tuple(group)) for key, group in sorted(found.items()) if len(group) > 1]
-
-
-def split_pairs(items: Sequence[GridItem], share: float, seed: int) -> tuple[list[GridItem], list[GridItem]]:
-    """Training items, and items of held-out pairs of objects; a pair is held out in both orders.
-
-    Raises:
-        DataError: if there are too few pairs to hold out a share of them.
-    """
-    pairs = sorted({tuple(sorted((item.object_a, item.object_b))) for item in items})
-    count = max(round(share * len(pairs)), 1) if share else 0
-    if len(pairs) <= count:
-        raise DataError(f"the pictures hold {len(pairs)} pairs of objects, too few to hold out {share:.0%} of them.")
-    rows = np.random.default_rng((seed, 15)).permutation(len(pairs))[:count]
-    held = {pairs[row] for row in rows}
-    sides: tuple[list[GridItem], list[GridItem]] = ([], [])
-    for item in items:
-        sides[tuple(sorted((item.object_a, item.object_b))) in held].append(item)
-    return sides
-
-
-def group_batch(
-    model: Model, group: Group, chosen: Sequence[int], ids: SpatialIDs, config: FinetuneConfig
+def small_batch(
+    model: Model, questions: Sequence[Question], ids: SpatialIDs, config: FinetuneConfig, size: int
 ) -> dict[str, PyTree]:
     """Arrays of one small batch.
 
     Args:
         model: whose processor reads the pictures.
-        group: the pictures.
-        chosen: which of them; fewer than the batch size are padded with the first one, of weight 0.
+        questions: the questions; they are padded with the first one, of weight 0.
         ids: universal IDs of the model.
         config: the run's settings, resolved.
+        size: number of rows, B.
 
     Returns:
         "inputs": the arrays of `Inputs` by name.
@@ -196,79 +225,46 @@ def group_batch(
     Raises:
         PromptError: if a question does not contain a word, or an answer is not in the vocabulary.
     """
-    items = padded([group.items[row] for row in chosen], config.batch_size)
-    along, words = list(ANSWERS).index(group.axis), ANSWERS[group.axis]
-    queries = [QUESTIONS[group.axis].format(a=item.object_a, b=item.object_b) for item in items]
-    texts = [fill(config.template or "{query}", query, words) for query in queries]
-    prompts = model.prepare([item.picture for item in items], texts)
-    form = str.capitalize if config.case == "capital" else str.lower
-    tokens = model.processor.answer_tokens([form(word) for word in words])
-    answers = [tokens[int(item.cell_b[along] > item.cell_a[along])] for item in items]
-    prompts, positions, labels = with_answers(prompts, answers)
-    cells = np.array([item.cell_b for item in items])
+    rows = padded(list(questions), size)
+    asked, form = [row.spatial for row in rows], str.capitalize if config.case == "capital" else str.lower
+    texts = [text_of(question, config.prompt or "plain") for question in asked]
+    prompts = model.prepare([question.picture for question in asked], texts)
+    words = [word for axis in dict.fromkeys(row.axis for row in rows) for word in ANSWERS[axis]]
+    tokens = dict(zip(words, config.answer_tokens(model.processor, [form(word) for word in words]), strict=True))
+    names = [(question.subject, question.object) for question in asked]
+    word = config.word(prompts, names)
+    prompts, positions, labels = with_answers(prompts, [tokens[question.relation] for question in asked])
+    cells = np.array([row.item.cell_b for row in rows])
     return {
         "inputs": arrays_of(prompts.inputs),
         "positions": positions,
         "labels": labels,
-        "word": prompts.words([(item.object_b, item.object_a) for item in items])[:, 0],
+        "word": word,
         "target": np.asarray(ids.universal)[config.id_layer, cells[:, 0], cells[:, 1]],
-        "weight": (np.arange(len(items)) < len(chosen)).astype(np.float32),
+        "weight": (np.arange(len(rows)) < len(questions)).astype(np.float32),
     }
 
 
-def with_answers(
-    prompts: Prompts, answers: Sequence[Sequence[int]]
-) -> tuple[Prompts, Int[np.ndarray, "B n"], Int[np.ndarray, "B n"]]:
-    """Prompts continued by all but the last token of their answers; where each token is read, and its id or -1."""
-    longest = max(map(len, answers))
-    lengths = np.array([len(answer) for answer in answers])
-    labels = np.array([[*answer, *[-1] * (longest - len(answer))] for answer in answers], np.int32)
-    positions = prompts.last()[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
-    if longest > 1:
-        prompts = prompts.extended(np.maximum(labels[:, :-1], 0), lengths - 1)
-    return prompts, positions.astype(np.int32), labels
+def rows_of(groups: Sequence[Group], config: FinetuneConfig) -> int:
+    """The number of rows of every small batch."""
+    return min(config.batch_size, max(map(len, groups)))
 
 
 def step_batch(model: Model, groups: Sequence[Group], ids: SpatialIDs, config: FinetuneConfig, step: int) -> Batch:
-    """The small batches of a step, stacked; a pure function of seed and step, so that a resumed run sees the same."""
-    rng = np.random.default_rng((config.seed, step))
-    parts = []
-    for row in rng.choice(len(groups), config.groups, replace=len(groups) < config.groups):
-        group = groups[row]
-        size = min(config.batch_size, len(group.items))
-        parts.append(group_batch(model, group, rng.permutation(len(group.items))[:size].tolist(), ids, config))
-    longest = max(part["inputs"]["token_ids"].shape[1] for part in parts)
+    """The small batches of a step, stacked."""
+    size = rows_of(groups, config)
+    parts = [small_batch(model, questions, ids, config, size) for questions in config.drawn(groups, step)]
+    tokens = max(part["inputs"]["token_ids"].shape[1] for part in parts)
+    answers = max(part["labels"].shape[1] for part in parts)
     for part in parts:
-        part["inputs"] = lengthened(part["inputs"], -(-longest // 16) * 16)
+        part["inputs"] = lengthened(part["inputs"], -(-tokens // 16) * 16)
+        further = [(0, 0), (0, answers - part["labels"].shape[1])]
+        part["labels"] = np.pad(part["labels"], further, constant_values=-1)
+        part["positions"] = np.pad(part["positions"], further, mode="edge")
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(part)) for part in parts}
     if len(shapes) > 1:
         raise InputError("the small batches of a step have pictures of different sizes; use pictures of one size.")
     return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-
-
-def arrays_of(inputs: Inputs) -> dict[str, PyTree]:
-    """The arrays of `Inputs` by name."""
-    fields = dataclasses.fields(inputs)
-    return {field.name: getattr(inputs, field.name) for field in fields if not field.metadata.get("static")}
-
-
-def lengthened(inputs: Mapping[str, PyTree], tokens: int) -> dict[str, PyTree]:
-    """The arrays of `Inputs`, padded to a number of tokens."""
-    count, length = inputs["token_ids"].shape
-
-    def longer(values: np.ndarray, padding: int) -> np.ndarray:
-        widths = [(0, 0)] * (values.ndim - 1) + [(0, tokens - length)]
-        return np.pad(np.asarray(values), widths, constant_values=padding)
-
-    rope = inputs["rope_positions"]
-    return {
-        **inputs,
-        "token_ids": longer(inputs["token_ids"], 0),
-        "positions": np.tile(np.arange(tokens, dtype=np.int32), (count, 1)),
-        "valid": longer(inputs["valid"], 0),
-        "image_rows": longer(inputs["image_rows"], -1),
-        "rope_positions": None if rope is None else longer(rope, 0),
-    }
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -319,24 +315,11 @@ def loss(
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def learning_rates(config: FinetuneConfig) -> optax.Schedule:
-    """The learning rate of a step, counted from 0: a linear warm-up, then the schedule."""
-    peak, warmup = config.learning_rate, math.ceil(config.warmup * config.steps)
-    rest = max(1, config.steps - warmup)
-    schedules = {
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "constant": optax.constant_schedule(peak),
-    }
-    ascending = optax.linear_schedule(peak / max(1, warmup), peak, warmup - 1)
-    return optax.join_schedules([ascending, schedules[config.schedule]], [warmup])
-
-
 def optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     """AdamW on clipped gradients."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rates(config), weight_decay=config.weight_decay),
+        optax.adamw(config.learning_rates(), weight_decay=config.weight_decay),
     )
 
 
@@ -415,9 +398,14 @@ def select(model: Model, config: FinetuneConfig) -> Selection:
     Raises:
         InputError: for an unknown kind of tensors, or if none fits the budget.
     """
-    every = tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings)
-    kinds = [kind.strip() for kind in config.train.split(",")]
-    found = choose(every, kinds, budget=config.budget, vision_blocks=config.vision_blocks, seed=config.seed)
+    found = choose(
+        tensors(model.parameters, tied=model.config.text_config.tie_word_embeddings),
+        [kind.strip() for kind in config.train.split(",")],
+        budget=config.budget,
+        vision_blocks=config.vision_blocks,
+        seed=config.seed,
+        among=config.may_train,
+    )
     return Selection.of(found)
 
 
@@ -437,7 +425,7 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
     config = resolved(config, model)
     if config.id_weight:
         require_same_model(model, ids)
-    selection, groups = select(model, config), groups_of(items)
+    selection, groups = select(model, config), config.grouped(items)
     if not groups:
         raise DataError("no two pictures show the same pair with the first object in one cell: nothing to train on.")
     if config.id_weight:

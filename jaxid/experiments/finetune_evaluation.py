@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxid.checks import check_finite
-from jaxid.data.coco_spatial import ANSWERS, SpatialItem
+from jaxid.data.coco_spatial import ANSWERS, SpatialItem, axis_of
 from jaxid.data.grid import GridItem
-from jaxid.experiments.relations import RelationBatch, prepare
+from jaxid.experiments.finetune_data import questions_of, text_of
+from jaxid.experiments.relations import RelationBatch, prepare_questions
 from jaxid.experiments.session import padded
 from jaxid.families.base import Model
 from jaxid.halving import Batches, Exhausted, Halving
@@ -19,35 +21,43 @@ BATCH = 32
 """Questions that go together."""
 
 
+Answered = Callable[[Model, RelationBatch], Callable[[], Int[np.ndarray, "B"]]]
+"""Asks questions, and returns what fetches the index of each one's answer; -1 for none."""
+
+
 def spatial_items(items: Sequence[GridItem]) -> list[SpatialItem]:
     """Every question that grid pictures allow: left/right where columns differ, above/below where rows do."""
-    return [
-        SpatialItem(
-            image_id=row,
-            picture=item.picture,
-            subject=item.object_b,
-            object=item.object_a,
-            relation=words[int(item.cell_b[along] > item.cell_a[along])],
-            row=row,
-        )
-        for row, item in enumerate(items)
-        for along, words in enumerate(ANSWERS.values())
-        if item.cell_a[along] != item.cell_b[along]
-    ]
+    return [question.spatial for question in questions_of(items)]
+
+
+def by_probability(model: Model, batch: RelationBatch) -> Callable[[], Int[np.ndarray, "B"]]:
+    """The answer is the more probable one of the two words; the probabilities of both forms of a word are added."""
+    answers = batch.read(forward(model, batch.prompts))
+
+    def fetched() -> Int[np.ndarray, "B"]:
+        found = np.asarray(complete(answers))
+        check_finite(f"log-probabilities of {model.name}'s answers", found)
+        return found.argmax(axis=-1)
+
+    return fetched
 
 
 def evaluate(
-    model: Model, items: Sequence[SpatialItem], *, template: str = "{query}", batch_size: int = BATCH
+    model: Model,
+    items: Sequence[SpatialItem],
+    *,
+    prompt: str = "plain",
+    batch_size: int = BATCH,
+    answered: Answered = by_probability,
 ) -> tuple[int, int]:
-    """How many questions are answered correctly: the true word is more probable than the other one.
-
-    The probabilities of both forms of a word are added up.
+    """How many questions are answered correctly.
 
     Args:
         model: the model.
         items: questions.
-        template: the user's text.
+        prompt: published, plain, or the user's text.
         batch_size: questions of one kind that are asked together; fewer where the device's memory does not suffice.
+        answered: how answers are read.
 
     Returns:
         Number of correct answers, and number of questions.
@@ -58,18 +68,24 @@ def evaluate(
     halving = Halving(batch_size, unit="question", advice="use --dtype bfloat16 or a larger device")
 
     def read(part: list[SpatialItem]) -> tuple[int, RelationBatch]:
-        return len(part), prepare(model, padded(part, halving.size), template=template, case="both")
+        items = padded(part, halving.size)
+        axis = axis_of(items[0])
+        batch = prepare_questions(
+            model,
+            [item.picture for item in items],
+            [text_of(item, prompt) for item in items],
+            [(item.subject, item.object) for item in items],
+            axis=axis,
+            answers=ANSWERS[axis],
+            truth=[ANSWERS[axis].index(item.relation) for item in items],
+            case="both",
+        )
+        return len(part), batch
 
     def begun(opened: tuple[int, RelationBatch]) -> Callable[[], int]:
         count, batch = opened
-        answers = batch.read(forward(model, batch.prompts))
-
-        def right() -> int:
-            found = np.asarray(complete(answers))[:count]
-            check_finite(f"log-probabilities of {model.name}'s answers", found)
-            return int((found.argmax(axis=-1) == batch.truth[:count]).sum())
-
-        return right
+        found = answered(model, batch)
+        return lambda: int((found()[:count] == batch.truth[:count]).sum())
 
     steps, total = Batches(halving, read, begun, sum), 0
     axes = [[item for item in items if item.relation in words] for words in ANSWERS.values()]

@@ -26,7 +26,7 @@ from jaxid.data.grid import GridItem, read_finetune_folder
 from jaxid.devices import Device
 from jaxid.errors import DataError, InputError, JaxidError
 from jaxid.experiments.base import Command, read_spatial_ids, write_config
-from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, select, split_pairs, task
+from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, select, task
 from jaxid.experiments.finetune_evaluation import evaluate, spatial_items
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
@@ -131,6 +131,13 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             OutOfMemoryError: if the device's memory does not suffice for a training step or a question.
             Elsewhere: in processes but the first, when all is trained.
         """
+        if self.reference_bugs:
+            from jaxid.experiments.reference import with_bugs  # it knows all experiments
+
+            return with_bugs(self)._run()
+        return self._run()
+
+    def _run(self) -> FinetuneSummary:
         started = time.perf_counter()
         io.ensure_output_folder(self.out)
         checkpoint = open_checkpoint(self.model, dtype=self.dtype)
@@ -173,7 +180,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
     def read(self) -> "Read":
         """Reads everything but the model."""
         items = read_finetune_folder(self.data)
-        training, held = split_pairs(items, self.held_out, self.seed)
+        training, held = self.split(items)
         return Read(ids=read_spatial_ids(self.ids), items=items, training=training, sets=self._evaluation_sets(held))
 
     @property
@@ -219,7 +226,9 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         def check(step: int, trained: Trained) -> None:
             row: dict[str, float | str] = {"step": step}
             for name, items in sets.items():
-                right, count = evaluate(job.model_with(trained), items, template=job.config.template or "{query}")
+                right, count = evaluate(
+                    job.model_with(trained), items, prompt=job.config.prompt or "plain", answered=self.answered
+                )
                 row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
             if training.leads():
                 training.append_metrics(path, CHECKED, row)

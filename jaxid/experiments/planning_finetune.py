@@ -21,7 +21,7 @@ from jaxid.costs import nbytes
 from jaxid.data.coco_spatial import ANSWERS
 from jaxid.devices import Device
 from jaxid.dry_run import Call, dry_run
-from jaxid.experiments.finetune import Task, resolved, task
+from jaxid.experiments.finetune import Task, resolved, rows_of, task
 from jaxid.experiments.finetune_evaluation import BATCH, evaluate
 from jaxid.experiments.finetune_run import Finetune, Read
 from jaxid.meshes import AXES, ONE, Axes
@@ -44,17 +44,21 @@ def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -
     Raises:
         JaxidError: what the command itself raises for its model, its IDs or its data.
     """
+    if command.reference_bugs:
+        from jaxid.experiments.reference import with_bugs  # it knows all experiments
+
+        command = with_bugs(command)
     checkpoint = open_checkpoint(command.model, dtype=command.dtype)
     axes = command.axes(checkpoint, jax.device_count(), device)
     model, measure = checkpoint.abstract(), measure and axes == ONE
     read = command.read()
     job = task(model, read.training, read.ids, resolved(command, model))
-    stage = job.stage()
+    stage, groups = job.stage(), job.config.groups or 1
     trained = jax.eval_shape(job.selection.split, model.parameters)
     weights, (copies, state) = checkpoint.held(axes), _state(checkpoint, stage, trained, axes)
     held = weights + copies + state
 
-    shares = axes.model * (axes.data if command.groups % axes.data == 0 else 1)
+    shares = axes.model * (axes.data if groups % axes.data == 0 else 1)
     steps = _scaled(
         [(count, _share(_step(stage, trained, batch, device, measure), shares)) for count, batch in _batches(stage)],
         stage,
@@ -76,8 +80,8 @@ def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -
         trained=copies,
         optimizer=state,
         steps=stage.steps,
-        small_batches=command.groups,
-        batch_size=command.batch_size,
+        small_batches=groups,
+        batch_size=rows_of(job.groups, job.config),
         fits=fits,
         peak=peak,
         sparing_peak=sparing,
@@ -142,7 +146,7 @@ def _evaluation(
     trained = jax.eval_shape(job.selection.split, job.model.parameters)
     parameters = jax.eval_shape(job.selection.merge, job.model.parameters, trained)
     model, found = job.model.with_parameters(parameters), []
-    asked = partial(evaluate, model, template=job.config.template or "{query}")
+    asked = partial(evaluate, model, prompt=job.config.prompt or "plain", answered=job.config.answered)
     for questions in read.sets.values():
         for words in ANSWERS.values():
             own = [item for item in questions if item.relation in words]

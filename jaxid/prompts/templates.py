@@ -148,13 +148,17 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(_Guards().visit(environment.parse(template)))
 
 
-def _rendered(template: str, content: Message, *, chat: bool, variables: Mapping[str, object]) -> str:
-    """A template around one message of the user.
+def _rendered(
+    template: str, content: Message, *, chat: bool, variables: Mapping[str, object], reply: Message | None = None
+) -> str:
+    """A template around one message of the user and, if there is one, the assistant's reply.
 
     Raises:
         PromptError: for whatever the template raises.
     """
     messages = [{"role": "user", "content": content}]
+    if reply is not None:
+        messages.append({"role": "assistant", "content": reply})
     given = {"messages": messages, "tools": None, "documents": None, **variables, "add_generation_prompt": chat}
     token = _left.set([STEPS + _size(content)])
     try:
@@ -172,7 +176,14 @@ def _content(form: str, text: str, pictures: int, placeholder: str) -> Message:
 
 
 def render(
-    template: str, text: str, *, placeholder: str, pictures: int, chat: bool, variables: Mapping[str, object]
+    template: str,
+    text: str,
+    *,
+    placeholder: str,
+    pictures: int,
+    chat: bool,
+    variables: Mapping[str, object],
+    reply: str | None = None,
 ) -> tuple[str, int]:
     """Renders a template around a user's message: pictures, followed by a text.
 
@@ -186,6 +197,7 @@ def render(
         pictures: number of pictures.
         chat: end with the generation prompt.
         variables: the tokenizer's special tokens by name, which templates may use.
+        reply: what the assistant replies; the template then also writes what ends a reply.
 
     Returns:
         The rendered text, and the index of the first character of `text` in it.
@@ -196,7 +208,9 @@ def render(
     """
     form, before = _form(template, placeholder, pictures, chat, json.dumps(dict(variables), default=str))
     if form:
-        rendered = _rendered(template, _content(form, text, pictures, placeholder), chat=chat, variables=variables)
+        replied = None if reply is None else _content("parts" if form == "parts" else "bare", reply, 0, placeholder)
+        content = _content(form, text, pictures, placeholder)
+        rendered = _rendered(template, content, chat=chat, variables=variables, reply=replied)
         if rendered.startswith(before + text):
             return rendered, len(before)
     elif before:

@@ -5,7 +5,7 @@ optimizer, so frozen tensors have no optimizer state.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,7 @@ def choose(
     budget: float,
     vision_blocks: int | None = 6,
     seed: int = 0,
+    among: Callable[[Tensor], bool] = lambda _: True,
 ) -> tuple[Tensor, ...]:
     """Fills a budget with the selected tensors, the largest first ([ID] arXiv 2601.12626, fine-tuning).
 
@@ -123,6 +124,7 @@ def choose(
         budget: the largest share of all parameters that may be trained.
         vision_blocks: number of the tower's last blocks that may be trained; None for all.
         seed: seed for "random".
+        among: whether a tensor may be trained at all.
 
     Returns:
         The tensors, in the network's order.
@@ -142,12 +144,11 @@ def choose(
     room = budget * sum(tensor.size for tensor in every)
     depth = 1 + max((tensor.depth for tensor in every if tensor.group.startswith("vision")), default=-1)
     first = 0 if vision_blocks is None else depth - vision_blocks
-    if {"all", "random"} & set(selectors):
-        wanted = list(every)
-    else:
+    wanted = [tensor for tensor in every if among(tensor)]
+    if not {"all", "random"} & set(selectors):
         wanted = [
             tensor
-            for tensor in every
+            for tensor in wanted
             if tensor.group in selectors
             and (not tensor.group.startswith("vision") or tensor.depth < 0 or tensor.depth >= first)
         ]

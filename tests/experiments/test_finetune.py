@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CASES
+from families import CASES, VOCABULARY
 
 from jaxid import meshes
 from jaxid.checkpoints.loading import load
@@ -28,6 +28,7 @@ from jaxid.data.grid import FinetuneItem, GridItem, finetune_name, placements, r
 from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
+from jaxid.experiments.finetune_data import split_pairs, with_answers
 from jaxid.experiments.finetune_run import CompareFinetune
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
@@ -47,7 +48,7 @@ QUICK = FinetuneConfig(
     id_layer=1,
     learning_rate=1e-3,
     held_out=0.3,
-    template="{query}",
+    prompt="plain",
     case="lower",
     seed=3,
 )
@@ -123,40 +124,43 @@ def test_skipped_backward_passes_change_nothing(selectors: tuple[str, ...]) -> N
 
 
 def test_groups_differ_in_the_second_cell_alone() -> None:
-    groups = finetune.groups_of(items())
+    groups = QUICK.grouped(items())
     assert len(groups) == 3 * 4 * 2
     for group in groups:
-        axis = ("horizontal", "vertical").index(group.axis)
-        assert len({(item.object_a, item.cell_a, item.object_b) for item in group.items}) == 1
-        assert len({item.cell_b for item in group.items}) == len(group.items) == 12
-        assert all(item.cell_a[axis] != item.cell_b[axis] for item in group.items)
+        (axis,) = {("horizontal", "vertical").index(question.axis) for question in group}
+        own = [question.item for question in group]
+        assert len({(item.object_a, item.cell_a, item.object_b) for item in own}) == 1
+        assert len({item.cell_b for item in own}) == len(own) == 12
+        assert all(item.cell_a[axis] != item.cell_b[axis] for item in own)
 
 
 def test_held_out_pairs_are_whole_and_in_either_order() -> None:
     both = [*items(), *[dataclasses.replace(item, object_a=item.object_b, object_b=item.object_a) for item in items()]]
-    train, held = finetune.split_pairs(both, 0.34, 0)
+    train, held = split_pairs(both, 0.34, 0)
     pairs = [{frozenset((item.object_a, item.object_b)) for item in side} for side in (train, held)]
     assert [len(side) for side in pairs] == [2, 1] and not pairs[0] & pairs[1]
     assert len(train) + len(held) == len(both)
     with pytest.raises(DataError, match="3 pairs of objects, too few"):
-        finetune.split_pairs(items(), 0.99, 0)
+        split_pairs(items(), 0.99, 0)
 
 
 def test_batch_says_what_the_pictures_show() -> None:
+    """The first object is the subject; the ID loss is on the second one, with the ID of its cell."""
     task = finetune.task(model(), items(), ids(), QUICK)
-    assert {group.axis for group in task.groups} == {"horizontal", "vertical"}
-    group = next(group for group in task.groups if group.axis == "vertical" and group.items[0].cell_a[1] == 2)
-    chosen = [11, 7, 0]
-    batch = finetune.group_batch(model(), group, chosen, ids(), QUICK)
+    assert {group[0].axis for group in task.groups} == {"horizontal", "vertical"}
+    group = next(group for group in task.groups if group[0].axis == "vertical" and group[0].item.cell_a[1] == 2)
+    chosen = [group[row] for row in (11, 7, 0)]
+    batch = finetune.small_batch(model(), chosen, ids(), QUICK, 4)
     assert batch["weight"].tolist() == [1, 1, 1, 0]
     words = [model().processor.decode([int(label)]) for label in batch["labels"][:3, 0]]
-    truth = ["below" if group.items[row].cell_b[1] > group.items[row].cell_a[1] else "above" for row in chosen]
+    own = [question.item for question in chosen]
+    truth = ["below" if item.cell_a[1] > item.cell_b[1] else "above" for item in own]
     assert words == truth and len(set(truth)) == 2
-    for row, number in enumerate(chosen):
-        item = group.items[number]
+    for row, item in enumerate(own):
         np.testing.assert_array_equal(batch["target"][row], ids().universal[1][item.cell_b])
-        token = int(np.asarray(batch["inputs"]["token_ids"])[row, batch["word"][row]])
-        assert model().processor.decode([token]) == item.object_b
+        told = np.asarray(batch["inputs"]["token_ids"])[row].tolist()
+        names = [VOCABULARY.index(name) for name in (item.object_a, item.object_b)]
+        assert told.index(names[0]) < told.index(names[1]) == batch["word"][row]
     # A pure function of seed and step.
     one, same, other = (finetune.step_batch(model(), task.groups, ids(), QUICK, step) for step in (4, 4, 5))
     jax.tree.map(np.testing.assert_array_equal, one, same)
@@ -165,7 +169,7 @@ def test_batch_says_what_the_pictures_show() -> None:
 
 def test_answers_of_several_tokens() -> None:
     prompts = model().prepare([items()[0].picture] * 2, ["Is the star above or below the fish?"] * 2)
-    longer, positions, labels = finetune.with_answers(prompts, [[7, 8, 9], [5]])
+    longer, positions, labels = with_answers(prompts, [[7, 8, 9], [5]])
     last = prompts.last()
     assert labels.tolist() == [[7, 8, 9], [5, -1, -1]]
     assert positions.tolist() == [[last[0], last[0] + 1, last[0] + 2], [last[1]] * 3]
@@ -195,7 +199,7 @@ def test_id_loss_by_hand() -> None:
 def test_learning_rates() -> None:
     config = dataclasses.replace(QUICK, steps=100, warmup=0.1, learning_rate=2.0)
     for schedule, end in (("linear", 0.0), ("cosine", 0.0), ("constant", 2.0)):
-        rate = finetune.learning_rates(dataclasses.replace(config, schedule=schedule))
+        rate = dataclasses.replace(config, schedule=schedule).learning_rates()
         rates = np.array([np.asarray(rate(step)) for step in range(101)])
         np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11), rtol=1e-5)
         assert (np.diff(rates[10:]) <= 1e-6).all() and abs(rates[100] - end) < 1e-6
@@ -308,7 +312,7 @@ def command(folder: Path, out: str, *further: str) -> list[str]:
     """A short run; further options take the place of its own."""
     options = {
         **{"--model": str(fixtures.folder(CASE)), "--data": str(folder / "data"), "--out": str(folder / out)},
-        **{"--ids": str(folder / "ids.safetensors"), "--id-layer": "1", "--template": "{query}", "--case": "lower"},
+        **{"--ids": str(folder / "ids.safetensors"), "--id-layer": "1", "--prompt": "plain", "--case": "lower"},
         **{"--held-out": "0.3", "--batch-size": "4", "--questions": "12", "--steps": "6", "--check-every": "2"},
         "--save-every": "2",
     }
@@ -413,7 +417,8 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
         ({"id_layer": -1}, "id_layer must be 0 or more"),
         ({"seed": -5}, "the seed must be an integer from 0"),
         ({"seed": 10**20}, "the seed must be an integer from 0"),
-        ({"template": "What?"}, "does not contain {query}"),
+        ({"prompt": "What?"}, "does not contain {query}"),
+        ({"prompt": "<image>{query}"}, "leave out <image>"),
     ],
 )
 def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -436,10 +441,10 @@ def test_choices_that_do_not_exist(change: dict[str, Any], message: str) -> None
 
 def test_options_that_are_not_given_follow_the_model() -> None:
     found = finetune.resolved(FinetuneConfig(), dataclasses.replace(model(), name="tiny-llava"))
-    layer = round(11 * model().num_layers / 32)
-    assert (found.id_layer, found.template, found.case) == (layer, "{query}", "lower")
-    other = finetune.resolved(FinetuneConfig(id_layer=0, case="capital"), model())
-    assert (other.id_layer, other.case) == (0, "capital") and "only" in (other.template or "")
+    layer = round(10 * model().num_layers / 28)
+    assert (found.id_layer, found.prompt, found.case, found.groups) == (layer, "plain", "lower", 2)
+    other = finetune.resolved(FinetuneConfig(id_layer=0, groups=5, case="capital"), model())
+    assert (other.id_layer, other.prompt, other.case, other.groups) == (0, "published", "capital", 5)
     assert finetune.resolved(other, model()) == other
 
 

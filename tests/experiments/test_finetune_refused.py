@@ -51,7 +51,7 @@ def test_what_is_wrong_shows_before_the_weights_are_read(
             ("run", ["--ids", str(folder / "none.safetensors")], "none.safetensors"),
             ("run", ["--data", str(folder / "none")], "none"),
             ("run", ["--coco", str(folder / "none")], "none"),
-            ("run", ["--template", "What?"], "{query}"),
+            ("run", ["--prompt", "What?"], "{query}"),
             ("run", ["--budget", "1e-9"], "no tensor of"),
             ("run", ["--train", "mlp"], "selectors"),
             ("run", ["--learning-rate", "nan"], "must be a finite number"),

@@ -20,7 +20,8 @@ from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.dcsm.scoring import Scorer, own_scorer
 from jaxid.dry_run import Call
 from jaxid.experiments.dcsm_evaluate import EvaluateScorers
-from jaxid.experiments.finetune import groups_of, resolved, split_pairs, task
+from jaxid.experiments.finetune import resolved, task
+from jaxid.experiments.finetune_data import split_pairs
 from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.planning import plan
 from jaxid.meshes import Axes
@@ -56,7 +57,7 @@ def loose() -> Any:
 
 def finetune(data: Path, **changed: Any) -> Finetune:
     given: dict[str, Any] = {"model": str(data / "model"), "data": data / "data", "ids": data / "ids.safetensors"}
-    given |= {"out": data / "out", "id_layer": 1, "template": "{query}", "case": "lower", "held_out": 0.3}
+    given |= {"out": data / "out", "id_layer": 1, "prompt": "plain", "case": "lower", "held_out": 0.3}
     given |= {"batch_size": 4, "questions": 12, "steps": 6, "check_every": 4, **changed}
     return Finetune(**given)
 
@@ -148,7 +149,7 @@ def test_estimates_of_a_run_are_close_to_what_xla_says(recompute: str, data: Pat
 def test_the_data_is_that_of_the_run(data: Path) -> None:
     """A plan refuses what a run would."""
     train, held = split_pairs(items(), 0.3, 0)
-    assert len(groups_of(train)) and held
+    assert len(train) and held
     assert run("plan", *command(data, "out", "--ids", str(data / "none"))) == 2
     assert run("plan", *command(data, "out", "--budget", "1e-9")) == 2
 
