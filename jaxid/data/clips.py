@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxid.data.files import existing, read_csv, usable, write_csv
+from jaxid.data.files import existing, inside, read_csv, usable, write_csv
 from jaxid.data.objects import OBJECTS, check_pairs
 from jaxid.data.scenes import Scenes, concatenate, render, sample_free
 from jaxid.data.videos import FRAMES, VIDEO_ENDINGS, read_video, write_video
@@ -23,6 +23,8 @@ from jaxid.io import read_json, reading
 from jaxid.prompts.pictures import Clip
 
 MANIFEST = "manifest.csv"
+PUBLISHED = "mvbench_scene_queries.json"
+"""Name of the published manifest, whose videos are in `video/`."""
 _FIELDS = ("video_path", "scene1", "scene2", "query", "correct_order", "query_order")
 _NAME = re.compile(r"appear_([^_]+?) ?([1-7])_([^_]+?) ?([1-7])")
 _HOLD, _RATES = 4, (8, 16)
@@ -188,12 +190,14 @@ def _write(path: Path, scene: Scenes, present: np.ndarray, size: int, rate: int)
 def read_mvbench(path: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[OrderItem]:
     """Reads a manifest of questions about order and checks that every video exists.
 
-    Rows hold video_path (relative to the manifest's folder, which it must not leave), scene1 and scene2 (words for what
-    happens), query, correct_order (in which the scenes happen) and query_order (in which the query names them), both as
-    "scene1,scene2" or "1,2". The answer is "before" if the two orders agree, else "after".
+    Rows hold video_path (relative to the manifest's folder, or to `video/` in it, which it must not leave), scene1 and
+    scene2 (words for what happens), query, correct_order (in which the scenes happen) and query_order (in which the
+    query names them), both as "scene1,scene2", "1,2" or, as published, [0, 1]. The answer is "before" if the two orders
+    agree, else "after". Where the query holds the words of both scenes, they say which one it names first.
 
     Args:
-        path: the manifest (.csv, .json, .jsonl), or the folder that holds `manifest.csv`, `.json` or `.jsonl`.
+        path: the manifest (.csv, .json, .jsonl), or the folder that holds `manifest.csv`, `.json` or `.jsonl`, or the
+            published `mvbench_scene_queries.json`.
         bad: if given, rows that cannot be used are skipped and noted here.
 
     Raises:
@@ -210,11 +214,10 @@ def read_mvbench(path: str | Path, *, bad: list[tuple[str, DataError]] | None = 
 def _manifest(path: Path) -> Path:
     if path.is_file():
         return path
-    for ending in (".csv", ".json", ".jsonl"):
-        found = (path / MANIFEST).with_suffix(ending)
-        if found.is_file():
-            return found
-    raise DataError(f"{path} holds no {MANIFEST} (or .json, .jsonl); give the manifest or its folder.")
+    for name in (*((path / MANIFEST).with_suffix(ending).name for ending in (".csv", ".json", ".jsonl")), PUBLISHED):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(f"{path} holds no {MANIFEST} (or .json, .jsonl) or {PUBLISHED}; give the manifest or its folder.")
 
 
 def _rows(path: Path) -> list[object]:
@@ -238,26 +241,42 @@ def _order_item(row: object, index: int, path: Path) -> OrderItem:
         raise DataError(f"{where} needs text in {', '.join(wrong)}, not {[fields[name] for name in wrong]!r:.300}.")
     scenes = {"1": fields["scene1"].strip(), "2": fields["scene2"].strip()}
     named, happened = (_order(fields[name], scenes, f"{name} in {where}") for name in ("query_order", "correct_order"))
+    query = fields["query"].strip()
+    places = {digit: query.lower().find(words.lower()) for digit, words in scenes.items()}
+    told = min(places.values()) >= 0 and places["1"] != places["2"]
+    first, second = sorted(places, key=places.__getitem__) if told else named
     return OrderItem(
-        video=existing(path.parent, fields["video_path"], where, folders=True),
-        scene1=scenes[named[0]],
-        scene2=scenes[named[1]],
-        query=fields["query"].strip(),
+        video=_video(path.parent, fields["video_path"], where),
+        scene1=scenes[first],
+        scene2=scenes[second],
+        query=query,
         answer="before" if named == happened else "after",
         row=index,
     )
 
 
+def _video(folder: Path, name: object, where: str) -> Path:
+    """A video in the folder of a manifest, or in `video/` there."""
+    inner = folder / "video"
+    if inner.is_dir() and not inside(folder, name, where).exists():
+        folder = inner
+    return existing(folder, name, where, folders=True)
+
+
 def _order(value: str | list[object], scenes: Mapping[str, str], where: str) -> tuple[str, str]:
-    """("1", "2") or ("2", "1"), from a list or a string of the scenes' names, digits or words."""
+    """("1", "2") or ("2", "1"), from a list or a string of the scenes' names, digits or words; or from 0 and 1."""
     parts = value if isinstance(value, list) else re.split(r"\s*(?:,|;|->|<|\|)\s*", value.strip("[]() "))
     digits = {words: digit for digit, words in scenes.items()}
     order = tuple(
         digits.get(text) or text.lower().removeprefix("scene").strip(" _")
         for text in (str(part).strip("'\" ") for part in parts)
     )
+    if sorted(order) == ["0", "1"]:
+        order = tuple(str(int(digit) + 1) for digit in order)
     if sorted(order) != ["1", "2"]:
-        raise DataError(f"{where} is {value!r:.300}; expected an order of the two scenes, such as 'scene1,scene2'.")
+        raise DataError(
+            f"{where} is {value!r:.300}; expected an order of the two scenes, such as 'scene1,scene2' or [0, 1]."
+        )
     return order[0], order[1]
 
 

@@ -32,10 +32,10 @@ ANSWERS = {"horizontal": ("left", "right"), "vertical": ("above", "below")}
 """Answer words of each axis; the first one is for the smaller coordinate."""
 
 _PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
-_RELATIONS = {phrase: relation for relation, phrase in _PHRASES.items()}
-_NAME = r"([^\s.]+(?: [^\s.]+){0,2})"
+_RELATIONS = {phrase: relation for relation, phrase in _PHRASES.items()} | {"left of": "left", "right of": "right"}
+_NAME = r"([^\s.]+(?: [^\s.]+){0,2}?)"  # as short as possible, so that it never takes in "to the"
 _CAPTION = re.compile(
-    rf"A photo of an? {_NAME} (to the left of|to the right of|above|below) an? {_NAME}\.?", re.IGNORECASE
+    rf"A photo of an? {_NAME} ((?:to the )?(?:left|right) of|above|below) an? {_NAME}\.?", re.IGNORECASE
 )
 _PICTURE = re.compile(r"[0-9]{12,}\.jpg")
 _EXPECTED = (

@@ -84,7 +84,7 @@ def grid(
     if own is not None:
         cutouts, pasting, note = own
         items = paste_grid_folder(
-            ensure_output_folder(out),
+            out,
             cutouts,
             _own_pairs(pair),
             pasting,
@@ -94,7 +94,7 @@ def grid(
         )
         return f"{len(items)} pictures in {out}{note}"
     items = write_grid_folder(
-        ensure_output_folder(out),
+        out,
         _drawn_pairs(pair),
         seed=seed,
         picture_size=picture_size,
@@ -198,15 +198,13 @@ def finetune(
     own = _own(objects, backgrounds, ground, stretch, jitter, angle, seed, picture_size, skip_bad)
     if own is not None:
         cutouts, pasting, note = own
-        items = paste_finetune_folder(
-            ensure_output_folder(out), cutouts, _own_pairs(pair), pasting, cells=chosen, writing=writing
-        )
+        items = paste_finetune_folder(out, cutouts, _own_pairs(pair), pasting, cells=chosen, writing=writing)
         return f"{len(items)} pictures in {out}{note}"
     options: Drawing = {"backgrounds": VARIED} if varied else {}
     if jitter or angle:
         options |= {"jitter_size": jitter, "jitter_angle": angle}
     items = write_finetune_folder(
-        ensure_output_folder(out),
+        out,
         _drawn_pairs(pair),
         seed=seed,
         picture_size=picture_size,

@@ -81,11 +81,13 @@ def read_cutouts(folder: str | Path, *, bad: Bad | None = None) -> dict[str, Cut
             picture, shows nothing, or has the name of another.
     """
     found: dict[str, Cutout] = {}
+    files: dict[str, Path] = {}
 
     def read(path: Path) -> None:
         cutout = _cutout(path)
-        if cutout.name in found:
-            raise DataError(f"{path}: another file of {folder} shows the {cutout.name} too; rename or remove one.")
+        other = files.setdefault(cutout.name, path)
+        if other != path:
+            raise DataError(f"{path} and {other.name} both show the {cutout.name}; rename or remove one.")
         found[cutout.name] = cutout
 
     _each(_pictures_of(folder, "pictures of objects, such as fire_truck.png"), read, bad)

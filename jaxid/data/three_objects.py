@@ -1,13 +1,15 @@
 """Pictures of three objects for "Is the C in between the A and the B?" ([ID] arXiv 2601.12626, Figure 6 c).
 
-The layout is jaxid's own, modelled on COCO-Spatial's: `three_objects.json` lists [image_id, A, B, C, "yes" or "no"],
-and pictures are named by the twelve-digit id.
+Published pictures say in their names what they show, `{C}_{A}_{B}_{true|false}.png`. The layout of drawn scenes is
+jaxid's own, modelled on COCO-Spatial's: `three_objects.json` lists [image_id, A, B, C, "yes" or "no"], and pictures are
+named by the twelve-digit id.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from jaxid.io import read_json, write_text
 from jaxid.prompts.pictures import Picture
 
 FILE = "three_objects.json"
+_PICTURES = (".png", ".jpg", ".jpeg")
+_PLACE = re.compile(r"[0-9]+(-[0-9]+)*|between|in|and|with", re.IGNORECASE)
 _EXPECTED = '[image_id, A, B, C, "yes" or "no"], three different names'
 
 
@@ -44,20 +48,66 @@ class ThreeObjectItem:
 
 
 def read_three_objects(folder: str | Path, *, bad: list[tuple[str, DataError]] | None = None) -> list[ThreeObjectItem]:
-    """Reads a folder's three-object file and checks that every picture exists.
+    """Reads a folder's three-object file and checks that every picture exists, or reads the names of its pictures.
 
     Args:
-        folder: the folder of `three_objects.json` and the pictures, in `val2017/` or beside the file.
-        bad: if given, rows that cannot be used are skipped and noted here: the row's name and its error.
+        folder: the folder of `three_objects.json` and the pictures, in `val2017/` or beside the file; or, without that
+            file, of pictures in the published layout, see `parse_between_name`. Their ids count from 1 in the order
+            of the names.
+        bad: if given, rows or pictures that cannot be used are skipped and noted here: the row's or picture's name and
+            its error.
 
     Raises:
-        DataError: if the file is missing or not a JSON list, or there are no pictures at all, or, without `bad`, for a
-            row that is malformed or whose picture is missing.
+        DataError: if there is neither such a file nor such pictures, the file is not a JSON list, or, without `bad`,
+            for a row that is malformed or whose picture is missing, or a picture with another kind of name.
     """
     folder = Path(folder)
+    named = sorted(path for path in folder.glob("*_*") if path.suffix.lower() in _PICTURES and path.name[0] != ".")
+    if named and not (folder / FILE).exists():
+        return _named_items(named, bad)
     rows = read_json(folder / FILE, DataError, expected=list)
     pictures = find_pictures(folder) if rows else folder
     return usable(rows, lambda index, row: _item(index, row, folder / FILE, pictures), bad)
+
+
+def _named_items(paths: Sequence[Path], bad: list[tuple[str, DataError]] | None) -> list[ThreeObjectItem]:
+    found = []
+    for row, path in enumerate(paths):
+        try:
+            c, a, b, between = parse_between_name(path.name)
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append((path.name, error))
+            continue
+        found.append(ThreeObjectItem(image_id=row + 1, picture=path, a=a, b=b, c=c, between=between, row=row))
+    return found
+
+
+def parse_between_name(name: str) -> tuple[str, str, str, bool]:
+    """Reads `{C}_{A}_{B}_{true|false}.png`: is C in between A and B?
+
+    Cells, places and sizes that stand among the names, such as "1-2", "0" or "224", are passed over, and so are the
+    words "between", "in", "and" and "with". Names of objects may contain spaces but no underscores.
+
+    Args:
+        name: the file's name, without its folder.
+
+    Returns:
+        C, A, B and the answer.
+
+    Raises:
+        DataError: if the name does not end in true or false, or does not hold three different objects.
+    """
+    *parts, answer = Path(name).stem.split("_")
+    objects = [part for part in parts if not _PLACE.fullmatch(part)]
+    if answer.lower() not in ("true", "false") or len(objects) != 3 or len(set(objects)) < 3 or "" in objects:
+        raise DataError(
+            f"{name!r} does not name a picture of three objects: expected {{C}}_{{A}}_{{B}}_{{true|false}}.png with "
+            "three different names without underscores, as in 'cup_star_polar bear_true.png'; rename it."
+        )
+    c, a, b = objects
+    return c, a, b, answer.lower() == "true"
 
 
 def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectItem:
