@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_nothing_runs_into_a_blurred_crop() -> None:
     np.testing.assert_array_equal(blurred_crops(noise, np.array([[10, 5, 30, 20]]), 3)[0], np.asarray(expected))
 
 
-def overlap(one: list[float], other: list[float]) -> bool:
+def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     across, down = (
         min(one[n] + one[n + 2], other[n] + other[n + 2]) - max(one[n], other[n]) for n in (0, 1)
     )  # fmt: skip
@@ -265,7 +266,7 @@ def test_answers_about_published_variants_are_pytorchs(place: Path) -> None:
     boxes = np.array([[3.4, 2.5, 9.3, 10.6], [17, 20, 8, 8]])
     placed = PlacedItem(item=item, boxes=boxes, size=(32, 32))
     one = steps.with_boxes(placed, 7)
-    shown = [Image.fromarray(item.picture) for _ in range(12)]
+    shown = [Image.fromarray(np.asarray(item.picture)) for _ in range(12)]
     for picture, box in zip(shown[1:], [boxes[0], *np.array(one.elsewhere)], strict=True):
         left, upper = (round(edge) for edge in box[:2])
         area = (left, upper, left + 9, upper + 11)
