@@ -1,6 +1,7 @@
 """Time in video models: swap reversed clips in, and steer scenes to frames ([ID] arXiv 2601.12626, Figure 10)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -137,11 +138,21 @@ def _spans(item: OrderItem, reworded: str, question: str) -> list[tuple[int, int
     for scene, spans in zip(scenes, found, strict=True):
         if not spans:
             raise PromptError(f"the query {shown(item.query)} does not hold the words {scene!r}.")
-    start, longer = question.index(reworded), len(reworded) - len(item.query)
-    first, second = (own[0] for own in found)
-    moved = {first: start, second: start}
-    moved[max(first, second)] += longer  # only the words between the scenes change
-    return [(begin + moved[begin, end], end + moved[begin, end]) for begin, end in (first, second)]
+    # Only the middle of the query changes; a scene may begin or end in it.
+    kept, shift = _shared(item.query, reworded), len(reworded) - len(item.query)
+    rest = item.query[len(item.query) - _shared(item.query[::-1], reworded[::-1]) :].lstrip()
+    start, back = question.index(reworded), len(item.query) - len(rest)
+    earlier, later = sorted(own[0] for own in found)
+    moved = {
+        earlier: (earlier[0] + start, min(earlier[1], kept) + start),
+        later: (max(later[0], back) + shift + start, later[1] + shift + start),
+    }
+    return [moved[own[0]] for own in found]
+
+
+def _shared(first: str, second: str) -> int:
+    """Number of characters with which two texts begin alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def reversed_prompts(model: Model, batch: OrderBatch) -> Prompts:

@@ -89,6 +89,28 @@ def test_words_are_located_behind_the_times() -> None:
         temporal.prepare(model(), [other])
 
 
+@pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
+def test_words_are_located_in_the_published_words_of_the_swap() -> None:
+    """Two spaces are lost, and with them the first scene's end; an article that the question drops is no word of it."""
+    wording = TemporalSwap.published_wording
+    found = temporal.prepare(model(), items(), prompt=TemporalSwap.published_text, wording=wording)
+    prompts = found.asked.prompts
+    texts = (
+        "Does the star comeearlier or later than fish? Answer in one word.",
+        "Is the star yesearlier or later than fish?",
+    )
+    for row, text in enumerate(texts):
+        assert prompts.questions[row].endswith(f"{text} Answer in one word.")
+        for at, scene in ((found.first[row], items()[row].scene1), (found.second[row], "fish")):
+            spans = prompts.offsets[row][at]
+            assert scene in prompts.texts[row][spans[:, 0].min() : spans[:, 1].max()]
+            assert (np.diff(at) >= 0).all() and spans[:, 1].max() - spans[:, 0].min() <= len(f" {scene}earlier")
+    assert found.asked.answers == ["earlier", "later"] and found.asked.truth.tolist() == [0, 1]
+    lost = dataclasses.replace(items()[0], scene1="cup")
+    with pytest.raises(PromptError, match="does not hold the words 'cup'"):
+        temporal.prepare(model(), [lost], wording=wording)
+
+
 def backwards() -> Any:
     return temporal.reversed_prompts(model(), batch())
 
