@@ -301,7 +301,7 @@ def _read(
     if drawn and orders.tagger() is None:
         warnings.warn(
             f"{benchmark.name}: captions get two wrong orders, not four, as spaCy's {orders.PIPELINE} is not installed "
-            f"(pip install spacy; python -m spacy download {orders.PIPELINE}).",
+            f"(pip install 'jaxid-vlm[aro]'; python -m spacy download {orders.PIPELINE}).",
             stacklevel=3,
         )
     places = [folder / place for place in benchmark.pictures]

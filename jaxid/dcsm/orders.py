@@ -85,7 +85,7 @@ def _spoken(words: Sequence[str]) -> list[str]:
     return plain(" ".join(words)).split()
 
 
-def _permuted(words: Sequence[str], places: Sequence[int], rng: np.random.Generator) -> list[str]:
+def _permuted(words: list[str], places: Sequence[int], rng: np.random.Generator) -> list[str]:
     """The words, with those at some places changed round."""
     order = list(words)
     for place, source in zip(places, rng.permutation(np.asarray(places, np.int64)).tolist(), strict=True):
@@ -93,14 +93,14 @@ def _permuted(words: Sequence[str], places: Sequence[int], rng: np.random.Genera
     return order
 
 
-def _split(words: Sequence[str]) -> list[Sequence[str]]:
+def _split(words: list[str]) -> list[list[str]]:
     return [words[start : start + 3] for start in range(0, len(words), 3)]
 
 
-def _within_threes(words: Sequence[str], rng: np.random.Generator) -> list[str]:
+def _within_threes(words: list[str], rng: np.random.Generator) -> list[str]:
     return [three[index] for three in _split(words) for index in rng.permutation(len(three)).tolist()]
 
 
-def _threes(words: Sequence[str], rng: np.random.Generator) -> list[str]:
+def _threes(words: list[str], rng: np.random.Generator) -> list[str]:
     threes = _split(words)
     return [word for index in rng.permutation(len(threes)).tolist() for word in threes[index]]

@@ -141,3 +141,30 @@ def test_summary_of_two_benchmarks() -> None:
         assert (own["accuracy"], own["questions"]) == (right / count, count)
         np.testing.assert_allclose((own["low"], own["high"]), wilson(right, count), atol=1e-6)
     assert list(summary({"benchmark": ["a"], "cosine": [True]})) == ["cosine"]
+
+
+def test_pairs_and_sets_need_all_their_questions() -> None:
+    """Objects "b" lack a picture, and so a pair and the set; "c" are shown twice on the left, once answered wrongly."""
+    asked = [
+        *[("a", kind, right) for kind, right in (("left", 1), ("right", 1), ("above", 1), ("below", 0))],
+        *[("b", kind, 1) for kind in ("left", "right", "in-front")],
+        *[
+            ("c", kind, right)
+            for kind, right in (("left", 1), ("left", 0), ("right", 1), ("behind", 1), ("in-front", 1))
+        ],
+        *[("d", kind, 1) for kind in ("below", "above", "right", "left")],
+    ]
+    scenes, kinds, right = zip(*asked, strict=True)
+    entry = summary({"benchmark": ["w"] * len(asked), "cosine": right, "kind": kinds, "scene": scenes})["cosine"]["w"]
+    # a: left-right right, above-below wrong. b: left-right right. c: left-right wrong, depth right. d: both right.
+    assert (entry["pairs"], entry["pair_accuracy"]) == (7, 5 / 7)
+    assert (entry["sets"], entry["set_accuracy"]) == (3, 1 / 3)
+    assert entry["kinds"]["left"]["accuracy"] == 4 / 5 and entry["kinds"]["below"]["questions"] == 2
+    assert entry["accuracy"] == 14 / 16
+
+
+def test_questions_without_a_scene_have_no_pairs() -> None:
+    rows = {"benchmark": ["n"] * 2, "cosine": [True, False], "kind": ["hybrid", "positive"], "scene": ["", ""]}
+    entry = summary(rows)["cosine"]["n"]
+    assert set(entry) == {"accuracy", "low", "high", "questions", "kinds"}
+    assert entry["kinds"]["hybrid"]["accuracy"] == 1 and entry["kinds"]["positive"]["accuracy"] == 0

@@ -142,7 +142,7 @@ class Oracle:
                 right = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
         return (functional.normalize(left, dim=-1) @ functional.normalize(right, dim=-1).T)[0].numpy()
 
-    def maps(self, call: Call, network: Any, vectors: torch.Tensor) -> np.ndarray:
+    def maps(self, call: Call, network: Any, vectors: torch.Tensor, placement: str = "replace") -> np.ndarray:
         model, pixels = self.model, self.pixels(images=[call.picture], return_tensors="pt")["pixel_values"]
         captions = call.captions
         if call.flat:
@@ -160,8 +160,11 @@ class Oracle:
             for row, caption in enumerate(captions):
                 split = caption.split(" ")
                 for index, word in enumerate(words):
-                    if word in split and split.index(word) < TEXT_TOKENS:
-                        S[row, :, split.index(word)] = vectors[index]
+                    if word not in split or split.index(word) >= TEXT_TOKENS:
+                        continue
+                    if placement == "insert":  # one word after another, in the vocabulary's order
+                        S[row, :, split.index(word) + 1 :] = S[row, :, split.index(word) : -1].clone()
+                    S[row, :, split.index(word)] = vectors[index]
             S = (S - S.mean()) / S.std()
             return network(S[:, None]).numpy()
 
@@ -203,6 +206,31 @@ def test_every_score_of_every_question(case: EncoderCase, data: Path, tmp_path: 
         assert max(moved) < 2e-5
     else:  # a question whose captions fill the window is read alike
         assert sorted(moved)[len(moved) // 2] > 1e-3
+
+
+def test_the_inserting_path(data: Path, tmp_path: Path, published: Any) -> None:
+    ours = Scorer.load(scorer_file())
+    dataclasses.replace(ours, placement="insert").save(tmp_path / "insert.safetensors")
+    made = EvaluateScorers(
+        data=data,
+        out=tmp_path / "out",
+        model=(str(folder(CASES["clip"])),),
+        scorer=(tmp_path / "insert.safetensors",),
+        benchmark=("negbench-voc",),
+        reference_bugs=True,
+        progress=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.run()
+    rows = read_table(next((tmp_path / "out").glob("models/*/*.parquet"))).to_pylist()
+    oracle, asked = Oracle(CASES["clip"]), calls(data)
+    for row in rows:
+        call = asked[row["benchmark"], row["question"]]
+        found = scores(row, "dcsm", 4)
+        np.testing.assert_allclose(found, oracle.maps(call, *published, "insert"), rtol=1e-3, atol=1e-4)
+        assert np.abs(found - oracle.maps(call, *published)).max() > 1e-2
+    assert len(rows) == 2
 
 
 def test_captions_alike_are_right_as_published_and_wrong_by_default(data: Path, tmp_path: Path) -> None:
