@@ -55,14 +55,14 @@ def _pictures(planted: np.ndarray, noise: float = 0.0, seed: int = 1) -> IDBatch
 def _batches(pictures: IDBatch, size: int = 256):
     """Batches of equal length, the last one padded with NaN rows of pair -1."""
     for first in range(0, len(pictures.pair_index), size):
-        part = [np.asarray(field)[first : first + size] for field in pictures]
+        part = [np.asarray(field)[first : first + size] for field in pictures if field is not None]
         lacking = size - len(part[0])
         part[0] = np.concatenate([part[0], np.full((lacking, *part[0].shape[1:]), np.nan, np.float32)])
         yield IDBatch(*[part[0], *(np.pad(field, (0, lacking), constant_values=-1) for field in part[1:])])
 
 
 def _select(pictures: IDBatch, rows: np.ndarray) -> IDBatch:
-    return IDBatch(*(np.asarray(field)[rows] for field in pictures))
+    return IDBatch(*(np.asarray(field)[rows] for field in pictures if field is not None))
 
 
 def _extract(pictures: IDBatch, **options) -> SpatialIDs:
@@ -245,6 +245,9 @@ def test_at_box(ids):
     # A box of 2 x 2 centred at (80, 30) of 100 x 100: beyond 3/4 of the width, a fifth is left in the published code.
     lost = ids.at_box(1, (79, 29, 2, 2), (100, 100), half_cell=False)
     np.testing.assert_allclose(lost, 0.2 * (0.8 * ids[1, 3, 1] + 0.2 * ids[1, 3, 2]), atol=1e-5)
+    # At 3/4 exactly nothing is left of it, whatever the units; a share of 0.65 is no exact number.
+    for box, size in (((325, 29, 100, 2), (500, 100)), ((0.65, 0.29, 0.2, 0.02), (1, 1))):
+        np.testing.assert_allclose(ids.at_box(1, box, size, half_cell=False), np.zeros(WIDTH), atol=1e-5)
     np.testing.assert_allclose(ids.axes(equal_pairs=True)[0], ids.axes()[0] * 2 / 3, atol=1e-6)
     many = ids.at_box(np.array([0, 2]), np.array([[230, 65, 40, 20.0], [0, 0, 10, 10], [390, 190, 10, 10]]), (400, 200))
     assert many.shape == (2, 3, WIDTH)

@@ -106,7 +106,8 @@ class SpatialIDs(IDs):
             InputError: A layer outside the model, boxes that are not of four numbers, or an empty image.
         """
         layers = self.entry("layer", layer)
-        boxes = jnp.asarray(box, jnp.float32)
+        # In double precision where possible: in the published mapping, much depends on which side of a cell a place is.
+        boxes = jnp.asarray(box, jnp.float32) if isinstance(box, Array) else np.asarray(box, np.float64)
         if not isinstance(boxes, Tracer):
             check_finite("boxes", boxes)
         width, height = (float(side) for side in image_size)
@@ -116,8 +117,9 @@ class SpatialIDs(IDs):
                 f"{list(boxes.shape)} and {image_size}."
             )
         columns, rows = self.universal.shape[1:3]
-        x = (boxes[..., 0] + boxes[..., 2] / 2) * (columns / width)
-        y = (boxes[..., 1] + boxes[..., 3] / 2) * (rows / height)
+        x = (boxes[..., 0] + boxes[..., 2] / 2) / width * columns
+        y = (boxes[..., 1] + boxes[..., 3] / 2) / height * rows
+        x, y = (jnp.asarray(place, jnp.float32) for place in (x, y))
         return probing.bilinear(take(self.universal, layers), x, y, half_cell=half_cell)
 
     def axes(self, equal_pairs: bool = False) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
