@@ -54,6 +54,7 @@ class Item:
         opposite: the opposite picture, for which the captions are wrong, or None.
         captions: the correct caption of the picture, in two versions.
         opposite_captions: the caption that is wrong for it and correct for its opposite, in the same versions.
+        alternatives: the item with other words that say the same; every step draws each caption from all of them.
     """
 
     key: str
@@ -61,6 +62,7 @@ class Item:
     opposite: Picture | None
     captions: tuple[str, str]
     opposite_captions: tuple[str, str]
+    alternatives: "tuple[Item, ...]" = ()
 
 
 def named(stem: str) -> str:

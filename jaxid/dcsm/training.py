@@ -143,16 +143,17 @@ class Table:
         """
         captions: dict[str, int] = {}
         self.paths: list[Picture] = []
-        self.items: list[list[tuple[list[int], list[list[int]]]]] = []
+        self.items: list[list[tuple[list[int], list[list[list[int]]]]]] = []
         for items in sets:
             rows = []
             for item in items:
                 shown = [item.picture] if item.opposite is None else [item.picture, item.opposite]
                 indices = list(range(len(self.paths), len(self.paths) + len(shown)))
                 self.paths += shown
+                said = [(own.captions, own.opposite_captions) for own in (item, *item.alternatives)]
                 texts = [
-                    [captions.setdefault(text, len(captions)) for text in (right, wrong)]
-                    for right, wrong in zip(item.captions, item.opposite_captions, strict=True)
+                    [[captions.setdefault(own[side][version], len(captions)) for own in said] for side in range(2)]
+                    for version in range(VERSIONS)
                 ]
                 rows.append((indices, texts))
             self.items.append(rows)
@@ -163,17 +164,24 @@ class Table:
         if self.images is not None:
             check_finite("the encoder's image tokens", self.images)
 
-    def batch(self, index: int, chosen: Sequence[int]) -> tuple[list[int], dict[str, np.ndarray]]:
+    def batch(
+        self, index: int, chosen: Sequence[int], seed: Sequence[int] = (0,)
+    ) -> tuple[list[int], dict[str, np.ndarray]]:
         """Indices of the pictures of some items of a data set, and the arrays of their captions.
 
         Pictures come first, then their opposites, if they have any. Captions have the same order, in both versions.
+
+        Args:
+            index: of the data set.
+            chosen: rows of the items.
+            seed: of the choice among alternatives.
         """
+        rng = np.random.default_rng([*seed, index])
         rows = [self.items[index][row] for row in chosen]
         sides = len(rows[0][0])
         pictures = [row[0][side] for side in range(sides) for row in rows]
-        captions = np.array(
-            [[row[1][version][side] for side in range(2) for row in rows] for version in range(VERSIONS)]
-        )
+        said = [[row[1][version][side] for side in range(2) for row in rows] for version in range(VERSIONS)]
+        captions = np.array([[texts[rng.integers(len(texts))] for texts in own] for own in said])
         return pictures, {"texts": self.texts[captions], "words": self.words[captions]}
 
 
@@ -234,7 +242,7 @@ def train(
         arrays: dict[str, np.ndarray] = {"step": np.asarray(step, np.int32)}
         rows = orders(counts, step, config.batch_size, config.seed)
         for index, (name, chosen) in enumerate(zip(sets, rows, strict=True)):
-            pictures, captions = table.batch(index, chosen.tolist())
+            pictures, captions = table.batch(index, chosen.tolist(), (config.seed, step))
             if table.images is None:
                 shown = encoder.processor.pixels([table.paths[row] for row in pictures])
             else:

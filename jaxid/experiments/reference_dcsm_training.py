@@ -1,5 +1,6 @@
 """What the published code does when it trains a scorer of dense maps ([DCSM] arXiv 2503.08723)."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,21 +28,20 @@ def always_a(name: str) -> str:
     return f"a {name}"
 
 
-def drawn_negations(seed: int) -> Negated:
-    """A negation for every caption by itself, so that those of an item may differ."""
-
-    def drawn(row: int, version: int, side: int) -> str:
-        return NEGATIONS[np.random.default_rng((seed, row, version, side)).integers(len(NEGATIONS))]
-
-    return drawn
+def _always(words: str) -> Negated:
+    return lambda row, version, side: words
 
 
 class TrainingAsPublished:
-    """Beside the training of a scorer: see `common_order`, and captions of `always_a` and `drawn_negations`."""
+    """Beside the training of a scorer: see `common_order` and `always_a`; every step draws negations."""
 
     orders = staticmethod(common_order)
 
     def read_sets(self) -> dict[str, list[Item]]:
         """The data sets, with the published captions."""
         own: Any = self
-        return read_sets(own.data, own.layout, always_a, drawn_negations(own.seed))
+        found, *others = (read_sets(own.data, own.layout, always_a, _always(words)) for words in NEGATIONS)
+        for name in {"negation"} & set(found):
+            items = zip(*(sets[name] for sets in (found, *others)), strict=True)
+            found[name] = [dataclasses.replace(item, alternatives=tuple(rest)) for item, *rest in items]
+        return found

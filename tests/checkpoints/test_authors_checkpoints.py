@@ -34,7 +34,8 @@ class CrossModalConvNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.fc1, self.fc2 = nn.Linear(4 * IMAGE_TOKENS * TEXT_TOKENS, 128), nn.Linear(128, 1)
+        self.fc1 = nn.Linear(4 * IMAGE_TOKENS * TEXT_TOKENS, 128)
+        self.fc2 = nn.Linear(128, 1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.conv2(torch.relu(self.conv1(maps[:, None]))))
@@ -55,7 +56,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
 
 
-def trained(words: list[str] | None, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
+def trained(words: list[str] | None, **changes: Any) -> tuple[CrossModalConvNetwork, dict[str, Any]]:
     """A network after a step of Adam, and all that the published training saves with it."""
     torch.manual_seed(0)
     network, table = CrossModalConvNetwork(), nn.Embedding(11 if words is None else len(words), IMAGE_TOKENS)
@@ -76,12 +77,18 @@ def trained(words: list[str] | None, **changes: Any) -> tuple[nn.Module, dict[st
         "external_logic_token_embeddings": table,
         "learned_lookup": words,
     }
-    return network.eval(), held | changes
+    network.eval()
+    return network, held | changes
 
 
-def scores(network: nn.Module) -> np.ndarray:
+def scores(network: CrossModalConvNetwork) -> np.ndarray:
     with torch.no_grad():
         return network(maps()).numpy()
+
+
+def last(network: CrossModalConvNetwork) -> np.ndarray:
+    """The weights of its last layer."""
+    return network.state_dict()["fc2.weight"].numpy()[0]
 
 
 def maps() -> torch.Tensor:
@@ -97,7 +104,7 @@ def test_a_whole_checkpoint(tmp_path: Path, words: list[str] | None) -> None:
     assert found.map_shape == (IMAGE_TOKENS, TEXT_TOKENS)
     table = held["external_logic_token_embeddings"].weight.detach().numpy()
     np.testing.assert_array_equal(np.asarray(found.vectors), table)
-    np.testing.assert_array_equal(found.network.fc2, network.fc2.weight.detach().numpy()[0])
+    np.testing.assert_array_equal(found.network.fc2, last(network))
     np.testing.assert_allclose(
         np.asarray(apply(found.network, jnp.asarray(maps().numpy()))), scores(network), atol=1e-5
     )
@@ -183,7 +190,7 @@ def test_tokenizers_of_older_versions(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     network, held = trained(None, clip_text_tokenizer=old)
     torch.save(held, tmp_path / "old.pt")
-    np.testing.assert_array_equal(Scorer.load(tmp_path / "old.pt").network.fc2, network.fc2.weight.detach().numpy()[0])
+    np.testing.assert_array_equal(Scorer.load(tmp_path / "old.pt").network.fc2, last(network))
 
 
 # --- what a file cannot do ------------------------------------------------------------------------------------------
@@ -254,5 +261,5 @@ def test_the_message_says_how_to_convert(tmp_path: Path) -> None:
     assert command is not None
     subprocess.run([sys.executable, "-c", command[1]], check=True)
     found = Scorer.load(tmp_path / "their scorer-plain.pt")
-    np.testing.assert_array_equal(found.network.fc2, network.fc2.weight.detach().numpy()[0])
+    np.testing.assert_array_equal(found.network.fc2, last(network))
     assert found.vocabulary == ("near", "far")

@@ -20,6 +20,7 @@ from encoders import ENCODER_CASES, encoder, folder
 
 from jaxid.dcsm import training
 from jaxid.dcsm.datasets import Item
+from jaxid.dcsm.embedding import embed_images, embed_texts
 from jaxid.dcsm.scoring import Scorer
 from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import InputError, OutputError
@@ -107,6 +108,46 @@ def test_the_loss_is_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max() + 1e-7, name
 
 
+@pytest.mark.slow
+def test_whole_epochs_are_the_published_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two epochs of three sets in PyTorch: Adam on gradients summed over sets and versions, divided by three."""
+    with importable() as load:
+        published: Any = load("published_dcsm")
+    monkeypatch.setattr(published, "TEXT_TOKENS", 9)
+    config, own = dataclasses.replace(QUICK, placement="insert"), encoder(CASE)
+    data = {"spatial": items(7, 1), "attributes": items(4, 2), "negation": items(5, 3)}  # 4 items, 2 batches an epoch
+    found = trained(tmp_path, config, data, orders=common_order)
+
+    start = Scorer.init(jax.random.fold_in(jax.random.key(config.seed), 0), 17, 9)
+    network = published.ScorerCNN(17, 9)
+    published.set_weights(network, start.network._asdict())
+    theirs = published.Scorer(network=network, vectors=torch.tensor(np.array(start.vectors)), placement="insert")
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+
+    def batch(chosen: list[Item], version: int) -> Any:
+        pictures = [item.picture for item in chosen] + [item.opposite for item in chosen if item.opposite is not None]
+        captions = [item.captions[version] for item in chosen] + [item.opposite_captions[version] for item in chosen]
+        images, texts = embed_images(own, pictures).tokens, embed_texts(own, captions, 9).tokens
+        return published.Batch(images=torch.tensor(images), texts=torch.tensor(texts), captions=tuple(captions))
+
+    for step in range(4):
+        rows = common_order([len(own) for own in data.values()], step, 2, config.seed)
+        chosen = [[own[row] for row in part] for own, part in zip(data.values(), rows, strict=True)]
+        batches = [[batch(own, version) for version in range(2)] for own in chosen]
+        published.train_step(theirs, optimizer, batches, torch.Generator().manual_seed(step))
+    assert loop.read_metrics(tmp_path / "metrics.csv")[-1]["step"] == 4
+    for name, parameter in network.named_parameters():
+        if name == "fc2.bias":  # added to all scores, so that its gradient is nothing but rounding
+            continue
+        layer, kind = name.rsplit(".", 1)
+        ours = np.asarray(getattr(found.network, layer if kind == "weight" else f"{layer}_bias"))
+        expected = parameter.detach().numpy().reshape(ours.shape)
+        begun = np.asarray(getattr(start.network, layer if kind == "weight" else f"{layer}_bias"))
+        # Adam moves every number by about its rate, so that rounding decides where a gradient is almost zero.
+        assert np.abs(ours - expected).mean() < 0.01 * np.abs(expected - begun).mean() + 1e-8, name
+    np.testing.assert_array_equal(np.asarray(found.vectors), np.asarray(start.vectors))
+
+
 def test_two_way_loss_by_hand() -> None:
     scores = jnp.array([[2.0, 0.0, 1.0], [0.5, 3.0, 0.0]])
     loss, accuracy = training.two_way_loss(scores, jnp.array([0, 1]))
@@ -146,6 +187,18 @@ def test_the_published_order_cuts_sets_to_the_smallest() -> None:
     assert len({tuple(np.concatenate([step[0] for step in epoch]).tolist()) for epoch in epochs}) > 30
     ours = [training.own_orders(counts, step, 2, 7) for step in range(12)]
     assert [len({int(row) for step in ours for row in step[index]}) for index in range(3)] == counts
+
+
+def test_every_caption_of_a_step_is_drawn_from_its_alternatives() -> None:
+    """Those of an item by themselves, again in every step, and the same when a step is repeated."""
+    plain = items(2)
+    other = [dataclasses.replace(item, captions=("a", "fish"), opposite_captions=("red", "star")) for item in plain]
+    data = [[dataclasses.replace(item, alternatives=(one,)) for item, one in zip(plain, other, strict=True)]]
+    table = training.Table(encoder(CASE), Scorer.init(jax.random.key(1), 17, 9), data, pictures=False)
+    steps = [table.batch(0, [0, 1], (3, step))[1]["texts"].sum(axis=2) for step in range(40)]
+    kinds = {tuple((np.abs(own - steps[0]).max(axis=2) > 0).ravel().tolist()) for own in steps}
+    assert len(kinds) > 30  # of the 256 ways to draw eight captions
+    np.testing.assert_array_equal(table.batch(0, [0, 1], (3, 7))[1]["texts"].sum(axis=2), steps[7])
 
 
 def test_a_run_of_the_published_order_is_another_run(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxid.cli import main
 from jaxid.dcsm import functional_words
 from jaxid.dcsm.functional_words import RULES, Endpoint, by_model, by_rules
-from jaxid.dcsm.placement import find
+from jaxid.dcsm.placement import PUBLISHED, find
 from jaxid.errors import DataError, InputError
 
 
@@ -168,6 +169,34 @@ def test_every_caption_gets_a_text(stub: Stub, tmp_path: Path, simple: str) -> N
     assert not list(tmp_path.iterdir())
     stub.simple = ""
     assert by_model(CAPTIONS, ask).captions == ("a red cat behind a dog", "no birds")
+
+
+def test_the_command_resumes_where_it_failed(stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what failed; what was answered before is not asked again; without a server nothing is lost."""
+    (tmp_path / "captions.txt").write_text("\n".join(["A red cat behind a dog", "No birds", "a dog"]))
+    arguments = ["dcsm", "words", str(tmp_path / "captions.txt"), "--out", str(tmp_path / "out"), "--llm", "tiny"]
+    arguments += ["--base-url", f"http://127.0.0.1:{stub.server_port}/v1", "--key-variable", "", "--together", "2"]
+
+    def failed() -> str:
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    stub.clean = "sorry"
+    assert "step 3 (clean) did not give a JSON list" in failed()
+    asked, stub.statuses = len(stub.prompts), [400]
+    assert "gave no answer (HTTP 400" in failed() and asked == 2 + 3 + 1
+    assert not (tmp_path / "out" / "words.txt").exists()
+    stub.clean = '["behind", "no"]'
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert len(stub.prompts) == asked + 1  # the clean list alone
+    assert "12 functional words" in capsys.readouterr().out
+    assert (tmp_path / "out" / "captions.txt").read_text() == "a red cat behind a dog\nno birds\na dog\n"
+    assert (tmp_path / "out" / "marked.txt").read_text() == "a red cat <BEHIND> a dog\n<NO> birds\na dog\n"
+    assert (tmp_path / "out" / "words.txt").read_text().split() == [*PUBLISHED, "behind"]
 
 
 def test_an_empty_mark_is_named() -> None:
