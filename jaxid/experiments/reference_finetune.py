@@ -6,16 +6,19 @@ Source: the code of [ID] arXiv 2601.12626, section on fine-tuning.
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import Int
 
 from jaxid.data.grid import GridItem
+from jaxid.errors import InputError, PromptError
 from jaxid.experiments.finetune import PUBLISHED_LAYER, FinetuneConfig
 from jaxid.experiments.finetune_data import Group, groups_by, pair_of, placed, questions_of, split_by
 from jaxid.experiments.relations import RelationBatch
 from jaxid.families.base import Model
 from jaxid.interp.generate import generate
+from jaxid.prompts import templates
 from jaxid.prompts.processor import Processor, Prompts
 from jaxid.train.trainable import Tensor
 
@@ -47,6 +50,37 @@ def last_occurrences(prompts: Prompts, names: Sequence[tuple[str, str]]) -> Int[
     return np.array(found, np.int32)
 
 
+def reply_tokens(processor: Processor, words: Sequence[str]) -> list[list[int]]:
+    """Ids of all tokens that follow the generation prompt if the assistant replies with a word.
+
+    Unlike those of `Processor.answer_tokens`, they include what the chat template writes after a reply.
+
+    Raises:
+        PromptError: if the template does not begin a reply as the generation prompt does.
+    """
+    tokenizer, text = processor.tokenizer, processor.render("?")[0]
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    head, found = tokens(text), []
+    for word in words:
+        whole, _ = templates.render(
+            tokenizer.chat_template,
+            "?",
+            placeholder=processor.placeholder,
+            pictures=0,
+            chat=False,
+            variables=tokenizer.special_tokens_map,
+            reply=word,
+        )
+        ids = tokens(whole)
+        if not whole.startswith(text) or ids[: len(head)] != head or len(ids) == len(head):
+            raise PromptError(f"the chat template does not write the reply {word!r} after the generation prompt.")
+        found.append(ids[len(head) :])
+    return found
+
+
 def is_weight(path: str) -> bool:
     """Whether a parameter's published name ends in ".weight", and is not of Qwen-VL's merger."""
     last = path.rsplit(".", 1)[-1]
@@ -74,6 +108,18 @@ class FinetuneAsPublished(FinetuneConfig):
 
     default_groups = 1
     answered = staticmethod(by_writing)
+
+    def __post_init__(self) -> None:
+        """Checks what does not need the model.
+
+        Raises:
+            InputError: naming the option; and where several processes train together.
+        """
+        super().__post_init__()
+        if jax.process_count() > 1:
+            raise InputError(
+                "the published evaluation writes text, which takes a single process: leave out --processes."
+            )
 
     def default_layer(self, model: Model) -> int:
         """The published layer, if the model has it."""
@@ -104,7 +150,7 @@ class FinetuneAsPublished(FinetuneConfig):
 
     def answer_tokens(self, processor: Processor, words: Sequence[str]) -> list[list[int]]:
         """Everything after the prompt, with the end of the chat template."""
-        return processor.reply_tokens(words)
+        return reply_tokens(processor, words)
 
     def may_train(self, tensor: Tensor) -> bool:
         """Weights alone, see `is_weight`."""

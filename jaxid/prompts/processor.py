@@ -443,33 +443,6 @@ class Processor(PictureReader):
             found.append(tail)
         return found
 
-    def reply_tokens(self, words: Sequence[str]) -> list[list[int]]:
-        """Ids of all tokens that follow the generation prompt if the assistant replies with a word.
-
-        Unlike `answer_tokens`, they include what the chat template writes after a reply.
-
-        Raises:
-            PromptError: if the template does not begin a reply as the generation prompt does.
-        """
-        text, variables = self.render("?")[0], self.tokenizer.special_tokens_map
-        head = self._tokenized([text])["input_ids"][0]
-        found = []
-        for word in words:
-            whole, _ = templates.render(
-                self.tokenizer.chat_template,
-                "?",
-                placeholder=self.placeholder,
-                pictures=0,
-                chat=False,
-                variables=variables,
-                reply=word,
-            )
-            ids = list(self._tokenized([whole])["input_ids"][0])
-            if not whole.startswith(text) or ids[: len(head)] != list(head) or len(ids) == len(head):
-                raise PromptError(f"the chat template does not write the reply {word!r} after the generation prompt.")
-            found.append(ids[len(head) :])
-        return found
-
     def answer_ids(
         self, words: Sequence[str], *, after: str | None = None, spaced: bool = True
     ) -> Int[np.ndarray, "n"]:

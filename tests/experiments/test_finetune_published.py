@@ -25,11 +25,11 @@ from test_finetune_refused import refused
 
 from jaxid.cli import main
 from jaxid.data.coco_spatial import ANSWERS, SpatialItem
-from jaxid.errors import PromptError
+from jaxid.errors import InputError, PromptError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
 from jaxid.experiments.finetune_data import Question, questions_of, text_of
-from jaxid.experiments.reference_finetune import FinetuneAsPublished, by_writing, first_written
+from jaxid.experiments.reference_finetune import FinetuneAsPublished, by_writing, first_written, reply_tokens
 from jaxid.experiments.relations import prepare_questions
 from jaxid.families.base import Model
 from jaxid.prompts.processor import Processor
@@ -251,7 +251,7 @@ def test_a_template_that_begins_replies_otherwise() -> None:
     template = "{% for m in messages %}{{ m['role'] }} {{ m['content'][0]['text'] }} {% endfor %}"
     processor = with_template(model(), template + "{% if add_generation_prompt %}model{% endif %}").processor
     with pytest.raises(PromptError, match="does not write the reply 'left' after the generation prompt"):
-        processor.reply_tokens(["left"])
+        reply_tokens(processor, ["left"])
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -405,3 +405,10 @@ def test_a_run_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         settings.pop(name)
     (folder / "run" / "run.json").write_text(json.dumps(settings | {"template": "{query}"}))
     assert "holds a run with other settings" in refused(capsys, command(folder, "run", *further))
+
+
+def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="takes one process"):
+        FinetuneAsPublished()
+    FinetuneConfig()

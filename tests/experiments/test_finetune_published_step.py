@@ -24,7 +24,7 @@ LAYER, WEIGHT = 1, 0.7
 AGAIN = " Where is the fish?"
 """Names the second object once more."""
 
-SETTINGS = dataclasses.asdict(QUICK) | {
+SETTINGS: dict[str, Any] = dataclasses.asdict(QUICK) | {
     "groups": None,
     "batch_size": 16,
     "steps": 10,

@@ -115,6 +115,13 @@ def test_a_run_is_planned_without_weights(data: Path) -> None:
     assert found.fits and found.sparing_peak is None and not found.measured
 
 
+def test_the_published_run_is_planned(data: Path) -> None:
+    """One small batch a step, in which both axes are asked about, and evaluations that write text."""
+    found = finetune_plan(finetune(data, reference_bugs=True, held_out=0.4, batch_size=16))
+    assert (found.small_batches, found.batch_size, found.programs[0].prompts) == (1, 16, 16)
+    assert "generation" in {call.name for call in found.programs}
+
+
 def test_more_pictures_take_more_and_recomputing_takes_less(data: Path) -> None:
     kept, cheap, lean = (step(data, recompute=how) for how in ("nothing", "cheap", "all"))
     assert kept.temporary > cheap.temporary > lean.temporary
