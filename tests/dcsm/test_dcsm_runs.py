@@ -134,6 +134,7 @@ def test_evaluation_is_one_table_and_resumes(drawn: Path, tmp_path: Path, capsys
     assert [path.stat().st_mtime_ns for path in kept] == times
     config = (out / "config.yaml").read_text()
     assert "rewrite was true, is now false" in refused([*arguments, "--no-rewrite"], capsys)
+    assert "reference bugs was false, is now true" in refused([*arguments, "--reference-bugs"], capsys)
     assert (out / "config.yaml").read_text() == config
     main_ok([*arguments, "--no-rewrite", "--restart"])
     assert [path.stat().st_mtime_ns for path in kept] != times
