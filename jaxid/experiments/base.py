@@ -143,7 +143,8 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
             one that begins with <image> is sent without the chat template. Shipped models are asked plain questions by
             default, others the published ones.
         case: form of the answer words that is read: lower, capital, both (their probabilities are added), or the one
-            that the published code reads for the model's family; both by default, with the bugs the published one.
+            that the published code reads for the model's family; by default both, or with the bugs and a prompt that is
+            not plain the published one.
         split_words: what to do with a word of several tokens: read it at its last one, or refuse it.
         progress: show progress bars, on terminals.
     """

@@ -17,6 +17,9 @@ RAW = PICTURE + "\nQUESTION: {query}Answer {first} or {second}. ANSWER: "
 RAW_CAPITALS = RAW.replace("first", "First").replace("second", "Second")
 """The steering prompts, likewise ([ID] arXiv 2601.12626, arbitrary steering)."""
 
+PLAIN = "{query}"
+"""The query alone."""
+
 PROMPTS = ("published", "plain")
 """Names of prompts; every other one is the user's text."""
 
@@ -45,7 +48,7 @@ def resolved(prompt: str | None, model: str, published: str) -> str:
     """
     if prompt is None:  # shipped models were trained on plain questions only
         prompt = "plain" if model in zoo.SHIPPED else "published"
-    return {"published": published, "plain": "{query}"}.get(prompt, prompt)
+    return {"published": published, "plain": PLAIN}.get(prompt, prompt)
 
 
 def is_raw(prompt: str) -> bool:

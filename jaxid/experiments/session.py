@@ -18,7 +18,7 @@ from jaxid.checkpoints.loading import open_checkpoint
 from jaxid.data.coco_spatial import SpatialItem, axis_of, find_coco_spatial, read_coco_spatial
 from jaxid.devices import Device, this
 from jaxid.errors import DataError, InputError, JaxidWarning, PromptError
-from jaxid.experiments.published import resolved
+from jaxid.experiments.published import PLAIN, resolved
 from jaxid.experiments.relations import Case, RelationBatch
 from jaxid.families.base import Model
 from jaxid.halving import Halving
@@ -114,7 +114,8 @@ class Session:
             require_same_model(self.model, self.ids)
         self.layers = experiment.chosen_layers(self.model)
         self.prompt = resolved(experiment.prompt, experiment.model, experiment.published_text)
-        self.case: Case = experiment.case or (experiment.published_case if experiment.reference_bugs else "both")
+        published = experiment.reference_bugs and self.prompt != PLAIN
+        self.case: Case = experiment.case or (experiment.published_case if published else "both")
         self.device = device or this()
         whole = self.checkpoint.axes(experiment.mesh, jax.device_count(), self.device)
         self.team = processes.team(whole)

@@ -82,13 +82,20 @@ class ExtractIDs(Extraction[SpatialExtraction]):
     """Extract spatial IDs from grid pictures in the published layout, or a fine-tuning set (Figures 3 and 5).
 
     Attributes:
+        articles: ask about "the" objects; the published batch script asks "Is B to the left or right of A?".
         reference_bugs: reproduce the bugs of the published code, which drops the alpha channel of pictures: what is
             transparent is not white but has its stored colour, usually black.
     """
 
     name: ClassVar[str] = "ids extract"
 
+    articles: bool = True
     reference_bugs: bool = False
+
+    @property
+    def question(self) -> str:
+        """The question, with {a} and {b} for the names."""
+        return SPATIAL_QUESTION if self.articles else SPATIAL_QUESTION.replace("the {", "{")
 
     def items(self) -> list[GridItem]:
         """The pictures, in either layout.
@@ -115,7 +122,7 @@ class ExtractIDs(Extraction[SpatialExtraction]):
         self.check_output()
         items, checkpoint = self.items(), open_checkpoint(self.model, dtype=self.dtype).on(self.mesh)
         first = items[0]
-        asked = checkpoint.model.prepare([first.picture], SPATIAL_QUESTION.format(a=first.object_a, b=first.object_b))
+        asked = checkpoint.model.prepare([first.picture], self.question.format(a=first.object_a, b=first.object_b))
         asked.word(first.object_b)
         pairs = list(dict.fromkeys((item.object_a, item.object_b) for item in items))
         found = extract_spatial(
@@ -123,6 +130,7 @@ class ExtractIDs(Extraction[SpatialExtraction]):
             self.with_bar(items, "picture"),
             pairs=pairs,
             sizes=sorted({item.size for item in items}, reverse=True),
+            question=self.question,
             batch_size=self.batch_size,
         )
         check_finite(f"the IDs of {self.model} in {self.dtype}", np.asarray(found.values), DataError)

@@ -15,6 +15,7 @@ from test_cli import refused, run
 
 from jaxid.data.grid import CELL_SIZE, GridItem, placements, read_grid_folder, write_grid_folder
 from jaxid.errors import InputError, PromptError
+from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.ids import extract
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.trace import residuals_at
@@ -193,3 +194,9 @@ def test_command_checks_the_file_first(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "folder.safetensors").mkdir()
     for out, message in (("ids.npz", ".safetensors"), ("folder.safetensors", "a folder is in the way")):
         assert message in refused(capsys, "ids", "extract", "--data", tmp_path, "--out", tmp_path / out)
+
+
+def test_the_question_without_articles() -> None:
+    given: Any = {"data": Path("grids"), "out": Path("ids.safetensors")}
+    assert ExtractIDs(**given).question == "Is the {b} to the left or right of the {a}?"
+    assert ExtractIDs(**given, articles=False).question == "Is {b} to the left or right of {a}?"
