@@ -312,7 +312,8 @@ class _Work:
         """Activations of the mirrored pictures replace those of the control run."""
         batch, words = self.batches["horizontal"], ANSWERS["horizontal"]
         pictures = [mirrored(np.asarray(item.picture)) for item in self.items["horizontal"]]
-        scores = swap_activations(self.model, batch, self.model.prepare(pictures, list(batch.prompts.questions), raw=batch.prompts.raw)).scores
+        changed = self.model.prepare(pictures, list(batch.prompts.questions), raw=batch.prompts.raw)
+        scores = swap_activations(self.model, batch, changed).scores
         axes = {"tokens": list(scores), "layer": self.layers, "item": range(len(pictures)), "word": words}
         self.table("mirror_swap", tidy(np.stack(list(scores.values())), axes, name="score"))
         self.figure("mirror_swap", plots.swap_scores(scores, words, robust=True, about=self.about()))
