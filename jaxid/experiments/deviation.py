@@ -44,6 +44,7 @@ from jaxid.interp.trace import residuals_at
 from jaxid.io import tidy, write_json
 from jaxid.kernels import probing
 from jaxid.nn.sites import AnyArray, Capture
+from jaxid.prompts.processor import Prompts
 from jaxid.stats import Moments, RankTest, confidence_interval, moments, rank_test
 
 ROLES = ("subject", "object")
@@ -119,6 +120,9 @@ def easy(margins: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
 TrueIDs = Callable[[SpatialIDs, Int[np.ndarray, "L"], Float[np.ndarray, "B 2 4"]], Float[Array, "L B 2 D"]]
 """Makes ground-truth IDs from IDs, layers, and boxes (x, y, width, height) as shares of the picture."""
 
+Locate = Callable[[Prompts, Sequence[tuple[str, ...]]], Int[np.ndarray, "B W"]]
+"""Finds the positions of every prompt's names."""
+
 
 def measure_deviations(
     model: Model,
@@ -128,6 +132,7 @@ def measure_deviations(
     *,
     layers: Sequence[int] | None = None,
     true_ids: TrueIDs = SpatialIDs.at_box,
+    locate: Locate = Prompts.words,
     max_new_tokens: int = 0,
     said: Callable[[str, Sequence[str]], int] = answer_of,
     fetch: bool = True,
@@ -141,6 +146,7 @@ def measure_deviations(
         boxes: (x, y, width, height) of subject and object, as shares of the picture's width and height.
         layers: layers after which activations are read; all by default.
         true_ids: makes the ground-truth IDs; the IDs of the boxes' centres by default.
+        locate: finds the words in the questions with pictures and in those without.
         max_new_tokens: if above 0, answers of at most so many tokens are generated, and judged in place of the more
             probable word.
         said: finds the index of the answer word in such a text, -1 if it holds neither word or both.
@@ -155,9 +161,10 @@ def measure_deviations(
         raise InputError(f"{count} items need boxes of shape [{count}, 2, 4], not {list(boxes.shape)}.")
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
     truths = true_ids(ids, chosen, boxes)
-    shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=jnp.asarray(batch.words[:, :2])))
+    positions = jnp.asarray(locate(batch.prompts, batch.names)[:, :2])
+    shown = forward(model, batch.prompts, capture=Capture(("resid_post",), positions=positions))
     text = model.prepare(None, list(batch.prompts.questions), raw=batch.prompts.raw)
-    alone = residuals_at(model, text, text.words(batch.names))[1:]
+    alone = residuals_at(model, text, locate(text, batch.names)[:, :2])[1:]
     deviations = shown.captured["resid_post"].astype(jnp.float32) - alone.astype(jnp.float32)
     u, v = (direction[chosen] for direction in ids.plane())
     control, texts = batch.read(shown), np.full(count, "", object)
@@ -242,6 +249,7 @@ class Deviation(
     reporting: ClassVar[frozenset[str]] = frozenset({"layer"})
     true_ids: ClassVar[TrueIDs] = staticmethod(SpatialIDs.at_box)
     object_boxes: ClassVar[Boxes] = staticmethod(Instances.boxes)
+    locate: ClassVar[Locate] = staticmethod(Prompts.words)
     said: ClassVar[Callable[[str, Sequence[str]], int]] = staticmethod(answer_of)
     default_new_tokens: ClassVar[int] = 0
 
@@ -285,6 +293,7 @@ class Deviation(
             shares,
             layers=session.layers,
             true_ids=self.true_ids,
+            locate=self.locate,
             max_new_tokens=self.default_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
             said=self.said,
             fetch=False,

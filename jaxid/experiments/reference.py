@@ -4,7 +4,7 @@ Nothing else knows of them: an experiment's own steps are what the paper says, a
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxid.data.coco_boxes import Instances
+from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.grid import GridItem
 from jaxid.data.pictures import linear
 from jaxid.errors import DataError, InputError
@@ -27,13 +28,19 @@ from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.occlusion import Occluded, Occlusion
 from jaxid.experiments.reference_dcsm import PublishedEvaluation
 from jaxid.experiments.reference_dcsm_training import TrainingAsPublished
-from jaxid.experiments.reference_diagnosis import answer_inside, blurred_crops, with_crowds, with_random_places
+from jaxid.experiments.reference_diagnosis import (
+    answer_inside,
+    blurred_crops,
+    first_tokens,
+    with_crowds,
+    with_random_places,
+)
 from jaxid.experiments.reference_finetune import FinetuneAsPublished
 from jaxid.experiments.relations import RelationBatch
-from jaxid.experiments.session import Columns, rows_where
+from jaxid.experiments.session import Columns, Session, rows_where
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.steer_picture import SteerPicture
-from jaxid.experiments.steering import Steer, Steered
+from jaxid.experiments.steering import Question, Steer, Steered
 from jaxid.experiments.temporal import TemporalSteer, TemporalSwap
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
@@ -106,7 +113,10 @@ def last_clips(batches: Iterable[IDBatch], **options: Any) -> TemporalIDs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _BeliefSwap(BeliefSwap):
-    """Norms over all occurrences of a word, and items are counted as published (`compare.rates`)."""
+    """Norms over all occurrences of a word, and items are counted as published (`compare.rates`).
+
+    Words are found by their last token, also inside other names.
+    """
 
     as_published = True
     norms = staticmethod(occurrence_norms)
@@ -115,6 +125,10 @@ class _BeliefSwap(BeliefSwap):
         super().__post_init__()
         if not self.max_new_tokens:
             raise InputError("the published code measures norms over the generated text too: set max_new_tokens.")
+
+    def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
+        batch = super().prepare(session, items)
+        return dataclasses.replace(batch, words=first_tokens(batch.prompts, batch.names))
 
 
 class ScoresAsPublished:
@@ -169,9 +183,12 @@ class _Misplaced(_Negated, _Late):
 
 
 class _Steer(_Misplaced, Steer):
-    """See `_Misplaced`; and there is a figure for the items of each original answer."""
+    """See `_Misplaced`; alpha channels are dropped, and there is a figure for the items of each original answer."""
 
     split = True
+
+    def items(self, session: Session) -> list[Question]:
+        return [dataclasses.replace(one, picture=WithoutAlpha(one.picture)) for one in super().items(session)]
 
 
 class _SteerPicture(_Negated, SteerPicture):
@@ -191,12 +208,14 @@ class _Depth(_Misplaced, Depth):
 class _Deviation(Deviation):
     """Ground-truth IDs are half a cell off, and those of the last column and row lose weight.
 
-    They are of the first box whose category contains the name. The answer that the model writes is judged, in which a
-    word may be a part of another. The published axes are shorter than ours, but span the same plane.
+    They are of the first box whose category contains the name; words are found by their last token, also inside other
+    names. The answer that the model writes is judged, in which a word may be a part of another. The published axes are
+    shorter than ours, but span the same plane.
     """
 
     true_ids = staticmethod(partial(SpatialIDs.at_box, half_cell=False))
     object_boxes = staticmethod(Instances.first_box)
+    locate = staticmethod(first_tokens)
     said = staticmethod(answer_inside)
     default_new_tokens = 250
 
@@ -230,7 +249,7 @@ class _Occlusion(Occlusion):
         own = np.array([verdicts.get(key, "nonsense") for key in rows["item"].tolist()])
         if (own == "nonsense").all():
             raise DataError(f"{self.deviation} holds no answer about any of these items; give the run about them.")
-        return rows_where(rows | {"correct": own == "correct"}, own != "nonsense")
+        return rows_where({**rows, "correct": own == "correct"}, own != "nonsense")
 
 
 class _QwenAnswers:

@@ -1,4 +1,4 @@
-"""What the published code of the deviation and the occlusion does: boxes, blurs, random places and judged texts."""
+"""What the published code of the deviation and the occlusion does: words, boxes, blurs, places and judged texts."""
 
 import random
 import zlib
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jaxid.data.coco_boxes import Boxes, Instances, PlacedItem
 from jaxid.experiments.occlusion import RANDOM, TRIES, OcclusionItem
+from jaxid.prompts.processor import Prompts
 
 with_crowds: Boxes = partial(Instances.boxes, crowds=True)
 """All boxes of a category, crowds included, among which the occlusion chooses."""
@@ -19,6 +20,13 @@ def answer_inside(text: str, words: Sequence[str]) -> int:
     """Index of the answer word in a text, also as a part of another word; -1 if the text contains none or both."""
     found = [index for index, word in enumerate(words) if word.lower() in text.lower()]
     return found[0] if len(found) == 1 else -1
+
+
+def first_tokens(prompts: Prompts, names: Sequence[tuple[str, ...]]) -> Int[np.ndarray, "B W"]:
+    """Where the last sub-token of each name first occurs in the prompt: a "bear" may be found inside a "teddy bear"."""
+    token_ids = np.asarray(prompts.inputs.token_ids)
+    tokens = np.take_along_axis(token_ids, prompts.words(names), axis=1)
+    return (token_ids[:, :, None] == tokens[:, None]).argmax(axis=1).astype(np.int32)
 
 
 def rounded(boxes: Float[np.ndarray, "*B 4"], size: tuple[int, int]) -> Int[np.ndarray, "*B 4"]:

@@ -27,10 +27,11 @@ from jaxid.errors import DataError, InputError
 from jaxid.experiments.deviation import Deviation, measure_deviations, separation
 from jaxid.experiments.occlusion import Occlusion, ask, blurred, occlude, random_boxes
 from jaxid.experiments.reference import with_bugs
-from jaxid.experiments.reference_diagnosis import answer_inside, blurred_crops, random_places, rounded
-from jaxid.experiments.relations import answer_of
+from jaxid.experiments.reference_diagnosis import answer_inside, blurred_crops, first_tokens, random_places, rounded
+from jaxid.experiments.relations import answer_of, prepare
 from jaxid.experiments.session import Session
 from jaxid.io import write_json, write_table
+from jaxid.prompts.processor import Prompts
 
 pytestmark = [
     # The random models' vocabulary lacks most of what the drawn pictures hold.
@@ -108,10 +109,29 @@ def test_an_answer_may_be_a_part_of_a_word() -> None:
         assert (answer_inside(text, words), answer_of(text, words)) == (inside, whole)
 
 
+@pytest.mark.parametrize("locate", [Prompts.words, first_tokens])
+def test_words_are_found_by_their_last_token(locate: Any) -> None:
+    """Of the star beside a left star, the published code reads the left star's word."""
+    model, (item, *_) = fixtures.model(CASE), oracle.items("vertical")
+    item = dataclasses.replace(item, subject="left star", object="star")
+    batch = prepare(model, [item] * 2)
+    found = measure_deviations(model, batch, oracle.ids(), np.full((2, 2, 4), 0.2), layers=[1], locate=locate)
+    text, states = model.prepare(None, [item.query] * 2), []
+    for prompts in (batch.prompts, text):
+        tokens = np.asarray(prompts.inputs.token_ids)[0].tolist()
+        stars = [index for index, token in enumerate(tokens) if token == VOCABULARY.index("star")]
+        assert len(stars) == 2
+        at = stars[0] if locate is first_tokens else stars[1]
+        states.append(fixtures.record(CASE, prompts)["resid_post"][1, 0, [stars[0], at]])
+    u, v = (np.asarray(direction[1]) for direction in oracle.ids().plane())
+    np.testing.assert_allclose(found.words[0, 0], (states[0] - states[1]) @ np.stack([u, v], axis=1), atol=1e-4)
+
+
 def test_options_of_the_published_deviation(place: Path) -> None:
     ours, theirs = both(Deviation, place)
     assert (ours.default_new_tokens, theirs.default_new_tokens) == (0, 250)
     assert theirs.said is answer_inside and ours.said is answer_of
+    assert theirs.locate is first_tokens and ours.locate is Prompts.words
     assert ours.published_text == theirs.published_text == "{query} Answer {first} or {second} only."
     with pytest.raises(InputError, match="judges the answers that are written"):
         both(Deviation, place, max_new_tokens=0)
@@ -297,6 +317,7 @@ def test_crowds_count_and_answers_are_capitalised(place: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="only a crowd"):
         ours.items(Session(ours))
     assert len(theirs.items(Session(theirs))) == ITEMS
+    ours, theirs = both(Occlusion, tmp_path, prompt="published")
     assert (Session(ours).case, Session(theirs).case) == ("both", "capital")
     assert ours.published_text == theirs.published_text == "{query} Answer {First} or {Second}."
 
