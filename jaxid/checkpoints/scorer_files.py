@@ -8,6 +8,7 @@ token. Source: [DCSM] arXiv 2503.08723.
 """
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,10 +39,10 @@ _OBJECTS = frozenset(
 
 _CONVERT = (
     "jaxid reads what it needs and runs no code of the file. If you trust it, run once where the authors' code runs: "
-    "python -c \"import torch; f = torch.load('{path}', map_location='cpu', weights_only=False); "
+    "python -c \"import sys, torch; f = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
     "torch.save({{'model_state_dict': f['model_state_dict'], "
     "'external_logic_token_embeddings': f['external_logic_token_embeddings'].weight.detach(), "
-    "'learned_lookup': f.get('learned_lookup')}}, '{converted}')\""
+    "'learned_lookup': f.get('learned_lookup')}}, sys.argv[2])\" {path} {converted}"
 )
 
 
@@ -74,7 +75,8 @@ def read_authors_scorer(path: str | Path, text_tokens: int | None = None) -> Aut
             if it mentions classes that none of theirs do, in which case the message says how to convert it.
     """
     converted = Path(path).with_name(f"{Path(path).stem}-plain.pt")
-    tree = read_torch_file(path, _OBJECTS, _CONVERT.format(path=path, converted=converted))
+    advice = _CONVERT.format(path=shlex.quote(str(path)), converted=shlex.quote(str(converted)))
+    tree = read_torch_file(path, _OBJECTS, advice)
     words = None
     if isinstance(tree, Mapping):
         words = _words(tree.get(WORDS), f"{path}: {WORDS}")

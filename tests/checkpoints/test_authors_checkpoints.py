@@ -253,13 +253,15 @@ def test_reading_imports_no_class_of_the_file(tmp_path: Path) -> None:
 def test_the_message_says_how_to_convert(tmp_path: Path) -> None:
     """A file with an object of a class that nobody knows here, and the command of the message, run as it stands."""
     network, held = trained(["near", "far"], options=nn.Linear(1, 1))
-    torch.save(held, tmp_path / "their scorer.pt")
+    path = tmp_path / 'their $(touch run) "scorer".pt'
+    torch.save(held, path)
     with pytest.raises(CheckpointError, match=r"among them torch\.nn\.modules\.linear\.Linear") as caught:
-        Scorer.load(tmp_path / "their scorer.pt")
+        Scorer.load(path)
     assert "\n" not in str(caught.value)
-    command = re.search(r'python -c "(.+)"$', str(caught.value))
+    command = re.search(r'python( -c ".+)$', str(caught.value))
     assert command is not None
-    subprocess.run([sys.executable, "-c", command[1]], check=True)
-    found = Scorer.load(tmp_path / "their scorer-plain.pt")
+    subprocess.run(f"{sys.executable}{command[1]}", shell=True, check=True, cwd=tmp_path)
+    assert not (tmp_path / "run").exists()
+    found = Scorer.load(path.with_name(f"{path.stem}-plain.pt"))
     np.testing.assert_array_equal(found.network.fc2, last(network))
     assert found.vocabulary == ("near", "far")
