@@ -62,3 +62,14 @@ def test_means_of_half_precision_ids_are_in_float32(ids):
     assert half.universal.dtype == jnp.float32
     exact = half.values[:, :, 0].astype(np.float64).mean(axis=1)
     np.testing.assert_allclose(half.universal, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_places_and_axes_of_the_published_code(ids: SpatialIDs) -> None:
+    # A box of 2 x 2 centred at (80, 30) of 100 x 100: beyond 3/4 of the width, a fifth is left.
+    lost = ids.at_box(1, (79, 29, 2, 2), (100, 100), half_cell=False)
+    np.testing.assert_allclose(lost, 0.2 * (0.8 * ids[1, 3, 1] + 0.2 * ids[1, 3, 2]), atol=1e-5)
+    # At 3/4 exactly nothing is left, whatever the units; a share of 0.65 is no exact number.
+    for box, size in (((325, 29, 100, 2), (500, 100)), ((0.65, 0.29, 0.2, 0.02), (1, 1))):
+        np.testing.assert_allclose(ids.at_box(1, box, size, half_cell=False), np.zeros(WIDTH), atol=1e-5)
+    for shorter, whole in zip(ids.axes(equal_pairs=True), ids.axes(), strict=True):
+        np.testing.assert_allclose(shorter, whole * 2 / 3, atol=1e-6)
