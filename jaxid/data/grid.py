@@ -49,8 +49,7 @@ class GridItem:
     @property
     def names(self) -> tuple[str, str]:
         """The subject of questions about the picture, and the other object."""
-        names = (self.object_a, self.object_b)
-        return names if self.about == "a" else names[::-1]
+        return (self.object_a, self.object_b) if self.about == "a" else (self.object_b, self.object_a)
 
     @property
     def key(self) -> str:

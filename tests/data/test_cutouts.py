@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_every_picture_has_a_seed_of_its_own(objects: Path, tmp_path: Path) -> N
     both = [("fire truck", "dog"), ("dog", "fire truck")]
     cells = placements()[::24]
     pasting = Pasting(picture_size=64, jitter_size=0.1, jitter_angle=15, seed=3)
-    some = {"object_sizes": (174,), "cells": cells}
+    some: Any = {"object_sizes": (174,), "cells": cells}
     one = paste_grid_folder(tmp_path / "one", own, both, pasting, **some)
     other = paste_grid_folder(tmp_path / "other", dict(reversed(own.items())), both[1:], pasting, **some)
     flat = paste_finetune_folder(tmp_path / "flat", own, both, pasting, cells=cells)

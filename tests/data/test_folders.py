@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxid.data.folders import RECORD, Drawing, draw_folder
-from jaxid.data.grid import NEAR_FAR, write_grid_folder
+from jaxid.data.grid import NEAR_FAR, GridItem, write_grid_folder
 from jaxid.errors import OutputError
 from jaxid.io import locked
 
@@ -77,16 +77,27 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
 
 def test_drawn_grids_are_resumed_with_the_same_pictures(tmp_path: Path) -> None:
-    options = {"picture_size": 16, "object_sizes": (224, 74), "backgrounds": ("noise",), "jitter_size": 0.2}
-    whole = write_grid_folder(tmp_path / "a", [("star", "fish")], cells=NEAR_FAR, **options)
-    content = {path.name: path.read_bytes() for item in whole for path in [Path(str(item.picture))]}
-    assert len(whole) == 4
-    Path(str(whole[2].picture)).unlink()
-    assert write_grid_folder(tmp_path / "a", [("star", "fish")], cells=NEAR_FAR, **options) == whole
-    assert {Path(str(item.picture)).name: Path(str(item.picture)).read_bytes() for item in whole} == content
+    def drawn(seed: int = 0, sizes: tuple[int, ...] = (224, 74), restart: bool = False) -> list[GridItem]:
+        return write_grid_folder(
+            tmp_path,
+            [("star", "fish")],
+            seed=seed,
+            cells=NEAR_FAR,
+            picture_size=16,
+            object_sizes=sizes,
+            writing={"restart": restart},
+            backgrounds=("noise",),
+            jitter_size=0.2,
+        )
+
+    whole = drawn()
+    files = [Path(str(item.picture)) for item in whole]
+    content = [file.read_bytes() for file in files]
+    assert len(files) == 4
+    files[2].unlink()
+    assert drawn() == whole
+    assert [file.read_bytes() for file in files] == content
     with pytest.raises(OutputError, match="object sizes was"):
-        write_grid_folder(tmp_path / "a", [("star", "fish")], cells=NEAR_FAR, **{**options, "object_sizes": (224, 174)})
-    write_grid_folder(
-        tmp_path / "a", [("star", "fish")], cells=NEAR_FAR, writing={"restart": True}, **{**options, "seed": 5}
-    )
-    assert Path(str(whole[0].picture)).read_bytes() != content[Path(str(whole[0].picture)).name]
+        drawn(sizes=(224, 174))
+    drawn(seed=5, restart=True)
+    assert all(file.read_bytes() != before for file, before in zip(files, content, strict=True))
