@@ -38,6 +38,7 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxid.checks import check_seed
 from jaxid.data.coco_boxes import upright_boxes
 from jaxid.data.coco_spatial import picture_name
 from jaxid.data.files import read_csv, usable
@@ -228,10 +229,11 @@ def read(
         are skipped, a set may be empty.
 
     Raises:
-        InputError: if a name is unknown.
+        InputError: if a name is unknown, or the seed is out of range.
         DataError: if a requested set, or any set at all, is missing; if a file cannot be read or holds no question;
             or, without `bad`, if a row is malformed or lacks its picture.
     """
+    check_seed(seed)
     benchmarks = [_benchmark(name) for name in (find(folder) if names is None else names)]
     if not benchmarks:
         looked = sorted({place for benchmark in BENCHMARKS.values() for place in benchmark.files})

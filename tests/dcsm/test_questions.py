@@ -10,7 +10,7 @@ import pytest
 from jaxid.dcsm import orders
 from jaxid.dcsm.benchmarks import read
 from jaxid.dcsm.questions import Question
-from jaxid.errors import DataError
+from jaxid.errors import DataError, InputError
 
 COCO = f"{layouts.NEGBENCH_FOLDER}/COCO_val_mcq_llama3.1_rephrased.csv"
 TWO = "clevr_bind/two_object"
@@ -136,6 +136,11 @@ def test_wrong_orders_are_drawn_by_the_seed(folder: Path, monkeypatch: pytest.Mo
     checked(found, 5, folder / NAME)
     assert read(folder, ["coco-order"])["coco-order"] == found
     assert read(folder, ["coco-order"], seed=1)["coco-order"] != found
+
+
+def test_a_seed_out_of_range_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="the seed must be an integer from 0"):
+        read(folder, seed=-1)
 
 
 def test_without_a_tagger_there_are_two_and_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
