@@ -18,8 +18,8 @@ def test_every_name_is_in_one_record() -> None:
 
 def test_published_layers() -> None:
     llava = "llava-hf/llava-1.5-7b-hf"
-    assert published("llava-7b") == published(llava) == Checkpoint(llava, range(7, 20), 12)
-    assert published("llama-11b") == Checkpoint("meta-llama/Llama-3.2-11B-Vision-Instruct", range(9, 20), 14)
+    assert published("llava-7b") == published(llava) == Checkpoint(llava, range(7, 20), 11)
+    assert published("llama-11b") == Checkpoint("meta-llama/Llama-3.2-11B-Vision-Instruct", range(9, 20), 13)
     assert published("internvl-14b") == Checkpoint("OpenGVLab/InternVL3-14B-hf", range(11, 24), None)
     for name in ("llava-video", "tiny-llava", "clip-b16"):
         assert published(name) == Checkpoint(ALIASES.get(name, name), None, None)
