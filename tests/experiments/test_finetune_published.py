@@ -409,6 +409,6 @@ def test_a_run_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="takes one process"):
+    with pytest.raises(InputError, match="takes a single process"):
         FinetuneAsPublished()
     FinetuneConfig()
