@@ -228,7 +228,7 @@ def test_the_inserting_path(data: Path, tmp_path: Path, published: Any) -> None:
     for row in rows:
         call = asked[row["benchmark"], row["question"]]
         found = scores(row, "dcsm", 4)
-        np.testing.assert_allclose(found, oracle.maps(call, *published, "insert"), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found, oracle.maps(call, *published, placement="insert"), rtol=1e-3, atol=1e-4)
         assert np.abs(found - oracle.maps(call, *published)).max() > 1e-2
     assert len(rows) == 2
 
