@@ -39,6 +39,10 @@ SETTINGS: dict[str, Any] = dataclasses.asdict(QUICK) | {
 NAMES = {"up": "mlp.fc1", "down": "mlp.fc2", "projector_in": "linear_1", "projector_out": "linear_2"}
 
 
+def settings(weight: float) -> dict[str, Any]:
+    return {**SETTINGS, "id_weight": weight}
+
+
 def own_ids(case: Case) -> SpatialIDs:
     loaded = fixtures.model(case)
     values = np.random.default_rng(2).standard_normal((loaded.num_layers, 1, 1, 4, 4, loaded.width))
@@ -120,7 +124,7 @@ def theirs(case: Case, questions: tuple[Question, ...], weight: float) -> tuple[
 @pytest.mark.parametrize("weight", [0.0, WEIGHT], ids=["answers alone", "with the ID loss"])
 @pytest.mark.parametrize("case", [CASES[0], QWEN], ids=["llava", "qwen2-vl"])
 def test_a_step(case: Case, weight: float) -> None:
-    config = FinetuneAsPublished(**SETTINGS | {"id_weight": weight})
+    config = FinetuneAsPublished(**settings(weight))
     task = task_of(case, config)
     stage = task.stage()
     # Of a batch that is padded, if there is one.
@@ -158,11 +162,11 @@ def test_a_step(case: Case, weight: float) -> None:
 def test_the_id_loss_elsewhere_is_another() -> None:
     """By default the first occurrence is read, the answer's own tokens are trained, and a batch has one axis."""
     case = CASES[0]
-    config = FinetuneAsPublished(**SETTINGS | {"id_weight": WEIGHT})
+    config = FinetuneAsPublished(**settings(WEIGHT))
     task = task_of(case, config)
     questions = task.config.drawn(task.groups, 0)[0]
     found = []
-    for own in (task.config, finetune.FinetuneConfig(**SETTINGS | {"id_weight": WEIGHT})):
+    for own in (task.config, finetune.FinetuneConfig(**settings(WEIGHT))):
         batch = finetune.small_batch(fixtures.model(case), questions, own_ids(case), own, len(questions))
         arrays = jax.tree.map(jnp.asarray, batch)
         _, metrics = finetune.loss(task.definition, task.model.parameters, arrays, id_layer=LAYER, id_weight=WEIGHT)
