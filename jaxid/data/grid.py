@@ -6,6 +6,7 @@ row counted downwards.
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from jaxid.data.cutouts import Cutout, Pasting
 from jaxid.data.objects import OBJECTS, check_pairs
 from jaxid.data.scenes import GRID, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
-from jaxid.prompts.pictures import Picture
+from jaxid.prompts.pictures import Picture, WithoutAlpha
 
 Cell = tuple[int, int]
 """(column, row), each 0..3."""
@@ -56,6 +57,12 @@ class GridItem:
         """The names, the subject's cell and the size."""
         x, y = self.cell_a if self.about == "a" else self.cell_b
         return f"{'-'.join(self.names)}-{x}_{y}-{self.size}"
+
+    def without_alpha(self) -> "GridItem":
+        """The same item, whose file is shown without its alpha channel."""
+        if not isinstance(self.picture, str | os.PathLike):
+            return self
+        return dataclasses.replace(self, picture=WithoutAlpha(self.picture))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

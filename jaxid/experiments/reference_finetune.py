@@ -130,9 +130,13 @@ class FinetuneAsPublished(FinetuneConfig):
         return "lower"
 
     def split(self, items: Sequence[GridItem]) -> tuple[list[GridItem], list[GridItem]]:
-        """Pairs are ordered, so that the model may have seen a held-out pair in the other order; int() counts them."""
+        """Pairs are ordered, so that the model may have seen a held-out pair in the other order; int() counts them.
+
+        The alpha channel of pictures is dropped: what is transparent has its stored colour, usually black.
+        """
         pairs = len({pair_of(item) for item in items})
-        return split_by(items, pair_of, int(self.held_out * pairs), self.seed)
+        shown = [item.without_alpha() for item in items]
+        return split_by(shown, pair_of, int(self.held_out * pairs), self.seed)
 
     def grouped(self, items: Sequence[GridItem]) -> list[Group]:
         """With the ID loss, both axes' questions about a pair and a cell of its first object; otherwise all."""

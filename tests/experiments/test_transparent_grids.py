@@ -1,6 +1,7 @@
 """Grid pictures with a transparent ground: shown on white by default; the published code drops the alpha channel."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from test_cli import run
 from test_grid import torch_activations
 
 from jaxid.data.cutouts import Pasting, read_cutouts
-from jaxid.data.grid import paste_grid_folder, placements, read_grid_folder
+from jaxid.data.grid import paste_grid_folder, placements, read_finetune_folder, read_grid_folder
+from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.reference import with_bugs
 from jaxid.experiments.session import Session
 from jaxid.experiments.steering import Steer
@@ -85,3 +87,13 @@ def test_near_far_pictures_lose_their_alpha_in_reference_mode(tmp_path: Path) ->
         (item,) = experiment.items(object.__new__(Everything))
         assert item.names == ("star", "fish")
         assert (np.asarray(open_picture(item.picture)) == grey).all()
+
+
+def test_fine_tuning_drops_alpha_in_reference_mode(tmp_path: Path) -> None:
+    for a, b in itertools.permutations(("star", "fish", "moon"), 2):
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / f"{a}_0-0_{b}_3-0.png")
+    config = Finetune(out=tmp_path / "out", data=tmp_path, ids=tmp_path / "ids.safetensors", held_out=0.4)
+    for experiment, grey in ((config, 255), (with_bugs(config), 0)):
+        training, held = experiment.split(read_finetune_folder(tmp_path))
+        assert len(training) + len(held) == 6
+        assert all((np.asarray(open_picture(item.picture)) == grey).all() for item in (*training, *held))
