@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 CYCLES = (0.8, 2.5)
 """Least and most cycles of the rainbow across the picture."""
@@ -20,31 +20,14 @@ def mirrored(picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
     return np.ascontiguousarray(picture[:, ::-1])
 
 
-Blend = Callable[[Float[np.ndarray, "Y X"], Float[np.ndarray, "Y X"]], Float[np.ndarray, "Y X"]]
-"""Blends a picture's hues with the rainbow's; all from 0 to 1."""
+Recolouring = Callable[[UInt8[np.ndarray, "Y X 3"], np.random.Generator], UInt8[np.ndarray, "Y X 3"]]
+"""A picture in other hues, which the generator draws."""
 
 
-def shorter_way(hue: Float[np.ndarray, "Y X"], rainbow: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "Y X"]:
-    """Hues blended along the shorter arc of the colour circle."""
-    return (hue + MIX * ((rainbow - hue + 0.5) % 1.0 - 0.5)) % 1.0
-
-
-def linear(hue: Float[np.ndarray, "Y X"], rainbow: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "Y X"]:
-    """Hues blended as numbers, as published: two reds at 0.02 and 0.98 become a green."""
-    return (1 - MIX) * hue + MIX * rainbow
-
-
-def recoloured(
-    picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator, blend: Blend = shorter_way
-) -> UInt8[np.ndarray, "Y X 3"]:
+def recoloured(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "Y X 3"]:
     """The picture in the hues of a rainbow of random direction, number of cycles and phase.
 
-    Lightness is kept, and grey pixels stay grey.
-
-    Args:
-        picture: the picture.
-        rng: draws the rainbow.
-        blend: how hues are blended.
+    Hues are blended along the shorter arc of the colour circle. Lightness is kept, and grey pixels stay grey.
     """
     from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 
@@ -56,5 +39,24 @@ def recoloured(
     along /= abs(np.cos(angle)) + abs(np.sin(angle))
     rainbow = (cycles * along + phase) % 1.0
     hue, saturation, value = np.moveaxis(rgb_to_hsv(picture / 255.0), -1, 0)  # 0 to 1 each
-    mixed = np.stack([blend(hue, rainbow), np.minimum(SATURATION * saturation, 1.0), value], axis=-1)
+    way = (rainbow - hue + 0.5) % 1.0 - 0.5
+    mixed = np.stack([(hue + MIX * way) % 1.0, np.minimum(SATURATION * saturation, 1.0), value], axis=-1)
     return np.rint(255 * hsv_to_rgb(mixed)).astype(np.uint8)
+
+
+def recoloured_linearly(picture: UInt8[np.ndarray, "Y X 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "Y X 3"]:
+    """The picture in the hues of a rainbow as the published code blends them: as numbers, in Pillow's 256 hues.
+
+    Two reds on either side of hue 0 can become a green. The number of cycles depends on the direction.
+    """
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    angle, cycles, phase = rng.uniform(0, 2 * np.pi), rng.uniform(*CYCLES), rng.uniform()
+    x, y = np.linspace(0, 1, width, dtype=np.float32), np.linspace(0, 1, height, dtype=np.float32)
+    rainbow = ((np.cos(angle) * x + np.sin(angle) * y[:, None]) * cycles + phase) % 1.0
+    levels = np.asarray(Image.fromarray(picture).convert("HSV"), np.float32) / 255
+    mixed = (1 - MIX) * levels[..., 0] + MIX * rainbow, SATURATION * levels[..., 1], levels[..., 2]
+    stored = (255 * np.clip(np.stack(mixed, axis=-1), 0, 1)).astype(np.uint8)
+    bands = [Image.fromarray(band) for band in np.moveaxis(stored, -1, 0)]
+    return np.asarray(Image.merge("HSV", bands).convert("RGB"))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from jaxid import plots
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.data.pictures import Blend, mirrored, recoloured, shorter_way
+from jaxid.data.pictures import Recolouring, mirrored, recoloured
 from jaxid.errors import DataError
 from jaxid.experiments.base import Summary, WithLayers
 from jaxid.experiments.published import RAW
@@ -84,6 +84,7 @@ def swap_activations(
     *,
     words: Int[np.ndarray, "B P"] | None = None,
     text: Int[np.ndarray, "B Q"] | None = None,
+    pictures: Int[np.ndarray, "B I"] | None = None,
     layers: Sequence[int] | None = None,
     chunk: int | None = None,
     fetch: bool = True,
@@ -96,6 +97,7 @@ def swap_activations(
         intervened: the same questions about the changed ones, for example mirrored.
         words: positions of the words that are swapped; those of subject and object by default.
         text: positions of the text tokens that are swapped; all after the picture by default.
+        pictures: positions of the picture tokens that are swapped; all by default.
         layers: decoder layers after which values are swapped; all by default.
         chunk: edits that run side by side.
         fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
@@ -105,8 +107,11 @@ def swap_activations(
     """
     chosen = np.arange(model.num_layers) if layers is None else np.asarray(layers)
     recorded, changed = trace(model, batch.prompts), trace(model, intervened)
-    outputs = [rerun(model, recorded, pictures_of=changed, after=chosen, chunk=chunk)]
-    for positions in ("text" if text is None else text, batch.words[:, :2] if words is None else words):
+    outputs = []
+    for positions in (pictures, "text" if text is None else text, batch.words[:, :2] if words is None else words):
+        if positions is None:
+            outputs.append(rerun(model, recorded, pictures_of=changed, after=chosen, chunk=chunk))
+            continue
         if isinstance(positions, str) or (positions >= intervened.text_start()[:, None]).all():
             edit = swap(changed, chosen, positions)
         else:  # traces hold no activations of the picture
@@ -224,6 +229,10 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
         """Positions of the text that is swapped; None for all after the picture."""
         return None
 
+    def pictures(self, batch: Pair[Batch]) -> Int[np.ndarray, "B I"] | None:
+        """Positions of the picture or clip that are swapped; None for all."""
+        return None
+
     def scores(self, found: Patched) -> Float[np.ndarray, "P L B 2"]:
         """How far the swaps carry the answers."""
         return np.stack(list(found.scores.values()))
@@ -235,8 +244,8 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
     def compute(self, session: Session, items: Sequence[Item], batch: Pair[Batch]) -> Later:
         """A row for each token set, layer, item and answer word."""
         asked = self.asked(batch)[0]
-        options = {"words": self.words(batch), "text": self.text(batch), "layers": session.layers}
-        found = swap_activations(session.model, asked, batch.changed, **options, fetch=False)
+        sets = {"words": self.words(batch), "text": self.text(batch), "pictures": self.pictures(batch)}
+        found = swap_activations(session.model, asked, batch.changed, **sets, layers=session.layers, fetch=False)
         return partial(self.rows_of, session, items, asked.answers, found)
 
     def rows_of(self, session: Session, items: Sequence[Item], answers: Sequence[str], found: Patched) -> Columns:
@@ -352,8 +361,8 @@ class AttributeSwap(PictureSwap):
 
     name: ClassVar[str] = "attribute-swap"
     changed_to: ClassVar[str] = "the recoloured picture"
-    blend: ClassVar[Blend] = staticmethod(shorter_way)
+    recoloured: ClassVar[Recolouring] = staticmethod(recoloured)
 
     def change(self, item: SpatialItem, picture: UInt8[np.ndarray, "Y X 3"]) -> UInt8[np.ndarray, "Y X 3"]:
         """The picture in the hues of a rainbow, the item's own."""
-        return recoloured(picture, np.random.default_rng((self.seed, zlib.crc32(item.key.encode()))), self.blend)
+        return self.recoloured(picture, np.random.default_rng((self.seed, zlib.crc32(item.key.encode()))))

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxid.data.clips import OrderItem
 from jaxid.data.coco_boxes import Instances
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.grid import GridItem
-from jaxid.data.pictures import linear
+from jaxid.data.pictures import recoloured_linearly
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.activation_swap import AttributeSwap, MirrorSwap, Pair, Patched
 from jaxid.experiments.base import Command
 from jaxid.experiments.belief_swap import BeliefSwap
 from jaxid.experiments.dcsm_evaluate import EvaluateScorers
 from jaxid.experiments.dcsm_train import TrainScorer
-from jaxid.experiments.depth import Depth
+from jaxid.experiments.depth import Batches, Depth
 from jaxid.experiments.deviation import Deviation
 from jaxid.experiments.finetune_run import Finetune
 from jaxid.experiments.occlusion import Occluded, Occlusion
@@ -36,12 +37,13 @@ from jaxid.experiments.reference_diagnosis import (
     with_random_places,
 )
 from jaxid.experiments.reference_finetune import FinetuneAsPublished
+from jaxid.experiments.reference_tokens import all_tokens, entries_read, first_tokens_read, from_end, lengths
 from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.session import Columns, Session, rows_where
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.steer_picture import SteerPicture
 from jaxid.experiments.steering import Question, Steer, Steered
-from jaxid.experiments.temporal import TemporalSteer, TemporalSwap
+from jaxid.experiments.temporal import OrderBatch, TemporalSteer, TemporalSwap
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
 from jaxid.ids.accumulate import IDBatch
@@ -141,8 +143,18 @@ class ScoresAsPublished:
         return np.nan_to_num(np.stack(list(found.scores.values())))
 
 
-class _MirrorSwap(ScoresAsPublished, MirrorSwap):
-    """See `ScoresAsPublished`; and the text begins two tokens early, with the last two of the picture."""
+class _PictureSwap(ScoresAsPublished):
+    """Beside a swap of pictures: the text begins two tokens early, with the last two of the picture.
+
+    Words are found by their last token, also inside other names. With a prompt that is not plain, answers are read at
+    the vocabulary's entries without a space.
+    """
+
+    def questions(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
+        batch = super().questions(session, items)  # pyright: ignore[reportAttributeAccessIssue] - of the swap beside it
+        return entries_read(
+            session.model.processor, dataclasses.replace(batch, words=first_tokens(batch.prompts, batch.names))
+        )
 
     def text(self, batch: Pair[RelationBatch]) -> Int[np.ndarray, "B Q"]:
         prompts = batch.questions.prompts
@@ -150,10 +162,14 @@ class _MirrorSwap(ScoresAsPublished, MirrorSwap):
         return np.concatenate([early, prompts.text_tokens()], axis=1)
 
 
-class _AttributeSwap(ScoresAsPublished, AttributeSwap):
-    """See `ScoresAsPublished`; and hues are blended as numbers, not along the colour circle."""
+class _MirrorSwap(_PictureSwap, MirrorSwap):
+    """See `_PictureSwap`."""
 
-    blend = staticmethod(linear)
+
+class _AttributeSwap(_PictureSwap, AttributeSwap):
+    """See `_PictureSwap`; and hues are blended as numbers, not along the colour circle."""
+
+    recoloured = staticmethod(recoloured_linearly)
 
 
 class _Negated:
@@ -176,10 +192,10 @@ class _Late:
 
 
 class _Misplaced(_Negated, _Late):
-    """Beside a steering experiment: the same, and IDs are added one token late."""
+    """Beside a steering experiment: the same, and IDs are added one token late, wherever a word's last token stands."""
 
-    def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
-        return batch.words[:, :words] + 1
+    def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B P"]:
+        return all_tokens(batch.prompts, batch.words[:, 0]) + 1
 
 
 class _Steer(_Misplaced, Steer):
@@ -192,17 +208,32 @@ class _Steer(_Misplaced, Steer):
 
 
 class _SteerPicture(_Negated, SteerPicture):
-    """See `_Negated`; and the object that is named second gets the subject's vector."""
+    """See `_Negated`; and the object that is named second gets the subject's vector.
+
+    With a prompt that is not plain, answers are read at the vocabulary's entries without a space.
+    """
+
+    def prepare(self, session: Session, items: Sequence[Question]) -> RelationBatch:
+        return entries_read(session.model.processor, super().prepare(session, items))
 
     def positions(self, batch: RelationBatch, words: int = 2) -> Int[np.ndarray, "B W"]:
         return batch.words[:, words - 1 :: -1]
 
 
 class _Depth(_Misplaced, Depth):
-    """See `_Misplaced`; cells of the first column alone, and the figure's two questions have each other's names."""
+    """See `_Misplaced`; cells of the first column alone, and the figure's two questions have each other's names.
+
+    With a prompt that is not plain, the first tokens of the capitalised answers are read ("A" of "Above").
+    """
 
     columns = (0,)
     panels = ("depth", "height")
+
+    def prepare(self, session: Session, items: Sequence[Question]) -> Batches:
+        return {
+            name: first_tokens_read(session.model.processor, batch)
+            for name, batch in super().prepare(session, items).items()
+        }
 
 
 class _Deviation(Deviation):
@@ -269,22 +300,51 @@ class _Finetune(FinetuneAsPublished, Finetune):
 
 
 class _TemporalSwap(_QwenAnswers, ScoresAsPublished, TemporalSwap):
-    """See `ScoresAsPublished` and `_QwenAnswers`."""
+    """See `ScoresAsPublished` and `_QwenAnswers`.
+
+    The clip's tokens are counted from the prompt's beginning and those of the text from its end. With the published
+    prompt, scenes are at fixed distances from the end, whatever their words.
+    """
 
     qwen_ids = (24885, 46893)
 
+    def questions(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
+        batch = super().questions(session, items)
+        if session.prompt != self.published_text:
+            return batch
+        counts, prompts = lengths(items), batch.asked.prompts
+        first = from_end(prompts, [range(-20 - other, -20 - other - own, -1) for own, other in counts])
+        second = from_end(prompts, [range(-12, -12 - own, -1) for _, own in counts])
+        return dataclasses.replace(batch, first=first, second=second)
+
+    def pictures(self, batch: Pair[OrderBatch]) -> Int[np.ndarray, "B I"]:
+        image = batch.questions.asked.prompts.image_tokens()
+        return np.broadcast_to(np.arange(image.shape[1], dtype=np.int32), image.shape)
+
+    def text(self, batch: Pair[OrderBatch]) -> Int[np.ndarray, "B Q"]:
+        prompts = batch.questions.asked.prompts
+        clip = prompts.image_tokens().shape[1]
+        return from_end(prompts, [range(-1, -1 - (last + 2 - clip), -1) for last in prompts.last().tolist()])
+
 
 class _TemporalSteer(_QwenAnswers, _Late, TemporalSteer):
-    """See `_Late` and `_QwenAnswers`."""
+    """See `_Late` and `_QwenAnswers`; with the published prompt, scenes are at fixed distances from the end."""
 
     qwen_ids = (10227, 6025)
+
+    def questions(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
+        batch = super().questions(session, items)
+        if session.prompt != self.published_text:
+            return batch
+        places = [range(-20 - own, -20) for _, own in lengths(items)]
+        return dataclasses.replace(batch, second=from_end(batch.asked.prompts, places))
 
 
 class _ExtractIDs(ExtractIDs):
     """The alpha channel of pictures is dropped: what is transparent has its stored colour, usually black."""
 
     def items(self) -> list[GridItem]:
-        return [dataclasses.replace(item, picture=WithoutAlpha(item.picture)) for item in super().items()]
+        return [item.without_alpha() for item in super().items()]
 
 
 class _ExtractTemporalIDs(ExtractTemporalIDs):

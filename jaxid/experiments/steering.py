@@ -91,7 +91,7 @@ def steer_to_cells(
     *,
     layers: Sequence[int],
     strength: float = 5.0,
-    positions: Int[np.ndarray, "B"] | None = None,
+    positions: Int[np.ndarray, "B P"] | None = None,
     columns: Sequence[int] = range(GRID),
     fetch: bool = True,
 ) -> Steered:
@@ -116,7 +116,7 @@ def steer_to_cells(
     require_same_model(model, ids)
     vectors = cell_vectors(ids, batch.axis, layers)[:, np.asarray(columns)]
     sweep = np.broadcast_to(np.asarray(layers)[:, None, None], vectors.shape[:3])
-    positions = batch.words[:, 0] if positions is None else positions
+    positions = batch.words[:, :1] if positions is None else positions
     return steer(model, batch, add(sweep, positions, vectors, strength), fetch=fetch)
 
 
@@ -253,7 +253,7 @@ class ToCells(Steering[Question, Batch, SummaryT], WithSpatialIDs[Question, Batc
             session.ids,
             layers=session.layers,
             strength=self.strength,
-            positions=self.positions(batch)[:, 0],
+            positions=self.positions(batch),
             columns=self.columns,
             fetch=False,
         )

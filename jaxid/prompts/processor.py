@@ -94,7 +94,7 @@ class Prompts:
         self, word: str | Sequence[str], *, beside: Sequence[Sequence[str]] = (), occurrence: int | None = None
     ) -> Int[np.ndarray, "B P"]:
         """Positions of all sub-tokens of a word, see `word`; rows are padded with their last position."""
-        return _padded(self._word_tokens(word, beside, occurrence))
+        return padded_rows(self._word_tokens(word, beside, occurrence))
 
     def _word_tokens(
         self, word: str | Sequence[str], beside: Sequence[Sequence[str]], occurrence: int | None
@@ -151,7 +151,7 @@ class Prompts:
             if not tokens:
                 part = self.questions[row][slice(*spans[row])]
                 raise PromptError(f"prompt {row}: the tokenizer makes no token of {shown(part)}.")
-        return _padded(rows)
+        return padded_rows(rows)
 
     def image_tokens(self) -> Int[np.ndarray, "B I"]:
         """Positions of the pictures' tokens.
@@ -178,7 +178,7 @@ class Prompts:
         lengths = {len(row) for row in rows}
         if 0 in lengths or (equal and len(lengths) > 1):
             raise PromptError(f"the prompts contain {sorted(lengths)} {what}; take them in groups of equal size.")
-        return _padded([row.tolist() for row in rows])
+        return padded_rows([row.tolist() for row in rows])
 
     def last(self) -> Int[np.ndarray, "B"]:
         """Position of the last token, where the answer is read."""
@@ -476,7 +476,7 @@ class Processor(PictureReader):
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def _padded(rows: Sequence[list[int]]) -> Int[np.ndarray, "B P"]:
+def padded_rows(rows: Sequence[list[int]]) -> Int[np.ndarray, "B P"]:
     """Rows of positions, those that are shorter padded with their last one."""
     longest = max(len(row) for row in rows)
     return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32)

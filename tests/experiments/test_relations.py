@@ -43,7 +43,9 @@ def test_prepared_items(axis: str, answers: list[str]) -> None:
 
 
 def test_suffix_is_added_to_every_question() -> None:
-    batch = relations.prepare(fixtures.model(oracle.CASE), oracle.items("vertical"), prompt="{query} Is the star below?")
+    batch = relations.prepare(
+        fixtures.model(oracle.CASE), oracle.items("vertical"), prompt="{query} Is the star below?"
+    )
     assert all(question.endswith("? Is the star below?") for question in batch.prompts.questions)
     # The star of the suffix is not taken for the star that is asked about.
     np.testing.assert_array_equal(batch.words, oracle.batch("vertical").words)

@@ -71,9 +71,7 @@ def test_bugs_of_the_published_code(tmp_path: Path) -> None:
     oracle.ids().save(tmp_path / "ids.safetensors")
     bugs = with_bugs(Steer(out=tmp_path, data=tmp_path, ids=tmp_path / "ids.safetensors"))
     found = bugs.change(
-        steer_to_cells(
-            model, batch, bugs.read_ids(), layers=[0, 1], strength=2.0, positions=bugs.positions(batch)[:, 0]
-        )
+        steer_to_cells(model, batch, bugs.read_ids(), layers=[0, 1], strength=2.0, positions=bugs.positions(batch))
     )
     late = oracle.positions(batch, [subject for subject, _ in oracle.PAIRS])[:, None] + 1
     earlier = oracle.universal()[0]
