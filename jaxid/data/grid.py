@@ -6,7 +6,6 @@ row counted downwards.
 
 import dataclasses
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from jaxid.data.cutouts import Cutout, Pasting
 from jaxid.data.objects import OBJECTS, check_pairs
 from jaxid.data.scenes import GRID, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
-from jaxid.prompts.pictures import Picture, WithoutAlpha
+from jaxid.prompts.pictures import Picture, without_alpha
 
 Cell = tuple[int, int]
 """(column, row), each 0..3."""
@@ -60,9 +59,7 @@ class GridItem:
 
     def without_alpha(self) -> "GridItem":
         """The same item, whose file is shown without its alpha channel."""
-        if not isinstance(self.picture, str | os.PathLike):
-            return self
-        return dataclasses.replace(self, picture=WithoutAlpha(self.picture))
+        return dataclasses.replace(self, picture=without_alpha(self.picture))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

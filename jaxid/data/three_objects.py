@@ -88,7 +88,8 @@ def parse_between_name(name: str) -> tuple[str, str, str, bool]:
     """Reads `{C}_{A}_{B}_{true|false}.png`: is C in between A and B?
 
     Cells, places and sizes that stand among the names, such as "1-2", "0" or "224", are passed over, and so are the
-    words "between", "in", "and" and "with". Names of objects may contain spaces but no underscores.
+    words "between", "in", "and" and "with", and in `{C}_x_{A}_y_{B}_{true|false}` any x and y, as in the published
+    names. Names of objects may contain spaces but no underscores.
 
     Args:
         name: the file's name, without its folder.
@@ -100,7 +101,7 @@ def parse_between_name(name: str) -> tuple[str, str, str, bool]:
         DataError: if the name does not end in true or false, or does not hold three different objects.
     """
     *parts, answer = Path(name).stem.split("_")
-    objects = [part for part in parts if not _PLACE.fullmatch(part)]
+    objects = parts[::2] if len(parts) == 5 else [part for part in parts if not _PLACE.fullmatch(part)]
     if answer.lower() not in ("true", "false") or len(objects) != 3 or len(set(objects)) < 3 or "" in objects:
         raise DataError(
             f"{name!r} does not name a picture of three objects: expected {{C}}_{{A}}_{{B}}_{{true|false}}.png with "

@@ -53,7 +53,7 @@ from jaxid.interp.forward import forward
 from jaxid.interp.generate import Generation
 from jaxid.interp.trace import Trace
 from jaxid.nn.sites import AnyArray, Capture
-from jaxid.prompts.pictures import WithoutAlpha
+from jaxid.prompts.pictures import without_alpha
 
 CommandT = TypeVar("CommandT", bound=Command[Any])
 
@@ -204,7 +204,7 @@ class _Steer(_Misplaced, Steer):
     split = True
 
     def items(self, session: Session) -> list[Question]:
-        return [dataclasses.replace(one, picture=WithoutAlpha(one.picture)) for one in super().items(session)]
+        return [dataclasses.replace(one, picture=without_alpha(one.picture)) for one in super().items(session)]
 
 
 class _SteerPicture(_Negated, SteerPicture):

@@ -124,6 +124,11 @@ class WithoutAlpha(os.PathLike[str]):
         return os.fspath(self.path)
 
 
+def without_alpha(picture: Picture) -> Picture:
+    """A picture that is shown without its alpha channel if it is a file; any other as it is."""
+    return WithoutAlpha(picture) if isinstance(picture, str | os.PathLike) else picture
+
+
 def open_with_alpha(path: str | os.PathLike[str]) -> PILImage:
     """A picture file as an RGBA image with eight bits per channel, read and rotated as by `open_picture`.
 

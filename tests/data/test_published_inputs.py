@@ -72,6 +72,7 @@ def test_names_with_underscores_are_told_apart_where_they_can_be(tmp_path: Path)
         ("cup_star_fish_False.jpg", ("cup", "star", "fish", False)),
         ("cup_1-2_star_0-2_fish_3-2_true.png", ("cup", "star", "fish", True)),
         ("cup_between_star_and_fish_224_false.png", ("cup", "star", "fish", False)),
+        ("cup_amid_star_plus_fish_true.png", ("cup", "star", "fish", True)),
     ],
 )
 def test_names_of_in_between_pictures(name: str, found: tuple[str, str, str, bool]) -> None:
