@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ class Instances:
         """The categories and their names, in lower case."""
         return [(category, str(entry.get("name")).lower()) for category, entry in self.coco.cats.items()]
 
-    def _annotations(self, item: SpatialItem) -> list[Mapping[str, Any]]:
+    def _annotations(self, item: SpatialItem) -> Sequence[Mapping[str, Any]]:
         """The annotations of an item's picture, in the file's order.
 
         Raises:

@@ -83,7 +83,7 @@ def test_texts(kind: Any, query: str, answers: tuple[str, str], text: str) -> No
 
 
 def test_own_prompts() -> None:
-    given = {"out": Path("out"), "data": Path("data")}
+    given: Any = {"out": Path("out"), "data": Path("data")}
     assert published.resolved("Now: {query}", "llava-7b", "x") == "Now: {query}"
     for bad, named in (
         ("no place", "published or plain"),
