@@ -122,6 +122,7 @@ def swap_beliefs(
     indices: Int[np.ndarray, "B"] | None = None,
     max_new_tokens: int = 0,
     norms: Norms = word_norms,
+    said: Callable[[str, Sequence[str]], int] = answer_of,
     recorded: Trace | None = None,
     chunk: int | None = None,
     fetch: bool = True,
@@ -139,6 +140,7 @@ def swap_beliefs(
         max_new_tokens: if above 0, answers of at most so many tokens are generated too. A belief is then the word that
             the control run wrote (as published), or the more probable answer if it wrote neither word or both.
         norms: computes the norms of the words, which the strengths multiply.
+        said: finds the index of the answer word in a text, -1 if it holds neither word or both.
         recorded: the trace of the questions, if there is one already.
         chunk: number of edits that run together.
         fetch: copy the results to the host. If not, they are on the device, where they may still be computed.
@@ -157,8 +159,8 @@ def swap_beliefs(
     if max_new_tokens:
         written = generate(model, recorded, max_new_tokens=max_new_tokens)
         control_texts = written.texts
-        said = np.array([answer_of(text, batch.answers) for text in control_texts])
-        believed = jnp.where(said >= 0, said, believed)
+        answers = np.array([said(text, batch.answers) for text in control_texts])
+        believed = jnp.where(answers >= 0, answers, believed)
     lengths = norms(model, batch, recorded, written)[chosen]
     pushes = directions(ids, batch.axis, believed, chosen)
     drawn = noise(seed, np.arange(count) if indices is None else indices, model.num_layers, model.width)[chosen]
@@ -210,6 +212,7 @@ class BeliefSwap(
     as_published: ClassVar[bool] = False
     """How items are counted; see `compare.rates`."""
     norms: ClassVar[Norms] = staticmethod(word_norms)
+    said: ClassVar[Callable[[str, Sequence[str]], int]] = staticmethod(answer_of)
 
     max_new_tokens: Annotated[int, Range(0)] = 250
 
@@ -248,9 +251,10 @@ class BeliefSwap(
             indices=np.array(padded([session.index[item.key] for item in items], session.batch_size)),
             max_new_tokens=self.max_new_tokens,
             norms=self.norms,
+            said=self.said,
             fetch=False,
         )
-        return partial(table_of, found, items, batch.answers, session.model.name)
+        return partial(table_of, found, items, batch.answers, session.model.name, self.said)
 
     def summarise(self, session: Session, table: Columns) -> BeliefSwapSummary:
         """Shares by condition and layer."""
@@ -274,7 +278,13 @@ class BeliefSwap(
         )
 
 
-def table_of(found: Swapped, items: Sequence[SpatialItem], answers: Sequence[str], model: str) -> Columns:
+def table_of(
+    found: Swapped,
+    items: Sequence[SpatialItem],
+    answers: Sequence[str],
+    model: str,
+    said: Callable[[str, Sequence[str]], int] = answer_of,
+) -> Columns:
     """A row for each item, condition and layer, at the first strength."""
     found = on_host(found)
     count, rows = len(items), np.arange(len(items))
@@ -284,12 +294,12 @@ def table_of(found: Swapped, items: Sequence[SpatialItem], answers: Sequence[str
     )
     shape = texts.shape
 
-    def said(texts: np.ndarray) -> np.ndarray:
-        return np.array([answer_of(text, answers) for text in texts.ravel()], int).reshape(texts.shape)
+    def indices(texts: np.ndarray) -> np.ndarray:
+        return np.array([said(text, answers) for text in texts.ravel()], int).reshape(texts.shape)
 
     written = control_texts != ""
-    answered = np.where(written, said(control_texts), control.argmax(axis=-1))
-    chosen = np.where(written[:, None, None], said(texts), steered.argmax(axis=-1))
+    answered = np.where(written, indices(control_texts), control.argmax(axis=-1))
+    chosen = np.where(written[:, None, None], indices(texts), steered.argmax(axis=-1))
     axes = {"item": [item.key for item in items], "condition": CONDITIONS, "layer": found.layers.tolist()}
     return tidy(steered[rows, :, :, truth], axes, name="steered_correct") | {
         "steered_wrong": steered[rows, :, :, 1 - truth].ravel(),

@@ -53,7 +53,8 @@ class TrainScorer(TrainingConfig, Command[TrainingSummary]):
         restart: discard the run that the folder holds, and begin anew.
         wandb: project of Weights & Biases to log to.
         torch_file: also write the scorer in the authors' layout, .pt.
-        reference_bugs: choose items and word captions as the published code does.
+        reference_bugs: choose items, word captions and put functional columns as the published code does: `token`
+            becomes `replace`.
         progress: show progress bars, on terminals.
     """
 

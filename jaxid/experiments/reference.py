@@ -117,11 +117,12 @@ def last_clips(batches: Iterable[IDBatch], **options: Any) -> TemporalIDs:
 class _BeliefSwap(BeliefSwap):
     """Norms over all occurrences of a word, and items are counted as published (`compare.rates`).
 
-    Words are found by their last token, also inside other names.
+    Words are found by their last token, also inside other names, and answers in a written text inside other words.
     """
 
     as_published = True
     norms = staticmethod(occurrence_norms)
+    said = staticmethod(answer_inside)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -354,7 +355,12 @@ class _ExtractTemporalIDs(ExtractTemporalIDs):
 
 
 class _TrainScorer(TrainingAsPublished, TrainScorer):
-    """See `TrainingAsPublished`."""
+    """See `TrainingAsPublished`; and functional columns replace those at word indices, unless they are inserted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.placement == "token":
+            object.__setattr__(self, "placement", "replace")
 
 
 _VARIANTS: dict[type[Command[Any]], type[Command[Any]]] = {

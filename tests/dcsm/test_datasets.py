@@ -174,6 +174,7 @@ def test_captions_of_the_published_code(tmp_path: Path) -> None:
     write_rows(tmp_path / "negation.json", *[row(img1_obj=["owl", "eagle"]) for _ in range(5)])
     command = TrainScorer(data=tmp_path, out=tmp_path / "out")
     plain, found = command.read_sets(), cast(TrainScorer, with_bugs(command)).read_sets()
+    assert (command.placement, cast(TrainScorer, with_bugs(command)).placement) == ("token", "replace")
     assert found["spatial"][0].captions == (
         "A picture of a orange above a egg",
         "A picture of a egg below a orange",

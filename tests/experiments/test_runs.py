@@ -144,9 +144,13 @@ def test_the_bugs_of_the_published_belief_swap(place: Path, monkeypatch: pytest.
         measured.append(occurrence_norms(*arguments))
         return measured[-1]
 
-    monkeypatch.setattr(belief_swap, "answer_of", lambda *_: 0)  # what the tiny model writes is no answer
     published = experiment(BeliefSwap, place, "bugs", reference_bugs=True, layers="1", max_new_tokens=2, limit=4)
     assert with_bugs(published).norms is occurrence_norms
+    texts = ["It stands upright.", "left", "bright, leftover"]  # a word counts inside others
+    assert [with_bugs(published).said(text, ["left", "right"]) for text in texts] == [1, 0, -1]
+    assert [published.said(text, ["left", "right"]) for text in texts] == [-1, 0, -1]
+    # What the tiny model writes is no answer.
+    monkeypatch.setattr(type(with_bugs(published)), "said", staticmethod(lambda *_: 0))
     monkeypatch.setattr(type(with_bugs(published)), "norms", staticmethod(spy))
     assert published.run().best.chosen_on == "same items" and measured
     with pytest.raises(InputError, match="max_new_tokens"):
