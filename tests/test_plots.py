@@ -193,7 +193,7 @@ def test_swap_scores_are_means_over_items() -> None:
     for word, axes in enumerate(plots.swap_scores(SCORES, WORDS).axes):
         np.testing.assert_allclose(lines(axes), [SCORES[name][..., word].mean(1) for name in SCORES])
         band = axes.collections[1].get_paths()[0].vertices
-        spread = SCORES["text"][..., word].std(1) + SCORES["text"][..., word].mean(1)
+        spread = SCORES["text"][..., word].std(1, ddof=1) + SCORES["text"][..., word].mean(1)
         assert np.asarray(band)[:, 1].max() == pytest.approx(spread.max())
 
 
