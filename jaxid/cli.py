@@ -220,7 +220,7 @@ def _configured(name: str, file: Path) -> Any:
     """An experiment with the options in a file.
 
     Raises:
-        OutputError: for an experiment that there is not, or a file that does not hold its options.
+        OutputError: for an unknown experiment, or a file that does not hold its options.
     """
     if f"run {name}" not in COMMANDS:
         raise OutputError(f"{file.parent} is of an experiment {name!r}, which jaxid does not have.")

@@ -167,7 +167,7 @@ class Checkpoint:
             further: bytes that a copy's devices divide besides the parameters.
 
         Raises:
-            InputError: for a text that is no mesh, or a model that all devices together do not hold.
+            InputError: for a text that does not describe a mesh, or a model that all devices together do not hold.
         """
         if text != "auto":
             return meshes.ONE if text is None else meshes.sizes(text)

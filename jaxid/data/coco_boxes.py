@@ -67,7 +67,7 @@ class Instances:
     def boxes(self, item: SpatialItem, name: str, *, crowds: bool = False) -> Float[np.ndarray, "M 4"]:
         """Boxes of a category's instances in an item's picture, in the file's order.
 
-        The category is the one of exactly this name, in upper or lower case: a "teddy bear" is no "bear".
+        The category is the one of exactly this name, in upper or lower case: "teddy bear" does not match "bear".
 
         Args:
             item: the item.

@@ -70,7 +70,7 @@ def read_cutouts(folder: str | Path, *, bad: Bad | None = None) -> dict[str, Cut
     """Reads a folder of pictures of objects, each named by its file; warns of those without an alpha channel.
 
     Args:
-        folder: the folder; hidden files and those that do not end as pictures do are passed over.
+        folder: the folder; hidden files and files without a picture's extension are ignored.
         bad: if given, files that cannot be used are skipped and noted here.
 
     Returns:
@@ -125,11 +125,11 @@ def read_grounds(folder: str | Path, *, bad: Bad | None = None) -> list[Path]:
     """The photographs of a folder, sorted by name; each is opened once.
 
     Args:
-        folder: the folder; hidden files and those that do not end as pictures do are passed over.
+        folder: the folder; hidden files and files without a picture's extension are ignored.
         bad: if given, files that cannot be opened are skipped and noted here.
 
     Raises:
-        DataError: if the folder is missing or holds none, or, without `bad`, for a file that is no picture.
+        DataError: if the folder is missing or holds none, or, without `bad`, for a file that is not a picture.
     """
     found = []
 
@@ -148,7 +148,7 @@ def read_grounds(folder: str | Path, *, bad: Bad | None = None) -> list[Path]:
 
 def _pictures_of(folder: str | Path, what: str) -> list[Path]:
     if not Path(folder).is_dir():
-        raise DataError(f"{folder} is no folder; give one that holds {what}.")
+        raise DataError(f"{folder} is not a directory; pass a directory of {what}.")
     found = [path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES and path.name[0] != "."]
     if not found:
         raise DataError(f"{folder} holds no files that end in {', '.join(PICTURES)}; give a folder of {what}.")
@@ -213,7 +213,7 @@ class Pasting:
                 ) from error
 
     def settings(self, first: Cutout, second: Cutout) -> dict[str, object]:
-        """All that the pictures of a pair depend on besides cells and size, in the types that JSON has."""
+        """All that the pictures of a pair depend on besides cells and size, as JSON types."""
         return {
             "seed": self.seed,
             "picture_size": self.picture_size,

@@ -52,7 +52,7 @@ def draw_folder(
     Args:
         folder: where the files are written.
         drawings: the pictures.
-        settings: by pair, everything that its pictures depend on besides their paths, in the types that JSON has.
+        settings: by pair, everything that its pictures depend on besides their paths, as JSON types.
         restart: draw the pictures again that are there.
         progress: show a progress bar, on terminals.
 

@@ -399,7 +399,7 @@ def near_far_items(folder: str | Path) -> list[GridItem]:
     """The pictures with an object at each end of the top row.
 
     In the published folder all pictures are side by side, `{A}_0-0_{B}_3-0.png` or `{A}_3-0_{B}_0-0.png`, and questions
-    are about A. Pictures of other placements, and mirrored ones (`MIRROR...`), are passed over, as published. Of a grid
+    are about A. Pictures of other placements, and mirrored ones (`MIRROR...`), are ignored, as published. Of a grid
     folder, the largest pictures are taken, and questions are about B.
 
     Raises:

@@ -87,7 +87,7 @@ def _named_items(paths: Sequence[Path], bad: list[tuple[str, DataError]] | None)
 def parse_between_name(name: str) -> tuple[str, str, str, bool]:
     """Reads `{C}_{A}_{B}_{true|false}.png`: is C in between A and B?
 
-    Cells, places and sizes that stand among the names, such as "1-2", "0" or "224", are passed over, and so are the
+    Cells, places and sizes that stand among the names, such as "1-2", "0" or "224", are ignored, and so are the
     words "between", "in", "and" and "with", and in `{C}_x_{A}_y_{B}_{true|false}` any x and y, as in the published
     names. Names of objects may contain spaces but no underscores.
 

@@ -1,8 +1,8 @@
 """Functional words of captions, found by a language model, or by rules without a network.
 
 The model takes three steps. It is shown some captions at once, and says of each in a few words what distinguishes it
-from the others. In what it said, it marks functional words <LIKE THIS>, and prefers those that it marked before. At
-last it cleans the list of all marked words. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
+from the others. In its answers it marks functional words <LIKE THIS>, and prefers words that it marked before.
+Finally it cleans the list of all marked words. Source: [DCSM] arXiv 2503.08723, the variant with a learned lookup.
 """
 
 import asyncio

@@ -81,12 +81,12 @@ def wrong_orders(caption: str, rng: np.random.Generator, tag: Tagger | None) -> 
 
 
 def _spoken(words: Sequence[str]) -> list[str]:
-    """The words that are left of a caption."""
+    """The words of a caption after `plain`."""
     return plain(" ".join(words)).split()
 
 
 def _permuted(words: list[str], places: Sequence[int], rng: np.random.Generator) -> list[str]:
-    """The words, with those at some places changed round."""
+    """The words, with those at the given indices permuted."""
     order = list(words)
     for place, source in zip(places, rng.permutation(np.asarray(places, np.int64)).tolist(), strict=True):
         order[place] = words[source]

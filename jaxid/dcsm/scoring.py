@@ -147,7 +147,7 @@ class Scorer:
             network, vectors, words = read_authors_scorer(path)
             network, vectors = jax.tree.map(jnp.asarray, (network, vectors))
             vocabulary = PUBLISHED if words is None else words
-            what = f"{path} names no words, so that the published list is taken" if words is None else str(path)
+            what = f"{path} does not list its words, so the published list is used" if words is None else str(path)
             try:
                 found = cls(network=network, vectors=vectors, vocabulary=vocabulary, placement="replace")
             except InputError as error:
@@ -200,7 +200,7 @@ def find_scorer(model: str, path: Path | None = None) -> Scorer:
         folder = find_folder(ALIASES.get(model, model))
         kind = read_json(folder / "config.json", CheckpointError, missing={}).get("model_type")
         if kind is not None and kind not in ENCODERS:
-            raise CheckpointError(f"{folder}: model_type {kind!r} is no CLIP-like model; give one.")
+            raise CheckpointError(f"{folder}: model_type {kind!r} is not a CLIP-like model; pass one.")
         raise InputError(f"{model} has no scorer of its own; give --scorer, or train one with `jaxid dcsm train`.")
     return Scorer.load(found)
 

@@ -204,7 +204,7 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         """The mesh that the run asks for.
 
         Raises:
-            InputError: for a text that is no mesh, or one that has more devices than there are, or not equally many of
+            InputError: for a text that does not describe a mesh, or one that has more devices than there are, or not equally many of
                 each process.
         """
         return every_device() if self.mesh is None else shared(self.axes(checkpoint, jax.device_count()))

@@ -130,7 +130,7 @@ def without_alpha(picture: Picture) -> Picture:
 
 
 def open_with_alpha(path: str | os.PathLike[str]) -> PILImage:
-    """A picture file as an RGBA image with eight bits per channel, read and rotated as by `open_picture`.
+    """A picture file as an RGBA image with eight bits per channel, read and rotated like `open_picture` does.
 
     Raises:
         InputError: as from `open_picture`.

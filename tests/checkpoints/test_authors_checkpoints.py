@@ -137,7 +137,7 @@ def test_their_loader_takes_what_is_written(tmp_path: Path) -> None:
     [
         (
             {"learned_lookup": None},
-            r"names no words, so that the published list is taken: 11 functional .* \(2, 5",
+            r"does not list its words, so the published list is used: 11 functional .* \(2, 5",
         ),
         ({"learned_lookup": ["near"]}, r"1 functional words at 5 image tokens need vectors \(1, 5\), not \(2, 5\)"),
         ({"learned_lookup": ["near", "near"]}, "the functional word 'near' is there twice"),

@@ -221,7 +221,7 @@ def test_files_that_show_no_object(objects: Path, tmp_path: Path) -> None:
     expect("__.png", "names no object")
     (objects / "notes.txt").write_text("passed over")
     assert len(read_cutouts(objects)) == 2
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a directory"):
         read_cutouts(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no files that end in \.png"):

@@ -245,7 +245,7 @@ def test_seeds_that_are_none(command: str, seed: str, tmp_path: Path, capsys: py
         (["score", "PICTURE"], "captions requires an argument"),
         (["score", "nowhere.png", "a star"], "picture nowhere.png does not exist"),
         (["score", "PICTURE", "a star", "--model", "clip-z99"], "no model folder at clip-z99"),
-        (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is no CLIP-like model"),
+        (["score", "PICTURE", "a star", "--model", "tiny-llava"], "'llava' is not a CLIP-like model"),
         (["score", "PICTURE", "a star", "--group", "all"], "all"),
         (["score", "PICTURE", "a star", "--scorer", "nowhere.safetensors"], "nowhere.safetensors is missing"),
         (["score", "PICTURE", "a star", "--mesh", "depth=2"], "a mesh is given as data=4,model=2, or as auto; not as"),

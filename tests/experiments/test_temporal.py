@@ -18,8 +18,9 @@ from jaxid.data.clips import AppearItem, OrderItem, read_mvbench, write_appear_f
 from jaxid.data.videos import with_times, write_video
 from jaxid.errors import DataError, InputError, PromptError
 from jaxid.experiments import temporal
-from jaxid.experiments.activation_swap import Patched, swap_activations
+from jaxid.experiments.activation_swap import Pair, Patched, swap_activations
 from jaxid.experiments.reference import with_bugs
+from jaxid.experiments.session import Session
 from jaxid.experiments.temporal import TemporalSteer, TemporalSwap, steer_to_frames
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
 from jaxid.families.base import Model
@@ -291,3 +292,40 @@ def test_bad_clips_are_named_or_skipped(tmp_path: Path) -> None:
         path.write_bytes(b"no video")
     with pytest.raises(DataError, match=r"no clip .*could be used"):
         dataclasses.replace(clean, skip_bad=True).run()
+
+
+@pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
+def test_the_published_code_counts_tokens_instead_of_finding_words(tmp_path: Path) -> None:
+    """Scenes are at fixed distances from the end, clips begin the prompt, and texts have one token too many."""
+    given: Any = {"model": str(fixtures.folder(CASE)), "data": tmp_path, "out": tmp_path / "out", "prompt": "published"}
+    ids().save(tmp_path / "ids.safetensors")
+    swap = with_bugs(TemporalSwap(**given))
+    steer = with_bugs(TemporalSteer(**given, ids=tmp_path / "ids.safetensors"))
+    swapped, steered = (one.questions(Session(one), items()) for one in (swap, steer))
+    ends = swapped.asked.prompts.last() + 1
+    words = [(len(item.scene1.split(" ")), len(item.scene2.split(" "))) for item in items()]
+    assert words == [(1, 1), (2, 2)]
+    for row, (end, (first, second)) in enumerate(zip(ends.tolist(), words, strict=True)):
+        start = end - 20 - second
+        assert sorted(set(swapped.first[row].tolist())) == sorted(start - k for k in range(first))
+        assert sorted(set(swapped.second[row].tolist())) == sorted(end - 12 - k for k in range(second))
+        end = int(steered.asked.prompts.last()[row]) + 1
+        assert sorted(set(steered.second[row].tolist())) == [end - 20 - second + k for k in range(second)]
+    pair, prompts = Pair(swapped, swapped.asked.prompts), swapped.asked.prompts
+    clip_tokens = prompts.image_tokens().shape[1]
+    assert (swap.pictures(pair) == np.arange(clip_tokens)).all()
+    for row, end in enumerate(ends.tolist()):
+        others = end - clip_tokens
+        assert sorted(set(swap.text(pair)[row].tolist())) == list(range(end - others - 1, end))
+    sound = TemporalSwap(**given)
+    assert sound.pictures(pair) is None is sound.text(pair)
+
+
+def test_given_positions_of_the_clip_are_swapped() -> None:
+    options: Any = {"words": batch().words, "layers": [0, 1]}
+    whole = swap_activations(model(), batch().asked, backwards(), **options)
+    image = batch().asked.prompts.image_tokens()
+    same = swap_activations(model(), batch().asked, backwards(), pictures=image, **options)
+    np.testing.assert_allclose(same.patched, whole.patched, atol=1e-4)
+    half = swap_activations(model(), batch().asked, backwards(), pictures=image[:, ::2], **options)
+    assert np.abs(half.patched[0] - whole.patched[0]).max() > 1e-3
