@@ -23,7 +23,7 @@ RECORD = ".drawn.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
+class PictureFile:
     """A picture to be drawn.
 
     Attributes:
@@ -39,7 +39,7 @@ class Drawing:
 
 def draw_folder(
     folder: str | Path,
-    drawings: Sequence[Drawing],
+    drawings: Sequence[PictureFile],
     *,
     settings: Mapping[str, Mapping[str, Any]],
     restart: bool = False,
@@ -107,7 +107,7 @@ def _refuse_others(
             )
 
 
-def _cleaned(folder: Path, drawings: Sequence[Drawing]) -> set[Path]:
+def _cleaned(folder: Path, drawings: Sequence[PictureFile]) -> set[Path]:
     """The files of the folders in which pictures are drawn, without what a killed process left half-written."""
     there = set()
     for parent in dict.fromkeys(drawing.path.parent for drawing in drawings):
@@ -117,11 +117,11 @@ def _cleaned(folder: Path, drawings: Sequence[Drawing]) -> set[Path]:
     return there
 
 
-def _draw(folder: Path, drawings: Sequence[Drawing], total: int, progress: bool) -> None:
+def _draw(folder: Path, drawings: Sequence[PictureFile], total: int, progress: bool) -> None:
     """Draws pictures in one thread per core, a few ahead of those that are done."""
     from tqdm import tqdm
 
-    def draw(drawing: Drawing) -> None:
+    def draw(drawing: PictureFile) -> None:
         save_picture(folder / drawing.path, drawing.paint(), compression=1)
 
     workers = os.cpu_count() or 1

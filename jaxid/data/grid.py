@@ -305,7 +305,7 @@ def _write(
         InputError: if two of them would have one name.
     """
     drawings = [
-        folders.Drawing(path=drawn.path(item, size), pair=f"{item.object_a}_{item.object_b}", paint=paint)
+        folders.PictureFile(path=drawn.path(item, size), pair=f"{item.object_a}_{item.object_b}", paint=paint)
         for item, size, paint in painted
     ]
     if len({drawing.path for drawing in drawings}) < len(drawings):

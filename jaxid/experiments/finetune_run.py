@@ -204,8 +204,8 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         """The mesh that the run asks for.
 
         Raises:
-            InputError: for a text that does not describe a mesh, or one that has more devices than there are, or not equally many of
-                each process.
+            InputError: for a text that does not describe a mesh, or a mesh with more devices than there are, or not
+                equally many of each process.
         """
         return every_device() if self.mesh is None else shared(self.axes(checkpoint, jax.device_count()))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxid.data.folders import RECORD, Drawing, draw_folder
+from jaxid.data.folders import RECORD, PictureFile, draw_folder
 from jaxid.data.grid import NEAR_FAR, GridItem, write_grid_folder
 from jaxid.errors import OutputError
 from jaxid.io import locked
@@ -13,7 +13,7 @@ from jaxid.io import locked
 SETTINGS = {"a_b": {"seed": 0}}
 
 
-def drawings(drawn: list[int], count: int = 30, broken: int | None = None) -> list[Drawing]:
+def drawings(drawn: list[int], count: int = 30, broken: int | None = None) -> list[PictureFile]:
     """Pictures of one grey each, which note that they are drawn."""
 
     def paint(index: int) -> np.ndarray:
@@ -23,7 +23,9 @@ def drawings(drawn: list[int], count: int = 30, broken: int | None = None) -> li
         return np.full((2, 2, 4), index, np.uint8)
 
     return [
-        Drawing(path=Path("a_b", f"{index % 3}", f"{index}.png"), pair="a_b", paint=lambda index=index: paint(index))
+        PictureFile(
+            path=Path("a_b", f"{index % 3}", f"{index}.png"), pair="a_b", paint=lambda index=index: paint(index)
+        )
         for index in range(count)
     ]
 
@@ -58,7 +60,7 @@ def test_pictures_drawn_in_another_way_are_not_added_to(tmp_path: Path) -> None:
     assert sorted(drawn) == list(range(6))
     with pytest.raises(OutputError, match="seed was 1, is now 0"):
         draw_folder(tmp_path, drawings([]), settings=SETTINGS)
-    further = [Drawing(path=Path("b_c", "0.png"), pair="b_c", paint=lambda: np.zeros((2, 2, 3), np.uint8))]
+    further = [PictureFile(path=Path("b_c", "0.png"), pair="b_c", paint=lambda: np.zeros((2, 2, 3), np.uint8))]
     assert draw_folder(tmp_path, further, settings={"b_c": {"seed": 7}}) == 0  # another pair
     (tmp_path / RECORD).unlink()
     with pytest.raises(OutputError, match="were not drawn by this command"):

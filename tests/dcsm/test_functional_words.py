@@ -38,6 +38,9 @@ class Stub(http.server.ThreadingHTTPServer):
     pause: float = 0.0  # between times
     head_pause: float = 0.0  # between the bytes of a head that does not end, if not zero
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing is printed about readers that have gone."""
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Stub
