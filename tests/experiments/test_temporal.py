@@ -314,9 +314,9 @@ def test_the_published_code_counts_tokens_instead_of_finding_words(tmp_path: Pat
     pair, prompts = Pair(swapped, swapped.asked.prompts), swapped.asked.prompts
     clip_tokens = prompts.image_tokens().shape[1]
     assert (swap.pictures(pair) == np.arange(clip_tokens)).all()
-    for row, end in enumerate(ends.tolist()):
+    for own, end in zip(np.asarray(swap.text(pair)), ends.tolist(), strict=True):
         others = end - clip_tokens
-        assert sorted(set(swap.text(pair)[row].tolist())) == list(range(end - others - 1, end))
+        assert sorted(set(own.tolist())) == list(range(end - others - 1, end))
     sound = TemporalSwap(**given)
     assert sound.pictures(pair) is None is sound.text(pair)
 
