@@ -5,10 +5,14 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float, Int
 
-BACKGROUNDS: tuple[str, ...] = ("white", "plain", "gradient", "noise", "texture")
+BACKGROUNDS: tuple[str, ...] = ("white", "plain", "gradient", "noise", "texture", "ground")
 """Kinds of background; `Scenes.background_kinds` indexes this tuple."""
 
+HORIZONS = (0.15, 0.4)
+"""The highest and the lowest horizon of a ground, in fractions of the picture counted from above."""
+
 _TILE = 256  # side of the periodic noise tiles behind the "noise" and "texture" backgrounds
+_STRIPES, _BANDS = 0.55, 0.9  # a ground's stripes and bands per unit of length
 
 
 def draw_backgrounds(
@@ -21,8 +25,10 @@ def draw_backgrounds(
 
     Args:
         kinds: indices into `BACKGROUNDS`.
-        colors: the two colours that each background blends pixel by pixel; plain ones show the first.
-        seeds: choose a gradient's direction, or the part of the noise or texture that is shown.
+        colors: the two colours that each background blends pixel by pixel; plain ones show the first, and so does the
+            sky above a ground.
+        seeds: choose a gradient's direction, the part of the noise or texture that is shown, or a ground's horizon
+            and pattern.
         size: rows and columns.
     """
     noise, texture = _tiles()
@@ -38,6 +44,8 @@ def draw_backgrounds(
             reach = abs(np.cos(turn)) + abs(np.sin(turn))
             weights[index] = np.cos(turn) / reach * (ticks - 0.5) + np.sin(turn) / reach * (ticks - 0.5)[:, None]
             weights[index] += 0.5
+        elif kind == "ground":
+            weights[index] = _ground(seed, size)
         else:
             # Noise keeps its grain in pixels; a texture keeps its place in the picture at every size.
             steps = np.arange(size) if kind == "noise" else np.arange(size) * 128 // size
@@ -48,6 +56,33 @@ def draw_backgrounds(
     canvas[:] = first[:, None, None]
     canvas[blended] += weights[blended, ..., None] * (second - first)[blended, None, None]
     return canvas
+
+
+def horizons(seeds: Int[np.ndarray, "*N"]) -> Float[np.ndarray, "*N"]:
+    """Where the grounds drawn with these seeds meet the sky, in fractions of the picture counted from above."""
+    highest, lowest = HORIZONS
+    return highest + (lowest - highest) * (seeds % _TILE) / (_TILE - 1)
+
+
+def _ground(seed: int, size: int) -> Float[np.ndarray, "size size"]:
+    """Weights of the second colour of a ground plane in perspective: 0 in the sky, 0.4..1 on the ground.
+
+    The plane bears stripes across, which get denser towards the horizon, or bands along, which converge to a vanishing
+    point, or both as a chequerboard. The same places look the same at every size.
+    """
+    choice, start = seed // _TILE**2 % _TILE, seed // _TILE % _TILE / _TILE
+    ticks = (np.arange(size) + 0.5) / size
+    from_horizon = ticks - horizons(np.asarray(seed))
+    below = np.maximum(from_horizon, 1e-3)[:, None]
+    aside = ticks - start
+    stripes = (2 * np.pi * (_STRIPES / below + start), below**2 / _STRIPES)
+    bands = (2 * np.pi * _BANDS * aside / below, below**2 / (_BANDS * np.hypot(below, aside)))
+    shown = ((stripes,), (bands,), (stripes, bands))[choice % 3]
+    # Phases with the lengths of their waves in the picture. Where these are short, the pattern fades: it would flicker.
+    wave = np.prod([np.broadcast_to(np.cos(phase), (size, size)) for phase, _ in shown], axis=0)
+    shortest = np.min([np.broadcast_to(length, (size, size)) for _, length in shown], axis=0)
+    pattern = np.clip(0.5 + np.minimum(4, 8 * shortest) * wave, 0, 1)
+    return np.clip(from_horizon * size + 0.5, 0, 1)[:, None] * (0.4 + 0.6 * pattern)
 
 
 @lru_cache

@@ -31,8 +31,8 @@ COLORS: dict[str, tuple[float, float, float]] = {
 GRID = 4
 """Cells along each side of a grid scene."""
 
-VARIED = BACKGROUNDS[1:]
-"""The backgrounds of free scenes."""
+VARIED = BACKGROUNDS[1:5]
+"""The backgrounds of free scenes: all but white and the ground plane."""
 
 _OUTLINE = 0.09  # width of the dark outline, in units of half the object's side
 _INK = 0.22  # what remains of a colour under the outline and the dark details
@@ -57,7 +57,7 @@ class Scenes:
     mirrored: Bool[np.ndarray, "N"]  # drawn reversed left to right; `centers` describe the picture as drawn
     background_kinds: Int[np.ndarray, "N"]  # index into BACKGROUNDS
     background_colors: Float[np.ndarray, "N 2 3"]  # the two colours that the background blends
-    background_seeds: Int[np.ndarray, "N"]  # a gradient's direction, or which part of the noise or texture is shown
+    background_seeds: Int[np.ndarray, "N"]  # a gradient's direction, the part of a texture shown, a ground's horizon
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -212,7 +212,7 @@ def sample_free(
     sizes = np.where(present, rng.uniform(*size_range, size=(count, most)), 0)
     centers = _draw_centers(rng, present, sizes)
     angles = np.where(present, rng.uniform(-max_angle, max_angle, size=(count, most)), 0)
-    return _dress(rng, objects, centers, sizes, angles, backgrounds, 0.5)
+    return dress(rng, objects, centers, sizes, angles, backgrounds, 0.5)
 
 
 def sample_grid(
@@ -277,7 +277,7 @@ def sample_grid(
         strength = np.where((apart < 0)[:, None], weaker, strength)
     sizes, centers = placed(strength)
     angles = rng.uniform(-jitter_angle, jitter_angle, size=(count, 2))
-    return _dress(rng, objects, centers, sizes, angles, backgrounds, 0.0)
+    return dress(rng, objects, centers, sizes, angles, backgrounds, 0.0)
 
 
 def _draw_centers(
@@ -314,7 +314,7 @@ def _draw_centers(
     )
 
 
-def _dress(
+def dress(
     rng: np.random.Generator,
     objects: Int[np.ndarray, "N K"],
     centers: Float[np.ndarray, "N K 2"],
@@ -323,7 +323,20 @@ def _dress(
     backgrounds: Sequence[str],
     mirror_share: float,
 ) -> Scenes:
-    """Gives objects with positions and sizes random colours and backgrounds."""
+    """Gives objects with positions and sizes random colours and backgrounds.
+
+    Args:
+        rng: source of randomness.
+        objects: indices into `OBJECTS`, -1 for empty slots.
+        centers: their places.
+        sizes: sides of their bounding squares.
+        angles: in degrees.
+        backgrounds: kinds of background to draw from; one that is named twice is drawn twice as often.
+        mirror_share: share of the scenes drawn reversed left to right.
+
+    Raises:
+        InputError: if a kind of background is unknown, or there is none.
+    """
     unknown = [kind for kind in backgrounds if kind not in BACKGROUNDS]
     if unknown or not backgrounds:
         raise InputError(f"backgrounds must be some of {', '.join(BACKGROUNDS)}; got {list(backgrounds)}.")
@@ -340,6 +353,7 @@ def _dress(
     gray = np.where(dark, rng.uniform(0.12, 0.3, size=(count, 2, 1)), rng.uniform(0.72, 0.98, size=(count, 2, 1)))
     pair = np.clip(gray + rng.uniform(-0.08, 0.08, size=(count, 2, 3)), 0, 1)
     pair = np.where((kinds == BACKGROUNDS.index("white"))[:, None, None], 1.0, pair)
+    pair = np.where((kinds == BACKGROUNDS.index("ground"))[:, None, None], _sky_and_ground(pair), pair)
     return Scenes(
         objects=objects.astype(np.int32),
         colors=colors.astype(np.int32),
@@ -352,6 +366,15 @@ def _dress(
         background_colors=pair.astype(np.float32),
         background_seeds=rng.integers(2**31 - 1, size=count, dtype=np.int32),
     )
+
+
+def _sky_and_ground(pair: Float[np.ndarray, "N 2 3"]) -> Float[np.ndarray, "N 2 3"]:
+    """Makes the two colours differ: the paler of pale ones, or the darker of dark ones, becomes the sky."""
+    pale = pair.mean(axis=(1, 2), keepdims=True) > 0.5
+    order = np.argsort(pair.mean(axis=-1), axis=1)  # the darker one first
+    order = np.where(pale[:, 0], order[:, ::-1], order)
+    step = np.where(pale, -0.14, 0.14) * np.array([0, 1])[:, None]
+    return np.clip(np.take_along_axis(pair, order[..., None], axis=1) + step, 0, 1)
 
 
 def preview(path: str | Path, *, seed: int = 0, count: int = 24, size: int = 128) -> None:
@@ -371,12 +394,12 @@ def preview(path: str | Path, *, seed: int = 0, count: int = 24, size: int = 128
     rng = np.random.default_rng(seed)
     everything = np.arange(len(OBJECTS))[:, None]
     middle, sides = np.full((len(OBJECTS), 1, 2), 0.5), np.full((len(OBJECTS), 1), 0.8)
-    alone = _dress(rng, everything, middle, sides, 0 * sides, ["white"], 0.0)
+    alone = dress(rng, everything, middle, sides, 0 * sides, ["white"], 0.0)
     free = sample_free(rng, (count + 1) // 2, num_objects=(2, 4))
     pairs = rng.random((count // 2, len(OBJECTS))).argsort(axis=1)[:, :2]
     cells = rng.random((count // 2, 16)).argsort(axis=1)[:, :2]
     cells = np.stack([cells % 4, cells // 4], axis=-1)
-    grid = sample_grid(rng, pairs[:, 0], cells[:, 0], pairs[:, 1], cells[:, 1], scale=0.9, backgrounds=BACKGROUNDS)
+    grid = sample_grid(rng, pairs[:, 0], cells[:, 0], pairs[:, 1], cells[:, 1], scale=0.9, backgrounds=BACKGROUNDS[:5])
 
     columns, margin, caption = 8, 8, 36
     groups = [alone, concatenate([free, grid])]

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 
 from jaxid.data.coco_spatial import MOST_IDS, PICTURES_FOLDER, find_pictures, object_slots, picture_name
 from jaxid.data.files import existing, save_picture, usable
+from jaxid.data.relations import is_between
 from jaxid.data.scenes import GRID, OBJECTS, SLOT_FIELDS, VARIED, Scenes, render, sample_grid
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, write_text
@@ -195,17 +195,3 @@ def write_three_objects(folder: str | Path, scenes: Scenes, size: int) -> list[T
     rows = [[item.image_id, item.a, item.b, item.c, "yes" if item.between else "no"] for item in items]
     write_text(folder / FILE, json.dumps(rows, indent=1))
     return items
-
-
-def is_between(centers: Float[np.ndarray, "3 2"]) -> bool | None:
-    """Whether the third point is in between the first two; None if that is a matter of opinion."""
-    a, b, c = centers.astype(float)
-    line = b - a
-    length = float(np.linalg.norm(line))
-    if length < 0.3:
-        return None
-    share = float((c - a) @ line) / length**2
-    aside = abs(float(line[0] * (c - a)[1] - line[1] * (c - a)[0])) / length
-    if 0.25 < share < 0.75 and aside < 0.12:
-        return True
-    return False if share < -0.1 or share > 1.1 or aside > 0.3 else None

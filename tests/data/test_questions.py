@@ -9,8 +9,9 @@ from PIL import Image
 
 from jaxid.data.coco_spatial import find_coco_spatial, read_coco_spatial, write_coco_spatial
 from jaxid.data.grid import NEAR_FAR, near_far_items, read_grid_folder, write_grid_folder
+from jaxid.data.relations import is_between
 from jaxid.data.scenes import OBJECTS, render, sample_free
-from jaxid.data.three_objects import is_between, read_three_objects, sample_in_between, write_three_objects
+from jaxid.data.three_objects import read_three_objects, sample_in_between, write_three_objects
 from jaxid.errors import DataError, InputError
 
 RNG = np.random.default_rng(0)

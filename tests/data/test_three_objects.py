@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxid.data.relations import is_between
 from jaxid.data.scenes import sample_free
-from jaxid.data.three_objects import FILE, is_between, read_three_objects, write_three_objects
+from jaxid.data.three_objects import FILE, read_three_objects, write_three_objects
 from jaxid.errors import DataError, InputError
 
 
