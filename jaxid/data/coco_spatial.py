@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxid.data.files import existing, save_picture, usable
+from jaxid.data.relations import MIN_DISTANCE
 from jaxid.data.scenes import OBJECTS, Scenes, render
 from jaxid.errors import DataError, InputError
 from jaxid.io import read_json, write_text
@@ -186,7 +187,7 @@ def _parse_row(row: object, where: str) -> tuple[str, str, str, int]:
 
 
 def write_coco_spatial(
-    folder: str | Path, scenes: Scenes, size: int, *, min_distance: float = 0.12, noise: float = 0.0
+    folder: str | Path, scenes: Scenes, size: int, *, min_distance: float = MIN_DISTANCE, noise: float = 0.0
 ) -> list[SpatialItem]:
     """Draws two-object scenes as a dataset in the published layout, balanced over the four relations.
 

@@ -114,6 +114,7 @@ def coco_spatial(
     picture_size: Side = 224,
     seed: int = 0,
     noise: Annotated[float, Range(0)] = 0.0,
+    ground: bool = False,
 ) -> str:
     """Draw two-object scenes with questions, in the layout of COCO-Spatial.
 
@@ -123,11 +124,17 @@ def coco_spatial(
         picture_size: side of the pictures, in pixels.
         seed: of the scenes.
         noise: standard deviation of the noise, as a share of the colours' range.
+        ground: draw objects on a ground plane in perspective, for `jaxid run depth`.
     """
     from jaxid.data.coco_spatial import write_coco_spatial
+    from jaxid.data.perspective import sample_perspective
     from jaxid.data.scenes import sample_free
 
-    scenes = sample_free(np.random.default_rng(seed), count, num_objects=(2, 2))
+    rng, numbers = np.random.default_rng(seed), (2, 2)
+    if ground:
+        scenes, _ = sample_perspective(rng, count, num_objects=numbers)
+    else:
+        scenes = sample_free(rng, count, num_objects=numbers)
     items = write_coco_spatial(ensure_output_folder(out), scenes, picture_size, noise=noise)
     return f"{len(items)} pictures in {out}"
 

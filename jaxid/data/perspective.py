@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxid.data.backgrounds import horizons
 from jaxid.data.objects import TEMPLATE_REACH, TEMPLATE_SIZE, half_sides, templates
+from jaxid.data.relations import MIN_DISTANCE
 from jaxid.data.scenes import OBJECTS, VARIED, Scenes, dress
 from jaxid.errors import InputError
 
@@ -30,11 +31,11 @@ MOST_HIDDEN = 0.45
 """The most of an object's bounding square (cue "all") or silhouette (cue "overlap") that others hide."""
 
 _TRUE_SIZES = (0.85, 1.15)  # of objects on a ground plane, relative to the usual one
-_EYE = (0.9, 2.0)  # the viewer's height above the ground, in usual sizes of an object
+_EYE = (0.9, 3.0)  # the viewer's height above the ground, in usual sizes of an object
 _GAP = 0.02  # least free space between two objects that do not overlap
 _MARGIN = 0.02  # least free space above and below objects on the ground
 _FOOT_STEP = 0.08  # with the cue "height": least difference of two feet, visible in small pictures
-_FACING = (0.2, 0.5)  # with the cue "overlap": horizontal overlap of the squares, as a share of their side
+_FACING = (0.2, 0.6)  # with the cue "overlap": horizontal overlap of the squares, as a share of their side
 _LEAST_HIDDEN = 0.03  # with the cue "overlap": what the silhouettes share, as a share of the square's area
 _PROPOSALS = 384  # arrangements drawn together
 _LATTICE = 12  # points along a square's side at which silhouettes are compared
@@ -74,8 +75,9 @@ def sample_perspective(
 ) -> tuple[Scenes, Float[np.ndarray, "N K"]]:
     """Scenes of different objects whose depth can be seen.
 
-    - "all": objects of about equal true size stand on a ground plane. With distance z, their size is proportional to
-      1 / z and their foot is at horizon + c / z; nearer ones may cover a part of farther ones.
+    - "all": objects of about equal true size stand on a ground plane. At distance z, the size is proportional to 1 / z
+      and the foot is at horizon + c / z. Nearer ones may cover a part of farther ones. The centres of every two are
+      clearly apart along an axis.
     - "size": the larger is nearer; centres are at one height, without ground and overlap.
     - "height": the one whose foot is lower is nearer; sizes are equal, on a ground, without overlap.
     - "overlap": of two objects of equal size at one height, the nearer one covers a part of the other. A third object
@@ -199,7 +201,8 @@ def _all_cues(rng: np.random.Generator, given: _Given) -> _Proposals:
         & (feet <= 1 - _MARGIN)
         & (hidden <= MOST_HIDDEN * sizes**2)
     )
-    valid = (fits | ~given.present).all(axis=1) & _spaced(usual, given.present)
+    told_apart = ((np.maximum(*apart) > MIN_DISTANCE) | ~both).all(axis=1)
+    valid = (fits | ~given.present).all(axis=1) & told_apart & _spaced(usual, given.present)
     return _finish(given, SIZES[1] / usual, sizes, x, y, valid)
 
 
@@ -230,7 +233,7 @@ def _overlap_alone(rng: np.random.Generator, given: _Given) -> _Proposals:
     third = given.present.sum(axis=1) == 3
     near = np.where(third, 2, 1)  # slots: the covered one, the bystander if there is one, the covering one
     rows = np.arange(count)
-    sizes = rng.uniform(0.2, np.where(third, 0.36, SIZES[1]))
+    sizes = rng.uniform(0.24, np.where(third, 0.36, SIZES[1]))
     share, side = rng.uniform(*_FACING, size=count), rng.choice([-1, 1], size=count)
     pair = sizes * (2 - share)
     widths = np.stack([pair, np.where(third, sizes, 0)], axis=1)

@@ -1,4 +1,4 @@
-"""What is true of objects in a picture: in between, near or far, in front or behind; None where opinions may differ.
+"""What is true of objects in a picture: near or far, in front or behind, in between; None where opinions may differ.
 
 Questions, training texts and evaluations share these functions.
 """
@@ -6,6 +6,8 @@ Questions, training texts and evaluations share these functions.
 import numpy as np
 from jaxtyping import Float
 
+MIN_DISTANCE = 0.12
+"""An object is left of or above another if its centre is that share of the picture's side away along the axis."""
 NEAR = 0.33
 """Objects whose centres are closer than this share of the picture's side are near each other."""
 FAR = 0.5
