@@ -32,6 +32,7 @@ def draw_backgrounds(
         size: rows and columns.
     """
     noise, texture = _tiles()
+    levels = horizons(seeds)
     weights = np.zeros((len(kinds), size, size), np.float32)
     blended = np.flatnonzero(kinds > BACKGROUNDS.index("plain"))
     ticks = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
@@ -45,7 +46,7 @@ def draw_backgrounds(
             weights[index] = np.cos(turn) / reach * (ticks - 0.5) + np.sin(turn) / reach * (ticks - 0.5)[:, None]
             weights[index] += 0.5
         elif kind == "ground":
-            weights[index] = _ground(seed, size)
+            weights[index] = _ground(seed, levels[index], size)
         else:
             # Noise keeps its grain in pixels; a texture keeps its place in the picture at every size.
             steps = np.arange(size) if kind == "noise" else np.arange(size) * 128 // size
@@ -58,13 +59,13 @@ def draw_backgrounds(
     return canvas
 
 
-def horizons(seeds: Int[np.ndarray, "*N"]) -> Float[np.ndarray, "*N"]:
+def horizons(seeds: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """Where the grounds drawn with these seeds meet the sky, in fractions of the picture counted from above."""
     highest, lowest = HORIZONS
     return highest + (lowest - highest) * (seeds % _TILE) / (_TILE - 1)
 
 
-def _ground(seed: int, size: int) -> Float[np.ndarray, "size size"]:
+def _ground(seed: int, horizon: float, size: int) -> Float[np.ndarray, "size size"]:
     """Weights of the second colour of a ground plane in perspective: 0 in the sky, 0.4..1 on the ground.
 
     The plane bears stripes across, which get denser towards the horizon, or bands along, which converge to a vanishing
@@ -72,7 +73,7 @@ def _ground(seed: int, size: int) -> Float[np.ndarray, "size size"]:
     """
     choice, start = seed // _TILE**2 % _TILE, seed // _TILE % _TILE / _TILE
     ticks = (np.arange(size) + 0.5) / size
-    from_horizon = ticks - horizons(np.asarray(seed))
+    from_horizon = ticks - horizon
     below = np.maximum(from_horizon, 1e-3)[:, None]
     aside = ticks - start
     stripes = (2 * np.pi * (_STRIPES / below + start), below**2 / _STRIPES)

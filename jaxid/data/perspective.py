@@ -8,7 +8,7 @@ to right say nothing about depth.
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -19,9 +19,8 @@ from jaxid.data.relations import MIN_DISTANCE
 from jaxid.data.scenes import OBJECTS, VARIED, Scenes, dress
 from jaxid.errors import InputError
 
-Cue = Literal["all", "size", "height", "overlap"]
-"""What tells the depth of a scene's objects."""
-CUES: tuple[Cue, ...] = ("all", "size", "height", "overlap")
+CUES = ("all", "size", "height", "overlap")
+"""What can tell the depth of a scene's objects."""
 
 SIZES = (0.15, 0.42)
 """The smallest and the largest side of an object, in picture fractions."""
@@ -70,7 +69,7 @@ def sample_perspective(
     count: int,
     *,
     num_objects: tuple[int, int] = (2, 3),
-    cues: Cue = "all",
+    cues: str = "all",
     max_angle: float = 10.0,
 ) -> tuple[Scenes, Float[np.ndarray, "N K"]]:
     """Scenes of different objects whose depth can be seen.
