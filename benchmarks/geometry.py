@@ -21,7 +21,7 @@ from jaxid.io import ensure_output_folder
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
 from jaxid.nn.fields import Json
 from jaxid.nn.vision import VisionConfig
-from jaxid.zoo import tiny_llava
+from jaxid.zoo import llava_texts, tiny_llava
 from jaxid.zoo.export import hf_config, write_llava
 
 CONFIG = LlavaConfig(
@@ -43,7 +43,7 @@ CONFIG = LlavaConfig(
         image_size=336,
         patch_size=14,
     ),
-    image_token_index=tiny_llava.VOCABULARY.index("<image>"),
+    image_token_index=llava_texts.VOCABULARY.index("<image>"),
     vision_feature_layer=(-2,),
 )
 """About 260 million parameters."""
@@ -109,7 +109,7 @@ def _check_same(folder: Path, expected: Json) -> None:
 
 def _vocabulary(size: int) -> list[str]:
     """The words of tiny-llava, padded so that every id has a token."""
-    words = list(tiny_llava.VOCABULARY)
+    words = list(llava_texts.VOCABULARY)
     return words + [f"word{index}" for index in range(len(words), size)]
 
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "demo": "jaxid.experiments.demo:Demo",
     "ask": "jaxid.experiments.ask:Ask",
     "finetune": "jaxid.experiments.finetune_run:Finetune",
-    "compare-finetune": "jaxid.experiments.finetune_run:CompareFinetune",
+    "compare-finetune": "jaxid.experiments.finetune_comparison:CompareFinetune",
     "plan": "jaxid.cli:plan",
     "merge": "jaxid.cli:merge",
     "run belief-swap": "jaxid.experiments.belief_swap:BeliefSwap",
@@ -66,6 +66,7 @@ COMMANDS = {
     "data mvbench": "jaxid.data.commands:mvbench",
     "zoo train": "jaxid.zoo.commands:train",
     "zoo evaluate": "jaxid.zoo.commands:evaluate",
+    "zoo gates": "jaxid.experiments.zoo_gates:Gates",
     "zoo finetune-study": "jaxid.experiments.finetune_study:FinetuneStudy",
 }
 """Every command, and what it is made from: a dataclass with `run` and `printed`, or a function."""

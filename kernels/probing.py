@@ -264,6 +264,26 @@ def place_correlation(universal: Float[Array, "*batch X Y D"]) -> Float[Array, "
     return _divide(together, jnp.sqrt(squares))
 
 
+def separations(coordinates: Float[Array, "*batch X Y 2"]) -> Float[Array, "*batch 2"]:
+    """Smallest gap between neighbouring columns and between neighbouring rows in the plane, in mean steps.
+
+    Args:
+        coordinates: plane coordinates of the cells.
+
+    Returns:
+        For columns, the smallest difference of the first coordinate of any cell of a column and any cell of the column
+        before, as a share of the mean step between columns; for rows, the same of the second coordinate. 1 if cells
+        are evenly spaced, and above 0 only if columns are in order and none overlaps the next. Zero without a step.
+    """
+    found = []
+    for lines in (coordinates[..., 0], coordinates[..., 1].swapaxes(-1, -2)):
+        gaps = lines.min(axis=-1)[..., 1:] - lines.max(axis=-1)[..., :-1]
+        means = lines.mean(axis=-1)
+        step = (means[..., -1] - means[..., 0]) / (lines.shape[-2] - 1)
+        found.append(_divide(gaps.min(axis=-1), step))
+    return jnp.stack(found, axis=-1)
+
+
 def bilinear(
     universal: Float[Array, "*batch X Y D"],
     x: Float[Array, "*points"],

@@ -15,7 +15,7 @@ from benchmark_files import Modules
 import jaxid
 from jaxid.errors import InputError
 from jaxid.families.llava import LlavaConfig
-from jaxid.zoo import tiny_llava
+from jaxid.zoo import llava_texts
 
 pytestmark = pytest.mark.optimized
 
@@ -85,7 +85,7 @@ class Case:
 @pytest.fixture(scope="module")
 def case(modules: Modules) -> Case:
     published = modules("published")
-    rows = [tiny_llava.encode("<s> USER :" + PICTURE * " <image>" + " " + question) for question in QUESTIONS]
+    rows = [llava_texts.encode("<s> USER :" + PICTURE * " <image>" + " " + question) for question in QUESTIONS]
     longest = max(map(len, rows))
     assert len(rows[0]) < longest
     rng = torch.Generator().manual_seed(0)
@@ -94,10 +94,10 @@ def case(modules: Modules) -> Case:
         valid=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
         pixels=torch.randn(2, 3, 24, 24, generator=rng),
         last=torch.tensor([len(row) - 1 for row in rows]),
-        answers=torch.tensor(tiny_llava.encode("left right")),
+        answers=torch.tensor(llava_texts.encode("left right")),
     )
     words = torch.tensor(
-        [[row.index(*tiny_llava.encode(word)) for word in pair] for row, pair in zip(rows, WORDS, strict=True)]
+        [[row.index(*llava_texts.encode(word)) for word in pair] for row, pair in zip(rows, WORDS, strict=True)]
     )
     text = torch.tensor([[min(place, len(row) - 1) for place in range(3 + PICTURE, longest)] for row in rows])
 

@@ -18,7 +18,7 @@ from benchmark_files import BENCHMARKS, Modules
 from flax import nnx
 
 from jaxid.families.llava import Llava
-from jaxid.zoo import tiny_llava
+from jaxid.zoo import llava_texts, tiny_llava
 from jaxid.zoo.export import write_llava
 
 pytestmark = pytest.mark.optimized
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path,
         config,
         parameters,
-        vocabulary=tiny_llava.VOCABULARY,
+        vocabulary=llava_texts.VOCABULARY,
         chat_template=tiny_llava.CHAT_TEMPLATE,
         mean=tiny_llava.PIXEL_MEAN,
         std=tiny_llava.PIXEL_STD,
@@ -165,9 +165,9 @@ def test_one_by_one_equals_batched_on_padded_prompts(modules: Modules, folder: P
 
     published = modules("published")
     network = published.load(folder)
-    picture = tiny_llava.encode("<s> USER :" + 36 * " <image>")
+    picture = llava_texts.encode("<s> USER :" + 36 * " <image>")
     texts = ["Is the star above or below the fish ? ASSISTANT :", "Where is the moon ? ASSISTANT :"]
-    rows = [picture + tiny_llava.encode(text) for text in texts]
+    rows = [picture + llava_texts.encode(text) for text in texts]
     longest = max(map(len, rows))
     rng = np.random.default_rng(0)
     batch = published.Batch(

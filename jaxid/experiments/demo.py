@@ -185,7 +185,7 @@ class _Work:
             np.array(probes[name]) for name in ("explained_variance", "row_share", "column_share", "id_agreement")
         )
         self.figure("variance", plots.variance_by_layer(*shares, about=self.about(total, unit="pictures")))
-        self.summary |= probes
+        self.summary |= probes | {"word_angles": probe_words(self.model, self.ids)}
 
     def swap(self) -> None:
         """Beliefs swapped by IDs and by noise; layer and strength are chosen on the first quarter of the items."""
@@ -382,7 +382,29 @@ def probe_ids(ids: SpatialIDs) -> dict[str, list[float]]:
         "row_share": row,
         "column_share": column,
     }
+    smallest = np.asarray(ids.separations()).min(axis=1)
+    numbers |= {"column_gap": smallest[:, 0], "row_gap": smallest[:, 1]}
     return {name: rounded(values) for name, values in numbers.items()}
+
+
+def probe_words(model: Model, ids: SpatialIDs) -> dict[str, list[float]]:
+    """How far words for places, read inside questions without a picture, lie off the axes of the IDs.
+
+    Returns:
+        For "left_right" and "above_below", by layer: the largest angle in the plane, over questions about different
+        objects, between the step from the first word to the second and the axis, in degrees.
+    """
+    found = {}
+    for index, words in enumerate(ANSWERS.values()):
+        steps = []
+        for first, second in zip(OBJECTS, np.roll(OBJECTS, 5).tolist(), strict=True):
+            centred = centred_words(model, query(first, second, words[0]), words)
+            places = np.asarray(ids.plane_coordinates(jnp.asarray(centred)))
+            steps.append(places[:, 1] - places[:, 0])
+        step = np.stack(steps)
+        angles = np.degrees(np.arctan2(np.abs(step[..., 1 - index]), step[..., index]))
+        found["_".join(words)] = rounded(angles.max(axis=0))
+    return found
 
 
 def rounded(values: object) -> Any:

@@ -11,6 +11,8 @@ GEOMETRY = {
     "column_correlation": "corr. column",
     "row_correlation": "corr. row",
     "axes_cosine": "cosine of axes",
+    "column_gap": "column gap",
+    "row_gap": "row gap",
 }
 """Keys of the IDs' geometry in the summary, and their headings in the report."""
 
@@ -47,6 +49,13 @@ def render(summary: Mapping[str, Any]) -> str:
         }
     )
     geometry = _table(layers | {title: _decimals(summary[name]) for name, title in GEOMETRY.items()})
+    words = _table(
+        layers
+        | {
+            name.replace("_", " to "): [f"{angle:.0f}" for angle in angles]
+            for name, angles in summary["word_angles"].items()
+        }
+    )
     swaps = _table(
         layers
         | {
@@ -106,6 +115,14 @@ The 16 cells of one object in the plane of the two axes (Figure 5), and how much
 ![Explained variance](figures/variance.png)
 
 {geometry}
+
+A gap is the smallest distance between neighbouring columns (rows) of any object, in mean steps: above 0 if they are in
+order and apart, 1 if they are evenly spaced.
+
+The words for places, read inside the question without a picture: the largest angle, over one question about each
+object, between the step from one word to the other and its axis, in degrees.
+
+{words}
 
 ## Belief swap
 

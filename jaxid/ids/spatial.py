@@ -142,6 +142,17 @@ class SpatialIDs(IDs):
         """Share of the universal IDs' variance in the plane."""
         return probing.explained_variance(self.universal, *self.plane())
 
+    def separations(self) -> Float[Array, "L O 2"]:
+        """Smallest gap between the neighbouring columns, and between the neighbouring rows, of each object.
+
+        Above 0 if they are in order and apart in the plane (`kernels.probing.separations`).
+
+        Raises:
+            InputError: An object has no data at some cell.
+        """
+        found = [probing.separations(self.plane_coordinates(self.for_object(name))) for name in self.objects]
+        return jnp.stack(found, axis=1)
+
     def agreement(self) -> Float[Array, "L"]:
         """Mean cosine between two objects' IDs of the same cell, at the largest size."""
         index = self._size_index(None)

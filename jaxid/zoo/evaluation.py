@@ -1,7 +1,8 @@
 """Evaluation of tiny-llava on held-out scenes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,7 +15,10 @@ from jaxid.families.base import Model
 from jaxid.interp.forward import forward
 from jaxid.prompts.pictures import Clip
 from jaxid.stats import confidence_interval
+from jaxid.zoo import llava_texts
 from jaxid.zoo import tiny_llava as recipe
+from jaxid.zoo.llava_texts import COLUMN_WORDS, MIN_GAP, ROW_WORDS, VOCABULARY, Seen, Text
+from jaxid.zoo.tiny_llava import World
 
 Shown = Sequence[np.ndarray] | Sequence[Clip] | UInt8[np.ndarray, "N Y X 3"]
 """Pictures or clips."""
@@ -39,7 +43,7 @@ def relation_items(
     along = list(ANSWERS).index(axis)
     scenes = held_out_scenes(rng, 2 * count)
     gap = scenes.centers[:, 0, along] - scenes.centers[:, 1, along]
-    chosen = np.flatnonzero(np.abs(gap) >= recipe.MIN_GAP)
+    chosen = np.flatnonzero(np.abs(gap) >= MIN_GAP)
     scenes = scenes[rng.permutation(chosen)[:count]]
     pictures = drawn.render(scenes, recipe.IMAGE_SIZE)
     items = []
@@ -90,8 +94,33 @@ def accuracy(
     return Accuracy(value=right / len(truths), low=low, high=high, count=len(truths))
 
 
+def held_out_worlds(rng: np.random.Generator, count: int, sample: Callable[[int], World]) -> World:
+    """Scenes of a sampler with a held-out pair of objects or of places each."""
+    kept: list[World] = []
+    while sum(len(world.scenes) for world in kept) < count:
+        found = sample(4 * count)
+        chosen = recipe.is_held_out(found.scenes)
+        kept.append(World(scenes=found.scenes[chosen], depths=found.depths[chosen]))
+    world = recipe.joined(kept)
+    order = rng.permutation(len(world.scenes))[:count]
+    return World(scenes=world.scenes[order], depths=world.depths[order])
+
+
+def asked_about(
+    model: Model, world: World, ask: Callable[[np.random.Generator, Seen], Text | None], rng: np.random.Generator
+) -> Accuracy:
+    """Accuracy of the answers to one question about every scene that allows it."""
+    found = [(row, text) for row in range(len(world.scenes)) if (text := ask(rng, world.seen(row))) is not None]
+    pictures = drawn.render(world.scenes[[row for row, _ in found]], recipe.IMAGE_SIZE)
+    return accuracy(model, pictures, [text for _, (text, _) in found], [VOCABULARY[label] for _, (_, label) in found])
+
+
 def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accuracy]:
-    """Accuracy on held-out scenes, by kind of question: left_right, above_below, where, exists, color."""
+    """Accuracy on held-out scenes, by kind of question.
+
+    left_right, above_below, where, exists, color; near_far, statement and between; depth, and depth by one cue alone
+    (depth_size, depth_height, depth_overlap).
+    """
     rng = np.random.default_rng((977, seed))
     results: dict[str, Accuracy] = {}
     for axis, name in (("horizontal", "left_right"), ("vertical", "above_below")):
@@ -105,7 +134,7 @@ def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accu
     rows = np.arange(len(pictures))
     objects, places = scenes.objects[rows, asked], recipe.cells(scenes)[rows, asked]
     names = [OBJECTS[index] for index in objects]
-    places_words = [recipe.COLUMN_WORDS[place % 4] + recipe.ROW_WORDS[place // 4] for place in places]
+    places_words = [COLUMN_WORDS[place % 4] + ROW_WORDS[place // 4] for place in places]
     # The cell of a centre within half a pixel of a border is ambiguous.
     distance = np.abs(scenes.centers[rows, asked] * 4 - np.round(scenes.centers[rows, asked] * 4)).min(axis=-1)
     sure = np.flatnonzero(distance >= 4 * 0.5 / recipe.IMAGE_SIZE)
@@ -128,4 +157,16 @@ def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accu
     )
     colors = [list(drawn.COLORS)[index] for index in scenes.colors[rows, asked]]
     results["color"] = accuracy(model, pictures, [f"What color is the {name}?" for name in names], colors)
+
+    pairs = recipe.flat(scenes)
+    threes = held_out_worlds(rng, count, lambda size: recipe.flat(recipe.between_scenes(rng, size)))
+    for name, world, ask in (
+        ("near_far", pairs, llava_texts.near_far),
+        ("statement", pairs, llava_texts.statement),
+        ("between", threes, llava_texts.between),
+    ):
+        results[name] = asked_about(model, world, ask, rng)
+    for cues in recipe.CUES:
+        world = held_out_worlds(rng, count, partial(recipe.perspective, rng, cues))
+        results["depth" if cues == "all" else f"depth_{cues}"] = asked_about(model, world, llava_texts.depth, rng)
     return results

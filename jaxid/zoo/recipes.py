@@ -165,23 +165,24 @@ def in_turn(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def cross_entropy(
-    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], targets: Float[Array, "V V"] | None = None
+    logits: Float[Array, "*B V"], labels: Int[Array, "*B"], targets: Float[Array, "M V"] | None = None
 ) -> tuple[Array, Array]:
     """Mean loss and accuracy over the labels that are not negative.
 
     Args:
         logits: logits of the classes.
         labels: indices of the true classes; negative ones are skipped.
-        targets: target distribution for each true class, one row a class; one-hot by default.
+        targets: target distribution for each label, one row a label; one-hot by default.
     """
     counted = labels >= 0
     weight, known = counted.astype(jnp.float32), jnp.maximum(labels, 0)
     total = jnp.maximum(weight.sum(), 1.0)
     if targets is None:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, known)
+        losses, best = optax.softmax_cross_entropy_with_integer_labels(logits, known), known
     else:
-        losses = optax.softmax_cross_entropy(logits, jnp.take(targets, known, axis=0))
-    hits = (jnp.argmax(logits, axis=-1) == labels) & counted
+        wanted = jnp.take(targets, known, axis=0)
+        losses, best = optax.softmax_cross_entropy(logits, wanted), jnp.argmax(wanted, axis=-1)
+    hits = (jnp.argmax(logits, axis=-1) == best) & counted
     return (losses * weight).sum() / total, hits.sum().astype(jnp.float32) / total
 
 

@@ -1,29 +1,36 @@
-"""The recipe of tiny-llava: its network, its vocabulary, its questions and its training batches.
-
-The mechanism under study arises from *grounded captions*: prompts that end with an object's word and are continued
-with that object's column or with its row, never with both ("column of the star" -> "B"). Questions alone can be
-answered without binding a place to the word.
-"""
+"""The recipe of tiny-llava: its network, its training scenes and its training batches."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.data import scenes as drawn
+from jaxid.data.perspective import sample_perspective
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes
 from jaxid.families.llava import LlavaConfig
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
 from jaxid.nn.vision import VisionConfig
+from jaxid.zoo.llava_texts import (
+    BINS,
+    VOCABULARY,
+    VOCABULARY_SIZE,
+    Mix,
+    Seen,
+    Text,
+    caption,
+    encode,
+    exists,
+    long_relation,
+    question,
+    spoken,
+    without_picture,
+    word_label,
+)
 from jaxid.zoo.packing import Layout, packed
 from jaxid.zoo.sampling import symmetric_sample
-
-COLUMN_WORDS = ("A", "B", "C", "D")
-"""Names of the four columns, left to right."""
-ROW_WORDS = ("1", "2", "3", "4")
-"""Names of the four rows, top to bottom."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -35,28 +42,15 @@ CHAT_TEMPLATE = (
 )
 """LLaVA-1.5's chat template."""
 
-_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-_WORDS = """USER ASSISTANT QUESTION ANSWER : ? . , " ' - Is Are the The a an there of to in or and on at is Where What
-color column row picture image object Answer only yes no Yes No left right above below Left Right Above Below near far
-Near Far front behind Front Behind between before after Before After not without with one two three four It""".split()
-VOCABULARY = tuple(
-    dict.fromkeys(
-        [*_SPECIAL, *_WORDS, *COLUMN_WORDS, *ROW_WORDS, *OBJECTS, *COLORS]
-        + [column + row for column in COLUMN_WORDS for row in ROW_WORDS]
-    )
-)
-"""All tokens of the word-level tokenizer, in the order of their ids."""
-
 IMAGE_SIZE, PATCH_SIZE = 72, 12
 PIXEL_MEAN, PIXEL_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 def config() -> LlavaConfig:
     """The network's shape: about a million parameters."""
-    size = -(-len(VOCABULARY) // 16) * 16
     return LlavaConfig(
         text_config=DecoderConfig(
-            vocab_size=size,
+            vocab_size=VOCABULARY_SIZE,
             hidden_size=96,
             intermediate_size=256,
             num_hidden_layers=8,
@@ -78,30 +72,29 @@ def config() -> LlavaConfig:
     )
 
 
-@lru_cache
-def _ids() -> dict[str, int]:
-    return {word: index for index, word in enumerate(VOCABULARY)}
-
-
-def encode(text: str) -> list[int]:
-    """Token ids of a text whose tokens are separated by spaces."""
-    ids = _ids()
-    return [ids[word] for word in text.split()]
-
-
 # --- packed prompts ------------------------------------------------------------------------------------------------
 
-CAPTIONS, CAPTION_LENGTH = 6, 4
-QUESTIONS, QUESTION_LENGTH = 2, 16
+CAPTIONS, CAPTION_LENGTH = 4, 5
+QUESTIONS, QUESTION_LENGTH = 3, 16
 LONG_QUESTIONS, LONG_LENGTH = 1, 25
-SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LONG_LENGTH,) * LONG_QUESTIONS)
-"""Lengths of the texts packed after one picture; each attends to the picture and to itself, not to its neighbours."""
+TEXTS, TEXT_LENGTH = 1, 28
+SLOTS = (
+    ((CAPTION_LENGTH,) * CAPTIONS)
+    + ((QUESTION_LENGTH,) * QUESTIONS)
+    + ((LONG_LENGTH,) * LONG_QUESTIONS)
+    + ((TEXT_LENGTH,) * TEXTS)
+)
+"""Lengths of the texts packed after one picture; each attends to the picture and to itself, not to its neighbours. The
+last ones are prompts of their own, without a picture."""
+
+BEFORE = "<s> USER :"
 
 
 @lru_cache
 def layout() -> Layout:
     """The layout that all training rows share."""
-    return packed(encode("<s> USER :"), config().image_tokens, (), SLOTS, image_token=VOCABULARY.index("<image>"))
+    image, alone = VOCABULARY.index("<image>"), range(len(SLOTS) - TEXTS, len(SLOTS))
+    return packed(encode(BEFORE), config().image_tokens, (), SLOTS, image_token=image, alone=alone)
 
 
 # --- scenes and questions ------------------------------------------------------------------------------------------
@@ -133,27 +126,98 @@ def is_held_out(scenes: Scenes) -> Bool[np.ndarray, "N"]:
     return np.any(forbidden & both, axis=(1, 2))
 
 
-def training_scenes(rng: np.random.Generator, count: int) -> Scenes:
-    """Scenes without held-out pairs of objects or places: a quarter on the grid, the rest free with 1 to 4 objects."""
-    on_grid = count // 4
-    shares = np.array([0.1, 0.3, 0.3, 0.3])
-    sizes = np.floor(shares * (count - on_grid)).astype(int)
-    sizes[-1] = count - on_grid - sizes[:-1].sum()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """Scenes, and the distance of every object from the viewer: 0 in scenes without depth."""
 
-    def free(objects: int) -> Callable[[int], Scenes]:
-        return lambda size: drawn.sample_free(rng, size, num_objects=(objects, objects), size_range=(0.17, 0.26))
+    scenes: Scenes
+    depths: Float[np.ndarray, "N K"]
 
-    parts = [not_held_out(free(objects + 1), size) for objects, size in enumerate(sizes.tolist()) if size]
-    return drawn.concatenate([*parts, not_held_out(lambda size: grid_scenes(rng, size), on_grid)])
+    def seen(self, row: int) -> Seen:
+        """The objects of one scene."""
+        scenes = self.scenes
+        present = np.flatnonzero(scenes.objects[row] >= 0)
+        return Seen(
+            names=[OBJECTS[index] for index in scenes.objects[row][present]],
+            colors=[list(COLORS)[index] for index in scenes.colors[row][present]],
+            centers=scenes.centers[row][present],
+            depths=self.depths[row][present],
+        )
 
 
-def not_held_out(sample: Callable[[int], Scenes], count: int) -> Scenes:
-    """Draws until there are `count` scenes without held-out pairs."""
-    kept = sample(0)
+CUES = {"all": 0.55, "size": 0.15, "height": 0.15, "overlap": 0.15}
+"""Share of each set of cues among the scenes with depth."""
+
+
+def training_world(rng: np.random.Generator, count: int) -> World:
+    """Scenes without held-out pairs of objects or places.
+
+    A fifth are on the grid, three in ten have depth, an eighth have an object in between two others, and the rest are
+    free with 1 to 4 objects.
+    """
+    on_grid, deep, inside = count // 5, 3 * count // 10, count // 8
+    parts = [not_held_out(lambda size: flat(grid_scenes(rng, size)), on_grid)]
+    for size, (cues, _) in zip(_split(deep, list(CUES.values())), CUES.items(), strict=True):
+        parts.append(not_held_out(partial(perspective, rng, cues), size))
+    parts.append(not_held_out(lambda size: flat(between_scenes(rng, size)), inside))
+    for index, size in enumerate(_split(count - on_grid - deep - inside, (0.1, 0.3, 0.3, 0.3))):
+        draw = partial(drawn.sample_free, rng, num_objects=(index + 1, index + 1), size_range=(0.17, 0.26))
+        parts.append(not_held_out(lambda size, draw=draw: flat(draw(size)), size))
+    return joined(parts)
+
+
+def _split(count: int, shares: Sequence[float]) -> list[int]:
+    """Divides a number by shares that sum to 1; the last part takes what rounding leaves."""
+    sizes = [int(share * count) for share in shares]
+    return [*sizes[:-1], count - sum(sizes[:-1])]
+
+
+def flat(scenes: Scenes) -> World:
+    """Scenes without depth."""
+    return World(scenes=scenes, depths=np.zeros(scenes.objects.shape, np.float32))
+
+
+def perspective(rng: np.random.Generator, cues: str, count: int) -> World:
+    """Scenes of two or three objects with depth."""
+    scenes, depths = sample_perspective(rng, count, cues=cues)
+    return World(scenes=scenes, depths=depths)
+
+
+def joined(parts: Sequence[World]) -> World:
+    """All scenes of the parts in order."""
+    scenes = drawn.concatenate([part.scenes for part in parts])
+    slots = scenes.objects.shape[1]
+    depths = [np.pad(part.depths, ((0, 0), (0, slots - part.depths.shape[1]))) for part in parts]
+    return World(scenes=scenes, depths=np.concatenate(depths).astype(np.float32))
+
+
+def between_scenes(rng: np.random.Generator, count: int) -> Scenes:
+    """Free scenes of three objects, one of which is in between the others."""
+    kept = drawn.sample_free(rng, 0, num_objects=(3, 3))
     while len(kept) < count:
-        drawn_now = sample(2 * count)
-        kept = drawn.concatenate([kept, drawn_now[np.flatnonzero(~is_held_out(drawn_now))]])
+        scenes = drawn.sample_free(rng, 6 * count, num_objects=(3, 3), size_range=(0.17, 0.24))
+        centers = scenes.centers.astype(float)
+        chosen = np.zeros(len(scenes), bool)
+        for c in range(3):
+            a, b = (slot for slot in range(3) if slot != c)
+            line, own = centers[:, b] - centers[:, a], centers[:, c] - centers[:, a]
+            length = np.linalg.norm(line, axis=1)
+            share = (own * line).sum(axis=1) / length**2
+            aside = np.abs(line[:, 0] * own[:, 1] - line[:, 1] * own[:, 0]) / length
+            chosen |= (length >= 0.3) & (share > 0.25) & (share < 0.75) & (aside < 0.12)
+        kept = drawn.concatenate([kept, scenes[chosen]])
     return kept[:count]
+
+
+def not_held_out(sample: Callable[[int], World], count: int) -> World:
+    """Draws until there are `count` scenes without held-out pairs."""
+    kept = []
+    while sum(len(world.scenes) for world in kept) < count or not kept:
+        found = sample(2 * count)
+        allowed = ~is_held_out(found.scenes)
+        kept.append(World(scenes=found.scenes[allowed], depths=found.depths[allowed]))
+    world = joined(kept)
+    return World(scenes=world.scenes[:count], depths=world.depths[:count])
 
 
 def grid_scenes(rng: np.random.Generator, count: int, *, jitter: float = 1.0) -> Scenes:
@@ -173,140 +237,99 @@ def grid_scenes(rng: np.random.Generator, count: int, *, jitter: float = 1.0) ->
     )
 
 
-MIN_GAP = 0.09
-"""Smallest distance along the axis of a relation question, as a fraction of the picture's side."""
-
-
-def _relation(rng: np.random.Generator, centers: Float[np.ndarray, "K 2"], count: int) -> tuple[int, int, int] | None:
-    """A random (axis, first, second) with an unambiguous relation, or None."""
-    gaps = np.abs(centers[:count, None] - centers[None, :count]).transpose(2, 0, 1) >= MIN_GAP
-    choices = np.argwhere(gaps)
-    if len(choices) == 0:
-        return None
-    axis, first, second = choices[rng.integers(len(choices))]
-    return int(axis), int(first), int(second)
-
-
-_RELATION_TEXT = ("Is the {} to the left or right of the {} ?", "Is the {} above or below the {} ?")
-_RELATION_WORDS = (("left", "right"), ("above", "below"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mix:
-    """Share of each kind of question in the short slots; the remaining ones ask for colours."""
-
-    relation: float = 0.45
-    where: float = 0.17
-    exists: float = 0.23
-
-
-def _question(
-    rng: np.random.Generator,
-    objects: list[int],
-    colors: list[int],
-    centers: Float[np.ndarray, "K 2"],
-    mix: Mix,
-    *,
-    long: bool,
-) -> tuple[str, str]:
-    """One question about a scene and its one-word answer."""
-    kind = 0.0 if long else rng.random()
-    relation = _relation(rng, centers, len(objects)) if kind < mix.relation else None
-    if relation is not None:
-        axis, first, second = relation
-        words = _RELATION_WORDS[axis]
-        answer = words[int(centers[first, axis] > centers[second, axis])]
-        text = _RELATION_TEXT[axis].format(OBJECTS[objects[first]], OBJECTS[objects[second]])
-        if long and rng.random() < 0.7:
-            text += f' Answer " {words[0]} " or " {words[1]} " only .'
-        return text, answer
-    chosen = rng.integers(len(objects))
-    name = OBJECTS[objects[chosen]]
-    if kind < mix.relation + mix.where:
-        column, row = np.clip((centers[chosen] * 4).astype(int), 0, 3)
-        return f"Where is the {name} ?", COLUMN_WORDS[column] + ROW_WORDS[row]
-    if kind < mix.relation + mix.where + mix.exists:
-        if rng.random() < 0.5:
-            absent = [index for index in range(len(OBJECTS)) if index not in objects]
-            return f"Is there a {OBJECTS[absent[rng.integers(len(absent))]]} ?", "no"
-        return f"Is there a {name} ?", "yes"
-    return f"What color is the {name} ?", list(COLORS)[colors[chosen]]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """One training batch, ready for the device."""
 
     pictures: UInt8[np.ndarray, "N Y X 3"]
     token_ids: Int[np.ndarray, "N T"]
-    labels: Int[np.ndarray, "N T"]  # the next token where the loss asks for it, else -1
-    patches: Int[np.ndarray, "N I 4"]  # see `patch_labels`
+    labels: Int[np.ndarray, "N T"]  # what comes next where the loss asks for it (`targets`), else -1
+    patches: Int[np.ndarray, "N I 6"]  # see `patch_labels`
 
 
 def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> Batch:
     """The batch of a step, a pure function of seed, step and mix, so that a resumed run sees the same data."""
     mix = mix or Mix()
     rng = np.random.default_rng((seed, step))
-    scenes = training_scenes(rng, size)
-    plan = layout()
+    world, plan = training_world(rng, size), layout()
     token_ids = np.tile(plan.token_ids, (size, 1))
     labels = np.full((size, len(plan.token_ids)), -1, np.int32)
-    end = VOCABULARY.index("</s>")
+    end = word_label("</s>")
     for row in range(size):
-        present = [int(index) for index in scenes.objects[row] if index >= 0]
-        colors = [int(index) for index in scenes.colors[row][: len(present)]]
-        centers = scenes.centers[row]
-        place = plan.text_start
+        seen, place = world.seen(row), plan.text_start
         for slot, length in enumerate(SLOTS):
-            if slot < CAPTIONS:
-                chosen = rng.integers(len(present))
-                axis = slot % 2
-                cell = int(np.clip(centers[chosen, axis] * 4, 0, 3))
-                text = f"{('column', 'row')[axis]} of the {OBJECTS[present[chosen]]}"
-                answer, closing = (COLUMN_WORDS, ROW_WORDS)[axis][cell], ""
-            else:
-                long = slot >= CAPTIONS + QUESTIONS
-                text, answer = _question(rng, present, colors, centers, mix, long=long)
-                closing = " ASSISTANT :"
-            ids = encode(text + closing)
+            before, (text, label), closing = _text(rng, seen, mix, slot)
+            ids = encode(before + text + closing)
             token_ids[row, place : place + len(ids)] = ids
-            (answer_id,) = encode(answer)
-            labels[row, place + len(ids) - 1] = answer_id
+            labels[row, place + len(ids) - 1] = label
             if closing and len(ids) < length:
-                token_ids[row, place + len(ids)] = answer_id
+                token_ids[row, place + len(ids)] = spoken(label)
                 labels[row, place + len(ids)] = end
             place += length
     return Batch(
-        pictures=drawn.render(scenes, IMAGE_SIZE),
+        pictures=drawn.render(world.scenes, IMAGE_SIZE),
         token_ids=token_ids,
         labels=labels,
-        patches=patch_labels(scenes),
+        patches=patch_labels(world.scenes),
     )
+
+
+_CLOSING = " ASSISTANT :"
+
+
+def _text(rng: np.random.Generator, seen: Seen, mix: Mix, slot: int) -> tuple[str, Text, str]:
+    """What a slot holds: tokens before a text, the text and its label, and tokens after it."""
+    if slot < CAPTIONS:
+        return "", caption(rng, seen, slot % 2), ""
+    if slot < CAPTIONS + QUESTIONS:
+        return "", question(rng, seen, mix), _CLOSING
+    if slot < CAPTIONS + QUESTIONS + LONG_QUESTIONS:
+        return "", long_relation(rng, seen) or exists(rng, seen), _CLOSING
+    text, asked = without_picture(rng)
+    return f"{BEFORE} ", text, _CLOSING * asked
 
 
 def sight_batch(seed: int, step: int, size: int) -> Batch:
     """A batch without texts for the first stage, a pure function of its arguments."""
     rng = np.random.default_rng((seed, step, 1))
-    scenes = training_scenes(rng, size)
+    scenes = training_world(rng, size).scenes
     nothing = np.zeros((size, 0), np.int32)
     return Batch(
         pictures=drawn.render(scenes, IMAGE_SIZE), token_ids=nothing, labels=nothing, patches=patch_labels(scenes)
     )
 
 
-def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 4"]:
-    """Labels of the auxiliary head, for every patch: the object whose box contains the patch's centre.
+def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 6"]:
+    """Labels of the auxiliary head, for every patch: the nearest object whose box contains the patch's centre.
 
-    In order: the object (from 1; 0 is none), its column, its row and its colour, each -1 where there is no object.
+    In order: the object (from 1; 0 is none), its place along x and along y (one of `BINS`), its colour, whether it
+    overlaps no other (0), is in front (1) or behind (2), and its size (one of `SIZES`); each -1 where there is no
+    object.
     """
     side = IMAGE_SIZE // PATCH_SIZE
     ticks = (np.arange(side) + 0.5) / side
     points = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+    present = scenes.objects >= 0
     distance = np.abs(points[None, :, None] - scenes.centers[:, None]).max(axis=-1)
-    inside = (distance < scenes.sizes[:, None] / 2) & (scenes.objects[:, None] >= 0)
-    chosen, here = inside.argmax(-1), inside.any(-1)
-    objects = np.where(here, np.take_along_axis(scenes.objects + 1, chosen, axis=1), 0)
-    places = np.where(here, np.take_along_axis(cells(scenes), chosen, axis=1), -1)
-    colors = np.take_along_axis(scenes.colors, chosen, axis=1)
-    known = [np.where(here, values, -1) for values in (places % 4, places // 4, colors)]
-    return np.stack([objects, *known], axis=-1).astype(np.int32)
+    inside = (distance < scenes.sizes[:, None] / 2) & present[:, None]
+    slots = np.arange(scenes.objects.shape[1])
+    # Later objects are drawn over earlier ones.
+    chosen, here = np.where(inside, slots, -1).argmax(axis=-1), inside.any(-1)
+
+    def of(values: Int[np.ndarray, "N K"]) -> Int[np.ndarray, "N I"]:
+        return np.where(here, np.take_along_axis(values, chosen, axis=1), -1)
+
+    bins = np.clip((scenes.centers * BINS).astype(np.int64), 0, BINS - 1)
+    apart = np.abs(scenes.centers[:, :, None] - scenes.centers[:, None]).max(axis=-1)
+    overlap = apart < (scenes.sizes[:, :, None] + scenes.sizes[:, None]) / 2
+    overlap &= present[:, :, None] & present[:, None]
+    front = (overlap & (slots[:, None] > slots)).any(axis=-1)
+    behind = (overlap & (slots[:, None] < slots)).any(axis=-1)
+    sizes = np.clip((scenes.sizes - 0.14) / 0.05, 0, SIZES - 1).astype(np.int64)
+    objects = np.where(here, of(scenes.objects + 1), 0)
+    others = (bins[..., 0], bins[..., 1], scenes.colors, np.where(behind, 2, front.astype(np.int64)), sizes)
+    return np.stack([objects, *map(of, others)], axis=-1).astype(np.int32)
+
+
+SIZES = 6
+"""Number of sizes that the auxiliary head tells apart."""

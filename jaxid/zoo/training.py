@@ -23,6 +23,7 @@ from jaxid.train.loop import Metrics, Stage
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
+from jaxid.zoo.llava_texts import VOCABULARY, Mix, near_cells, targets
 from jaxid.zoo.recipes import Recipe, RecipeConfig, balanced_cross_entropy, begin, cross_entropy, in_turn
 from jaxid.zoo.sampling import normalize
 
@@ -43,10 +44,11 @@ class TrainingConfig(RecipeConfig):
     warmup_steps: int = 100
     weight_decay: float = 0.02
     patch_weight: float = 0.3  # weight of the auxiliary loss on the picture's tokens
+    blur: float = 1.0  # standard deviation of the target distributions over columns and rows, in cells
 
 
-PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS))
-"""Number of classes of the auxiliary head's four labels: object, column, row, colour."""
+PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS), 3, recipe.SIZES)
+"""Number of classes of the auxiliary head's labels: object, column, row, colour, overlap, size."""
 
 SEEING_LAYERS = 3
 """The auxiliary head reads the picture's tokens after this many decoder layers.
@@ -66,21 +68,23 @@ class Learner(nnx.Module):
         self.patch_head = Linear(config.text_config.hidden_size, sum(PATCH_CLASSES), bias=True, rngs=rngs)
 
 
-def _patch_loss(learner: Learner, tokens: Float[Array, "N I D"], patches: Int[Array, "N I 4"]) -> tuple[Array, Metrics]:
+def _patch_loss(
+    learner: Learner, tokens: Float[Array, "N I D"], patches: Int[Array, "N I 6"], blur: float
+) -> tuple[Array, Metrics]:
     """Loss of the auxiliary head; objects, in one patch of eight, and background have equal weight."""
     splits = np.cumsum(PATCH_CLASSES)[:-1].tolist()
     kinds, *others = jnp.split(learner.patch_head(learner.network.decoder.norm(tokens)), splits, axis=-1)
     loss, accuracy = balanced_cross_entropy(kinds, patches[..., 0], patches[..., 0] > 0)
     metrics = {"patch_object": accuracy}
-    for index, name in enumerate(("column", "row", "color")):
-        other_loss, metrics[f"patch_{name}"] = cross_entropy(others[index], patches[..., index + 1])
+    for index, name in enumerate(("column", "row", "color", "overlap", "size")):
+        near = jnp.asarray(near_cells(blur)) if name in ("column", "row") else None
+        other_loss, metrics[f"patch_{name}"] = cross_entropy(others[index], patches[..., index + 1], near)
         loss = loss + other_loss
     return loss / 2, metrics
 
 
 def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
     """Loss of the first stage: the auxiliary loss alone, for the tower, projector and the decoder's first layers."""
-    del config
     network, plan = learner.network, recipe.layout()
     features = network.image_features(batch["pixels"])
     size, count, _ = features.shape
@@ -90,7 +94,7 @@ def sight_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig
     reads = masks.causal(positions, positions)
     capture = Capture(("resid_post",))
     states = forward(shallow(network.decoder), embeddings, positions, reads, clean, capture).captured["resid_post"]
-    loss, metrics = _patch_loss(learner, states[-1][:, -count:], batch["patches"])
+    loss, metrics = _patch_loss(learner, states[-1][:, -count:], batch["patches"], config.blur)
     return loss, {"loss": loss, **metrics}
 
 
@@ -116,9 +120,11 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
     capture = Capture(("resid_post",), positions=pictures)
     output = forward(network.decoder, embeddings, positions, plan.reads(), clean, capture)
     logits = output.hidden[:, plan.text_start :] @ network.decoder.unembed_matrix()
-    text_loss, accuracy = cross_entropy(logits, batch["labels"][:, plan.text_start :])
+    text_loss, accuracy = cross_entropy(
+        logits, batch["labels"][:, plan.text_start :], jnp.asarray(targets(config.blur))
+    )
     seen = output.captured["resid_post"][SEEING_LAYERS - 1]
-    patch_loss, metrics = _patch_loss(learner, seen, batch["patches"])
+    patch_loss, metrics = _patch_loss(learner, seen, batch["patches"], config.blur)
     return text_loss + config.patch_weight * patch_loss, {"loss": text_loss, "accuracy": accuracy, **metrics}
 
 
@@ -145,10 +151,10 @@ def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
     def seen(step: int) -> recipe.Batch:
         return recipe.sight_batch(config.seed, step, config.sight_batch_size)
 
-    def asked(step: int, *mix: recipe.Mix) -> recipe.Batch:
+    def asked(step: int, *mix: Mix) -> recipe.Batch:
         return recipe.training_batch(config.seed, step, config.batch_size, *mix)
 
-    existence = recipe.Mix(relation=0.25, where=0.1, exists=0.6)
+    existence = Mix(relation=0.25, where=0.1, exists=0.6)
     return in_turn(
         [
             stage("seeing", config.sight_steps, config.sight_learning_rate, sight_loss, seen, weight_decay=0.0),
@@ -178,7 +184,7 @@ def _write(folder: Path, parameters: PyTree) -> None:
         folder,
         recipe.config(),
         parameters,
-        vocabulary=recipe.VOCABULARY,
+        vocabulary=VOCABULARY,
         chat_template=recipe.CHAT_TEMPLATE,
         mean=recipe.PIXEL_MEAN,
         std=recipe.PIXEL_STD,
@@ -198,8 +204,10 @@ RECIPE = Recipe(
         "patch_column",
         "patch_row",
         "patch_color",
+        "patch_overlap",
+        "patch_size",
     ),
-    vocabulary=len(recipe.VOCABULARY),
+    vocabulary=len(VOCABULARY),
     write=_write,
     finish=lambda folder, model: write_json(
         folder / "accuracy.json", evaluation.evaluate(load(model), count=evaluation.QUESTIONS)

@@ -223,6 +223,18 @@ def test_place_correlation_of_planted_and_unordered_columns():
     assert (probing.place_correlation(categorical) <= 1.0 + 1e-6).all()
 
 
+def test_separations_of_columns_and_rows_in_the_plane():
+    x, y = jnp.meshgrid(jnp.arange(4.0), jnp.arange(4.0), indexing="ij")
+    even = jnp.stack([3 * x, 5 * y], axis=-1)
+    np.testing.assert_allclose(probing.separations(even), [1.0, 1.0], atol=1e-6)
+    # Column 2 begins a tenth of a step after column 1 ends; row 3 reaches into row 2.
+    moved = even.at[2, 1, 0].add(-2.7).at[1, 3, 1].add(-6.0)
+    x_step, y_step = 3.0, (15 - 6.0 / 4) / 3
+    np.testing.assert_allclose(probing.separations(moved), [0.3 / x_step, -1.0 / y_step], atol=1e-5)
+    assert (probing.separations(even[jnp.array([1, 0, 2, 3])])[0] < 0).all()
+    np.testing.assert_array_equal(probing.separations(jnp.zeros((4, 4, 2))), [0.0, 0.0])
+
+
 def test_cosine_agreement():
     shared = _normal(1, 16, WIDTH)
     same = jnp.concatenate([shared, 3.0 * shared, 0.5 * shared])
@@ -250,6 +262,7 @@ def test_leading_axes_equal_vmap():
             "correlation": probing.place_correlation(grid),
             "place": probing.bilinear(grid, jnp.array([0.3, 2.2]), jnp.array([1.7, 3.9])),
             "agreement": probing.cosine_agreement(several),
+            "separations": probing.separations(probing.plane_coordinates(grid, u, v)),
         }
 
     together = jax.jit(everything)(grids, objects)

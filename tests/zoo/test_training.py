@@ -22,7 +22,7 @@ from jaxid.checkpoints.loading import load
 from jaxid.errors import InputError, OutputError
 from jaxid.interp.forward import forward
 from jaxid.train import loop
-from jaxid.zoo import clip_evaluation, clip_training, training, video_training
+from jaxid.zoo import clip_evaluation, clip_training, llava_texts, training, video_training
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
 from jaxid.zoo.recipes import balanced_cross_entropy, cross_entropy, limited
@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 21}, {"learning_rate": 1e-3}, {"patch_weight": 0.0}])
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, change: dict[str, float]) -> None:
-    settings = dataclasses.asdict(dataclasses.replace(TINY, **change)) | {"vocabulary": len(recipe.VOCABULARY)}
+    settings = dataclasses.asdict(dataclasses.replace(TINY, **change)) | {"vocabulary": len(llava_texts.VOCABULARY)}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     name = next(iter(change))
     with pytest.raises(OutputError, match=f"other settings: {name.replace('_', ' ')} was {change[name]}, is now"):
@@ -130,13 +130,13 @@ def test_stages_follow_each_other_on_their_own_data() -> None:
     assert (sight.first, sight.steps, language.first, language.steps) == (0, 20, 20, 20)
     np.testing.assert_array_equal(sight.batch(3)["patches"], recipe.sight_batch(0, 3, 4).patches)
     np.testing.assert_array_equal(language.batch(23)["token_ids"], recipe.training_batch(0, 23, 4).token_ids)
-    steps = [step for step, batch in loop.batches(language, 37) if batch["token_ids"].shape == (4, 120)]
+    steps = [step for step, batch in loop.batches(language, 37) if batch["token_ids"].shape == (4, 160)]
     assert steps == [37, 38, 39]
 
 
 def test_polishing_asks_for_existence_most() -> None:
     _, language, polish = training.stages(DEFINITION, dataclasses.replace(TINY, batch_size=64))
-    there = recipe.VOCABULARY.index("there")
+    there = llava_texts.VOCABULARY.index("there")
     often, seldom = (int((stage.batch(50)["token_ids"] == there).sum()) for stage in (polish, language))
     questions = 64 * recipe.QUESTIONS
     assert often > 0.5 * questions and 0 < seldom < 0.4 * questions
@@ -164,13 +164,14 @@ def test_limits_hold_in_every_stage(recipe: Any) -> None:
         assert [(stage.first, stage.steps) for stage in made] == [(4 * row, 4) for row in range(len(made))]
 
 
+@pytest.mark.parametrize("kind", clip_evaluation.SCORERS)
 @pytest.mark.parametrize("steps", [1, 4, 249, 250, 251, 4999, 10**6])
-def test_a_scorer_has_at_most_so_many_steps(steps: int) -> None:
-    config = clip_evaluation.scorer_config(0)
+def test_a_scorer_has_at_most_so_many_steps(steps: int, kind: str) -> None:
+    config, whole = clip_evaluation.scorer_config(kind, 0), clip_evaluation.SCENES
     short, scenes = clip_evaluation.scorer_size(config, steps)
     done = short.epochs * -(-scenes // short.batch_size)
-    assert 1 <= done <= steps and done > 0.5 * min(steps, 5000)
-    assert clip_evaluation.scorer_size(config, None) == (config, 2000)
+    assert 1 <= done <= steps and done > 0.5 * min(steps, config.epochs * whole // config.batch_size)
+    assert clip_evaluation.scorer_size(config, None) == (config, whole)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__module__)
@@ -238,32 +239,35 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
         tmp_path,
         recipe.config(),
         parameters,
-        vocabulary=recipe.VOCABULARY,
+        vocabulary=llava_texts.VOCABULARY,
         chat_template=recipe.CHAT_TEMPLATE,
         mean=recipe.PIXEL_MEAN,
         std=recipe.PIXEL_STD,
     )
     batch = recipe.training_batch(5, 0, 1)
     # An answer is followed by the end token, which no separate prompt asks for.
-    labels = np.where(batch.labels == recipe.VOCABULARY.index("</s>"), -1, batch.labels)
+    labels = np.where(batch.labels == llava_texts.word_label("</s>"), -1, batch.labels)
     arrays = jax.tree.map(jnp.asarray, training._arrays(dataclasses.replace(batch, labels=labels)))
     _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY))(arrays)
 
     model, losses = load(tmp_path), []
     starts = recipe.layout().text_start + np.cumsum([0, *recipe.SLOTS])
-    for chat in (False, True):
+    wanted = llava_texts.targets(TINY.blur)
+    for alone, chat in itertools.product((False, True), repeat=2):
         texts, answers = [], []
-        for first, end in itertools.pairwise(starts):
+        for slot, (first, end) in enumerate(itertools.pairwise(starts)):
             (asked,) = np.flatnonzero(labels[0, first:end] >= 0)
-            text = " ".join(recipe.VOCABULARY[index] for index in batch.token_ids[0, first : first + asked + 1])
-            if text.endswith("ASSISTANT :") == chat:
-                texts.append(text.removesuffix(" ASSISTANT :"))
+            words = batch.token_ids[0, first : first + asked + 1]
+            text = " ".join(llava_texts.VOCABULARY[index] for index in words)
+            if text.endswith("ASSISTANT :") == chat and (slot >= len(recipe.SLOTS) - recipe.TEXTS) == alone:
+                texts.append(text.removesuffix(" ASSISTANT :").removeprefix(f"{recipe.BEFORE} "))
                 answers.append(labels[0, first + asked])
-        # Padding, and repeating questions until they are as many as captions, makes one shape and so one program.
+        if not texts:
+            continue
+        # Padding, and repeating texts until they are as many as captions, makes few shapes and so few programs.
         repeated = texts * (recipe.CAPTIONS // len(texts))
-        prompts = model.prepare(batch.pictures[0], repeated, chat=chat, pad_to_multiple=64)
-        logprobs = forward(model, prompts).logprobs(np.unique(answers))
-        column = np.searchsorted(np.unique(answers), answers)
-        losses += (-np.asarray(logprobs)[np.arange(len(texts)), column]).tolist()
+        prompts = model.prepare(None if alone else batch.pictures[0], repeated, chat=chat, pad_to_multiple=64)
+        logprobs = np.asarray(forward(model, prompts).logprobs(np.arange(llava_texts.VOCABULARY_SIZE)))
+        losses += (-(wanted[answers] * logprobs[: len(texts)]).sum(axis=1)).tolist()
     assert len(losses) == len(recipe.SLOTS)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
