@@ -171,6 +171,7 @@ def _save_words(
     *,
     lowercase: bool = False,
     digits: bool = False,
+    split_off: Sequence[str] = (),
 ) -> None:
     """Writes the tokenizer.json of a word-level tokenizer.
 
@@ -181,14 +182,17 @@ def _save_words(
         frame: template of an encoded text, in which "$A" is the text.
         lowercase: lower the case of texts first.
         digits: split numbers into digits.
+        split_off: words that are tokens also where they follow another word without a space.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     # Whole words and single punctuation marks; white space is not a token.
     cuts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, *[pre_tokenizers.Digits(True)] * digits])
+    cuts += [pre_tokenizers.Digits(True)] * digits
+    cuts += [pre_tokenizers.Split(Regex(f"{word}$"), "isolated") for word in split_off]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens(list(special))
@@ -291,7 +295,8 @@ def write_video(folder: Path, config: LlavaVideoConfig, parameters: PyTree, voca
     }
     write_json(folder / "config.json", fields)
     save_parameters(folder / "model.safetensors", parameters, original_keys(config))
-    _save_words(folder, vocabulary, words[:4], "$A", digits=True)
+    # The published temporal swap asks "Does the star comeearlier or later than fish?".
+    _save_words(folder, vocabulary, words[:4], "$A", digits=True, split_off=("earlier",))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -1,7 +1,9 @@
 """The recipe of tiny-video: its shape, its words, its questions about drawn clips and its training batches.
 
 As with tiny-llava, the mechanism under study arises from *grounded captions*: prompts that end with an object's word
-and are continued with the frame in which the object appears ("time of the star" -> "third").
+and are continued with the frame in which the object appears ("time of the star" -> "third"). Words for time are read as
+times in the same way: wherever "before", "after", "earlier" and "later" stand in a prompt, with a clip or without one,
+the text up to there is continued with an early or a late frame.
 """
 
 import dataclasses
@@ -27,7 +29,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<unk>")
 _WORDS = """system user assistant You are a helpful . The video lasts for seconds , and frames uniformly sampled from it
 These located at s Please answer the following questions related to this In two objects appear different times Does
 come before or after Answer in one word ? Before After When does Is there time of yes no Yes No last not with an any
-Did happen happens appears comes starts ends Which what is on picture clip frame object : -""".split()
+Did happen happens appears comes starts ends Which what is on picture clip frame object : -
+earlier later than it true that thing something When if""".split()
 VOCABULARY = tuple(dict.fromkeys([*SPECIAL, *_WORDS, *map(str, range(10)), *TIME_WORDS, *OBJECTS]))
 """All tokens of the word-level tokenizer, in the order of their ids; digits are single tokens."""
 
@@ -87,11 +90,18 @@ def spaced(text: str) -> str:
 
 # --- packed prompts ------------------------------------------------------------------------------------------------
 
-CAPTIONS, CAPTION_LENGTH = 6, 4
-QUESTIONS, QUESTION_LENGTH = 3, 24
-LONG_QUESTIONS, LONG_LENGTH = 1, 30
-SLOTS = ((CAPTION_LENGTH,) * CAPTIONS) + ((QUESTION_LENGTH,) * QUESTIONS) + ((LONG_LENGTH,) * LONG_QUESTIONS)
-"""Lengths of the texts packed after one clip; each attends to the clip and to itself, not to its neighbours."""
+_SLOTS = (
+    *(("caption", 4),) * 6,  # of an object's word
+    ("word", 6),  # caption of a word for time
+    ("order", 24),  # which of two objects comes first
+    ("when", 10),  # in which frame an object appears
+    ("statement", 16),  # answered with "yes" or "no"
+    ("published", 30),  # the published question about order
+    ("word alone", 17),  # caption of a word for time, without the clip
+    ("told", 43),  # question about order, without the clip; the text itself may tell the answer
+)
+SLOTS = tuple(length for _, length in _SLOTS)
+"""Lengths of the texts packed after one clip; each attends to itself, not to its neighbours, and most to the clip."""
 
 CLIP_TOKENS = FRAMES * 9 + 1
 BEFORE = "<|im_start|> system You are a helpful assistant . <|im_end|> <|im_start|> user"
@@ -111,7 +121,8 @@ def time_tokens(rate: float) -> list[int]:
 def layout(*, timed: bool) -> Layout:
     """The layout that all training rows share, optionally with a time text, whose ids differ from row to row."""
     after = time_tokens(RATES[0]) if timed else ()
-    return packed(encode(BEFORE), CLIP_TOKENS, after, SLOTS, image_token=VOCABULARY.index("<image>"))
+    alone = [slot for slot, (kind, _) in enumerate(_SLOTS) if kind in ("word alone", "told")]
+    return packed(encode(BEFORE), CLIP_TOKENS, after, SLOTS, image_token=VOCABULARY.index("<image>"), alone=alone)
 
 
 # --- clips and questions -------------------------------------------------------------------------------------------
@@ -251,23 +262,114 @@ def cell_labels(drawn: Clips) -> Int[np.ndarray, "N F 9 2"]:
     return labels.astype(np.int32)
 
 
-def _question(rng: np.random.Generator, names: list[str], starts: list[int], *, long: bool) -> tuple[str, str]:
-    """One question about a clip and its one-word answer."""
-    kind = 0.0 if long else rng.random()
-    if kind < 0.55:
-        first, second = rng.permutation(len(names))[:2]
-        answer = "before" if starts[first] < starts[second] else "after"
-        if long:
-            return PUBLISHED_QUESTION.format(names[first], names[second]), answer
-        text = f"Does the {names[first]} come before or after the {names[second]} ?"
-        return text + (" Answer in one word ." if rng.random() < 0.7 else ""), answer
-    chosen = int(rng.integers(len(names)))
-    if kind < 0.8:
-        return f"When does the {names[chosen]} come ?", TIME_WORDS[starts[chosen]]
+PAIRS = (("before", "after"), ("earlier", "later"))
+"""Words for the order of two objects: the one that comes first, and the other."""
+
+WORD_TIMES = {"before": "second", "after": "seventh", "earlier": "second", "later": "seventh"}
+"""Frames that words for time stand for; training smooths them over the neighbours."""
+
+_WORD_CAPTIONS = (
+    "time of what comes {}",
+    "time of something that comes {}",
+    "time of what happens {}",
+    "time : {}",
+    "When ? {}",
+)
+
+
+def order_question(rng: np.random.Generator, first: str, second: str) -> tuple[str, tuple[str, str]]:
+    """A question about the order of two objects, and its two answers."""
+    words = PAIRS[int(rng.random() < 0.35)]
+    if words == PAIRS[0]:
+        text = f"Does the {first} come before or after the {second} ?"
+    else:  # the published wording leaves out "the"
+        text = f"Does the {first} come earlier or later than {'the ' if rng.random() < 0.4 else ''}{second} ?"
+    # Twice if the published prompt is put around a question that asks for one word already.
+    times = int(rng.choice(3, p=(0.3, 0.5, 0.2)))
+    if len(text.split()) > 10:
+        times = min(times, 1)
+    return text + " Answer in one word ." * times, words
+
+
+def _statement(
+    rng: np.random.Generator, names: list[str], first: int, second: int, comes_first: bool
+) -> tuple[str, str]:
+    """A question about a clip that is answered with "yes" or "no": about the order of two objects, or existence."""
+    if rng.random() < 0.4:
+        word = int(rng.integers(2))
+        text = f"Is it true that the {names[first]} comes {_than(rng, word)} the {names[second]} ?"
+        return text, "yes" if (word == 0) == comes_first else "no"
     if rng.random() < 0.5:
         absent = [name for name in OBJECTS if name not in names]
         return f"Is there a {absent[rng.integers(len(absent))]} ?", "no"
-    return f"Is there a {names[chosen]} ?", "yes"
+    return f"Is there a {names[first]} ?", "yes"
+
+
+def _than(rng: np.random.Generator, word: int) -> str:
+    """The word "before" (0) or "after" (1), or another phrase for it."""
+    return (PAIRS[0][word], f"{PAIRS[1][word]} than")[int(rng.random() < 0.35)]
+
+
+def _told(rng: np.random.Generator) -> tuple[str, str]:
+    """A question whose answer the text itself tells, without a clip."""
+    first, second = (OBJECTS[index] for index in rng.permutation(len(OBJECTS))[:2])
+    comes_first = bool(rng.random() < 0.5)
+    if rng.random() < 0.6:
+        times = np.sort(rng.permutation(FRAMES)[:2])[:: 1 if comes_first else -1]
+        facts = [f"{name} : {TIME_WORDS[time]} ." for name, time in zip((first, second), times, strict=True)]
+        text = " ".join(facts[:: 1 if rng.random() < 0.5 else -1])
+    elif rng.random() < 0.5:
+        text = f"the {first} comes {_than(rng, 1 - comes_first)} the {second} ."
+    else:
+        text = f"the {second} comes {_than(rng, int(comes_first))} the {first} ."
+    question, words = order_question(rng, first, second)
+    return f"{text} {question}", words[1 - comes_first]
+
+
+def _untold(rng: np.random.Generator) -> str:
+    """A question about the order of two objects that nothing tells."""
+    first, second = (OBJECTS[index] for index in rng.permutation(len(OBJECTS))[:2])
+    return PUBLISHED_QUESTION.format(first, second) if rng.random() < 0.5 else order_question(rng, first, second)[0]
+
+
+def _text(rng: np.random.Generator, kind: str, names: list[str], starts: list[int]) -> tuple[str, str, str]:
+    """The text of a slot, how it closes, and the one word that follows; "" if nothing tells it."""
+    first, second = (int(index) for index in rng.permutation(len(names))[:2])
+    comes_first = starts[first] < starts[second]
+    if kind == "caption":
+        return f"time of the {names[first]}", "", TIME_WORDS[starts[first]]
+    if kind in ("word", "word alone"):
+        word = list(WORD_TIMES)[int(rng.integers(len(WORD_TIMES)))]
+        text = _WORD_CAPTIONS[int(rng.integers(len(_WORD_CAPTIONS)))].format(word)
+        return f"{BEFORE} {text}" if kind == "word alone" else text, "", WORD_TIMES[word]
+    if kind == "told":
+        text, answer = _told(rng) if rng.random() < 0.6 else (_untold(rng), "")
+        return f"{BEFORE} {text}", CLOSING, answer
+    if kind == "order":
+        text, words = order_question(rng, names[first], names[second])
+        return text, CLOSING, words[1 - comes_first]
+    if kind == "when":
+        return f"When does the {names[first]} come ?", CLOSING, TIME_WORDS[starts[first]]
+    if kind == "published":
+        return PUBLISHED_QUESTION.format(names[first], names[second]), CLOSING, PAIRS[0][1 - comes_first]
+    text, answer = _statement(rng, names, first, second, comes_first)
+    return text, CLOSING, answer
+
+
+def _tokens(text: str, closing: str, answer: str, length: int) -> tuple[Int[np.ndarray, "S"], Int[np.ndarray, "S"]]:
+    """Token ids and labels of a slot: the times of words for time, and the answer with what ends it."""
+    token_ids, labels = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+    ids = encode(text + closing)
+    token_ids[: len(ids)] = ids
+    for index, word in enumerate(text.split()):
+        if word in WORD_TIMES:
+            (labels[index],) = encode(WORD_TIMES[word])
+    if answer:
+        (labels[len(ids) - 1],) = encode(answer)
+        if closing and len(ids) < length:
+            token_ids[len(ids)] = labels[len(ids) - 1]
+            labels[len(ids)] = VOCABULARY.index("<|im_end|>")
+    return token_ids, labels
 
 
 def sight_batch(seed: int, step: int, size: int) -> Batch:
@@ -296,7 +398,6 @@ def training_batch(seed: int, step: int, size: int, *, timed: bool) -> Batch:
     plan = layout(timed=timed)
     token_ids = np.tile(plan.token_ids, (size, 1))
     labels = np.full((size, len(plan.token_ids)), -1, np.int32)
-    end = VOCABULARY.index("<|im_end|>")
     for row in range(size):
         if timed:
             start = plan.image_start + plan.image_tokens
@@ -305,20 +406,9 @@ def training_batch(seed: int, step: int, size: int, *, timed: bool) -> Batch:
         names = [OBJECTS[drawn.scenes.objects[row, slot]] for slot in present]
         starts = [int(drawn.starts[row, slot]) for slot in present]
         place = plan.text_start
-        for slot, length in enumerate(SLOTS):
-            if slot < CAPTIONS:
-                chosen = int(rng.integers(len(names)))
-                text, answer, closing = f"time of the {names[chosen]}", TIME_WORDS[starts[chosen]], ""
-            else:
-                text, answer = _question(rng, names, starts, long=slot >= CAPTIONS + QUESTIONS)
-                closing = CLOSING
-            ids = encode(text + closing)
-            token_ids[row, place : place + len(ids)] = ids
-            (answer_id,) = encode(answer)
-            labels[row, place + len(ids) - 1] = answer_id
-            if closing and len(ids) < length:
-                token_ids[row, place + len(ids)] = answer_id
-                labels[row, place + len(ids)] = end
+        for kind, length in _SLOTS:
+            own = slice(place, place + length)
+            token_ids[row, own], labels[row, own] = _tokens(*_text(rng, kind, names, starts), length)
             place += length
     shown, frames = pictures(drawn, STATES)
     return Batch(

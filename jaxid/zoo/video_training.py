@@ -34,7 +34,7 @@ class TrainingConfig(RecipeConfig):
     sight_steps: int = 1600  # length of the first stage: tower and projector learn to see, without the decoder
     sight_batch_size: int = 160  # pictures per step of the first stage
     timing_steps: int = 500  # length of the second stage: the decoder's first layers learn when objects appear
-    steps: int = 600  # length of the third stage, on questions and captions
+    steps: int = 800  # length of the third stage, on questions and captions
     timed_steps: int = 200  # length of the last stage, with the text that gives the frames' times
     batch_size: int = 32  # clips per step of the later stages
     sight_learning_rate: float = 2e-3  # peak of the first two stages

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from jaxid.checkpoints.loading import load
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import time_text
+from jaxid.experiments.temporal import IN_ONE_WORD, earlier_or_later
 from jaxid.families.base import Model
 from jaxid.families.llava_video import LlavaVideo
 from jaxid.ids.extract import TEMPORAL_QUESTION
@@ -67,16 +68,61 @@ def test_training_rows_are_the_prompts_that_the_processor_makes(model: Model, ti
     assert words([before, after]) == ["before", "after"]
 
 
+def test_training_asks_as_the_published_prompts_do(model: Model) -> None:
+    """Also where the published swap loses spaces, and where its prompt repeats the end of the query."""
+    rng, question = np.random.default_rng(0), "Does the star come before or after the fish? Answer in one word."
+    asked = {recipe.order_question(rng, "star", "fish")[0] for _ in range(200)}
+    for wording in (str, earlier_or_later):
+        prompt = IN_ONE_WORD.format(query=wording(question))
+        ids = np.asarray(model.prepare(None, [prompt]).inputs.token_ids)[0]
+        text = " ".join(words(ids)).removeprefix(recipe.BEFORE)
+        assert text.split(recipe.CLOSING)[0].strip() in asked
+
+
 def test_every_rate_makes_as_many_tokens() -> None:
     assert len({len(recipe.time_tokens(rate)) for rate in recipe.RATES}) == 1
     assert len({tuple(recipe.time_tokens(rate)) for rate in recipe.RATES}) == len(recipe.RATES)
 
 
-def test_labels_say_what_is_in_the_clip() -> None:
-    """At every labelled position, the next token follows from the batch's own frames."""
-    batch = recipe.training_batch(5, 3, 12, timed=False)
-    plan = recipe.layout(timed=False)
-    for row in range(12):
+def told_times(text: str) -> dict[str, int]:
+    """When objects come according to the facts in a text, which end in " ."."""
+    found: dict[str, int] = {}
+    for fact in text.split(" .")[:-1]:
+        parts = fact.split()
+        if parts[1] == ":":
+            found[parts[0]] = recipe.TIME_WORDS.index(parts[2])
+        else:
+            found |= dict(
+                zip((parts[1], parts[-1]), (0, 1) if {"before", "earlier"} & set(parts) else (1, 0), strict=True)
+            )
+    return found
+
+
+def right_answer(text: str, times: dict[str, int]) -> str:
+    """The answer to a text of the training rows, about objects that come at these times."""
+    if text.endswith(("before", "earlier")):
+        return "second"
+    if text.endswith(("after", "later")):
+        return "seventh"
+    names = [word for word in text.split() if word in OBJECTS]
+    if text.startswith(("time of the", "When does")):
+        return recipe.TIME_WORDS[times[names[0]]]
+    if text.startswith("Is there"):
+        return "yes" if names[0] in times else "no"
+    comes_first = times[names[0]] < times[names[1]]
+    if text.startswith("Is it true"):
+        return "yes" if comes_first == bool({"before", "earlier"} & set(text.split())) else "no"
+    words = ("earlier", "later") if "earlier or later" in text else ("before", "after")
+    return words[0] if comes_first else words[1]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_labels_say_what_is_in_the_clip(timed: bool) -> None:
+    """At every labelled position, the next token follows from the batch's own frames, or from the text itself."""
+    batch = recipe.training_batch(5, 3, 24, timed=timed)
+    plan = recipe.layout(timed=timed)
+    kinds = set()
+    for row in range(24):
         cells = batch.cells[row]
         first: dict[str, int] = {}
         for frame, cell in itertools.product(range(8), range(9)):
@@ -87,23 +133,39 @@ def test_labels_say_what_is_in_the_clip() -> None:
                 assert first[name] == came
         place = plan.text_start
         for length in recipe.SLOTS:
-            ids = batch.token_ids[row, place : place + length]
-            (end,) = np.flatnonzero(batch.labels[row, place : place + length] >= 0)[:1]
-            text, answer = (
-                " ".join(words(ids[: end + 1])).removesuffix(recipe.CLOSING),
-                WORDS[batch.labels[row, place + end]],
+            ids = words(batch.token_ids[row, place : place + length])
+            labels = {
+                index: WORDS[label]
+                for index, label in enumerate(batch.labels[row, place : place + length])
+                if label >= 0
+            }
+            closing = [
+                index for index, pair in enumerate(itertools.pairwise(ids), 1) if pair == ("<|im_start|>", "assistant")
+            ]
+            end = closing[0] if closing else max(labels)
+            text = " ".join(ids[: end + 1]).removesuffix(recipe.CLOSING)
+            timed_words = {
+                index: recipe.WORD_TIMES[word] for index, word in enumerate(ids[:end]) if word in recipe.WORD_TIMES
+            }
+            answer = labels.get(end) if closing else labels.pop(end)
+            assert {index: label for index, label in labels.items() if index < end} == timed_words
+            assert plan.alone[place] == text.startswith(recipe.BEFORE)
+            text = text.removeprefix(recipe.BEFORE).strip()
+            facts, _, question = text.rpartition(" . Does ")
+            kind = (
+                text.split()[0]
+                if not plan.alone[place] or text.startswith(("time", "When"))
+                else "told"
+                if answer
+                else "untold"
             )
-            names = [word for word in text.split() if word in OBJECTS]
-            if text.startswith(("time of", "When does")):
-                assert answer == recipe.TIME_WORDS[first[names[0]]]
-            elif text.startswith("Is there"):
-                assert answer == ("yes" if names[0] in first else "no")
-            else:
-                assert answer == ("before" if first[names[0]] < first[names[1]] else "after")
-            if end + 1 < length and batch.labels[row, place + end + 1] >= 0:
-                assert WORDS[batch.labels[row, place + end + 1]] == "<|im_end|>"
-                assert ids[end + 1] == batch.labels[row, place + end]
+            kinds.add(kind)
+            if kind != "untold":
+                assert answer == right_answer(question, told_times(f"{facts} .") if kind == "told" else first)
+            if answer and closing and end + 1 < length:
+                assert labels[end + 1] == "<|im_end|>" and ids[end + 1] == answer
             place += length
+    assert kinds == {"time", "When", "Is", "Does", "In", "told", "untold"}
 
 
 def test_training_never_shows_what_is_held_out() -> None:
