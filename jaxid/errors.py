@@ -25,6 +25,10 @@ class OutputError(JaxidError):
     """A result that cannot be written: an unwritable folder, a file in the way, a full disk."""
 
 
+class InUseError(OutputError):
+    """A folder in which another process is working."""
+
+
 class OutOfMemoryError(JaxidError):
     """The memory of the device does not suffice for the smallest batch, or for a training step."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from jaxid.errors import CheckpointError, DataError, InputError, JaxidError, OutputError
+from jaxid.errors import CheckpointError, DataError, InputError, InUseError, JaxidError, OutputError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -212,7 +212,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder: an existing folder; the lock is its file `.lock`.
 
     Raises:
-        OutputError: if another process holds the lock, or the folder cannot be written to.
+        InUseError: if another process holds the lock.
+        OutputError: if the folder cannot be written to.
     """
     try:
         import fcntl
@@ -229,7 +230,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise OutputError(
+            raise InUseError(
                 f"another process is working in {folder}; wait until it is done, or give another --out."
             ) from error
         except OSError:  # a network file system without locks

@@ -37,7 +37,7 @@ from jaxid.experiments.finetune_data import (
 )
 from jaxid.experiments.finetune_evaluation import by_probability
 from jaxid.experiments.published import PICTURE, check_prompt, is_raw
-from jaxid.experiments.session import padded, require_same_model
+from jaxid.experiments.session import of_same_model, padded, require_same_shape
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.nn.inputs import Inputs
@@ -257,7 +257,7 @@ def step_batch(model: Model, groups: Sequence[Group], ids: SpatialIDs, config: F
     tokens = max(part["inputs"]["token_ids"].shape[1] for part in parts)
     answers = max(part["labels"].shape[1] for part in parts)
     for part in parts:
-        part["inputs"] = lengthened(part["inputs"], -(-tokens // 16) * 16)
+        part["inputs"] = lengthened(part["inputs"], tokens)
         further = [(0, 0), (0, answers - part["labels"].shape[1])]
         part["labels"] = np.pad(part["labels"], further, constant_values=-1)
         part["positions"] = np.pad(part["positions"], further, mode="edge")
@@ -409,7 +409,9 @@ def select(model: Model, config: FinetuneConfig) -> Selection:
     return Selection.of(found)
 
 
-def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: FinetuneConfig) -> Task:
+def task(
+    model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: FinetuneConfig, *, foreign: bool = False
+) -> Task:
     """Selects the trained tensors and groups the data.
 
     Args:
@@ -417,14 +419,20 @@ def task(model: Model, items: Sequence[GridItem], ids: SpatialIDs, config: Finet
         items: training pictures.
         ids: the model's universal IDs.
         config: the settings.
+        foreign: the ID loss may take IDs of another model.
 
     Raises:
         InputError: if no tensor fits the budget, the layer is out of range, or the IDs are another model's.
         DataError: if no two pictures differ only in the second object's cell.
     """
     config = resolved(config, model)
-    if config.id_weight:
-        require_same_model(model, ids)
+    require_same_shape(model, ids)
+    if config.id_weight and not foreign and not of_same_model(model, ids):
+        raise InputError(
+            f"the IDs were extracted from {ids.model} ({ids.fingerprint}), not from {model.name} "
+            f"({model.fingerprint}); extract them again with jaxid ids extract, or give --ids-from-another-model if "
+            "that is meant."
+        )
     selection, groups = select(model, config), config.grouped(items)
     if not groups:
         raise DataError("no two pictures show the same pair with the first object in one cell: nothing to train on.")

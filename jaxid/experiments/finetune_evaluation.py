@@ -1,6 +1,7 @@
 """Evaluations of fine-tuned models: the questions that grid pictures allow, and how many are answered correctly."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -19,6 +20,10 @@ from jaxid.train.placement import complete
 
 BATCH = 32
 """Questions that go together."""
+
+Item = TypeVar("Item")
+Ready = TypeVar("Ready")
+Made = TypeVar("Made")
 
 
 Answered = Callable[[Model, RelationBatch], Callable[[], Int[np.ndarray, "B"]]]
@@ -40,6 +45,39 @@ def by_probability(model: Model, batch: RelationBatch) -> Callable[[], Int[np.nd
         return found.argmax(axis=-1)
 
     return fetched
+
+
+def in_batches(
+    parts: Sequence[list[Item]],
+    read: Callable[[list[Item], int], Ready],
+    begun: Callable[[Ready], Callable[[], Made]],
+    join: Callable[[list[Made]], Made],
+    size: int = BATCH,
+) -> Iterator[Made]:
+    """The results of batches of questions; while one is computed, the next ones are read.
+
+    Args:
+        parts: the batches.
+        read: opens a batch, which is padded to a number of questions.
+        begun: begins the computation of what was read, and returns what fetches the results.
+        join: makes one result of those of several batches.
+        size: the number of questions that go together; fewer where the device's memory does not suffice.
+
+    Raises:
+        OutOfMemoryError: if the memory does not suffice for one question.
+    """
+    halving = Halving(size, unit="question", advice="use --dtype bfloat16 or a larger device")
+
+    def opened(part: list[Item]) -> Ready:
+        return read(part, halving.size)
+
+    steps = Batches(halving, opened, begun, join)
+    with overlapped(parts, steps.read, steps.compute, lambda _, fetch: fetch()) as results:
+        for part, result in results:
+            try:
+                yield result.result()
+            except Exhausted as shortage:
+                yield steps.again(part, shortage)
 
 
 def evaluate(
@@ -65,10 +103,9 @@ def evaluate(
     Raises:
         OutOfMemoryError: if the memory does not suffice for one question.
     """
-    halving = Halving(batch_size, unit="question", advice="use --dtype bfloat16 or a larger device")
 
-    def read(part: list[SpatialItem]) -> tuple[int, RelationBatch]:
-        items = padded(part, halving.size)
+    def read(part: list[SpatialItem], size: int) -> tuple[int, RelationBatch]:
+        items = padded(part, size)
         axis = axis_of(items[0])
         batch = prepare_questions(
             model,
@@ -87,13 +124,6 @@ def evaluate(
         found = answered(model, batch)
         return lambda: int((found()[:count] == batch.truth[:count]).sum())
 
-    steps, total = Batches(halving, read, begun, sum), 0
     axes = [[item for item in items if item.relation in words] for words in ANSWERS.values()]
     parts = [axis[start : start + batch_size] for axis in axes for start in range(0, len(axis), batch_size)]
-    with overlapped(parts, steps.read, steps.compute, lambda _, fetch: fetch()) as results:
-        for part, result in results:
-            try:
-                total += result.result()
-            except Exhausted as shortage:
-                total += steps.again(part, shortage)
-    return total, len(items)
+    return sum(in_batches(parts, read, begun, sum, batch_size)), len(items)

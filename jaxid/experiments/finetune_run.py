@@ -1,4 +1,4 @@
-"""`jaxid finetune` and `jaxid compare-finetune`: train with an ID loss, export the model, and compare runs."""
+"""`jaxid finetune`: train with an ID loss, evaluate before, during and after, and export the model."""
 
 import contextlib
 import dataclasses
@@ -18,21 +18,23 @@ from jaxid import io, plots
 from jaxid.checkpoints.export import export
 from jaxid.checkpoints.loading import Checkpoint, abstract_parameters, open_checkpoint
 from jaxid.checkpoints.tensors import unflatten
-from jaxid.checks import Count, check_finite, check_seed
+from jaxid.checks import Count
 from jaxid.costs import nbytes
 from jaxid.data.coco_spatial import SpatialItem, find_coco_spatial, read_coco_spatial
-from jaxid.data.files import write_csv
 from jaxid.data.grid import GridItem, read_finetune_folder
 from jaxid.devices import Device
-from jaxid.errors import DataError, InputError, JaxidError
+from jaxid.errors import InputError
 from jaxid.experiments.base import Command, read_spatial_ids, write_config
 from jaxid.experiments.finetune import FinetuneConfig, Task, resolved, select, task
+from jaxid.experiments.finetune_data import Group
 from jaxid.experiments.finetune_evaluation import evaluate, spatial_items
+from jaxid.experiments.finetune_geometry import MEASURES, OTHER, OWN, folders, measured
+from jaxid.experiments.session import of_same_model, require_same_shape
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.meshes import Axes
 from jaxid.places import Elsewhere
-from jaxid.stats import confidence_interval, mean_interval
+from jaxid.stats import confidence_interval
 from jaxid.train import loop as training
 from jaxid.train.placement import every_device, shared
 from jaxid.train.trackers import Trackers
@@ -40,8 +42,9 @@ from jaxid.train.trainable import Trained
 
 COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
 SETS = {"held_out": "held-out pairs", "coco_spatial": "COCO-Spatial"}
-_PARTS = ("", "_right", "_questions")
-CHECKED = ("step", *(f"{name}{part}" for name in SETS for part in _PARTS))
+PARTS = ("", "_right", "_questions")
+"""Endings of the columns of an evaluation set: accuracy, number of correct answers, number of questions."""
+CHECKED = ("step", *(f"{name}{part}" for name in SETS for part in PARTS), *MEASURES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,11 @@ class FinetuneSummary:
         trained_share: their share of all the model's parameters.
         skipped_steps: number of steps skipped because their gradient was not finite.
         trained_tensors: paths of the trained tensors, with their layers.
-        evaluations: for each evaluated step, accuracy, number of correct answers and number of questions of every set.
+        own_ids: whether the IDs are those of the model that the run began with, as far as they say.
+        ids_model: the model that the IDs were extracted from, if they say so.
+        compared_model: the model that the further IDs were extracted from, if there are any.
+        evaluations: for each evaluated step, accuracy, number of correct answers and number of questions of every set;
+            and the geometry of held-out activations, see `finetune_geometry`.
         exported: folder of the trained model.
         seconds: duration of this call.
     """
@@ -72,6 +79,9 @@ class FinetuneSummary:
     trained_share: float
     skipped_steps: int
     trained_tensors: Sequence[str]
+    own_ids: bool
+    ids_model: str
+    compared_model: str
     evaluations: Sequence[Mapping[str, Any]]
     exported: Path
     seconds: float
@@ -88,9 +98,13 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         out: folder of the run. A run that it holds is resumed if its settings agree.
         data: folder of pictures {A}_{ax}-{ay}_{B}_{bx}-{by}.png, or a grid folder.
         ids: the model's spatial IDs, .safetensors or the authors' .pt; `jaxid ids extract` makes them.
+        ids_from_another_model: the IDs are meant to be another model's, such as those of the same model trained longer;
+            it must have as many layers of the same width.
+        compared_ids: further IDs, with which evaluations compare the activations too: another model's if `ids` are the
+            model's own, else the model's own.
         model: alias, Hugging Face id or folder.
         coco: COCO-Spatial folder to evaluate on as well.
-        questions: largest number of questions in an evaluation, drawn by the seed.
+        questions: largest number of questions in each part of an evaluation, drawn by the seed.
         dtype: of parameters and activations; trained tensors also have a float32 copy.
         mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one
             copy on every device.
@@ -109,6 +123,8 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
     data: Path
     ids: Path
     model: str = "tiny-llava"
+    ids_from_another_model: bool = False
+    compared_ids: Path | None = None
     coco: Path | None = None
     questions: Count = 500
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -152,10 +168,12 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             "dtype": self.dtype,
             "items": len(items),
             "items_digest": _digest(items),
-            "ids_digest": hashlib.sha256(np.asarray(ids.universal).tobytes()).hexdigest()[:16],
+            "ids_digest": _ids_digest(ids),
             "evaluated": {name: len(questions) for name, questions in sets.items()},
             **settings_of(config),
         }
+        if read.compared is not None:
+            settings["compared_ids_digest"] = _ids_digest(read.compared)
         first = training.leads()
         board = self.out / "tensorboard" if self.tensorboard and first else None
         trackers = Trackers(settings, wandb=self.wandb if first else None, tensorboard=board)
@@ -163,25 +181,35 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
         with (
             io.locked(self.out) if first else contextlib.nullcontext()
         ):  # errors are raised before the weights are read
-            task(unloaded(checkpoint), read.training, ids, config).stage().batch(0)
+            abstract = unloaded(checkpoint)
+            task(abstract, read.training, ids, config, foreign=self.ids_from_another_model).stage().batch(0)
+            read.check(abstract)
 
         model = checkpoint.load()
-        job = task(model, read.training, ids, config)
+        job = task(model, read.training, ids, config, foreign=self.ids_from_another_model)
+        read.sources(model)
         settings["fingerprint"] = model.fingerprint
         with training.begun(self.out, settings, restart=self.restart, made=["evaluations.csv"]):
             if first:
                 write_config(self, self.out)
-            found = job.finished(self._train(job, sets, trackers, mesh))
+            found = job.finished(self._train(job, read, trackers, mesh))
             if not first:
                 raise Elsewhere
             export(found, self.out / "model", {path for path, _ in job.selection.rows})
-            return self._finish(job, len(items), started)
+            return self._finish(job, read, started)
 
     def read(self) -> "Read":
         """Reads everything but the model."""
         items = read_finetune_folder(self.data)
         training, held = self.split(items)
-        return Read(ids=read_spatial_ids(self.ids), items=items, training=training, sets=self._evaluation_sets(held))
+        return Read(
+            ids=read_spatial_ids(self.ids),
+            compared=None if self.compared_ids is None else read_spatial_ids(self.compared_ids),
+            items=items,
+            training=training,
+            sets=self._evaluation_sets(held),
+            folders=folders(held, self.questions, self.seed),
+        )
 
     @property
     def evaluated(self) -> int:
@@ -219,17 +247,17 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             further = 4.0 * sum(nbytes(leaf) for leaf in trained.values())
         return checkpoint.axes(self.mesh, devices, device, further=further)
 
-    def _train(self, job: Task, sets: Mapping[str, Sequence[SpatialItem]], trackers: Trackers, mesh: Mesh) -> Trained:
+    def _train(self, job: Task, read: "Read", trackers: Trackers, mesh: Mesh) -> Trained:
         """Returns the trained tensors; writes metrics and evaluations meanwhile."""
-        path = self.out / "evaluations.csv"
+        path, sources = self.out / "evaluations.csv", read.sources(job.model)
 
         def check(step: int, trained: Trained) -> None:
             row: dict[str, float | str] = {"step": step}
-            for name, items in sets.items():
-                right, count = evaluate(
-                    job.model_with(trained), items, prompt=job.config.prompt or "plain", answered=self.answered
-                )
+            model = job.model_with(trained)
+            for name, items in read.sets.items():
+                right, count = evaluate(model, items, prompt=job.config.prompt or "plain", answered=self.answered)
                 row |= {name: round(right / count, 4), f"{name}_right": right, f"{name}_questions": count}
+            row |= measured(model, read.folders, sources, job.config)
             if training.leads():
                 training.append_metrics(path, CHECKED, row)
 
@@ -254,8 +282,9 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
                 layout=job.layout,
             )
 
-    def _finish(self, job: Task, pictures: int, started: float) -> FinetuneSummary:
+    def _finish(self, job: Task, read: "Read", started: float) -> FinetuneSummary:
         """Draws the curves, and writes and returns the summary."""
+        pictures = len(read.items)
         metrics, evaluations = (training.read_metrics(self.out / f"{name}.csv") for name in ("metrics", "evaluations"))
         io.write_json(self.out / "metrics.json", {"training": metrics, "evaluations": evaluations})
         plots.save(self._curves(job, pictures, metrics, evaluations), self.out / "curves.png")
@@ -270,6 +299,9 @@ class Finetune(FinetuneConfig, Command[FinetuneSummary]):
             trained_share=job.trained / every,
             skipped_steps=int(metrics[-1]["skipped"]),
             trained_tensors=[path if rows is None else f"{path}{list(rows)}" for path, rows in job.selection.rows],
+            own_ids=of_same_model(job.model, read.ids),
+            ids_model=read.ids.model,
+            compared_model="" if read.compared is None else read.compared.model,
             evaluations=evaluations,
             exported=self.out / "model",
             seconds=round(time.perf_counter() - started, 1),
@@ -313,16 +345,46 @@ class Read:
     """What a run reads besides the model.
 
     Attributes:
-        ids: the model's spatial IDs.
+        ids: the spatial IDs of the ID loss.
+        compared: further ones, with which activations are compared too.
         items: all pictures.
         training: those that are trained on.
         sets: questions for the evaluations, by name.
+        folders: questions about held-out pictures whose activations are compared with IDs.
     """
 
     ids: SpatialIDs
+    compared: SpatialIDs | None
     items: Sequence[GridItem]
     training: Sequence[GridItem]
     sets: Mapping[str, Sequence[SpatialItem]]
+    folders: Sequence[Group]
+
+    def check(self, model: Model) -> None:
+        """Checks that further IDs have the model's layers and width.
+
+        Raises:
+            InputError: if they have not.
+        """
+        if self.compared is not None:
+            require_same_shape(model, self.compared)
+
+    def sources(self, model: Model) -> dict[str, SpatialIDs]:
+        """The IDs with which activations are compared, by the name of the column: the model's own, and others.
+
+        Raises:
+            InputError: if both are the model's own, or neither is.
+        """
+        found: dict[str, SpatialIDs] = {}
+        for ids in (self.ids, self.compared):
+            if ids is None:
+                continue
+            name = OWN if of_same_model(model, ids) else OTHER
+            if name in found:
+                whose = f"{model.name}'s own" if name == OWN else f"other models' than {model.name}"
+                raise InputError(f"ids and compared_ids are both {whose}; one of them must be, and the other not.")
+            found[name] = ids
+        return found
 
 
 def settings_of(config: FinetuneConfig) -> dict[str, Any]:
@@ -336,150 +398,10 @@ def unloaded(checkpoint: Checkpoint) -> Model:
     return dataclasses.replace(checkpoint.model, definition=definition, parameters=unflatten(shapes))
 
 
+def _ids_digest(ids: SpatialIDs) -> str:
+    return hashlib.sha256(np.asarray(ids.universal).tobytes()).hexdigest()[:16]
+
+
 def _digest(items: Sequence[GridItem]) -> str:
     text = json.dumps([[item.object_a, item.cell_a, item.object_b, item.cell_b] for item in items])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --- comparison ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Interval:
-    """Mean over runs with Student's 95 % interval; for a single run, just its value."""
-
-    mean: float
-    low: float
-    high: float
-    values: list[float]
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> "Interval":
-        """The interval of some runs' values."""
-        mean, half = float(values.mean()), float(np.nan_to_num(mean_interval(values)))
-        return cls(mean=mean, low=mean - half, high=mean + half, values=values.tolist())
-
-
-Comparison = Mapping[str, Mapping[str, Interval]]
-"""Intervals by evaluation set, then by "with_ids", "without_ids", "before" and "difference"."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareFinetune(Command[Comparison]):
-    """Compare fine-tuning runs with and without the ID loss.
-
-    Runs with the same seed are also compared in pairs.
-
-    Attributes:
-        folders: folders of runs that differ only in seed and weight of the ID loss.
-        out: folder for `comparison.csv`, `comparison.json` and `comparison.png`.
-    """
-
-    name: ClassVar[str] = "compare-finetune"
-
-    folders: tuple[Path, ...]
-    out: Path = dataclasses.field(kw_only=True)
-
-    def run(self) -> Comparison:
-        """Reads the runs' summaries, compares the last evaluations and draws all of them.
-
-        Raises:
-            DataError: if a folder holds no finished run, or runs of one kind are missing.
-            InputError: if the runs differ in more than seed and weight.
-        """
-        kinds = self._read()
-        runs = [run for of_kind in kinds.values() for run in of_kind.values()]
-        found: dict[str, dict[str, Interval]] = {}
-        curves: dict[str, dict[str, np.ndarray]] = {}
-        for name in _sets_of(runs[0]):
-            values = {
-                kind: np.array([[row[name] for row in run["evaluations"]] for _, run in sorted(of_kind.items())])
-                for kind, of_kind in kinds.items()
-            }
-            curves[SETS[name]] = values
-            found[name] = {kind: Interval.of(rows[:, -1]) for kind, rows in values.items()}
-            found[name]["before"] = Interval.of(np.concatenate(list(values.values()))[:, 0])
-            with_ids, without_ids = kinds["with_ids"], kinds["without_ids"]
-            both = sorted(set(with_ids) & set(without_ids))
-            if both:
-                found[name]["difference"] = Interval.of(
-                    np.array([_last(with_ids[seed], name) - _last(without_ids[seed], name) for seed in both])
-                )
-        io.ensure_output_folder(self.out)
-        write_config(self, self.out)
-        io.write_json(self.out / "comparison.json", found)
-        lines = [["set", "runs", "mean", "low", "high", "values"]]
-        for name, entries in found.items():
-            for kind, entry in entries.items():
-                numbers = (f"{value:.4f}" for value in (entry.mean, entry.low, entry.high))
-                lines.append([name, kind, *numbers, " ".join(f"{value:.4f}" for value in entry.values)])
-        write_csv(self.out / "comparison.csv", lines)
-        questions = {row[f"{name}_questions"] for run in runs for row in run["evaluations"] for name in found}
-        about = plots.About(
-            model=str(runs[0]["model"]),
-            items=" and ".join(str(len(of_kind)) for of_kind in kinds.values()),
-            unit="runs",
-            note=f"{' to '.join(f'{count:g}' for count in sorted({min(questions), max(questions)}))} questions a point",
-        )
-        steps = np.array([row["step"] for row in runs[0]["evaluations"]])
-        plots.save(plots.finetune_comparison(steps, curves, about=about), self.out / "comparison.png")
-        return found
-
-    def _read(self) -> dict[str, dict[int, Mapping[str, Any]]]:
-        """The runs' summaries by "with_ids" and "without_ids", and by seed."""
-        kinds: dict[str, dict[int, Mapping[str, Any]]] = {"with_ids": {}, "without_ids": {}}
-        seen: dict[tuple[str, int], Path] = {}
-        shared: list[object] = []
-        for folder in self.folders:
-            run = _read_summary(folder)
-            shared.append(_shared(run))
-            if shared[-1] != shared[0]:
-                raise InputError(f"{folder} differs from {self.folders[0]} in more than seed and ID loss.")
-            kind, seed = "with_ids" if run["config"]["id_weight"] else "without_ids", run["config"]["seed"]
-            if (kind, seed) in seen:
-                raise InputError(f"{folder} and {seen[kind, seed]} are runs of one kind with the same seed.")
-            seen[kind, seed], kinds[kind][seed] = folder, run
-        if not all(kinds.values()):
-            raise DataError("a comparison needs finished runs with the ID loss and without it (--id-weight 0).")
-        return kinds
-
-    def report(self, result: Comparison) -> Iterator[str]:
-        """A line for each set and kind of run."""
-        for name, entries in result.items():
-            for kind, entry in entries.items():
-                yield (
-                    f"{name:13s} {kind:12s} {entry.mean:+7.1%}   95 % interval {entry.low:+.1%} to {entry.high:+.1%}   "
-                    f"{len(entry.values)} runs"
-                )
-        yield str(self.out / "comparison.png")
-
-
-def _read_summary(folder: Path) -> Mapping[str, Any]:
-    path = folder / "summary.json"
-    try:
-        found = io.read_json(path, DataError)
-        with io.reading(path, "the summary of a fine-tuning run", DataError):
-            if found["experiment"] != Finetune.name or not found["evaluations"]:
-                raise ValueError("it is of another experiment, or holds no evaluation")
-            check_seed(found["config"]["seed"])
-            check_finite("id_weight", float(found["config"]["id_weight"]))
-            for row in found["evaluations"]:
-                numbers = [row["step"], *(row[f"{name}{part}"] for name in _sets_of(found) for part in _PARTS)]
-                check_finite("an evaluation", np.array(numbers, np.float64))
-    except JaxidError as error:
-        raise DataError(f"{folder} holds no finished fine-tuning run ({io.first_line(error)}).") from error
-    return found
-
-
-def _last(summary: Mapping[str, Any], name: str) -> float:
-    return summary["evaluations"][-1][name]
-
-
-def _sets_of(summary: Mapping[str, Any]) -> list[str]:
-    return [name for name in SETS if name in summary["evaluations"][0]]
-
-
-def _shared(summary: Mapping[str, Any]) -> object:
-    """The part of a summary in which compared runs must agree."""
-    config = {name: value for name, value in summary["config"].items() if name not in ("seed", "id_weight")}
-    return summary["model"], config, [row["step"] for row in summary["evaluations"]], _sets_of(summary)

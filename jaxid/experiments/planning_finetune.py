@@ -23,6 +23,7 @@ from jaxid.devices import Device
 from jaxid.dry_run import Call, dry_run
 from jaxid.experiments.finetune import Task, resolved, rows_of, task
 from jaxid.experiments.finetune_evaluation import BATCH, evaluate
+from jaxid.experiments.finetune_geometry import word_activations
 from jaxid.experiments.finetune_run import Finetune, Read
 from jaxid.meshes import AXES, ONE, Axes
 from jaxid.plan import USABLE, TrainingPlan
@@ -52,7 +53,8 @@ def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -
     axes = command.axes(checkpoint, jax.device_count(), device)
     model, measure = checkpoint.abstract(), measure and axes == ONE
     read = command.read()
-    job = task(model, read.training, read.ids, resolved(command, model))
+    job = task(model, read.training, read.ids, resolved(command, model), foreign=command.ids_from_another_model)
+    read.check(model)
     stage, groups = job.stage(), job.config.groups or 1
     trained = jax.eval_shape(job.selection.split, model.parameters)
     weights, (copies, state) = checkpoint.held(axes), _state(checkpoint, stage, trained, axes)
@@ -153,5 +155,12 @@ def _evaluation(
             if own:
                 calls = dry_run(partial(asked, own[:BATCH]), device, axes=axes, measure=measure)
                 found += [(-(-len(own) // BATCH), call) for call in calls]
+    questions = [question for folder in read.folders for question in folder]
+    for axis in ANSWERS:
+        own = [question for question in questions if question.axis == axis]
+        if own:
+            described = partial(word_activations, model, own[:BATCH], job.config)
+            calls = dry_run(described, device, axes=axes, measure=measure)
+            found += [(-(-len(own) // BATCH), call) for call in calls]
     flat = flatten(parameters)
     return sum(nbytes(flat[path]) for path, _ in job.selection.rows) / axes.model, found

@@ -341,18 +341,28 @@ class Session:
         return table
 
 
+def require_same_shape(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
+    """Raises InputError unless IDs have the model's layers and width."""
+    if ids.values.shape[0] != model.num_layers or ids.values.shape[-1] != model.width:
+        raise InputError(
+            f"the IDs are of a model with {ids.values.shape[0]} layers of width {ids.values.shape[-1]}, "
+            f"{model.name} has {model.num_layers} of width {model.width}."
+        )
+
+
+def of_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> bool:
+    """Whether IDs were extracted from this model, or do not say from which."""
+    return not ids.fingerprint or not model.fingerprint or ids.fingerprint == model.fingerprint
+
+
 def require_same_model(model: Model, ids: SpatialIDs | TemporalIDs) -> None:
     """Checks that IDs were extracted from this model.
 
     Raises:
         InputError: if layers, width or fingerprint differ.
     """
-    if ids.values.shape[0] != model.num_layers or ids.values.shape[-1] != model.width:
-        raise InputError(
-            f"the IDs are of a model with {ids.values.shape[0]} layers of width {ids.values.shape[-1]}, "
-            f"{model.name} has {model.num_layers} of width {model.width}."
-        )
-    if ids.fingerprint and model.fingerprint and ids.fingerprint != model.fingerprint:
+    require_same_shape(model, ids)
+    if not of_same_model(model, ids):
         raise InputError(
             f"the IDs were extracted from {ids.model} ({ids.fingerprint}), not from {model.name} "
             f"({model.fingerprint}); extract them again with jaxid ids extract."

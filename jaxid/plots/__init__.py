@@ -8,7 +8,7 @@ Layers are decoder layers, counted from 0; log-probabilities are in nats.
 from jaxid.plots.blank_image import blank_image
 from jaxid.plots.dcsm import benchmark_bars, caption_maps, training_curves
 from jaxid.plots.diagnosis import margin_histogram, margins_by_layer, occlusion_example, sensitivities
-from jaxid.plots.finetune import finetune_comparison, finetune_curves
+from jaxid.plots.finetune import finetune_comparison, finetune_curves, finetune_geometry
 from jaxid.plots.geometry import attainable_margins
 from jaxid.plots.ids import id_plane, variance_by_layer
 from jaxid.plots.scenes import scenes_with_answers
@@ -29,6 +29,7 @@ __all__ = [
     "depth_by_row",
     "finetune_comparison",
     "finetune_curves",
+    "finetune_geometry",
     "id_plane",
     "margin_histogram",
     "margins_by_layer",

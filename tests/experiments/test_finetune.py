@@ -29,7 +29,7 @@ from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
 from jaxid.experiments.finetune_data import split_pairs, with_answers
-from jaxid.experiments.finetune_run import CompareFinetune
+from jaxid.experiments.finetune_comparison import CompareFinetune
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.programs import program
@@ -365,7 +365,8 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         main(["compare-finetune", str(folder / "run"), str(folder / "other"), "--out", str(folder / "both")])
     assert ended.value.code == 0
     found = json.loads((folder / "both" / "comparison.json").read_text())["held_out"]
-    assert found["difference"]["mean"] == pytest.approx(found["with_ids"]["mean"] - found["without_ids"]["mean"])
+    paired = found["with_ids - without_ids"]["mean"]
+    assert paired == pytest.approx(found["with_ids"]["mean"] - found["without_ids"]["mean"])
     assert (folder / "both" / "comparison.png").stat().st_size > 10_000
     # Other settings do not resume a run; a model is never written over.
     with pytest.raises(SystemExit) as ended:

@@ -17,7 +17,8 @@ from jaxid import cli, meshes
 from jaxid import plan as plans
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checkpoints.loading import open_checkpoint
-from jaxid.dcsm.scoring import Scorer, own_scorer
+from jaxid.dcsm.own_scorers import own_scorer
+from jaxid.dcsm.scoring import Scorer
 from jaxid.dry_run import Call
 from jaxid.experiments.dcsm_evaluate import EvaluateScorers
 from jaxid.experiments.finetune import resolved, task
@@ -108,7 +109,11 @@ def test_a_run_is_planned_without_weights(data: Path) -> None:
     assert 0 < found.trained < found.weights and 2 * found.trained <= found.optimizer <= 2 * found.trained + 64
     one, *evaluations = found.programs
     assert (one.name, one.prompts) == ("training step", 2 * 4) and one.results < 64  # the state's memory is its own
-    assert {call.name for call in evaluations} == {"forward", "answers"} and found.evaluations == 3
+    assert {call.name for call in evaluations} == {
+        "forward",
+        "answers",
+        "trace at positions",
+    } and found.evaluations == 3
     assert found.peak >= found.weights + found.trained + found.optimizer + one.memory
     each = H100.seconds(one.flops, one.moved)
     assert found.seconds == pytest.approx(6 * each + 3 * found.evaluation_seconds, rel=0.2)
