@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxid.checks import check_options
 from jaxid.errors import InputError
 from jaxid.train.loop import Stage, adamw, begun, fit
+from jaxid.zoo.records import RECORD_FILE, recorded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,8 @@ class Recipe(Generic[Config]):
                 self.write(folder / "model-weak", jax.device_get(parameters["network"]))
 
         settings = dataclasses.asdict(config) | {"vocabulary": self.vocabulary}
-        with begun(folder, settings, restart=restart, made=["model", "model-weak", "scorer-*", "accuracy.json"]):
+        made = ["model", "model-weak", "scorer-*", "accuracy.json", RECORD_FILE]
+        with begun(folder, settings, restart=restart, made=made), recorded(folder):
             trained = fit(
                 folder,
                 parameters,
