@@ -19,7 +19,7 @@ from jax.errors import JaxRuntimeError
 from jaxid import halving, jobs
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.data.grid import write_grid_folder
-from jaxid.dcsm import embedding, scoring
+from jaxid.dcsm import embedding, own_scorers, scoring
 from jaxid.errors import InputError, JaxidWarning, OutOfMemoryError
 from jaxid.halving import Exhausted, Halving, out_of_memory
 from jaxid.ids import extract
@@ -230,7 +230,7 @@ def test_pictures_and_captions_are_encoded_in_halves(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("group", ["call", "row", "pair"])
 def test_pictures_are_scored_in_halves(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Standardised over all pictures of the call, whatever is computed together."""
-    encoder, scorer = load_encoder("tiny-clip"), scoring.find_scorer("tiny-clip")
+    encoder, scorer = load_encoder("tiny-clip"), own_scorers.find_scorer("tiny-clip")
     pictures = embedding.embed_images(encoder, [*fixtures.pictures(), fixtures.pictures()[0][::-1]])
     texts = embedding.embed_texts(encoder, ["a star left of a fish", "a fish", "a key"], scorer.map_shape[1])
     whole = scoring.score(scorer, pictures, texts, group=group)

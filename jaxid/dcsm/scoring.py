@@ -14,15 +14,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxid import meshes
-from jaxid.checkpoints.loading import find_folder
 from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Pictures, Texts
 from jaxid.dcsm.placement import PLACEMENTS, PUBLISHED, place
 from jaxid.errors import CheckpointError, InputError, JaxidError, OutputError
-from jaxid.families.registry import ALIASES, ENCODERS
 from jaxid.halving import Halving
 from jaxid.interp.programs import program
-from jaxid.io import read_json, reading, whole_file
+from jaxid.io import reading, whole_file
 from jaxid.kernels import scorer as kernels
 from jaxid.kernels import similarity
 from jaxid.kernels.scorer import CNN, MLP
@@ -70,6 +68,11 @@ class Scorer:
         """Number of picture and caption tokens of its maps, I and T."""
         return kernels.map_shape(self.network)
 
+    @property
+    def kind(self) -> str:
+        """Kind of its network, a name in `KINDS`."""
+        return next(kind for kind, found in KINDS.items() if isinstance(self.network, found))
+
     @classmethod
     def init(
         cls,
@@ -111,8 +114,7 @@ class Scorer:
         if Path(path).suffix != ".safetensors":
             raise OutputError(f"{path} cannot be written: a scorer's name must end in .safetensors.")
         arrays = {f"network.{name}": np.asarray(value) for name, value in self.network._asdict().items()}
-        described = {name: getattr(self, name) for name in ("vocabulary", "placement", "encoder")}
-        described["kind"] = next(kind for kind, found in KINDS.items() if isinstance(self.network, found))
+        described = {name: getattr(self, name) for name in ("vocabulary", "placement", "encoder", "kind")}
         with whole_file(path) as temporary:
             save_file(
                 {**arrays, "vectors": np.asarray(self.vectors)}, temporary, metadata={"scorer": json.dumps(described)}
@@ -180,29 +182,6 @@ class Scorer:
                 raise CheckpointError(f"{path}: {error}") from error
         _check_arrays(found, str(path), CheckpointError)
         return found
-
-
-def own_scorer(model: str) -> Path | None:
-    """The scorer in a model's folder, if there is one."""
-    path = find_folder(ALIASES.get(model, model)) / SCORER_FILE
-    return path if path.is_file() else None
-
-
-def find_scorer(model: str, path: Path | None = None) -> Scorer:
-    """The scorer at a path, or the one in the model's folder.
-
-    Raises:
-        InputError: if there is neither.
-        CheckpointError: if the scorer cannot be read, or the model is of a kind that has none.
-    """
-    found = own_scorer(model) if path is None else path
-    if found is None:
-        folder = find_folder(ALIASES.get(model, model))
-        kind = read_json(folder / "config.json", CheckpointError, missing={}).get("model_type")
-        if kind is not None and kind not in ENCODERS:
-            raise CheckpointError(f"{folder}: model_type {kind!r} is not a CLIP-like model; pass one.")
-        raise InputError(f"{model} has no scorer of its own; give --scorer, or train one with `jaxid dcsm train`.")
-    return Scorer.load(found)
 
 
 def check_vocabulary(words: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ versions, in one square of scores whose diagonal is right: cross-entropy over ro
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,12 +47,15 @@ class TrainingConfig:
         epochs: passes over the smallest data set, in whole batches; 26 as published.
         batch_size: items of each data set per step.
         learning_rate: of Adam; 1e-3, 1e-4 and 1e-5 as published.
+        decay: lower the learning rate to zero along half a cosine; it stays as it is by default, as published.
         dropout: of the CNN's channels after its convolutions, of its hidden layer and of its score; 0 as published.
         augment: distort, rotate and sprinkle pictures at every step, instead of encoding them once.
         learn_vectors: train the functional vectors too.
         vocabulary: functional words.
         placement: where their columns are put: at the word's own token, or as published, replace or insert.
         text_tokens: caption tokens of a map.
+        group: maps that are standardised together: call, all of a step, as published; own, for each picture those with
+            its item's captions, as when it is asked about them; or mixed, blends of both at random.
         seed: of the scorer, the vectors, the order of items, dropout and augmentation.
     """
 
@@ -59,12 +63,14 @@ class TrainingConfig:
     epochs: Count = 26
     batch_size: Annotated[int, Range(2)] = 8
     learning_rate: float = 1e-3
+    decay: bool = False
     dropout: Annotated[float, Range(0, 0.99)] = 0.0
     augment: bool = True
     learn_vectors: bool = False
     vocabulary: tuple[str, ...] = PUBLISHED
     placement: Placement = "token"
     text_tokens: Count = TEXT_TOKENS
+    group: Literal["call", "own", "mixed"] = "call"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -253,13 +259,15 @@ def train(
     parameters: dict[str, Any] = {"network": scorer.network._asdict()}
     if config.learn_vectors:
         parameters["vectors"] = scorer.vectors
+    steps = config.epochs * per_epoch
+    rate = optax.cosine_decay_schedule(config.learning_rate, steps) if config.decay else config.learning_rate
     stage = Stage(
         name="scorer",
         first=0,
-        steps=config.epochs * per_epoch,
+        steps=steps,
         loss=lambda parameters, batch: loss(parameters, batch, scorer, list(sets), config, encoder, per_epoch),
         batch=batch,
-        optimizer=optax.adam(config.learning_rate),
+        optimizer=optax.adam(rate),
         # Every picture meets every caption: devices share the pictures.
         whole=tuple(name for name in batch(0) if not name.endswith(".images")),
         constants={"encoder": encoder.parameters} if config.augment else {},
@@ -325,15 +333,40 @@ def loss(
             columns = jax.random.permutation(second, len(texts))
             left, right = similarity.with_functional_rows(images[rows], texts[columns], words[columns], vectors)
             left = placed(left, (meshes.DATA, None, None))
-            maps = similarity.standardise(similarity.similarity_maps(left, right))
+            maps = similarity.similarity_maps(left, right)
+            # Before the shuffle, caption k belonged to picture k, and its opposite came half of them later.
+            places, half = jnp.argsort(columns), len(texts) // 2
+            pair = jnp.stack([places[rows % half], places[rows % half + half]], axis=1)
+            maps = standardised(maps, pair, config.group, jax.random.fold_in(third, 1))
             flat = maps.reshape(-1, *maps.shape[2:])
             scores = kernels.apply(network, flat, third, config.dropout).reshape(maps.shape[:2])
-            # Before the shuffle, caption k belonged to picture k; this is its column afterwards.
-            loss, accuracy = two_way_loss(scores, jnp.argsort(columns)[rows])
+            loss, accuracy = two_way_loss(scores, places[rows])
             total, hits = total + loss, hits + accuracy
     epoch = batch["step"] / per_epoch
     mean = total / len(sets)
     return mean, {"epoch": epoch, "loss": mean, "accuracy": hits / (VERSIONS * len(sets))}
+
+
+def standardised(
+    maps: Float[Array, "N M I T"], own: Int[Array, "N C"], group: str, key: Array
+) -> Float[Array, "N M I T"]:
+    """The maps of a step, standardised as the option `group` says.
+
+    Args:
+        maps: of every picture with every caption.
+        own: indices of the captions of every picture's item.
+        group: call, own or mixed.
+        key: of each picture's blend, if mixed.
+    """
+    if group == "call":
+        return similarity.standardise(maps)
+    chosen = jnp.take_along_axis(maps, own[:, :, None, None], axis=1)
+    mean, deviation = (f(chosen, axis=(1, 2, 3), keepdims=True) for f in (jnp.mean, partial(jnp.std, ddof=1)))
+    if group == "mixed":
+        share = jax.random.uniform(key, (len(maps), 1, 1, 1), maps.dtype)
+        mean = share * mean + (1 - share) * maps.mean()
+        deviation = share * deviation + (1 - share) * maps.std(ddof=1)
+    return (maps - mean) / deviation
 
 
 def _augmented(encoder: Encoder, key: Array, pixels: Float[Array, "N C Y X"]) -> Float[Array, "N C Y X"]:

@@ -18,7 +18,8 @@ from jaxid.data.files import write_csv
 from jaxid.dcsm import benchmarks, evaluate, orders
 from jaxid.dcsm.benchmarks import Question
 from jaxid.dcsm.embedding import Pictures, Texts, embed_images
-from jaxid.dcsm.scoring import Scorer, own_scorer
+from jaxid.dcsm.own_scorers import find_scorer, is_kind, own_scorer
+from jaxid.dcsm.scoring import Scorer
 from jaxid.errors import DataError, InputError
 from jaxid.experiments.base import Command, write_config
 from jaxid.experiments.session import Columns
@@ -59,7 +60,8 @@ class EvaluateScorers(Command[EvaluationSummary]):
         data: folder of benchmarks in their published layouts.
         out: folder for parts, tables and figure. A run that it holds is resumed if its settings agree.
         model: encoders.
-        scorer: scorers, each used for the encoder that it was trained with; an encoder's own by default.
+        scorer: scorers, each used for the encoder that it was trained with; or cnn or mlp, for every encoder's own one
+            of that kind; an encoder's default one by default.
         benchmark: names of benchmarks; all that the folder holds by default.
         rewrite: reword captions as the published evaluation does.
         seed: of the wrong word orders that are drawn for captions of COCO-Order and Flickr30k-Order.
@@ -147,19 +149,22 @@ class EvaluateScorers(Command[EvaluationSummary]):
         return sorted(found, key=lambda entry: (str(entry[1].picture), str(entry[1].crop), entry[0], entry[1].key))
 
     def scorers(self) -> dict[str, Scorer | None]:
-        """Each encoder's scorer: the given one, or else the one in its folder."""
-        given = {path: Scorer.load(path) for path in self.scorer}
+        """Each encoder's scorer: the given one, its own one of the given kind, or else its default one."""
+        kinds = [path for path in self.scorer if is_kind(path)]
+        given = {path: Scorer.load(path) for path in self.scorer if path not in kinds}
         for path, scorer in given.items():
             if scorer.encoder not in ("", *self.model):
                 raise InputError(f"{path} was trained on {scorer.encoder}, which is none of {', '.join(self.model)}.")
         found: dict[str, Scorer | None] = {}
         for model in self.model:
             # The authors' files do not name the encoder.
-            own = [path for path, scorer in given.items() if scorer.encoder in (model, "")]
+            own = [path for path, scorer in given.items() if scorer.encoder in (model, "")] + kinds
             if len(own) > 1:
                 raise InputError(f"{own[0]} and {own[1]} are both for {model}; give one of them.")
-            path = own[0] if own else own_scorer(model)
-            found[model] = None if path is None else given.get(path) or Scorer.load(path)
+            if own:
+                found[model] = given.get(own[0]) or find_scorer(model, own[0])
+            else:
+                found[model] = None if own_scorer(model) is None else find_scorer(model)
         return found
 
     def _answered(self, encoder: Encoder, scorer: Scorer | None, asked: Sequence[Asked]) -> jobs.Finished:

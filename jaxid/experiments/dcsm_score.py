@@ -11,8 +11,9 @@ from jaxid import plots
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.checks import check_finite
 from jaxid.dcsm.embedding import Texts, embed_images, embed_texts
+from jaxid.dcsm.own_scorers import find_scorer
 from jaxid.dcsm.placement import Placement, place
-from jaxid.dcsm.scoring import Scorer, find_scorer, score
+from jaxid.dcsm.scoring import Scorer, score
 from jaxid.errors import InputError, OutputError
 from jaxid.experiments.base import Command
 from jaxid.io import ensure_output_folder
@@ -42,7 +43,8 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         picture: the picture.
         captions: the captions.
         model: alias, Hugging Face id, folder, or OpenCLIP file.
-        scorer: a scorer, .safetensors or the authors' .pt; the model's own by default.
+        scorer: cnn or mlp for the model's own scorer of that kind; or a file, .safetensors or the authors' .pt; the
+            model's default one by default.
         placement: where columns of functional words are put: token, replace or insert; as in training by default, and
             replace with a .pt file, which does not tell.
         group: maps that are standardised together: all maps of the call, as published; a picture's maps; or none.

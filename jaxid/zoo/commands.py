@@ -1,6 +1,7 @@
-"""`jaxid zoo train` and `jaxid zoo evaluate`."""
+"""`jaxid zoo train`, `jaxid zoo evaluate` and `jaxid zoo unknown`."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,42 @@ def evaluate(model: str = "tiny-llava", *, count: Annotated[int, Range(8)] = 512
     return "\n".join((_encoder_lines if kind == "clip" else _model_lines)(model, count, seed))
 
 
+def unknown(
+    model: str = "tiny-llava",
+    *,
+    out: Path,
+    count: Annotated[int, Range(8)] = 256,
+    seed: int = 1,
+    photographs: Path | None = None,
+) -> str:
+    """Measure tiny-llava on pictures and words that its training never shows, beside clean pictures.
+
+    Objects drawn by other means and in other styles, glyphs of fonts, photographs behind them, noise, blur, JPEG, no
+    colours, rotated pictures, other sizes, and names of things that it does not know; with 95 % intervals.
+
+    Args:
+        model: tiny-llava, or the folder of a model that was trained like it.
+        out: folder for `unknown.json`, `unknown.md`, and some of the pictures, `unknown.png`.
+        count: number of pictures of each sort.
+        seed: seed of the scenes.
+        photographs: folder of photographs for the backgrounds; by default the one that Matplotlib ships.
+
+    Returns:
+        What to print.
+    """
+    check_values(unknown, {"count": count, "seed": seed})
+    from jaxid.checkpoints.loading import load
+    from jaxid.io import ensure_output_folder, to_json, write_json, write_text
+    from jaxid.zoo import unknown as measurement
+
+    ensure_output_folder(out)
+    found = measurement.measure(load(model), count=count, seed=seed, photographs=photographs, sheet=out / "unknown.png")
+    lines = measurement.table(json.loads(to_json(found)))
+    write_json(out / "unknown.json", found)
+    write_text(out / "unknown.md", "\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
 def _model_lines(model: str, count: int, seed: int) -> Iterator[str]:
     from jaxid.checkpoints.loading import load
     from jaxid.families.llava_video import LlavaVideoConfig
@@ -90,15 +127,19 @@ def _model_lines(model: str, count: int, seed: int) -> Iterator[str]:
 
 def _encoder_lines(model: str, count: int, seed: int) -> Iterator[str]:
     from jaxid.checkpoints.encoders import load_encoder
-    from jaxid.dcsm.scoring import Scorer, own_scorer
+    from jaxid.dcsm.own_scorers import own_scorers
     from jaxid.zoo import clip_evaluation
 
-    path = own_scorer(model)
-    scorer = None if path is None else Scorer.load(path)
-    for kind, entry in clip_evaluation.evaluate(load_encoder(model), scorer, count=count, seed=seed).items():
-        shown = [
-            f"{name} {entry[method]['accuracy']:.1%} ({entry[method]['low']:.1%} to {entry[method]['high']:.1%})"
-            for method, name in (("cosine", "pooled cosine"), ("dcsm", "dense maps"))
-            if method in entry
-        ]
-        yield f"{kind:9s} chance {entry['chance']:.0%}   {'   '.join(shown)}"
+    encoder, scorers = load_encoder(model), own_scorers(model)
+    names = {"cosine": "pooled cosine"} | {kind: f"dense maps, {kind.upper()}" for kind in scorers}
+    tables = {"": clip_evaluation.evaluate(encoder, scorers, count=count, seed=seed)}
+    for shown, shapes in clip_evaluation.SHOWN.items():
+        found = clip_evaluation.demonstrate(encoder, scorers, count=count, seed=seed, shapes=shapes)
+        tables[f"six captions of one picture, {shown}:"] = found
+    for head, table in tables.items():
+        if head:
+            yield head
+        for kind, entry in table.items():
+            shares = ((name, entry["methods"][method]) for method, name in names.items())
+            told = [f"{name} {own['accuracy']:.1%} ({own['low']:.1%} to {own['high']:.1%})" for name, own in shares]
+            yield f"{kind:9s} chance {entry['chance']:.0%}   {'   '.join(told)}"

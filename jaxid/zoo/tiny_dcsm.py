@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from jaxid.checks import Range, check_seed
 from jaxid.data import scenes as drawn
@@ -34,6 +34,12 @@ These are the published ones, and three that name the missing object first, so t
 information.
 """
 
+_WITHOUT = (1 / 8, 1 / 8, 3 / 8, 1 / 8, 1 / 8, 1 / 8)
+"""Shares of those in the items about a second object: the published demonstration's is the hardest."""
+
+TOGETHER = ("{here} with {missing}", "{here} and {missing}", "{missing} with {here}", "{missing} and {here}")
+"""Templates for two objects that are both present."""
+
 _IN_FILES = {said: name for name, said in datasets.RELATIONS.items()}
 
 GAP = 0.22
@@ -43,9 +49,15 @@ STYLES = ("{}", "an image of {}", "a picture of {}", "bare")
 """How captions begin; bare ones also lack articles and "and"."""
 
 
-def styled(rng: np.random.Generator, captions: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """An item's captions, correct and opposite ones, in one random style."""
-    style = STYLES[rng.integers(len(STYLES))]
+TRAINED = (0.25, 0.2, 0.2, 0.35)
+"""Shares of the styles in training: bare captions are the hardest."""
+
+
+def styled(
+    rng: np.random.Generator, captions: Sequence[tuple[str, str]], shares: Sequence[float] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """An item's captions, correct and opposite ones, in one random style; all are equally frequent by default."""
+    style = STYLES[rng.integers(len(STYLES)) if shares is None else rng.choice(len(STYLES), p=shares)]
     if style != "bare":
         return tuple((style.format(first), style.format(second)) for first, second in captions)
     skipped = {"a", "an", "and"}
@@ -79,6 +91,7 @@ def spatial(
     keep: Callable[[Scenes], np.ndarray] = seen,
     *,
     rotated_share: float = 0.0,
+    shares: Sequence[float] | None = None,
 ) -> list[Item]:
     """Items about the relation of two objects; in the opposite picture the two have swapped places.
 
@@ -88,6 +101,7 @@ def spatial(
         keep: filter of the scenes that may be shown.
         rotated_share: share of the opposite pictures that are transposed instead: above becomes left, below becomes
             right, and the reverse.
+        shares: of the captions' styles.
     """
 
     def kept(scenes: Scenes) -> np.ndarray:
@@ -120,6 +134,7 @@ def spatial(
                 (f"{first} {how} {second}", f"{second} {RELATIONS[how]} {first}"),
                 (f"{first} {wrong} {second}", f"{second} {RELATIONS[wrong]} {first}"),
             ],
+            shares,
         )
         items.append(
             Item(
@@ -133,7 +148,13 @@ def spatial(
     return items
 
 
-def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.ndarray] = seen) -> list[Item]:
+def attributes(
+    rng: np.random.Generator,
+    count: int,
+    keep: Callable[[Scenes], np.ndarray] = seen,
+    *,
+    shares: Sequence[float] | None = None,
+) -> list[Item]:
     """Items about the colours of two objects; in the opposite picture the two have swapped colours."""
 
     def kept(scenes: Scenes) -> np.ndarray:
@@ -152,6 +173,7 @@ def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np
                 (f"{first} and {second}", f"{second} and {first}"),
                 (f"{third} and {fourth}", f"{fourth} and {third}"),
             ],
+            shares,
         )
         items.append(
             Item(
@@ -167,7 +189,13 @@ def attributes(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np
     return items
 
 
-def negation(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.ndarray] = seen) -> list[Item]:
+def negation(
+    rng: np.random.Generator,
+    count: int,
+    keep: Callable[[Scenes], np.ndarray] = seen,
+    *,
+    shares: Sequence[float] | None = None,
+) -> list[Item]:
     """Items about one object that is present and one that is missing; the opposite picture shows only the latter."""
     scenes, other = (sample(rng, count, 1, keep) for _ in range(2))
     shift = rng.integers(1, len(SHAPES), size=(count, 1))
@@ -183,6 +211,7 @@ def negation(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.n
                 (_negated(phrases[0], here, there), _negated(phrases[1], here, there)),
                 (_negated(phrases[0], there, here), _negated(phrases[1], there, here)),
             ],
+            shares,
         )
         items.append(
             Item(
@@ -196,17 +225,78 @@ def negation(rng: np.random.Generator, count: int, keep: Callable[[Scenes], np.n
     return items
 
 
+def presence(
+    rng: np.random.Generator,
+    count: int,
+    keep: Callable[[Scenes], np.ndarray] = seen,
+    *,
+    shares: Sequence[float] | None = None,
+) -> list[Item]:
+    """Items about a second object, beside the first one or missing there.
+
+    Both objects are in the picture, and its captions join them ("a star with a fish"). The opposite picture lacks the
+    second one, whose place is empty or taken by a third; its captions say so ("a star without a fish", "no fish but a
+    star"). So neither the number of objects nor the words alone tell which captions are right.
+    """
+    scenes = sample(rng, 2 * count, 2, keep)
+    third = absent(rng, scenes)
+    other = with_second(scenes, np.where(rng.random(2 * count) < 0.5, third, -1))
+    rows = np.flatnonzero(keep(other))[:count]
+    scenes, other = scenes[rows], other[rows]
+    pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
+    items = []
+    for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
+        here, beside = (SHAPES[index] for index in scenes.objects[row])
+        together = [TOGETHER[index] for index in rng.permutation(len(TOGETHER))[:2]]
+        apart = [NEGATIONS[index] for index in rng.choice(len(NEGATIONS), 2, replace=False, p=_WITHOUT)]
+        captions, opposites = styled(
+            rng,
+            [
+                (_negated(together[0], here, beside), _negated(together[1], here, beside)),
+                (_negated(apart[0], here, beside), _negated(apart[1], here, beside)),
+            ],
+            shares,
+        )
+        items.append(
+            Item(
+                key=f"{here}_{beside}",
+                picture=picture,
+                opposite=opposite,
+                captions=captions,
+                opposite_captions=opposites,
+            )
+        )
+    return items
+
+
+def absent(rng: np.random.Generator, scenes: Scenes) -> Int[np.ndarray, "N"]:
+    """For each scene an object that it does not show."""
+    order = rng.random((len(scenes), len(SHAPES))).argsort(axis=1)
+    shown = (order[:, :, None] == scenes.objects[:, None]).any(axis=-1)
+    return order[np.arange(len(order)), shown.argmin(axis=1)]
+
+
+def with_second(scenes: Scenes, objects: Int[np.ndarray, "N"]) -> Scenes:
+    """The scenes of two objects with others in the second one's place; -1 leaves it empty."""
+    return dataclasses.replace(
+        scenes,
+        objects=np.stack([scenes.objects[:, 0], objects], axis=1),
+        colors=np.stack([scenes.colors[:, 0], np.where(objects < 0, -1, scenes.colors[:, 1])], axis=1),
+    )
+
+
 def _negated(phrase: str, here: str, missing: str) -> str:
     return phrase.format(here=article(here), missing=article(missing), bare=missing)
 
 
 def training_sets(seed: int, count: int) -> dict[str, list[Item]]:
-    """The three training sets, from scenes that may occur in tiny-clip's training."""
+    """The four training sets, from scenes that may occur in tiny-clip's training."""
     rng = np.random.default_rng((seed, 7))
     return {
-        "spatial": spatial(rng, count, rotated_share=0.5),
-        "attributes": attributes(rng, count),
-        "negation": negation(rng, count),
+        "spatial": spatial(rng, count, rotated_share=0.5, shares=TRAINED),
+        "attributes": attributes(rng, count, shares=TRAINED),
+        "negation": negation(rng, count, shares=TRAINED),
+        "presence": presence(rng, count, shares=TRAINED),
     }
 
 
@@ -224,6 +314,7 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
     "content" asks which of four captions names the two objects; each wrong one names one absent object. "binding" asks
     which object has which colour, in held-out colours. "relation" asks which object is above, below, left or right, at
     held-out pairs of places. "negation" asks which object is present and which is missing; either is named first.
+    "presence" asks whether a second object is there, which is as often as not.
     """
     rng = np.random.default_rng((seed, 8))
     scenes = sample(rng, count, 2, lambda scenes: is_held_out(scenes)[0] | is_held_out(scenes)[1])
@@ -247,7 +338,65 @@ def questions(seed: int, count: int) -> dict[str, Questions]:
     items = negation(rng, count, lambda scenes: is_held_out(scenes)[0])
     captions = [(item.captions[0], item.opposite_captions[0]) for item in items]
     found["negation"] = Questions(pictures=np.stack([np.asarray(item.picture) for item in items]), captions=captions)
+    items = presence(rng, count, lambda scenes: is_held_out(scenes)[0])
+    # Either picture, so that "with" is right as often as "without".
+    asked = [
+        (item.picture, (item.captions[0], item.opposite_captions[0]))
+        if rng.random() < 0.5
+        else (item.opposite, (item.opposite_captions[0], item.captions[0]))
+        for item in items
+    ]
+    found["presence"] = Questions(
+        pictures=np.stack([np.asarray(picture) for picture, _ in asked]), captions=[captions for _, captions in asked]
+    )
     return found
+
+
+DEMONSTRATION = ("binding", "relation", "presence")
+"""What the three pairs of captions of a demonstration ask."""
+
+
+def demonstration(seed: int, count: int, shapes: tuple[str, str] | None = None, *, alone: bool = False) -> Questions:
+    """Scenes like the published demonstration's, each with six captions in three pairs; the first of a pair is right.
+
+    One object is above the other, in another colour: "red circle blue triangle" and "red triangle blue circle", "circle
+    above triangle" and "circle below triangle", "circle with triangle" and "circle without triangle". No filter keeps
+    out what tiny-clip or its scorers were trained on, or what they were not.
+
+    Args:
+        seed: of the scenes, which no training set shares.
+        count: number of scenes.
+        shapes: names of the two objects; any two by default.
+        alone: remove the second object, so that the third pair is the other way round; the others then have no answer.
+    """
+    rng = np.random.default_rng((seed, 10))
+
+    def kept(scenes: Scenes) -> np.ndarray:
+        across, down = np.moveaxis(np.abs(scenes.centers[:, 0] - scenes.centers[:, 1]), -1, 0)
+        return clear(scenes) & (down > across) & (scenes.colors[:, 0] != scenes.colors[:, 1])
+
+    scenes = sample(rng, count, 2, kept)
+    if shapes is not None:
+        own = np.array([SHAPES.index(shape) for shape in shapes])
+        scenes = dataclasses.replace(scenes, objects=own[rng.permuted(np.tile([0, 1], (count, 1)), axis=1)])
+    captions = []
+    for row in range(count):
+        first, second = (SHAPES[index] for index in scenes.objects[row])
+        tints = [COLOR_NAMES[index] for index in scenes.colors[row]]
+        how = relation(scenes.centers[row, 0], scenes.centers[row, 1])
+        presence = (f"{first} with {second}", f"{first} without {second}")
+        captions.append(
+            (
+                f"{tints[0]} {first} {tints[1]} {second}",
+                f"{tints[0]} {second} {tints[1]} {first}",
+                f"{first} {how} {second}",
+                f"{first} {RELATIONS[how]} {second}",
+                *(presence[::-1] if alone else presence),
+            )
+        )
+    if alone:
+        scenes = with_second(scenes, np.full(count, -1))
+    return Questions(pictures=drawn.render(scenes, IMAGE_SIZE), captions=captions)
 
 
 def draw(out: Path, *, count: Annotated[int, Range(8)] = 200, seed: int = 0) -> str:

@@ -25,6 +25,8 @@ from jaxid.dcsm.scoring import Scorer
 from jaxid.dcsm.training import TrainingConfig
 from jaxid.errors import InputError, OutputError
 from jaxid.experiments.reference_dcsm_training import common_order
+from jaxid.kernels import scorer as kernels
+from jaxid.kernels import similarity
 from jaxid.train import loop
 
 CASE = ENCODER_CASES[0]
@@ -158,6 +160,58 @@ def test_two_way_loss_by_hand() -> None:
     # The third caption is nobody's: moving the others moves nothing else.
     again, _ = training.two_way_loss(scores[:, jnp.array([1, 2, 0])], jnp.array([2, 0]))
     np.testing.assert_allclose(again, loss, rtol=1e-6)
+
+
+def test_own_maps_are_those_of_a_picture_with_its_item_s_captions() -> None:
+    """The loss, written out without shuffles: the pictures' maps with captions k and k + 2 say how all are scaled."""
+    own, config = encoder(CASE), dataclasses.replace(QUICK, kind="mlp", group="own")
+    scorer = Scorer.init(jax.random.key(1), 17, 9, kind="mlp")
+    table = training.Table(own, scorer, [items(3, 1)], pictures=True)
+    pictures, captions = table.batch(0, [0, 2])
+    assert table.images is not None
+    images, expected = jnp.asarray(table.images[pictures]), jnp.zeros(())
+    for version in range(2):
+        texts, words = (jnp.asarray(captions[name][version]) for name in ("texts", "words"))
+        maps = similarity.similarity_maps(*similarity.with_functional_rows(images, texts, words, scorer.vectors))
+        chosen = [maps[row, jnp.array([row % 2, row % 2 + 2])] for row in range(4)]
+        scaled = [(maps[row] - part.mean()) / part.std(ddof=1) for row, part in enumerate(chosen)]
+        scores = kernels.apply(scorer.network, jnp.concatenate(scaled)).reshape(4, 4)
+        expected += training.two_way_loss(scores, jnp.arange(4))[0]
+    batch = {"step": jnp.asarray(0), "spatial.images": images}
+    batch |= {f"spatial.{name}": jnp.asarray(value) for name, value in captions.items()}
+    with jax.numpy_dtype_promotion("standard"):
+        parameters = {"network": scorer.network._asdict()}
+        found = training.loss(parameters, batch, scorer, ["spatial"], config, own, 1)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_mixed_groups_are_blends_at_random() -> None:
+    maps, own = 3 + jax.random.normal(jax.random.key(0), (4, 6, 3, 2)), jnp.array([[0, 3], [1, 4], [2, 5], [0, 3]])
+    call, alone, mixed = (
+        training.standardised(maps, own, group, jax.random.key(1)) for group in ("call", "own", "mixed")
+    )
+    np.testing.assert_allclose(jnp.take_along_axis(alone, own[..., None, None], 1).mean((1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_array_equal(call, similarity.standardise(maps))
+    # Every picture's maps are the same numbers on another scale; the offsets and slopes are between those of the two.
+    shares = []
+    for row in range(4):
+        (slope, offset), (first, start), (last, end) = (
+            np.polyfit(np.ravel(maps[row]), np.ravel(kind[row]), 1) for kind in (mixed, call, alone)
+        )
+        shares.append((1 / slope - 1 / first) / (1 / last - 1 / first))
+        mean = shares[-1] * end / last + (1 - shares[-1]) * start / first
+        np.testing.assert_allclose(offset / slope, mean, rtol=1e-3)
+    assert min(shares) > 0 and max(shares) < 1 and np.ptp(shares) > 0.1
+
+
+def test_decay_lowers_the_learning_rate(tmp_path: Path) -> None:
+    """Of two steps, the second one has half of the rate."""
+    config = dataclasses.replace(QUICK, kind="mlp")
+    changes: list[dict[str, Any]] = [{"epochs": 1}, {}, {"decay": True}]
+    runs = [trained(tmp_path / str(row), dataclasses.replace(config, **own)) for row, own in enumerate(changes)]
+    one, plain, decayed = (np.asarray(scorer.network.fc1) for scorer in runs)
+    assert np.abs(plain - one).max() > 1e-4
+    np.testing.assert_allclose(decayed - one, (plain - one) / 2, atol=1e-7)
 
 
 def test_every_pass_takes_every_item_once() -> None:
