@@ -101,6 +101,7 @@ FIGURES: list[tuple[Callable[..., Figure], dict[str, Any], list[str]]] = [
         ["bands: 95 % Wilson", "chance, 50 %"],
     ),
     (plots.finetune_comparison, {"steps": np.arange(4), "sets": RUNS}, ["Student's 95 % interval", "chance, 50 %"]),
+    (plots.finetune_geometry, {"steps": np.arange(4), "measures": RUNS}, ["Student's 95 % interval"]),
 ]
 
 
@@ -246,6 +247,10 @@ def test_a_cell_without_a_value_is_named_and_not_coloured_as_zero() -> None:
         (plots.margin_histogram, MARGINS, {"margins": np.full(60, np.nan)}),
         (plots.finetune_curves, {"losses": LOSSES, "accuracies": SHARES}, {"losses": {}}),
         (plots.finetune_comparison, {"steps": np.arange(4)}, {"sets": {"a": {"with_ids": np.full((1, 4), np.nan)}}}),
+        (plots.finetune_comparison, {"steps": np.arange(3)}, {"sets": RUNS}),
+        (plots.finetune_comparison, {"steps": np.arange(4), "sets": RUNS}, {"differences": {"a": {"b": np.ones(4)}}}),
+        (plots.finetune_geometry, {"steps": np.arange(4)}, {"measures": {}}),
+        (plots.finetune_geometry, {"steps": np.arange(4)}, {"measures": {"a": {"with_ids": np.full((1, 4), np.inf)}}}),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(

@@ -101,11 +101,12 @@ class CompareFinetune(Command[Comparison]):
         runs = [run for of_kind in kinds.values() for run in of_kind.values()]
         other = other_model(runs)
         counts = sorted({int(row[f"{name}_questions"]) for run in runs for row in run["evaluations"] for name in sets})
+        numbers = [len(of_kind) for of_kind in kinds.values()]
         asked = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         about = plots.About(
             model=str(runs[0]["model"]),
-            items=" and ".join(str(len(of_kind)) for of_kind in kinds.values()),
-            unit="runs",
+            items=str(numbers[0]) if len(set(numbers)) == 1 else ", ".join(map(str, numbers)),
+            unit="runs of each kind",
             note=f"{asked} questions a point",
         )
         shown = {SETS[name]: {kind: curves[name][kind] for kind in kinds} for name in sets}

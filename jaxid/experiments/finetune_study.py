@@ -227,7 +227,7 @@ class FinetuneStudy(FinetuneConfig, Command[Study]):
         """The cosines between the model's IDs and the teacher's, by column and row; written to `agreement.json`."""
         if self.teacher == _NONE:
             return None
-        found = cosines_of(*(SpatialIDs.load(self.out / name) for name in (_OWN, _TEACHER)))
+        found = cosines_of(*(SpatialIDs.load(self.out / name) for name in (_OWN, _TEACHER))).astype(np.float64)
         written = {
             "models": [self.model, self.teacher],
             "layer": layer,

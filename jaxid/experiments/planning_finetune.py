@@ -66,13 +66,13 @@ def plan_finetune(command: Finetune, device: Device, *, measure: bool = False) -
         stage,
     )
     merged, evaluations = _evaluation(job, read, device, axes, measure)
-    peak = held + max(
-        max(call.memory for _, call in steps), max((merged + call.memory for _, call in evaluations), default=0.0)
-    )
+    asked = max((merged + call.memory for _, call in evaluations), default=0.0)
+    peak = held + max(asked, *(call.memory for _, call in steps))
     fits, sparing = peak <= USABLE * device.memory, None
     if not fits and stage.sparing is not None:
         lean = stage._replace(loss=stage.sparing)
-        sparing = held + max(_step(lean, trained, batch, device, measure).memory for _, batch in _batches(lean))
+        spared = (_step(lean, trained, batch, device, measure).memory for _, batch in _batches(lean))
+        sparing = held + max(asked, *spared)
 
     rounds = command.evaluated
     every = [*steps, *((rounds * count, call) for count, call in evaluations)]

@@ -45,6 +45,9 @@ _PAIRED = {
 _APART = 0.012
 """How far whiskers at the same step are moved apart, as a share of the axis."""
 
+_TICKS = 7
+"""Up to so many evaluations have a tick each."""
+
 _FEW = 30
 """Up to so many values of a curve are drawn as points too: of one value, a line shows nothing."""
 
@@ -119,6 +122,7 @@ def finetune_comparison(
     for panel, (name, kinds) in zip(panels[0], sets.items(), strict=True):
         _runs(panel, name, steps, kinds, other)
         _evaluation(panel, name)
+        _steps(panel, steps)
     for panel, (name, kinds) in zip(panels[-1], paired.items(), strict=False):
         zero_line(panel)
         for place, (kind, rows) in enumerate(kinds.items()):
@@ -136,7 +140,8 @@ def finetune_comparison(
                 linewidth=1.2,
                 label=_pair(kind, other),
             )
-        panel.set(xlabel="step", ylabel="difference of shares", title=f"{name}: seed by seed")
+        panel.set(ylabel="difference of shares", title=f"{name}: seed by seed")
+        _steps(panel, steps)
         _legend_above(panel)
     meaning = "thick: mean of the runs, bands and whiskers: Student's 95 % interval of it, thin: single runs"
     return captioned(figure, about, meaning, CHANCE)
@@ -169,7 +174,8 @@ def finetune_geometry(
     panels = figure.subplots(-(-count // columns), columns, squeeze=False).ravel()
     for panel, (name, kinds) in zip(panels, measures.items(), strict=False):
         _runs(panel, name, steps, kinds, other)
-        panel.set(xlabel="step", ylabel="share" if "variance" in name else "mean cosine", title=name)
+        panel.set(ylabel="share" if "variance" in name else "mean cosine", title=name)
+        _steps(panel, steps)
         _legend_above(panel)
     if gains:
         panel = panels[len(measures)]
@@ -179,9 +185,9 @@ def finetune_geometry(
             check_finite(f"gains of {kind}", rows)
             panel.plot(*rows.T, "o", color=_KINDS[kind], label=_name(kind, other))
         panel.set(
-            xlabel="difference of the cosine trained on",
+            xlabel="difference of the cosine with the IDs trained on",
             ylabel="difference of shares",
-            title="More than answers alone",
+            title="run by run, minus answers alone",
         )
         _legend_above(panel)
     for panel in panels[count:]:
@@ -198,21 +204,30 @@ def _runs(panel: Axes, name: str, steps: np.ndarray, kinds: Mapping[str, Float[n
         check_finite(f"{name}, {kind},", rows)
         mean, half = rows.mean(axis=0), mean_interval(rows)
         panel.plot(steps, rows.T, color=color, linewidth=0.5, alpha=0.35)
-        band = np.stack([mean - half, mean + half], axis=-1) if len(rows) > 1 else None
-        curve(panel, steps, mean, color, band, label=f"{_name(kind, other)}, {len(rows)} seed{'s' * (len(rows) > 1)}")
+        # Two or three runs can have an interval that no share or cosine can be in.
+        band = np.clip(np.stack([mean - half, mean + half], axis=-1), -1 if (rows < 0).any() else 0, 1)
+        curve(
+            panel,
+            steps,
+            mean,
+            color,
+            band if len(rows) > 1 else None,
+            label=f"{_name(kind, other)}, {len(rows)} seed{'s' * (len(rows) > 1)}",
+        )
 
 
 def _name(kind: str, other: str) -> str:
     """What the legend calls a kind of run."""
     if kind == "without_ids":
         return "answers alone"
-    if kind == "with_ids":
-        return "with ID loss"
-    return f"IDs of {other}" if other else "IDs of another model"
+    if kind == "other_ids":
+        return f"ID loss, IDs of {other or 'another model'}"
+    return "ID loss, own IDs"
 
 
 def _pair(difference: str, other: str) -> str:
-    return " - ".join(_name(kind, other) for kind in difference.split(" - ")).replace(" - ", " minus ")
+    """What the legend calls a difference of two kinds."""
+    return " minus ".join(_name(kind, other).removeprefix("ID loss, ") for kind in difference.split(" - "))
 
 
 def _evaluation(axes: Axes, title: str) -> None:
@@ -220,6 +235,13 @@ def _evaluation(axes: Axes, title: str) -> None:
     axes.set(xlabel="step", ylabel="share of correct answers", title=title)
     chance_line(axes)
     _legend_above(axes)
+
+
+def _steps(axes: Axes, steps: np.ndarray) -> None:
+    """Ticks at the evaluations, if these are few."""
+    axes.set_xlabel("step")
+    if len(steps) <= _TICKS:
+        axes.set_xticks(steps)
 
 
 def _legend_above(axes: Axes) -> None:

@@ -15,12 +15,16 @@ import pytest
 from test_finetune import CASE, QUICK, command, ids, items, model, write_data
 from test_finetune_refused import refused
 
+from jaxid import plots
 from jaxid.errors import DataError, InputError, InUseError
 from jaxid.experiments import finetune, finetune_study
-from jaxid.experiments.finetune_comparison import CompareFinetune
+from jaxid.experiments.finetune_comparison import ELSE, WITH, WITHOUT, CompareFinetune
 from jaxid.experiments.finetune_study import FinetuneStudy
 from jaxid.io import locked, write_json
+from jaxid.stats import mean_interval
 from jaxid.train.folder import begun
+
+KINDS = (WITH, ELSE, WITHOUT)
 
 
 def other_ids() -> Any:
@@ -208,3 +212,26 @@ def test_runs_without_geometry_are_compared(tmp_path: Path) -> None:
         write_json(tmp_path / name / "summary.json", run)
     found = CompareFinetune((tmp_path / "one", tmp_path / "two"), out=tmp_path / "out").run()
     assert set(found) == {"held_out"} and not (tmp_path / "out" / "geometry.png").exists()
+
+
+def test_the_figure_shows_every_kind_and_paired_differences() -> None:
+    rows = {kind: 0.6 + 0.1 * np.random.default_rng(row).random((3, 4)) for row, kind in enumerate(KINDS)}
+    pairs = {f"{kind} - {WITHOUT}": rows[kind] - rows[WITHOUT] for kind in (WITH, ELSE)}
+    steps = np.array([0, 10, 20, 30])
+    sets = ("held-out pairs", "COCO-Spatial")
+    figure = plots.finetune_comparison(
+        steps, dict.fromkeys(sets, rows), dict.fromkeys(sets, pairs), other="teacher", about=plots.About(model="tiny")
+    )
+    assert len(figure.axes) == 4
+    for axes in figure.axes[:2]:
+        thick = [line for line in axes.get_lines() if line.get_marker() == "o"]
+        for line, kind in zip(thick, KINDS, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), rows[kind].mean(axis=0))
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == ["ID loss, own IDs, 3 seeds", "ID loss, IDs of teacher, 3 seeds", "answers alone, 3 seeds"]
+    for axes in figure.axes[2:]:
+        for whiskers, values in zip(axes.containers, pairs.values(), strict=True):
+            line, _, (bars,) = whiskers
+            np.testing.assert_allclose(line.get_ydata(), values.mean(axis=0))
+            half = np.array([np.ptp(segment[:, 1]) / 2 for segment in bars.get_segments()])
+            np.testing.assert_allclose(half, mean_interval(values))
