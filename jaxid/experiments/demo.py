@@ -32,6 +32,7 @@ from jaxid.experiments.demo_report import render
 from jaxid.experiments.relations import prepare
 from jaxid.experiments.session import Columns, spread
 from jaxid.experiments.steering import CELLS, steer_to_cells
+from jaxid.families.base import Model
 from jaxid.ids.extract import centred_words, extract_spatial
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.io import joined, tidy

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxid import io
 from jaxid.checkpoints.loading import open_checkpoint
@@ -180,25 +180,39 @@ def steered_further(model: Model, ids: SpatialIDs, layer: int, items: int, seed:
         change = steer_to_cells(model, batch, ids, layers=[layer], strength=STRENGTH).change[0]
         return np.asarray(change[..., 0] - change[..., 1])
 
-    ends = np.array([[0, 0], [GRID - 1, 0]])
-    names = rng.random((items, len(OBJECTS))).argsort(axis=1)[:, :2]
-    left = np.arange(items) % 2 == 0  # the subject begins at the left end, and the object is at the right one
-    first, second = (np.where(left[:, None], ends[side], ends[1 - side]) for side in (0, 1))
-    scenes = drawn.sample_grid(rng, names[:, 0], first, names[:, 1], second, jitter_angle=10.0)
-    found = preference(scenes, KINDS["near-far"], (0, 1)).mean(axis=1)
-    near_far = np.where(left, found[::-1], found).mean(axis=-1)
-
-    # Only subjects that are not in between and can be moved there: the others' row is at the edge.
-    scenes = sample_in_between(rng, 16 * items)
-    rows, own = ((scenes.centers[:, slot, 1] * GRID).astype(int) for slot in (0, 2))
-    scenes = scenes[np.flatnonzero(np.isin(rows, (0, GRID - 1)) & (np.abs(rows - own) >= 2))[:items]]
-    above = (scenes.centers[:, 0, 1] * GRID).astype(int) == 0
-    found = preference(scenes, KINDS["between"], (2, 0, 1)).mean(axis=0)
-    between = np.where(above, found, found[::-1]).mean(axis=-1)
-
+    scenes, reversed_ = far_scenes(rng, items)
+    near_far = towards(preference(scenes, KINDS["near-far"], (0, 1)).mean(axis=1), reversed_)
+    scenes, reversed_ = outside_scenes(rng, items)
+    between = towards(preference(scenes, KINDS["between"], (2, 0, 1)).mean(axis=0), reversed_)
     world = evaluation.held_out_worlds(rng, items, lambda size: recipe.perspective(rng, "all", size))
     depth = {name: preference(world.scenes, kind, (0, 1)).mean(axis=(0, -1)) for name, kind in QUESTIONS.items()}
     return {"near_far": near_far, "between": between, "depth": depth}
+
+
+def far_scenes(rng: np.random.Generator, count: int) -> tuple[Scenes, Bool[np.ndarray, "N"]]:
+    """Scenes with an object at each end of the top row; whether the steered one is at the right end."""
+    ends = np.array([[0, 0], [GRID - 1, 0]])
+    names = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :2]
+    right = np.arange(count) % 2 == 1
+    first, second = (np.where(right[:, None], ends[1 - side], ends[side]) for side in (0, 1))
+    return drawn.sample_grid(rng, names[:, 0], first, names[:, 1], second, jitter_angle=10.0), right
+
+
+def outside_scenes(rng: np.random.Generator, count: int) -> tuple[Scenes, Bool[np.ndarray, "N"]]:
+    """Scenes of two objects at the ends of the first or last row, and a third one, which is steered, in another row.
+
+    Returns:
+        The scenes, and whether the two are in the first row, towards which the third one then moves up.
+    """
+    scenes = sample_in_between(rng, 16 * count)
+    row, own = ((scenes.centers[:, slot, 1] * GRID).astype(int) for slot in (0, 2))
+    kept = np.flatnonzero(np.isin(row, (0, GRID - 1)) & (np.abs(row - own) >= 2))[:count]
+    return scenes[kept], row[kept] == 0
+
+
+def towards(found: Float[np.ndarray, "4 B"], reversed_: Bool[np.ndarray, "B"]) -> Float[np.ndarray, "4"]:
+    """Mean over items by distance of the cell from the last column or row, or from the first one if reversed."""
+    return np.where(reversed_, found, found[::-1]).mean(axis=-1)
 
 
 # --- gates ----------------------------------------------------------------------------------------------------------

@@ -311,18 +311,23 @@ def outermost(rng: np.random.Generator, seen: Seen, axis: int) -> Text | None:
     return f"{RELATION_WORDS[axis][side]} : the", word_label(seen.names[order[0]])
 
 
+def caption_alone(rng: np.random.Generator) -> Text:
+    """A caption without a picture: of a word for a place, or of an object of which the text says where it is."""
+    axis = int(rng.integers(2))
+    if rng.random() < 0.5:
+        return region(rng, axis)
+    word, name = RELATION_WORDS[axis][int(rng.integers(2))], OBJECTS[int(rng.integers(len(OBJECTS)))]
+    return f"{word} : the {name} . {('column', 'row')[axis]} of the {name}", region_label(word)
+
+
 def without_picture(rng: np.random.Generator) -> tuple[Text, bool]:
     """A text that says where things are, and its continuation; and whether that is an answer to a question."""
-    axis, kind = int(rng.integers(2)), rng.random()
-    if kind < 0.3:
-        return region(rng, axis), False
+    if rng.random() < 0.4:
+        return caption_alone(rng), False
+    axis, side = (int(index) for index in rng.integers(2, size=2))
     first, second = (OBJECTS[index] for index in rng.choice(len(OBJECTS), 2, replace=False))
-    if kind < 0.5:
-        word = RELATION_WORDS[axis][int(rng.integers(2))]
-        return (f"{word} : the {first} . {('column', 'row')[axis]} of the {first}", region_label(word)), False
-    side = int(rng.integers(2))
     words = list(RELATION_WORDS[axis])
-    if kind < 0.7:
+    if rng.random() < 0.5:
         cells = rng.integers(4, size=(2, 2))
         cells[:, axis] = np.sort(rng.choice(4, 2, replace=False))
         words = [COLUMN_WORDS[column] + ROW_WORDS[row] for column, row in cells]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -21,6 +22,7 @@ from jaxid.zoo.llava_texts import (
     Seen,
     Text,
     caption,
+    caption_alone,
     encode,
     exists,
     long_relation,
@@ -74,27 +76,40 @@ def config() -> LlavaConfig:
 
 # --- packed prompts ------------------------------------------------------------------------------------------------
 
-CAPTIONS, CAPTION_LENGTH = 4, 5
-QUESTIONS, QUESTION_LENGTH = 3, 16
-LONG_QUESTIONS, LONG_LENGTH = 1, 25
-TEXTS, TEXT_LENGTH = 1, 28
-SLOTS = (
-    ((CAPTION_LENGTH,) * CAPTIONS)
-    + ((QUESTION_LENGTH,) * QUESTIONS)
-    + ((LONG_LENGTH,) * LONG_QUESTIONS)
-    + ((TEXT_LENGTH,) * TEXTS)
-)
-"""Lengths of the texts packed after one picture; each attends to the picture and to itself, not to its neighbours. The
-last ones are prompts of their own, without a picture."""
+Kind = Literal["column", "row", "question", "long question", "alone", "caption alone"]
+"""What a slot holds; the last two are prompts of their own, without the picture."""
+
+LENGTHS: dict[Kind, int] = {
+    "column": 5,
+    "row": 5,
+    "question": 16,
+    "long question": 25,
+    "alone": 28,
+    "caption alone": 12,
+}
+"""Number of tokens of each kind of slot."""
+
+SLOTS: dict[str, tuple[Kind, ...]] = {
+    "binding": ("column", "row") * 5 + ("caption alone",) * 2,
+    "language": ("column", "row") * 2 + ("question",) * 3 + ("long question", "alone"),
+}
+"""The texts packed after one picture, by stage; each attends to the picture and to itself, not to its neighbours."""
 
 BEFORE = "<s> USER :"
 
 
 @lru_cache
-def layout() -> Layout:
-    """The layout that all training rows share."""
-    image, alone = VOCABULARY.index("<image>"), range(len(SLOTS) - TEXTS, len(SLOTS))
-    return packed(encode(BEFORE), config().image_tokens, (), SLOTS, image_token=image, alone=alone)
+def layout(stage: str = "language") -> Layout:
+    """The layout that all training rows of a stage share."""
+    kinds = SLOTS[stage]
+    return packed(
+        encode(BEFORE),
+        config().image_tokens,
+        (),
+        [LENGTHS[kind] for kind in kinds],
+        image_token=VOCABULARY.index("<image>"),
+        alone=[index for index, kind in enumerate(kinds) if kind.endswith("alone")],
+    )
 
 
 # --- scenes and questions ------------------------------------------------------------------------------------------
@@ -247,19 +262,19 @@ class Batch:
     patches: Int[np.ndarray, "N I 6"]  # see `patch_labels`
 
 
-def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> Batch:
-    """The batch of a step, a pure function of seed, step and mix, so that a resumed run sees the same data."""
+def training_batch(seed: int, step: int, size: int, mix: Mix | None = None, *, stage: str = "language") -> Batch:
+    """The batch of a step, a pure function of its arguments, so that a resumed run sees the same data."""
     mix = mix or Mix()
     rng = np.random.default_rng((seed, step))
-    world, plan = training_world(rng, size), layout()
+    world, plan = training_world(rng, size), layout(stage)
     token_ids = np.tile(plan.token_ids, (size, 1))
     labels = np.full((size, len(plan.token_ids)), -1, np.int32)
     end = word_label("</s>")
     for row in range(size):
         seen, place = world.seen(row), plan.text_start
-        for slot, length in enumerate(SLOTS):
-            before, (text, label), closing = _text(rng, seen, mix, slot)
-            ids = encode(before + text + closing)
+        for kind in SLOTS[stage]:
+            before, (text, label), closing = _text(rng, seen, mix, kind)
+            ids, length = encode(before + text + closing), LENGTHS[kind]
             token_ids[row, place : place + len(ids)] = ids
             labels[row, place + len(ids) - 1] = label
             if closing and len(ids) < length:
@@ -277,16 +292,20 @@ def training_batch(seed: int, step: int, size: int, mix: Mix | None = None) -> B
 _CLOSING = " ASSISTANT :"
 
 
-def _text(rng: np.random.Generator, seen: Seen, mix: Mix, slot: int) -> tuple[str, Text, str]:
+def _text(rng: np.random.Generator, seen: Seen, mix: Mix, kind: Kind) -> tuple[str, Text, str]:
     """What a slot holds: tokens before a text, the text and its label, and tokens after it."""
-    if slot < CAPTIONS:
-        return "", caption(rng, seen, slot % 2), ""
-    if slot < CAPTIONS + QUESTIONS:
-        return "", question(rng, seen, mix), _CLOSING
-    if slot < CAPTIONS + QUESTIONS + LONG_QUESTIONS:
-        return "", long_relation(rng, seen) or exists(rng, seen), _CLOSING
-    text, asked = without_picture(rng)
-    return f"{BEFORE} ", text, _CLOSING * asked
+    match kind:
+        case "column" | "row":
+            return "", caption(rng, seen, int(kind == "row")), ""
+        case "question":
+            return "", question(rng, seen, mix), _CLOSING
+        case "long question":
+            return "", long_relation(rng, seen) or exists(rng, seen), _CLOSING
+        case "alone":
+            text, asked = without_picture(rng)
+            return f"{BEFORE} ", text, _CLOSING * asked
+        case "caption alone":
+            return f"{BEFORE} ", caption_alone(rng), ""
 
 
 def sight_batch(seed: int, step: int, size: int) -> Batch:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +24,8 @@ from jaxid.train.loop import Metrics, Stage
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
-from jaxid.zoo.llava_texts import VOCABULARY, Mix, near_cells, targets
+from jaxid.zoo.llava_texts import VOCABULARY, near_cells, targets
+from jaxid.zoo.packing import Layout
 from jaxid.zoo.recipes import Recipe, RecipeConfig, balanced_cross_entropy, begin, cross_entropy, in_turn
 from jaxid.zoo.sampling import normalize
 
@@ -35,16 +37,16 @@ class TrainingConfig(RecipeConfig):
     sight_steps: int = 2200  # length of the first stage, in which the model learns to see
     sight_batch_size: int = 128  # pictures per step of the first stage
     sight_learning_rate: float = 2e-3  # peak of the first stage
-    steps: int = 1050  # length of the second stage, on questions and captions
-    batch_size: int = 64  # pictures per step of the later stages
-    learning_rate: float = 1.5e-3  # peak of the second stage
-    weak_steps: int = 500  # steps of the second stage after which a weaker model is saved, for fine-tuning experiments
-    polish_steps: int = 240  # length of the third stage, which asks for existence, the hardest question, more often
-    polish_learning_rate: float = 5e-4  # peak of the third stage
+    binding_steps: int = 400  # length of the second stage, on captions
+    binding_batch_size: int = 64  # pictures per step of the second stage
+    steps: int = 1200  # length of the third stage, on questions and captions
+    batch_size: int = 48  # pictures per step of the third stage
+    learning_rate: float = 1.5e-3  # peak of the second and the third stage
+    weak_steps: int = 300  # steps of the third stage after which a weaker model is saved, for fine-tuning experiments
     warmup_steps: int = 100
     weight_decay: float = 0.02
     patch_weight: float = 0.3  # weight of the auxiliary loss on the picture's tokens
-    blur: float = 1.0  # standard deviation of the target distributions over columns and rows, in cells
+    blur: float = 0.7  # standard deviation of the target distributions over columns and rows, in cells
 
 
 PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS), 3, recipe.SIZES)
@@ -107,9 +109,11 @@ def shallow(decoder: Decoder) -> Decoder:
     return nnx.merge(definition, nnx.State(parameters))
 
 
-def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingConfig) -> tuple[Array, Metrics]:
+def language_loss(
+    learner: Learner, batch: dict[str, Array], config: TrainingConfig, *, plan: Layout
+) -> tuple[Array, Metrics]:
     """Loss of the later stages: next tokens at the ends of captions and questions, plus the weighted auxiliary loss."""
-    network, plan = learner.network, recipe.layout()
+    network = learner.network
     size = batch["token_ids"].shape[0]
     features = network.image_features(batch["pixels"])
     text = network.decoder.embed(batch["token_ids"])
@@ -129,7 +133,7 @@ def language_loss(learner: Learner, batch: dict[str, Array], config: TrainingCon
 
 
 def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
-    """The stages of a run: seeing, language, and polishing on the hardest question."""
+    """The stages of a run: seeing, binding places to words, and language."""
 
     def stage(
         name: str,
@@ -137,7 +141,7 @@ def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
         learning_rate: float,
         loss: Callable[..., tuple[Array, Metrics]],
         batch: Callable[[int], recipe.Batch],
-        weight_decay: float = config.weight_decay,
+        weight_decay: float,
     ) -> Stage:
         return Stage(
             name=name,
@@ -151,21 +155,21 @@ def stages(definition: nnx.GraphDef, config: TrainingConfig) -> list[Stage]:
     def seen(step: int) -> recipe.Batch:
         return recipe.sight_batch(config.seed, step, config.sight_batch_size)
 
-    def asked(step: int, *mix: Mix) -> recipe.Batch:
-        return recipe.training_batch(config.seed, step, config.batch_size, *mix)
+    def texts(name: str, steps: int, size: int) -> Stage:
+        return stage(
+            name,
+            steps,
+            config.learning_rate,
+            partial(language_loss, plan=recipe.layout(name)),
+            lambda step: recipe.training_batch(config.seed, step, size, stage=name),
+            config.weight_decay,
+        )
 
-    existence = Mix(relation=0.25, where=0.1, exists=0.6)
     return in_turn(
         [
-            stage("seeing", config.sight_steps, config.sight_learning_rate, sight_loss, seen, weight_decay=0.0),
-            stage("language", config.steps, config.learning_rate, language_loss, asked),
-            stage(
-                "polishing",
-                config.polish_steps,
-                config.polish_learning_rate,
-                language_loss,
-                lambda step: asked(step, existence),
-            ),
+            stage("seeing", config.sight_steps, config.sight_learning_rate, sight_loss, seen, 0.0),
+            texts("binding", config.binding_steps, config.binding_batch_size),
+            texts("language", config.steps, config.batch_size),
         ]
     )
 
@@ -212,6 +216,6 @@ RECIPE = Recipe(
     finish=lambda folder, model: write_json(
         folder / "accuracy.json", evaluation.evaluate(load(model), count=evaluation.QUESTIONS)
     ),
-    weak_at=lambda config: config.sight_steps + config.weak_steps,
+    weak_at=lambda config: config.sight_steps + config.binding_steps + config.weak_steps,
 )
-"""Trains tiny-llava; the weaker model is its state after `weak_steps` steps of the second stage."""
+"""Trains tiny-llava; the weaker model is its state after `weak_steps` steps of the third stage."""

@@ -117,9 +117,10 @@ def test_real_prompts_have_the_ids_and_places_of_the_training_prompts(
         *range(plan.image_tokens),
     ]
     # The first question slot has the same positions as the question of a separate prompt.
-    first = plan.text_start + recipe.CAPTIONS * recipe.CAPTION_LENGTH
-    own = np.asarray(prompts.inputs.positions)[0, plan.text_start : plan.text_start + recipe.QUESTION_LENGTH]
-    assert plan.positions[first : first + recipe.QUESTION_LENGTH].tolist()[: len(own)] == own.tolist()
+    kinds, longest = recipe.SLOTS["language"], recipe.LENGTHS["question"]
+    first = plan.text_start + sum(recipe.LENGTHS[kind] for kind in kinds[: kinds.index("question")])
+    own = np.asarray(prompts.inputs.positions)[0, plan.text_start : plan.text_start + longest]
+    assert plan.positions[first : first + longest].tolist()[: len(own)] == own.tolist()
 
 
 def test_captions_are_prompts_without_chat(processor: Processor) -> None:
@@ -139,23 +140,28 @@ def test_normalize_is_the_shipped_image_processor(processor: Processor) -> None:
 # --- packed prompts ------------------------------------------------------------------------------------------------
 
 
-def test_layout_by_hand() -> None:
-    plan = recipe.layout()
+@pytest.mark.parametrize(
+    ("stage", "lengths", "alone"),
+    [("binding", [5] * 10 + [12] * 2, {10, 11}), ("language", [5] * 4 + [16] * 3 + [25, 28], {8})],
+)
+def test_layout_by_hand(stage: str, lengths: list[int], alone: set[int]) -> None:
+    plan = recipe.layout(stage)
     prefix = [WORDS.index(word) for word in ["<s>", "USER", ":"]] + [WORDS.index("<image>")] * 36
     assert plan.text_start == len(prefix) == 39
     assert plan.token_ids[:39].tolist() == prefix
     assert (plan.image_start, plan.image_tokens) == (3, 36)
-    slot_of = [-1] * 39 + [number for number, length in enumerate([5] * 4 + [16] * 3 + [25, 28]) for _ in range(length)]
-    assert len(plan.token_ids) == len(slot_of) == 39 + 20 + 48 + 25 + 28
+    slot_of = [-1] * 39 + [number for number, length in enumerate(lengths) for _ in range(length)]
+    assert len(plan.token_ids) == len(slot_of)
     assert (plan.token_ids[39:] == 0).all()
+    mask = np.asarray(plan.reads().mask()[0])
     for token, slot in enumerate(slot_of):
         earlier = sum(other == slot for other in slot_of[:token])
-        assert plan.positions[token] == (token if slot == -1 else earlier if slot == 8 else 39 + earlier)
+        assert plan.positions[token] == (token if slot == -1 else earlier if slot in alone else 39 + earlier)
         # A token attends to the prefix, unless its slot is a prompt of its own, to earlier tokens of its own slot, and
         # to itself.
-        read = (slot,) if slot == 8 else (-1, slot)
+        read = (slot,) if slot in alone else (-1, slot)
         seen = {other for other in range(token + 1) if slot_of[other] in read}
-        assert set(np.flatnonzero(plan.reads().mask()[0, token]).tolist()) == seen
+        assert set(np.flatnonzero(mask[token]).tolist()) == seen
 
 
 def test_every_text_fits_its_slot() -> None:
@@ -164,12 +170,14 @@ def test_every_text_fits_its_slot() -> None:
     others += ["Is the a in front or behind the a ?", "Is the a in between a and a ?"]
     others += ["The a is to the left of the a ."]
     for text in [*relations, *others]:
-        assert len(llava_texts.encode(f"{text} ASSISTANT :")) <= recipe.QUESTION_LENGTH
+        assert len(llava_texts.encode(f"{text} ASSISTANT :")) <= recipe.LENGTHS["question"]
     longest = f'{relations[0]} Answer " left " or " right " only . ASSISTANT :'
-    assert len(llava_texts.encode(longest)) <= recipe.LONG_LENGTH
-    assert len(llava_texts.encode("column of what is left")) == recipe.CAPTION_LENGTH
+    assert len(llava_texts.encode(longest)) <= recipe.LENGTHS["long question"]
+    assert len(llava_texts.encode("column of what is left")) == recipe.LENGTHS["column"] == recipe.LENGTHS["row"]
+    caption = f"{recipe.BEFORE} left : the a . column of the a"
+    assert len(llava_texts.encode(caption)) == recipe.LENGTHS["caption alone"]
     alone = f"{recipe.BEFORE} left : the a . right : the a . {relations[0]} ASSISTANT :"
-    assert len(llava_texts.encode(alone)) < recipe.TEXT_LENGTH
+    assert len(llava_texts.encode(alone)) < recipe.LENGTHS["alone"]
 
 
 # --- what training never shows -------------------------------------------------------------------------------------
@@ -303,29 +311,29 @@ def said(label: int) -> str:
 
 
 def test_every_label_is_true_of_its_scene(rendered: list[Scenes]) -> None:
-    end, plan = WORDS.index("</s>"), recipe.layout()
+    end = WORDS.index("</s>")
     seen: dict[str, set[str]] = {}
-    for step in range(3):
-        batch = recipe.training_batch(7, step, 96)
+    for step, stage in enumerate(("language", "language", "binding", "language")):
+        batch, plan = recipe.training_batch(7, step, 120, stage=stage), recipe.layout(stage)
         scenes = rendered[step]
         np.testing.assert_array_equal(batch.pictures, render(scenes, recipe.IMAGE_SIZE))
         assert (batch.token_ids[:, : plan.text_start] == plan.token_ids[: plan.text_start]).all()
         assert (batch.labels[:, : plan.text_start] == -1).all()
-        for row, place, length in _slots(len(batch.pictures)):
-            tokens, labels = batch.token_ids[row, place : place + length], batch.labels[row, place : place + length]
+        for row, kind, own in _slots(len(batch.pictures), stage):
+            tokens, labels = batch.token_ids[row, own], batch.labels[row, own]
             asked = int(np.argmax(labels >= 0))
             answer = said(labels[asked])
             text = " ".join(WORDS[index] for index in tokens[: asked + 1])
             question = text.endswith(" ASSISTANT :")
-            assert question or length in (recipe.CAPTION_LENGTH, recipe.TEXT_LENGTH)
+            assert question == kind.endswith("question") or kind == "alone"
             text = text.removesuffix(" ASSISTANT :")
-            if length == recipe.TEXT_LENGTH:
+            if kind.endswith("alone"):
                 assert answer == true_answer_alone(text), text
             else:
                 assert answer == true_answer(text, objects_of(scenes, row)), text
-            kind = " ".join(word for word in text.split() if word not in OBJECTS)
-            seen.setdefault(kind, set()).add(answer)
-            if question and asked + 1 < length:
+            form = " ".join(word for word in text.split() if word not in OBJECTS)
+            seen.setdefault(form, set()).add(answer)
+            if question and asked + 1 < len(tokens):
                 assert WORDS[tokens[asked + 1]] == answer and labels[asked + 1] == end
                 assert (np.delete(labels, [asked, asked + 1]) == -1).all()
                 assert (tokens[asked + 2 :] == 0).all()
@@ -379,12 +387,12 @@ def test_targets_are_linear_in_the_place() -> None:
         np.testing.assert_allclose(cell[WORDS.index(x + y)], both, rtol=1e-5)
 
 
-def _slots(rows: int) -> list[tuple[int, int, int]]:
-    """Row, first token and length of every slot of a batch."""
-    starts = recipe.layout().text_start + np.cumsum([0, *recipe.SLOTS[:-1]])
-    return [
-        (row, int(start), length) for row in range(rows) for start, length in zip(starts, recipe.SLOTS, strict=True)
-    ]
+def _slots(rows: int, stage: str) -> list[tuple[int, str, slice]]:
+    """Row, kind and tokens of every slot of a batch."""
+    kinds = recipe.SLOTS[stage]
+    ends = recipe.layout(stage).text_start + np.cumsum([0, *(recipe.LENGTHS[kind] for kind in kinds)])
+    own = [slice(int(first), int(end)) for first, end in itertools.pairwise(ends)]
+    return [(row, kind, tokens) for row in range(rows) for kind, tokens in zip(kinds, own, strict=True)]
 
 
 def test_patch_labels_name_the_nearest_object_under_each_patch() -> None:

@@ -31,7 +31,15 @@ from jaxid.zoo.training import TrainingConfig
 pytestmark = pytest.mark.optimized
 
 DEFINITION = nnx.graphdef(training.Learner(rngs=nnx.Rngs(0)))
-TINY = TrainingConfig(sight_steps=20, sight_batch_size=4, steps=20, polish_steps=20, batch_size=4, warmup_steps=4)
+TINY = TrainingConfig(
+    sight_steps=20,
+    sight_batch_size=4,
+    binding_steps=20,
+    binding_batch_size=4,
+    steps=20,
+    batch_size=4,
+    warmup_steps=4,
+)
 
 SCRIPT = f"""
 import sys
@@ -78,7 +86,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     kill_after(killed, 6)
     assert max(saved_steps(killed)) < TINY.sight_steps
     kill_after(killed, 24)
-    assert TINY.sight_steps < max(saved_steps(killed)) < TINY.sight_steps + TINY.steps
+    assert TINY.sight_steps < max(saved_steps(killed)) < TINY.sight_steps + TINY.binding_steps
     assert start(killed).wait() == 0
     with np.load(undisturbed / "parameters.npz") as whole, np.load(killed / "parameters.npz") as resumed:
         assert whole.files == resumed.files and len(whole.files) > 20
@@ -87,8 +95,8 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     whole_rows, resumed_rows = (read_metrics(folder / "metrics.csv") for folder in (undisturbed, killed))
     assert [(row["step"], row["stage"]) for row in whole_rows] == [
         ("20", "seeing"),
-        ("40", "language"),
-        ("60", "polishing"),
+        ("40", "binding"),
+        ("60", "language"),
     ]
     assert resumed_rows == whole_rows
     # A finished run is not trained again, and its state is that of the last step.
@@ -125,21 +133,14 @@ def test_metrics_of_undone_steps_are_dropped(tmp_path: Path) -> None:
 
 
 def test_stages_follow_each_other_on_their_own_data() -> None:
-    sight, language, polish = training.stages(DEFINITION, TINY)
-    assert (polish.first, polish.steps) == (40, 20)
-    assert (sight.first, sight.steps, language.first, language.steps) == (0, 20, 20, 20)
+    sight, binding, language = training.stages(DEFINITION, TINY)
+    assert [(stage.first, stage.steps) for stage in (sight, binding, language)] == [(0, 20), (20, 20), (40, 20)]
     np.testing.assert_array_equal(sight.batch(3)["patches"], recipe.sight_batch(0, 3, 4).patches)
-    np.testing.assert_array_equal(language.batch(23)["token_ids"], recipe.training_batch(0, 23, 4).token_ids)
-    steps = [step for step, batch in loop.batches(language, 37) if batch["token_ids"].shape == (4, 160)]
-    assert steps == [37, 38, 39]
-
-
-def test_polishing_asks_for_existence_most() -> None:
-    _, language, polish = training.stages(DEFINITION, dataclasses.replace(TINY, batch_size=64))
-    there = llava_texts.VOCABULARY.index("there")
-    often, seldom = (int((stage.batch(50)["token_ids"] == there).sum()) for stage in (polish, language))
-    questions = 64 * recipe.QUESTIONS
-    assert often > 0.5 * questions and 0 < seldom < 0.4 * questions
+    expected = recipe.training_batch(0, 23, 4, stage="binding")
+    np.testing.assert_array_equal(binding.batch(23)["token_ids"], expected.token_ids)
+    np.testing.assert_array_equal(language.batch(43)["token_ids"], recipe.training_batch(0, 43, 4).token_ids)
+    steps = [step for step, batch in loop.batches(language, 57) if batch["token_ids"].shape == (4, 160)]
+    assert steps == [57, 58, 59]
 
 
 RECIPES = (training.TrainingConfig, clip_training.TrainingConfig, video_training.TrainingConfig)
@@ -248,26 +249,26 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
     # An answer is followed by the end token, which no separate prompt asks for.
     labels = np.where(batch.labels == llava_texts.word_label("</s>"), -1, batch.labels)
     arrays = jax.tree.map(jnp.asarray, training._arrays(dataclasses.replace(batch, labels=labels)))
-    _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY))(arrays)
+    plan = recipe.layout()
+    _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY, plan=plan))(arrays)
 
-    model, losses = load(tmp_path), []
-    starts = recipe.layout().text_start + np.cumsum([0, *recipe.SLOTS])
+    model, losses, kinds = load(tmp_path), [], recipe.SLOTS["language"]
+    starts = plan.text_start + np.cumsum([0, *(recipe.LENGTHS[kind] for kind in kinds)])
     wanted = llava_texts.targets(TINY.blur)
     for alone, chat in itertools.product((False, True), repeat=2):
         texts, answers = [], []
-        for slot, (first, end) in enumerate(itertools.pairwise(starts)):
+        for kind, (first, end) in zip(kinds, itertools.pairwise(starts), strict=True):
             (asked,) = np.flatnonzero(labels[0, first:end] >= 0)
             words = batch.token_ids[0, first : first + asked + 1]
             text = " ".join(llava_texts.VOCABULARY[index] for index in words)
-            if text.endswith("ASSISTANT :") == chat and (slot >= len(recipe.SLOTS) - recipe.TEXTS) == alone:
+            if text.endswith("ASSISTANT :") == chat and kind.endswith("alone") == alone:
                 texts.append(text.removesuffix(" ASSISTANT :").removeprefix(f"{recipe.BEFORE} "))
                 answers.append(labels[0, first + asked])
         if not texts:
             continue
-        # Padding, and repeating texts until they are as many as captions, makes few shapes and so few programs.
-        repeated = texts * (recipe.CAPTIONS // len(texts))
-        prompts = model.prepare(None if alone else batch.pictures[0], repeated, chat=chat, pad_to_multiple=64)
+        # Padding, and the same number of texts, make few shapes and so few programs.
+        prompts = model.prepare(None if alone else batch.pictures[0], (4 * texts)[:4], chat=chat, pad_to_multiple=64)
         logprobs = np.asarray(forward(model, prompts).logprobs(np.arange(llava_texts.VOCABULARY_SIZE)))
         losses += (-(wanted[answers] * logprobs[: len(texts)]).sum(axis=1)).tolist()
-    assert len(losses) == len(recipe.SLOTS)
+    assert len(losses) == len(kinds)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
