@@ -295,6 +295,12 @@ def caption(rng: np.random.Generator, seen: Seen, axis: int) -> Text:
     return f"{('column', 'row')[axis]} of the {seen.names[chosen]}", axis_label(axis, float(seen.centers[chosen, axis]))
 
 
+def color_caption(rng: np.random.Generator, seen: Seen) -> Text:
+    """A caption continued with an object's colour, which is found the same way as its place."""
+    chosen = int(rng.integers(len(seen.names)))
+    return f"color of the {seen.names[chosen]}", word_label(seen.colors[chosen])
+
+
 def region(rng: np.random.Generator, axis: int) -> Text:
     """The columns that are left or right, or the rows that are above or below."""
     word = RELATION_WORDS[axis][int(rng.integers(2))]

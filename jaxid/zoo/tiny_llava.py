@@ -23,6 +23,7 @@ from jaxid.zoo.llava_texts import (
     Text,
     caption,
     caption_alone,
+    color_caption,
     encode,
     exists,
     long_relation,
@@ -76,12 +77,13 @@ def config() -> LlavaConfig:
 
 # --- packed prompts ------------------------------------------------------------------------------------------------
 
-Kind = Literal["column", "row", "question", "long question", "alone", "caption alone"]
+Kind = Literal["column", "row", "color", "question", "long question", "alone", "caption alone"]
 """What a slot holds; the last two are prompts of their own, without the picture."""
 
 LENGTHS: dict[Kind, int] = {
     "column": 5,
     "row": 5,
+    "color": 4,
     "question": 16,
     "long question": 25,
     "alone": 28,
@@ -90,7 +92,7 @@ LENGTHS: dict[Kind, int] = {
 """Number of tokens of each kind of slot."""
 
 SLOTS: dict[str, tuple[Kind, ...]] = {
-    "binding": ("column", "row") * 5 + ("caption alone",) * 2,
+    "binding": ("column", "row", "color") * 4 + ("caption alone",) * 2,
     "language": ("column", "row") * 2 + ("question",) * 3 + ("long question", "alone"),
 }
 """The texts packed after one picture, by stage; each attends to the picture and to itself, not to its neighbours."""
@@ -297,6 +299,8 @@ def _text(rng: np.random.Generator, seen: Seen, mix: Mix, kind: Kind) -> tuple[s
     match kind:
         case "column" | "row":
             return "", caption(rng, seen, int(kind == "row")), ""
+        case "color":
+            return "", color_caption(rng, seen), ""
         case "question":
             return "", question(rng, seen, mix), _CLOSING
         case "long question":
