@@ -66,6 +66,7 @@ COMMANDS = {
     "data mvbench": "jaxid.data.commands:mvbench",
     "zoo train": "jaxid.zoo.commands:train",
     "zoo evaluate": "jaxid.zoo.commands:evaluate",
+    "zoo unknown": "jaxid.zoo.commands:unknown",
     "zoo gates": "jaxid.experiments.zoo_gates:Gates",
     "zoo finetune-study": "jaxid.experiments.finetune_study:FinetuneStudy",
 }

@@ -101,11 +101,15 @@ def unknown(
     """
     check_values(unknown, {"count": count, "seed": seed})
     from jaxid.checkpoints.loading import load
+    from jaxid.families.llava import LlavaConfig
     from jaxid.io import ensure_output_folder, to_json, write_json, write_text
     from jaxid.zoo import unknown as measurement
 
     ensure_output_folder(out)
-    found = measurement.measure(load(model), count=count, seed=seed, photographs=photographs, sheet=out / "unknown.png")
+    loaded = load(model)
+    if type(loaded.config) is not LlavaConfig:  # a model of clips has a subclass of it
+        raise InputError(f"{model} is not a model like tiny-llava, whose questions are asked here.")
+    found = measurement.measure(loaded, count=count, seed=seed, photographs=photographs, sheet=out / "unknown.png")
     lines = measurement.table(json.loads(to_json(found)))
     write_json(out / "unknown.json", found)
     write_text(out / "unknown.md", "\n".join(lines) + "\n")
