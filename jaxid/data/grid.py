@@ -52,9 +52,14 @@ class GridItem:
         return (self.object_a, self.object_b) if self.about == "a" else (self.object_b, self.object_a)
 
     @property
+    def cell(self) -> Cell:
+        """The subject's cell."""
+        return self.cell_a if self.about == "a" else self.cell_b
+
+    @property
     def key(self) -> str:
         """The names, the subject's cell and the size."""
-        x, y = self.cell_a if self.about == "a" else self.cell_b
+        x, y = self.cell
         return f"{'-'.join(self.names)}-{x}_{y}-{self.size}"
 
     def without_alpha(self) -> "GridItem":

@@ -129,7 +129,7 @@ def _item(index: int, row: object, path: Path, pictures: Path) -> ThreeObjectIte
 
 
 def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequence[str] = VARIED) -> Scenes:
-    """Scenes of two objects at the ends of a row of the grid and a third one, in between them in every other scene.
+    """Scenes of two objects at the ends of the grid's first row and a third one, in between in every other scene.
 
     In the other scenes the third object is two rows or more away, so that `write_three_objects` can ask as many
     questions with one answer as with the other.
@@ -143,14 +143,13 @@ def sample_in_between(rng: np.random.Generator, count: int, *, backgrounds: Sequ
         Scenes of three different objects; the third slot holds the one that may be in between.
     """
     names = rng.random((count, len(OBJECTS))).argsort(axis=1)[:, :3]
-    rows, columns = rng.integers(GRID, size=count), rng.integers(GRID, size=count)
-    first, last = np.stack([0 * rows, rows], axis=-1), np.stack([0 * rows + GRID - 1, rows], axis=-1)
+    columns = rng.integers(GRID, size=count)
+    first, last = np.broadcast_to([[0, 0]], (count, 2)), np.broadcast_to([[GRID - 1, 0]], (count, 2))
     swapped = rng.random((count, 1)) < 0.5
     first, last = np.where(swapped, last, first), np.where(swapped, first, last)
-    away = np.abs(np.arange(GRID) - rows[:, None]) >= 2
-    far_rows = np.where(away, rng.random((count, GRID)), -1).argmax(axis=1)
-    inside = np.stack([rng.integers(1, GRID - 1, size=count), rows], axis=-1)
-    third = np.where(np.arange(count)[:, None] % 2 == 0, inside, np.stack([columns, far_rows], axis=-1))
+    inside = np.stack([rng.integers(1, GRID - 1, size=count), 0 * columns], axis=-1)
+    away = np.stack([columns, rng.integers(2, GRID, size=count)], axis=-1)
+    third = np.where(np.arange(count)[:, None] % 2 == 0, inside, away)
     draw = functools.partial(sample_grid, rng, scale=0.85, jitter_angle=10.0, backgrounds=backgrounds)
     pair = draw(names[:, 0], first, names[:, 1], last)
     other = draw(names[:, 2], third, names[:, 0], first)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -147,11 +146,19 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A picture and its objects, the steered one first."""
+    """A picture and its objects, the steered one first.
+
+    Attributes:
+        key: a unique name.
+        picture: the picture.
+        names: names of the objects.
+        place: where the steered object is, if results are to be told apart by that.
+    """
 
     key: str
     picture: Picture
     names: tuple[str, ...]
+    place: str = ""
 
 
 def about_items(items: Sequence[SpatialItem]) -> list[Question]:
@@ -270,6 +277,9 @@ class SteerSummary(Summary):
         change_interval: half-widths of the means' 95 % intervals.
         answered: number of items to which each answer was the more probable one without steering.
         change_of_answered: mean changes of these items, by answer; None of no items.
+        placed: number of items by place of the steered object, where results are told apart by that: near-far by the
+            end of the row at which it stands, between by whether it is in between.
+        change_of_placed: mean changes of these items.
     """
 
     layers: list[int]
@@ -278,6 +288,8 @@ class SteerSummary(Summary):
     change_interval: Float[np.ndarray, "L X Y 2"]
     answered: dict[str, int]
     change_of_answered: dict[str, Float[np.ndarray, "L X Y 2"] | None]
+    placed: dict[str, int]
+    change_of_placed: dict[str, Float[np.ndarray, "L X Y 2"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,11 +314,27 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
             return about_items(session.spatial_items(kind.axis))
         if self.relation == "near-far":
             questions = [
-                Question(key=item.key, picture=item.picture, names=item.names) for item in near_far_items(self.data)
+                Question(
+                    key=item.key,
+                    picture=item.picture,
+                    names=item.names,
+                    place="at the left"
+                    if (item.cell_a if item.about == "a" else item.cell_b)[0] == 0
+                    else "at the right",
+                )
+                for item in near_far_items(self.data)
             ]
         else:
             items = read_three_objects(self.data, bad=session.bad_rows())
-            questions = [Question(key=one.key, picture=one.picture, names=(one.c, one.a, one.b)) for one in items]
+            questions = [
+                Question(
+                    key=one.key,
+                    picture=one.picture,
+                    names=(one.c, one.a, one.b),
+                    place="in between" if one.between else "elsewhere",
+                )
+                for one in items
+            ]
         if not questions:
             raise DataError(f"{self.data} holds no {self.relation} items.")
         return session.sample(questions)
@@ -317,12 +345,22 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
 
     def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Later:
         """A row for each layer, cell, item and word."""
-        return partial(self.rows_of, session, items, batch.answers, self.steered(session, batch))
+        found = self.steered(session, batch)
+
+        def fetch() -> Columns:
+            rows = self.rows_of(session, items, batch.answers, found)
+            shape = (*found.steered.shape[:3], len(items), len(batch.answers))
+            return {**rows, "place": spread([item.place for item in items], shape, 3)}
+
+        return fetch
 
     def summarise(self, session: Session, table: Columns) -> SteerSummary:
         """Mean changes by layer and cell."""
         words = list(KINDS[self.relation].answers)
         found = self.changes(session, table, words)
+        places = dict(zip(table["item"].tolist(), table["place"].tolist(), strict=True))
+        own_place = np.array(list(places.values()))
+        told_apart = [place for place in dict.fromkeys(places.values()) if place]
         control = as_array(table, "control", self.sweep_axes(session, table, words))[0, 0, 0]
         groups = {word: control.argmax(axis=-1) == index for index, word in enumerate(words)}
         return SteerSummary(
@@ -335,6 +373,8 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
             change_of_answered={
                 word: found[..., own, :].mean(axis=-2) if own.any() else None for word, own in groups.items()
             },
+            placed={place: int((own_place == place).sum()) for place in told_apart},
+            change_of_placed={place: found[..., own_place == place, :].mean(axis=-2) for place in told_apart},
         )
 
     def figures(self, session: Session, table: Columns, summary: SteerSummary) -> Iterator[tuple[str, Figure]]:
@@ -343,14 +383,18 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
         asked = KINDS[self.relation].text.format("subject", "object", "other")
         title = f"{asked}\n{summary.model}, {several} {', '.join(map(str, summary.layers))}"
         name = f"steering_{self.relation.replace('-', '_')}"
-        if not self.split:
+        if self.split:
+            groups, counts, note = summary.change_of_answered, summary.answered, "originally answered “{}”"
+        else:
+            groups, counts, note = summary.change_of_placed, summary.placed, "the steered object is {}"
+        if not groups:
             about = summary.about(self.strength, plots.means_note(summary.change_interval))
             yield name, plots.steering_maps(summary.change.mean(axis=0), summary.words, title, about=about)
-            return
-        for word, change in summary.change_of_answered.items():
+        for group, change in groups.items():
             if change is not None:
-                about = summary.about(self.strength, f"originally answered “{word}”", summary.answered[word])
-                yield f"{name}_{word}", plots.steering_maps(change.mean(axis=0), summary.words, title, about=about)
+                about = summary.about(self.strength, note.format(group), counts[group])
+                figure = plots.steering_maps(change.mean(axis=0), summary.words, title, about=about)
+                yield f"{name}_{group.replace(' ', '_')}", figure
 
     def report(self, summary: SteerSummary) -> Iterator[str]:
         """The change of the difference of log-probabilities, laid out as the grid."""
@@ -358,5 +402,8 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
         yield (
             f"change of log p({first}) - log p({second}) by cell, mean of {summary.items} items{summary.skipped_note}"
         )
-        for row in (summary.change[..., 0] - summary.change[..., 1]).mean(axis=0).T:
-            yield "   ".join(f"{value:+6.2f}" for value in row)
+        for place, change in (summary.change_of_placed or {"": summary.change}).items():
+            if place:
+                yield f"{summary.placed[place]} items in which the steered object is {place}:"
+            for row in (change[..., 0] - change[..., 1]).mean(axis=0).T:
+                yield "   ".join(f"{value:+6.2f}" for value in row)

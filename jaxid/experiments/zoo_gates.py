@@ -144,7 +144,7 @@ class Run:
         summary: the demo's summary.
         answers: the rows of its table of answers, by kind of question.
         near_far: change of log p(near) - log p(far) by distance of the steered cell's column from the object's.
-        between: change of log p(yes) - log p(no) by distance of the steered cell's row from that of the other two.
+        between: change of log p(yes) - log p(no) by row of the steered cell; the other two are in the first row.
         depth: change of log p(first word) - log p(second word) by row, for the questions about height and depth.
     """
 
@@ -182,8 +182,7 @@ def steered_further(model: Model, ids: SpatialIDs, layer: int, items: int, seed:
 
     scenes, reversed_ = far_scenes(rng, items)
     near_far = towards(preference(scenes, KINDS["near-far"], (0, 1)).mean(axis=1), reversed_)
-    scenes, reversed_ = outside_scenes(rng, items)
-    between = towards(preference(scenes, KINDS["between"], (2, 0, 1)).mean(axis=0), reversed_)
+    between = preference(outside_scenes(rng, items), KINDS["between"], (2, 0, 1)).mean(axis=(0, -1))
     world = evaluation.held_out_worlds(rng, items, lambda size: recipe.perspective(rng, "all", size))
     depth = {name: preference(world.scenes, kind, (0, 1)).mean(axis=(0, -1)) for name, kind in QUESTIONS.items()}
     return {"near_far": near_far, "between": between, "depth": depth}
@@ -198,20 +197,13 @@ def far_scenes(rng: np.random.Generator, count: int) -> tuple[Scenes, Bool[np.nd
     return drawn.sample_grid(rng, names[:, 0], first, names[:, 1], second, jitter_angle=10.0), right
 
 
-def outside_scenes(rng: np.random.Generator, count: int) -> tuple[Scenes, Bool[np.ndarray, "N"]]:
-    """Scenes of two objects at the ends of the first or last row, and a third one, which is steered, in another row.
-
-    Returns:
-        The scenes, and whether the two are in the first row, towards which the third one then moves up.
-    """
-    scenes = sample_in_between(rng, 16 * count)
-    row, own = ((scenes.centers[:, slot, 1] * GRID).astype(int) for slot in (0, 2))
-    kept = np.flatnonzero(np.isin(row, (0, GRID - 1)) & (np.abs(row - own) >= 2))[:count]
-    return scenes[kept], row[kept] == 0
+def outside_scenes(rng: np.random.Generator, count: int) -> Scenes:
+    """Scenes of two objects at the ends of the first row, and a third one, which is steered, two rows or more below."""
+    return sample_in_between(rng, 2 * count)[1::2]
 
 
 def towards(found: Float[np.ndarray, "4 B"], reversed_: Bool[np.ndarray, "B"]) -> Float[np.ndarray, "4"]:
-    """Mean over items by distance of the cell from the last column or row, or from the first one if reversed."""
+    """Mean over items by distance of the cell from the last column, or from the first one if reversed."""
     return np.where(reversed_, found, found[::-1]).mean(axis=-1)
 
 

@@ -12,8 +12,7 @@ from run_data import place as place
 from test_cli import run as command
 
 from jaxid import plots
-from jaxid.data.scenes import sample_free
-from jaxid.data.three_objects import write_three_objects
+from jaxid.data.three_objects import read_three_objects, sample_in_between, write_three_objects
 from jaxid.errors import DataError, PromptError
 from jaxid.experiments import depth
 from jaxid.experiments.depth import Depth
@@ -65,9 +64,19 @@ def test_depth_asks_both_questions_of_the_same_steering(
 
 
 def test_three_objects_and_near_far_need_their_data(place: Path) -> None:
-    write_three_objects(place / "three", sample_free(np.random.default_rng(2), 6, num_objects=(3, 3)), 48)
+    write_three_objects(place / "three", sample_in_between(np.random.default_rng(2), 6), 48)
     summary = experiment(Steer, place, "between", data=place / "three", relation="between", strength=1.0).run()
     assert summary.words == ["yes", "no"]
+    # Results are told apart by where the steered object is, as in Figure 6.
+    items = {item.key: item.between for item in read_three_objects(place / "three")}
+    table = columns(place / "between")
+    assert {key: place == "in between" for key, place in zip(table["item"], table["place"], strict=True)} == items
+    assert summary.placed == {"in between": sum(items.values()), "elsewhere": 6 - sum(items.values())}
+    chosen = (table["x"] == 2) & (table["y"] == 1) & (table["word"] == "no") & (table["place"] == "elsewhere")
+    chosen &= table["layer"] == summary.layers[0]
+    assert summary.change_of_placed["elsewhere"][0, 2, 1, 1] == pytest.approx(table["change"][chosen].mean(), abs=1e-5)
+    drawn = sorted(path.name for path in (place / "between").rglob("steering_between*"))
+    assert drawn == ["steering_between_elsewhere.png", "steering_between_in_between.png"]
     with pytest.raises(DataError, match=r"three_objects\.json"):
         experiment(Steer, place, "none", relation="between").run()
     with pytest.raises(DataError):
