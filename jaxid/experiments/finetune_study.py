@@ -52,9 +52,10 @@ class Study:
 class FinetuneStudy(FinetuneConfig, Command[Study]):
     """Fine-tune a weaker tiny-llava with and without the ID loss, over several seeds, and compare.
 
-    Draws pictures, extracts the IDs, trains every run and compares them. Runs of one seed see the same batches and
-    begin with the same parameters. Several processes may be given the same command at once: each takes the runs that
-    no other one has taken, and all end when the last run has.
+    Draws pictures, extracts the IDs, trains every run and compares them. Runs of one seed begin with the same
+    parameters and see the same batches; with the bugs, those without the ID loss see others, as published. Several
+    processes may be given the same command at once: each takes the runs that no other one has taken, and all end when
+    the last run has.
 
     Attributes:
         out: folder for data, IDs, a folder for each run, and `comparison/`. A study that it holds is resumed if its

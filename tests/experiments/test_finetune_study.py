@@ -146,6 +146,30 @@ def test_kinds_of_runs_and_their_ids(tmp_path: Path) -> None:
     assert len(alone) == 4 and all(run.__self__.compared_ids is None for run in alone.values())  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
+def test_a_study_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = FinetuneStudy(
+        out=tmp_path / "study", seeds=1, pairs=2, questions=20, steps=2, check_every=1, batch_size=4, progress=False
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        found = study.run()
+    assert set(found.comparison) == {"held_out", "coco_spatial", "cosine_own", "cosine_other", "variance"}
+    before = [json.loads((study.out / f"{kind}-ids-0" / "summary.json").read_text()) for kind in ("with", "teacher")]
+    for name in ("cosine_own", "cosine_other", "variance", "held_out"):  # the same model and questions
+        assert before[0]["evaluations"][0][name] == before[1]["evaluations"][0][name]
+    assert [run["ids_model"] for run in before] == ["tiny-llava-weak", "tiny-llava"]
+    agreement = np.array(found.agreement)
+    assert agreement.shape == (4, 4) and (np.abs(agreement) <= 1).all() and agreement.mean() > 0.2
+    assert (study.out / "agreement.json").exists() and (study.out / "comparison" / "geometry.png").exists()
+    assert any("between the IDs of tiny-llava-weak and tiny-llava" in line for line in study.report(found))
+
+    def reached(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a run is made again")
+
+    monkeypatch.setattr(finetune_study.Finetune, "run", reached)
+    assert study.run() == found
+
+
 # --- comparison ------------------------------------------------------------------------------------------------------
 
 
@@ -226,12 +250,12 @@ def test_the_figure_shows_every_kind_and_paired_differences() -> None:
     for axes in figure.axes[:2]:
         thick = [line for line in axes.get_lines() if line.get_marker() == "o"]
         for line, kind in zip(thick, KINDS, strict=True):
-            np.testing.assert_allclose(line.get_ydata(), rows[kind].mean(axis=0))
-        names = [text.get_text() for text in axes.get_legend().get_texts()]
+            np.testing.assert_allclose(np.asarray(line.get_ydata()), rows[kind].mean(axis=0))
+        names = axes.get_legend_handles_labels()[1]
         assert names == ["ID loss, own IDs, 3 seeds", "ID loss, IDs of teacher, 3 seeds", "answers alone, 3 seeds"]
     for axes in figure.axes[2:]:
         for whiskers, values in zip(axes.containers, pairs.values(), strict=True):
             line, _, (bars,) = whiskers
-            np.testing.assert_allclose(line.get_ydata(), values.mean(axis=0))
+            np.testing.assert_allclose(np.asarray(line.get_ydata()), values.mean(axis=0))
             half = np.array([np.ptp(segment[:, 1]) / 2 for segment in bars.get_segments()])
             np.testing.assert_allclose(half, mean_interval(values))
