@@ -38,7 +38,7 @@ DEMONSTRATIONS = 200
 
 def scorer_config(kind: Literal["mlp", "cnn"], seed: int) -> training.TrainingConfig:
     """Settings of the zoo's scorers."""
-    own = {"mlp": (4, 12, 2e-3), "cnn": (2, 6, 1e-3)}
+    own = {"mlp": (4, 12, 2e-3), "cnn": (2, 12, 1e-3)}
     batch_size, epochs, learning_rate = own[kind]
     return training.TrainingConfig(
         kind=kind,
