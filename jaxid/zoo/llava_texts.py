@@ -8,7 +8,7 @@ and texts without a picture say where things are, so that these words have place
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -67,6 +67,12 @@ def word_label(word: str) -> int:
     return encode(word)[0]
 
 
+def word_places(ids: Sequence[int]) -> dict[int, int]:
+    """The words for places in a text: their indices, and the labels of the columns or rows that they mean."""
+    words = {word_label(word): region_label(word) for word in REGIONS}
+    return {index: words[token] for index, token in enumerate(ids) if token in words}
+
+
 def axis_label(axis: int, place: float) -> int:
     """The label of the column (axis 0) or row (axis 1) of a place between 0 and 1."""
     return _AXIS + axis * BINS + _bin(place)
@@ -106,9 +112,13 @@ def near_cells(blur: float) -> Float[np.ndarray, "P 4"]:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+CELL_BLUR = 0.4
+"""Standard deviation of the targets over the names of cells, in cells; the answer to "Where is the star?" is a name."""
+
+
 def targets(blur: float) -> Float[np.ndarray, "M V"]:
     """Target distribution over the vocabulary for every label: exact for words, blurred for places."""
-    near = near_cells(blur)
+    near, sharp = near_cells(blur), near_cells(CELL_BLUR)
     halves = np.stack([near[: BINS // 2].mean(axis=0), near[BINS // 2 :].mean(axis=0)])
     table = np.zeros((_REGION + len(REGIONS), VOCABULARY_SIZE), np.float32)
     table[:VOCABULARY_SIZE] = np.eye(VOCABULARY_SIZE)
@@ -117,7 +127,7 @@ def targets(blur: float) -> Float[np.ndarray, "M V"]:
         table[_AXIS + axis * BINS + np.arange(BINS)[:, None], ids] = near
         table[_REGION + 2 * axis + np.arange(2)[:, None], ids] = halves
     cells = np.array(encode(" ".join(column + row for row in ROW_WORDS for column in COLUMN_WORDS)))
-    both = near[:, None, :, None] * near[None, :, None, :]  # row bin, column bin, row, column
+    both = sharp[:, None, :, None] * sharp[None, :, None, :]  # row bin, column bin, row, column
     table[_CELL : _CELL + BINS**2, cells] = both.reshape(BINS**2, 16)
     return table
 
@@ -262,14 +272,14 @@ KINDS: dict[str, Callable[[np.random.Generator, Seen], Text | None]] = {
 class Mix:
     """Weight of each kind of short question, among those that a scene allows."""
 
-    relation: float = 0.3
-    statement: float = 0.08
-    near_far: float = 0.12
-    depth: float = 0.4
-    between: float = 0.3
+    relation: float = 0.15
+    statement: float = 0.15
+    near_far: float = 0.1
+    depth: float = 0.5
+    between: float = 0.5
     where: float = 0.1
-    exists: float = 0.2
-    color: float = 0.06
+    exists: float = 0.3
+    color: float = 0.08
 
 
 def question(rng: np.random.Generator, seen: Seen, mix: Mix) -> Text:

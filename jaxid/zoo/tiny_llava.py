@@ -31,6 +31,7 @@ from jaxid.zoo.llava_texts import (
     spoken,
     without_picture,
     word_label,
+    word_places,
 )
 from jaxid.zoo.packing import Layout, packed
 from jaxid.zoo.sampling import symmetric_sample
@@ -93,7 +94,7 @@ LENGTHS: dict[Kind, int] = {
 
 SLOTS: dict[str, tuple[Kind, ...]] = {
     "binding": ("column", "row", "color") * 4 + ("caption alone",) * 2,
-    "language": ("column", "row") * 2 + ("question",) * 3 + ("long question", "alone"),
+    "language": ("column", "row") + ("question",) * 5 + ("long question", "alone"),
 }
 """The texts packed after one picture, by stage; each attends to the picture and to itself, not to its neighbours."""
 
@@ -169,10 +170,10 @@ CUES = {"all": 0.55, "size": 0.15, "height": 0.15, "overlap": 0.15}
 def training_world(rng: np.random.Generator, count: int) -> World:
     """Scenes without held-out pairs of objects or places.
 
-    A fifth are on the grid, three in ten have depth, an eighth have an object in between two others, and the rest are
+    A fifth are on the grid, three in ten have depth, a fifth have an object in between two others, and the rest are
     free with 1 to 4 objects.
     """
-    on_grid, deep, inside = count // 5, 3 * count // 10, count // 8
+    on_grid, deep, inside = count // 5, 3 * count // 10, count // 5
     parts = [not_held_out(lambda size: flat(grid_scenes(rng, size)), on_grid)]
     for size, (cues, _) in zip(_split(deep, list(CUES.values())), CUES.items(), strict=True):
         parts.append(not_held_out(partial(perspective, rng, cues), size))
@@ -278,6 +279,9 @@ def training_batch(seed: int, step: int, size: int, mix: Mix | None = None, *, s
             before, (text, label), closing = _text(rng, seen, mix, kind)
             ids, length = encode(before + text + closing), LENGTHS[kind]
             token_ids[row, place : place + len(ids)] = ids
+            if kind.endswith("alone") or rng.random() < PLACED:
+                for index, region in word_places(ids).items():
+                    labels[row, place + index] = region
             labels[row, place + len(ids) - 1] = label
             if closing and len(ids) < length:
                 token_ids[row, place + len(ids)] = spoken(label)
@@ -290,6 +294,12 @@ def training_batch(seed: int, step: int, size: int, mix: Mix | None = None, *, s
         patches=patch_labels(world.scenes),
     )
 
+
+PLACED = 0.25
+"""Share of the texts about a picture in which words for places are continued with their columns or rows.
+
+In texts without a picture they always are. Without that, the words lose their places as questions are learned.
+"""
 
 _CLOSING = " ASSISTANT :"
 

@@ -19,6 +19,8 @@ from jaxid.zoo.sampling import normalize
 
 WORDS = llava_texts.VOCABULARY
 TARGETS = llava_texts.targets(1.0)
+EXTREMES = {"left": "A", "right": "D", "above": "1", "below": "4"}
+"""The most probable column or row of what is there."""
 
 NOBODY = Model(parameters={}, definition=None, config=None, processor=None, name="nobody", fingerprint="")
 """A stand-in for tests that supply the answers themselves."""
@@ -142,7 +144,7 @@ def test_normalize_is_the_shipped_image_processor(processor: Processor) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "lengths", "alone"),
-    [("binding", [5, 5, 4] * 4 + [12] * 2, {12, 13}), ("language", [5] * 4 + [16] * 3 + [25, 28], {8})],
+    [("binding", [5, 5, 4] * 4 + [12] * 2, {12, 13}), ("language", [5] * 2 + [16] * 5 + [25, 28], {8})],
 )
 def test_layout_by_hand(stage: str, lengths: list[int], alone: set[int]) -> None:
     plan = recipe.layout(stage)
@@ -262,7 +264,7 @@ def true_answer(text: str, scene: dict[str, tuple[np.ndarray, str]]) -> str:
         return "ABCD"[x] if found[1] == "column" else "1234"[y]
     if found := re.fullmatch(r"(column|row) of what is (\w+)", text):
         assert (found[1] == "column") == (found[2] in ("left", "right"))
-        return {"left": "A", "right": "D", "above": "1", "below": "4"}[found[2]]  # the most probable
+        return EXTREMES[found[2]]
     if found := re.fullmatch(r"(left|right|above|below) : the", text):
         axis, sign = int(found[1] in ("above", "below")), 1 if found[1] in ("left", "above") else -1
         (first, there), (_, other), *_ = sorted(
@@ -304,6 +306,12 @@ def true_answer(text: str, scene: dict[str, tuple[np.ndarray, str]]) -> str:
     return scene[found[1] or found[2]][1]
 
 
+def last_of_text(tokens: np.ndarray, labels: np.ndarray) -> int:
+    """Index of the last token of a text, which its answer follows: the colon of the closing, or all of a caption."""
+    asked = int(np.flatnonzero(labels >= 0)[-1])
+    return asked - 1 if labels[asked] == WORDS.index("</s>") else asked
+
+
 def said(label: int) -> str:
     """The word that a label asks for; of a distribution, its most probable words."""
     (words,) = np.nonzero(TARGETS[label] > 0.999 * TARGETS[label].max())
@@ -313,6 +321,7 @@ def said(label: int) -> str:
 def test_every_label_is_true_of_its_scene(rendered: list[Scenes]) -> None:
     end = WORDS.index("</s>")
     seen: dict[str, set[str]] = {}
+    shares: dict[str, list[float]] = {}
     for step, stage in enumerate(("language", "language", "binding", "language")):
         batch, plan = recipe.training_batch(7, step, 120, stage=stage), recipe.layout(stage)
         scenes = rendered[step]
@@ -321,7 +330,14 @@ def test_every_label_is_true_of_its_scene(rendered: list[Scenes]) -> None:
         assert (batch.labels[:, : plan.text_start] == -1).all()
         for row, kind, own in _slots(len(batch.pictures), stage):
             tokens, labels = batch.token_ids[row, own], batch.labels[row, own]
-            asked = int(np.argmax(labels >= 0))
+            asked = last_of_text(tokens, labels)
+            words = [index for index in range(asked) if WORDS[tokens[index]] in EXTREMES]
+            placed = [index for index in words if labels[index] >= 0]
+            assert placed in ([], words) and (placed == words or not kind.endswith("alone"))
+            assert all(said(labels[index]) == EXTREMES[WORDS[tokens[index]]] for index in placed)
+            if words:
+                shares.setdefault(kind, []).append(len(placed) / len(words))
+            labels[placed] = -1
             answer = said(labels[asked])
             text = " ".join(WORDS[index] for index in tokens[: asked + 1])
             question = text.endswith(" ASSISTANT :")
@@ -339,6 +355,7 @@ def test_every_label_is_true_of_its_scene(rendered: list[Scenes]) -> None:
                 assert (tokens[asked + 2 :] == 0).all()
             else:
                 assert (np.delete(labels, asked) == -1).all() and (tokens[asked + 1 :] == 0).all()
+    assert 0.15 < np.mean(shares["long question"]) < 0.35
     assert seen["Is there a ?"] == {"yes", "no"} == seen["Is the in between and ?"]
     assert seen["column of the"] == set("ABCD") and seen["row of the"] == set("1234")
     assert seen["Is the to the left or right of the ?"] == {"left", "right"}
@@ -378,10 +395,11 @@ def test_targets_are_linear_in_the_place() -> None:
         steps = np.diff(logs[:, :-1] - logs[:, 1:], axis=0)
         np.testing.assert_allclose(steps, steps.mean(), rtol=1e-3)
         assert steps.mean() < 0
-    # A cell's distribution is that of its column times that of its row.
+    # A cell's distribution is that of its column times that of its row, with less blur.
     center = np.array([0.3, 0.8])
     cell = TARGETS[llava_texts.cell_label(center)]
-    column, row = (TARGETS[llava_texts.axis_label(axis, center[axis])] for axis in (0, 1))
+    sharp = llava_texts.targets(llava_texts.CELL_BLUR)
+    column, row = (sharp[llava_texts.axis_label(axis, center[axis])] for axis in (0, 1))
     for x, y in itertools.product("ABCD", "1234"):
         both = column[WORDS.index(x)] * row[WORDS.index(y)]
         np.testing.assert_allclose(cell[WORDS.index(x + y)], both, rtol=1e-5)

@@ -139,7 +139,7 @@ def test_stages_follow_each_other_on_their_own_data() -> None:
     expected = recipe.training_batch(0, 23, 4, stage="binding")
     np.testing.assert_array_equal(binding.batch(23)["token_ids"], expected.token_ids)
     np.testing.assert_array_equal(language.batch(43)["token_ids"], recipe.training_batch(0, 43, 4).token_ids)
-    steps = [step for step, batch in loop.batches(language, 57) if batch["token_ids"].shape == (4, 160)]
+    steps = [step for step, batch in loop.batches(language, 57) if batch["token_ids"].shape == (4, 182)]
     assert steps == [57, 58, 59]
 
 
@@ -246,8 +246,9 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
         std=recipe.PIXEL_STD,
     )
     batch = recipe.training_batch(5, 0, 1)
-    # An answer is followed by the end token, which no separate prompt asks for.
-    labels = np.where(batch.labels == llava_texts.word_label("</s>"), -1, batch.labels)
+    # An answer is followed by the end token, and words for places by theirs, which no separate prompt asks for.
+    others = [llava_texts.word_label("</s>"), *map(llava_texts.region_label, llava_texts.REGIONS)]
+    labels = np.where(np.isin(batch.labels, others), -1, batch.labels)
     arrays = jax.tree.map(jnp.asarray, training._arrays(dataclasses.replace(batch, labels=labels)))
     plan = recipe.layout()
     _, metrics = jax.jit(lambda arrays: training.language_loss(learner, arrays, TINY, plan=plan))(arrays)
