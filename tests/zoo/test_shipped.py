@@ -87,6 +87,11 @@ def test_hugging_face_generates_the_same_word_and_stops(
         assert words == [given[row]] and len(produced) == 2
 
 
+def test_evaluation_tells_unknown_words(shipped: Model) -> None:
+    assert evaluation.knows_words(shipped, ["Is the star above or below the fish ?", "column of the cup"])
+    assert not evaluation.knows_words(shipped, ["Is the star above or below the fish ?", "Where is the sun ?"])
+
+
 @pytest.mark.slow
 def test_accuracy_on_scenes_never_seen(shipped: Model) -> None:
     results = evaluation.evaluate(shipped, count=128, seed=21)

@@ -469,6 +469,7 @@ def test_evaluation_asks_what_is_true(rendered: list[Scenes], monkeypatch: pytes
         return evaluation.Accuracy(value=1.0, low=0.0, high=1.0, count=len(truths))
 
     monkeypatch.setattr(evaluation, "accuracy", note)
+    monkeypatch.setattr(evaluation, "knows_words", lambda *_: True)
     results = evaluation.evaluate(NOBODY, count=48, seed=2)
     depths = ["depth", "depth_size", "depth_height", "depth_overlap"]
     assert list(results) == [
