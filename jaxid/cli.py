@@ -67,6 +67,7 @@ COMMANDS = {
     "zoo train": "jaxid.zoo.commands:train",
     "zoo evaluate": "jaxid.zoo.commands:evaluate",
     "zoo unknown": "jaxid.zoo.commands:unknown",
+    "zoo card": "jaxid.zoo.commands:card",
     "zoo gates": "jaxid.experiments.zoo_gates:Gates",
     "zoo finetune-study": "jaxid.experiments.finetune_study:FinetuneStudy",
 }

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "train": METHODS,
     "dcsm": {*METHODS, "data", "train"},
     "experiments": {*STUDIES, "zoo recipes"},
-    "zoo recipes": {*METHODS, "data", "ids", "dcsm", "train"},
+    "zoo recipes": {*METHODS, "data", "ids", "dcsm", "train", "plots"},
     "cli": TOP,
 }
 

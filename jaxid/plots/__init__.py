@@ -11,6 +11,7 @@ from jaxid.plots.diagnosis import margin_histogram, margins_by_layer, occlusion_
 from jaxid.plots.finetune import finetune_comparison, finetune_curves, finetune_geometry
 from jaxid.plots.geometry import attainable_margins
 from jaxid.plots.ids import id_plane, variance_by_layer
+from jaxid.plots.recipes import recipe_curves
 from jaxid.plots.scenes import scenes_with_answers
 from jaxid.plots.steering import depth_by_row, steering_by_column, steering_by_layer, steering_map, steering_maps
 from jaxid.plots.style import About, means_note, save
@@ -35,6 +36,7 @@ __all__ = [
     "margins_by_layer",
     "means_note",
     "occlusion_example",
+    "recipe_curves",
     "save",
     "scenes_with_answers",
     "sensitivities",

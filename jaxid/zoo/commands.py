@@ -1,4 +1,4 @@
-"""`jaxid zoo train`, `jaxid zoo evaluate` and `jaxid zoo unknown`."""
+"""`jaxid zoo train`, `evaluate`, `unknown` and `card`."""
 
 import dataclasses
 import json
@@ -114,6 +114,25 @@ def unknown(
     write_json(out / "unknown.json", found)
     write_text(out / "unknown.md", "\n".join(lines) + "\n")
     return "\n".join(lines)
+
+
+def card(name: str, *, out: Path, run: Path | None = None, gates: Path | None = None) -> str:
+    """Write the model card of a shipped model, with a figure of its training, into its folder.
+
+    What was not recorded is named in the card.
+
+    Args:
+        name: tiny-llava, tiny-llava-weak, tiny-video or tiny-clip.
+        out: folder of the checkpoint; `README.md` and `curves.png` are written there.
+        run: folder of the run of `jaxid zoo train` that made it.
+        gates: folder with the results of `jaxid zoo gates` and `jaxid zoo unknown`.
+
+    Returns:
+        What to print.
+    """
+    from jaxid.zoo import cards
+
+    return f"card: {cards.write_card(name, out, run=run, gates=gates)}"
 
 
 def _model_lines(model: str, count: int, seed: int) -> Iterator[str]:

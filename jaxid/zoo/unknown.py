@@ -313,6 +313,7 @@ class Unknown:
 
     Attributes:
         model: name of the model.
+        fingerprint: of its files.
         count: scenes of each sort.
         seed: seed of the scenes.
         rows: one for each sort of pictures, the clean ones first.
@@ -320,6 +321,7 @@ class Unknown:
     """
 
     model: str
+    fingerprint: str
     count: int
     seed: int
     rows: Sequence[Row]
@@ -360,7 +362,7 @@ def measure(
         from jaxid.data.files import save_picture
 
         save_picture(sheet, np.concatenate([np.concatenate(list(row), axis=1) for row in samples]))
-    return Unknown(model=model.name, count=count, seed=seed, rows=rows, words=words)
+    return Unknown(model=model.name, fingerprint=model.fingerprint, count=count, seed=seed, rows=rows, words=words)
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
@@ -373,6 +375,10 @@ def table(found: Mapping[str, Any]) -> list[str]:
         shown = [_cell(row["accuracy"].get(kind)) for kind in KINDS]
         lines.append(f"| {row['name']} | {' | '.join(shown)} |")
     lines += ["", *(f"- {row['name']}: {row['about']}." for row in found["rows"]), ""]
+    lines += [
+        f"Asked about things that are not there and whose names it does not know ({', '.join(UNKNOWN_WORDS)}):",
+        "",
+    ]
     for kind, shares in found["words"].items():
         said = ", ".join(f'"{answer}" {share:.0%}' for answer, share in list(shares.items())[:4])
         lines.append(f'- "{QUESTIONS[kind].format("dog", "star")}": {said}.')
