@@ -186,9 +186,10 @@ def test_own_maps_are_those_of_a_picture_with_its_item_s_captions() -> None:
 
 
 def test_mixed_groups_are_blends_at_random() -> None:
-    maps, own = 3 + jax.random.normal(jax.random.key(0), (4, 6, 3, 2)), jnp.array([[0, 3], [1, 4], [2, 5], [0, 3]])
+    maps = jax.random.normal(jax.random.key(0), (4, 6, 3, 2)) * jnp.array([0.3, 3, 0.5, 4])[:, None, None, None]
+    maps, own = maps + 3, jnp.array([[0, 3], [1, 4], [2, 5], [0, 3]])
     call, alone, mixed = (
-        training.standardised(maps, own, group, jax.random.key(1)) for group in ("call", "own", "mixed")
+        training.standardised(maps, own, group, jax.random.key(3)) for group in ("call", "own", "mixed")
     )
     np.testing.assert_allclose(jnp.take_along_axis(alone, own[..., None, None], 1).mean((1, 2, 3)), 0, atol=1e-5)
     np.testing.assert_array_equal(call, similarity.standardise(maps))
