@@ -120,7 +120,7 @@ def _weights(model: Path) -> dict[str, Any]:
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     return {
         "parameters": f"{count:,}",
-        "dtype": " and ".join(names.get(kind, kind) for kind in kinds),
+        "dtype": " and ".join(str(names.get(kind, kind)) for kind in kinds),
         "megabytes": f"{path.stat().st_size / 1e6:.1f}",
         "words": len(_words(model)),
     }

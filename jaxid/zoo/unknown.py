@@ -92,7 +92,7 @@ def conditions(count: int, seed: int, photographs: Sequence[Path] = ()) -> Itera
         )
     for font, glyphs in drawings.FONTS.items():
         names = [OBJECTS.index(name) for name in glyphs]
-        some = _scenes(rng, count, lambda found, names=names: np.isin(found.objects, names).all(axis=1))
+        some = _scenes(rng, count, lambda found, names=names: np.asarray(np.isin(found.objects, names).all(axis=1)))
         shown = drawings.redraw(some, _ground(some, size), drawings.glyphs(font))
         about = f"glyphs of {font.removesuffix('.ttf')}, filled, without an outline: {', '.join(glyphs)}"
         yield Condition(name=f"font {font.split('.')[0].split('-')[0]}", about=about, scenes=some, pictures=shown)
