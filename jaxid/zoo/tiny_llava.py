@@ -92,9 +92,11 @@ LENGTHS: dict[Kind, int] = {
 }
 """Number of tokens of each kind of slot."""
 
+_BOUND: tuple[Kind, ...] = ("column", "row", "color")
+_ASKED: tuple[Kind, ...] = ("question",)
 SLOTS: dict[str, tuple[Kind, ...]] = {
-    "binding": ("column", "row", "color") * 4 + ("caption alone",) * 2,
-    "language": ("column", "row") + ("question",) * 5 + ("long question", "alone"),
+    "binding": (*4 * _BOUND, "caption alone", "caption alone"),
+    "language": ("column", "row", *5 * _ASKED, "long question", "alone"),
 }
 """The texts packed after one picture, by stage; each attends to the picture and to itself, not to its neighbours."""
 
@@ -163,7 +165,7 @@ class World:
         )
 
 
-CUES = {"all": 0.55, "size": 0.15, "height": 0.15, "overlap": 0.15}
+CUES = {"all": 0.45, "size": 0.15, "height": 0.15, "overlap": 0.25}
 """Share of each set of cues among the scenes with depth."""
 
 
@@ -336,8 +338,8 @@ def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 6"]:
     """Labels of the auxiliary head, for every patch: the nearest object whose box contains the patch's centre.
 
     In order: the object (from 1; 0 is none), its place along x and along y (one of `BINS`), its colour, whether it
-    overlaps no other (0), is in front (1) or behind (2), and its size (one of `SIZES`); each -1 where there is no
-    object.
+    overlaps another in front of it (1), only ones behind it (0), or none (-1), and its size (one of `SIZES`); each -1
+    where there is no object.
     """
     side = IMAGE_SIZE // PATCH_SIZE
     ticks = (np.arange(side) + 0.5) / side
@@ -360,7 +362,7 @@ def patch_labels(scenes: Scenes) -> Int[np.ndarray, "N I 6"]:
     behind = (overlap & (slots[:, None] < slots)).any(axis=-1)
     sizes = np.clip((scenes.sizes - 0.14) / 0.05, 0, SIZES - 1).astype(np.int64)
     objects = np.where(here, of(scenes.objects + 1), 0)
-    others = (bins[..., 0], bins[..., 1], scenes.colors, np.where(behind, 2, front.astype(np.int64)), sizes)
+    others = (bins[..., 0], bins[..., 1], scenes.colors, np.where(behind, 1, np.where(front, 0, -1)), sizes)
     return np.stack([objects, *map(of, others)], axis=-1).astype(np.int32)
 
 

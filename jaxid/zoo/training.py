@@ -39,17 +39,17 @@ class TrainingConfig(RecipeConfig):
     sight_learning_rate: float = 2e-3  # peak of the first stage
     binding_steps: int = 400  # length of the second stage, on captions
     binding_batch_size: int = 64  # pictures per step of the second stage
-    steps: int = 1200  # length of the third stage, on questions and captions
-    batch_size: int = 48  # pictures per step of the third stage
+    steps: int = 1700  # length of the third stage, on questions and captions
+    batch_size: int = 40  # pictures per step of the third stage
     learning_rate: float = 1.5e-3  # peak of the second and the third stage
-    weak_steps: int = 300  # steps of the third stage after which a weaker model is saved, for fine-tuning experiments
+    weak_steps: int = 200  # steps of the third stage after which a weaker model is saved, for fine-tuning experiments
     warmup_steps: int = 100
     weight_decay: float = 0.02
     patch_weight: float = 0.3  # weight of the auxiliary loss on the picture's tokens
     blur: float = 0.7  # standard deviation of the target distributions over columns and rows, in cells
 
 
-PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS), 3, recipe.SIZES)
+PATCH_CLASSES = (len(OBJECTS) + 1, 4, 4, len(COLORS), 2, recipe.SIZES)
 """Number of classes of the auxiliary head's labels: object, column, row, colour, overlap, size."""
 
 SEEING_LAYERS = 3

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -250,7 +250,7 @@ def test_batches_are_pure_functions_of_seed_and_step() -> None:
     assert recipe.sight_batch(3, 5, 8).token_ids.shape == (8, 0)
 
 
-def gap_of(scene: dict[str, tuple[np.ndarray, str]], found: Sequence[str], axis: int) -> float:
+def gap_of(scene: dict[str, tuple[np.ndarray, str]], found: re.Match[str] | tuple[str, str, str], axis: int) -> float:
     """How much further along an axis the first named object is than the second."""
     gap = float(scene[found[1]][0][axis] - scene[found[2]][0][axis])
     assert abs(gap) >= llava_texts.MIN_GAP - 1e-6
@@ -279,7 +279,7 @@ def true_answer(text: str, scene: dict[str, tuple[np.ndarray, str]]) -> str:
         if found := re.fullmatch(rf"Is the (\w+) {phrase} the (\w+) \?{said}", text):
             return words[int(gap_of(scene, found, axis) > 0)]
         if found := re.fullmatch(rf"The (\w+) is (?:to the )?({'|'.join(words)})(?: of)? the (\w+) \.", text):
-            truth = words[int(gap_of(scene, (found[0], found[1], found[3]), axis) > 0)]
+            truth = words[int(gap_of(scene, ("", found[1], found[3]), axis) > 0)]
             return "true" if found[2] == truth else "false"
     if found := re.fullmatch(r"Is the (\w+) near or far from the (\w+) \?", text):
         apart = float(np.hypot(*(scene[found[1]][0] - scene[found[2]][0])))
@@ -435,10 +435,10 @@ def test_patch_labels_name_the_nearest_object_under_each_patch() -> None:
             for other, (there, _) in enumerate(objects_of(scenes, row).values())
             if other != slot and np.abs(there - center).max() < (scenes.sizes[row, slot] + scenes.sizes[row, other]) / 2
         ]
-        assert found[row, patch, 4] == (2 if max(touching, default=-1) > slot else 1 if touching else 0)
+        assert found[row, patch, 4] == (1 if max(touching, default=-1) > slot else 0 if touching else -1)
     assert 0.05 < (found[..., 0] > 0).mean() < 0.5
     shown = found[found[..., 0] > 0]
-    assert set(shown[:, 4]) == {0, 1, 2} and set(shown[:, 5]) == set(range(recipe.SIZES))
+    assert set(shown[:, 4]) == {-1, 0, 1} and set(shown[:, 5]) == set(range(recipe.SIZES))
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------
