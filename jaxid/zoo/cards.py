@@ -13,6 +13,7 @@ from jaxid.data.scenes import COLORS, OBJECTS
 from jaxid.errors import CheckpointError, DataError, InputError
 from jaxid.train.folder import read_metrics
 from jaxid.zoo import llava_texts, tiny_clip, tiny_llava, tiny_video, unknown
+from jaxid.zoo.recipes import WEAK_FILE
 from jaxid.zoo.records import read_record
 
 CARD_FILE, CURVES_FILE = "README.md", "curves.png"
@@ -182,7 +183,7 @@ def _of_run(name: str, model: Path, run: Path) -> dict[str, Any]:
         "stages": _stages(rows),
         "settings": io.to_json(shown) if shown else None,
         "seed": settings.get("seed", "not recorded"),
-        "weak": settings.get("weak_steps"),
+        "weak": io.read_json(run / WEAK_FILE, DataError, missing={}),
     }
     if record is not None:
         found |= {"record": record, "minutes": round(record["seconds"] / 60)}

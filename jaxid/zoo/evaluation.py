@@ -118,6 +118,22 @@ def knows_words(model: Model, texts: Sequence[str]) -> bool:
     return {word for text in texts for word in text.split()} <= set(model.processor.tokenizer.get_vocab())
 
 
+def relations(model: Model, rng: np.random.Generator, count: int) -> dict[str, Accuracy]:
+    """Accuracy on left or right, and on above or below, in held-out scenes."""
+    results: dict[str, Accuracy] = {}
+    for axis, name in (("horizontal", "left_right"), ("vertical", "above_below")):
+        items, pictures = relation_items(rng, count, axis)
+        questions = [item.query for item in items]
+        results[name] = accuracy(model, pictures, questions, [item.relation for item in items])
+    return results
+
+
+def relation_share(model: Model, *, count: int) -> float:
+    """Share of questions about both relations that are answered correctly, on scenes of their own."""
+    found = relations(model, np.random.default_rng((977, 0, 3)), count)
+    return float(np.mean([one.value for one in found.values()]))
+
+
 def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accuracy]:
     """Accuracy on held-out scenes, by kind of question.
 
@@ -125,11 +141,7 @@ def evaluate(model: Model, *, count: int = 256, seed: int = 1) -> dict[str, Accu
     (depth_size, depth_height, depth_overlap). Kinds with words that the model does not know are skipped.
     """
     rng = np.random.default_rng((977, seed))
-    results: dict[str, Accuracy] = {}
-    for axis, name in (("horizontal", "left_right"), ("vertical", "above_below")):
-        items, pictures = relation_items(rng, count, axis)
-        questions = [item.query for item in items]
-        results[name] = accuracy(model, pictures, questions, [item.relation for item in items])
+    results = relations(model, rng, count)
 
     scenes = held_out_scenes(rng, count)
     pictures = drawn.render(scenes, recipe.IMAGE_SIZE)

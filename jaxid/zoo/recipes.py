@@ -1,6 +1,7 @@
 """Shared by the recipes of the shipped models: settings, losses, and a training run from start to checkpoint."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxid.checks import check_options
 from jaxid.errors import InputError
+from jaxid.io import write_json
 from jaxid.train.loop import Stage, adamw, begun, fit
 from jaxid.zoo.records import RECORD_FILE, recorded
 
@@ -71,6 +73,27 @@ def limited(config: Config, steps: int | None, batch_size: int | None) -> Config
     return dataclasses.replace(config, **changes)
 
 
+WEAK_FILE = "weak.json"
+"""The step after which a weaker model was saved, and its share of correct answers."""
+WEAK_EVERY = 25
+"""Steps between measurements of that share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weak(Generic[Config]):
+    """Which earlier state of a run is saved as a weaker model.
+
+    Attributes:
+        after: (settings) -> the step after which states are measured.
+        share: (folder of a checkpoint) -> its share of correct answers.
+        least: (settings) -> the share of the state that is saved, which is the first one that reaches it.
+    """
+
+    after: Callable[[Config], int]
+    share: Callable[[Path], float]
+    least: Callable[[Config], float]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(Generic[Config]):
     """How a shipped model is trained.
@@ -83,7 +106,7 @@ class Recipe(Generic[Config]):
         vocabulary: number of words that the model knows.
         write: writes the network's parameters as a checkpoint folder.
         finish: (folder of the run, folder of the checkpoint) -> evaluates the checkpoint.
-        weak_at: (settings) -> the step after which a weaker model is saved as `model-weak`.
+        weak: if given, a weaker model is saved as `model-weak`.
     """
 
     config: type[Config]
@@ -93,7 +116,7 @@ class Recipe(Generic[Config]):
     vocabulary: int
     write: Callable[[Path, PyTree], None]
     finish: Callable[[Path, Path], object]
-    weak_at: Callable[[Config], int] | None = None
+    weak: "Weak[Config] | None" = None
 
     def train(
         self,
@@ -122,14 +145,21 @@ class Recipe(Generic[Config]):
             OutputError: if the folder holds a run with other settings.
         """
         definition, parameters = self.start(config.seed)
-        kept_at = 0 if self.weak_at is None else self.weak_at(config)
 
         def keep(step: int, parameters: PyTree) -> None:
-            if export and step == kept_at:
-                self.write(folder / "model-weak", jax.device_get(parameters["network"]))
+            """Saves the weaker model if it is the first one that knows enough."""
+            kept, trial = folder / "model-weak", folder / "model-trial"
+            if not export or self.weak is None or step <= self.weak.after(config) or (folder / WEAK_FILE).exists():
+                return
+            self.write(trial, jax.device_get(parameters["network"]))
+            share = self.weak.share(trial)
+            if share >= self.weak.least(config):
+                shutil.rmtree(kept, ignore_errors=True)
+                trial.rename(kept)
+                write_json(folder / WEAK_FILE, {"step": step, "share": share})
 
         settings = dataclasses.asdict(config) | {"vocabulary": self.vocabulary}
-        made = ["model", "model-weak", "scorer-*", "accuracy.json", RECORD_FILE]
+        made = ["model", "model-weak", "model-trial", WEAK_FILE, "scorer-*", "accuracy.json", RECORD_FILE]
         with begun(folder, settings, restart=restart, made=made), recorded(folder):
             trained = fit(
                 folder,
@@ -138,10 +168,11 @@ class Recipe(Generic[Config]):
                 columns=self.columns,
                 save_every=save_every,
                 progress=progress,
-                check=keep if kept_at else None,
-                check_every=max(kept_at, 1),
+                check=keep if self.weak is not None else None,
+                check_every=WEAK_EVERY,
             )
             if export:
+                shutil.rmtree(folder / "model-trial", ignore_errors=True)
                 self.write(folder / "model", trained["network"])
                 self.finish(folder, folder / "model")
         return trained["network"]

@@ -26,7 +26,7 @@ from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
 from jaxid.zoo.llava_texts import VOCABULARY, near_cells, targets
 from jaxid.zoo.packing import Layout
-from jaxid.zoo.recipes import Recipe, RecipeConfig, balanced_cross_entropy, begin, cross_entropy, in_turn
+from jaxid.zoo.recipes import Recipe, RecipeConfig, Weak, balanced_cross_entropy, begin, cross_entropy, in_turn
 from jaxid.zoo.sampling import normalize
 
 
@@ -42,7 +42,7 @@ class TrainingConfig(RecipeConfig):
     steps: int = 1700  # length of the third stage, on questions and captions
     batch_size: int = 40  # pictures per step of the third stage
     learning_rate: float = 1.5e-3  # peak of the second and the third stage
-    weak_steps: int = 200  # steps of the third stage after which a weaker model is saved, for fine-tuning experiments
+    weak_share: float = 0.65  # share of relations that a weaker model knows, for fine-tuning experiments
     warmup_steps: int = 100
     weight_decay: float = 0.02
     patch_weight: float = 0.3  # weight of the auxiliary loss on the picture's tokens
@@ -216,6 +216,10 @@ RECIPE = Recipe(
     finish=lambda folder, model: write_json(
         folder / "accuracy.json", evaluation.evaluate(load(model), count=evaluation.QUESTIONS)
     ),
-    weak_at=lambda config: config.sight_steps + config.binding_steps + config.weak_steps,
+    weak=Weak(
+        after=lambda config: config.sight_steps + config.binding_steps,
+        share=lambda model: evaluation.relation_share(load(model), count=evaluation.QUESTIONS),
+        least=lambda config: config.weak_share,
+    ),
 )
-"""Trains tiny-llava; the weaker model is its state after `weak_steps` steps of the third stage."""
+"""Trains tiny-llava, and saves a weaker model that has just begun to answer questions about relations."""

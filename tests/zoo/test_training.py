@@ -25,7 +25,7 @@ from jaxid.train import loop
 from jaxid.zoo import clip_evaluation, clip_training, llava_texts, training, video_training
 from jaxid.zoo import tiny_llava as recipe
 from jaxid.zoo.export import write_llava
-from jaxid.zoo.recipes import balanced_cross_entropy, cross_entropy, limited
+from jaxid.zoo.recipes import Weak, balanced_cross_entropy, cross_entropy, limited
 from jaxid.zoo.training import TrainingConfig
 
 pytestmark = pytest.mark.optimized
@@ -106,6 +106,20 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     with np.load(killed / "parameters.npz") as resumed:
         for leaf, name in zip(jax.tree.leaves(again), resumed.files, strict=True):
             np.testing.assert_array_equal(leaf, resumed[name])
+
+
+@pytest.mark.slow
+def test_the_first_state_that_knows_enough_is_kept(tmp_path: Path) -> None:
+    shares = iter([0.2, 0.7, 0.9])
+    weak = Weak(after=lambda _: 40, share=lambda _: next(shares), least=lambda config: config.weak_share)
+    kept = dataclasses.replace(training.RECIPE, weak=weak, finish=lambda *_: None)
+    config = dataclasses.replace(TINY, steps=70, weak_share=0.65)
+    with jax.numpy_dtype_promotion("standard"):
+        kept.train(tmp_path, config, progress=False)
+    assert json.loads((tmp_path / "weak.json").read_text()) == {"step": 75, "share": 0.7}
+    assert next(shares) == 0.9  # later states are not measured
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "model-weak")]
+    assert weights[0] != weights[1] and not (tmp_path / "model-trial").exists()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
