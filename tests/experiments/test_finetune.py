@@ -28,8 +28,8 @@ from jaxid.data.grid import FinetuneItem, GridItem, finetune_name, placements, r
 from jaxid.errors import CheckpointError, DataError, InputError, OutputError
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
-from jaxid.experiments.finetune_data import split_pairs, with_answers
 from jaxid.experiments.finetune_comparison import CompareFinetune
+from jaxid.experiments.finetune_data import split_pairs, with_answers
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.programs import program

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,9 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_first_state_that_knows_enough_is_kept(tmp_path: Path) -> None:
     shares = iter([0.2, 0.7, 0.9])
-    weak = Weak(after=lambda _: 40, share=lambda _: next(shares), least=lambda config: config.weak_share)
+    weak = Weak[TrainingConfig](
+        after=lambda _: 40, share=lambda _: next(shares), least=lambda config: config.weak_share
+    )
     kept = dataclasses.replace(training.RECIPE, weak=weak, finish=lambda *_: None)
     config = dataclasses.replace(TINY, steps=70, weak_share=0.65)
     with jax.numpy_dtype_promotion("standard"):
@@ -181,7 +183,7 @@ def test_limits_hold_in_every_stage(recipe: Any) -> None:
 
 @pytest.mark.parametrize("kind", clip_evaluation.SCORERS)
 @pytest.mark.parametrize("steps", [1, 4, 249, 250, 251, 4999, 10**6])
-def test_a_scorer_has_at_most_so_many_steps(steps: int, kind: str) -> None:
+def test_a_scorer_has_at_most_so_many_steps(steps: int, kind: Literal["mlp", "cnn"]) -> None:
     config, whole = clip_evaluation.scorer_config(kind, 0), clip_evaluation.SCENES
     short, scenes = clip_evaluation.scorer_size(config, steps)
     done = short.epochs * -(-scenes // short.batch_size)
