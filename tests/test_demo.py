@@ -30,6 +30,8 @@ GEOMETRY = (
     "column_correlation",
     "row_correlation",
     "axes_cosine",
+    "column_gap",
+    "row_gap",
     "row_share",
     "column_share",
 )
@@ -96,6 +98,7 @@ def synthetic_summary() -> dict[str, Any]:
         "accuracy": {"left_right": next(numbers), "above_below": next(numbers)},
         "accuracy_interval": {name: [next(numbers), next(numbers)] for name in ("left_right", "above_below")},
         **{name: per_layer() for name in GEOMETRY},
+        "word_angles": {"left_right": [11.0, 22.0, 33.0], "above_below": [44.0, 55.0, 66.0]},
         "best_layer": 1,
         "best_factor": 2.0,
         "belief_swap": per_layer(),
@@ -124,9 +127,10 @@ def test_report_shows_every_number_and_figure() -> None:
         low, high = summary["accuracy_interval"][name]
         assert [name, f"{value:.1%}".replace("%", " %"), f"{100 * low:.1f} % to {100 * high:.1f} %"] in rows
     columns = ("explained_variance", "column_share", "row_share", "id_agreement", "column_correlation")
-    columns += ("row_correlation", "axes_cosine")
+    columns += ("row_correlation", "axes_cosine", "column_gap", "row_gap")
     for k in range(3):
         assert [str(k), *(f"{summary[name][k]:.3f}" for name in columns)] in rows
+        assert [str(k), *(f"{angles[k]:.0f}" for angles in summary["word_angles"].values())] in rows
         assert [str(k), *(f"{100 * summary[name][k]:.1f} %" for name in ("belief_swap", "noise_swap"))] in rows
         assert [str(k), *(f"{summary['mirror_swap'][name][k]:.3f}" for name in ("image", "text", "words"))] in rows
         monotone = "no" if k == 1 else "yes"
