@@ -88,7 +88,7 @@ def case(modules: Modules) -> Case:
     rows = [llava_texts.encode("<s> USER :" + PICTURE * " <image>" + " " + question) for question in QUESTIONS]
     longest = max(map(len, rows))
     assert len(rows[0]) < longest
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(1)
     batch = published.Batch(
         token_ids=torch.tensor([row + [3] * (longest - len(row)) for row in rows]),
         valid=torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
