@@ -284,7 +284,7 @@ def test_packed_texts_are_seen_as_prompts_of_their_own(tmp_path: Path) -> None:
         if not texts:
             continue
         # Padding, and the same number of texts, make few shapes and so few programs.
-        prompts = model.prepare(None if alone else batch.pictures[0], (4 * texts)[:4], chat=chat, pad_to_multiple=64)
+        prompts = model.prepare(None if alone else batch.pictures[0], (6 * texts)[:6], chat=chat, pad_to_multiple=64)
         logprobs = np.asarray(forward(model, prompts).logprobs(np.arange(llava_texts.VOCABULARY_SIZE)))
         losses += (-(wanted[answers] * logprobs[: len(texts)]).sum(axis=1)).tolist()
     assert len(losses) == len(kinds)
