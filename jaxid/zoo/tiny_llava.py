@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxid.data import scenes as drawn
 from jaxid.data.perspective import sample_perspective
+from jaxid.data.relations import is_between
 from jaxid.data.scenes import COLORS, OBJECTS, Scenes
 from jaxid.families.llava import LlavaConfig
 from jaxid.nn.decoder_config import DecoderConfig, RopeConfig
@@ -216,15 +217,8 @@ def between_scenes(rng: np.random.Generator, count: int) -> Scenes:
     kept = drawn.sample_free(rng, 0, num_objects=(3, 3))
     while len(kept) < count:
         scenes = drawn.sample_free(rng, 6 * count, num_objects=(3, 3), size_range=(0.17, 0.24))
-        centers = scenes.centers.astype(float)
-        chosen = np.zeros(len(scenes), bool)
-        for c in range(3):
-            a, b = (slot for slot in range(3) if slot != c)
-            line, own = centers[:, b] - centers[:, a], centers[:, c] - centers[:, a]
-            length = np.linalg.norm(line, axis=1)
-            share = (own * line).sum(axis=1) / length**2
-            aside = np.abs(line[:, 0] * own[:, 1] - line[:, 1] * own[:, 0]) / length
-            chosen |= (length >= 0.3) & (share > 0.25) & (share < 0.75) & (aside < 0.12)
+        orders = ([1, 2, 0], [0, 2, 1], [0, 1, 2])
+        chosen = np.array([any(is_between(centers[order]) for order in orders) for centers in scenes.centers])
         kept = drawn.concatenate([kept, scenes[chosen]])
     return kept[:count]
 
@@ -267,9 +261,8 @@ class Batch:
     patches: Int[np.ndarray, "N I 6"]  # see `patch_labels`
 
 
-def training_batch(seed: int, step: int, size: int, mix: Mix | None = None, *, stage: str = "language") -> Batch:
+def training_batch(seed: int, step: int, size: int, *, stage: str = "language") -> Batch:
     """The batch of a step, a pure function of its arguments, so that a resumed run sees the same data."""
-    mix = mix or Mix()
     rng = np.random.default_rng((seed, step))
     world, plan = training_world(rng, size), layout(stage)
     token_ids = np.tile(plan.token_ids, (size, 1))
@@ -278,7 +271,7 @@ def training_batch(seed: int, step: int, size: int, mix: Mix | None = None, *, s
     for row in range(size):
         seen, place = world.seen(row), plan.text_start
         for kind in SLOTS[stage]:
-            before, (text, label), closing = _text(rng, seen, mix, kind)
+            before, (text, label), closing = _text(rng, seen, kind)
             ids, length = encode(before + text + closing), LENGTHS[kind]
             token_ids[row, place : place + len(ids)] = ids
             if kind.endswith("alone") or rng.random() < PLACED:
@@ -306,7 +299,7 @@ In texts without a picture they always are. Without that, the words lose their p
 _CLOSING = " ASSISTANT :"
 
 
-def _text(rng: np.random.Generator, seen: Seen, mix: Mix, kind: Kind) -> tuple[str, Text, str]:
+def _text(rng: np.random.Generator, seen: Seen, kind: Kind) -> tuple[str, Text, str]:
     """What a slot holds: tokens before a text, the text and its label, and tokens after it."""
     match kind:
         case "column" | "row":
@@ -314,7 +307,7 @@ def _text(rng: np.random.Generator, seen: Seen, mix: Mix, kind: Kind) -> tuple[s
         case "color":
             return "", color_caption(rng, seen), ""
         case "question":
-            return "", question(rng, seen, mix), _CLOSING
+            return "", question(rng, seen, Mix()), _CLOSING
         case "long question":
             return "", long_relation(rng, seen) or exists(rng, seen), _CLOSING
         case "alone":
