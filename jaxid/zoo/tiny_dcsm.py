@@ -189,6 +189,20 @@ def attributes(
     return items
 
 
+Said = tuple[str, tuple[str, str], tuple[str, str]]
+"""An item's key, the captions of its picture, and those of the opposite one."""
+
+
+def drawn_items(scenes: Scenes, other: Scenes, said: Callable[[int], Said]) -> list[Item]:
+    """Items of scenes and opposite scenes; `said` tells what each row is called."""
+    items = []
+    pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
+    for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
+        key, captions, opposites = said(row)
+        items.append(Item(key=key, picture=picture, opposite=opposite, captions=captions, opposite_captions=opposites))
+    return items
+
+
 def negation(
     rng: np.random.Generator,
     count: int,
@@ -200,9 +214,8 @@ def negation(
     scenes, other = (sample(rng, count, 1, keep) for _ in range(2))
     shift = rng.integers(1, len(SHAPES), size=(count, 1))
     other = dataclasses.replace(other, objects=(scenes.objects + shift) % len(SHAPES))
-    pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
-    items = []
-    for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
+
+    def said(row: int) -> Said:
         phrases = [NEGATIONS[index] for index in rng.permutation(len(NEGATIONS))[:2]]
         here, there = SHAPES[scenes.objects[row, 0]], SHAPES[other.objects[row, 0]]
         captions, opposites = styled(
@@ -213,16 +226,9 @@ def negation(
             ],
             shares,
         )
-        items.append(
-            Item(
-                key=f"{here}_{there}",
-                picture=picture,
-                opposite=opposite,
-                captions=captions,
-                opposite_captions=opposites,
-            )
-        )
-    return items
+        return f"{here}_{there}", captions, opposites
+
+    return drawn_items(scenes, other, said)
 
 
 def presence(
@@ -243,9 +249,8 @@ def presence(
     other = with_second(scenes, np.where(rng.random(2 * count) < 0.5, third, -1))
     rows = np.flatnonzero(keep(other))[:count]
     scenes, other = scenes[rows], other[rows]
-    pictures = (drawn.render(part, IMAGE_SIZE) for part in (scenes, other))
-    items = []
-    for row, (picture, opposite) in enumerate(zip(*pictures, strict=True)):
+
+    def said(row: int) -> Said:
         here, beside = (SHAPES[index] for index in scenes.objects[row])
         together = [TOGETHER[index] for index in rng.permutation(len(TOGETHER))[:2]]
         apart = [NEGATIONS[index] for index in rng.choice(len(NEGATIONS), 2, replace=False, p=_WITHOUT)]
@@ -257,16 +262,9 @@ def presence(
             ],
             shares,
         )
-        items.append(
-            Item(
-                key=f"{here}_{beside}",
-                picture=picture,
-                opposite=opposite,
-                captions=captions,
-                opposite_captions=opposites,
-            )
-        )
-    return items
+        return f"{here}_{beside}", captions, opposites
+
+    return drawn_items(scenes, other, said)
 
 
 def absent(rng: np.random.Generator, scenes: Scenes) -> Int[np.ndarray, "N"]:
