@@ -146,13 +146,16 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
             raise DataError(f"no clip of {self.data} could be used: {bad[-1][1] if bad else 'there are none'}")
 
     def report(self, result: TemporalExtraction) -> Iterator[str]:
-        """Counts of clips and pairs, and the rank correlation of IDs and frames."""
+        """Counts of clips and pairs, the rank correlation of IDs and frames, and how far apart the words lie."""
         order = ", ".join(f"{value:.2f}" for value in result.rank_correlation)
         count = result.skipped["count"]
         yield (
             f"{self.out}: {result.clips} clips, {result.pairs} pairs; rank correlation with the frame, by layer: "
             f"{order}{f'; {count} bad clips skipped' if count else ''}"
         )
+        first, last = ANSWERS
+        apart = ", ".join(f"{value:+.2f}" for value in result.words[last] - result.words[first])
+        yield f'"{last}" beyond "{first}", as a share of the line from the earliest to the latest frame, by layer: {apart}'
 
 
 def draw(found: TemporalExtraction) -> Figure:

@@ -12,12 +12,13 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from jaxid.checkpoints.loading import load
+from jaxid.data.clips import write_appear_folder
 from jaxid.data.scenes import OBJECTS
 from jaxid.data.videos import time_text
-from jaxid.experiments.temporal import IN_ONE_WORD, earlier_or_later
+from jaxid.experiments.temporal import ANSWERS, IN_ONE_WORD, earlier_or_later
 from jaxid.families.base import Model
 from jaxid.families.llava_video import LlavaVideo
-from jaxid.ids.extract import TEMPORAL_QUESTION
+from jaxid.ids.extract import TEMPORAL_QUESTION, centred_words, extract_temporal
 from jaxid.zoo import tiny_video as recipe
 from jaxid.zoo import video_evaluation
 from jaxid.zoo.export import write_video
@@ -194,6 +195,22 @@ def test_a_frame_is_the_picture_that_it_names() -> None:
     for row in range(6):
         whole = draw_clip(drawn.scenes[row : row + 1], drawn.present[row], recipe.IMAGE_SIZE)
         np.testing.assert_array_equal(shown[row][frames[row]], whole)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_knows_the_times_of_objects_and_words(tmp_path: Path) -> None:
+    """Accuracy on clips never shown, and "before" and "after" apart on the line of IDs, read without a clip."""
+    shipped = load("tiny-video")
+    found = video_evaluation.evaluate(shipped, count=256, seed=21)
+    for kind in ("before_after", "untimed", "one_then_other", "reversed"):
+        assert found[kind].value >= 0.97, (kind, found[kind])
+    pairs = [("star", "fish"), ("moon", "cup"), ("tree", "key"), ("house", "bolt")]
+    items = write_appear_folder(tmp_path, pairs)
+    line = extract_temporal(shipped, items, pairs=pairs).line()
+    assert (line.order[2:] > 0.99).all()
+    question = TEMPORAL_QUESTION.format(a="star", b="fish")
+    before, after = line.coordinates(centred_words(shipped, question, ANSWERS), centred=True).T
+    assert (after - before)[3:].min() > 0.4
 
 
 SCRIPT = """
