@@ -244,11 +244,14 @@ def presence(
     second one, whose place is empty or taken by a third; its captions say so ("a star without a fish", "no fish but a
     star"). So neither the number of objects nor the words alone tell which captions are right.
     """
-    scenes = sample(rng, 2 * count, 2, keep)
-    third = absent(rng, scenes)
-    other = with_second(scenes, np.where(rng.random(2 * count) < 0.5, third, -1))
-    rows = np.flatnonzero(keep(other))[:count]
-    scenes, other = scenes[rows], other[rows]
+    kept: list[tuple[Scenes, Scenes]] = []
+    while sum(len(part) for part, _ in kept) < count:
+        scenes = sample(rng, 2 * count, 2, keep)
+        third = absent(rng, scenes)
+        other = with_second(scenes, np.where(rng.random(2 * count) < 0.5, third, -1))
+        rows = np.flatnonzero(keep(other))
+        kept.append((scenes[rows], other[rows]))
+    scenes, other = (drawn.concatenate(parts)[slice(count)] for parts in zip(*kept, strict=True))
 
     def said(row: int) -> Said:
         here, beside = (SHAPES[index] for index in scenes.objects[row])

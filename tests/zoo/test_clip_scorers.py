@@ -95,6 +95,15 @@ def test_training_sets_hold_the_old_kinds_and_the_new_one() -> None:
     assert all(len(items) == 8 for items in sets.values())
 
 
+def test_presence_draws_on_where_few_opposite_scenes_are_kept() -> None:
+    """A third object that is one of three of the ten: about one scene in nine."""
+    items = tiny_dcsm.presence(
+        np.random.default_rng(1), 20, lambda scenes: (0 <= scenes.objects[:, 1]) & (scenes.objects[:, 1] < 3)
+    )
+    assert len(items) == 20
+    assert {item.key.split("_")[1] for item in items} == set(SHAPES[:3])
+
+
 def test_questions_about_presence_are_balanced() -> None:
     asked = tiny_dcsm.questions(5, 60)["presence"]
     missing = [says_missing(right) is not None for right, _ in asked.captions]
