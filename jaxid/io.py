@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -191,7 +192,10 @@ def whole_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error}") from error
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)  # safetensors writes files that only their owner may read
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from jaxid import io
 from jaxid.errors import DataError, InputError, OutputError
@@ -167,6 +168,14 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_as_readable_as_the_umask_allows(tmp_path: Path) -> None:
+    """Also those of safetensors, which only their owner could read otherwise."""
+    with io.whole_file(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": np.zeros(3, np.float32)}, temporary)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_output_folder_is_made_or_refused_in_one_line(tmp_path: Path) -> None:
