@@ -155,7 +155,7 @@ class ExtractTemporalIDs(Extraction[TemporalExtraction]):
         )
         first, last = ANSWERS
         apart = ", ".join(f"{value:+.2f}" for value in result.words[last] - result.words[first])
-        yield f'"{last}" beyond "{first}", as a share of the line from the earliest to the latest frame, by layer: {apart}'
+        yield f'"{last}" beyond "{first}", as a share of the line from the first to the last frame, by layer: {apart}'
 
 
 def draw(found: TemporalExtraction) -> Figure:

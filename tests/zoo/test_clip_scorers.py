@@ -98,7 +98,7 @@ def test_training_sets_hold_the_old_kinds_and_the_new_one() -> None:
 def test_presence_draws_on_where_few_opposite_scenes_are_kept() -> None:
     """A third object that is one of three of the ten: about one scene in nine."""
     items = tiny_dcsm.presence(
-        np.random.default_rng(1), 20, lambda scenes: (0 <= scenes.objects[:, 1]) & (scenes.objects[:, 1] < 3)
+        np.random.default_rng(1), 20, lambda scenes: (scenes.objects[:, 1] >= 0) & (scenes.objects[:, 1] < 3)
     )
     assert len(items) == 20
     assert {item.key.split("_")[1] for item in items} == set(SHAPES[:3])
