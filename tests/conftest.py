@@ -34,6 +34,13 @@ _MOST_MAPPINGS = 30_000
 """Of memory; systems allow a process 65,530, every compiled program takes some, and without any XLA crashes."""
 
 
+def pytest_collection_finish() -> None:
+    """Tracing makes many small objects: looking for garbage among all that was imported takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Drops compiled programs behind a test once there are very many; they are compiled again where needed."""
@@ -50,9 +57,11 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Most tests compile many small programs and run each a few times; modules marked `optimized` run theirs long."""
     quick = request.node.get_closest_marker("optimized") is None
-    jax.config.update("jax_disable_most_optimizations", quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(quick))  # of processes that are started from now on
+        jax.config.update("jax_disable_most_optimizations", quick)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

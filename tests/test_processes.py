@@ -133,9 +133,11 @@ def test_process_0_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_of_two_is_killed_twenty_times(tmp_path: Path) -> None:
+def test_one_of_two_is_killed_eight_times(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(killed_and_resumed, tmp_path / str(seed), seed) for seed in range(20)]:
+        # Either process, early and late, and one that has computed nothing; each resumed with one, two and three.
+        seeds = (0, 1, 3, 6, 11, 14, 16, 17)
+        for future in [pool.submit(killed_and_resumed, tmp_path / str(seed), seed) for seed in seeds]:
             future.result()
 
 

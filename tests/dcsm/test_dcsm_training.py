@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -265,7 +266,6 @@ def test_a_run_of_the_published_order_is_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({}, marks=pytest.mark.slow),
         {"kind": "mlp"},
         {"learn_vectors": True},
         pytest.param({"augment": True, "dropout": 0.3}, marks=pytest.mark.slow),
@@ -320,29 +320,36 @@ def test_a_folder_of_another_run_is_refused_and_restarted(tmp_path: Path) -> Non
 
 
 SCRIPT = """
-import sys
+import pickle, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:4]
-from test_dcsm_training import QUICK, dataclasses, sets
 from jaxid.checkpoints.encoders import load_encoder
 from jaxid.dcsm import training
-config = dataclasses.replace(QUICK, epochs=40, dropout=0.2)
-training.train(Path(sys.argv[1]), load_encoder(sys.argv[4]), sets(), config, save_every=5, progress=False)
+config, data = pickle.loads(Path(sys.argv[1]).read_bytes())
+encoder = load_encoder(sys.argv[2])
+for out in sys.argv[3:]:
+    training.train(Path(out), encoder, data, config, save_every=5, progress=False)
 """
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
-    here = Path(__file__).parent
-    arguments = [str(out), str(here), str(here.parent), str(folder(CASE))]
-    environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+def start(*folders: Path) -> subprocess.Popen[bytes]:
+    """Trains in one folder after the other, in a separate process; the programs are compiled by the first one alone."""
+    given = folders[0].parent / "given.pickle"
+    given.write_bytes(pickle.dumps((dataclasses.replace(QUICK, epochs=40, dropout=0.2), sets())))
+    environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(given.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    arguments = [str(given), str(folder(CASE)), *map(str, folders)]
     return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment)
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == 0
-    process = start(killed)
+    process = start(whole, killed)
     while not any(path.name.isdigit() for path in (killed / "state").glob("*")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)

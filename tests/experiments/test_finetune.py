@@ -4,21 +4,20 @@ import csv
 import dataclasses
 import functools
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, get_args
 
 import fixtures
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import CASES, VOCABULARY
+from forked import Child
 
 from jaxid import meshes
 from jaxid.checkpoints.loading import load
@@ -326,12 +325,10 @@ def command(folder: Path, out: str, *further: str) -> list[str]:
     return ["finetune", *(part for option in options.items() for part in option), *flags]
 
 
-SCRIPT = "import sys; from jaxid.cli import main; main(sys.argv[1:])"
-
-
-def process(arguments: list[str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment, stderr=subprocess.DEVNULL)
+def process(folder: Path, arguments: list[str]) -> Child:
+    """A process that runs a command, on one device."""
+    settings = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    return forked.begin(forked.command, arguments, told=folder / "told", environment=settings)
 
 
 def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,14 +379,14 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     folder = write_data(tmp_path)
-    assert process(command(folder, "whole")).wait() == 0
-    killed = process(command(folder, "killed"))
+    assert process(folder, command(folder, "whole")).wait() == 0
+    killed = process(folder, command(folder, "killed"))
     while not any(path.name.isdigit() for path in (folder / "killed" / "state").glob("*")):
         assert killed.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL and not (folder / "killed" / "summary.json").exists()
-    assert process(command(folder, "killed")).wait() == 0
+    assert process(folder, command(folder, "killed")).wait() == 0
     for name in ("metrics.csv", "evaluations.csv"):
         assert (folder / "whole" / name).read_text() == (folder / "killed" / name).read_text()
     ours, theirs = (load(folder / name / "model").parameters for name in ("whole", "killed"))

@@ -3,19 +3,19 @@
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import fixtures
+import forked
 import jax
 import numpy as np
 import pytest
+from forked import Child
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_finetune import CASE, QUICK, SCRIPT, command, ids, items, write_data
+from test_finetune import CASE, QUICK, command, ids, items, write_data
 from test_finetune_refused import refused
 from test_training_processes import free_port
 
@@ -140,40 +140,51 @@ def assert_same_export(found: Path, expected: Path) -> None:
     assert moved
 
 
+FURTHER = ["--groups", "4", "--record-every", "1", "--check-every", "3"]
+
+
+def ran(folder: Path, out: str, mesh: str) -> Path:
+    """The folder of a run of the command in this process."""
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
+        main(command(folder, out, "--mesh", mesh, *FURTHER))
+    assert ended.value.code == 0
+    return folder / out
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and the command's run on one device in `one`."""
+    folder = write_data(tmp_path_factory.mktemp("commanded"))
+    ran(folder, "one", "data=1")
+    return folder
+
+
 @pytest.mark.slow
-def test_the_command_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_on_a_mesh(commanded: Path) -> None:
     """It leaves what the one on a single device does."""
-    folder = write_data(tmp_path)
-    for out, mesh in (("one", "data=1"), ("mesh", "data=2,model=2")):
-        with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
-            main(command(folder, out, "--mesh", mesh, "--steps", "2"))
-        assert ended.value.code == 0, capsys.readouterr().err
-    assert_same_export(folder / "mesh" / "model", folder / "one" / "model")
-    tables = [training.read_metrics(folder / out / "evaluations.csv") for out in ("mesh", "one")]
-    assert tables[0] == tables[1] and [row["step"] for row in tables[0]] == [0, 2]
+    one, out = commanded / "one", ran(commanded, "mesh", "data=2,model=2")
+    assert_same_export(out / "model", one / "model")
+    tables = [training.read_metrics(folder / "evaluations.csv") for folder in (out, one)]
+    assert tables[0] == tables[1] and [row["step"] for row in tables[0]] == [0, 3, 6]
 
 
-def begin(folder: Path, out: str, process: int, port: int) -> subprocess.Popen[bytes]:
+def begin(folder: Path, out: str, process: int, port: int) -> Child:
     """One of two processes with four devices each."""
     place = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
-    further = ["--mesh", "data=4,model=2", "--groups", "4", "--record-every", "1", *place]
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    with (folder / f"errors-{process}.txt").open("w") as errors, (folder / f"output-{process}.txt").open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *command(folder, out, *further)],
-            env=os.environ | environment | {"JAXID_PATIENCE_SECONDS": "10"},
-            stderr=errors,
-            stdout=output,
-        )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    return forked.begin(
+        forked.command,
+        command(folder, out, "--mesh", "data=4,model=2", *FURTHER, *place),
+        told=folder / f"told-{process}",
+        environment={"XLA_FLAGS": flags, "JAX_NUMPY_DTYPE_PROMOTION": "standard"},
+        patience=6,
+    )
 
 
 @pytest.mark.slow
-def test_two_processes_and_the_end_of_one(tmp_path: Path) -> None:
+def test_two_processes_and_the_end_of_one(commanded: Path) -> None:
     """The command in two processes leaves what it does in one, also if one is killed and one process resumes."""
-    folder = write_data(tmp_path)
-    with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
-        main(command(folder, "one", "--mesh", "data=1", "--groups", "4", "--record-every", "1"))
-    assert ended.value.code == 0
+    folder = commanded
     for out, death in (("two", False), ("killed", True)):
         port = free_port()
         begun = [begin(folder, out, process, port) for process in range(2)]
@@ -182,18 +193,15 @@ def test_two_processes_and_the_end_of_one(tmp_path: Path) -> None:
                 assert all(process.poll() is None for process in begun)
                 time.sleep(0.01)
             begun[1].kill()
-        codes = [process.wait(400) for process in begun]
-        errors = (folder / "errors-0.txt").read_text()
+        codes, errors = [process.wait() for process in begun], begun[0].err.read_text()
         if death:
             lines = [line for line in errors.splitlines() if line.startswith("error: ")]
             assert codes == [2, -9] and len(lines) == 1 and lines[0].startswith("error: process 1 stopped: "), errors
-            with jax.numpy_dtype_promotion("standard"), pytest.raises(SystemExit) as ended:
-                main(command(folder, out, "--mesh", "data=2,model=2", "--groups", "4", "--record-every", "1"))
-            assert ended.value.code == 0
+            ran(folder, out, "data=2,model=2")
         else:
             assert codes == [0, 0], errors
-            assert "parameters trained" in (folder / "output-0.txt").read_text()
-            assert not (folder / "output-1.txt").read_text()
+            assert "parameters trained" in begun[0].out.read_text()
+            assert not begun[1].out.read_text()
         assert_same_export(folder / out / "model", folder / "one" / "model")
         for name in ("metrics", "evaluations"):
             rows = [training.read_metrics(folder / run / f"{name}.csv") for run in (out, "one")]

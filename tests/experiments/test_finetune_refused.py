@@ -73,11 +73,11 @@ def test_what_is_wrong_shows_before_the_weights_are_read(
 @pytest.mark.slow
 def test_two_processes_on_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_data(tmp_path)
-    first = process(command(folder, "run", "--steps", "100000"))
+    first = process(folder, command(folder, "run", "--steps", "100000"))
     try:
-        while not (folder / "run" / "metrics.csv").exists():
+        while not (folder / "run" / "run.json").exists():
             assert first.poll() is None
-            time.sleep(0.1)
+            time.sleep(0.02)
         line = refused(capsys, command(folder, "run", "--steps", "100000"))
         assert "another process is working in" in line and first.poll() is None
     finally:

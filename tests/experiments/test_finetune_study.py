@@ -149,7 +149,15 @@ def test_kinds_of_runs_and_their_ids(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_study_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = FinetuneStudy(
-        out=tmp_path / "study", seeds=1, pairs=2, questions=20, steps=2, check_every=1, batch_size=4, progress=False
+        out=tmp_path / "study",
+        seeds=1,
+        pairs=2,
+        questions=8,
+        steps=2,
+        check_every=2,
+        batch_size=4,
+        mesh="data=1",
+        progress=False,
     )
     with jax.numpy_dtype_promotion("standard"):
         found = study.run()
