@@ -239,7 +239,7 @@ READERS: tuple[Reader, ...] = (
             name=case.name,
             make=copied(functools.partial(folder, case)),
             read=lambda place, case=case: prepared(place, shown(case)),
-            cases=60,
+            cases=30,
         )
         for case in EVERY
         if case.name in EACH

@@ -144,8 +144,7 @@ def test_gradients(case: Case) -> None:
     assert moved > 0.6 * len(pairs)
 
 
-@pytest.mark.slow
-@over_cases
+@over((), among=(*EACH, "mllama-last-cross"))
 def test_gradients_of_few(case: Case) -> None:
     """Of the published choice, where the decoder's blocks have none and its last one runs for few tokens."""
     model = fixtures.model(case)

@@ -10,6 +10,8 @@ import pytest
 from jaxid.experiments import zoo_gates
 from jaxid.experiments.zoo_gates import Gate, Gates, Run
 
+pytestmark = pytest.mark.optimized
+
 GOOD = {"rate": [0.1, 1.0], "interval": [[0, 1]] * 2}
 LATE = {"image": [1.0, 1.0], "words": [0.0, 1.0]}
 BENT = {"preference_by_cell": [[3.0, 1.0, -1.0, -3.0], [3.0, 1.0, 2.0, -3.0]]}
