@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import llava_next_video
 import numpy as np
 import optax
-import pytest
 import torch
 from families import EACH, Case, over
 
