@@ -35,7 +35,7 @@ _MOST_MAPPINGS = 30_000
 
 
 def pytest_collection_finish() -> None:
-    """Tracing makes many small objects: looking for garbage among all that was imported takes a tenth of the time."""
+    """Tracing makes many small objects: looking for garbage among all that was imported takes much time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)

@@ -26,7 +26,7 @@ from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 
 STRENGTH = 0.5
-"""Strength of steering: half the difference of two cells' IDs leaves the subject beside the other object."""
+"""Strength of the steering vectors, in differences of two cells' IDs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -336,7 +336,6 @@ def start(*folders: Path) -> subprocess.Popen[bytes]:
     given = folders[0].parent / "given.pickle"
     given.write_bytes(pickle.dumps((dataclasses.replace(QUICK, epochs=40, dropout=0.2), sets())))
     environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_NUMPY_DTYPE_PROMOTION": "standard",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(given.parent / "programs"),
