@@ -139,6 +139,20 @@ def test_id_plane_scales_words_that_do_not_fit(length: float, note: str | None) 
     assert np.ptp(axes.get_xlim()) < 4 * np.ptp(PLANE)
 
 
+def test_labels_of_the_id_plane_cover_neither_each_other_nor_heads_of_arrows() -> None:
+    x, y = np.meshgrid([-16.0, -6.0, 5.0, 14.0], [-10.0, -4.0, 2.5, 11.0], indexing="ij")
+    cells = np.stack([x + 0.15 * y, y + 0.05 * x], axis=-1)
+    words = {"left": np.array([-18.0, -1.0]), "right": np.array([17.5, 0.9]), "above": np.array([-4.3, -12.0])}
+    figure = plots.id_plane(cells, words, "star")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("(")]
+    assert len(boxes) == 16
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    for tip in axes.transData.transform(np.stack(list(words.values()))):
+        assert not any(box.contains(*tip) for box in boxes)
+
+
 def test_id_plane_needs_no_words() -> None:
     assert "left" not in texts(plots.id_plane(PLANE, {}, "star"))
 

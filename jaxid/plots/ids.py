@@ -65,13 +65,9 @@ def id_plane(
         axes.plot(*coordinates[:, y].T, color=GREY, linewidth=0.8, alpha=0.7, zorder=1)
     for x, color in enumerate(gradient(CELLS)):
         axes.plot(*coordinates[x].T, color=color, marker="o", markersize=7, markeredgecolor="white")
-        for y in range(CELLS):
-            # Away from the neighbours that are most often close: the next column, and the row above the last.
-            across, down = -5 if x % 2 == 0 else 5, -5 if y == CELLS - 1 else 5
-            label = axes.annotate(f"({x}, {y})", _pair(coordinates[x, y]), (across, down), textcoords="offset points")
-            label.set(ha="right" if across < 0 else "left", va="top" if down < 0 else "bottom")
-            label.set(fontsize=7.5, color=color, path_effects=halo, zorder=4)
     scale = _word_scale(coordinates, words)
+    lines = [np.linspace(grid[:-1], grid[1:], 11) for grid in (coordinates, coordinates.swapaxes(0, 1))]
+    taken = [points.reshape(-1, 2) for points in lines]
     for word, at in words.items():
         tip = np.asarray(at, float) * scale
         length = max(float(np.linalg.norm(tip)), 1e-12)
@@ -81,6 +77,7 @@ def id_plane(
         arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", _pair(tip), (0, 0), arrowprops=arrow, zorder=1.5)
         axes.plot(*np.stack([tip, beyond]).T, color=INK, linewidth=1, linestyle=":", zorder=1.5)
+        taken.append(np.linspace(np.zeros(2), beyond, 50))
         label = axes.annotate(
             word,
             _pair(beyond),
@@ -90,6 +87,14 @@ def id_plane(
             va="bottom" if away[1] < -0.4 else "top" if away[1] > 0.4 else "center",
         )
         label.set(weight="bold", fontsize=9.5, path_effects=halo, zorder=4)
+    size = np.array([0.1, 0.045]) * max(np.ptp(np.concatenate(taken), axis=0).max(), 1e-12)  # of a label, about
+    for (x, y), color in zip(np.ndindex(CELLS, CELLS), np.repeat(gradient(CELLS), CELLS, axis=0), strict=True):
+        corner, middle = _free_corner(coordinates[x, y], size, np.concatenate(taken))
+        taken.append(middle[None])
+        across, up = 5 * corner[0], -5 * corner[1]  # offsets point up, the axis runs down
+        label = axes.annotate(f"({x}, {y})", _pair(coordinates[x, y]), (across, up), textcoords="offset points")
+        label.set(ha="right" if across < 0 else "left", va="top" if up < 0 else "bottom")
+        label.set(fontsize=7.5, color=color, path_effects=halo, zorder=4)
     note = f"\nwords' arrows at {scale:g} times their length" if scale != 1 else ""
     axes.set(xlabel=f"x-axis coordinate{note}", ylabel="y-axis coordinate (down)", title=title)
     axes.margins(0.22 if words else 0.1)
@@ -138,6 +143,15 @@ def variance_by_layer(
 def _pair(point: np.ndarray) -> tuple[float, float]:
     """A point as Matplotlib's annotations want it."""
     return float(point[0]), float(point[1])
+
+
+def _free_corner(point: np.ndarray, size: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The corner of a point, of four, where a label is farthest from the points taken, and the label's middle there."""
+    corners = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+    middles = point + 0.7 * size * corners
+    room = np.abs((middles[:, None] - taken) / size).max(axis=-1).min(axis=-1)
+    best = int(room.argmax())
+    return corners[best], middles[best]
 
 
 def _word_scale(coordinates: np.ndarray, words: Mapping[str, np.ndarray]) -> float:
