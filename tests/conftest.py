@@ -26,8 +26,14 @@ import pytest
 from benchmark_files import Modules, importable
 from jaxtyping import install_import_hook
 
-# Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
-install_import_hook("jaxid", "runtime_types.checked")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
+
+    Slow tests go through the same functions as the others; checking all their calls takes a sixth of their time.
+    """
+    if config.option.markexpr != "slow":
+        install_import_hook("jaxid", "runtime_types.checked")
 
 
 _MOST_MAPPINGS = 30_000

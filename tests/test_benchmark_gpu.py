@@ -15,8 +15,6 @@ from benchmark_files import BENCHMARKS, Modules
 from jaxid.interp.interventions import add
 from jaxid.interp.trace import rerun, residuals_at, trace
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.mark.parametrize(
     "name", ["llava-7b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen-7b", "gemma-12b"))]

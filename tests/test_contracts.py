@@ -8,7 +8,6 @@ import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from experiments import oracle
 from families import EACH, UNLIKE, Case, over
 from fixtures import distance
@@ -30,9 +29,14 @@ from jaxid.nn.sites import SITES, Capture
 EXACT = 1e-5
 STEPS = 20
 
-pytestmark = [
-    over(UNLIKE, among=EACH),
-]
+each = over(UNLIKE, among=EACH)
+"""One model of every way to read pictures."""
+
+unlike = over(UNLIKE, among=UNLIKE)
+"""Every kind of decoder, for what happens there only."""
+
+layered = over(("gemma3", "mllama"), among=("gemma3", "mllama"))
+"""Decoders whose layers are not alike, for what the positions of tokens do not touch."""
 
 
 def vectors(case: Case, *shape: int, seed: int = 0) -> np.ndarray:
@@ -52,6 +56,7 @@ def words(case: Case) -> np.ndarray:
     return np.stack([prompts.word(["star", "fish"]), prompts.last()], axis=1)
 
 
+@unlike
 def test_a_trace_is_the_clean_pass(case: Case) -> None:
     model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
     at = words(case)
@@ -62,35 +67,36 @@ def test_a_trace_is_the_clean_pass(case: Case) -> None:
     assert distance(residuals_at(model, prompts, at), states) < EXACT
 
 
+@unlike
 def test_a_rerun_is_the_full_pass(case: Case) -> None:
-    """Edits of words at every layer, of two kinds, and a chain; and sweeps equal their members one by one."""
+    """Edits of every kind at every layer, in a chain; and sweeps equal their members one by one."""
     model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
     layers, at = np.arange(model.num_layers), words(case)
-    edits = (
-        add(layers, at[:, :1], vectors(case, len(layers)), 2.0),
-        chain(replace(layers, at[:, :1], vectors(case, len(layers), seed=1)), scale(layers, at[:, 1:], 0.5)),
+    edit = chain(
+        add(layers, at[:, 1:], vectors(case, len(layers)), 2.0),
+        replace(layers, at[:, :1], vectors(case, len(layers), seed=1)),
+        scale(layers, at, 0.5),
     )
-    for edit in edits:
-        whole, again = forward(model, prompts, edit).logits, rerun(model, recorded, edit, chunk=2).logits
-        assert distance(again, whole) < EXACT
-        for layer in (0, model.num_layers - 1):
-            single = jax.tree.map(lambda leaf, layer=layer: leaf[layer], edit)
-            assert distance(forward(model, prompts, single).logits, whole[layer]) < EXACT
-        assert distance(whole[:-1], np.broadcast_to(recorded.logits, whole[:-1].shape)) > 1e-3
+    whole, again = forward(model, prompts, edit).logits, rerun(model, recorded, edit, chunk=2).logits
+    assert distance(again, whole) < EXACT
+    for layer in (0, model.num_layers - 1):
+        single = jax.tree.map(lambda leaf, layer=layer: leaf[layer], edit)
+        assert distance(forward(model, prompts, single).logits, whole[layer]) < EXACT
+    assert distance(whole, np.broadcast_to(recorded.logits, whole.shape)) > 1e-3
 
 
+@layered
 def test_an_edit_changes_nothing_before_it(case: Case) -> None:
     """Nor do captures change anything, nor an edit by nothing."""
-    model, prompts = fixtures.model(case), fixtures.prompts(case)
+    model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
     layer, at = model.num_layers // 2, words(case)[:, :1]
     push = add(np.array([layer, layer]), at, np.stack([vectors(case), 0 * vectors(case)]), 3.0)
-    clean, edited = (forward(model, prompts, *edit, capture=Capture(SITES)) for edit in ((), (push,)))
-    assert distance(clean.logits, forward(model, prompts).logits) < EXACT
-    assert distance(edited.logits[1], clean.logits) < EXACT
+    edited = forward(model, prompts, push, capture=Capture(SITES))
+    assert distance(edited.logits[1], recorded.logits) < EXACT
     valid = np.asarray(prompts.inputs.valid)
     before = np.arange(valid.shape[1]) < at
     for site in SITES[1:]:
-        ours, plain = edited.captured[site][0], clean.captured[site]
+        ours, plain = edited.captured[site]
         for k in range(model.num_layers):
             if k < layer or (k == layer and site != "resid_post"):
                 assert distance(ours[k], plain[k], valid) < EXACT, (site, k)
@@ -98,6 +104,7 @@ def test_an_edit_changes_nothing_before_it(case: Case) -> None:
         assert distance(ours[-1], plain[-1], valid) > 1e-3 or layer == model.num_layers - 1
 
 
+@unlike
 def test_wanted_tokens_are_those_of_the_whole_pass(case: Case) -> None:
     """Of the last block only they and the captured ones are computed, edits in it and its captures among them."""
     model, prompts = fixtures.model(case), fixtures.prompts(case)
@@ -115,6 +122,7 @@ def test_wanted_tokens_are_those_of_the_whole_pass(case: Case) -> None:
         assert distance(some.captured[site], whole.captured[site]) < EXACT, site
 
 
+@each
 def test_tokens_are_those_of_hugging_face(case: Case) -> None:
     """Written from prompts of unequal length in one batch."""
     model, prompts = endless(fixtures.model(case)), fixtures.prompts(case)
@@ -127,6 +135,7 @@ def test_tokens_are_those_of_hugging_face(case: Case) -> None:
         np.testing.assert_array_equal(written.tokens[row], theirs)
 
 
+@layered
 def test_steered_writing_is_that_of_full_passes(case: Case) -> None:
     """An edited prompt is written on from, token by token, as a full pass over prompt and tokens would."""
     model, prompts = endless(fixtures.model(case)), fixtures.prompts(case)
@@ -141,6 +150,7 @@ def test_steered_writing_is_that_of_full_passes(case: Case) -> None:
         np.testing.assert_array_equal(written.tokens[row, :, -1], expected)
 
 
+@each
 def test_a_swap_of_the_picture(case: Case) -> None:
     """Behind the last block it changes nothing; behind the first it is what the picture's own tokens carry."""
     model, pictures = fixtures.model(case), fixtures.shown(case)
@@ -171,7 +181,7 @@ def mirrored(picture: Any) -> Any:
     return dataclasses.replace(picture, frames=[mirrored(frame) for frame in picture.frames])
 
 
-@pytest.mark.slow
+@over((), among=("mllama", "qwen2.5-vl-windows", "video-grid"))
 def test_experiments_run(case: Case) -> None:
     """Beliefs are swapped, and IDs extracted, through the public functions that every family shares."""
     model, count = fixtures.model(case), 2
@@ -192,6 +202,7 @@ def test_experiments_run(case: Case) -> None:
     np.testing.assert_allclose(read[:, 1], states.captured["resid_post"][0][:, 0], atol=1e-3)
 
 
+@layered
 def test_one_program_for_any_layer_place_and_strength(case: Case) -> None:
     model, prompts, recorded = fixtures.model(case), fixtures.prompts(case), fixtures.recorded(case)
     at = words(case)[:, :1]

@@ -1,65 +1,71 @@
 """A job whose process is killed at any moment loses no finished chunk, and ends with the same rows."""
 
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxid import io as results
 from jaxid import jobs
-from jaxid.errors import OutputError
+from jaxid.errors import InputError, OutputError
 
-CHILD = '''
-import os, pathlib, signal, sys, time
-from jaxid import jobs
-from jaxid.errors import InputError
 
-out, log, attempt, pause, moment, number = sys.argv[1:]
-rename, renames = pathlib.Path.replace, 0
+def work(out: Path, log: Path, attempt: int, pause: float, moment: str, number: int) -> None:
+    """The job, in a process of its own, which dies at the chosen rename, before or after it."""
+    rename, renames = Path.replace, 0
 
-def fatal_rename(path, target):
-    """Dies at the chosen rename, before or after it."""
-    global renames
-    renames += 1
-    if (moment, int(number)) == ("before", renames):
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(path, target)
-    if (moment, int(number)) == ("after", renames):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def fatal_rename(path: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if (moment, number) == ("before", renames):
+            os.kill(os.getpid(), signal.SIGKILL)
+        renamed = rename(path, target)
+        if (moment, number) == ("after", renames):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return renamed
 
-def compute(items):
-    for item in items:
-        with open(log, "a") as file:
-            file.write(f"{attempt} {item}\\n")
-        time.sleep(float(pause))
-        if item in (4, 9, 10, 11):
-            raise InputError("a bad one.")
-    rows = [item for item in items for _ in range(item % 3 + 1)]
-    return {"item": rows, "third": [row / 3 for row in rows], "word": [f"item {row}" for row in rows]}
+    def compute(items: list[int]) -> dict[str, list[Any]]:
+        for item in items:
+            with log.open("a") as file:
+                file.write(f"{attempt} {item}\n")
+            time.sleep(pause)
+            if item in (4, 9, 10, 11):
+                raise InputError("a bad one.")
+        rows = [item for item in items for _ in range(item % 3 + 1)]
+        return {"item": rows, "third": [row / 3 for row in rows], "word": [f"item {row}" for row in rows]}
 
-pathlib.Path.replace = fatal_rename
-finished = jobs.run(pathlib.Path(out), settings={"model": "none"}, items=range(120), key=str, compute=compute,
-                    chunk_size=3, skip_bad=True)
-jobs.write_merged(pathlib.Path(out), finished)
-'''
+    Path.replace = fatal_rename  # type: ignore[method-assign]
+    settings = {"model": "none"}
+    finished = jobs.run(out, settings=settings, items=range(120), key=str, compute=compute, chunk_size=3, skip_bad=True)
+    jobs.write_merged(out, finished)
+
+
+def ended(process: ForkServerProcess) -> int | None:
+    """The exit code of a process."""
+    process.join(30)
+    return process.exitcode
 
 
 def test_a_job_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    script, log, out = tmp_path / "child.py", tmp_path / "log.txt", tmp_path / "killed"
-    script.write_text(CHILD)
+    log, out = tmp_path / "log.txt", tmp_path / "killed"
     log.touch()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["joint_job"])
     deaths = 0
 
     def begin(
         attempt: int, pause: float = 0.0, moment: str = "never", number: int = 0, folder: Path = out
-    ) -> subprocess.Popen[bytes]:
-        arguments = [folder, log, attempt, pause, moment, number]
-        return subprocess.Popen([sys.executable, str(script), *map(str, arguments)])
+    ) -> ForkServerProcess:
+        process = context.Process(target=work, args=(folder, log, attempt, pause, moment, number))
+        process.start()
+        return process
 
     def asked(attempt: int) -> set[int]:
         whole_lines = log.read_text().rpartition("\n")[0].splitlines()
@@ -73,7 +79,7 @@ def test_a_job_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path: 
     # At the settings, at the first part, and at the third part of an attempt.
     for moment, number in (("before", 1), ("after", 1), ("before", 1), ("after", 1), ("before", 3)):
         before = done()
-        assert begin(deaths, moment=moment, number=number).wait(30) == -signal.SIGKILL
+        assert ended(begin(deaths, moment=moment, number=number)) == -signal.SIGKILL
         assert asked(deaths).isdisjoint(before)
         deaths += 1
     assert done() == set(range(9))
@@ -83,24 +89,24 @@ def test_a_job_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path: 
     for _ in range(4):
         before = done()
         child = begin(deaths, pause=0.02)
-        while not asked(deaths) and child.poll() is None:
+        while not asked(deaths) and child.exitcode is None:
             time.sleep(0.002)
         with pytest.raises(OutputError, match=f"another process is working in {out}; wait until"):
             jobs.run(out, settings={}, items=range(120), key=str, compute=lambda _: {}, chunk_size=3)
         time.sleep(random.uniform(0.0, 0.25))
         child.kill()
-        assert child.wait(30) == -signal.SIGKILL
+        assert ended(child) == -signal.SIGKILL
         assert asked(deaths).isdisjoint(before)
         deaths += 1
 
     before = done()
     assert set(range(9)) < before < set(range(120))
-    assert begin(deaths).wait(30) == 0
+    assert ended(begin(deaths)) == 0
     assert asked(deaths) == set(range(120)) - before
     assert sorted(path.name for path in (out / "parts").iterdir()) == [f"{number:05d}.parquet" for number in range(40)]
     assert sorted(path.name for path in out.iterdir()) == [".lock", "parts", "settings.json", "table.parquet"]
 
-    assert begin(0, folder=tmp_path / "undisturbed").wait(30) == 0
+    assert ended(begin(0, folder=tmp_path / "undisturbed")) == 0
     table, undisturbed = (results.read_table(tmp_path / name / "table.parquet") for name in ("killed", "undisturbed"))
     assert table.equals(undisturbed, check_metadata=True)
     rows = [item for item in range(120) for _ in range(item % 3 + 1) if item not in (4, 9, 10, 11)]

@@ -35,22 +35,23 @@ from jaxid.prompts.processor import Prompts
 EXACT = 1e-5
 PROMPTS = 4
 
-FAST = ("internvl", "llava-plain", "video-grid")
+FAST = ("internvl-tied-rms-qk-norm-earlier-layer", "video-grid")
 """Models whose tests take a few seconds."""
 
-SHORT = ("internvl", "video-grid")
-"""Those whose decoders are like others': what differs is in a trace."""
-
-UNLIKE = (
-    "gemma3-untied-odd-every-third-full",
+SHORT = (
     "internvl-tied-rms-qk-norm-earlier-layer",
     "llava-biases-llama3-list",
-    "mllama-last-cross",
     "onevision-pictures-shrunk",
     "qwen2-vl-tied-wide-heads",
-    "qwen2.5-vl-windows",
+    "video-grid",
 )
-"""Models whose parameters or passes lie on a mesh in other ways than those."""
+"""Models whose parameters lie on a mesh in other ways, and whose decoders are like others': their traces differ."""
+
+UNLIKE = ("gemma3", "mllama", "qwen2.5-vl-windows")
+"""Models whose decoders differ from LLaVA's."""
+
+ODD = ("gemma3-untied-odd-every-third-full", "mllama-last-cross")
+"""Variants of those whose heads divide in other ways."""
 
 CASES = {case.name: case for case in EVERY}
 
@@ -150,25 +151,34 @@ def check_places(array: jax.Array, model: Model, *axes: str | None) -> None:
     assert array.sharding.is_equivalent_to(wanted, array.ndim), (array.sharding, axes)
 
 
-def check_parameters(model: Model) -> None:
-    leaves = flatten(model.parameters)
+def check_parameters(model: Model, alone: Model) -> None:
+    """They lie where they should, and are those of one device."""
+    leaves, expected = flatten(model.parameters), flatten(alone.parameters)
+    assert leaves.keys() == expected.keys() and model.fingerprint == alone.fingerprint
     assert model.mesh is not None
     wanted = sharding.layout(model.definition, leaves, model.mesh).shardings
-    assert all(leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim) for path, leaf in leaves.items())
+    for path, leaf in leaves.items():
+        assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
-@over(FAST, among=(*FAST, *UNLIKE))
+@over(FAST, among=(*SHORT, *ODD))
 def test_sharded_is_unsharded(case: Case) -> None:
     """Prompts over four devices, heads, columns and tokens over two."""
-    model = model_on(case, "data=4,model=2")
-    found = Passes(model, prompts_of(case, PROMPTS))
-    check_equal(found, *(("trace",) if case.name in SHORT else EVERYTHING))
-    check_parameters(model)
+    found = Passes(model_on(case, "data=4,model=2"), prompts_of(case, PROMPTS))
+    check_parameters(found.model, fixtures.model(case))
+    check_sharded(found, "trace")
+
+
+def check_sharded(found: Passes, *names: str) -> None:
+    """The passes, or the trace alone, give what one device gives, and lie where they should."""
+    model = found.model
+    check_equal(found, *names)
     for kept in (found.trace.keys, found.trace.values):
         check_places(kept, model, None, "data", "model")
     check_places(found.trace.residuals, model, None, "data")
     check_places(found.trace.hidden, model, "data")
-    if case.name in SHORT:
+    if names == ("trace",):
         return
     check_places(found.forward.captured["resid_post"], model, None, None, "data")
     for given in (found.forward.hidden, found.rerun.hidden, found.residuals, found.written.first.hidden):
@@ -178,7 +188,7 @@ def test_sharded_is_unsharded(case: Case) -> None:
 @pytest.mark.parametrize("name", ["llava-plain", pytest.param("mllama", marks=pytest.mark.slow)])
 def test_rows_are_divided_where_prompts_do_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three prompts on four devices: every device runs all prompts, of some of the rows."""
-    case, seen = CASES[name], []
+    case, seen, names = CASES[name], [], ("forward", "rerun") if name == "llava-plain" else ("rerun",)
     model = model_on(case, "data=4,model=2")
 
     def watched(function: Any, shared: Any, rows: Any) -> Any:
@@ -188,11 +198,11 @@ def test_rows_are_divided_where_prompts_do_not(name: str, monkeypatch: pytest.Mo
     for module in (jaxid.interp.forward, jaxid.interp.trace):
         monkeypatch.setattr(module, "over_rows", watched)
     found = Passes(model, prompts_of(case, 3))
-    check_equal(found, "trace", "forward", "rerun")
+    check_equal(found, "trace", *names)
     assert seen and set(seen) == {4 * -(-model.num_layers // 4)}  # as many rows on every device, some of them padding
     check_places(found.trace.keys, model, None, None, "model")
-    for given in (found.forward.hidden, found.rerun.hidden):
-        check_places(given, model)
+    for one in names:
+        check_places(getattr(found, one).hidden, model)
 
 
 def test_rows_are_dealt_by_their_first_layers() -> None:
@@ -204,22 +214,22 @@ def test_rows_are_dealt_by_their_first_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "heads", "divided"),
+    ("name", "text", "divided"),
     [
-        ("llava-biases-llama3-list", "data=2,model=4", 4, True),  # one head of keys for four of queries
-        pytest.param("llava-grouped-tied-linear-full-odd", "data=2,model=4", 4, True, marks=pytest.mark.slow),
-        ("llava-plain", "data=1,model=8", 4, False),  # the four heads do not divide, only the MLPs' columns do
+        ("llava-grouped-tied-linear-full-odd", "data=2,model=4", True),  # two heads of keys for four of queries
+        ("llava-plain", "data=1,model=8", False),  # the four heads do not divide, only the MLPs' columns do
     ],
 )
-def test_heads_that_devices_do_not_divide(name: str, text: str, heads: int, divided: bool) -> None:
+def test_heads_that_devices_do_not_divide(name: str, text: str, divided: bool) -> None:
     """Every device keeps the keys and values that its queries read; or attention is replicated."""
-    case = CASES[name]
+    case, heads = CASES[name], 4
     model = model_on(case, text)
     found = Passes(model, prompts_of(case, 2))
-    check_equal(found, *(("trace", "rerun", "written") if divided else ("trace", "rerun")))
+    check_equal(found, *(("trace", "written") if divided else ("trace",)))
     assert found.trace.keys.shape[2] == heads
     check_places(found.trace.keys, model, None, "data", "model" if divided else None)
     theirs = np.asarray(on_one(case, 2).trace.keys)
+    assert (theirs.shape[2] == 2) == divided
     assert distance(found.trace.keys, np.repeat(theirs, heads // theirs.shape[2], axis=2)) < EXACT
 
 
@@ -253,20 +263,29 @@ def test_gradients_on_a_mesh() -> None:
 DATA_FREE = ("_record", "_resume", "_run", "_residuals", "_prefill", "_answer_log_probs")
 
 
-@over((), among=("gemma3", "llava-plain", "mllama", "qwen2.5-vl-windows", "video-grid"))
-@pytest.mark.slow
-def test_little_crosses_devices_in_any_family(case: Case, modules: Modules) -> None:
+@over((), among=UNLIKE)
+def test_decoders_unlike_others(case: Case, modules: Modules) -> None:
     """Passes over whole prompts attend head by head on CPUs, for which XLA gathers heads: their blocks do not count."""
-    check_collectives(case, modules, whole=case.name == "llava-plain")
+    found = check_collectives(case, modules, EVERYTHING, counted=("_resume", "_prefill"))
+    check_parameters(found.model, fixtures.model(case))
+    check_sharded(found, *EVERYTHING)
+
+
+@pytest.mark.slow
+def test_little_crosses_devices_for_clips(modules: Modules) -> None:
+    check_collectives(CASES["video-grid"], modules, ("trace",), counted=())
 
 
 def test_little_crosses_devices(modules: Modules) -> None:
-    """Two sums over "model" in every block, and nothing over "data"."""
-    check_collectives(CASES["llava-plain"], modules, whole=True)
+    """Two sums over "model" in every block, and nothing over "data"; and all passes are those of one device."""
+    counted = ("_resume", "_prefill", "_record", "_residuals")
+    found = check_collectives(CASES["llava-plain"], modules, EVERYTHING, counted)
+    check_parameters(found.model, fixtures.model(CASES["llava-plain"]))
+    check_sharded(found, *EVERYTHING)
 
 
-def check_collectives(case: Case, modules: Modules, *, whole: bool) -> None:
-    """Compiles the programs of all passes and counts their collectives."""
+def check_collectives(case: Case, modules: Modules, names: Sequence[str], counted: Sequence[str]) -> Passes:
+    """Runs the passes and counts the collectives of their programs, of some in every block."""
     text, collectives = modules("hlo_text"), modules("hlo_collectives")
     model, prompts = model_on(case, "data=4,model=2"), prompts_of(case, PROMPTS)
     sizes, found = {"data": 4, "model": 2}, {}
@@ -286,15 +305,18 @@ def check_collectives(case: Case, modules: Modules, *, whole: bool) -> None:
             per_block,
             [one for one in crossing if "data" in one.axes and not one.function.startswith("_headwise")],
         )
-        with programs.watched(None):
-            return program(*arguments, **settings)
+        # What was static is no argument of a compiled program.
+        static = {"definition", "chunk", "rows", "steps"} & set(program.options.get("static_argnames", ()))
+        given = arguments[1:] if program.options else arguments
+        return made(*given, **{name: value for name, value in settings.items() if name not in static})
 
+    passes = Passes(model, prompts)
     with programs.watched(compiled):
-        Passes(model, prompts).values(EVERYTHING)
-    assert set(found) >= {*DATA_FREE, "_decode"}
+        passes.values(names)
+    assert set(found) >= ({*DATA_FREE, "_decode"} if names == EVERYTHING else {"_record"})
     across = {name: crossing for name, (_, crossing) in found.items() if crossing}
     assert set(across) <= {"_decode"}
     assert all(one.size <= 1 for one in across.get("_decode", []))  # whether all rows have ended
-    counted = ("_resume", "_prefill", *(("_record", "_residuals") if whole else ()))
     blocks = {name: found[name][0] for name in counted}
     assert blocks == dict.fromkeys(blocks, 2)
+    return passes

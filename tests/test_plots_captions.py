@@ -147,14 +147,14 @@ def test_a_long_name_is_broken_not_cut() -> None:
 # --- what is not finite ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("robust", [False, True])
-def test_items_without_a_finite_score_are_skipped_and_counted(robust: bool, bad: float) -> None:
+def test_items_without_a_finite_score_are_skipped_and_counted(robust: bool) -> None:
     """Without such items the curves are the same."""
     spoilt = {name: values.copy() for name, values in SCORES.items()}
-    spoilt["image"][2, 4, 1] = bad
-    spoilt["words"][0, 7, 0] = bad
-    kept = {name: np.delete(values, [4, 7], axis=1) for name, values in SCORES.items()}
+    spoilt["image"][2, 4, 1] = np.nan
+    spoilt["words"][0, 7, 0] = np.inf
+    spoilt["text"][1, 2, 1] = -np.inf
+    kept = {name: np.delete(values, [2, 4, 7], axis=1) for name, values in SCORES.items()}
     figure = plots.swap_scores(spoilt, ("left", "right"), robust=robust)
     expected = plots.swap_scores(kept, ("left", "right"), robust=robust)
     for axes, other in zip(figure.axes, expected.axes, strict=True):
@@ -162,8 +162,8 @@ def test_items_without_a_finite_score_are_skipped_and_counted(robust: bool, bad:
             np.testing.assert_array_equal(line.get_xydata(), right.get_xydata())
         for band, right in zip(axes.collections, other.collections, strict=True):
             np.testing.assert_array_equal(band.get_paths()[0].vertices, right.get_paths()[0].vertices)
-    assert "2 of 9 items not finite, skipped" in caption(figure)
-    assert "n = 7" in caption(figure)
+    assert "3 of 9 items not finite, skipped" in caption(figure)
+    assert "n = 6" in caption(figure)
 
 
 def spoilt(values: np.ndarray, *places: Any) -> np.ndarray:
@@ -274,20 +274,19 @@ def test_a_few_outliers_do_not_move_the_robust_curve() -> None:
         assert ("which leave the panel" in caption(figure)) == (not robust)
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 200])
+@pytest.mark.parametrize("count", [1, 2, 200])
 def test_losses_of_short_runs_are_visible(count: int) -> None:
     rows = np.stack([np.arange(count) + 1.0, np.full(count, 0.7)], axis=1)
     figure = plots.finetune_curves({"answer_loss": rows}, {"held out": rows[:1]})
-    blank = plots.finetune_curves({"answer_loss": rows}, {"held out": rows[:1]})
-    panel = blank.axes[0].get_lines()[0]
-    panel.set_visible(False)
-    with_line, without = (np.asarray(one.canvas.buffer_rgba()) for one in (drawn(figure), drawn(blank)))  # type: ignore[attr-defined]
-    assert (with_line != without).any(axis=-1).sum() > 10
+    with_line = drawn(figure)
+    figure.axes[0].get_lines()[0].set_visible(False)
+    assert (with_line != drawn(figure)).any(axis=-1).sum() > 10
 
 
-def drawn(figure: Figure) -> Figure:
+def drawn(figure: Figure) -> np.ndarray:
+    """The figure's pixels."""
     figure.canvas.draw()
-    return figure
+    return np.array(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
 
 
 def test_chance_is_marked_where_answers_have_it() -> None:

@@ -133,10 +133,10 @@ def test_process_0_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_of_two_is_killed_eight_times(tmp_path: Path) -> None:
+def test_one_of_two_is_killed_again_and_again(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        # Either process, early and late, and one that has computed nothing; each resumed with one, two and three.
-        seeds = (0, 1, 3, 6, 11, 14, 16, 17)
+        # Either process, early and late, and one that has computed nothing; resumed with one, two and three.
+        seeds = (1, 3, 11, 17)
         for future in [pool.submit(killed_and_resumed, tmp_path / str(seed), seed) for seed in seeds]:
             future.result()
 
@@ -189,17 +189,17 @@ def test_a_bad_item_of_either_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_nobody_answers(tmp_path: Path) -> None:
     place = f"127.0.0.1:{joint_job.port()}"
+    other = f"127.0.0.1:{joint_job.port()}"  # each waits for another one
     begun = time.monotonic()
     first = begin(tmp_path / "job", together(2, place)[0], told=tmp_path / "told0", join=3.0)
-    assert codes([first]) == [2]
-    second = begin(tmp_path / "job", together(2, place)[1], told=tmp_path / "told1", join=2.0)
-    assert codes([second]) == [2]
+    second = begin(tmp_path / "job", together(2, other)[1], told=tmp_path / "told1", join=2.0)
+    assert codes([first, second]) == [2, 2]
     told = all_told(tmp_path)
     assert told[0] == (
         f"error: not all of the 2 processes joined at {place} within 3 s; start each of them, with its own --process "
         "and the same --coordinator and --processes.\n"
     )
-    assert told[1].startswith(f"error: the coordinator {place} does not answer (Connection refused, tried for 2 s); is")
+    assert told[1].startswith(f"error: the coordinator {other} does not answer (Connection refused, tried for 2 s); is")
     assert told[1].count("\n") == 1
     assert time.monotonic() - begun < 40
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 from test_training_folder import START, loss, run, stages
-from test_training_folder import whole as whole
 
 from jaxid.errors import JaxidWarning, OutOfMemoryError
 from jaxid.train import loop as training
 from jaxid.train.loop import Stage
 
-STEPS = 12
+STEPS = 8
+"""Of both stages; every second one is saved."""
+
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes.\nMore lines."
 
 
@@ -25,8 +26,19 @@ def thrifty(parameters: Any, batch: Any) -> Any:
     return loss(parameters, batch)
 
 
-def with_thrift(made: list[Stage] | None = None) -> list[Stage]:
-    return [stage._replace(sparing=thrifty) for stage in made or stages()]
+def short() -> list[Stage]:
+    return stages(steps=STEPS // 2)
+
+
+def with_thrift() -> list[Stage]:
+    return [stage._replace(sparing=thrifty) for stage in short()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    np.savez(folder.parent / "whole.npz", **run(folder, short()))
+    return folder
 
 
 def failing(
@@ -67,16 +79,16 @@ def assert_undisturbed(found: Any, whole: Path, folder: Path, logged: list[int])
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6)
     assert (folder / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     assert logged == list(range(1, STEPS + 1))
-    assert sorted(path.name for path in (folder / "state").iterdir()) == ["10", "12"]
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["6", "8"]
 
 
 @pytest.mark.parametrize(
     ("at", "lost", "steps", "checked"),
     [
-        (4, False, STEPS, list(range(1, 13))),  # the state is still there
-        (10, True, STEPS + 1, [*range(1, 10), *range(9, 13)]),  # step 8 is saved
-        (2, True, STEPS + 1, [1, *range(1, 13)]),  # nothing is saved
-        (7, True, STEPS, list(range(1, 13))),  # a stage ended with the saved step
+        (3, False, STEPS, list(range(1, 9))),  # the state is still there
+        (8, True, STEPS + 1, [*range(1, 8), *range(7, 9)]),  # step 6 is saved
+        (2, True, STEPS + 1, [1, *range(1, 9)]),  # nothing is saved
+        (5, True, STEPS, list(range(1, 9))),  # a stage ended with the saved step
     ],
     ids=["state kept", "state lost", "nothing saved", "second stage"],
 )
@@ -105,38 +117,35 @@ def test_an_error_that_comes_when_numbers_are_fetched(
     check, logged = training._check_health, []
 
     def late(health: Any, stage: Stage, step: int) -> int:
-        if step == 9 and stage.loss is loss and not late_once:
+        if step == 7 and stage.loss is loss and not late_once:
             late_once.append(step)
             raise JaxRuntimeError(MESSAGE)
         return check(health, stage, step)
 
     late_once: list[int] = []
     monkeypatch.setattr(training, "_check_health", late)
-    with pytest.warns(JaxidWarning, match=r"did not suffice for training step 10; from here on"):
+    with pytest.warns(JaxidWarning, match=r"did not suffice for training step 8; from here on"):
         found = run(tmp_path, with_thrift(), log=lambda row: logged.append(row["step"]))
-    assert late_once == [9]
+    assert late_once == [7]
     assert_undisturbed(found, whole, tmp_path, logged)
 
 
-@pytest.mark.parametrize("sparing", [False, True])
 def test_what_does_not_fit_is_said_and_the_saved_step_is_resumed(
-    sparing: bool, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        failing(patch, 6, fails=lambda _: True, lost=True)
-        even = ", even with --recompute all" if sparing else ""
-        with (
-            warnings.catch_warnings(),
-            pytest.raises(
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", JaxidWarning)
+        given = failing(patch, 4, fails=lambda _: True, lost=True)
+        for made, step, even in ((short(), 4, ""), (with_thrift(), 3, ", even with --recompute all")):
+            with pytest.raises(
                 OutOfMemoryError,
-                match=rf"does not suffice for training step \d{even}; the same command resumes from step 4; use a "
+                match=rf"does not suffice for training step {step}{even}; the same command resumes from step 2; use a "
                 r"larger device: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes\.$",
-            ),
-        ):
-            warnings.simplefilter("ignore", JaxidWarning)
-            run(tmp_path, with_thrift() if sparing else None)
-    logged: list[int] = [1, 2, 3, 4]
-    assert_undisturbed(run(tmp_path, log=lambda row: logged.append(row["step"])), whole, tmp_path, logged)
+            ):
+                run(tmp_path, made)
+        assert given == ["loss"] * 5 + ["thrifty"]
+    logged: list[int] = [1, 2]
+    assert_undisturbed(run(tmp_path, short(), log=lambda row: logged.append(row["step"])), whole, tmp_path, logged)
 
 
 def test_nothing_is_saved_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

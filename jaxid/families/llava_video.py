@@ -449,8 +449,8 @@ class OnevisionProcessor(LlavaVideoProcessor):
             layout = self.config.layout(image.height, image.width, alone=alone[index])
             if len(squares[index]) != layout.squares:
                 raise CheckpointError(
-                    f"the image processor cuts a picture into {len(squares[index])} squares, but config.json's "
-                    f"image_grid_pinpoints make {layout.squares}."
+                    f"the image processor of preprocessor_config.json cuts a picture into {len(squares[index])} "
+                    f"squares, but config.json's image_grid_pinpoints make {layout.squares}."
                 )
             cut[index] = np.asarray(squares[index], np.float32), layout
         return cut

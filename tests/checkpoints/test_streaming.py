@@ -1,5 +1,6 @@
 """Loading onto a mesh: the same numbers and the same fingerprint, each part read by those who hold it, and no more."""
 
+import functools
 import json
 import os
 import socket
@@ -29,16 +30,17 @@ from jaxid.nn.keys import LINEAR, Key
 MESHES = ("data=4,model=2", "data=2,model=4")
 
 
-@over((*QUICK, "llava-plain"))
+@over((*QUICK, "llava-plain"), among=(*QUICK, "llava-plain"))
 def test_parameters_on_a_mesh_are_those_of_one_device(case: Case) -> None:
+    """Of one model of each family; `test_passes_on_mesh.py` loads further ones."""
     alone = fixtures.model(case)
+    definition, abstract = abstract_parameters(open_checkpoint(fixtures.folder(case)).kind, alone.config)
     for text in MESHES:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tiny towers have few heads
             found = load(fixtures.folder(case), mesh=text)
         assert found.fingerprint == alone.fingerprint and found.mesh == meshes.mesh(*meshes.sizes(text))
-        checkpoint = open_checkpoint(fixtures.folder(case))
-        definition, abstract = abstract_parameters(checkpoint.kind, found.config)
+        assert found.config == alone.config
         wanted = sharding.layout(definition, abstract, meshes.mesh(*meshes.sizes(text))).shardings
         leaves, expected = flatten(found.parameters), flatten(alone.parameters)
         assert leaves.keys() == expected.keys()
@@ -81,7 +83,8 @@ KEYS = [
 SHAPES["other"] = (400, 512)
 
 
-def write(folder: Path, damage: str = "") -> TensorFolder:
+@functools.cache
+def weights() -> dict[str, torch.Tensor]:
     """Tensors of all the keys above."""
     shapes = {"fused": (800, 512)}
     for key in KEYS[:-2]:
@@ -89,10 +92,29 @@ def write(folder: Path, damage: str = "") -> TensorFolder:
             parameter = np.broadcast_to(np.zeros((), np.int8), SHAPES[key.target])
             shapes[name] = key.to_checkpoint(parameter if row is None else parameter[row]).shape
     noise = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
-    if damage:
-        weights["1.columns"][-1, -1] = float(damage)
-    save_file(weights, folder / "model.safetensors")
+    return {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TensorFolder:
+    """A folder of them."""
+    folder = tmp_path_factory.mktemp("tensors")
+    save_file(weights(), folder / "model.safetensors")
+    return TensorFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(files: TensorFolder) -> tuple[dict[str, Any], str]:
+    """Their parameters on one device, and the digest."""
+    return read_parameters(files, abstract(), KEYS)
+
+
+def damaged(folder: Path, number: str) -> TensorFolder:
+    """A folder of them with one number replaced."""
+    changed = weights() | {"1.columns": weights()["1.columns"].clone()}
+    changed["1.columns"][-1, -1] = float(number)
+    folder.mkdir()
+    save_file(changed, folder / "model.safetensors")
     return TensorFolder(folder)
 
 
@@ -114,13 +136,14 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 @pytest.mark.parametrize("axes", [(4, 2), (2, 4), (1, 8), (1, 1)], ids=str)
-def test_every_way_to_cut(tmp_path: Path, axes: tuple[int, int], held: int) -> None:
+def test_every_way_to_cut(
+    files: TensorFolder, alone: tuple[dict[str, Any], str], axes: tuple[int, int], held: int
+) -> None:
     """Along layers, rows and columns, over pieces that they cross; a few parts at a time as on accelerators."""
-    files = write(tmp_path)
-    alone, digest = read_parameters(files, abstract(), KEYS)
+    whole, digest = alone
     found, same = read_parameters(files, abstract(), KEYS, shardings=places(*axes))
     assert same == digest
-    for path, expected in alone.items():
+    for path, expected in whole.items():
         assert found[path].sharding == places(*axes)[path]
         for one in found[path].addressable_shards:
             np.testing.assert_array_equal(one.data, np.asarray(expected)[one.index], err_msg=path)
@@ -128,9 +151,9 @@ def test_every_way_to_cut(tmp_path: Path, axes: tuple[int, int], held: int) -> N
 
 @pytest.mark.parametrize("axes", [(4, 2), (1, 1)], ids=str)
 def test_replicas_are_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axes: tuple[int, int], held: int
+    files: TensorFolder, monkeypatch: pytest.MonkeyPatch, axes: tuple[int, int], held: int
 ) -> None:
-    files, copied, looked, made = write(tmp_path), [], [], []
+    copied, looked, made = [], [], []
     copy, look, empty = streaming.copy, streaming.look, streaming.empty
     monkeypatch.setattr(streaming, "copy", lambda target, source: (copied.append(source.size), copy(target, source))[1])
     monkeypatch.setattr(streaming, "look", lambda part: (looked.append(part.size), look(part))[1])
@@ -142,10 +165,10 @@ def test_replicas_are_read_once(
 
 
 def test_damage_is_seen_on_a_mesh(tmp_path: Path, held: int) -> None:
-    files = write(tmp_path, "nan")
+    files = damaged(tmp_path / "nan", "nan")
     with pytest.raises(CheckpointError, match=r"holds NaN or infinite numbers in tensor '1\.columns'; copy"):
         read_parameters(files, abstract(), KEYS, shardings=places(2, 4))
-    files = write(tmp_path, "7e4")
+    files = damaged(tmp_path / "large", "7e4")
     read_parameters(files, abstract(), KEYS, shardings=places(2, 4))
     with pytest.raises(CheckpointError, match=r"numbers too large for float16 in tensor '1\.columns'; load"):
         read_parameters(files, abstract(), KEYS, shardings=places(2, 4), dtype=np.float16)
@@ -265,10 +288,9 @@ def test_two_processes_read_what_they_hold(big: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [(4, 2), (2, 4)], ids=str)
-def test_a_mesh_needs_little_more_memory_than_its_shards(big: Path, axes: tuple[int, int]) -> None:
+def test_a_mesh_needs_little_more_memory_than_its_shards(big: Path) -> None:
     size = sum(2 * int(np.prod(shape)) for shape in BIG.values())
-    (found,) = measured(big, *axes)
+    (found,) = measured(big, 4, 2)
     assert not found["wrong"]
     assert found["copied"] == found["held"] == size  # devices of a CPU share the memory of replicas
     assert size <= found["grown"] + (16 << 20) and found["grown"] <= 1.15 * size + (16 << 20), found

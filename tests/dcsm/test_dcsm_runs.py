@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from PIL import Image
 
 from jaxid.cli import main
 from jaxid.data.files import save_picture
-from jaxid.dcsm import benchmarks
+from jaxid.dcsm import benchmarks, training
 from jaxid.dcsm.datasets import read_sets
 from jaxid.dcsm.scoring import Scorer
 from jaxid.experiments import dcsm_evaluate, dcsm_score, dcsm_train
+from jaxid.experiments.reference_dcsm_training import common_order
 from jaxid.stats import confidence_interval
 
 
@@ -73,24 +75,30 @@ def test_training_goes_through_files(drawn: Path, tmp_path: Path, capsys: pytest
     assert "must end in .pt" in refused(["dcsm", "export", str(out), "--out", str(tmp_path / "scorer.bin")], capsys)
 
 
-def test_published_training_is_another_one(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_training_is_another_one(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sets under other names, too: the options name them."""
-    import shutil
-
-    data = shutil.copytree(drawn, tmp_path / "data")
+    data = shutil.copytree(drawn, tmp_path / "data", ignore=shutil.ignore_patterns("attributes", "sizes"))
     (data / "spatial").rename(data / "relations_withbg")
     (data / "negation.json").rename(data / "pairs.json")
     options = ["--epochs", "1", "--no-augment", "--kind", "mlp", "--placement", "insert"]
     options += ["--spatial", "relations_withbg", "--negation", "pairs.json"]
-    saved = []
-    for bugs in ([], ["--reference-bugs"]):
-        out = tmp_path / f"run{len(saved)}"
-        main_ok(["dcsm", "train", "--data", str(data), "--out", str(out), *options, *bugs])
-        assert "items of spatial, attributes, negation" in capsys.readouterr().out
-        saved.append(Scorer.load(out / "scorer.safetensors"))
-    assert not np.array_equal(saved[0].network.fc1, saved[1].network.fc1)
-    arguments = ["dcsm", "train", "--data", str(data), "--out", str(tmp_path / "run1"), *options]
+    given, train = [], training.train
+
+    def noted(folder: Path, encoder: Any, sets: Any, config: Any, **settings: Any) -> Any:
+        given.append((sets, settings["orders"]))
+        return train(folder, encoder, sets, config, **settings)
+
+    monkeypatch.setattr(training, "train", noted)
+    arguments = ["dcsm", "train", "--data", str(data), "--out", str(tmp_path / "run"), *options]
+    main_ok([*arguments, "--reference-bugs"])
+    assert "items of spatial, negation" in capsys.readouterr().out
+    assert Scorer.load(tmp_path / "run" / "scorer.safetensors").placement == "insert"
     assert "reference bugs was true, is now false" in refused(arguments, capsys)
+    (published, common), (sound, own) = given
+    assert common is common_order and own is training.own_orders
+    assert published["negation"][0].alternatives and not sound["negation"][0].alternatives
     arguments[arguments.index("relations_withbg")] = "nothing"
     assert "nothing, the data set 'spatial', does not exist" in refused(arguments, capsys)
 
@@ -145,8 +153,6 @@ def test_evaluation_is_one_table_and_resumes(drawn: Path, tmp_path: Path, capsys
 
 
 def test_bad_pictures_are_named_and_counted(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     data = shutil.copytree(drawn / "evaluation", tmp_path / "data")
     broken, gone = sorted((data / "controlled_images").glob("*.png"))[:2]
     broken.write_bytes(b"no picture")

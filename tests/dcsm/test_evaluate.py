@@ -106,8 +106,8 @@ def test_everything_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_captions_alike_are_not_told_apart() -> None:
-    asked = [["star", "star"], ["fish", "star", "fish"]]
-    answers = answer(encoder(CASE), pictures()[:2], asked, scorer())
+    asked = [["star", "star"], ["fish", "star", "fish"], ["fish", "fish"], ["star", "fish", "star"]]
+    answers = answer(encoder(CASE), pictures(), asked, scorer(), shown=[0, 1, 2, 2])
     assert answers.dcsm is not None and not answers.cosine.any() and not answers.dcsm.any()
 
 

@@ -108,7 +108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serving() -> Iterator[Stub]:
     server = Stub(("127.0.0.1", 0), Handler)
     server.statuses, server.prompts, server.keys = [], [], []
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds between looks for the end
     thread.start()
     try:
         yield server

@@ -9,6 +9,7 @@ call. The caption of the highest score is chosen, the first of several.
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def run(case: EncoderCase, data: Path, out: Path, **options: Any) -> tuple[dict[
     return {(row["benchmark"], row["question"]): row for row in rows}, summary
 
 
+Answered = Callable[..., tuple[dict[tuple[str, str], dict[str, Any]], Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def answered(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    """Rows and summary of an encoder's answers to all questions, and their folder."""
+
+    @functools.cache
+    def made(name: str, *, bugs: bool) -> tuple[dict[tuple[str, str], dict[str, Any]], Any, Path]:
+        out = tmp_path_factory.mktemp("answers")
+        return *run(CASES[name], data, out, reference_bugs=bugs, batch_size=4), out
+
+    return made
+
+
 class Oracle:
     """The published evaluation of one model."""
 
@@ -185,9 +201,9 @@ def published() -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_every_score_of_every_question(case: EncoderCase, data: Path, tmp_path: Path, published: Any) -> None:
-    rows, _ = run(case, data, tmp_path / "bugs", reference_bugs=True, batch_size=4)
-    default, _ = run(case, data, tmp_path / "default", batch_size=4)
+def test_every_score_of_every_question(case: EncoderCase, data: Path, published: Any, answered: Answered) -> None:
+    rows, _, _ = answered(case.name, bugs=True)
+    default, _, _ = answered(case.name, bugs=False)
     oracle, asked, moved = Oracle(case), calls(data), []
     assert set(rows) == set(asked) == set(default) and len(asked) == 9
     for key, call in asked.items():
@@ -233,13 +249,12 @@ def test_the_inserting_path(data: Path, tmp_path: Path, published: Any) -> None:
     assert len(rows) == 2
 
 
-def test_captions_alike_are_right_as_published_and_wrong_by_default(data: Path, tmp_path: Path) -> None:
+def test_captions_alike_are_right_as_published_and_wrong_by_default(answered: Answered) -> None:
     """Neither is a guess: the first of the two is chosen there, and cannot be told from the second here."""
     key = "negbench-voc", "00001-1-hybrid"
-    options: Any = {"benchmark": ("negbench-voc",)}
     right: set[tuple[bool, bool]] = set()
     for bugs in (True, False):
-        rows, _ = run(CASES["clip"], data, tmp_path / str(bugs), reference_bugs=bugs, **options)
+        rows, _, _ = answered("clip", bugs=bugs)
         best = max(range(4), key=lambda index: rows[key][f"dcsm_{index}"])
         assert rows[key]["dcsm_0"] == pytest.approx(rows[key]["dcsm_1"], abs=1e-6)
         right.add((bugs, bool(rows[key]["dcsm"])))
@@ -247,8 +262,8 @@ def test_captions_alike_are_right_as_published_and_wrong_by_default(data: Path, 
     assert right == {(True, True), (False, False)}
 
 
-def test_pairs_and_sets_are_in_the_summary_and_the_table(data: Path, tmp_path: Path) -> None:
-    rows, summary = run(CASES["clip"], data, tmp_path, benchmark=("whatsup-a", "negbench-voc"))
+def test_pairs_and_sets_are_in_the_summary_and_the_table(answered: Answered) -> None:
+    rows, summary, out = answered("clip", bugs=False)
     for method in ("cosine", "dcsm"):
         right = {stem: rows["whatsup-a", f"{index:05d}-{stem}"][method] for index, stem in enumerate(FILES)}
         on, under, left, right_of = right.values()
@@ -262,9 +277,9 @@ def test_pairs_and_sets_are_in_the_summary_and_the_table(data: Path, tmp_path: P
             "left": left,
             "right": right_of,
         }
-    head = (tmp_path / "table.csv").read_text().splitlines()[0].split(",")
+    head = (out / "table.csv").read_text().splitlines()[0].split(",")
     extra = [name for name in head if "pair" in name or "set" in name]
     assert extra == [f"whatsup-a {name}" for name in ("pair accuracy", "set accuracy", "pairs", "sets")]
-    assert "; pairs " in (tmp_path / "table.md").read_text()
-    kinds = (tmp_path / "kinds.csv").read_text().splitlines()
+    assert "; pairs " in (out / "table.md").read_text()
+    kinds = (out / "kinds.csv").read_text().splitlines()
     assert len(kinds) == 1 + 2 * 4 and kinds[0] == "model,method,benchmark,kind,accuracy,low,high,questions"

@@ -70,9 +70,9 @@ def test_scores_are_the_published_ones(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("devices", [2, 8])
-def test_pictures_over_devices(group: str, devices: int) -> None:
-    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+def test_pictures_over_devices(group: str) -> None:
+    """More devices than pictures."""
+    mesh = jax.make_mesh((8,), ("data",))
     images, texts = sides()
     whole = score(a_scorer(), images, texts, group=group)
     np.testing.assert_allclose(score(a_scorer(), images, texts, group=group, mesh=mesh), whole, atol=1e-5)
@@ -259,14 +259,15 @@ def test_answers_are_those_of_single_questions() -> None:
     with pytest.warns(UserWarning, match="longer than 9 tokens are cut"):
         found = answer(own, pictures(), asked, scorer, shown=shown)
     assert found.dcsm is not None
-    images = embed_images(own, pictures())
+    images, texts = embed_images(own, pictures()), embed_texts(own, CAPTIONS, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cut = embed_texts(own, CAPTIONS, 9)
     for row, (picture, captions) in enumerate(zip(shown, asked, strict=True)):
-        texts = embed_texts(own, captions, 12)
-        cosine = texts.pooled @ images.pooled[picture]
+        rows = [CAPTIONS.index(caption) for caption in captions]
+        cosine = texts.pooled[rows] @ images.pooled[picture]
         assert found.cosine[row] == (np.argmax(cosine) == 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            scores = score(scorer, images[[picture]], embed_texts(own, captions, 9))[0]
+        scores = score(scorer, images[[picture]], cut[rows])[0]
         assert found.dcsm[row] == (np.argmax(scores) == 0)
     assert answer(own, pictures(), asked, None, shown=shown).dcsm is None
 

@@ -93,11 +93,12 @@ def test_scores_equal_pytorch_edit_by_edit() -> None:
 
 
 def test_chosen_layers_are_those_of_the_whole_sweep() -> None:
+    chosen = [2, 0, 0]  # as many as there are: the same programs
     some = activation_swap.swap_activations(
-        fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), layers=[2, 0]
+        fixtures.model(oracle.CASE), oracle.batch("horizontal"), mirrored(), layers=chosen, chunk=2
     )
-    np.testing.assert_array_equal(some.layers, [2, 0])
-    np.testing.assert_allclose(some.patched, found().patched[:, [2, 0]], atol=1e-5)
+    np.testing.assert_array_equal(some.layers, chosen)
+    np.testing.assert_allclose(some.patched, found().patched[:, chosen], atol=1e-5)
 
 
 def test_only_the_text_counts_after_the_last_block() -> None:

@@ -1,6 +1,7 @@
 """The geometry of held-out activations: cosines with IDs, straightness, and the folders that are read."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,8 @@ def test_measured_is_the_loss_on_whole_folders(monkeypatch: pytest.MonkeyPatch) 
     found = measured(model(), [group], {OWN: ids(), OTHER: dataclasses.replace(ids(), values=-ids().values)}, config)
     assert found[OTHER] == pytest.approx(-found[OWN], abs=1e-4) and abs(found[OWN]) > 0.02
     batch = jax.tree.map(jnp.asarray, finetune.small_batch(model(), group, ids(), config, len(group)))
-    _, metrics = finetune.loss(
-        model().definition, model().parameters, batch, id_layer=config.id_layer or 0, id_weight=1.0
-    )
+    whole = jax.jit(functools.partial(finetune.loss, model().definition, id_layer=config.id_layer or 0, id_weight=1.0))
+    _, metrics = whole(model().parameters, batch)
     assert found[OWN] == pytest.approx(1 - float(metrics["id_loss"]), abs=1e-3)
     monkeypatch.setattr(finetune_geometry, "BATCH", 4)
     assert measured(model(), [group], {OWN: ids()}, config)[OWN] == pytest.approx(found[OWN], abs=2e-4)

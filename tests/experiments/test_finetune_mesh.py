@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fixtures
 import forked
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from forked import Child
@@ -26,11 +28,57 @@ from jaxid.cli import main
 from jaxid.experiments import finetune
 from jaxid.experiments.finetune import FinetuneConfig
 from jaxid.families.base import Model
+from jaxid.interp.programs import program
 from jaxid.train import loop as training
+from jaxid.train.gradients import mean
+from jaxid.train.placement import placement
 
 COLUMNS = ("step", "stage", "loss", "answer_loss", "id_loss", "accuracy")
 CONFIG = dataclasses.replace(QUICK, steps=4, groups=4, train="vision-mlp,projector,lm-attention,lm-mlp", budget=1.0)
 ONE, BOTH = meshes.Axes(), meshes.Axes(4, 2)
+
+
+def assert_mean(loss: Any, start: Any, batch: Any, constants: Any, cases: Sequence[tuple[int, int]]) -> None:
+    """For cases of so many small batches on so many devices: the mean of the gradients and metrics."""
+
+    def gradients(values: Any, own: Any, constants: Any) -> Any:
+        return jax.grad(lambda values: loss(values, {**own, **constants}), has_aux=True)(values)
+
+    with jax.numpy_dtype_promotion("standard"):
+        alone = jax.jit(gradients)
+        rows = [jax.tree.map(lambda leaf, row=row: leaf[row], batch) for row in range(8)]
+        single = [jax.tree.map(np.asarray, alone(start, row, constants)) for row in rows]
+        for count, devices in cases:
+            where = placement(meshes.mesh(devices), None, start)
+            part = where.batch(jax.tree.map(lambda leaf, count=count: leaf[:count], batch), ())
+            assert where.divides(part) == (count == 8)
+            averaged = program()(mean(gradients, where))
+            found, metrics = averaged(meshes.replicated(meshes.mesh(devices), start), part, constants)
+            expected, means = jax.tree.map(lambda *leaves, count=count: sum(leaves) / count, *single[:count])
+            for name, leaf in expected.items():
+                np.testing.assert_allclose(found[name], leaf, atol=1e-5 * np.abs(leaf).max() + 1e-8)
+            np.testing.assert_allclose(metrics["loss"], means["loss"], rtol=1e-5)
+
+
+def test_accumulated_gradients_are_the_mean() -> None:
+    """Of the whole loss, which every device adds up over two small batches."""
+    task = finetune.task(fixtures.model(CASE), items(), ids(), dataclasses.replace(QUICK, groups=8))
+    stage, start = task.stage(), task.selection.split(fixtures.model(CASE).parameters)
+    assert_mean(stage.loss, start, stage.batch(0), stage.constants, [(8, 4)])
+
+
+def test_accumulated_gradients_however_many() -> None:
+    """Small batches that the devices share, each one or several, or of which every device computes all."""
+    rng = np.random.default_rng(4)
+    start = {name: rng.standard_normal(shape, np.float32) for name, shape in (("kernel", (5, 16)), ("bias", (16,)))}
+    batch = {"given": rng.standard_normal((8, 3, 5), np.float32)}
+
+    def loss(values: Any, own: Any) -> Any:
+        found = jnp.square(own["given"] @ values["kernel"] + values["bias"] - own["wanted"]).mean()
+        return found, {"loss": found}
+
+    wanted = {"wanted": rng.standard_normal(16).astype(np.float32)}
+    assert_mean(loss, start, batch, wanted, [(8, 8), (8, 4), (5, 8), (5, 1)])
 
 
 @functools.cache
@@ -66,13 +114,19 @@ def assert_same(folder: Path, found: Any, other: tuple[Path, Any]) -> None:
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-5 * float(np.abs(leaf).max()), err_msg=name)
 
 
-@pytest.mark.parametrize("axes", [meshes.Axes(2, 2), pytest.param(meshes.Axes(8, 1), marks=pytest.mark.slow)], ids=str)
-def test_the_numbers_of_one_device(axes: meshes.Axes, one: tuple[Path, Any], tmp_path: Path) -> None:
-    """Four small batches, which the copies share, or of which every copy computes all (eight copies)."""
-    assert_same(tmp_path, fitted(tmp_path, axes), one)
+class Stopped(BaseException):
+    """As good as a kill: nothing catches it."""
 
 
-def test_where_the_state_lies(one: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_of_one_device(one: tuple[Path, Any], tmp_path: Path) -> None:
+    """Four small batches, of which each of eight copies computes all."""
+    assert_same(tmp_path, fitted(tmp_path, meshes.Axes(8, 1)), one)
+
+
+def test_where_the_state_lies_and_a_run_resumes_on_another_mesh(
+    one: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four small batches, which four copies share, and then two; together they leave the numbers of one device."""
     made, seen = training._step_function, []
 
     def noted(*arguments: Any) -> Any:
@@ -85,8 +139,21 @@ def test_where_the_state_lies(one: tuple[Path, Any], tmp_path: Path, monkeypatch
 
         return function
 
-    monkeypatch.setattr(training, "_step_function", noted)
-    assert_same(tmp_path, fitted(tmp_path, BOTH), one)
+    def stop(step: int, _: Any) -> None:
+        if step == 3:
+            raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(training, "_step_function", noted)
+        fitted(tmp_path, BOTH, check=stop, check_every=1)
+    rows, theirs = (training.read_metrics(folder / "metrics.csv") for folder in (tmp_path, one[0]))
+    assert len(rows) == 3 and all(
+        row == pytest.approx(other, abs=2e-4) for row, other in zip(rows, theirs[:3], strict=True)
+    )
+    steps: list[int] = []
+    found = fitted(tmp_path, meshes.Axes(2, 2), log=lambda row: steps.append(row["step"]))
+    assert steps == [3, 4]
+    assert_same(tmp_path, found, one)
     mesh, own = on(BOTH)
     layout, shapes = finetune.shardings(own.parameters), one[1]
     expected = {
@@ -95,7 +162,7 @@ def test_where_the_state_lies(one: tuple[Path, Any], tmp_path: Path, monkeypatch
         "decoder.layers.attention.query": (P(None, None, "model"), P(None, "data", "model")),
         "decoder.layers.attention.out": (P(None, "model", None), P(None, "model", "data")),
     }
-    assert len(seen) == CONFIG.steps
+    assert len(seen) == 3
     for given, state, metrics in seen:
         assert jax.tree.leaves(given) == jax.tree.leaves(state)  # nothing is placed or compiled anew
         assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(metrics))
@@ -109,24 +176,6 @@ def test_where_the_state_lies(one: tuple[Path, Any], tmp_path: Path, monkeypatch
             assert state["parameters"][name].is_equivalent_to(NamedSharding(mesh, parameter), 3), name
             assert adam.mu[name].is_equivalent_to(NamedSharding(mesh, mean), 3), name
         assert adam.count.is_fully_replicated
-
-
-class Stopped(BaseException):
-    """As good as a kill: nothing catches it."""
-
-
-@pytest.mark.slow
-def test_a_run_resumes_on_another_mesh(one: tuple[Path, Any], tmp_path: Path) -> None:
-    def stop(step: int, _: Any) -> None:
-        if step == 3:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        fitted(tmp_path, BOTH, check=stop, check_every=1)
-    steps: list[int] = []
-    found = fitted(tmp_path, meshes.Axes(2, 2), log=lambda row: steps.append(row["step"]))
-    assert steps == [3, 4]
-    assert_same(tmp_path, found, one)
 
 
 def assert_same_export(found: Path, expected: Path) -> None:
@@ -151,23 +200,6 @@ def ran(folder: Path, out: str, mesh: str) -> Path:
     return folder / out
 
 
-@pytest.fixture(scope="module")
-def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, and the command's run on one device in `one`."""
-    folder = write_data(tmp_path_factory.mktemp("commanded"))
-    ran(folder, "one", "data=1")
-    return folder
-
-
-@pytest.mark.slow
-def test_the_command_on_a_mesh(commanded: Path) -> None:
-    """It leaves what the one on a single device does."""
-    one, out = commanded / "one", ran(commanded, "mesh", "data=2,model=2")
-    assert_same_export(out / "model", one / "model")
-    tables = [training.read_metrics(folder / "evaluations.csv") for folder in (out, one)]
-    assert tables[0] == tables[1] and [row["step"] for row in tables[0]] == [0, 3, 6]
-
-
 def begin(folder: Path, out: str, process: int, port: int) -> Child:
     """One of two processes with four devices each."""
     place = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
@@ -182,9 +214,10 @@ def begin(folder: Path, out: str, process: int, port: int) -> Child:
 
 
 @pytest.mark.slow
-def test_two_processes_and_the_end_of_one(commanded: Path) -> None:
-    """The command in two processes leaves what it does in one, also if one is killed and one process resumes."""
-    folder = commanded
+def test_two_processes_and_the_end_of_one(tmp_path: Path) -> None:
+    """The command in two processes leaves what it does on a device, also if one is killed and a mesh of one resumes."""
+    folder = write_data(tmp_path)
+    ran(folder, "one", "data=1")
     for out, death in (("two", False), ("killed", True)):
         port = free_port()
         begun = [begin(folder, out, process, port) for process in range(2)]
@@ -207,6 +240,8 @@ def test_two_processes_and_the_end_of_one(commanded: Path) -> None:
             rows = [training.read_metrics(folder / run / f"{name}.csv") for run in (out, "one")]
             for ours, theirs in zip(*rows, strict=True):
                 assert ours == pytest.approx(theirs, abs=2e-4)
+            steps = range(1, 7) if name == "metrics" else (0, 3, 6)
+            assert [row["step"] for row in rows[0]] == list(steps)
 
 
 @pytest.mark.parametrize(

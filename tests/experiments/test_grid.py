@@ -180,14 +180,14 @@ def test_command_extracts_what_the_function_does(tmp_path: Path, capsys: pytest.
     write_grid_folder(tmp_path / "grid", [("star", "fish")], picture_size=32, object_sizes=(CELL_SIZE,))
     out = tmp_path / "ids.safetensors"
     arguments = ["ids", "extract", "--data", tmp_path / "grid", "--out", out, "--model", fixtures.folder(oracle.CASE)]
-    assert run(*arguments, "--batch-size", "48") == 0
+    assert run(*arguments, "--batch-size", "64") == 0
     assert capsys.readouterr().out.startswith(f"{out}: 240 pictures, 1 pairs; ")
     items = read_grid_folder(tmp_path / "grid")
-    expected = extract.extract_spatial(fixtures.model(oracle.CASE), items, pairs=[("star", "fish")], batch_size=48)
+    expected = extract.extract_spatial(fixtures.model(oracle.CASE), items, pairs=[("star", "fish")], batch_size=64)
     found = SpatialIDs.load(out)
     assert found.fingerprint == expected.fingerprint
     np.testing.assert_allclose(found.universal, expected.universal, atol=1e-5)
-    assert "batch_size: 48" in out.with_suffix(".yaml").read_text()
+    assert "batch_size: 64" in out.with_suffix(".yaml").read_text()
 
 
 def test_command_checks_the_file_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,12 @@ def whole(place: Path) -> Path:
     return place / "whole"
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs whose figures are drawn in another test."""
+    monkeypatch.setattr(BeliefSwap, "figures", lambda *_: ())
+
+
 @pytest.fixture(scope="module")
 def shards(place: Path) -> list[Path]:
     """The same run in three shards, of 3, 4 and 4 items."""
@@ -84,6 +90,7 @@ def assert_close(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
 def test_the_runs_own_command_finds_the_result_finished(
     whole: Path, shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,15 +100,16 @@ def test_the_runs_own_command_finds_the_result_finished(
     def compute(*_: object) -> None:
         raise AssertionError("nothing is left to compute")
 
-    monkeypatch.setattr(BeliefSwap, "compute", compute)
-    assert experiment(BeliefSwap, whole.parent, "resumed", **OPTIONS).run().resumed_items == 11
-    assert command("run", "belief-swap", "--config", out / "config.yaml") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(BeliefSwap, "compute", compute)
+        assert experiment(BeliefSwap, whole.parent, "resumed", **OPTIONS).run().resumed_items == 11
+        assert command("run", "belief-swap", "--config", out / "config.yaml") == 0
     # A part that is lost is computed again, like that of any run.
-    monkeypatch.undo()
     (out / "parts" / "00001.parquet").unlink()
     assert experiment(BeliefSwap, whole.parent, "resumed", **OPTIONS).run().resumed_items == 7
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_shard_without_items_is_finished(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = OPTIONS | {"limit": 2}
     with pytest.raises(Elsewhere, match=r"empty1: of 2 items, shard 1/3 has none; it is done\."):

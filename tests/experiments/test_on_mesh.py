@@ -1,5 +1,7 @@
 """Commands on a mesh of eight devices: the same tables, IDs and answers as on one, and what is refused."""
 
+import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,25 @@ from jaxid.processes import Team
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
 
 MESH = "data=4,model=2"
-BOTH = pytest.mark.parametrize(
+
+
+@functools.cache
+def table_on(mesh: str | None, kind: type[Any], place: Path, **options: Any) -> dict[str, np.ndarray]:
+    """The table of a run, in a folder that is named after mesh and kind."""
+    out = f"{kind.__name__}-{mesh}"
+    experiment(kind, place, out, mesh=mesh, **options).run()
+    return columns(place / out)
+
+
+BELIEF = {"layers": "0-1", "max_new_tokens": 0}
+
+
+@pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        (BeliefSwap, {"layers": "0-1", "max_new_tokens": 0}),
-        pytest.param(MirrorSwap, {}, marks=pytest.mark.slow),
-    ],
+    [(BeliefSwap, BELIEF), pytest.param(MirrorSwap, {}, marks=pytest.mark.slow)],
 )
-
-
-@BOTH
 def test_the_same_table(place: Path, kind: type[Any], options: dict[str, Any]) -> None:
-    for out, mesh in (("one", None), ("mesh", MESH)):
-        experiment(kind, place, f"{kind.__name__}-{out}", mesh=mesh, **options).run()
-    one, many = (columns(place / f"{kind.__name__}-{out}") for out in ("one", "mesh"))
+    one, many = (table_on(mesh, kind, place, **options) for mesh in (None, MESH))
     assert one.keys() == many.keys()
     for name, values in one.items():
         if name == "score":
@@ -53,15 +60,12 @@ def test_the_same_table(place: Path, kind: type[Any], options: dict[str, Any]) -
             np.testing.assert_array_equal(many[name], values)
 
 
-@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(place: Path) -> None:
     """No row depends on the mesh, so it is none of the settings."""
-    first = experiment(BeliefSwap, place, "resumed", mesh=MESH, layers="1", max_new_tokens=0)
-    first.run()
-    parts = sorted((place / "resumed" / "parts").glob("*.parquet"))
-    before = columns(place / "resumed")
-    parts[1].unlink()
-    summary = experiment(BeliefSwap, place, "resumed", mesh="data=2", layers="1", max_new_tokens=0).run()
+    before = table_on(MESH, BeliefSwap, place, **BELIEF)
+    shutil.copytree(place / f"BeliefSwap-{MESH}", place / "resumed")
+    sorted((place / "resumed" / "parts").glob("*.parquet"))[1].unlink()
+    summary = experiment(BeliefSwap, place, "resumed", mesh="data=2", **BELIEF).run()
     assert summary.resumed_items == 8
     for name, values in columns(place / "resumed").items():
         if values.dtype.kind == "f":
@@ -76,7 +80,7 @@ def test_extraction_and_answers(tmp_path: Path) -> None:
     picture = next(data.rglob("*.png"))
     for mesh in (None, MESH):
         out = tmp_path / f"{mesh}.safetensors"
-        ExtractIDs(data=data, out=out, model=folder, batch_size=16, mesh=mesh).run()
+        ExtractIDs(data=data, out=out, model=folder, batch_size=80, mesh=mesh).run()
         found.append(SpatialIDs.load(out))
         answers.append(dict(Ask(picture=picture, question="Where is the fish?", model=folder, mesh=mesh, top=3).run()))
     one, many = found
@@ -128,12 +132,9 @@ def test_refused_in_one_line(place: Path, mesh: str, message: str, capsys: pytes
 
 def test_plans(place: Path) -> None:
     """Figures of each device; a mesh need not be there."""
-    one, many = (
-        planning.plan(
-            experiment(BeliefSwap, place, "no", mesh=mesh, batch_size=None, max_new_tokens=0), DEVICES["h100"]
-        )
-        for mesh in (None, "data=16,model=2")
-    )
+    options = {"batch_size": None, "layers": "1", "max_new_tokens": 0}
+    many = planning.plan(experiment(BeliefSwap, place, "no", mesh="data=16,model=2", **options), DEVICES["h100"])
+    one = planning.plan(experiment(BeliefSwap, place, "no", **options | {"batch_size": 16}), DEVICES["h100"])
     assert isinstance(one, Plan) and isinstance(many, Plan)
     assert many.axes == Axes(16, 2) and many.together % 16 == 0
     assert 0.45 * one.weights < many.weights < one.weights

@@ -1,8 +1,10 @@
 """Plans of experiments: without weights, close to what XLA's compiler says, and a batch that fits."""
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from jaxid.experiments.blank_image import BlankImage
 from jaxid.experiments.occlusion import KINDS, Occlusion
 from jaxid.experiments.spatial_ids import ExtractIDs
 from jaxid.experiments.temporal_ids import ExtractTemporalIDs
+from jaxid.interp.programs import Program
+from jaxid.meshes import ONE
 from jaxid.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
@@ -51,6 +55,7 @@ def plan(command: Command[Any], device: Device, **options: Any) -> Plan:
     return found
 
 
+@functools.cache
 def planned(kind: type[Any], place: Path, weightless: Path, device: Device = H100, **options: Any) -> Plan:
     given = {"model": str(weightless), "batch_size": None, **options}
     return plan(experiment(kind, place, "nothing", **given), device)
@@ -65,7 +70,7 @@ def small(memory: float, device: Device = H100) -> Device:
 
 def test_no_weights_are_read_and_nothing_is_written(place: Path, weightless: Path) -> None:
     before = sorted(place.rglob("*"))
-    found = planned(BeliefSwap, place, weightless, layers="0-1", max_new_tokens=0)
+    found = planned(BeliefSwap, place, weightless, batch_size=4, layers="0-1", max_new_tokens=0)
     assert sorted(place.rglob("*")) == before
     parameters = jax.tree.leaves(fixtures.model(CASE).parameters)
     assert found.weights == sum(leaf.nbytes for leaf in parameters)
@@ -144,15 +149,33 @@ def shipped_ids() -> Any:
 # --- the batch ------------------------------------------------------------------------------------------------------
 
 
-def test_the_batch_follows_from_the_memory(place: Path, weightless: Path) -> None:
-    options = {"layers": "0-2", "max_new_tokens": 0}
-    whole = planned(BeliefSwap, place, weightless, **options)
+@dataclasses.dataclass
+class Doubled:
+    """A job of one small program, whose memory grows with the batch."""
+
+    items: int
+    per_item: int
+    most: int
+    weights: float = 1e4
+    axes = ONE
+
+    def batches(self, together: int) -> Iterator[tuple[int, Callable[[], object]]]:
+        yield -(-self.items * self.per_item // together), lambda: double(np.ones((together, 1000), np.float32))
+
+
+@Program
+def double(x: jax.Array) -> jax.Array:
+    return 2 * x
+
+
+def test_the_batch_follows_from_the_memory() -> None:
+    job = Doubled(items=12, per_item=1, most=6)
+    whole, one = plans.plan(job, H100), plans.plan(job, H100, together=1)
     assert whole.together == 6  # as many items as each axis has
-    one = planned(BeliefSwap, place, weightless, batch_size=1, **options)
     sizes = []
     for share in (1.0, 0.6, 0.3, 0.0):
         memory = one.peak + share * (whole.peak - one.peak)
-        found = planned(BeliefSwap, place, weightless, small(memory * 1.05 / plans.USABLE), **options)
+        found = plans.plan(job, small(memory * 1.05 / plans.USABLE))
         assert found.fits and found.peak <= plans.USABLE * found.device.memory
         sizes.append(found.together)
     assert sizes[0] == whole.together and sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[1] < sizes[0]
@@ -160,32 +183,61 @@ def test_the_batch_follows_from_the_memory(place: Path, weightless: Path) -> Non
 
 def test_what_does_not_fit_is_said(place: Path, weightless: Path) -> None:
     options = {"layers": "0", "max_new_tokens": 0}
-    peak = planned(BeliefSwap, place, weightless, batch_size=12, **options).peak
-    found = planned(BeliefSwap, place, weightless, small(peak), batch_size=12, **options)
-    assert not found.fits and found.together == 12 and "does not fit" in "\n".join(found.report())
+    peak = planned(BeliefSwap, place, weightless, batch_size=4, **options).peak
+    found = planned(BeliefSwap, place, weightless, small(peak), batch_size=4, **options)
+    assert not found.fits and found.together == 4 and "does not fit" in "\n".join(found.report())
     with pytest.raises(
         OutOfMemoryError, match=r"the weights of .* do not fit in the .* of a h100; use --dtype bfloat16"
     ):
         planned(BeliefSwap, place, weightless, small(found.weights), **options)
 
 
-def test_items_of_many_prompts(place: Path, weightless: Path) -> None:
+def with_batches_of(
+    monkeypatch: pytest.MonkeyPatch, together: int, command: Command[Any], device: Device
+) -> tuple[Any, int | None, Plan]:
+    """A command's job, the batch that it asks for, and its plan with another one."""
+    asked, made = [], plans.plan
+
+    def noted(job: Any, device: Device, *, together: int | None, measure: bool) -> Plan:
+        asked.append((job, together))
+        return made(job, device, together=given, measure=measure)
+
+    given = together
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "plan", noted)
+        found = plan(command, device)
+    ((job, wanted),) = asked
+    return job, wanted, found
+
+
+def test_items_of_many_prompts(place: Path, weightless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch holds whole items, unless not even one fits."""
-    found = planned(Occlusion, place, weightless)
-    assert found.together % len(KINDS) == 0
-    tight = small(1.001 * (found.weights + (found.peak - found.weights) / found.together * 3) / plans.USABLE)
-    assert planned(Occlusion, place, weightless, tight).together in (1, 2, 3)
-    assert planned(BlankImage, place, weightless, layers="1").together % BlankImage.prompts_per_item == 0
-
-
-def test_a_cpu_keeps_its_choice(place: Path, weightless: Path) -> None:
-    made = experiment(
-        BeliefSwap, place, "nothing", model=str(weightless), batch_size=None, layers="1", max_new_tokens=0
+    options = {"model": str(weightless), "batch_size": None}
+    occlusion, blank = (
+        experiment(Occlusion, place, "nothing", **options),
+        experiment(BlankImage, place, "no", **options),
     )
+    real, wanted, found = with_batches_of(monkeypatch, 2, occlusion, H100)
+    assert (wanted, real.per_item, real.most) == (None, len(KINDS), ITEMS // 2)
+    assert found.together == max(call.prompts for call in found.programs) == 2
+    for per_item in (len(KINDS), BlankImage.prompts_per_item):
+        job = Doubled(items=real.items, per_item=per_item, most=real.most)
+        whole = plans.plan(job, H100)
+        assert whole.together > 3 and whole.together % per_item == 0
+    job = Doubled(items=real.items, per_item=len(KINDS), most=real.most)
+    whole = plans.plan(job, H100)
+    tight = small(1.001 * (whole.weights + (whole.peak - whole.weights) / whole.together * 3) / plans.USABLE)
+    assert plans.plan(job, tight).together in (1, 2, 3)
+    assert with_batches_of(monkeypatch, 4, blank, H100)[0].per_item == BlankImage.prompts_per_item
+
+
+def test_a_cpu_keeps_its_choice(place: Path, weightless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"batch_size": None, "layers": "1", "max_new_tokens": 0}
+    made = experiment(BeliefSwap, place, "nothing", model=str(weightless), **options)
     expected = plans.fitting(fixtures.model(CASE), "float32", 2, 1, CPU)
     several = [plans.fitting(fixtures.model(CASE), "float32", 2, 4, device) for device in (CPU, H100)]
     assert several == [expected // 4 * 4, expected * 4]  # a CPU's devices share its memory
-    assert plan(made, CPU).together == expected == 32
+    assert with_batches_of(monkeypatch, 4, made, CPU)[1] == expected == 32
 
 
 def test_a_run_on_an_accelerator_chooses_the_planned_batch(
@@ -193,23 +245,33 @@ def test_a_run_on_an_accelerator_chooses_the_planned_batch(
 ) -> None:
     options = {"layers": "1", "max_new_tokens": 0, "batch_size": None}
     made = experiment(BeliefSwap, place, tmp_path / "gpu", **options)
-    roomy, one = plan(made, H100), plan(dataclasses.replace(made, batch_size=1), H100)
-    device = small((one.peak + (roomy.peak - one.peak) / 2) / plans.USABLE)
-    wanted = plan(made, device).together
-    sizes, run = [], session.jobs.run
+    most, few = (plan(dataclasses.replace(made, batch_size=size), H100) for size in (6, 2))
+    device = small((few.peak + (most.peak - few.peak) / 2) / plans.USABLE)
+    sizes, run, chosen, choose = [], session.jobs.run, [], session.plan
+
+    class Stopped(BaseException):
+        pass
 
     def spied(*arguments: Any, **settings: Any) -> Any:
         sizes.append(settings["chunk_size"])
+        if len(sizes) == 1:
+            raise Stopped
         return run(*arguments, **settings)
 
+    def noted(*arguments: Any, **settings: Any) -> Plan:
+        chosen.append(choose(*arguments, **settings))
+        return chosen[-1]
+
+    monkeypatch.setattr(session, "plan", noted)
     monkeypatch.setattr(session.jobs, "run", spied)
-    dataclasses.replace(made, out=tmp_path / "cpu").run()
+    with pytest.raises(Stopped):
+        dataclasses.replace(made, out=tmp_path / "cpu").run()
     monkeypatch.setattr(session, "this", lambda: device)
     made.run()
-    assert sizes[0] == 32 and 1 <= sizes[1] <= roomy.together and abs(sizes[1] - wanted) <= wanted / 2
-    ours, theirs = columns(tmp_path / "gpu"), columns(tmp_path / "cpu")
-    order = [np.lexsort((table["layer"], table["item"])) for table in (ours, theirs)]
-    assert ours["item"][order[0]].tolist() == theirs["item"][order[1]].tolist()
+    (found,) = chosen  # the first run did not ask
+    assert sizes == [32, found.together] and 1 <= found.together < most.together
+    assert found.fits and found.measured and found.peak <= plans.USABLE * device.memory
+    assert len(set(columns(tmp_path / "gpu")["item"])) == ITEMS
 
 
 # --- extraction, and the command line -------------------------------------------------------------------------------
@@ -248,7 +310,7 @@ def test_the_command(
 ) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    given = ["mirror-swap", "--data", place / "data", "--model", weightless, "--layers", "1"]
+    given = ["mirror-swap", "--data", place / "data", "--model", weightless, "--layers", "1", "--batch-size", "4"]
     assert run("plan", *given, "--device", "v5e") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("v5e: 15.75 GiB of memory; peaks 197 TFLOP/s, 819 GB/s")
@@ -259,9 +321,9 @@ def test_the_command(
     assert printed == json.loads((tmp_path / "plan.json").read_text())
     assert printed["device"]["name"] == "v5e" and printed["fits"] and printed["items"] == ITEMS // 2
     assert not (tmp_path / "a").exists()
-    (tmp_path / "options.yaml").write_text("layers: '0'\nbatch_size: 2\n")
-    assert run("plan", *given[:-2], "--config", "options.yaml", "--device", "v5e") == 0
-    assert "             2  prompts together" in capsys.readouterr().out
+    (tmp_path / "options.yaml").write_text("layers: '1'\nbatch_size: 4\n")
+    assert run("plan", *given[:-4], "--config", "options.yaml", "--device", "v5e") == 0
+    assert "             4  prompts together" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -280,8 +342,6 @@ def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: Any)
 
 
 def test_results_that_are_no_longer_held_are_not_counted() -> None:
-    from jaxid.interp.programs import Program
-
     double = Program(lambda x: 2 * x)
     array = np.ones(1000, np.float32)
 

@@ -114,6 +114,7 @@ def test_batches_edit_the_token_after_the_word() -> None:
 @pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
 def test_depth_steers_along_the_first_column(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(depth.QUESTIONS, "depth", depth.QUESTIONS["height"])
+    monkeypatch.setattr(Depth, "figures", lambda *_: ())
     given: Any = {"layers": "1", "limit": 3}
     sound = experiment(Depth, place, tmp_path / "sound", **given).run()
     published = experiment(Depth, place, tmp_path / "published", **given, reference_bugs=True).run()

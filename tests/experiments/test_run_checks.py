@@ -141,6 +141,7 @@ def test_items_that_are_not_finite_are_named_and_skipped(
     place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     swap = experiment(BeliefSwap, place, tmp_path, strength=2.0, layers="0-1", max_new_tokens=0, batch_size=ITEMS)
+    monkeypatch.setattr(BeliefSwap, "figures", lambda *_: ())
     poisoned(monkeypatch, belief_swap, "swap_beliefs", slice(0, 1))
     with pytest.warns(JaxidWarning, match=r"2 of 12 items are skipped.*NaN or infinite: 0000"):
         summary = swap.run()

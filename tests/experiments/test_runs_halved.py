@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
-from run_data import columns, experiment
-from run_data import place as place
+from run_data import columns, experiment, ids
 
 from jaxid import halving
+from jaxid.data.coco_spatial import write_coco_spatial
+from jaxid.data.scenes import sample_free
 from jaxid.errors import OutOfMemoryError
 from jaxid.experiments.belief_swap import BeliefSwap
 from jaxid.experiments.occlusion import Occlusion
@@ -19,6 +20,15 @@ from jaxid.interp import forward, trace
 pytestmark = pytest.mark.filterwarnings("ignore::jaxid.errors.UnknownWordsWarning")
 
 EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few items, and IDs of the tiny model."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_coco_spatial(folder / "data", sample_free(np.random.default_rng(1), 6, num_objects=(2, 2)), 48)
+    ids().save(folder / "ids.safetensors")
+    return folder
 
 
 def small_device(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, most: int) -> list[int]:
@@ -36,7 +46,7 @@ def small_device(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, most: 
 
 
 CASES = {
-    "belief swap": (BeliefSwap, trace, "_record", {"layers": "1", "max_new_tokens": 0, "batch_size": 8}),
+    "belief swap": (BeliefSwap, trace, "_record", {"layers": "1", "max_new_tokens": 0, "batch_size": 4}),
     "occlusion": (Occlusion, forward, "_run", {"batch_size": 26}),
 }
 

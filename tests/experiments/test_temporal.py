@@ -123,18 +123,23 @@ def test_the_source_is_the_clip_played_backwards() -> None:
     np.testing.assert_array_equal(theirs.inputs.pixels.reshape(2, 8, -1)[:, ::-1], ours.inputs.pixels.reshape(2, 8, -1))
 
 
+@functools.cache
+def swapped() -> Patched:
+    return swap_activations(model(), batch().asked, backwards(), words=batch().words, chunk=2)
+
+
 def test_swap_is_that_of_full_passes() -> None:
-    found = swap_activations(model(), batch().asked, backwards(), words=batch().words, chunk=2)
-    prompts, other = batch().asked.prompts, backwards()
+    found, prompts = swapped(), batch().asked.prompts
+    other = forward(model(), backwards(), capture=Capture(("resid_post",)))
+    states, rows = np.asarray(other.captured["resid_post"]), np.arange(2)[:, None]
     sets = (prompts.image_tokens(), prompts.text_tokens(), batch().words)
-    for number, at in enumerate(sets):
-        source = forward(model(), other, capture=Capture(("resid_post",), positions=jnp.asarray(at))).captured[
-            "resid_post"
-        ]
+    longest = max(at.shape[1] for at in sets)
+    for number, some in enumerate(sets):
+        at = np.pad(some, ((0, 0), (0, longest - some.shape[1])), mode="edge")  # all of one shape: one program
         for layer in range(model().num_layers):
-            output = forward(model(), prompts, replace(layer, at, source[layer]))
+            output = forward(model(), prompts, replace(layer, at, states[layer][rows, at]))
             np.testing.assert_allclose(found.patched[number, layer], batch().asked.read(output), atol=1e-4)
-    np.testing.assert_allclose(found.intervened, batch().asked.read(forward(model(), other)), atol=1e-4)
+    np.testing.assert_allclose(found.intervened, batch().asked.read(other), atol=1e-4)
     assert np.abs(found.intervened - found.control).max() > 1e-2
 
 
@@ -322,10 +327,10 @@ def test_the_published_code_counts_tokens_instead_of_finding_words(tmp_path: Pat
 
 
 def test_given_positions_of_the_clip_are_swapped() -> None:
-    options: Any = {"words": batch().words, "layers": [0, 1]}
-    whole = swap_activations(model(), batch().asked, backwards(), **options)
+    options: Any = {"words": batch().words, "chunk": 2}
     image = batch().asked.prompts.image_tokens()
     same = swap_activations(model(), batch().asked, backwards(), pictures=image, **options)
-    np.testing.assert_allclose(same.patched, whole.patched, atol=1e-4)
-    half = swap_activations(model(), batch().asked, backwards(), pictures=image[:, ::2], **options)
-    assert np.abs(half.patched[0] - whole.patched[0]).max() > 1e-3
+    np.testing.assert_allclose(same.patched, swapped().patched, atol=1e-4)
+    halved = image[:, np.arange(image.shape[1]) // 2 * 2]  # every other one, twice: of the same shape
+    half = swap_activations(model(), batch().asked, backwards(), pictures=halved, **options)
+    assert np.abs(half.patched[0, :2] - swapped().patched[0, :2]).max() > 1e-3

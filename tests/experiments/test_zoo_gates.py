@@ -1,16 +1,12 @@
 """The gates of tiny-llava: what is pooled over seeds, which way it is aligned, and what passes."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxid.experiments import zoo_gates
-from jaxid.experiments.zoo_gates import Gate, Gates, Run
-
-pytestmark = pytest.mark.optimized
+from jaxid.experiments.zoo_gates import Gate, Run
 
 GOOD = {"rate": [0.1, 1.0], "interval": [[0, 1]] * 2}
 LATE = {"image": [1.0, 1.0], "words": [0.0, 1.0]}
@@ -94,17 +90,3 @@ def test_scenes_to_steer_and_their_alignment() -> None:
     # Change by column, of a scene whose other object is in column 3, and of one in which it is in column 0.
     found = np.array([[0.0, 7.0], [1.0, 5.0], [2.0, 3.0], [9.0, 1.0]])
     np.testing.assert_allclose(zoo_gates.towards(found, np.array([False, True])), [8.0, 3.5, 2.0, 0.5])
-
-
-@pytest.mark.slow
-def test_the_shipped_model_passes(tmp_path: Path) -> None:
-    """One seed that the model card does not report."""
-    gates = Gates(out=tmp_path, seeds=1, seed=131, progress=False).run()
-    assert [gate for gate in gates if not gate.passed] == []
-    assert {gate.name for gate in gates if gate.bounds != "no bound"} >= {
-        *(f"correct: {kind}" for kind in zoo_gates.ACCURACY),
-        "steering: near_far",
-        "steering: between",
-        "angle of the words above and below",
-    }
-    assert [row["name"] for row in json.loads((tmp_path / "gates.json").read_text())] == [gate.name for gate in gates]

@@ -1,7 +1,7 @@
 """Attention against a naive loop, and against one softmax over all keys."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -76,25 +76,22 @@ def test_forbidden_keys_have_no_effect_at_all() -> None:
 def test_a_query_without_keys_stays_finite_and_so_does_its_gradient() -> None:
     query, key, value = single(*arrays(2, 2))
     mask = jnp.zeros((2, 5, 7), bool)
-    value_and_slope = jax.value_and_grad(lambda q: attend(q, key, value, mask).sum())
-    total, slope = value_and_slope(query)
+    total, slope = jax.jit(jax.value_and_grad(lambda q: attend(q, key, value, mask).sum()))(query)
     assert np.isfinite(total) and np.isfinite(slope).all()
 
 
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = arrays(2, 2)
-    mask = np.ones((2, 5, 7), bool)
     found = attend(*single(300 * query, 300 * key, value))
-    np.testing.assert_allclose(found, naive(300 * query, 300 * key, value, mask), atol=1e-4)
+    np.testing.assert_allclose(found, naive(300 * query, 300 * key, value, np.ones((2, 5, 7), bool)), atol=1e-4)
 
 
 def test_bfloat16_in_and_out_with_float32_scores() -> None:
     query, key, value = arrays(4, 2)
-    mask = np.ones((2, 5, 7), bool)
     rounded = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, value)]
     found = attend(*rounded)
     exact = [np.asarray(array, np.float64) for array in rounded]
-    expected = naive(exact[0], exact[1], exact[2], mask)
+    expected = naive(exact[0], exact[1], exact[2], np.ones((2, 5, 7), bool))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.03)
 
@@ -186,14 +183,13 @@ def test_one_mask_for_all_queries_in_blocks_of_their_real_size() -> None:
     np.testing.assert_allclose(found, plain(query, key, value, np.broadcast_to(mask, (2, 200, 50))), atol=5e-6)
 
 
+def weighed(value: jax.Array) -> jax.Array:
+    return (value * jnp.sin(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape)).sum()
+
+
 def slopes(function: Any, *arguments: jax.Array) -> tuple[jax.Array, ...]:
     """Gradients of a sum with unequal weights."""
-
-    def total(*arguments: jax.Array) -> jax.Array:
-        value = function(*arguments)
-        return (value * jnp.sin(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape)).sum()
-
-    return jax.jit(jax.grad(total, argnums=tuple(range(len(arguments)))))(*arguments)
+    return jax.jit(jax.grad(lambda *given: weighed(function(*given)), argnums=tuple(range(len(arguments)))))(*arguments)
 
 
 def test_gradients(path: str) -> None:
@@ -340,17 +336,16 @@ def sliding_masks(batch: int, length: int, own: int, prefix: int, *, window: int
 
 
 @pytest.mark.parametrize("sizes", ROWS[:2])
-@pytest.mark.parametrize("window", [1, 7, 9])
-def test_every_query_reads_its_own_part_of_the_prefix(
-    path: str, sizes: tuple[int, int, int, int, int, int, int], window: int
-) -> None:
-    arrays, allowed = shared(*sizes), sliding_masks(*sizes[1:5], window=window)
-    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
-    assert prefix_mask.shape == (sizes[1], sizes[2], sizes[4])
-    # A window of one reaches no prefix at all: that part weighs nothing then.
-    assert bool(prefix_mask.any()) == (window > 1) and not prefix_mask.all()
-    found = compiled(shared_prefix_attention)(*arrays[:2], prefix_mask, *arrays[2:], mask)
-    np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
+def test_every_query_reads_its_own_part_of_the_prefix(path: str, sizes: tuple[int, ...]) -> None:
+    arrays, run = shared(*sizes), compiled(shared_prefix_attention)
+    for window in (1, 7, 9):
+        allowed = sliding_masks(*sizes[1:5], window=window)
+        prefix_mask, mask = allowed["prefix_mask"], allowed["mask"]
+        assert prefix_mask.shape == (sizes[1], sizes[2], sizes[4])
+        # A window of one reaches no prefix at all: that part weighs nothing then.
+        assert bool(prefix_mask.any()) == (window > 1) and not prefix_mask.all()
+        found = run(*arrays[:2], jnp.asarray(prefix_mask), *arrays[2:], jnp.asarray(mask))
+        np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=2e-6)
 
 
 def test_any_prefix_mask_by_query_is_the_same_for_all_rows(path: str) -> None:
@@ -433,13 +428,19 @@ def test_merging_any_division_of_the_keys() -> None:
     np.testing.assert_allclose(merge(*shifted), merge(*parts), atol=2e-5)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_gradients_through_a_shared_prefix(path: str, window: int | None) -> None:
+@cache
+def with_slopes(window: int | None) -> tuple[Any, dict[str, np.ndarray], tuple[jax.Array, ...]]:
+    """Arrays, masks, and the gradients in one softmax."""
     arrays = shared(3, 2, 4, 4, 9, 4, 2, 2.0)
     allowed = masks(2, 4, 4, 9) if window is None else sliding_masks(2, 4, 4, 9, window=window)
-    prefix_mask, mask = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
-    found = slopes(lambda pk, pv, q, k, v: shared_prefix_attention(pk, pv, prefix_mask, q, k, v, mask), *arrays)
-    wanted = slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays)
+    return arrays, allowed, slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_gradients_through_a_shared_prefix(path: str, window: int | None) -> None:
+    arrays, allowed, wanted = with_slopes(window)
+    before, own = (jnp.asarray(allowed[name]) for name in ("prefix_mask", "mask"))
+    found = slopes(lambda *given: shared_prefix_attention(*given[:2], before, *given[2:], own), *arrays)
     for ours, theirs in zip(found, wanted, strict=True):
         assert float(jnp.abs(theirs).max()) > 0.1
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -457,10 +458,19 @@ def test_rows_of_real_size_go_head_by_head(window: int | None) -> None:
     np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=3e-6)
 
 
-@pytest.mark.parametrize("implementation", [None, "batched"])
+@partial(jax.jit, static_argnums=0)
+def told(implementation: Any, before: reading.Reads, own: reading.Reads, arrays: Any) -> Any:
+    def total(prefix_key: Any, prefix_value: Any, query: Any, key: Any, value: Any) -> Any:
+        given = (prefix_key, prefix_value, before, query, jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3), own)
+        found = attention.shared_prefix_attention(*given, implementation=implementation)
+        return weighed(found), found
+
+    return jax.grad(total, argnums=range(5), has_aux=True)(*arrays)
+
+
 @pytest.mark.parametrize(("window", "sliding"), [(None, False), (5, True), (5, False)])
 @pytest.mark.parametrize("prefix", [9, 0])
-def test_masks_that_tokens_tell(implementation: Any, window: int | None, sliding: bool, prefix: int) -> None:
+def test_masks_that_tokens_tell(window: int | None, sliding: bool, prefix: int) -> None:
     """Rows apart, and side by side as for a kernel: the second prompt has a shorter prefix and ends in padding."""
     arrays = shared(3, 2, 4, 4, prefix, 4, 2, 2.0)
     ends = np.array([prefix, prefix // 2])[:, None]
@@ -469,18 +479,14 @@ def test_masks_that_tokens_tell(implementation: Any, window: int | None, sliding
     own = reading.causal(positions, positions, valid)
     if window is not None:
         before, own = (reads.within(positions, window, jnp.asarray(sliding)) for reads in (before, own))
-
-    def run(prefix_key: Any, prefix_value: Any, query: Any, key: Any, value: Any) -> jax.Array:
-        given = (prefix_key, prefix_value, before, query, jnp.swapaxes(key, 2, 3), jnp.swapaxes(value, 2, 3), own)
-        return attention.shared_prefix_attention(*given, implementation=implementation)
-
     allowed = {"prefix_mask": np.asarray(before.mask()), "mask": np.asarray(own.mask())[None]}
-    np.testing.assert_allclose(jax.jit(run)(*arrays), tiled(*arrays, **allowed), atol=3e-6)
-    for ours, theirs in zip(
-        slopes(run, *arrays), slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays), strict=True
-    ):
-        assert not theirs.size or float(jnp.abs(theirs).max()) > 0.1
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    wanted = slopes(lambda *arrays: tiled(*arrays, **allowed, xp=jnp), *arrays)
+    for implementation in (None, "batched"):
+        gradients, found = told(implementation, before, own, arrays)
+        np.testing.assert_allclose(found, tiled(*arrays, **allowed), atol=3e-6)
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            assert not theirs.size or float(jnp.abs(theirs).max()) > 0.1
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_shared_prefix_in_bfloat16(path: str) -> None:

@@ -1,5 +1,6 @@
 """The attention kernels as JAX programs, against plain products: what is read, its weight, and all gradients."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,12 +73,14 @@ def total(kernel: Implementation, reads: Reads | None, query: jax.Array, key: ja
     return weighed[0] + weighed[1], found
 
 
+@partial(jax.jit, static_argnums=0)
 def slopes(kernel: Implementation, reads: Reads | None, arrays: Arrays) -> tuple[Part, tuple[jax.Array, ...]]:
-    def run(reads: Reads | None, *arrays: jax.Array) -> Any:
-        return jax.grad(lambda *arrays: total(kernel, reads, *arrays), (0, 1, 2), has_aux=True)(*arrays)
-
-    gradients, found = jax.jit(run)(reads, *arrays)
+    gradients, found = jax.grad(lambda *arrays: total(kernel, reads, *arrays), (0, 1, 2), has_aux=True)(*arrays)
     return found, gradients
+
+
+read = jax.jit(part, static_argnames="implementation")
+read_prefix = jax.jit(prefix_part, static_argnames="implementation")
 
 
 CASES = [
@@ -157,6 +160,15 @@ def test_gradients_through_merged_parts(kernel: Implementation) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@partial(jax.jit, static_argnums=0)
+def prefix_slopes(kernel: Implementation, reads: Reads, query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    def weighed(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+        found = prefix_part(query, key, value, reads, implementation=kernel)
+        return (found.mixed**2).sum() + jnp.sin(found.lse).sum(), found
+
+    return jax.grad(weighed, (0, 1, 2), has_aux=True)(query, key, value)
+
+
 def test_a_prefix_that_rows_share(kernel: Implementation) -> None:
     """Axes [R, B, S, H]; queries of all rows and of all heads that share a key head go through the keys together."""
     rows, batch, queries, keys = 3, 2, 4, 150
@@ -165,17 +177,11 @@ def test_a_prefix_that_rows_share(kernel: Implementation) -> None:
     positions = jnp.array([[140, 141, 142, 143], [40, 41, 42, 43]])
     reads = causal(positions, numbered(batch, queries, keys)[1]).within(positions, 60, True)
 
-    def run(kernel: Implementation, reads: Reads) -> Any:
-        def weighed(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-            found = prefix_part(query, key, value, reads, implementation=kernel)
-            return (found.mixed**2).sum() + jnp.sin(found.lse).sum(), found
-
-        return jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(query, key, value)
-
-    for ours, theirs in zip(jax.tree.leaves(run(kernel, reads)), jax.tree.leaves(run("batched", reads)), strict=True):
+    both = [prefix_slopes(name, reads, query, key, value) for name in (kernel, "batched")]
+    for ours, theirs in zip(*(jax.tree.leaves(leaves) for leaves in both), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     alike = everything(1, numbered(batch, queries, keys)[1] < 99)  # the same for all queries
-    both = [prefix_part(query, key, value, alike, implementation=name) for name in (kernel, "batched")]
+    both = [read_prefix(query, key, value, alike, implementation=name) for name in (kernel, "batched")]
     assert both[0].mixed.shape == query.shape
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -193,7 +199,7 @@ def test_programs_share_the_keys_of_few_queries(kernel: Implementation, monkeypa
     empty = short._replace(high=short.high.at[:, 2].set(-1))
     for reads in (None, short, empty, empty.within(queries, 100, True)):
         found = part(query, key, value, reads, implementation=kernel)
-        wanted = part(query, key, value, reads, implementation="batched")
+        wanted = read(query, key, value, reads, implementation="batched")
         np.testing.assert_allclose(found.mixed, wanted.mixed, atol=1e-5)
         np.testing.assert_allclose(found.lse, wanted.lse, atol=1e-5)
     assert set(counts) == ({5} if kernel.startswith("cuda") else {1})
@@ -202,6 +208,16 @@ def test_programs_share_the_keys_of_few_queries(kernel: Implementation, monkeypa
         part(query, key, value, implementation=kernel)
         assert counts[-1] == 1
     flash._everywhere.cache_clear()
+
+
+@partial(jax.jit, static_argnums=0)
+def row_slopes(kernel: Implementation | None, before: Reads, after: Reads, arrays: Arrays) -> Any:
+    def weighed(query: Any, key: Any, value: Any, prefix_key: Any, prefix_value: Any) -> Any:
+        given = (prefix_key, prefix_value, before, query, key, value, after)
+        found = shared_prefix_attention(*given, implementation=kernel)
+        return (found * jnp.sin(jnp.arange(found.size, dtype=jnp.float32)).reshape(found.shape)).sum(), found
+
+    return jax.grad(weighed, range(5), has_aux=True)(*arrays)
 
 
 @pytest.mark.parametrize("sliding", [True, False])
@@ -218,16 +234,9 @@ def test_rows_side_by_side(kernel: Implementation, sliding: bool) -> None:
     after = causal(asked, positions, valid)
     before, after = (reads.within(asked, 30, jnp.asarray(sliding)) for reads in (before, after))
 
-    def run(kernel: Implementation | None) -> Any:
-        def weighed(query: Any, key: Any, value: Any, prefix_key: Any, prefix_value: Any) -> Any:
-            given = (prefix_key, prefix_value, before, query, key, value, after)
-            found = shared_prefix_attention(*given, implementation=kernel)
-            return (found * jnp.sin(jnp.arange(found.size, dtype=jnp.float32)).reshape(found.shape)).sum(), found
-
-        gradients = jax.jit(jax.grad(weighed, range(5), has_aux=True))
-        return gradients(query, key, value, prefix_key, prefix_value)
-
-    for ours, theirs in zip(jax.tree.leaves(run(kernel)), jax.tree.leaves(run(None)), strict=True):
+    arrays = query, key, value, prefix_key, prefix_value
+    both = [row_slopes(name, before, after, arrays) for name in (kernel, None)]
+    for ours, theirs in zip(*(jax.tree.leaves(leaves) for leaves in both), strict=True):
         assert float(jnp.abs(theirs).max()) > 0.1
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -401,7 +410,7 @@ def test_inside_shard_map_over_one_axis(kernel: Implementation, mesh: Mesh) -> N
     spread = tuple(jax.device_put(array, NamedSharding(mesh, SPLIT)) for array in arrays)
     compiled = jax.jit(divided).lower(*spread).compile()
     assert "all-gather" not in (compiled.as_text() or "")
-    wanted = part(arrays[0], arrays[1], arrays[2], implementation="batched").mixed
+    wanted = read(*arrays, implementation="batched").mixed
     np.testing.assert_allclose(compiled(*spread), wanted, atol=1e-5)
 
 

@@ -17,15 +17,20 @@ def products_for(rows: int, columns: int, pairs: int) -> tuple[jax.Array, jax.Ar
     return jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (2, lanes.FACTORS, pairs))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(6, 5), (7, 30), pytest.param(4, 16, marks=pytest.mark.slow), (5, 33)])
+@pytest.mark.parametrize(("rows", "columns"), [(6, 5), (5, 33), pytest.param(4, 16, marks=pytest.mark.slow)])
 def test_kernel_is_the_plain_form(rows: int, columns: int) -> None:
-    """Maps of one block, of two that have a part of their columns in common, and of three; odd rows too."""
-    network, (products, factors) = scorer.init_cnn(jax.random.key(0), rows, columns), products_for(rows, columns, 16)
-    with jax.default_matmul_precision("highest"):
+    """Maps of a part of a block, of one, and of three that have a part of their columns in common; odd rows too."""
+
+    def both(network: scorer.CNN, products: jax.Array, factors: jax.Array) -> tuple[jax.Array, jax.Array]:
         maps = lanes.standardised(network, products, factors)
         expected = scorer.apply(network, maps.reshape(-1, rows, columns)).reshape(2, 16)
         own = lanes.weights(network, SMALL)
-        found = jax.jit(lambda: lanes.fused_scores(network, own, products, factors, SMALL, interpret=True))()
+        return lanes.fused_scores(network, own, products, factors, SMALL, interpret=True), expected
+
+    with jax.default_matmul_precision("highest"):
+        found, expected = jax.jit(both)(
+            scorer.init_cnn(jax.random.key(0), rows, columns), *products_for(rows, columns, 16)
+        )
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -51,12 +56,14 @@ def test_distance_in_16_bits() -> None:
     block, network = lanes.Block(pairs=64), scorer.init_cnn(jax.random.key(2), 5, 30)
     products, _ = products_for(5, 30, 64)
     factors = jnp.ones((2, lanes.FACTORS, 64)).at[:, 1:].set(0.0)
-    own = lanes.weights(network, block)
-    found = jax.jit(
-        lambda: lanes.fused_scores(network, own, products.astype(block.dtype), factors, block, interpret=True)
-    )()
-    expected = np.asarray(scorer.apply(network, lanes.standardised(network, products, factors).reshape(-1, 5, 30)))
-    distance = np.abs(np.asarray(found).ravel() - expected).max() / expected.std()
+
+    def both(network: scorer.CNN, products: jax.Array, factors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = lanes.weights(network, block)
+        found = lanes.fused_scores(network, own, products.astype(block.dtype), factors, block, interpret=True)
+        return found, scorer.apply(network, lanes.standardised(network, products, factors).reshape(-1, 5, 30))
+
+    found, expected = (np.asarray(value) for value in jax.jit(both)(network, products, factors))
+    distance = np.abs(found.ravel() - expected).max() / expected.std()
     assert 1.5e-3 < distance < 3e-2
 
 

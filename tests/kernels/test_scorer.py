@@ -42,35 +42,46 @@ def sides(pictures: int, captions: int) -> tuple[Any, Any]:
     return images, similarity.unit(jax.random.normal(keys[1], (captions, TEXT_TOKENS, 6)))
 
 
-@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+moments_of = jax.jit(similarity.moments, static_argnums=2)
+score, apply = jax.jit(scorer.score), jax.jit(scorer.apply, static_argnums=3)
+
+
 @pytest.mark.parametrize(
-    ("pictures", "captions"), [(1, 1), (3, 5), (2, 70), pytest.param(66, 3, marks=pytest.mark.slow)]
+    ("kind", "pictures", "captions", "groups"),
+    [
+        ("cnn", 1, 1, ("row",)),
+        ("cnn", 2, 70, similarity.GROUPS),
+        pytest.param("cnn", 66, 3, ("row",), marks=pytest.mark.slow),
+        ("mlp", 3, 5, ("row",)),
+        ("mlp", 2, 70, ("row",)),
+    ],
 )
-def test_tiles_are_single_maps(kind: str, pictures: int, captions: int) -> None:
+def test_tiles_are_single_maps(kind: str, pictures: int, captions: int, groups: tuple[str, ...]) -> None:
     images, texts = sides(pictures, captions)
     found = network(kind)
-    for group in similarity.GROUPS:
+    for group in groups:
         maps = np.array(similarity.standardise(similarity.similarity_maps(images, texts), group))
         with torch.no_grad():
             flat = torch.from_numpy(maps.reshape(-1, IMAGE_TOKENS, TEXT_TOKENS))
             expected = in_pytorch(found, flat, tensors(found)).reshape(pictures, captions)
         with jax.default_matmul_precision("highest"):
-            scores = jax.jit(scorer.score)(found, images, texts, similarity.moments(images, texts, group))
+            scores = score(found, images, texts, moments_of(images, texts, group))
         np.testing.assert_allclose(scores, expected, atol=1e-5 * float(expected.abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("captions", [1, 3, 80])
+@pytest.mark.parametrize("captions", [3, 80])
 def test_rows_of_their_own_captions(captions: int) -> None:
     images, _ = sides(5, 1)
     texts = similarity.unit(jax.random.normal(jax.random.key(3), (5, captions, TEXT_TOKENS, 6)))
     found = network("cnn")
-    moments = [similarity.moments(images[row : row + 1], texts[row], "row") for row in range(5)]
+    images, texts = np.asarray(images), np.asarray(texts)
+    moments = [moments_of(images[row : row + 1], texts[row], "row") for row in range(5)]
     expected = [
-        scorer.score(found, images[row : row + 1], texts[row], own)[0]
+        np.asarray(score(found, images[row : row + 1], texts[row], own))[0]
         for row, own in zip(range(5), moments, strict=True)
     ]
-    together = similarity.Moments(*(jnp.concatenate(parts) for parts in zip(*moments, strict=True)))
-    np.testing.assert_allclose(scorer.score_rows(found, images, texts, together), expected, atol=1e-6)
+    together = similarity.Moments(*(np.concatenate(parts) for parts in zip(*moments, strict=True)))
+    np.testing.assert_allclose(jax.jit(scorer.score_rows)(found, images, texts, together), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])
@@ -81,9 +92,8 @@ def test_gradients_are_pytorchs(kind: str) -> None:
     parameters, given = tensors(found), torch.tensor(maps, requires_grad=True)
     (in_pytorch(found, given, parameters) * torch.from_numpy(weights)).sum().backward()
     with jax.default_matmul_precision("highest"):
-        own, by_maps = jax.grad(lambda found, maps: (scorer.apply(found, maps) * weights).sum(), argnums=(0, 1))(
-            found, jnp.asarray(maps)
-        )
+        slopes = jax.grad(lambda found, maps: (scorer.apply(found, maps) * weights).sum(), argnums=(0, 1))
+        own, by_maps = jax.jit(slopes)(found, jnp.asarray(maps))
     for name, gradient in [*own._asdict().items(), ("maps", by_maps)]:
         theirs = given.grad if name == "maps" else parameters[name].grad
         assert theirs is not None
@@ -101,37 +111,44 @@ def test_correlation_and_its_gradient() -> None:
     def plain(x: Any, kernel: Any) -> Any:
         return jnp.einsum("kdas,ckda->cs", x[:, shifts[..., None] + np.arange(length)], kernel)
 
+    def pulled(run: Any) -> Any:
+        def both(x: Any, kernel: Any) -> Any:
+            found, back = jax.vjp(run, x, kernel)
+            return found, back(jax.random.normal(keys[2], found.shape))
+
+        return jax.jit(both)(x, kernel)
+
     with jax.default_matmul_precision("highest"):
-        ours, back = jax.vjp(lambda x, kernel: scorer.correlate(x, kernel, stride, pairs), x, kernel)
-        theirs, expected = jax.vjp(plain, x, kernel)
-        weights = jax.random.normal(keys[2], ours.shape)
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-        for gradient, plainly in zip(back(weights), expected(weights), strict=True):
-            np.testing.assert_allclose(gradient, plainly, atol=1e-5 * float(jnp.abs(plainly).max()))
+        ours, gradients = pulled(lambda x, kernel: scorer.correlate(x, kernel, stride, pairs))
+        theirs, expected = pulled(plain)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for gradient, plainly in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, plainly, atol=1e-5 * float(jnp.abs(plainly).max()))
 
 
 def test_many_scorers_at_once() -> None:
     images, texts = sides(3, 4)
-    moments = similarity.moments(images, texts, "call")
+    moments = moments_of(images, texts, "call")
     found = [network("cnn", seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-    together = jax.vmap(scorer.score, in_axes=(0, None, None, None))(stacked, images, texts, moments)
+    together = jax.jit(jax.vmap(scorer.score, in_axes=(0, None, None, None)))(stacked, images, texts, moments)
     for row, one in enumerate(found):
-        np.testing.assert_allclose(together[row], scorer.score(one, images, texts, moments), atol=1e-6)
+        np.testing.assert_allclose(together[row], score(one, images, texts, moments), atol=1e-6)
 
 
 def test_dropout_is_scaled_and_repeatable() -> None:
     found = network("cnn")
     maps = jnp.asarray(np.random.default_rng(1).standard_normal((4, IMAGE_TOKENS, TEXT_TOKENS)), jnp.float32)
-    plain = scorer.apply(found, maps)
-    np.testing.assert_array_equal(scorer.apply(found, maps, jax.random.key(0), 0.0), plain)
-    one, again, other = (scorer.apply(found, maps, jax.random.key(seed)) for seed in (0, 0, 1))
+    plain = apply(found, maps)
+    np.testing.assert_array_equal(apply(found, maps, jax.random.key(0), 0.0), plain)
+    one, again, other = (apply(found, maps, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other) and not np.allclose(one, plain)
     # A layer that only sums has its expectation kept.
     ones = found._replace(fc1=jnp.ones_like(found.fc1) / 100)
-    drawn = jax.vmap(lambda key: scorer.apply(ones, maps, key, 0.3))(jax.random.split(jax.random.key(2), 1500))
-    np.testing.assert_allclose(drawn.mean(axis=0), scorer.apply(ones, maps), rtol=0.1, atol=0.01)
+    every = jax.jit(jax.vmap(lambda key: scorer.apply(ones, maps, key, 0.3)))
+    drawn = np.asarray(every(jax.random.split(jax.random.key(2), 1500)))
+    np.testing.assert_allclose(drawn.mean(axis=0), apply(ones, maps), rtol=0.1, atol=0.01)
 
 
 def test_dropout_is_of_channels_of_numbers_and_of_the_score() -> None:
@@ -170,10 +187,12 @@ def test_dropout_is_of_channels_of_numbers_and_of_the_score() -> None:
 
 def test_other_platforms_drop_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, key = jax.random.normal(jax.random.key(5), (6, IMAGE_TOKENS, TEXT_TOKENS)), jax.random.key(1)
-    here = scorer.apply(network("cnn"), maps, key, 0.4)
+    here = apply(network("cnn"), maps, key, 0.4)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
-    np.testing.assert_allclose(scorer.apply(network("cnn"), maps, key, 0.4), here, atol=1e-5)
-    assert not np.allclose(here, scorer.apply(network("cnn"), maps))
+    elsewhere = jax.jit(lambda found: scorer.apply(found, maps, key, 0.4))(network("cnn"))
+    np.testing.assert_allclose(elsewhere, here, atol=1e-5)
+    monkeypatch.undo()
+    assert not np.allclose(here, apply(network("cnn"), maps))
 
 
 @pytest.mark.slow
@@ -181,8 +200,8 @@ def test_memory_does_not_grow_with_pairs() -> None:
     found = network("cnn")
     used = []
     for count in (64, 512):
-        images, texts = sides(count, count)
-        moments = similarity.moments(images, texts, "call")
+        images, texts = jax.eval_shape(lambda count=count: sides(count, count))
+        moments = jax.eval_shape(lambda *given: similarity.moments(*given, "call"), images, texts)
         analysis: Any = jax.jit(scorer.score).lower(found, images, texts, moments).compile().memory_analysis()
         inputs = 4 * (images.size + texts.size + 4 * count * count)  # copies of what came in, and what goes out
         used.append(analysis.temp_size_in_bytes - inputs)

@@ -17,6 +17,13 @@ def sides(pictures: int, captions: int, image_tokens: int = 7, text_tokens: int 
     return images, similarity.unit(jax.random.normal(keys[1], (captions, text_tokens, width)) + 0.3)
 
 
+moments = jax.jit(similarity.moments, static_argnums=2)
+standardised = jax.jit(
+    lambda images, texts, group: similarity.standardise(similarity.similarity_maps(images, texts), group),
+    static_argnums=2,
+)
+
+
 def test_functional_rows_are_replaced_columns() -> None:
     images, texts = sides(3, 4)
     vectors = similarity.functional_vectors(jax.random.key(5), 2, 7)
@@ -42,12 +49,12 @@ def test_moments_are_those_of_the_maps(group: str, captions: int) -> None:
     images, texts = sides(3, captions, width=24)
     maps = np.asarray(similarity.similarity_maps(images, texts), np.float64)
     axes = {"pair": (2, 3), "row": (1, 2, 3), "call": (0, 1, 2, 3)}[group]
-    found = jax.jit(similarity.moments, static_argnums=2)(images, texts, group)
+    found = moments(images, texts, group)
     shape = (*found.mean.shape, 1, 1)
     np.testing.assert_allclose(found.mean.reshape(shape), maps.mean(axis=axes, keepdims=True), atol=1e-6)
     expected = maps.std(axis=axes, ddof=1, keepdims=True)
     np.testing.assert_allclose(found.deviation.reshape(shape), expected, rtol=1e-5)
-    plain = similarity.standardise(similarity.similarity_maps(images, texts), group)
+    plain = standardised(images, texts, group)
     np.testing.assert_allclose(plain, (maps - maps.mean(axis=axes, keepdims=True)) / expected, atol=1e-4)
 
 
@@ -55,10 +62,12 @@ def test_moments_are_those_of_the_maps(group: str, captions: int) -> None:
 @pytest.mark.parametrize("right", [False, True], ids=["second moments", "right angles"])
 def test_moments_of_several_pictures_together(group: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on GPUs and TPUs: two pictures at a time of five, by second moments or by the products themselves."""
-    images, texts = near_constant("right angles", 1e-3) if right else sides(5, 9, width=24)
+    images, texts = (
+        near_constant("right angles", 1e-3) if right else (np.asarray(side) for side in sides(5, 9, width=24))
+    )
     turned = np.linalg.qr(np.random.default_rng(5).standard_normal((24, 24)))[0].astype(np.float32)
     images, texts = images @ turned, texts @ turned  # no coordinate is small by itself
-    expected = similarity.moments(jnp.asarray(images), jnp.asarray(texts), group)
+    expected = moments(images, texts, group)
     sizes, mapped = [], jax.lax.map
 
     def noted(function: Callable[..., object], pictures: jax.Array, *, batch_size: int | None) -> object:
@@ -68,7 +77,7 @@ def test_moments_of_several_pictures_together(group: str, right: bool, monkeypat
     monkeypatch.setattr(jax.lax, "map", noted)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
     monkeypatch.setattr(similarity, "_NUMBERS_TOGETHER", 2 * 7 * 5 * 9)
-    found = similarity.moments(jnp.asarray(images), jnp.asarray(texts), group)
+    found = jax.jit(lambda *given: similarity.moments(*given, group))(images, texts)
     assert 2 in sizes
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
@@ -121,11 +130,10 @@ def two_pass(images: np.ndarray, texts: np.ndarray, group: str) -> tuple[np.ndar
     ],
 )
 def test_nearly_constant_maps(kind: str, sizes: tuple[float, ...], most: float, group: str) -> None:
-    found = jax.jit(similarity.moments, static_argnums=2)
     for size in sizes:
         images, texts = near_constant(kind, size)
         whole, mean, deviation = two_pass(images, texts, group)
-        own = found(images, texts, group)
+        own = moments(images, texts, group)
         np.testing.assert_allclose(own.deviation, deviation, rtol=2e-4)
         np.testing.assert_allclose(own.mean, mean, rtol=1e-5, atol=1e-6)
         apart = whole.mean(axis=(2, 3)) * deviation
@@ -146,7 +154,7 @@ def test_gradients_of_nearly_constant_maps(group: str) -> None:
         own = similarity.moments(images, texts, group)
         return (weights[..., 0, 0] * (own.deviation + own.offset)).sum()
 
-    found = jax.grad(ours, argnums=(0, 1))(jnp.asarray(images), jnp.asarray(texts))
+    found = jax.jit(jax.grad(ours, argnums=(0, 1)))(images, texts)
     given = [torch.tensor(side, dtype=torch.float64, requires_grad=True) for side in (images, texts)]
     maps = torch.einsum("nie,mte->nmit", *given)
     axes = {"pair": (2, 3), "row": (1, 2, 3), "call": (0, 1, 2, 3)}[group]

@@ -42,6 +42,10 @@ def of_layer(stack: jax.Array, layer: Any) -> LayerSlice:
     return LayerSlice(stack, layer, value * jnp.nan)
 
 
+read_part = jax.jit(part, static_argnames="implementation")
+attend = jax.jit(shared_prefix_attention, static_argnames="implementation")
+
+
 def plainly(stack: jax.Array, layer: Any) -> jax.Array:
     return stack[layer][:, :, :KEYS]
 
@@ -62,12 +66,22 @@ def test_equals_slices(kernel: Implementation, reads: Reads | None) -> None:
         return part(query, of(keys, layer), of(values, layer), reads, implementation=implementation)
 
     layers = jnp.arange(LAYERS)
-    found = jax.jit(lambda: jax.lax.map(lambda layer: read(layer, of_layer, kernel), layers))()
-    wanted = jax.vmap(lambda layer: read(layer, plainly, "batched"))(layers)
-    assert float(jnp.abs(wanted.mixed[0] - wanted.mixed[1]).max()) > 0.1
-    close(found, wanted)
-    close(jax.vmap(lambda layer: read(layer, of_layer, kernel))(layers), wanted)
-    close(read(2, of_layer, kernel), jax.tree.map(lambda leaf: leaf[2], wanted))
+
+    @jax.jit
+    def ways(layers: jax.Array) -> tuple[Part, Part, Part]:
+        def lazily(layer: Any) -> Part:
+            return read(layer, of_layer, kernel)
+
+        return jax.lax.map(lazily, layers), jax.vmap(lazily)(layers), lazily(2)
+
+    each = [
+        read_part(query, *(plainly(stack, layer) for stack in (keys, values)), reads, implementation="batched")
+        for layer in range(LAYERS)
+    ]
+    wanted = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    assert float(np.abs(wanted.mixed[0] - wanted.mixed[1]).max()) > 0.1
+    for found, expected in zip(ways(layers), (wanted, wanted, each[2]), strict=True):
+        close(found, expected)
 
 
 @kernels
@@ -81,7 +95,7 @@ def test_under_vmap_and_for_rows(kernel: Implementation) -> None:
         return prefix_part(query, of(keys, 1), of(values, 1), reads, implementation=implementation)
 
     for axes, arrays in (((0, None), (query, keys)), ((None, 0), (query[0], more)), ((0, 0), (query, more))):
-        wanted = jax.vmap(lambda query, keys: read(query, keys, plainly, "batched"), axes)(*arrays)
+        wanted = jax.jit(jax.vmap(lambda query, keys: read(query, keys, plainly, "batched"), axes))(*arrays)
         close(jax.jit(jax.vmap(read, axes))(*arrays), wanted)
 
 
@@ -125,7 +139,7 @@ def test_over_devices(kernel: Implementation) -> None:
     assert "all-gather" not in str(program.as_text())
     found = program(*placed)
     assert found.mixed.sharding.is_equivalent_to(split, 4)
-    close(found, part(query, plainly(keys, 2), plainly(values, 2), reads, implementation="batched"))
+    close(found, read_part(query, plainly(keys, 2), plainly(values, 2), reads, implementation="batched"))
 
 
 def test_few_queries_of_a_stack_are_for_the_kernel_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,5 +178,5 @@ def test_rows_read_their_own_caches(kernel: Implementation) -> None:
         )
 
     own = [cache[layer] for cache in caches]
-    wanted = shared_prefix_attention(prefix[0], prefix[1], before, query, own[0], own[1], after)
+    wanted = attend(prefix[0], prefix[1], before, query, own[0], own[1], after)
     close(jax.jit(step)(layer), wanted)

@@ -263,12 +263,17 @@ SEEN[1, :, 4:] = False  # the second prompt has one only
 ROWS = np.asarray(SEEN.any(axis=-1))
 
 
+@functools.partial(jax.jit, static_argnames="definition")
+def _remember(definition: Any, state: Any, states: Any, reads: Reads) -> Memory:
+    return nnx.merge(definition, state).remember(states, reads, jnp.asarray(ROWS))
+
+
 def memory_of(decoder: Any, states: np.ndarray = STATES) -> Memory:
     """The second picture's tokens have the position 1; tokens before the picture read all of them."""
     high = np.where(ROWS, SEEN[:, :, 4].astype(np.int32), 1)
     reads = Reads(high=jnp.asarray(high), positions=jnp.asarray(np.repeat([[0, 1]], 4, axis=1).repeat(2, axis=0)))
     np.testing.assert_array_equal(reads.mask(), SEEN | ~ROWS[..., None])
-    return decoder.remember(jnp.asarray(states), reads, jnp.asarray(ROWS))
+    return _remember(*nnx.split(decoder), states, reads)
 
 
 CROSSED = {"cross_attention_layers": (1, 2), "num_hidden_layers": 4}

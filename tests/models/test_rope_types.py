@@ -257,9 +257,7 @@ def written(case: Case, folder: Path) -> Path:
 QUESTIONS = ["Is the star left of the fish ?", "Where is the cat"]
 
 
-@pytest.mark.parametrize(
-    "name", ["dynamic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("yarn", "longrope"))]
-)
+@pytest.mark.parametrize("name", ["dynamic", pytest.param("longrope", marks=pytest.mark.slow)])
 def test_forward_rerun_and_generate_agree_with_hugging_face_beyond_the_context(name: str, tmp_path: Path) -> None:
     case = long_case(name)
     folder = written(case, tmp_path / "model")

@@ -123,7 +123,7 @@ def test_some_of_the_blocks_only() -> None:
     tower = ours("clip_vision_model", 32)
     pixels = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, 32, 32), np.float32))
     states = tower(pixels)
-    for wanted in ([0], [1], [-1], [0, 1, 2], [1, 3], [0, 3], [3, 1], [-1, 2, 2]):
+    for wanted in ([0], [1], [3, 1], [-1, 0, 2, 2]):
         found = tower(pixels, wanted)
         assert found.shape[0] == len(wanted)
         np.testing.assert_allclose(found, states[np.array(wanted)], atol=1e-5)
