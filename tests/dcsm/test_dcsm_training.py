@@ -195,7 +195,12 @@ def test_own_maps_are_those_of_a_picture_with_its_item_s_captions() -> None:
     batch |= {f"spatial.{name}": jnp.asarray(value) for name, value in captions.items()}
     with jax.numpy_dtype_promotion("standard"):
         parameters = {"network": scorer.network._asdict()}
-        found = jax.jit(lambda *given: training.loss(*given, scorer, ["spatial"], config, own, 1)[0])(parameters, batch)
+
+        @jax.jit
+        def loss(parameters: Any, batch: Any) -> jax.Array:
+            return training.loss(parameters, batch, scorer, ["spatial"], config, own, 1)[0]
+
+        found = loss(parameters, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 

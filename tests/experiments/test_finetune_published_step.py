@@ -125,8 +125,12 @@ def theirs(case: Case, questions: tuple[Question, ...], weight: float) -> tuple[
 
 def noted(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimiser whose state begins with the gradients that it was given."""
-    note = optax.GradientTransformation(optax.tree.zeros_like, lambda given, *_: (given, given))
-    return optax.chain(note, rule)
+
+    def note(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del state, params
+        return updates, updates
+
+    return optax.chain(optax.GradientTransformation(lambda params: optax.tree.zeros_like(params), note), rule)
 
 
 @pytest.mark.parametrize(

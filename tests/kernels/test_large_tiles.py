@@ -61,7 +61,7 @@ def test_tiles_of_own_captions(form: str) -> None:
     network, (images, texts) = network_of("cnn"), sides(13, 13, 3)
     offset, deviation = (np.linspace(*ends, 39, dtype=np.float32).reshape(13, 3) for ends in ((-0.1, 0.1), (0.2, 0.5)))
     found = large_tiles.score_row_tiles(BLOCKS.get(form), network, images, texts, offset, deviation)
-    expected = score_rows(network, images, texts, similarity.Moments(offset, deviation, offset))
+    expected = score_rows(network, images, texts, similarity.Moments(*map(jnp.asarray, (offset, deviation, offset))))
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
@@ -74,7 +74,7 @@ def plain_gradients() -> tuple[tuple, tuple, tuple]:
     given = network_of("cnn"), *sides(5, 19), sides(5, 5, 5)[1]
     moments = moments_of(*given[1:3], "call")
     offset, deviation = (np.broadcast_to(np.asarray(value), (5, 19)) for value in (moments.offset, moments.deviation))
-    rows = similarity.Moments(moments.mean, moments.deviation, offset[:, :5])
+    rows = similarity.Moments(moments.mean, moments.deviation, jnp.asarray(offset[:, :5]))
 
     def plain(network: scorer.Network, images: jax.Array, texts: jax.Array, own: jax.Array) -> jax.Array:
         every = scorer.score(network, images, texts, moments)

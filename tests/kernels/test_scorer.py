@@ -80,7 +80,7 @@ def test_rows_of_their_own_captions(captions: int) -> None:
         np.asarray(score(found, images[row : row + 1], texts[row], own))[0]
         for row, own in zip(range(5), moments, strict=True)
     ]
-    together = similarity.Moments(*(np.concatenate(parts) for parts in zip(*moments, strict=True)))
+    together = similarity.Moments(*(jnp.concatenate(parts) for parts in zip(*moments, strict=True)))
     np.testing.assert_allclose(jax.jit(scorer.score_rows)(found, images, texts, together), expected, atol=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_memory_does_not_grow_with_pairs() -> None:
     used = []
     for count in (64, 512):
         images, texts = jax.eval_shape(lambda count=count: sides(count, count))
-        moments = jax.eval_shape(lambda *given: similarity.moments(*given, "call"), images, texts)
+        moments = jax.eval_shape(lambda images, texts: similarity.moments(images, texts, "call"), images, texts)
         analysis: Any = jax.jit(scorer.score).lower(found, images, texts, moments).compile().memory_analysis()
         inputs = 4 * (images.size + texts.size + 4 * count * count)  # copies of what came in, and what goes out
         used.append(analysis.temp_size_in_bytes - inputs)

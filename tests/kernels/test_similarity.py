@@ -77,7 +77,7 @@ def test_moments_of_several_pictures_together(group: str, right: bool, monkeypat
     monkeypatch.setattr(jax.lax, "map", noted)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
     monkeypatch.setattr(similarity, "_NUMBERS_TOGETHER", 2 * 7 * 5 * 9)
-    found = jax.jit(lambda *given: similarity.moments(*given, group))(images, texts)
+    found = jax.jit(lambda images, texts: similarity.moments(images, texts, group))(images, texts)
     assert 2 in sizes
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
