@@ -30,7 +30,7 @@ from jaxtyping import install_import_hook
 def pytest_configure(config: pytest.Config) -> None:
     """Checks every annotated shape and dtype at run time; only modules imported from here on are checked.
 
-    Slow tests go through the same functions as the others; checking all their calls takes a sixth of their time.
+    The fast suite makes these checks, and slow tests alone run without.
     """
     if config.option.markexpr != "slow":
         install_import_hook("jaxid", "runtime_types.checked")

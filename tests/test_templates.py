@@ -13,7 +13,6 @@ from processors import PLAIN, with_template
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import CheckpointError, PromptError
-from jaxid.prompts import templates
 from jaxid.prompts.processor import Processor
 
 ASKED = "Is the star to the left or right of the fish?"
@@ -156,9 +155,7 @@ def test_broken_templates(processor: Processor, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_templates_that_never_end(processor: Processor, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "macro":  # each call is slow under the type checks of the tests
-        monkeypatch.setattr(templates, "STEPS", 3000)
+def test_templates_that_never_end(processor: Processor, name: str) -> None:
     endless = with_template(processor, ENDLESS[name])
     found: list[str] = []
 
@@ -171,7 +168,7 @@ def test_templates_that_never_end(processor: Processor, name: str, monkeypatch: 
     thread = threading.Thread(target=prepare, daemon=True)  # no signals there
     thread.start()
     thread.join(60)
-    assert found and f"more than {templates.STEPS} steps" in found[0]
+    assert found and "more than 100000 steps" in found[0]
 
 
 def test_many_pictures_and_long_questions_are_within_the_budget(processor: Processor) -> None:

@@ -449,7 +449,7 @@ class OnevisionProcessor(LlavaVideoProcessor):
             layout = self.config.layout(image.height, image.width, alone=alone[index])
             if len(squares[index]) != layout.squares:
                 raise CheckpointError(
-                    f"the image processor of preprocessor_config.json cuts a picture into {len(squares[index])} "
+                    f"preprocessor_config.json or processor_config.json cuts a picture into {len(squares[index])} "
                     f"squares, but config.json's image_grid_pinpoints make {layout.squares}."
                 )
             cut[index] = np.asarray(squares[index], np.float32), layout
