@@ -157,6 +157,18 @@ def test_a_damaged_state_is_never_taken_for_a_whole_one(
     assert fallen_back == {"missing", "empty", "cut", "flipped"}
 
 
+def test_numbers_that_are_not_those_of_the_checksum_are_damaged(killed: Path, whole: Path, tmp_path: Path) -> None:
+    """Orbax reads such a state without complaint."""
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    path = folder / "state" / "8" / "_CHECKPOINT_METADATA"
+    noted = json.loads(path.read_text())
+    noted["custom_metadata"]["checksum"] ^= 1
+    path.write_text(json.dumps(noted))
+    with pytest.warns(JaxidWarning, match=r"state/8 is damaged: its checksum is wrong; training resumes from step 6"):
+        assert_like(run(folder), whole, folder)
+
+
 def test_reads_that_orbax_gave_up_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage collector closes their coroutines, which raise once more; others' are reported."""
     source = """
