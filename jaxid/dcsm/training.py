@@ -55,7 +55,8 @@ class TrainingConfig:
         placement: where their columns are put: at the word's own token, or as published, replace or insert.
         text_tokens: caption tokens of a map.
         group: maps that are standardised together: call, all of a step, as published; own, for each picture those with
-            its item's captions, as when it is asked about them; or mixed, blends of both at random.
+            its item's captions, as when it is asked about them; or mixed, at random between the former and as far on
+            the other side of the latter.
         seed: of the scorer, the vectors, the order of items, dropout and augmentation.
     """
 
@@ -356,16 +357,17 @@ def standardised(
         maps: of every picture with every caption.
         own: indices of the captions of every picture's item.
         group: call, own or mixed.
-        key: of each picture's blend, if mixed.
+        key: of each picture's share of its own captions, if mixed: 0 to 2.
     """
     if group == "call":
         return similarity.standardise(maps)
     chosen = jnp.take_along_axis(maps, own[:, :, None, None], axis=1)
     mean, deviation = (f(chosen, axis=(1, 2, 3), keepdims=True) for f in (jnp.mean, partial(jnp.std, ddof=1)))
     if group == "mixed":
-        share = jax.random.uniform(key, (len(maps), 1, 1, 1), maps.dtype)
+        # Captions of other kinds about a picture move the moments further from a step's than its own captions do.
+        share = jax.random.uniform(key, (len(maps), 1, 1, 1), maps.dtype, maxval=2.0)
         mean = share * mean + (1 - share) * maps.mean()
-        deviation = share * deviation + (1 - share) * maps.std(ddof=1)
+        deviation = deviation**share * maps.std(ddof=1) ** (1 - share)  # positive beyond both, too
     return (maps - mean) / deviation
 
 

@@ -197,11 +197,13 @@ def train_scorers(
 def _over_seeds(found: Sequence[Shares]) -> dict[str, object]:
     """The cosine, which no seed changes, and for each scorer the mean over seeds with Student's 95 % interval.
 
-    A single seed has an interval of width 0.
+    The interval of a single seed is that over its questions.
     """
     table: dict[str, object] = {"chance": found[0]["chance"], "cosine": found[0]["methods"]["cosine"]}
     for kind in SCORERS:
-        values = np.array([one["methods"][kind]["accuracy"] for one in found])
-        mean, half = float(values.mean()), float(np.nan_to_num(mean_interval(values)))
-        table[kind] = {"accuracy": mean, "low": mean - half, "high": mean + half, "seeds": values.tolist()}
+        shares = [one["methods"][kind] for one in found]
+        values = np.array([share["accuracy"] for share in shares])
+        mean, half = float(values.mean()), float(mean_interval(values))
+        over = shares[0] if len(shares) == 1 else {"accuracy": mean, "low": mean - half, "high": mean + half}
+        table[kind] = {**over, "seeds": values.tolist()}
     return table

@@ -204,24 +204,25 @@ def test_own_maps_are_those_of_a_picture_with_its_item_s_captions() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_mixed_groups_are_blends_at_random() -> None:
-    maps = jax.random.normal(jax.random.key(0), (4, 6, 3, 2)) * jnp.array([0.3, 3, 0.5, 4])[:, None, None, None]
-    maps, own = maps + 3, jnp.array([[0, 3], [1, 4], [2, 5], [0, 3]])
+def test_mixed_groups_lie_on_both_sides_of_ones_own() -> None:
+    scales = jnp.tile(jnp.array([0.3, 3, 0.5, 4]), 4)
+    maps = jax.random.normal(jax.random.key(0), (16, 6, 3, 2)) * scales[:, None, None, None] + 3
+    own = jnp.stack([jnp.arange(16) % 3, jnp.arange(16) % 3 + 3], axis=1)
     call, alone, mixed = (
         training.standardised(maps, own, group, jax.random.key(3)) for group in ("call", "own", "mixed")
     )
     np.testing.assert_allclose(jnp.take_along_axis(alone, own[..., None, None], 1).mean((1, 2, 3)), 0, atol=1e-5)
     np.testing.assert_array_equal(call, similarity.standardise(maps))
-    # Every picture's maps are the same numbers on another scale; the offsets and slopes are between those of the two.
+    # Every picture's maps are the same numbers on another scale: the offsets are blends, the slopes geometric ones.
     shares = []
-    for row in range(4):
+    for row in range(len(maps)):
         (slope, offset), (first, start), (last, end) = (
             np.polyfit(np.ravel(maps[row]), np.ravel(kind[row]), 1) for kind in (mixed, call, alone)
         )
-        shares.append((1 / slope - 1 / first) / (1 / last - 1 / first))
+        shares.append(np.log(slope / first) / np.log(last / first))
         mean = shares[-1] * end / last + (1 - shares[-1]) * start / first
         np.testing.assert_allclose(offset / slope, mean, rtol=1e-3)
-    assert min(shares) > 0 and max(shares) < 1 and np.ptp(shares) > 0.1
+    assert 0 < min(shares) < 0.5 and 1.5 < max(shares) < 2
 
 
 def test_decay_lowers_the_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

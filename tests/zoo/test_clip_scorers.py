@@ -196,6 +196,7 @@ def test_the_recipe_makes_both_scorers(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(report["tables"]) == ["held-out", *clip_evaluation.SHOWN]
     for entry in report["tables"]["held-out"].values():
         assert {"chance", "cosine", "mlp", "cnn"} == set(entry) and len(entry["cnn"]["seeds"]) == 1
+        assert entry["cnn"]["low"] < entry["cnn"]["high"], "questions alone leave an interval"
 
 
 # --- the shipped scorers -------------------------------------------------------------------------------------------
