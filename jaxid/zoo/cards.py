@@ -99,9 +99,9 @@ def _missing(
     if not facts.get("settings"):
         yield "the settings of the run"
     if not facts.get("record"):
-        yield "its date, duration, hardware and versions"
+        yield "the run's date, duration, hardware and versions"
     if not curves:
-        yield "its curves"
+        yield "the run's curves"
     if not tables and not results.get("unknown"):
         yield "results"
 

@@ -26,7 +26,7 @@ QUESTIONS = 600
 """Number of held-out questions of each kind."""
 
 
-SCORERS: tuple[Literal["mlp", "cnn"], ...] = ("mlp", "cnn")
+SCORERS: tuple[Literal["mlp", "cnn"], ...] = ("cnn", "mlp")
 """Kinds of the shipped scorers, the default one first."""
 
 SHOWN: dict[str, tuple[str, str] | None] = {"any two objects": None, "circle and triangle": ("circle", "triangle")}

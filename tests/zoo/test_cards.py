@@ -87,7 +87,7 @@ def test_cards_have_hugging_faces_format_and_invent_nothing(name: str, tmp_path:
     assert data["library_name"] == ("jaxid" if name == "tiny-video" else "transformers")
     heads = re.findall(r"^#+ (.*)$", card.content, re.MULTILINE)
     assert heads[:2] == [name, "What it is for"] and heads[-2:] == ["What it does not do", "Licence"]
-    missing = "the settings of the run; its date, duration, hardware and versions; its curves; results."
+    missing = "the settings of the run; the run's date, duration, hardware and versions; the run's curves; results."
     assert f"Not recorded: {missing}" in " ".join(text.split())
     assert "Nothing of the run's date" in text and "curves.png" not in text and "```json" not in text
     assert "{{" not in text and "None" not in text and "\n\n\n" not in text
@@ -161,7 +161,7 @@ def test_results_of_scorers(tmp_path: Path) -> None:
     assert "Circle and triangle, 200 scenes, six captions each:" in text
     cells = "| 50.0% (80.0% to 90.0%) | 87.5% (80.0% to 90.0%) | 87.5% (80.0% to 90.0%) |"
     assert text.count(f"| binding | 50% {cells}") == 2
-    assert '"epochs": 12' in text and "Not recorded: its date" in text
+    assert '"epochs": 12' in text and "Not recorded: the run's date" in text
 
 
 def test_runs_and_results_of_other_models_are_refused(run: Path, gates: Path, tmp_path: Path) -> None:
