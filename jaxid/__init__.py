@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxid.errors import OutputError as OutputError
     from jaxid.errors import PromptError as PromptError
     from jaxid.errors import UnknownWordsWarning as UnknownWordsWarning
+    from jaxid.experiments.viewing import view as view
     from jaxid.families.base import Encoder as Encoder
     from jaxid.families.base import Model as Model
     from jaxid.ids.accumulate import IDBatch as IDBatch
@@ -99,6 +100,7 @@ _HOME = {
     "stack": "jaxid.interp.interventions",
     "swap": "jaxid.interp.trace",
     "trace": "jaxid.interp.trace",
+    "view": "jaxid.experiments.viewing",
 }
 
 if not TYPE_CHECKING:  # or static checkers would take every misspelt name for a public one

@@ -13,65 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Dict, Json, Toml, Yaml
+from cyclopts.config import Dict
 
 from jaxid import __version__
-from jaxid.checks import check_values
+from jaxid.checks import Count, Range, check_values
+from jaxid.commands import COMMANDS, GROUPS
 from jaxid.errors import InputError, JaxidError, JaxidWarning, OutputError
-from jaxid.io import ensure_output_folder, reading, to_json, write_json
+from jaxid.io import ensure_output_folder, to_json, write_json
+from jaxid.options import check_options_file, read_options
 from jaxid.places import Elsewhere, quieten, relayed, taken
-
-GROUPS = {
-    "run": "The published experiments, as jobs that can be stopped and resumed.",
-    "ids": "Spatial and temporal IDs.",
-    "dcsm": "Dense similarity maps of CLIP-like models.",
-    "data": "Pictures and data sets.",
-    "zoo": "The small trained models that ship with jaxid.",
-}
-
-COMMANDS = {
-    "demo": "jaxid.experiments.demo:Demo",
-    "ask": "jaxid.experiments.ask:Ask",
-    "finetune": "jaxid.experiments.finetune_run:Finetune",
-    "compare-finetune": "jaxid.experiments.finetune_comparison:CompareFinetune",
-    "plan": "jaxid.cli:plan",
-    "merge": "jaxid.cli:merge",
-    "run belief-swap": "jaxid.experiments.belief_swap:BeliefSwap",
-    "run compare": "jaxid.experiments.compare:Compare",
-    "run mirror-swap": "jaxid.experiments.activation_swap:MirrorSwap",
-    "run attribute-swap": "jaxid.experiments.activation_swap:AttributeSwap",
-    "run blank-image": "jaxid.experiments.blank_image:BlankImage",
-    "run steer": "jaxid.experiments.steering:Steer",
-    "run steer-picture": "jaxid.experiments.steer_picture:SteerPicture",
-    "run depth": "jaxid.experiments.depth:Depth",
-    "run deviation": "jaxid.experiments.deviation:Deviation",
-    "run occlusion": "jaxid.experiments.occlusion:Occlusion",
-    "run temporal-swap": "jaxid.experiments.temporal:TemporalSwap",
-    "run temporal-steer": "jaxid.experiments.temporal:TemporalSteer",
-    "ids extract": "jaxid.experiments.spatial_ids:ExtractIDs",
-    "ids temporal": "jaxid.experiments.temporal_ids:ExtractTemporalIDs",
-    "dcsm score": "jaxid.experiments.dcsm_score:ScoreCaptions",
-    "dcsm train": "jaxid.experiments.dcsm_train:TrainScorer",
-    "dcsm eval": "jaxid.experiments.dcsm_evaluate:EvaluateScorers",
-    "dcsm export": "jaxid.experiments.dcsm_export:ExportScorer",
-    "dcsm geometry": "jaxid.experiments.dcsm_geometry:AttainableMargins",
-    "dcsm words": "jaxid.experiments.dcsm_words:FindWords",
-    "dcsm data": "jaxid.zoo.tiny_dcsm:draw",
-    "data preview": "jaxid.data.commands:preview",
-    "data grid": "jaxid.data.commands:grid",
-    "data coco-spatial": "jaxid.data.commands:coco_spatial",
-    "data three-objects": "jaxid.data.commands:three_objects",
-    "data finetune": "jaxid.data.commands:finetune",
-    "data appear": "jaxid.data.commands:appear",
-    "data mvbench": "jaxid.data.commands:mvbench",
-    "zoo train": "jaxid.zoo.commands:train",
-    "zoo evaluate": "jaxid.zoo.commands:evaluate",
-    "zoo unknown": "jaxid.zoo.commands:unknown",
-    "zoo card": "jaxid.zoo.commands:card",
-    "zoo gates": "jaxid.experiments.zoo_gates:Gates",
-    "zoo finetune-study": "jaxid.experiments.finetune_study:FinetuneStudy",
-}
-"""Every command, and what it is made from: a dataclass with `run` and `printed`, or a function."""
 
 SHARED = {"finetune", *(path for path in COMMANDS if path.startswith("run "))} - {"run compare"}
 """The commands that several processes can share."""
@@ -82,11 +32,10 @@ SHORT = {
     "finetune": "Fine-tune on grid scenes with a loss on spatial IDs.",
     "compare-finetune": "Compare fine-tuning runs with and without the ID loss.",
     "merge": "Join the folders of a run's shards into one, as if it had been run at once.",
+    "view": "Show runs, IDs or dense maps as one HTML page that needs no network.",
     "plan": "Say what a job needs on a device, which batch it would choose, and the least time it takes.",
 }
 """What `jaxid --help` says of commands that are imported only when they run."""
-
-CONFIGS = {".yaml": Yaml, ".yml": Yaml, ".toml": Toml, ".json": Json}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,6 +153,36 @@ def plan(
     return to_json(found) if json else "\n".join(found.report())
 
 
+def view(
+    *shown: Path,
+    out: Path | None = None,
+    limit: Count | None = None,
+    picture_size: Count = 336,
+    serve: bool = False,
+    port: Annotated[int, Range(0, 65_535)] = 8000,
+) -> str:
+    """Show runs, IDs or dense maps as one HTML page that needs no network.
+
+    The page holds pictures, questions, tokens and answers of every item, with heat maps by layer, and the IDs. Pictures
+    and questions are read again from the run's data; no weights are.
+
+    Args:
+        shown: folders of `jaxid run` or `jaxid dcsm score`, and files of IDs.
+        out: the page; view.html in the first folder by default.
+        limit: number of items of each run, from its first; all by default.
+        picture_size: longest side of the pictures in the page, in pixels.
+        serve: also serve the page to browsers on this machine, at http://127.0.0.1, until Ctrl-C.
+        port: of the server; 0 takes a free one.
+    """
+    from jaxid.experiments import viewing
+    from jaxid.viewer.serve import serve as served
+
+    page = viewing.write(shown, out, limit=limit, picture_size=picture_size)
+    if serve:
+        served(page, port)
+    return str(page)
+
+
 def merge(*folders: Path, out: Path) -> str:
     """Join the folders of a run's shards into one, as if it had been run at once.
 
@@ -216,22 +195,7 @@ def merge(*folders: Path, out: Path) -> str:
     """
     from jaxid.experiments import merge as shards
 
-    return "\n".join(shards.merge(folders, out, _configured))
-
-
-def _configured(name: str, file: Path) -> Any:
-    """An experiment with the options in a file.
-
-    Raises:
-        OutputError: for an unknown experiment, or a file that does not hold its options.
-    """
-    if f"run {name}" not in COMMANDS:
-        raise OutputError(f"{file.parent} is of an experiment {name!r}, which jaxid does not have.")
-    try:
-        command, given = _parsed(["run", name, "--config", str(file)])
-        return command(*given.args, **given.kwargs)
-    except (InputError, CycloptsError) as error:
-        raise OutputError(f"{file} does not hold the options of {name}: {' '.join(str(error).split())}") from error
+    return "\n".join(shards.merge(folders, out))
 
 
 def app(tokens: Sequence[str] = ()) -> App:
@@ -281,8 +245,7 @@ def _config(tokens: Sequence[str]) -> tuple[Dict, ...]:
     rest, file = _without_config(tokens)
     if file is None:
         return ()
-    with reading(file, "a file of options", InputError):
-        options = CONFIGS[file.suffix](file, must_exist=True).config
+    options = read_options(file)
     for word in reversed(rest[: 2 if rest[:1] and rest[0] in GROUPS else 1]):
         options = {word: options}
     return (Dict(options, source=str(file)),)
@@ -301,10 +264,7 @@ def _without_config(tokens: Sequence[str]) -> tuple[list[str], Path | None]:
             if index + count > len(tokens):
                 raise InputError("--config needs a file.")
             path = Path(token.partition("=")[2] or tokens[index + 1])
-            if path.suffix not in CONFIGS:
-                raise InputError(f"{path} cannot hold options: its name must end in {', '.join(CONFIGS)}.")
-            if not path.is_file():
-                raise InputError(f"--config {path}: the file does not exist.")
+            check_options_file(path)
             del rest[index : index + count]
             return rest, path
     return rest, None

@@ -108,3 +108,24 @@ def rank_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "M"]) -> 
         p_greater=float(greater.pvalue),
         p_less=float(less.pvalue),
     )
+
+
+class Correlation(TypedDict):
+    """Spearman's rank correlation over some items; None where it is undefined."""
+
+    items: int
+    spearman: float | None
+    p: float | None
+
+
+def correlation(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "N"]) -> Correlation:
+    """Rank correlation over the items whose second value is not NaN."""
+    known = np.isfinite(second)
+    count = int(known.sum())
+    # Constant values have no ranks to compare.
+    if count < 3 or np.ptp(second[known]) == 0 or np.ptp(first[known]) == 0:
+        return Correlation(items=count, spearman=None, p=None)
+    from scipy import stats
+
+    rho, p = np.asarray(stats.spearmanr(second[known], first[known]))
+    return Correlation(items=count, spearman=float(rho), p=float(p))

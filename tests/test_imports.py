@@ -19,11 +19,26 @@ PACKAGES = {"jaxid": ROOT / "jaxid", "jaxid.kernels": ROOT / "kernels"}
 
 # Room -> rooms it may import besides itself. A room is a module or folder of `jaxid`; `zoo` is only the place
 # where the shipped models lie, `zoo recipes` are the modules in it that make and evaluate them.
-DOORS = {"errors", "io", "checks", "stats", "devices", "meshes", "halving", "pipeline", "places", "processes"}
+DOORS = {"errors", "io", "checks", "stats", "devices", "meshes", "halving", "pipeline", "places", "processes", "reprs"}
 NETWORKS = {*DOORS, "kernels", "nn"}
 LOADERS = {*NETWORKS, "prompts", "families", "zoo"}
 METHODS = {*LOADERS, "checkpoints", "interp"}
-STUDIES = {*METHODS, "data", "ids", "dcsm", "train", "parts", "jobs", "plots", "plan", "dry_run", "costs"}
+STUDIES = {
+    *METHODS,
+    "viewer",
+    "commands",
+    "options",
+    "data",
+    "ids",
+    "dcsm",
+    "train",
+    "parts",
+    "jobs",
+    "plots",
+    "plan",
+    "dry_run",
+    "costs",
+}
 TOP = {*STUDIES, "experiments", "zoo recipes"}
 MAY_IMPORT = {
     "errors": set(),
@@ -35,6 +50,10 @@ MAY_IMPORT = {
     "costs": {"devices"},
     "pipeline": set(),
     "stats": {"errors"},
+    "commands": set(),
+    "reprs": set(),
+    "options": {"errors", "io"},
+    "viewer": {*DOORS, "prompts"},
     "zoo": set(),
     "kernels": set(),
     "nn": {*DOORS, "kernels"},

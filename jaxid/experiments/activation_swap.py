@@ -16,7 +16,7 @@ from jaxid import plots
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.data.pictures import Recolouring, mirrored, recoloured
 from jaxid.errors import DataError
-from jaxid.experiments.base import Summary, WithLayers
+from jaxid.experiments.base import Reading, Summary, WithLayers
 from jaxid.experiments.published import RAW
 from jaxid.experiments.relations import RelationBatch, prepare
 from jaxid.experiments.session import Columns, Keyed, Later, Session, as_array, on_host, spread
@@ -25,7 +25,7 @@ from jaxid.interp.interventions import replace
 from jaxid.interp.trace import rerun, residuals_at, swap, trace
 from jaxid.io import tidy
 from jaxid.nn.sites import AnyArray
-from jaxid.prompts.pictures import open_picture
+from jaxid.prompts.pictures import Picture, open_picture
 from jaxid.prompts.processor import Prompts
 from jaxid.stats import centre_and_spread
 
@@ -201,6 +201,12 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
 
     changed_to: ClassVar[str]
     """Description of the changed picture or clip, such as "the mirrored picture"."""
+    reading: ClassVar[Reading] = Reading(
+        axes=("tokens", "layer"),
+        before="control",
+        after="patched",
+        values={"score": "swap score: 0 as without a swap, 1 as for the changed picture"},
+    )
     statistic: ClassVar[str] = "median"
     """Statistic that figure and report show: "median", or the published "mean"."""
 
@@ -232,6 +238,16 @@ class ActivationSwap(WithLayers[Item, Pair[Batch], SummaryT], Generic[Item, Batc
     def pictures(self, batch: Pair[Batch]) -> Int[np.ndarray, "B I"] | None:
         """Positions of the picture or clip that are swapped; None for all."""
         return None
+
+    def edited(self, batch: Pair[Batch]) -> dict[str, Int[np.ndarray, "B P"]]:
+        """The swapped tokens, by token set."""
+        prompts, text, pictures = self.asked(batch)[0].prompts, self.text(batch), self.pictures(batch)
+        found = (
+            prompts.image_tokens() if pictures is None else pictures,
+            prompts.text_tokens() if text is None else text,
+            self.words(batch),
+        )
+        return dict(zip(TOKEN_SETS, found, strict=True))
 
     def scores(self, found: Patched) -> Float[np.ndarray, "P L B 2"]:
         """How far the swaps carry the answers."""
@@ -328,6 +344,10 @@ class PictureSwap(ActivationSwap[SpatialItem, RelationBatch, SwapSummary]):
     def asked(self, batch: Pair[RelationBatch]) -> list[RelationBatch]:
         """The questions about the pictures."""
         return [batch.questions]
+
+    def pictured(self, item: SpatialItem) -> Picture:
+        """The item's picture, before it is changed."""
+        return item.picture
 
     def summarise(self, session: Session, table: Columns) -> SwapSummary:
         """Scores by token set, layer and word."""

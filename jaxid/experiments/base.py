@@ -10,7 +10,10 @@ import importlib.metadata
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypedDict, TypeVar
+
+import numpy as np
+from jaxtyping import Int
 
 from jaxid import io, plots
 from jaxid.checks import Count, check_options
@@ -21,6 +24,7 @@ from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.ids.temporal import TemporalIDs
 from jaxid.parts import Shard
+from jaxid.prompts.pictures import Picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,6 +123,44 @@ SummaryT = TypeVar("SummaryT", bound=Summary)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How `jaxid view` reads an experiment's table.
+
+    Attributes:
+        axes: columns whose entries, with the item and the word, tell the rows apart.
+        before: column of the answers' log-probabilities without an edit, by word; or two columns, of the correct answer
+            and of the wrong one. None if the first entry of the only axis is without an edit.
+        after: the same with the edit; None if there is no edit.
+        values: further columns, each with what it is.
+        texts: columns of the generated answers without and with the edit.
+        labels: names of an axis's entries, where they say more than the entries.
+        split: column whose entries are different questions, in the order of `Experiment.asked`.
+    """
+
+    axes: tuple[str, ...]
+    before: str | tuple[str, str] | None
+    after: str | tuple[str, str] | None = None
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    texts: tuple[str, str] | None = None
+    labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    split: str | None = None
+
+
+class Displayed(NamedTuple):
+    """Prompts as `jaxid view` shows them.
+
+    Attributes:
+        asked: the questions, as `Experiment.asked` has them.
+        edited: positions of the edited tokens, by the entry of an axis on which they depend, or else by "".
+        pictures: the items' pictures.
+    """
+
+    asked: Sequence[RelationBatch]
+    edited: Mapping[str, Int[np.ndarray, "B P"]]
+    pictures: Sequence[Picture | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     """A published experiment: options and steps.
 
@@ -157,6 +199,8 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
     reporting: ClassVar[frozenset[str]] = frozenset()
     """Options that the summary and the figures depend on, but not the rows."""
     prompts_per_item: ClassVar[int] = 1
+    reading: ClassVar[Reading | None] = None
+    """How `jaxid view` reads the table; without it, runs cannot be viewed."""
 
     out: Path
     data: Path
@@ -233,6 +277,19 @@ class Experiment(Command[SummaryT], Generic[Item, Batch, SummaryT]):
         """The report, and the path of the summary."""
         yield from self.report(result)
         yield str(self.out / "summary.json")
+
+    def pictured(self, item: Item) -> Picture | None:
+        """The picture of an item, as `jaxid view` shows it."""
+        return None
+
+    def edited(self, batch: Batch) -> Mapping[str, Int[np.ndarray, "B P"]]:
+        """Positions of the tokens that are edited, by the entry of an axis on which they depend, or else by ""."""
+        return {}
+
+    def displayed(self, session: Session, items: Sequence[Item]) -> Displayed:
+        """The prompts of items of one group, as `jaxid view` shows them."""
+        batch = self.prepare(session, items)
+        return Displayed(self.asked(batch), self.edited(batch), [self.pictured(item) for item in items])
 
     def read_ids(self) -> SpatialIDs | TemporalIDs | None:
         """The IDs, if the experiment needs any."""

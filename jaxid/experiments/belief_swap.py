@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from jaxid.checks import Range
 from jaxid.data.coco_spatial import SpatialItem
-from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.base import Reading, Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.compare import CONDITIONS, Rates, draw_best, draw_layers, rates
 from jaxid.experiments.relations import RelationBatch, answer_of, prepare, verdicts
 from jaxid.experiments.session import (
@@ -35,6 +35,7 @@ from jaxid.interp.interventions import add
 from jaxid.interp.trace import Trace, rerun, trace
 from jaxid.io import tidy
 from jaxid.nn.sites import AnyArray
+from jaxid.prompts.pictures import Picture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,6 +210,13 @@ class BeliefSwap(
     """
 
     name: ClassVar[str] = "belief-swap"
+    reading: ClassVar[Reading] = Reading(
+        axes=("condition", "layer"),
+        before=("control_correct", "control_wrong"),
+        after=("steered_correct", "steered_wrong"),
+        values={"swapped": "belief swapped (1) or kept (0)"},
+        texts=("control_text", "text"),
+    )
     as_published: ClassVar[bool] = False
     """How items are counted; see `compare.rates`."""
     norms: ClassVar[Norms] = staticmethod(word_norms)
@@ -238,6 +246,14 @@ class BeliefSwap(
     def prepare(self, session: Session, items: Sequence[SpatialItem]) -> RelationBatch:
         """The published questions."""
         return prepare(session.model, items, prompt=session.prompt, case=session.case)
+
+    def pictured(self, item: SpatialItem) -> Picture:
+        """The item's picture."""
+        return item.picture
+
+    def edited(self, batch: RelationBatch) -> dict[str, Int[np.ndarray, "B 2"]]:
+        """Both words."""
+        return {"": batch.words[:, :2]}
 
     def compute(self, session: Session, items: Sequence[SpatialItem], batch: RelationBatch) -> Later:
         """A row for each item, condition and layer."""

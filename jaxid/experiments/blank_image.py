@@ -12,14 +12,14 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxid import plots
 from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.errors import JaxidError
-from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.base import Reading, Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.belief_swap import BeliefSwap, Swapped, swap_beliefs
 from jaxid.experiments.deviation import gap
 from jaxid.experiments.relations import RelationBatch, prepare
@@ -131,6 +131,14 @@ class BlankImage(
 
     name: ClassVar[str] = "blank-image"
     prompts_per_item: ClassVar[int] = len(PICTURES)
+    reading: ClassVar[Reading] = Reading(
+        axes=("picture", "layer"),
+        before=("control_correct", "control_wrong"),
+        values={
+            "swapped": "belief swapped by IDs (1) or kept (0)",
+            "swapped_by_noise": "belief swapped by noise (1) or kept (0)",
+        },
+    )
     default_layers = BeliefSwap.default_layers
 
     def items(self, session: Session) -> list[BlankItem]:
@@ -157,6 +165,14 @@ class BlankImage(
         return {
             kind: prepare(session.model, shown(kind), prompt=session.prompt, case=session.case) for kind in PICTURES
         }
+
+    def pictured(self, item: BlankItem) -> Picture:
+        """The original picture."""
+        return item.item.picture
+
+    def edited(self, batch: Mapping[str, RelationBatch]) -> dict[str, Int[np.ndarray, "B 2"]]:
+        """Both words."""
+        return {"": batch["original"].words[:, :2]}
 
     def asked(self, batch: Mapping[str, RelationBatch]) -> list[RelationBatch]:
         """The questions about every kind of picture."""

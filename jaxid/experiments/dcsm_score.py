@@ -1,6 +1,7 @@
 """Scores of one picture's captions by their dense maps, beside the pooled cosine ([DCSM] arXiv 2503.08723)."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,8 +17,12 @@ from jaxid.dcsm.placement import Placement, place
 from jaxid.dcsm.scoring import Scorer, score
 from jaxid.errors import InputError, OutputError
 from jaxid.experiments.base import Command
-from jaxid.io import ensure_output_folder
+from jaxid.io import ensure_output_folder, reading, reporting, whole_file
 from jaxid.prompts.pictures import open_picture
+from jaxid.viewer.content import Maps
+
+MAPS_FILE = "maps.safetensors"
+MAPS_FORMAT = "jaxid.dense_maps.1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
             replace with a .pt file, which does not tell.
         group: maps that are standardised together: all maps of the call, as published; a picture's maps; or none.
         mesh: devices that share the work, such as data=8; auto takes all of them; one device by default.
-        out: figure of the maps, .png.
+        out: figure of the maps, .png; or a folder for it and for the maps themselves, which `jaxid view` shows.
     """
 
     name: ClassVar[str] = "dcsm score"
@@ -68,13 +73,15 @@ class ScoreCaptions(Command[list[CaptionScore]]):
 
         Raises:
             InputError: for an option out of its range, or a blank caption.
-            OutputError: for a figure that is not a PNG file.
+            OutputError: for a file that is not a PNG file.
         """
         super().__post_init__()
         if not self.captions or not all(caption.strip() for caption in self.captions):
             raise InputError("no caption was given, or a blank one; give at least one.")
-        if self.out is not None and self.out.suffix.lower() != ".png":
-            raise OutputError(f"{self.out} cannot be written: figures are PNG files, so the name must end in .png.")
+        if self.out is not None and self.out.suffix.lower() not in ("", ".png"):
+            raise OutputError(
+                f"{self.out} cannot be written: figures are PNG files, so the name must end in .png; or give a folder."
+            )
 
     def run(self) -> list[CaptionScore]:
         """Scores the captions; draws their maps if `out` is given.
@@ -84,7 +91,7 @@ class ScoreCaptions(Command[list[CaptionScore]]):
             CheckpointError: if the encoder or the scorer cannot be read.
         """
         if self.out is not None:
-            ensure_output_folder(self.out.parent)
+            ensure_output_folder(self.out.parent if self.out.suffix else self.out)
         open_picture(self.picture)
         scorer = find_scorer(self.model, self.scorer)
         if self.placement is not None:
@@ -103,17 +110,28 @@ class ScoreCaptions(Command[list[CaptionScore]]):
                 unit="captions of one picture",
                 note=f"scores standardised over {over}",
             )
-            figure = plots.caption_maps(
+            picture, maps = (
                 encoder.processor.shown(self.picture),
                 np.einsum("ie,mte->mit", pictures.tokens[0], texts.tokens),
-                [_token_names(scorer, texts, row) for row in range(len(texts))],
-                self.captions,
-                scores,
-                cosine,
-                encoder.processor.grid,
-                about=about,
             )
-            plots.save(figure, self.out)
+            tokens = [_token_names(scorer, texts, row) for row in range(len(texts))]
+            grid = encoder.processor.grid
+            figure = plots.caption_maps(picture, maps, tokens, self.captions, scores, cosine, grid, about=about)
+            plots.save(figure, self.out if self.out.suffix else self.out / "maps.png")
+            if not self.out.suffix:
+                first, side = grid
+                patches = maps[:, first:].reshape(len(maps), side, side, -1)
+                shown = Maps(
+                    title=f"dense maps · {self.out.name}",
+                    about={"model": encoder.name, "picture": self.picture.name},
+                    picture=picture,
+                    captions=self.captions,
+                    tokens=tokens,
+                    maps=patches,
+                    scores=scores,
+                    cosines=cosine,
+                )
+                write_maps(self.out / MAPS_FILE, shown)
         return [
             CaptionScore(caption=caption, score=float(value), cosine=float(near))
             for caption, value, near in zip(self.captions, scores, cosine, strict=True)
@@ -126,6 +144,39 @@ class ScoreCaptions(Command[list[CaptionScore]]):
         yield f"{'caption':{width}s}    score   cosine"
         for row in result:
             yield f"{row.caption:{width}s}  {row.score:+7.3f}  {row.cosine:7.3f}{'  <-' if row is best else ''}"
+
+
+def write_maps(path: Path, maps: Maps) -> None:
+    """Writes maps, their picture, and what they are of as a safetensors file.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(getattr(maps, name), np.float32) for name in ("maps", "scores", "cosines")}
+    arrays["picture"] = np.ascontiguousarray(maps.picture)
+    texts = {"captions": list(maps.captions), "tokens": maps.tokens, "about": dict(maps.about), "title": maps.title}
+    with whole_file(path) as temporary, reporting(f"cannot write {path}", OutputError):
+        save_file(arrays, temporary, {"format": MAPS_FORMAT} | {name: json.dumps(text) for name, text in texts.items()})
+
+
+def read_maps(path: Path) -> Maps:
+    """Reads what `write_maps` wrote.
+
+    Raises:
+        InputError: if it is damaged or of another kind.
+    """
+    from safetensors import safe_open
+
+    with reading(path, "a file of dense maps", InputError), safe_open(path, framework="numpy") as file:
+        texts = dict(file.metadata() or {})
+        if texts.pop("format", None) != MAPS_FORMAT:
+            raise ValueError(f"its format is not {MAPS_FORMAT}")
+        arrays = {name: file.get_tensor(name) for name in ("maps", "scores", "cosines", "picture")}
+        captions, tokens, about, title = (json.loads(texts[name]) for name in ("captions", "tokens", "about", "title"))
+        words = [[(int(column), str(text), bool(fixed)) for column, text, fixed in row] for row in tokens]
+        return Maps(**arrays, captions=captions, tokens=words, about=about, title=title)
 
 
 def _token_names(scorer: Scorer, texts: Texts, row: int) -> list[tuple[int, str, bool]]:

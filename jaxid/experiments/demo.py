@@ -29,6 +29,7 @@ from jaxid.experiments.base import Command, write_config
 from jaxid.experiments.belief_swap import Swapped, swap_beliefs
 from jaxid.experiments.compare import CONDITIONS
 from jaxid.experiments.demo_report import render
+from jaxid.experiments.demo_view import mirror_run, steering_run, swap_run
 from jaxid.experiments.relations import prepare
 from jaxid.experiments.session import Columns, spread
 from jaxid.experiments.steering import CELLS, steer_to_cells
@@ -38,6 +39,8 @@ from jaxid.ids.spatial import SpatialIDs
 from jaxid.io import joined, tidy
 from jaxid.kernels import probing
 from jaxid.stats import confidence_interval, mean_interval
+from jaxid.viewer.content import Content
+from jaxid.viewer.page import write_page
 from jaxid.zoo import evaluation
 from jaxid.zoo import tiny_llava as recipe
 
@@ -50,7 +53,7 @@ class Demo(Command[dict[str, Any]]):
     """Find the spatial IDs of the model that ships with jaxid, draw them, and show that they are causal.
 
     Attributes:
-        out: folder for report, summary, tables and figures.
+        out: folder for report, page, summary, tables and figures.
         model: tiny-llava, or the folder of a model that was trained like it.
         mesh: devices that share the model and the work, such as data=4,model=2; auto takes all of them. By default one.
         seed: seed of the scenes and of the noise.
@@ -107,6 +110,7 @@ class Demo(Command[dict[str, Any]]):
             "seconds": round(time.perf_counter() - started, 1),
         }
         io.write_text(self.out / "report.md", render(summary))
+        write_page(self.out / "view.html", work.contents)
         io.write_json(self.out / "summary.json", summary)
         write_config(self, self.out)
         return summary
@@ -123,7 +127,7 @@ class Demo(Command[dict[str, Any]]):
             f"{result['model']}: left/right {result['accuracy']['left_right']:.1%} correct; layer {layer}, strength "
             f"{result['best_factor']}: beliefs swapped {belief[layer]:.1%} by IDs, {noise[layer]:.1%} by noise."
         )
-        yield f"Report: {self.out / 'report.md'} ({result['seconds']} s)"
+        yield f"Report: {self.out / 'report.md'}, to explore: {self.out / 'view.html'} ({result['seconds']} s)"
 
 
 class _Work:
@@ -135,6 +139,7 @@ class _Work:
     def __init__(self, demo: Demo):
         self.demo = demo
         self.summary: dict[str, Any] = {}
+        self.contents: list[Content] = []
         checkpoint = open_checkpoint(demo.model).on(demo.mesh)
         rng = np.random.default_rng((55, demo.seed))
         self.items = {axis: evaluation.relation_items(rng, demo.swap_items, axis)[0] for axis in ANSWERS}
@@ -246,6 +251,7 @@ class _Work:
         )
         self.figure("belief_swap", figure)
         self._draw_plane()
+        self.contents.append(swap_run(self.model, self.items, self.batches, swaps, self.ids))
 
     def _swap_table(self, axis: str, found: Swapped) -> Columns:
         axes = {
@@ -279,7 +285,8 @@ class _Work:
         self.summary["steering"] = {}
         for axis, items in self.items.items():
             batch = prepare(self.model, items[: self.demo.steer_items])
-            change = steer_to_cells(self.model, batch, self.ids, layers=self.layers, strength=STEERING).change
+            found = steer_to_cells(self.model, batch, self.ids, layers=self.layers, strength=STEERING)
+            change = found.change
             check_finite(f"the log-probabilities of {self.model.name}", change, DataError)
             axes = {"layer": self.layers, **CELLS, "item": range(change.shape[3]), "word": ANSWERS[axis]}
             self.table(f"steering_{axis}", tidy(change, axes, name="change"))
@@ -291,6 +298,8 @@ class _Work:
             }
             if axis == "horizontal":
                 self._draw_steering(change)
+            steered = items[: self.demo.steer_items]
+            self.contents.append(steering_run(self.model, steered, batch, found, STEERING, self.ids))
 
     def _draw_steering(self, change: Float[np.ndarray, "L X Y B 2"]) -> None:
         layer, words = self.best_layer, ANSWERS["horizontal"]
@@ -314,7 +323,8 @@ class _Work:
         batch, words = self.batches["horizontal"], ANSWERS["horizontal"]
         pictures = [mirrored(np.asarray(item.picture)) for item in self.items["horizontal"]]
         changed = self.model.prepare(pictures, list(batch.prompts.questions), raw=batch.prompts.raw)
-        scores = swap_activations(self.model, batch, changed).scores
+        patched = swap_activations(self.model, batch, changed)
+        scores = patched.scores
         axes = {"tokens": list(scores), "layer": self.layers, "item": range(len(pictures)), "word": words}
         self.table("mirror_swap", tidy(np.stack(list(scores.values())), axes, name="score"))
         self.figure("mirror_swap", plots.swap_scores(scores, words, robust=True, about=self.about()))
@@ -325,6 +335,7 @@ class _Work:
             "mirror_swap_by_word": {name: rounded(median) for name, median in found.score_median.items()},
             "mirror_swap_items": found.score_items,
         }
+        self.contents.append(mirror_run(self.model, self.items["horizontal"], batch, patched))
 
 
 PARTS: Mapping[str, Callable[[_Work], None]] = {

@@ -9,12 +9,13 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from jaxid import plots
-from jaxid.experiments.base import Summary
+from jaxid.experiments.base import Reading, Summary
 from jaxid.experiments.published import RAW_CAPITALS
 from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.session import Columns, Later, Session, rows_where
 from jaxid.experiments.steering import KINDS, Kind, Question, ToCells, about_items, ask
 from jaxid.io import joined
+from jaxid.prompts.pictures import Picture
 from jaxid.stats import mean_interval
 
 QUESTIONS = {
@@ -57,6 +58,7 @@ class Depth(ToCells[Batches, DepthSummary]):
 
     name: ClassVar[str] = "depth"
     published_text: ClassVar[str] = RAW_CAPITALS.replace("{query}", "{query} ")
+    reading: ClassVar[Reading] = dataclasses.replace(ToCells.reading, split="question")
     panels: ClassVar[tuple[str, str]] = ("height", "depth")
     """The questions whose changes the figure shows as height and as depth."""
 
@@ -67,6 +69,10 @@ class Depth(ToCells[Batches, DepthSummary]):
     def prepare(self, session: Session, items: Sequence[Question]) -> Batches:
         """Both questions about every item."""
         return {name: ask(session, kind, items) for name, kind in QUESTIONS.items()}
+
+    def pictured(self, item: Question) -> Picture:
+        """The item's picture."""
+        return item.picture
 
     def asked(self, batch: Batches) -> list[RelationBatch]:
         """The questions about height, then those about depth."""

@@ -19,7 +19,7 @@ from jaxid import plots
 from jaxid.checks import Range
 from jaxid.data.coco_boxes import Boxes, Instances, PlacedItem, find_instances, read_instances
 from jaxid.errors import InputError
-from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs
+from jaxid.experiments.base import Reading, Summary, WithLayers, WithSpatialIDs
 from jaxid.experiments.relations import RelationBatch, answer_of, prepare, verdicts
 from jaxid.experiments.session import (
     Columns,
@@ -44,6 +44,7 @@ from jaxid.interp.trace import residuals_at
 from jaxid.io import tidy, write_json
 from jaxid.kernels import probing
 from jaxid.nn.sites import AnyArray, Capture
+from jaxid.prompts.pictures import Picture
 from jaxid.prompts.processor import Prompts
 from jaxid.stats import Moments, RankTest, confidence_interval, moments, rank_test
 
@@ -247,6 +248,17 @@ class Deviation(
     name: ClassVar[str] = "deviation"
     published_text: ClassVar[str] = "{query} Answer {first} or {second} only."
     reporting: ClassVar[frozenset[str]] = frozenset({"layer"})
+    reading: ClassVar[Reading] = Reading(
+        axes=("role", "layer"),
+        before=("control_correct", "control_wrong"),
+        values={
+            "margin": "margin: distance of the two decoded places in the true direction, less the true distance",
+            "x": "decoded x",
+            "y": "decoded y",
+            "true_x": "x of the box",
+            "true_y": "y of the box",
+        },
+    )
     true_ids: ClassVar[TrueIDs] = staticmethod(SpatialIDs.at_box)
     object_boxes: ClassVar[Boxes] = staticmethod(Instances.boxes)
     locate: ClassVar[Locate] = staticmethod(Prompts.words)
@@ -282,6 +294,10 @@ class Deviation(
     def prepare(self, session: Session, items: Sequence[PlacedItem]) -> RelationBatch:
         """The published questions."""
         return prepare(session.model, [placed.item for placed in items], prompt=session.prompt, case=session.case)
+
+    def pictured(self, item: PlacedItem) -> Picture:
+        """The item's picture."""
+        return item.item.picture
 
     def compute(self, session: Session, items: Sequence[PlacedItem], batch: RelationBatch) -> Later:
         """A row for each layer, item and object."""

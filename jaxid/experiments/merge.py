@@ -5,18 +5,15 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxid import io, parts
 from jaxid.errors import DataError, InputError, OutputError
 from jaxid.experiments.base import Experiment, Summary, write_config
-from jaxid.experiments.reference import with_bugs
 from jaxid.experiments.session import Session
-
-Configured = Callable[[str, Path], Experiment[Any, Any, Any]]
-"""The experiment of a name with the options in a file."""
+from jaxid.experiments.stored import stored_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +45,12 @@ class _Folder:
         return found
 
 
-def merge(folders: Sequence[Path], out: Path, configured: Configured) -> list[str]:
+def merge(folders: Sequence[Path], out: Path) -> list[str]:
     """Writes the folder that a run would have made that was not divided; no weights are read.
 
     Args:
         folders: those of all shards, in any order.
         out: folder for the result; a new one.
-        configured: makes the experiment of a shard's `config.yaml`.
 
     Returns:
         The run's report, and the path of its summary.
@@ -75,9 +71,8 @@ def merge(folders: Sequence[Path], out: Path, configured: Configured) -> list[st
     keys = [key for file in files for key in _keys(file)]
     if parts.summary_of(keys) != stored["shard"]["items"]:
         raise OutputError("the shards' parts do not hold the items of the whole run; run the shards anew.")
-    experiment = configured(str(full.stored["settings"].get("experiment")), full.path / "config.yaml")
+    experiment = stored_experiment(full.path, str(full.stored["settings"].get("experiment")))
     experiment = dataclasses.replace(experiment, shard=None, restart=False)
-    experiment = with_bugs(experiment) if experiment.reference_bugs else experiment
     io.ensure_output_folder(out.parent)
     made = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:

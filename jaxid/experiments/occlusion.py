@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from jaxid import plots
 from jaxid.data.coco_boxes import Boxes, Instances, PlacedItem
 from jaxid.data.coco_spatial import SpatialItem
 from jaxid.errors import DataError, InputError, JaxidError
-from jaxid.experiments.base import Experiment, Summary
+from jaxid.experiments.base import Displayed, Experiment, Reading, Summary
 from jaxid.experiments.deviation import placed_items, rows_at
 from jaxid.experiments.relations import Case, RelationBatch, prepare
 from jaxid.experiments.session import (
@@ -35,8 +35,8 @@ from jaxid.families.base import Model
 from jaxid.interp.forward import forward
 from jaxid.io import read_json, read_table, reading, tidy
 from jaxid.nn.sites import AnyArray
-from jaxid.prompts.pictures import open_picture
-from jaxid.stats import Moments, RankTest, moments, rank_test
+from jaxid.prompts.pictures import Picture, open_picture
+from jaxid.stats import Correlation, Moments, RankTest, correlation, moments, rank_test
 
 RADIUS = 20.0
 """Radius of the published blur, in pixels of COCO's pictures."""
@@ -253,14 +253,6 @@ Groups = dict[str, Moments]
 """Moments over "all" items, and over those answered "right" and "wrong"."""
 
 
-class Correlation(TypedDict):
-    """Spearman's rank correlation over some items; None where it is undefined."""
-
-    items: int
-    spearman: float | None
-    p: float | None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OcclusionSummary(Summary):
     """Summary of an occlusion run.
@@ -299,6 +291,12 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
     """
 
     name: ClassVar[str] = "occlusion"
+    reading: ClassVar[Reading] = Reading(
+        axes=("variant",),
+        before=None,
+        after=("logp_correct", "logp_wrong"),
+        labels={"variant": ("original", "subject blurred", *(f"box {n} blurred" for n in range(1, RANDOM + 1)))},
+    )
     published_text: ClassVar[str] = "{query} Answer {First} or {Second}."
     object_boxes: ClassVar[Boxes] = staticmethod(Instances.boxes)
     with_boxes: ClassVar[Callable[[PlacedItem, int], OcclusionItem]] = staticmethod(with_boxes)
@@ -342,6 +340,15 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
             case=session.case,
             together=min(session.prompts_together, len(items) * len(KINDS)),
         )
+
+    def pictured(self, item: OcclusionItem) -> Picture:
+        """The item's picture."""
+        return item.item.picture
+
+    def displayed(self, session: Session, items: Sequence[OcclusionItem]) -> Displayed:
+        """The questions about the original pictures."""
+        asked = prepare(session.model, [one.item for one in items], prompt=session.prompt, case=session.case)
+        return Displayed([asked], {}, [self.pictured(one) for one in items])
 
     def asked(self, batch: Sequence[RelationBatch]) -> Sequence[RelationBatch]:
         """All batches; the first begins with the original pictures."""
@@ -473,16 +480,3 @@ class Occlusion(Experiment[OcclusionItem, Sequence[RelationBatch], OcclusionSumm
             f"subject blurred; log p(correct) falls by {drop:.2f} then, by {elsewhere:.2f} with an equal box elsewhere "
             f"blurred; sensitivity {sensitivity:+.2f}{summary.skipped_note}"
         )
-
-
-def correlation(sensitivity: Float[np.ndarray, "B"], margins: Float[np.ndarray, "B"]) -> Correlation:
-    """Rank correlation over the items whose margin is not NaN."""
-    known = np.isfinite(margins)
-    count = int(known.sum())
-    # Constant values have no ranks to compare.
-    if count < 3 or np.ptp(margins[known]) == 0 or np.ptp(sensitivity[known]) == 0:
-        return Correlation(items=count, spearman=None, p=None)
-    from scipy import stats
-
-    rho, p = np.asarray(stats.spearmanr(margins[known], sensitivity[known]))
-    return Correlation(items=count, spearman=float(rho), p=float(p))

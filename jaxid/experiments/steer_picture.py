@@ -15,7 +15,7 @@ from jaxid import plots
 from jaxid.checks import Count
 from jaxid.data.grid import GRID
 from jaxid.errors import InputError
-from jaxid.experiments.base import Summary, WithSpatialIDs
+from jaxid.experiments.base import Reading, Summary, WithSpatialIDs
 from jaxid.experiments.published import RAW, fill
 from jaxid.experiments.relations import RelationBatch
 from jaxid.experiments.session import Columns, Later, Session, parse_layers, require_same_model, scaled, spread
@@ -23,7 +23,7 @@ from jaxid.experiments.steering import KINDS, Question, Steered, Steering, ask, 
 from jaxid.families.base import Model
 from jaxid.ids.spatial import SpatialIDs
 from jaxid.interp.interventions import add
-from jaxid.prompts.pictures import open_picture
+from jaxid.prompts.pictures import Picture, open_picture
 
 PUBLISHED = (range(5, 20), 13)
 """Layers at which the words are pushed apart, and the one whose IDs are added, of 32."""
@@ -135,6 +135,7 @@ class SteerPicture(
 
     name: ClassVar[str] = "steer-picture"
     published_text: ClassVar[str] = RAW
+    reading: ClassVar[Reading] = Reading(axes=("layer",), before="control", after="steered")
 
     # There is a picture instead of a data set.
     data: Annotated[None, Parameter(parse=False)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -178,6 +179,14 @@ class SteerPicture(
     def prepare(self, session: Session, items: Sequence[Question]) -> RelationBatch:
         """The relation's question about the picture."""
         return ask(session, KINDS[self.relation], items)
+
+    def pictured(self, item: Question) -> Picture:
+        """The picture."""
+        return item.picture
+
+    def edited(self, batch: RelationBatch) -> dict[str, Int[np.ndarray, "B P"]]:
+        """Both words."""
+        return {"": self.positions(batch, 2)}
 
     def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Later:
         """A row for each layer and word."""

@@ -15,7 +15,7 @@ from jaxid.data.coco_spatial import ANSWERS, SpatialItem
 from jaxid.data.grid import GRID, near_far_items
 from jaxid.data.three_objects import read_three_objects
 from jaxid.errors import DataError
-from jaxid.experiments.base import Summary, WithLayers, WithSpatialIDs, WithStrength
+from jaxid.experiments.base import Reading, Summary, WithLayers, WithSpatialIDs, WithStrength
 from jaxid.experiments.published import RAW_CAPITALS, fill, is_raw
 from jaxid.experiments.relations import RelationBatch, prepare_questions
 from jaxid.experiments.session import (
@@ -194,6 +194,7 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
     """Base class of experiments that steer words: a row for each layer, swept value, item and answer."""
 
     published_text: ClassVar[str] = RAW_CAPITALS
+    reading: ClassVar[Reading] = Reading(axes=("layer", "x", "y"), before="control", after="steered")
 
     def default_layers(self, model: Model) -> Sequence[int]:
         """Layers at the same depths as the published ones."""
@@ -210,6 +211,10 @@ class Steering(WithLayers[Item, Batch, SummaryT], WithStrength[Item, Batch, Summ
     def positions(self, batch: RelationBatch, words: int = 1) -> Int[np.ndarray, "B W"]:
         """Where the vectors are added: at the question's first words."""
         return batch.words[:, :words]
+
+    def edited(self, batch: Batch) -> Mapping[str, Int[np.ndarray, "B P"]]:
+        """The steered words."""
+        return {"": self.positions(self.asked(batch)[0])}
 
     def change(self, found: Steered) -> Float[AnyArray, "*S B 2"]:
         """The change of log-probabilities that is reported."""
@@ -342,6 +347,10 @@ class Steer(ToCells[RelationBatch, SteerSummary]):
     def prepare(self, session: Session, items: Sequence[Question]) -> RelationBatch:
         """The relation's question about every item."""
         return ask(session, KINDS[self.relation], items)
+
+    def pictured(self, item: Question) -> Picture:
+        """The item's picture."""
+        return item.picture
 
     def compute(self, session: Session, items: Sequence[Question], batch: RelationBatch) -> Later:
         """A row for each layer, cell, item and word."""

@@ -17,7 +17,7 @@ from jaxid.data.clips import OrderItem, read_mvbench
 from jaxid.data.videos import with_times
 from jaxid.errors import PromptError
 from jaxid.experiments.activation_swap import TOKEN_SETS, ActivationSwap, Pair, SwapSummary
-from jaxid.experiments.base import Experiment, Summary
+from jaxid.experiments.base import Experiment, Reading, Summary
 from jaxid.experiments.published import fill, is_raw
 from jaxid.experiments.relations import Case, RelationBatch
 from jaxid.experiments.session import Columns, Later, Session, as_array, require_same_model, rows_where
@@ -25,7 +25,7 @@ from jaxid.experiments.steering import Batch, Steered, Steering, SummaryT, steer
 from jaxid.families.base import Model
 from jaxid.ids.temporal import TemporalIDs, rank_correlation
 from jaxid.interp.interventions import add
-from jaxid.prompts.pictures import Clip
+from jaxid.prompts.pictures import Clip, Picture, open_picture
 from jaxid.prompts.processor import Prompts
 from jaxid.prompts.words import shown, word_spans
 
@@ -55,6 +55,13 @@ class OrderBatch:
     def words(self) -> Int[np.ndarray, "B R"]:
         """Positions of both scenes' tokens."""
         return np.concatenate([self.first, self.second], axis=1)
+
+
+def contact_sheet(clip: Clip, columns: int = 4) -> Picture:
+    """A clip's frames as one picture, row by row."""
+    frames = [np.asarray(open_picture(frame)) for frame in clip.frames]
+    frames += [np.full_like(frames[0], 255)] * (-len(frames) % columns)
+    return np.concatenate([np.concatenate(frames[k : k + columns], 1) for k in range(0, len(frames), columns)])
 
 
 class Wording(NamedTuple):
@@ -210,6 +217,10 @@ class AboutOrder(Experiment[OrderItem, Batch, SummaryT]):
         """The manifest's questions."""
         return session.sample(read_mvbench(self.data, bad=session.bad_rows()))
 
+    def pictured(self, item: OrderItem) -> Picture:
+        """The clip's frames in two rows."""
+        return contact_sheet(item.open())
+
     def questions(self, session: Session, items: Sequence[OrderItem]) -> OrderBatch:
         """The questions about the clips."""
         published = session.prompt == self.published_text
@@ -320,6 +331,7 @@ class TemporalSteer(
     """
 
     name: ClassVar[str] = "temporal-steer"
+    reading: ClassVar[Reading] = Reading(axes=("layer", "frame"), before="control", after="steered")
 
     ids: Path
 
@@ -342,6 +354,10 @@ class TemporalSteer(
     def asked(self, batch: OrderBatch) -> list[RelationBatch]:
         """The questions."""
         return [batch.asked]
+
+    def edited(self, batch: OrderBatch) -> dict[str, Int[np.ndarray, "B P"]]:
+        """The words of the second scene."""
+        return {"": batch.second}
 
     def compute(self, session: Session, items: Sequence[OrderItem], batch: OrderBatch) -> Later:
         """A row for each layer, frame, item and word."""

@@ -1,6 +1,7 @@
 """What a family declares, and what a loaded model is: a static description plus a pytree of parameters."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -124,6 +125,12 @@ class Loaded:
     processor: object
     name: str
     fingerprint: str
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.parameters)
+        count, dtypes = sum(math.prod(leaf.shape) for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
+        on = "" if self.mesh is None else f" on {dict(self.mesh.shape)}"
+        return f"{type(self).__name__}({self.name!r}, {count:,} parameters in {', '.join(dtypes)}{on})"
 
     @property
     def mesh(self) -> Mesh | None:

@@ -22,6 +22,7 @@ from jaxid.ids.accumulate import IDBatch, accumulate, layer_names
 from jaxid.ids.authors import Size, read_authors_ids
 from jaxid.ids.container import IDs, mean_over_objects, take
 from jaxid.kernels import probing
+from jaxid.reprs import brief
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,6 +45,8 @@ class SpatialIDs(IDs):
     counts: Int[np.ndarray, "O S X Y"]
     sizes: tuple[Size, ...]  # of the object pictures, in pixels; the largest is the main size
     embeddings: Float[np.ndarray, "O S X Y D"] | None = None
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,7 @@ from jaxid.errors import InputError
 from jaxid.ids.accumulate import IDBatch, accumulate, layer_names
 from jaxid.ids.container import IDs, mean_over_objects
 from jaxid.nn.sites import AnyArray, as_integers
+from jaxid.reprs import brief
 
 FRAMES = tuple(range(1, 8))
 """Frames at which objects appear in the published clips."""
@@ -44,6 +45,8 @@ class TemporalIDs(IDs):
     counts: Int[np.ndarray, "O F"]
     frames: tuple[int, ...]  # ascending
     embeddings: Float[np.ndarray, "O F D"] | None = None
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         super().__post_init__()

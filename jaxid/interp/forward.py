@@ -24,6 +24,7 @@ from jaxid.nn.inputs import Inputs
 from jaxid.nn.network import Network
 from jaxid.nn.sites import SITES, AnyArray, Capture, Intervention, SiteFunction, as_integers, as_positions, clean
 from jaxid.prompts.processor import Prompts
+from jaxid.reprs import brief
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Output:
     hidden: Float[Array, "*S B D"]
     captured: dict[str, Float[Array, "..."]]
     model: Model = dataclasses.field(repr=False)
+
+    __repr__ = brief
 
     @property
     def logits(self) -> Float[Array, "*S B V"]:

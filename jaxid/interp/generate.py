@@ -24,6 +24,7 @@ from jaxid.nn import passes, placement
 from jaxid.nn.network import Network
 from jaxid.nn.sites import AnyArray, Clean, SiteFunction, clean
 from jaxid.prompts.processor import Prompts
+from jaxid.reprs import brief
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Generation:
     tokens: Int[AnyArray, "*S B N"]
     lengths: Int[AnyArray, "*S B"]
     first: Output
+
+    __repr__ = brief
 
     @property
     def texts(self) -> np.ndarray:

@@ -32,6 +32,7 @@ from jaxid.nn.sites import (
     as_positions,
     clean,
 )
+from jaxid.reprs import brief
 
 Value = Float[Array, "B T D"]
 Matches = Bool[Array, "B T P"]
@@ -112,6 +113,8 @@ class VectorEdit(Edit):
 class Add(VectorEdit):
     """Adds `strength * vector`."""
 
+    __repr__ = brief
+
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
         """The sum."""
         return value + strength * self.rows(matches, value)
@@ -122,6 +125,8 @@ class Add(VectorEdit):
 class Replace(VectorEdit):
     """Interpolates from the value (strength 0) to `vector` (strength 1)."""
 
+    __repr__ = brief
+
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
         """The mixture."""
         return (1 - strength) * value + strength * self.rows(matches, value)
@@ -131,6 +136,8 @@ class Replace(VectorEdit):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectOut(VectorEdit):
     """Subtracts `strength` times the value's component along `vector`."""
+
+    __repr__ = brief
 
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
         """The remainder."""
@@ -146,6 +153,8 @@ class ProjectOut(VectorEdit):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale(Edit):
     """Multiplies the value by `strength`."""
+
+    __repr__ = brief
 
     def edited(self, value: Value, strength: Float[Array, ""], matches: Matches) -> Value:
         """The product."""

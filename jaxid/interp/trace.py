@@ -30,6 +30,7 @@ from jaxid.nn.network import Network
 from jaxid.nn.sites import AnyArray, Clean, Intervention, Reach, SiteFunction, as_integers, clean
 from jaxid.nn.views import Memory
 from jaxid.prompts.processor import Prompts
+from jaxid.reprs import brief
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,8 @@ class Trace:
     model: Model = dataclasses.field(repr=False)
     prompts: Prompts = dataclasses.field(repr=False, metadata={"static": True})
     edited: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    __repr__ = brief
 
     @property
     def output(self) -> Output:

@@ -44,6 +44,10 @@ class Prompts:
     unknown: tuple[tuple[str, ...], ...] = ()
     raw: bool = False
 
+    def __repr__(self) -> str:
+        tokens, first = np.shape(self.inputs.token_ids)[1], shown(self.questions[0]) if self.questions else ""
+        return f"Prompts({len(self)} of up to {tokens} tokens, the first {first})"
+
     def __len__(self) -> int:
         """Number of prompts, B."""
         return len(self.questions)

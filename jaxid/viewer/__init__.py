@@ -1,0 +1,1 @@
+"""Runs, IDs and dense maps as one self-contained HTML page."""
