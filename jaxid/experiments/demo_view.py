@@ -1,5 +1,6 @@
 """The demo's runs as a page shows them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,13 +27,25 @@ def swap_run(
 ) -> Run:
     """The belief swap of both axes."""
     one = next(iter(found.values()))
+    # The true answer first, so that effects have one sign and their mean says something.
+    order = {axis: np.stack([own.truth, 1 - own.truth], axis=-1) for axis, own in found.items()}
+    shown = [
+        dataclasses.replace(item, words=(item.words[item.truth], item.words[1 - item.truth]), truth=0)
+        for axis in found
+        for item in _items(model, items[axis], batches[axis])
+    ]
+    before = [np.take_along_axis(own.control, order[axis], -1)[:, None, None, None] for axis, own in found.items()]
+    after = [
+        np.take_along_axis(np.moveaxis(own.steered, 3, 0), order[axis][:, None, None, None], -1)
+        for axis, own in found.items()
+    ]
     return Run(
         title="belief swap",
         about={"model": model.name, "items": str(sum(map(len, items.values())))},
-        items=[item for axis in found for item in _items(model, items[axis], batches[axis])],
+        items=shown,
         axes={"condition": CONDITIONS, "layer": one.layers.tolist(), "strength": one.strengths.tolist()},
-        before=np.concatenate([own.control[:, None, None, None] for own in found.values()]),
-        after=np.concatenate([np.moveaxis(own.steered, 3, 0) for own in found.values()]),
+        before=np.concatenate(before),
+        after=np.concatenate(after),
         values=[
             Value(
                 name="belief swapped (1) or kept (0)",

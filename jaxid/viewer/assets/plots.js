@@ -32,7 +32,7 @@ function range(matrix, signed) {
   return signed ? [-most, most] : [Math.min(0, low), Math.max(high, low + 1e-6)];
 }
 
-// Spec: z, x and y labels, titles, value name and unit, signed, the selected [column, row], square, onClick(column, row).
+// Spec: version of the numbers, z, x and y labels, titles, value name and unit, signed, the selected [column, row], square, onClick(column, row).
 function heatmap(id, spec) {
   const [zmin, zmax] = spec.range ?? range(spec.z, spec.signed);
   const [column, row] = spec.selected;
@@ -47,18 +47,25 @@ function heatmap(id, spec) {
     colorscale: spec.signed ? DIVERGING : SEQUENTIAL, colorbar: { thickness: 12, outlinewidth: 0, tickfont: { size: 11 } }, hoverongaps: true, xgap: 1, ygap: 1,
   }];
   const height = spec.square ? 300 : Math.max(190, Math.min(560, 90 + 22 * rows.length));
+  const shapes = [{ type: "rect", x0: column - 0.5, x1: column + 0.5, y0: row - 0.5, y1: row + 0.5, line: { color: css("--ink"), width: 3 } }];
+  const box = document.getElementById(id), drawn = [spec.version, box.clientWidth, css("--ink")].join();
+  box.setAttribute("role", "img");
+  box.setAttribute("aria-label", `Heat map of ${spec.name}: at ${spec.xTitle} ${spec.x[column]}, ${spec.yTitle} ${spec.y[row]}: ${shown(spec.z[row][column])} ${spec.unit}`);
+  if (box.dataset.drawn === drawn) return Plotly.relayout(box, { shapes }); // another cell of the same numbers
+  box.dataset.drawn = drawn;
   draw(id, data, {
-    height,
+    height, shapes,
     xaxis: { title: { text: spec.xTitle, standoff: 6 }, ...tick(spec.x), showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5] },
     yaxis: { title: { text: spec.yTitle, standoff: 6 }, ...tick(spec.y), showgrid: false, zeroline: false, range: [rows.length - 0.5, -0.5] },
-    shapes: [{ type: "rect", x0: column - 0.5, x1: column + 0.5, y0: row - 0.5, y1: row + 0.5, line: { color: css("--ink"), width: 3 } }],
   }, (point) => spec.onClick(point.x, point.y));
-  document.getElementById(id).setAttribute("role", "img");
-  document.getElementById(id).setAttribute("aria-label", `Heat map of ${spec.name}: at ${spec.xTitle} ${spec.x[column]}, ${spec.yTitle} ${spec.y[row]}: ${shown(spec.z[row][column])} ${spec.unit}`);
 }
 
 // IDs of one group at one layer; the frame is the same at all layers of the group, so that sizes can be compared.
 function planePlot(id, plane, layer, group) {
+  // Choosing an item changes nothing here.
+  const box = document.getElementById(id), drawn = [plane.points, layer, group, box.clientWidth, css("--ink")].join();
+  if (box.dataset.drawn === drawn) return;
+  box.dataset.drawn = drawn;
   const { shape, values } = array(plane.points);
   const [, groups, places] = shape;
   const point = (l, p, c) => values[((l * groups + group) * places + p) * 2 + c];
@@ -79,8 +86,8 @@ function planePlot(id, plane, layer, group) {
     // The second coordinate of the plane points down, as rows of a picture do.
     yaxis: { title: { text: plane.axes[1] }, ...(flatLine ? {} : { range: [most, -most], scaleanchor: "x" }) },
   }, () => {});
-  document.getElementById(id).setAttribute("role", "img");
-  document.getElementById(id).setAttribute("aria-label", `IDs of ${plane.groups[group]} after layer ${plane.layers[layer]}; the table view has the numbers`);
+  box.setAttribute("role", "img");
+  box.setAttribute("aria-label", `IDs of ${plane.groups[group]} after layer ${plane.layers[layer]}; the table view has the numbers`);
 }
 
 function bars(id, labels, series, selected, onClick) {
@@ -88,6 +95,7 @@ function bars(id, labels, series, selected, onClick) {
     type: "bar", orientation: "h", name, x: values, y: labels.map((_, k) => k), marker: { color: colour, opacity: labels.map((_, k) => (k === selected ? 1 : 0.55)) },
     hovertemplate: `${name} <b>%{x:.3f}</b><extra></extra>`,
   }));
+  document.getElementById(id).dataset.drawn = "";
   const wrapped = labels.map((label) => (label.length > 42 ? `${label.slice(0, 40)}…` : label));
   draw(id, data, {
     height: 110 + 44 * labels.length, barmode: "group", showlegend: true, legend: { orientation: "h", y: -0.18 },

@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const ROW = 44;
 const LONG = 120; // characters of a question, beyond which lists show the item's name
-const state = { content: 0, item: 0, chosen: [], value: 0, over: "item", group: 0, word: 0, listed: [] };
+const state = { content: 0, item: 0, chosen: [], value: 0, over: "item", group: 0, word: 0, listed: [], lists: 0 };
 
 const content = () => MANIFEST.contents[state.content];
 const isRun = () => content().kind === "run";
@@ -66,6 +66,7 @@ function relist() {
     }
     state.listed = found;
   }
+  state.lists++;
   const total = isRun() ? content().items.key.length : state.listed.length;
   $("count").textContent = isMaps() ? `${total} captions` : `${state.listed.length} of ${total} items`;
   $("rows").style.height = `${state.listed.length * ROW}px`;
@@ -249,7 +250,8 @@ function select(changes) {
 
 function drawCharts() {
   $("heatBox").hidden = content().kind === "ids" || (isRun() && !valuesOf(content()).length);
-  $("cellsBox").hidden = true;
+  // All boxes first: their number decides how wide each is, and charts are as wide as their boxes.
+  $("cellsBox").hidden = !(isRun() && valuesOf(content()).length && ["x", "y", "layer"].every((name) => layout(content()).names.includes(name)));
   $("planeBox").hidden = !planeOf();
   const tables = [];
   if (isMaps()) {
@@ -273,20 +275,20 @@ function drawHeat() {
   const labels = rows.map((row) => row.label.join(title.includes(",") ? "," : " · "));
   const own = rows.findIndex((row) => others.every((k) => row.entries[k] === state.chosen[k]));
   const xTitle = names[column], x = run.axes[column][1];
+  const version = [state.content, state.value, state.over, state.over === "mean" ? state.lists : state.item].join();
   $("heatCaption").textContent = `${value.name}, by ${xTitle}${title ? ` and ${title}` : ""}; ${of}`;
   heatmap("heat", {
-    z, x, y: labels, xTitle, yTitle: title, name: value.name, unit: value.unit, signed: value.signed, selected: [state.chosen[column], own],
+    version, z, x, y: labels, xTitle, yTitle: title, name: value.name, unit: value.unit, signed: value.signed, selected: [state.chosen[column], own],
     onClick: (k, row) => select({ [column]: k, ...rows[row].entries }),
   });
   const tables = [{ caption: $("heatCaption").textContent, columns: x.map((label) => `${xTitle} ${label}`), rows: labels, z }];
-  const [ax, ay] = [names.indexOf("x"), names.indexOf("y")];
-  if (ax >= 0 && ay >= 0 && names.includes("layer")) {
-    $("cellsBox").hidden = false;
+  if (!$("cellsBox").hidden) {
+    const [ax, ay] = [names.indexOf("x"), names.indexOf("y")];
     const base = here() - state.chosen[ax] * strides[ax] - state.chosen[ay] * strides[ay];
     const cells = run.axes[ay][1].map((_, y) => run.axes[ax][1].map((_, k) => values[base + k * strides[ax] + y * strides[ay]]));
     $("cellsCaption").textContent = `The same by cell, layer ${x[state.chosen[column]]}`;
     heatmap("cells", {
-      z: cells, x: run.axes[ax][1], y: run.axes[ay][1], xTitle: "column", yTitle: "row", name: value.name, unit: value.unit, signed: value.signed, square: true,
+      version: `${version},${base}`, z: cells, x: run.axes[ax][1], y: run.axes[ay][1], xTitle: "column", yTitle: "row", name: value.name, unit: value.unit, signed: value.signed, square: true,
       range: range(z, value.signed), selected: [state.chosen[ax], state.chosen[ay]], onClick: (k, row) => select({ [ax]: k, [ay]: row }),
     });
     tables.push({ caption: $("cellsCaption").textContent, columns: run.axes[ax][1].map((k) => `column ${k}`), rows: run.axes[ay][1].map((k) => `row ${k}`), z: cells });
