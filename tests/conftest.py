@@ -2,10 +2,12 @@
 
 import os
 
+from xla_flags import OLDER_EMITTERS
+
 # JAX reads its variables when it is imported. Eight devices on one machine show whether sharding is right,
 # strict promotion that no dtype changes by accident; no compiled program may outlive the code it came from.
-# The older CPU emitters compile small programs more than twice as fast. Flags given from outside come last and win.
-flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false"]
+# Flags given from outside come last and win.
+flags = ["--xla_force_host_platform_device_count=8", OLDER_EMITTERS]
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
@@ -25,6 +27,7 @@ import jax
 import pytest
 from benchmark_files import Modules, importable
 from jaxtyping import install_import_hook
+from torch_users import imports_torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.option.markexpr != "slow":
         install_import_hook("jaxid", "runtime_types.checked")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not torch"`, files that import PyTorch are not imported either, so that it need not be installed."""
+    without = "not torch" in config.option.markexpr and collection_path.suffix == ".py"
+    return True if without and imports_torch(collection_path) else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks all tests of files that import PyTorch."""
+    if imports_torch(item.path):
+        item.add_marker("torch")
 
 
 _MOST_MAPPINGS = 30_000

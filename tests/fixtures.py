@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from families import Case
 from numpy.typing import ArrayLike
+from torch_users import WITHOUT_TORCH
 
 from jaxid.checkpoints.loading import load
 from jaxid.families.base import Model
@@ -29,17 +30,6 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="jaxid-tests-")
 """Removed when the test run ends."""
 
 QUESTIONS = ("Is the star to the left or right of the fish?", "Where is the fish?")
-
-WITHOUT_TORCH = """
-import importlib.machinery
-import sys
-class WithoutTorch(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, *place):
-        return None if name.split(".")[0] in ("torch", "torchvision") else super().find_spec(name, *place)
-sys.meta_path[:] = [WithoutTorch if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
-"""
-"""First lines of a program that runs as if neither torch nor torchvision were installed."""
 
 TorchEdit = tuple[str, int, Callable[[torch.Tensor], torch.Tensor]]
 """Site, layer, and the change of the value there."""

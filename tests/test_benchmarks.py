@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from benchmark_files import BENCHMARKS, Modules
 from flax import nnx
+from xla_flags import OLDER_EMITTERS
 
 from jaxid.families.llava import Llava
 from jaxid.zoo import llava_texts, tiny_llava
@@ -196,7 +197,7 @@ def test_one_by_one_equals_batched_on_padded_prompts(modules: Modules, folder: P
 
 def start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     # Eight simulated devices would share the threads that the benchmark gives to one device.
-    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+    environment = os.environ | {"XLA_FLAGS": OLDER_EMITTERS}
     # Waiting threads sleep: times do not matter here, and other tests may run on the same cores.
     environment["OMP_WAIT_POLICY"] = "passive"
     environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # optax mixes dtypes

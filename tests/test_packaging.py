@@ -1,19 +1,27 @@
 """The wheel, the editable install and the command, as users and type checkers meet them."""
 
+import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import jaxid
 from jaxid import cli
 
 ROOT = Path(__file__).parents[1]
+
+FOLDERS = (".ci", "benchmarks", "docs", "jaxid", "kernels", "notebooks", "tests")
+"""Those of a source distribution."""
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,24 +38,65 @@ def shipped_files() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: a build folder in the source tree would keep files that are long gone."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, and the wheel built from it, in the folder `dist` of a copy of the source tree.
+
+    A build folder in the source tree itself would keep files that are long gone.
+    """
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("jaxid", "kernels"):
-        copied = shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
-        assert not (copied / "kernels").exists()  # the link for type checkers must not be needed
-    built = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=source)
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        made = {"__pycache__", "_build"} & set(names)
+        return made | {name for name in names if (Path(folder) / name).is_symlink()}
+
+    for path in ROOT.iterdir():
+        if path.name in FOLDERS:
+            shutil.copytree(path, source / path.name, ignore=left_out)
+        elif path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, source)
+    # The link for type checkers must not be needed.
+    assert not (source / "jaxid" / "kernels").exists()
+    built = run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
     assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = (source / "dist").glob("*.whl")
+    assert "is absent from the `packages` configuration" not in built.stdout + built.stderr
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (path,) = (distributions / "dist").glob("*.whl")
     return path
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_everything(distributions: Path) -> None:
+    (path,) = (distributions / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+    files = {str(file.relative_to(distributions)) for file in distributions.rglob("*") if file.is_file()}
+    made = {name for name in held | files if name.startswith(("dist/", "build/", "jaxid_vlm.egg-info/"))}
+    assert held - made == (files - made) | {"PKG-INFO", "setup.cfg"}
 
 
 @pytest.mark.slow
 def test_wheel_holds_every_file_of_the_library(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == shipped_files()
+
+
+@pytest.mark.slow
+def test_wheel_says_what_a_package_index_shows(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        fields = email.message_from_bytes(archive.read(metadata))
+        licences = [f"{Path(metadata).parent}/licenses/{name}" for name in fields.get_all("License-File", [])]
+        assert fields["License-Expression"] == "Apache-2.0 AND MIT"
+        assert len(licences) == 2 and set(licences) <= set(names)
+        assert b"Plotly" in archive.read(licences[1])
+    description = str(fields.get_payload())
+    assert description.startswith("# jaxid\n") and "`docs/interventions.md`" in description
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", description) == []
 
 
 @pytest.mark.slow
@@ -145,3 +194,17 @@ def test_unwritable_cache_is_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     cli.use_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_citation_and_workflow_agree_with_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (stated["version"], stated["authors"]) == (jaxid.__version__, project["authors"])
+    if not (ROOT / ".github").exists():
+        return  # in a source distribution
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    versions = [
+        f"Programming Language :: Python :: {version}"
+        for version in workflow["jobs"]["all"]["strategy"]["matrix"]["python"]
+    ]
+    assert versions == [name for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.typing import ArrayLike
+from xla_flags import OLDER_EMITTERS
 
 from jaxid.checkpoints.loading import load
 from jaxid.data.clips import write_appear_folder
@@ -230,7 +231,7 @@ def test_one_short_training(tmp_path: Path) -> None:
     """All stages run in turn, and the folder contains a model."""
     # Optax is not written for strict promotion. Nearly all of the time goes into compilation.
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": OLDER_EMITTERS,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     }

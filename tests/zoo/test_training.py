@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from xla_flags import OLDER_EMITTERS
 
 from jaxid.checkpoints.loading import load
 from jaxid.errors import InputError, OutputError
@@ -74,7 +75,7 @@ def start(*folders: Path, missing: int = -1) -> subprocess.Popen[bytes]:
     """
     # Optax is not written for strict promotion. The processes compile the same programs, which take most of the time.
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {OLDER_EMITTERS}",
         "JAX_NUMPY_DTYPE_PROMOTION": "standard",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(folders[0].parent / "programs"),
