@@ -17,10 +17,12 @@ from jaxid.places import OPTIONS
 pytestmark = pytest.mark.optimized
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+BUILT = {"_build", "notebooks"}
+DOCS = [path for path in (ROOT / "docs").rglob("*.md") if not BUILT & set(path.relative_to(ROOT / "docs").parts)]
+PAGES = [*ROOT.glob("*.md"), *DOCS]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -35,7 +37,7 @@ def command_lines(page: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip().startswith("jaxid ")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_exist_and_take_these_options(page: Path) -> None:
     wrong = []
     for line in command_lines(page):
