@@ -280,7 +280,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     """With searches that are too short to find anything."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     lines = [line.rstrip() for cell in cells if cell["cell_type"] == "code" for line in [*cell["source"], ""]]
-    code = "\n".join(line for line in lines if not line.startswith("%"))  # Jupyter's own commands
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("%"))  # Jupyter's own commands
     searches = "seeds=16, steps=250"
     assert code.count(searches) == 1
     code = code.replace(searches, "seeds=2, steps=3")
