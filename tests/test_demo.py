@@ -1,5 +1,7 @@
 """The demo: its parts by hand, and (slowly) the whole of it, with the gates, on the model that ships."""
 
+import base64
+import gzip
 import itertools
 import json
 import math
@@ -222,7 +224,26 @@ def test_figures_are_drawn_and_reported(done: Done) -> None:
         "report.md",
         "results",
         "summary.json",
+        "view.html",
     ]
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_tables(done: Done) -> None:
+    out, summary = done
+    page = (out / "view.html").read_text()
+    found = re.search(r'<script type="application/json" id="manifest">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    swap, *others = json.loads(found[1])["contents"]
+    assert [one["title"] for one in others] == ["steering · left/right", "steering · above/below", "mirror swap"]
+    assert len(swap["items"]["key"]) == 2 * SETTINGS.swap_items and set(swap["items"]["truth"]) == {0}
+    record = json.loads(found[1])["arrays"][swap["values"][0]["array"]]
+    block = gzip.decompress(base64.b64decode(page.partition('id="arrays">')[2].partition("</script>")[0]))
+    swapped = np.frombuffer(block, "<f4", math.prod(record["shape"]), record["offset"]).reshape(record["shape"])
+    entries = dict(swap["axes"])
+    strength = entries["strength"].index(str(summary["best_factor"]))
+    reported = swapped.reshape(2, SETTINGS.swap_items, *swapped.shape[1:])[:, SETTINGS.swap_items // 4 :]
+    np.testing.assert_allclose(reported.mean(axis=(0, 1))[0, :, strength], summary["belief_swap"], atol=1e-4)
 
 
 @pytest.mark.slow

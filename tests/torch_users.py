@@ -13,6 +13,7 @@ class WithoutTorch(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, *place):
         return None if name.split(".")[0] in ("torch", "torchvision") else super().find_spec(name, *place)
+WithoutTorch.__name__ = "PathFinder"  # by which jaxtyping finds it
 sys.meta_path[:] = [WithoutTorch if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 """
 """First lines of a program that runs as if neither torch nor torchvision were installed."""
